@@ -1,0 +1,48 @@
+# Two commands matter: `make demo` runs the main job, `make test` runs every test. Both need only Debian's python3 (>= 3.11) with
+# venv and pip; what else they need they install into .venv and the cache (DEVKIT_CACHE, ~/.cache/comfyui-volume-worker).
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+WORKFLOW ?= devkit/workflows/text_to_image.json
+PORT ?= 8000
+
+.DEFAULT_GOAL := help
+.PHONY: help demo serve test lint format bench clean
+
+help:  ## Show what there is to make
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+# Replaced when the lock changes; the stamp is written last, so an interrupted install is done again.
+$(VENV)/installed: requirements-dev.lock
+	@echo "==> installing the worker's and the tests' Python packages into $(VENV)"
+	@$(PYTHON) -c 'import sys; sys.exit("Python >= 3.11 is needed, this is " + sys.version) if sys.version_info < (3, 11) else None'
+	@$(PYTHON) -m venv --clear $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.lock
+	@$(BIN)/python -c 'import sysconfig; open(sysconfig.get_path("purelib") + "/project.pth", "w").write("$(CURDIR)\n")'
+	@touch $@
+
+demo: $(VENV)/installed  ## Run the main job: a workflow in, a picture out (WORKFLOW=file.json for another one)
+	@$(BIN)/python -m devkit.demo --workflow $(WORKFLOW)
+
+serve: $(VENV)/installed  ## Leave the demo's worker running for your own requests (PORT=8000)
+	@$(BIN)/python -m devkit.demo --serve --port $(PORT)
+
+test: $(VENV)/installed  ## Run every test, on the real ComfyUI
+	@$(BIN)/python -m pytest
+
+lint: $(VENV)/installed  ## Check style and types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(VENV)/installed  ## Format the code
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+bench: $(VENV)/installed  ## Measure against the bare engine in the same run
+	@$(BIN)/python -m bench.job_overhead
+	@$(BIN)/python -m bench.cold_start
+
+clean:  ## Remove what the commands above made here (the engine's cache stays)
+	rm -rf $(VENV) .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,157 @@
+"""A worker started as a user would start it, on the CPU engine, and spoken to over HTTP. Touches processes, disk, loopback."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from devkit.engine.build import engine_args
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from devkit.engine.build import Engine
+
+PROJECT = Path(__file__).resolve().parent.parent
+START_TIMEOUT_S = 120.0
+JOB_TIMEOUT_S = 600.0
+_POLL_S = 0.01
+
+
+class WorkerExitedError(RuntimeError):
+    """The worker ended before it served; the end of its log is the message."""
+
+
+def free_port() -> int:
+    """A TCP port nobody listens on at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def engine_environ(engine: Engine, base_dir: Path, port: int) -> dict[str, str]:
+    """The worker's settings for the CPU engine; ComfyUI keeps its models, inputs and outputs under `base_dir`."""
+    return {
+        "COMFYUI_DIR": str(engine.comfyui_dir),
+        "COMFYUI_PYTHON": str(engine.python),
+        "COMFYUI_BASE_DIR": str(base_dir),
+        "COMFYUI_PORT": str(port),
+        "COMFY_ARGS": shlex.join(engine_args(engine)),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"),
+    }
+
+
+class LocalWorker:
+    """`python -m worker --rp_serve_api` as a child of ours, with its output in a log file.
+
+    A context manager: it is started on entry and gone on exit, with everything it started.
+    """
+
+    def __init__(
+        self, engine: Engine, folder: Path, volume: Path, environ: Mapping[str, str] | None = None, port: int | None = None
+    ) -> None:
+        self.folder = folder
+        self.port = port or free_port()
+        self.log_path = folder / "worker.log"
+        self.base_dir = folder / "comfyui"
+        self._environ = {
+            **_own_environ(),
+            **engine_environ(engine, self.base_dir, free_port()),
+            "VOLUME_PATH": str(volume),
+            **(environ or {}),
+        }
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+    @property
+    def pid(self) -> int:
+        """The worker's process id."""
+        assert self._process is not None  # noqa: S101 - asked for after start
+        return self._process.pid
+
+    def start(self) -> None:
+        """Start the process; returns at once."""
+        self.base_dir.mkdir(parents=True, exist_ok=True)
+        with self.log_path.open("wb") as output:
+            self._process = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-m",
+                    "worker",
+                    "--rp_serve_api",
+                    "--rp_api_host",
+                    "127.0.0.1",
+                    "--rp_api_port",
+                    str(self.port),
+                ],
+                cwd=PROJECT,
+                env=self._environ,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+
+    def wait_ready(self, timeout_s: float = START_TIMEOUT_S) -> None:
+        """Return when the API accepts connections. Raises `WorkerExitedError` or `TimeoutError`, with the log's end."""
+        assert self._process is not None  # noqa: S101 - called after start
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            if self._process.poll() is not None:
+                raise WorkerExitedError(f"the worker ended with status {self._process.returncode}:\n{self.log_tail()}")
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=1):
+                return
+            time.sleep(_POLL_S)
+        raise TimeoutError(f"the worker was not ready within {timeout_s:g} s:\n{self.log_tail()}")
+
+    def runsync(self, job_input: object, timeout_s: float = JOB_TIMEOUT_S) -> dict[str, Any]:
+        """Send one job and return RunPod's whole answer: `id`, `status`, and `output` or `error`."""
+        return self._post("/runsync", {"input": job_input}, timeout_s)
+
+    def _post(self, path: str, body: object, timeout_s: float) -> dict[str, Any]:
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}{path}", json.dumps(body).encode(), {"content-type": "application/json"}
+        )
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=timeout_s) as response:
+            answer: dict[str, Any] = json.load(response)
+            return answer
+
+    def log(self) -> str:
+        """What the worker and ComfyUI have printed so far."""
+        return self.log_path.read_text("utf-8", "replace")
+
+    def log_tail(self, lines: int = 30) -> str:
+        """The end of the log."""
+        return "\n".join(self.log().splitlines()[-lines:])
+
+    def stop(self, timeout_s: float = 20.0) -> int:
+        """End the worker as a container's end does: SIGTERM, then SIGKILL. Returns its exit status."""
+        if self._process is None:
+            return 0
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+        try:
+            return self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return self._process.wait(timeout_s)
+
+
+def _own_environ() -> dict[str, str]:
+    """Our environment without what would make a local worker think it is on RunPod, or act for somebody's account."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(("RUNPOD_", "HF_", "CIVITAI_"))}

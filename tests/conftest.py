@@ -1,0 +1,66 @@
+"""What the tests share: the real ComfyUI, a volume with tiny weights, and a worker in front of them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from devkit.engine.build import Engine, ensure_engine
+from devkit.engine.models import make_volume
+from devkit.local_worker import PROJECT, LocalWorker
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Iterator
+    from pathlib import Path
+
+pytest_plugins = ["devkit.pytest_moosefs"]
+
+
+@pytest.fixture(scope="session")
+def engine() -> Engine:
+    """The real ComfyUI for the CPU, built once and cached."""
+    return ensure_engine()
+
+
+@pytest.fixture(scope="session")
+def worker(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalWorker]:
+    """A worker serving RunPod's local API, with the tiny weights on its volume; shared, so tests leave it able to serve."""
+    folder = tmp_path_factory.mktemp("worker")
+    make_volume(engine, folder / "volume")
+    with LocalWorker(engine, folder, folder / "volume") as local:
+        local.wait_ready()
+        yield local
+
+
+@pytest.fixture
+def volume(worker: LocalWorker) -> Path:
+    """The shared worker's volume."""
+    return worker.folder / "volume"
+
+
+@pytest.fixture
+def workflow() -> Callable[[str], dict[str, Any]]:
+    """A fresh copy of one of the project's workflows, by name."""
+
+    def load(name: str) -> dict[str, Any]:
+        graph: dict[str, Any] = json.loads((PROJECT / f"devkit/workflows/{name}.json").read_text())
+        return graph
+
+    return load
+
+
+@pytest.fixture
+def run_async() -> Callable[[Coroutine[Any, Any, Any]], Any]:
+    """Run one coroutine to its end, with a deadline."""
+
+    def run(coro: Coroutine[Any, Any, Any]) -> Any:
+        async def with_deadline() -> Any:
+            async with asyncio.timeout(120):
+                return await coro
+
+        return asyncio.run(with_deadline())
+
+    return run

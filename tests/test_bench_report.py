@@ -1,0 +1,63 @@
+"""The frame of the benchmarks: a missed bound fails the run, and machines read what people read."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from bench.report import Figure, machine, parse_args, report
+
+
+def test_a_figure_is_the_median_of_its_samples() -> None:
+    figure = Figure.of("ratio", [1.0, 9.0, 1.2], "x", bound=1.25)
+    assert (figure.value, figure.samples, figure.ok()) == (1.2, (1.0, 9.0, 1.2), True)
+
+
+@pytest.mark.parametrize(
+    ("value", "arguments", "status"),
+    [(1.2, [], 0), (1.3, [], 1), (1.3, ["--short"], 0), (2.6, ["--short"], 1), (math.nan, [], 1), (math.inf, ["--short"], 1)],
+)
+def test_a_missed_bound_is_exit_status_1_and_a_short_run_forgives_twice(
+    value: float, arguments: list[str], status: int
+) -> None:
+    assert report([Figure("ratio", value, "x", bound=1.25), Figure("informs", 99, "ms")], parse_args("", arguments)) == status
+
+
+def test_json_is_one_line_for_each_figure_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
+    figures = [Figure.of("first", [3.0, 1.0, 2.0], "ms", 1.5), Figure("second", math.nan, "x")]
+    report(figures, parse_args("", ["--json"]))
+    out, err = capsys.readouterr()
+    assert [json.loads(line) for line in out.splitlines()] == [
+        {"name": "first", "value": 2.0, "unit": "ms", "bound": 1.5, "ok": False, "samples": [3.0, 1.0, 2.0]},
+        {"name": "second", "value": None, "unit": "x", "bound": None, "ok": False, "samples": []},
+    ]
+    assert "cores" in err
+
+
+def test_people_get_an_aligned_table_with_spread_bound_and_verdict(capsys: pytest.CaptureFixture[str]) -> None:
+    report([Figure.of("a", [0.00123, 0.002], "s", 0.001), Figure("longer_name", 12345.6, "ms", 20000)], parse_args("", []))
+    _, header, first, second = capsys.readouterr().out.splitlines()
+    assert header.split() == ["figure", "median", "(min", "-", "max)", "bound"]
+    assert "(0.00123 - 0.00200)" in first
+    assert first.endswith("MISSED")
+    assert second.split()[:3] == ["longer_name", "12,346", "ms"]
+    assert second.endswith("ok")
+    assert first.index("<=") == second.index("<=")
+
+
+def test_the_machine_is_named_with_the_file_system_that_was_measured() -> None:
+    assert "proc at /proc/self" in machine(Path("/proc/self/fd")).replace(str(Path("/proc/self").resolve()), "/proc/self")
+
+
+def test_samples_can_be_set_and_must_be_some() -> None:
+    assert (parse_args("", []).samples, parse_args("", ["--short"]).samples, parse_args("", ["--samples", "9"]).samples) == (
+        5,
+        3,
+        9,
+    )
+    with pytest.raises(SystemExit) as caught:
+        parse_args("", ["--samples", "0"])
+    assert caught.value.code == 2

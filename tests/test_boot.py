@@ -1,0 +1,81 @@
+"""The cold start's account of itself."""
+
+from __future__ import annotations
+
+import re
+import time
+
+import pytest
+
+from devkit.demo import chart
+from devkit.local_worker import PROJECT
+from worker.boot import Timeline, process_start
+from worker.errors import NothingToServe
+from worker.serve import _processor_name, prepare_environ, sdk_arguments
+from worker.settings import Settings
+
+
+def test_the_summary_names_every_step_and_which_one_was_critical() -> None:
+    timeline = Timeline(time.monotonic())
+    with timeline.step("engine"), timeline.step("links") as links:
+        links.note = "31 files"
+    summary = timeline.summary()
+    assert re.fullmatch(
+        r"cold start \d+\.\d\d s: engine \d+ ms, critical \[[\d.]+-[\d.]+\]; links \d+ ms \(31 files\) \[[\d.]+-[\d.]+\]",
+        summary,
+    )
+
+
+def test_the_demo_draws_that_summary() -> None:
+    lines = list(chart("12:00:00 INFO cold start 4.00 s: engine 3.50 s, critical [0.50-4.00]; sdk 1.00 s [0.50-1.50]\n"))
+    assert len(lines) == 3
+    assert lines[1].count("█") == 42
+    assert lines[2].count("█") == 12
+    assert list(chart("no such line")) == []
+
+
+def test_the_process_began_before_now_and_not_long_ago() -> None:
+    assert 0 < time.monotonic() - process_start() < 3600
+
+
+def test_without_anything_to_serve_the_worker_does_not_even_start() -> None:
+    with pytest.raises(NothingToServe, match="--rp_serve_api"):
+        sdk_arguments(Settings.from_env({}), [], {}, PROJECT / "devkit")
+
+
+@pytest.mark.parametrize(
+    ("argv", "environ"),
+    [
+        (["--rp_serve_api"], {}),
+        (["--test_input", "{}"], {}),
+        (["--test_input={}"], {}),
+        ([], {"RUNPOD_WEBHOOK_GET_JOB": "http://x"}),
+    ],
+)
+def test_arguments_reach_the_sdk_untouched(argv: list[str], environ: dict[str, str]) -> None:
+    assert sdk_arguments(Settings.from_env({}), argv, environ, PROJECT / "devkit") == argv
+
+
+def test_a_test_input_beside_the_worker_is_something_to_serve(tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("cwd")
+    (folder / "test_input.json").touch()
+    assert sdk_arguments(Settings.from_env({}), [], {}, folder) == []
+
+
+def test_serving_locally_listens_on_all_interfaces() -> None:
+    settings = Settings.from_env({"SERVE_API_LOCALLY": "true"})
+    assert sdk_arguments(settings, [], {}, PROJECT) == ["--rp_serve_api", "--rp_api_host", "0.0.0.0"]
+
+
+def test_the_sdk_does_not_print_results_unless_asked() -> None:
+    environ = {"A": "b"}
+    prepare_environ(environ)
+    assert environ == {"A": "b", "RUNPOD_LOG_LEVEL": "INFO"}
+    asked = {"RUNPOD_LOG_LEVEL": "DEBUG"}
+    prepare_environ(asked)
+    assert asked == {"RUNPOD_LOG_LEVEL": "DEBUG"}
+
+
+def test_the_processor_has_a_name() -> None:
+    assert _processor_name()
+    assert _processor_name(PROJECT / "absent") == "unknown"

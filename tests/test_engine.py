@@ -1,0 +1,343 @@
+"""The client against the real engine: gaps, silence, cancellation, timeouts, death. Faults come from a proxy in between."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from devkit.cutting_proxy import CuttingProxy
+from devkit.engine.models import make_volume
+from devkit.local_worker import engine_environ, free_port
+from worker.comfy.client import ComfyClient, Reconnect
+from worker.comfy.engine import Engine
+from worker.comfy.process import EngineCommand, EngineProcess
+from worker.errors import EngineDied, EngineStartFailed, EngineUnreachable, NodeFailed, RunLost, RunTimedOut, WorkflowRejected
+from worker.settings import Settings
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+    from pathlib import Path
+
+    from devkit.engine.build import Engine as Kit
+
+    Load = Callable[[str], dict[str, Any]]
+    Run = Callable[[Coroutine[Any, Any, Any]], Any]
+
+TIMEOUT_S = 60.0
+
+
+@pytest.fixture(scope="module")
+def settings(engine: Kit, tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    base = tmp_path_factory.mktemp("engine")
+    make_volume(engine, base)
+    return Settings.from_env(engine_environ(engine, base, free_port()))
+
+
+@pytest.fixture(scope="module")
+def command(settings: Settings) -> EngineCommand:
+    return EngineCommand.of(settings, dict(os.environ))
+
+
+@pytest.fixture(scope="module")
+def address(settings: Settings, command: EngineCommand) -> Iterator[str]:
+    """A running ComfyUI of this module's own."""
+    process = EngineProcess.spawn(command)
+    address = f"127.0.0.1:{settings.comfyui_port}"
+
+    async def up() -> None:
+        client = ComfyClient(address)
+        while not await client.answers():
+            assert not process.exited.done(), process.last_lines
+            await asyncio.sleep(0.05)
+        await client.close()
+
+    asyncio.run(asyncio.wait_for(up(), TIMEOUT_S))
+    yield address
+    process.stop()
+
+
+@asynccontextmanager
+async def proxied(address: str, **options: Any) -> AsyncIterator[tuple[CuttingProxy, ComfyClient]]:
+    async with CuttingProxy(address) as proxy:
+        client = ComfyClient(proxy.address, **options)
+        await client.open()
+        try:
+            yield proxy, client
+        finally:
+            await client.close()
+
+
+def tiny(colour: int) -> dict[str, Any]:
+    return {
+        "1": {"class_type": "EmptyImage", "inputs": {"width": 8, "height": 8, "batch_size": 1, "color": colour}},
+        "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "tiny"}},
+    }
+
+
+def sampling(workflow: Load, steps: int, seed: int) -> dict[str, Any]:
+    graph = workflow("text_to_image")
+    sampler = next(node for node in graph.values() if node["class_type"] == "KSampler")
+    sampler["inputs"].update(steps=steps, seed=seed)
+    return graph
+
+
+class Started:
+    """Resolves at a run's first sampling step."""
+
+    def __init__(self) -> None:
+        self.event = asyncio.Event()
+
+    def __call__(self, _: object) -> None:
+        self.event.set()
+
+
+def test_a_cut_websocket_loses_nothing(address: str, workflow: Load, run_async: Run) -> None:
+    async def scenario() -> None:
+        async with proxied(address) as (proxy, client):
+            started = Started()
+            run = asyncio.create_task(client.run(sampling(workflow, 60, 11), timeout_s=TIMEOUT_S, on_progress=started))
+            await started.event.wait()
+            before = proxy.connections
+            proxy.cut()
+            result = await run
+            assert [output["images"][0]["type"] for output in result.outputs.values()] == ["output"]
+            assert proxy.connections > before
+
+    run_async(scenario())
+
+
+def test_a_websocket_cut_at_every_step_still_ends_each_run_once(address: str, run_async: Run) -> None:
+    async def scenario() -> None:
+        async with proxied(address, reconnect=Reconnect(50, 0.01)) as (proxy, client):
+
+            async def cut_for_ever() -> None:
+                while True:
+                    proxy.cut()
+                    await asyncio.sleep(0.005)
+
+            finished = 0
+            for number in range(20):
+                cutter = asyncio.create_task(cut_for_ever())
+                try:
+                    result = await client.run(tiny(1000 + number), timeout_s=TIMEOUT_S)
+                    assert len(result.outputs) == 1
+                    finished += 1
+                except EngineUnreachable:
+                    # Every one of a few attempts to hand the prompt in, or to ask for it, was cut as well.
+                    continue
+                finally:
+                    cutter.cancel()
+            result = await client.run(tiny(999), timeout_s=TIMEOUT_S)
+            assert len(result.outputs) == 1
+            assert finished > 0
+
+    run_async(scenario())
+
+
+def test_silence_is_broken_by_asking(address: str, workflow: Load, run_async: Run) -> None:
+    """The socket stays open and nothing comes through: the history has the result all the same."""
+
+    async def scenario() -> None:
+        async with proxied(address, silence_s=0.2) as (proxy, client):
+            started = Started()
+            run = asyncio.create_task(client.run(sampling(workflow, 30, 12), timeout_s=TIMEOUT_S, on_progress=started))
+            await started.event.wait()
+            proxy.hold_websockets()
+            assert len((await run).outputs) == 1
+
+    run_async(scenario())
+
+
+def test_a_prompt_that_comfyui_forgot_is_lost_not_awaited_for_ever(address: str, workflow: Load, run_async: Run) -> None:
+    async def scenario() -> None:
+        async with proxied(address, silence_s=0.1) as (_, client), proxied(address) as (_, other):
+            started = Started()
+            busy = asyncio.create_task(other.run(sampling(workflow, 10000, 13), timeout_s=TIMEOUT_S, on_progress=started))
+            await started.event.wait()
+            waiting = asyncio.create_task(client.run(tiny(1), timeout_s=TIMEOUT_S))
+            (prompt_id,) = await _until(lambda: list(client._runs))
+            while not await client._queued(prompt_id):
+                await asyncio.sleep(0.01)
+            await client._ask("POST", "/queue", {"delete": [prompt_id]})
+            with pytest.raises(RunLost):
+                await waiting
+            busy.cancel()
+            await asyncio.gather(busy, return_exceptions=True)
+
+    run_async(scenario())
+
+
+async def _until(condition: Callable[[], Any]) -> Any:
+    while not (value := condition()):
+        await asyncio.sleep(0.005)
+    return value
+
+
+@pytest.mark.parametrize("how", ["cancel", "timeout"])
+def test_a_job_that_is_given_up_leaves_the_engine_idle(how: str, address: str, workflow: Load, run_async: Run) -> None:
+    async def scenario() -> None:
+        async with proxied(address) as (_, client):
+            started = Started()
+            timeout_s = 3.0 if how == "timeout" else TIMEOUT_S
+            run = asyncio.create_task(client.run(sampling(workflow, 10000, 14), timeout_s=timeout_s, on_progress=started))
+            await started.event.wait()
+            if how == "cancel":
+                run.cancel()
+            with pytest.raises(RunTimedOut if how == "timeout" else asyncio.CancelledError):
+                await run
+            _, queue = await client._ask("GET", "/queue")
+            assert queue == {"queue_running": [], "queue_pending": []}
+            assert client._runs == {}
+
+    run_async(scenario())
+
+
+def test_a_queued_job_that_is_given_up_leaves_the_queue(address: str, workflow: Load, run_async: Run) -> None:
+    async def scenario() -> None:
+        async with proxied(address) as (_, client):
+            started = Started()
+            busy = asyncio.create_task(client.run(sampling(workflow, 10000, 15), timeout_s=TIMEOUT_S, on_progress=started))
+            await started.event.wait()
+            waiting = asyncio.create_task(client.run(tiny(2), timeout_s=TIMEOUT_S))
+            await _until(lambda: len(client._runs) == 2)
+            prompt_id = list(client._runs)[1]
+            while not await client._queued(prompt_id):
+                await asyncio.sleep(0.01)
+            waiting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
+            _, queue = await client._ask("GET", "/queue")
+            assert len(queue["queue_running"]) == 1
+            assert queue["queue_pending"] == []
+            busy.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await busy
+
+    run_async(scenario())
+
+
+def test_an_engine_that_refuses_connections_is_named_and_served_again_when_it_is_back(address: str, run_async: Run) -> None:
+    async def scenario() -> None:
+        async with proxied(address, reconnect=Reconnect(2, 0.01)) as (proxy, client):
+            proxy.refusing = True
+            proxy.cut()
+            with pytest.raises(EngineUnreachable, match="not reachable after multiple retries"):
+                await client.run(tiny(3), timeout_s=TIMEOUT_S)
+            proxy.refusing = False
+            assert len((await client.run(tiny(4), timeout_s=TIMEOUT_S)).outputs) == 1
+
+    run_async(scenario())
+
+
+def test_runs_at_once_each_get_their_own_outputs(address: str, run_async: Run) -> None:
+    async def scenario() -> None:
+        async with proxied(address) as (_, client):
+            results = await asyncio.gather(*(client.run(tiny(5000 + n), timeout_s=TIMEOUT_S) for n in range(5)))
+            names = [result.outputs["2"]["images"][0]["filename"] for result in results]
+            assert len(set(names)) == 5
+
+    run_async(scenario())
+
+
+def test_a_cached_graph_returns_its_files_again(address: str, run_async: Run) -> None:
+    async def scenario() -> None:
+        async with proxied(address) as (_, client):
+            first = await client.run(tiny(77), timeout_s=TIMEOUT_S)
+            assert await client.run(tiny(77), timeout_s=TIMEOUT_S) == first
+
+    run_async(scenario())
+
+
+def test_refusals_and_failures_are_told_apart(address: str, workflow: Load, run_async: Run) -> None:
+    async def scenario() -> None:
+        async with proxied(address) as (_, client):
+            with pytest.raises(WorkflowRejected):
+                await client.run({"1": tiny(1)["1"]}, timeout_s=TIMEOUT_S)
+            graph = workflow("text_to_image")
+            next(node for node in graph.values() if node["class_type"] == "EmptySD3LatentImage")["inputs"]["batch_size"] = 4096
+            next(node for node in graph.values() if node["class_type"] == "EmptySD3LatentImage")["inputs"]["width"] = 16384
+            next(node for node in graph.values() if node["class_type"] == "EmptySD3LatentImage")["inputs"]["height"] = 16384
+            with pytest.raises(NodeFailed):
+                await client.run(graph, timeout_s=TIMEOUT_S)
+
+    run_async(scenario())
+
+
+def test_a_killed_engine_ends_its_run_with_the_cause_and_comes_back(
+    settings: Settings, command: EngineCommand, workflow: Load, run_async: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    port = free_port()
+    argv = tuple(str(port) if part == str(settings.comfyui_port) else part for part in command.argv)
+    own = EngineCommand(argv, command.cwd, command.environ)
+    own_settings = Settings.from_env({"COMFYUI_PORT": str(port)})
+
+    async def scenario() -> None:
+        engine = Engine(own_settings, own, EngineProcess.spawn(own))
+        await engine.start()
+        started = Started()
+        run = asyncio.create_task(engine.run(sampling(workflow, 10000, 16), timeout_s=TIMEOUT_S, on_progress=started))
+        await started.event.wait()
+        first = engine._process.pid
+        os.kill(first, signal.SIGSEGV)
+        with pytest.raises(EngineDied, match="SIGSEGV") as caught:
+            await run
+        assert caught.value.details()
+        assert len((await engine.run(tiny(6), timeout_s=TIMEOUT_S)).outputs) == 1
+        assert engine._process.pid != first
+        await engine.stop()
+        assert engine._process.exited.done()
+
+    with caplog.at_level(logging.INFO, "worker"):
+        run_async(scenario())
+    assert "ComfyUI was killed by SIGSEGV" in caplog.text
+    assert "ComfyUI is back" in caplog.text
+
+
+def test_an_engine_that_does_not_come_back_fails_the_jobs_that_wait_for_it(tmp_path: Path, run_async: Run) -> None:
+    """The first run serves, the second exits: a real little program in ComfyUI's place, told apart by a file."""
+    program = tmp_path / "main.py"
+    program.write_text(
+        "import pathlib, sys\n"
+        "from aiohttp import web\n"
+        "mark = pathlib.Path(__file__).with_name('ran')\n"
+        "if mark.exists(): sys.exit('second start fails')\n"
+        "mark.touch()\n"
+        "async def stats(request): return web.json_response({})\n"
+        "async def prompt(request): import os; os._exit(7)\n"
+        "async def ws(request):\n"
+        "    socket = web.WebSocketResponse(); await socket.prepare(request)\n"
+        "    async for _ in socket: pass\n"
+        "    return socket\n"
+        "app = web.Application()\n"
+        "app.add_routes([web.get('/system_stats', stats), web.post('/prompt', prompt), web.get('/ws', ws)])\n"
+        "web.run_app(app, host='127.0.0.1', port=int(sys.argv[sys.argv.index('--port') + 1]))\n"
+    )
+    import sys  # noqa: PLC0415 - the test's own interpreter runs the program
+
+    settings = Settings.from_env(
+        {
+            "COMFYUI_DIR": str(tmp_path),
+            "COMFYUI_PYTHON": sys.executable,
+            "COMFYUI_PORT": str(free_port()),
+            "COMFY_ARGS": "--cpu",
+        }
+    )
+    own = EngineCommand.of(settings, dict(os.environ))
+
+    async def scenario() -> None:
+        engine = Engine(settings, own, EngineProcess.spawn(own))
+        await engine.start()
+        with pytest.raises(EngineDied, match="exited with code 7"):
+            await engine.run(tiny(7), timeout_s=TIMEOUT_S)
+        with pytest.raises(EngineStartFailed, match="exited with code 1") as caught:
+            await engine.run(tiny(8), timeout_s=TIMEOUT_S)
+        assert caught.value.details() == ["second start fails"]
+        await engine.stop()
+
+    run_async(scenario())

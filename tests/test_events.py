@@ -1,0 +1,213 @@
+"""The websocket protocol decoded, and a run's end for every order of news."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from worker.comfy.events import (
+    Event,
+    Executing,
+    Failed,
+    Finished,
+    Interrupted,
+    NodeOutput,
+    Outcome,
+    Progress,
+    RunTracker,
+    Succeeded,
+    decode,
+    outcome_of,
+)
+from worker.errors import EngineDied, NodeFailed, RunInterrupted, RunLost
+
+RUN = "run-1"
+OTHER = "run-2"
+IMAGE = {"images": [{"filename": "a_00001_.png", "subfolder": "", "type": "output"}]}
+
+
+def message(kind: str, **data: Any) -> str:
+    return json.dumps({"type": kind, "data": data})
+
+
+@pytest.mark.parametrize(
+    ("text", "event"),
+    [
+        (message("executing", node="3", display_node="3", prompt_id=RUN), Executing(RUN, "3")),
+        (message("executing", node=None, prompt_id=RUN), Executing(RUN, None)),
+        (message("executed", node="9", display_node="9", output=IMAGE, prompt_id=RUN), NodeOutput(RUN, "9", IMAGE)),
+        (message("executed", node="9", output=None, prompt_id=RUN), NodeOutput(RUN, "9", {})),
+        (message("progress", value=2, max=20, prompt_id=RUN, node="7"), Progress(RUN, "7", 2.0, 20.0)),
+        (message("execution_success", prompt_id=RUN, timestamp=1), Succeeded(RUN)),
+        (message("execution_interrupted", prompt_id=RUN, node_id="7"), Interrupted(RUN)),
+        (
+            message("execution_error", prompt_id=RUN, node_id="7", node_type="KSampler", exception_message="no\n"),
+            Failed(RUN, "7", "KSampler", "no"),
+        ),
+        (
+            message(
+                "execution_error", prompt_id=RUN, node_id="7", node_type="X", exception_message="", exception_type="KeyError"
+            ),
+            Failed(RUN, "7", "X", "KeyError"),
+        ),
+    ],
+)
+def test_messages_as_the_engine_sends_them(text: str, event: Event) -> None:
+    assert decode(text) == event
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"\x00\x00\x00\x01\xff\xd8",
+        "",
+        "not json",
+        "[]",
+        "null",
+        '{"type": "executing"}',
+        '{"type": "executing", "data": {}}',
+        '{"type": "executing", "data": null}',
+        '{"type": ["x"], "data": {}}',
+        message("status", status={"exec_info": {"queue_remaining": 0}}),
+        message("progress_state", prompt_id=RUN, nodes={}),
+        message("progress", value="?", max=None, prompt_id=RUN, node="1"),
+        message("a kind of next year", prompt_id=RUN),
+    ],
+)
+def test_what_nobody_needs_or_understands_is_no_event(text: str | bytes) -> None:
+    assert decode(text) is None
+
+
+@given(st.one_of(st.text(), st.binary(), st.recursive(st.none() | st.text() | st.integers(), st.lists).map(json.dumps)))
+def test_no_message_makes_the_decoder_raise(text: str | bytes) -> None:
+    decode(text)
+
+
+def test_a_run_without_gap_ends_with_the_outputs_of_its_events() -> None:
+    tracker = RunTracker(RUN)
+    tracker.feed(NodeOutput(RUN, "9", IMAGE))
+    tracker.feed(NodeOutput(OTHER, "8", IMAGE))
+    assert tracker.outcome is None
+    tracker.feed(Succeeded(RUN))
+    assert tracker.outcome == Finished({"9": IMAGE})
+
+
+def test_after_a_gap_only_the_history_can_say_that_a_run_succeeded() -> None:
+    tracker = RunTracker(RUN)
+    tracker.gap()
+    tracker.feed(Succeeded(RUN))
+    assert tracker.outcome is None
+    assert tracker.wants_history
+    tracker.reconcile({"outputs": {"9": IMAGE}, "status": {"status_str": "success"}}, queued=False)
+    assert tracker.outcome == Finished({"9": IMAGE})
+
+
+def test_leaving_the_queue_without_a_verdict_asks_the_history() -> None:
+    tracker = RunTracker(RUN)
+    tracker.feed(Executing(RUN, None))
+    assert tracker.outcome is None
+    assert tracker.wants_history
+
+
+def test_a_prompt_that_is_still_queued_goes_on() -> None:
+    tracker = RunTracker(RUN)
+    tracker.gap()
+    tracker.reconcile(None, queued=True)
+    assert tracker.outcome is None
+    assert not tracker.wants_history
+
+
+def test_a_prompt_that_nobody_knows_is_lost() -> None:
+    tracker = RunTracker(RUN)
+    tracker.reconcile(None, queued=False)
+    assert isinstance(tracker.outcome, RunLost)
+
+
+ERROR = ["execution_error", {"node_id": "7", "node_type": "KSampler", "exception_message": "boom"}]
+
+
+@pytest.mark.parametrize(
+    ("entry", "kind"),
+    [
+        ({"outputs": {}, "status": {"status_str": "success"}}, Finished),
+        ({"outputs": {}, "status": None}, Finished),
+        ({"outputs": {}, "status": {"status_str": "error", "messages": [["execution_start", {}], ERROR]}}, NodeFailed),
+        ({"status": {"status_str": "error", "messages": [["execution_interrupted", {}]]}}, RunInterrupted),
+        ({"status": {"status_str": "error", "messages": []}}, NodeFailed),
+    ],
+)
+def test_histories(entry: dict[str, Any], kind: type) -> None:
+    assert isinstance(outcome_of(entry), kind)
+
+
+NODES = st.sampled_from(["1", "2", "3"])
+RUNS = st.sampled_from([RUN, OTHER])
+
+
+class AnyOrder(RuleBasedStateMachine):
+    """Every kind of news, in every order: a run ends at most once, keeps its end, and can always still end."""
+
+    @initialize()
+    def start(self) -> None:
+        self.tracker = RunTracker(RUN)
+        self.first: Outcome | None = None
+        self.gapped = False
+
+    @rule(run=RUNS, node=st.none() | NODES)
+    def executing(self, run: str, node: str | None) -> None:
+        self.tracker.feed(Executing(run, node))
+
+    @rule(run=RUNS, node=NODES)
+    def output(self, run: str, node: str) -> None:
+        self.tracker.feed(NodeOutput(run, node, IMAGE))
+
+    @rule(run=RUNS)
+    def progress(self, run: str) -> None:
+        self.tracker.feed(Progress(run, "1", 1, 2))
+
+    @rule(run=RUNS)
+    def succeeded(self, run: str) -> None:
+        self.tracker.feed(Succeeded(run))
+        if run == RUN and not self.gapped:
+            assert self.tracker.outcome is not None
+
+    @rule(run=RUNS)
+    def failed(self, run: str) -> None:
+        self.tracker.feed(Failed(run, "1", "KSampler", "boom"))
+        assert run == OTHER or self.tracker.outcome is not None
+
+    @rule(run=RUNS)
+    def interrupted(self, run: str) -> None:
+        self.tracker.feed(Interrupted(run))
+        assert run == OTHER or self.tracker.outcome is not None
+
+    @rule()
+    def gap(self) -> None:
+        self.tracker.gap()
+        self.gapped = True
+
+    @rule(queued=st.booleans(), known=st.booleans())
+    def reconcile(self, *, queued: bool, known: bool) -> None:
+        entry = {"outputs": {"9": IMAGE}, "status": {"status_str": "success"}} if known else None
+        self.tracker.reconcile(entry, queued=queued)
+        assert not self.tracker.wants_history or self.first is not None
+        assert (queued and not known) or self.tracker.outcome is not None
+
+    @rule()
+    def died(self) -> None:
+        self.tracker.end(EngineDied("exited with code 1"))
+        assert self.tracker.outcome is not None
+
+    @invariant()
+    def ends_once(self) -> None:
+        if self.first is not None:
+            assert self.tracker.outcome is self.first
+        self.first = self.tracker.outcome
+
+
+TestAnyOrder = AnyOrder.TestCase

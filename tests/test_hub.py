@@ -1,0 +1,618 @@
+"""Addresses and their bytes: every answer a source can give, over real HTTP from a stand-in that the real client talks to."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import hashlib
+import http.server
+import random
+import ssl
+import threading
+import time
+from email.utils import format_datetime
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from devkit.hub import Hub as StandIn
+from worker.errors import (
+    ContentMismatch,
+    EnsureCancelled,
+    FileNotInRepo,
+    NotAFile,
+    RepoGated,
+    RepoNotFound,
+    RevisionNotFound,
+    SourceChanged,
+    SourceRefused,
+    SourceUnreachable,
+    TokenRefused,
+)
+from worker.models.hub import Backoff, Hub, Remote, credentials
+from worker.models.partial import Partial, Taken
+from worker.models.ranges import Fetch, Tuning
+from worker.models.spec import HubFile, Source, Url
+from worker.models.wire import Credential, Network, origin, retry_after_s, shown
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+MIB = 1024 * 1024
+WEIGHTS = random.Random(1).randbytes(3 * MIB)
+NEWER = random.Random(2).randbytes(3 * MIB)
+SHA256 = hashlib.sha256(WEIGHTS).hexdigest()
+FILE = HubFile("org/repo", "sub/model.safetensors", "main")
+# Many small ranges on few connections, so that a small file meets what a large one does.
+SMALL = Tuning(
+    connections=3, request_bytes=MIB // 2, smallest_bytes=MIB // 4, buffer_bytes=64 * 1024, unsaved_bytes=MIB, patience_s=20
+)
+NEVER = threading.Event()
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    for name in ("repo", "private", "gated"):
+        folder = tmp_path / "root/org" / name / "sub"
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(WEIGHTS)
+        (folder / "config.json").write_bytes(b"{}\n")
+    return tmp_path / "root"
+
+
+@pytest.fixture
+def stand_in(root: Path) -> Iterator[StandIn]:
+    tokens = {"hf_good": ["*"], "hf_weak": []}
+    with StandIn(
+        root,
+        private=["org/private"],
+        gated=["org/gated"],
+        tokens=tokens,
+        civitai={"77": "org/repo/sub/model.safetensors"},
+        civitai_token="civ",
+    ) as made:
+        yield made
+
+
+def hub_of(stand_in: StandIn, token: str | None = None, patience_s: float = 5, **network: Any) -> Hub:
+    options = {"read_timeout_s": 5.0, **network}
+    return Hub(stand_in.endpoint, Network(credentials(stand_in.endpoint, token, None), **options), patience_s)
+
+
+def fetch(
+    hub: Hub, remote: Remote, folder: Path, tuning: Tuning = SMALL, cancel: threading.Event = NEVER
+) -> tuple[Partial, Fetch]:
+    partial = Partial.claim(folder, remote.size_bytes)
+    partial.keep_journal(tuning.unsaved_bytes * tuning.connections)
+    work = Fetch(hub, remote, partial, tuning, cancel)
+    try:
+        work.run()
+        partial.settle()
+    finally:
+        partial.close()
+    return partial, work
+
+
+def fetch_all(hub: Hub, folder: Path, source: Source = FILE, tuning: Tuning = SMALL) -> bytes:
+    partial, _ = fetch(hub, hub.look_up(source, NEVER), folder, tuning)
+    return partial.path.read_bytes()
+
+
+def cancel_when_stalled(stand_in: StandIn, count: int, cancel: threading.Event) -> threading.Thread:
+    def run() -> None:
+        stand_in.wait_stalled(count)
+        cancel.set()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread
+
+
+# --- what is behind an address ------------------------------------------------------------------
+
+
+def test_weights_have_their_sha256_and_a_pinned_commit(stand_in: StandIn) -> None:
+    found = hub_of(stand_in).look_up(FILE, NEVER)
+    assert (found.size_bytes, found.sha256, found.key) == (len(WEIGHTS), SHA256, SHA256)
+    assert found.commit
+    assert len(found.commit) == 40
+    assert found.url.startswith(stand_in.cdn_endpoint)
+    assert "Signature" not in repr(found)
+
+
+def test_a_small_file_has_no_sha256_and_is_keyed_by_address_etag_and_size(stand_in: StandIn) -> None:
+    found = hub_of(stand_in).look_up(HubFile("org/repo", "sub/config.json"), NEVER)
+    assert (found.size_bytes, found.sha256) == (3, None)
+    assert found.key.startswith("url-")
+
+
+@pytest.mark.parametrize(
+    ("source", "token", "expected", "said"),
+    [
+        (HubFile("org/nothing", "a.safetensors"), None, RepoNotFound, "HF_TOKEN"),
+        (HubFile("org/private", "sub/model.safetensors"), None, RepoNotFound, "set HF_TOKEN"),
+        (HubFile("org/private", "sub/model.safetensors"), "hf_weak", RepoNotFound, "the account of HF_TOKEN"),
+        (HubFile("org/gated", "sub/model.safetensors"), None, RepoGated, "HF_TOKEN"),
+        (HubFile("org/gated", "sub/model.safetensors"), "hf_weak", RepoGated, "HF_TOKEN"),
+        (HubFile("org/repo", "sub/model.safetensors", "v9"), None, RevisionNotFound, "'v9'"),
+        (HubFile("org/repo", "sub/other.safetensors"), None, FileNotInRepo, "'sub/other.safetensors'"),
+        (HubFile("org/repo", "sub/model.safetensors"), "hf_wrong", TokenRefused, "renew HF_TOKEN"),
+        (HubFile("a--b/..", "x"), None, RepoNotFound, "a--b/.."),
+    ],
+)
+def test_what_cannot_get_better_is_said_at_once(
+    stand_in: StandIn, source: HubFile, token: str | None, expected: type[Exception], said: str
+) -> None:
+    with pytest.raises(expected) as caught:
+        hub_of(stand_in, token, patience_s=0).look_up(source, NEVER)
+    assert said in str(caught.value)
+    assert source.repo in str(caught.value)
+    assert "hf_w" not in str(caught.value)
+    assert len([request for request in stand_in.requests if request.route == "resolve"]) <= 1
+
+
+def test_a_token_opens_what_it_may_and_reaches_nobody_else(stand_in: StandIn, tmp_path: Path) -> None:
+    hub = hub_of(stand_in, "hf_good")
+    for repo in ("org/private", "org/gated"):
+        assert fetch_all(hub, tmp_path / repo, HubFile(repo, "sub/model.safetensors")) == WEIGHTS
+    assert not stand_in.leaks
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"kind": "status", "status": 429, "retry_after_s": 1},
+        {"kind": "status", "status": 503},
+        {"kind": "status", "status": 408},
+        {"kind": "drop"},
+        {"kind": "drop", "reset": True},
+    ],
+)
+@pytest.mark.parametrize("source", [FILE, "files/org/repo/sub/model.safetensors"])
+def test_metadata_is_asked_for_again(stand_in: StandIn, fault: dict[str, Any], source: HubFile | str) -> None:
+    stand_in.fault(**{"count": 2, **fault})
+    began = time.monotonic()
+    found = hub_of(stand_in).look_up(source if isinstance(source, HubFile) else Url(f"{stand_in.endpoint}/{source}"), NEVER)
+    assert found.size_bytes == len(WEIGHTS)
+    if fault.get("retry_after_s"):
+        assert time.monotonic() - began >= 2 * fault["retry_after_s"], "the server named a time and was not given it"
+
+
+def test_a_hub_that_stays_away_is_given_up(stand_in: StandIn) -> None:
+    stand_in.fault("status", status=502, count=None)
+    with pytest.raises(SourceUnreachable, match="status 502") as caught:
+        hub_of(stand_in, patience_s=0.5).look_up(FILE, NEVER)
+    assert caught.value.retryable
+
+
+def test_a_hanging_look_up_can_be_cancelled(stand_in: StandIn) -> None:
+    stand_in.fault("hang", count=None)
+    cancel = threading.Event()
+    canceller = cancel_when_stalled(stand_in, 1, cancel)
+    with pytest.raises(EnsureCancelled):
+        hub_of(stand_in).look_up(FILE, cancel)
+    canceller.join()
+
+
+# --- plain addresses ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("route", ["files", "redirect"])
+def test_a_plain_address_gives_size_and_etag(stand_in: StandIn, tmp_path: Path, route: str) -> None:
+    source = Url(f"{stand_in.endpoint}/{route}/org/repo/sub/model.safetensors")
+    found = hub_of(stand_in).look_up(source, NEVER)
+    assert (found.size_bytes, found.sha256) == (len(WEIGHTS), None)
+    assert found.etag
+    assert fetch_all(hub_of(stand_in), tmp_path, source) == WEIGHTS
+
+
+def test_civitais_token_is_a_header_to_civitai_and_to_nobody_else(stand_in: StandIn, tmp_path: Path) -> None:
+    network = Network((Credential(stand_in.endpoint, "CIVITAI_TOKEN", "civ"),))
+    source = Url(f"{stand_in.endpoint}/api/download/models/77")
+    assert fetch_all(Hub(stand_in.endpoint, network), tmp_path, source) == WEIGHTS
+    assert [request.had_auth for request in stand_in.requests if request.route == "civitai"] == [True]
+    assert not any(request.had_query_token for request in stand_in.requests)
+    assert not stand_in.leaks
+
+
+def test_without_its_token_civitai_is_named(stand_in: StandIn) -> None:
+    network = Network((Credential(stand_in.endpoint, "CIVITAI_TOKEN", None),))
+    with pytest.raises(TokenRefused, match="set CIVITAI_TOKEN"):
+        Hub(stand_in.endpoint, network).look_up(Url(f"{stand_in.endpoint}/api/download/models/77"), NEVER)
+
+
+@pytest.mark.parametrize(("path", "expected"), [("files/nothing", SourceRefused), ("api/download/models/1", SourceRefused)])
+def test_an_address_that_leads_nowhere_is_said_at_once(stand_in: StandIn, path: str, expected: type[Exception]) -> None:
+    with pytest.raises(expected, match=r"status 404.*correct the address"):
+        hub_of(stand_in, patience_s=0).look_up(Url(f"{stand_in.endpoint}/{path}?token=secret"), NEVER)
+
+
+class Scripted(http.server.BaseHTTPRequestHandler):
+    """Answers as the test says: path -> (status, headers, body)."""
+
+    answers: dict[str, tuple[int, dict[str, str], bytes]]
+    asked: list[tuple[str, dict[str, str]]]
+
+    def do_GET(self) -> None:
+        self.asked.append((self.path, dict(self.headers)))
+        status, headers, body = self.answers[self.path]
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Quiet."""
+
+
+@contextlib.contextmanager
+def scripted(
+    answers: dict[str, tuple[int, dict[str, str], bytes]], tls: ssl.SSLContext | None = None
+) -> Iterator[tuple[str, list[tuple[str, dict[str, str]]]]]:
+    asked: list[tuple[str, dict[str, str]]] = []
+    handler = type("Answers", (Scripted,), {"answers": answers, "asked": asked, "protocol_version": "HTTP/1.1"})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        server.daemon_threads = True
+        if tls:
+            server.socket = tls.wrap_socket(server.socket, server_side=True)
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        try:
+            yield f"{'https' if tls else 'http'}://localhost:{server.server_port}", asked
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def whole(body: bytes, **headers: str) -> tuple[int, dict[str, str], bytes]:
+    return 200, {"Content-Length": str(len(body)), "ETag": '"e"', **headers}, body
+
+
+def moved(to: str, status: int = 302) -> tuple[int, dict[str, str], bytes]:
+    return status, {"Location": to, "Content-Length": "0"}, b""
+
+
+def plain_hub(address: str, **network: Any) -> Hub:
+    return Hub(address, Network(**network), patience_s=0)
+
+
+def test_a_page_is_no_file() -> None:
+    with (
+        scripted({"/page": whole(b"<html>", **{"Content-Type": "text/html; charset=utf-8"})}) as (address, _),
+        pytest.raises(NotAFile, match="web page"),
+    ):
+        plain_hub(address).look_up(Url(f"{address}/page"), NEVER)
+
+
+def test_a_file_of_unknown_length_is_refused() -> None:
+    answer = (200, {"Transfer-Encoding": "chunked"}, b"2\r\nab\r\n0\r\n\r\n")
+    with scripted({"/chunked": answer}) as (address, _), pytest.raises(NotAFile, match="unknown length"):
+        plain_hub(address).look_up(Url(f"{address}/chunked"), NEVER)
+
+
+def test_a_login_page_asks_for_the_token() -> None:
+    answers = {"/api/download/models/1": moved("/login?returnUrl=x", 307)}
+    with scripted(answers) as (address, _), pytest.raises(TokenRefused, match="set CIVITAI_TOKEN"):
+        plain_hub(address, credentials=(Credential(address, "CIVITAI_TOKEN", None),)).look_up(
+            Url(f"{address}/api/download/models/1"), NEVER
+        )
+
+
+def test_redirects_end(tmp_path: Path) -> None:
+    with scripted({"/a": moved("/b"), "/b": moved("/a")}) as (address, asked):
+        with pytest.raises(NotAFile, match="circle"):
+            plain_hub(address).look_up(Url(f"{address}/a"), NEVER)
+        assert len(asked) == 10
+    assert tmp_path.exists()
+
+
+def test_a_token_does_not_travel_to_another_host_port_or_scheme() -> None:
+    with scripted({"/file": whole(b"abc")}) as (other, asked_other):
+        elsewhere = other.replace("localhost", "127.0.0.1")
+        with scripted({"/a": moved("/b"), "/b": moved(f"{elsewhere}/file", 307)}) as (address, asked):
+            network = {"credentials": (Credential(address, "X_TOKEN", "secret"),)}
+            assert plain_hub(address, **network).look_up(Url(f"{address}/a"), NEVER).size_bytes == 3
+            assert [headers.get("Authorization") for _, headers in asked] == ["Bearer secret", "Bearer secret"]
+        assert [headers.get("Authorization") for _, headers in asked_other] == [None]
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    now = dt.datetime.now(dt.UTC)
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - dt.timedelta(days=1))
+        .not_valid_after(now + dt.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    path = tmp_path_factory.mktemp("tls") / "pair.pem"
+    private = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    path.write_bytes(private + made.public_bytes(serialization.Encoding.PEM))
+    return path
+
+
+def test_https_works_and_an_unknown_certificate_does_not(certificate: Path, tmp_path: Path) -> None:
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server.load_cert_chain(certificate)
+    body = random.Random(3).randbytes(200_000)
+    with scripted({"/file": whole(body)}, server) as (address, _):
+        trusting = plain_hub(address, tls=ssl.create_default_context(cafile=str(certificate)))
+        assert fetch_all(trusting, tmp_path, Url(f"{address}/file")) == body
+        with pytest.raises(SourceUnreachable, match="CERTIFICATE_VERIFY_FAILED"):
+            plain_hub(address).look_up(Url(f"{address}/file"), NEVER)
+
+
+def test_a_redirect_away_from_https_is_not_followed(certificate: Path) -> None:
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server.load_cert_chain(certificate)
+    with (
+        scripted({"/file": whole(b"abc")}) as (insecure, asked),
+        scripted({"/a": moved(f"{insecure}/file")}, server) as (address, _),
+    ):
+        hub = plain_hub(address, tls=ssl.create_default_context(cafile=str(certificate)))
+        with pytest.raises(NotAFile, match="away from https"):
+            hub.look_up(Url(f"{address}/a"), NEVER)
+        assert not asked
+
+
+def test_a_proxy_is_used_but_not_where_it_is_excepted() -> None:
+    with scripted({"http://files.example/file": whole(b"abc")}) as (proxy, asked):
+        network = {"proxies": {"http": proxy, "no": ".internal, localhost"}}
+        assert plain_hub(proxy, **network).look_up(Url("http://files.example/file"), NEVER).size_bytes == 3
+        assert [path for path, _ in asked] == ["http://files.example/file"]
+        with scripted({"/file": whole(b"abcd")}) as (direct, _):
+            assert plain_hub(proxy, **network).look_up(Url(f"{direct}/file"), NEVER).size_bytes == 4
+    assert Network(proxies={"https": "http://p:1", "no": "*"}).proxy("https://a.b/") is None
+
+
+def test_addresses_are_shown_without_their_secrets() -> None:
+    assert shown("https://user:pw@host/a/b?token=x#y") == "https://host/a/b"
+    assert origin("https://Host/x") == origin("https://host:443/y") != origin("http://host/x")
+
+
+def test_a_server_may_name_a_time_in_three_ways() -> None:
+    later = dt.datetime.now(dt.UTC) + dt.timedelta(seconds=30)
+    assert retry_after_s({"Retry-After": "7"}) == 7
+    assert 25 < (retry_after_s({"Retry-After": format_datetime(later, usegmt=True)}) or 0) <= 30
+    assert retry_after_s({"RateLimit": '"api";r=0;t=55'}) == 55
+    assert retry_after_s({"RateLimit": '"api";r=3;t=55'}) is None
+    assert retry_after_s({"Retry-After": "soon"}) is None
+
+
+# --- when to give up ----------------------------------------------------------------------------
+
+
+class Clock:
+    """A time that the test moves."""
+
+    now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def test_waiting_grows_with_failures_and_starts_anew_with_a_byte() -> None:
+    backoff = Backoff("x", 1e6, clock=Clock())
+    waits = [backoff.failed("r") for _ in range(12)]
+    assert waits[0] <= 0.25
+    assert 10 <= waits[-1] <= 20
+    backoff.progressed()
+    assert backoff.failed("r") <= 0.25
+
+
+def test_threads_that_fail_together_wait_like_one() -> None:
+    backoff = Backoff("x", 1e6, width=8, clock=Clock())
+    assert max(backoff.failed("r") for _ in range(8)) <= 0.25
+    assert backoff.failed("r") > 0.2
+
+
+def test_a_download_that_moves_never_runs_out_of_attempts() -> None:
+    clock = Clock()
+    backoff = Backoff("x", 10, clock=clock)
+    for _ in range(1000):
+        clock.now_s += 9
+        backoff.failed("r")
+        backoff.progressed()
+    clock.now_s += 10
+    with pytest.raises(SourceUnreachable, match="10 s"):
+        backoff.failed("r")
+
+
+def test_a_named_time_is_given_but_not_for_ever() -> None:
+    clock = Clock()
+    backoff = Backoff("x", 10, clock=clock)
+    assert backoff.failed("r", 60) == 60
+    for _ in range(100):
+        clock.now_s += 60
+        if clock.now_s >= 900:
+            break
+        assert backoff.failed("r", 60) <= 60
+    with pytest.raises(SourceUnreachable):
+        backoff.failed("r", 60)
+
+
+# --- the body -----------------------------------------------------------------------------------
+
+
+def test_the_body_comes_in_ranges_over_several_connections(stand_in: StandIn, tmp_path: Path) -> None:
+    assert fetch_all(hub_of(stand_in), tmp_path) == WEIGHTS
+    asked = [request for request in stand_in.requests if request.origin == "cdn"]
+    assert 1 < len({request.connection for request in asked}) <= 3
+    assert all(request.status == 206 for request in asked)
+    assert stand_in.bytes_sent() == len(WEIGHTS), "no byte twice"
+
+
+FAULTS: list[dict[str, Any]] = [
+    {"kind": "status", "status": 429, "retry_after_s": 1, "count": 2},
+    {"kind": "status", "status": 503, "count": 5},
+    {"kind": "status", "status": 500},
+    {"kind": "drop", "count": 3},
+    {"kind": "drop", "reset": True, "count": 3},
+    {"kind": "cut", "after_bytes": 100_000, "count": 6},
+    {"kind": "cut", "after_bytes": 100_000, "count": 3, "reset": True},
+    {"kind": "cut", "after_bytes": 0, "count": 2},
+    {"kind": "short", "missing_bytes": 1, "count": 4},
+    {"kind": "truncate", "missing_bytes": 1000, "count": 1},
+    {"kind": "stall", "after_bytes": 50_000, "count": 2},
+    {"kind": "hang", "count": 1},
+    {"kind": "expired", "count": 1},
+    {"kind": "ignore_range", "count": 1},
+    {"kind": "slow", "bytes_per_s": 8 * MIB, "count": None},
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: "-".join(str(value) for value in fault.values()))
+@pytest.mark.parametrize("has_hash", [True, False], ids=["hub", "plain"])
+def test_what_goes_wrong_with_the_body_is_recovered(
+    stand_in: StandIn, tmp_path: Path, fault: dict[str, Any], *, has_hash: bool
+) -> None:
+    source = FILE if has_hash else Url(f"{stand_in.endpoint}/redirect/org/repo/sub/model.safetensors")
+    hub = hub_of(stand_in, read_timeout_s=0.4)
+    remote = hub.look_up(source, NEVER)
+    stand_in.clear_log()
+    stand_in.fault(**{"route": "cdn", **fault})
+    partial, work = fetch(hub, remote, tmp_path)
+    assert partial.path.read_bytes() == WEIGHTS
+    assert work.fetched_bytes == len(WEIGHTS), "bytes that came once were fetched again"
+    assert any(request.faults for request in stand_in.requests), "the fault never struck"
+    assert not stand_in.leaks
+
+
+def test_all_addresses_expire_in_the_middle_and_are_renewed_once(stand_in: StandIn, tmp_path: Path) -> None:
+    hub = hub_of(stand_in)
+    remote = hub.look_up(FILE, NEVER)
+    stand_in.clear_log()
+    stand_in.expire_urls()
+    partial, _ = fetch(hub, remote, tmp_path)
+    assert partial.path.read_bytes() == WEIGHTS
+    renewals = [request for request in stand_in.requests if request.route == "resolve"]
+    assert len(renewals) == 1
+    assert f"/resolve/{remote.commit}/" in renewals[0].path, "what is fetched is what was looked up, whatever main is now"
+
+
+def test_a_branch_that_moves_on_changes_nothing(stand_in: StandIn, tmp_path: Path) -> None:
+    hub = hub_of(stand_in)
+    remote = hub.look_up(FILE, NEVER)
+    stand_in.commit("org/repo", {"sub/model.safetensors": NEWER})
+    stand_in.expire_urls()
+    partial, _ = fetch(hub, remote, tmp_path)
+    assert partial.path.read_bytes() == WEIGHTS
+
+
+def test_a_plain_file_that_changes_is_noticed(stand_in: StandIn, root: Path, tmp_path: Path) -> None:
+    source = Url(f"{stand_in.endpoint}/files/org/repo/sub/model.safetensors")
+    hub = hub_of(stand_in)
+    remote = hub.look_up(source, NEVER)
+    (root / "org/repo/sub/model.safetensors").write_bytes(NEWER)
+    with pytest.raises(SourceChanged):
+        fetch(hub, remote, tmp_path)
+
+
+@pytest.mark.parametrize("delta", [-1000, 1000])
+def test_a_length_that_is_a_lie_is_refused(stand_in: StandIn, tmp_path: Path, delta: int) -> None:
+    stand_in.fault("size", value=len(WEIGHTS) + delta, count=None)
+    hub = hub_of(stand_in)
+    with pytest.raises(ContentMismatch, match="size") as caught:
+        fetch(hub, hub.look_up(FILE, NEVER), tmp_path)
+    assert caught.value.actual == str(len(WEIGHTS))
+
+
+def test_addresses_that_are_always_refused_are_believed_in_the_end(stand_in: StandIn, tmp_path: Path) -> None:
+    stand_in.fault("expired", count=None, route="cdn")
+    hub = hub_of(stand_in)
+    with pytest.raises(SourceRefused, match="status 403"):
+        fetch(hub, hub.look_up(FILE, NEVER), tmp_path)
+
+
+@pytest.mark.parametrize("more", [{}, {"kind": "cut", "after_bytes": 2 * MIB, "count": 1}])
+def test_a_server_without_ranges_gives_the_whole_file(stand_in: StandIn, tmp_path: Path, more: dict[str, Any]) -> None:
+    stand_in.fault("ignore_range", count=None)
+    hub = hub_of(stand_in)
+    remote = hub.look_up(FILE, NEVER)
+    if more:
+        stand_in.fault(**more, skip=6)
+    partial, work = fetch(hub, remote, tmp_path)
+    assert partial.path.read_bytes() == WEIGHTS
+    assert work.fetched_bytes <= 2 * len(WEIGHTS)
+
+
+def test_a_plain_source_that_says_so_first_is_fetched_whole_at_once(stand_in: StandIn, tmp_path: Path) -> None:
+    stand_in.fault("ignore_range", count=None)
+    hub = hub_of(stand_in)
+    remote = hub.look_up(Url(f"{stand_in.endpoint}/files/org/repo/sub/model.safetensors"), NEVER)
+    assert not remote.has_ranges
+    stand_in.clear_log()
+    partial, _ = fetch(hub, remote, tmp_path)
+    assert partial.path.read_bytes() == WEIGHTS
+    assert len(stand_in.requests) == 1
+
+
+def test_no_byte_for_too_long_ends_it_and_keeps_what_came(stand_in: StandIn, tmp_path: Path) -> None:
+    hub = hub_of(stand_in, read_timeout_s=0.2)
+    remote = hub.look_up(FILE, NEVER)
+    stand_in.fault("stall", after_bytes=300_000, count=None, route="cdn")
+    with pytest.raises(SourceUnreachable) as caught:
+        fetch(
+            hub,
+            remote,
+            tmp_path,
+            Tuning(connections=1, request_bytes=4 * MIB, smallest_bytes=4 * MIB, buffer_bytes=1000, patience_s=-1),
+        )
+    assert caught.value.retryable
+    assert Partial.claim(tmp_path, len(WEIGHTS)).done_bytes >= 290_000
+
+
+def test_a_cancelled_fetch_ends_at_once_and_is_continued(stand_in: StandIn, tmp_path: Path) -> None:
+    hub = hub_of(stand_in, read_timeout_s=60)
+    remote = hub.look_up(FILE, NEVER)
+    stand_in.fault("stall", after_bytes=200_000, count=3, route="cdn")
+    cancel = threading.Event()
+    canceller = cancel_when_stalled(stand_in, 3, cancel)
+    with pytest.raises(EnsureCancelled):
+        fetch(hub, remote, tmp_path, cancel=cancel)
+    canceller.join()
+    stand_in.release()
+    stand_in.wait_idle()
+    partial, work = fetch(hub, remote, tmp_path)
+    assert partial.path.read_bytes() == WEIGHTS
+    assert work.fetched_bytes < len(WEIGHTS)
+
+
+def test_a_partial_that_was_taken_ends_the_fetch(stand_in: StandIn, tmp_path: Path) -> None:
+    hub = hub_of(stand_in)
+    remote = hub.look_up(FILE, NEVER)
+    partial = Partial.claim(tmp_path, remote.size_bytes)
+    partial.path.rename(tmp_path / "heir.part")
+    with pytest.raises(Taken):
+        Fetch(hub, remote, partial, SMALL, NEVER).run()
+
+
+def test_nothing_missing_asks_nothing(stand_in: StandIn, tmp_path: Path) -> None:
+    hub = hub_of(stand_in)
+    remote = hub.look_up(FILE, NEVER)
+    partial, _ = fetch(hub, remote, tmp_path)
+    stand_in.clear_log()
+    _, work = fetch(hub, remote, tmp_path)
+    assert (work.fetched_bytes, stand_in.requests) == (0, [])
+    assert not partial.is_ours()
+
+
+def test_memory_and_disk_errors_are_not_taken_for_the_networks(stand_in: StandIn, tmp_path: Path) -> None:
+    hub = hub_of(stand_in)
+    remote = hub.look_up(FILE, NEVER)
+    failures: list[Callable[..., Any]] = [mock.Mock(side_effect=MemoryError)]
+    with mock.patch("os.pwrite", failures[0]), pytest.raises(MemoryError):
+        fetch(hub, remote, tmp_path)

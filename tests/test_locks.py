@@ -1,0 +1,270 @@
+"""One downloader in the fleet: overlap is impossible while the lock works, and nobody waits for ever when it does not."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+import pytest
+
+from worker.errors import EnsureCancelled
+from worker.models.layout import Layout
+from worker.models.locks import Holder, Locks, Timing
+from worker.models.progress import Meter, Progress, size_text
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from devkit.moosefs import MooseFS
+
+PROJECT = Path(__file__).resolve().parents[1]
+# A second stands for the default's ten.
+QUICK = Timing(
+    heartbeat_s=0.3,
+    stale_s=1.5,
+    poll_s=0.05,
+    attempt_s=0.1,
+    patience_s=60,
+    lone_patience_s=0.3,
+    report_every_s=0,
+    trouble_s=0.5,
+)
+KEY = "content"
+
+# Each contender takes the lock, proves that it is alone, and says so. Two independent detectors of an overlap: a folder that
+# only one can make, and a file that only one may write between two reads of it.
+CONTENDER = """
+import json, os, sys, threading
+from pathlib import Path
+from worker.models.layout import Layout
+from worker.models.locks import Locks, Timing
+
+root, name, rounds, timing = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4])
+locks = Locks(Layout(root), name, Timing(**timing))
+alone, record = root / "alone", root / "record"
+print("ready", flush=True)
+sys.stdin.readline()
+for _ in range(rounds):
+    with locks.hold("content", published=lambda: False, cancel=threading.Event()) as hold:
+        assert hold.state == "held", hold.state
+        alone.mkdir()
+        record.write_text(name)
+        fd = os.open(record, os.O_RDONLY)
+        os.fsync(fd)
+        os.close(fd)
+        assert record.read_text() == name
+        alone.rmdir()
+        print("entered", flush=True)
+        if sys.argv[5:] == ["stay"]:
+            sys.stdin.readline()
+print("done", flush=True)
+"""
+
+
+def timing_json(timing: Timing) -> str:
+    return json.dumps({name: getattr(timing, name) for name in Timing.__dataclass_fields__})
+
+
+@contextlib.contextmanager
+def contender(root: Path, name: str, rounds: int = 1, *more: str) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-c", CONTENDER, str(root), name, str(rounds), timing_json(QUICK), *more]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=PROJECT) as process:
+        assert said(process) == "ready"
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def said(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+def tell(process: subprocess.Popen[str]) -> None:
+    assert process.stdin is not None
+    process.stdin.write("go\n")
+    process.stdin.flush()
+
+
+def hold_now(root: Path, **options: Any) -> str:
+    with Locks(Layout(root), "me", options.pop("timing", QUICK)).hold(
+        KEY, published=options.pop("published", lambda: False), cancel=options.pop("cancel", threading.Event()), **options
+    ) as hold:
+        return hold.state
+
+
+@pytest.fixture(params=["ext4", "moosefs"])
+def roots(request: pytest.FixtureRequest, tmp_path: Path) -> list[Path]:
+    """Two ways to the same folder: the same path twice, or two hosts' mounts of one volume."""
+    if request.param == "ext4":
+        return [tmp_path, tmp_path]
+    volume: MooseFS = request.getfixturevalue("moosefs")
+    name = request.node.name.replace("[", "-").strip("]")
+    (volume.mounts[0] / name).mkdir()
+    return [mount / name for mount in volume.mounts[:2]]
+
+
+def test_no_two_processes_are_ever_inside(roots: list[Path]) -> None:
+    with contextlib.ExitStack() as stack:
+        processes = [stack.enter_context(contender(roots[n % 2], f"worker{n}", 4)) for n in range(4)]
+        for process in processes:
+            tell(process)
+        for process in processes:
+            assert [said(process) for _ in range(5)] == ["entered"] * 4 + ["done"]
+
+
+def test_a_killed_holder_is_succeeded(roots: list[Path]) -> None:
+    with contender(roots[0], "victim", 1, "stay") as victim:
+        tell(victim)
+        assert said(victim) == "entered"
+        os.kill(victim.pid, signal.SIGKILL)
+        victim.wait(30)
+        assert hold_now(roots[1]) == "held"
+
+
+def test_a_living_holder_is_not(roots: list[Path]) -> None:
+    with contender(roots[0], "holder", 1, "stay") as holder:
+        tell(holder)
+        assert said(holder) == "entered"
+        waits: list[Progress] = []
+        entered: list[str] = []
+        other = threading.Thread(target=lambda: entered.append(hold_now(roots[1], on_wait=waits.append)))
+        other.start()
+        other.join(2 * QUICK.stale_s)
+        assert not entered
+        assert waits
+        tell(holder)
+        assert said(holder) == "done"
+        other.join(30)
+        assert entered == ["held"]
+
+
+def test_who_waits_sees_it_published(tmp_path: Path) -> None:
+    with contender(tmp_path, "holder", 1, "stay") as holder:
+        tell(holder)
+        assert said(holder) == "entered"
+        answers = iter([False, False, True])
+        assert hold_now(tmp_path, published=lambda: next(answers)) == "published"
+
+
+def test_who_waits_sees_who_downloads_and_how_far_they_are(tmp_path: Path) -> None:
+    seen: list[Progress] = []
+    mine, theirs = Locks(Layout(tmp_path), "pod-1", QUICK), Locks(Layout(tmp_path), "pod-2", QUICK)
+    with mine.hold(KEY, published=lambda: False, cancel=threading.Event()) as hold:
+        hold.report(Progress("downloading", 3_100_000_000, 11_900_000_000, 240_000_000))
+        with theirs.hold(KEY, published=lambda: len(seen) > 1, cancel=threading.Event(), on_wait=seen.append) as other:
+            assert other.state == "published"
+    assert str(seen[-1]) == "worker pod-1: 3.1 of 11.9 GB, 240.0 MB/s"
+
+
+def test_a_report_is_written_at_most_as_often_as_agreed(tmp_path: Path) -> None:
+    locks = Locks(Layout(tmp_path), "pod-1", Timing(report_every_s=60))
+    with locks.hold(KEY, published=lambda: False, cancel=threading.Event()) as hold:
+        for done in range(100):
+            hold.report(Progress("downloading", done, 100))
+    assert locks.holder(KEY) == Holder("pod-1", "downloading", 0, 100, 0.0, 1)
+
+
+@pytest.mark.parametrize("content", [b"", b"[1]", b'{"by": "x"}', b"\xff\xfe", b'{"other": 1}'])
+def test_a_report_that_cannot_be_read_is_nobody(tmp_path: Path, content: bytes) -> None:
+    layout = Layout(tmp_path)
+    layout.locks.mkdir(parents=True)
+    layout.lock_progress(KEY).write_bytes(content)
+    assert Locks(layout, "me").holder(KEY) is None
+
+
+def test_a_cancelled_wait_ends(tmp_path: Path) -> None:
+    cancel = threading.Event()
+    with contender(tmp_path, "holder", 1, "stay") as holder:
+        tell(holder)
+        assert said(holder) == "entered"
+        with pytest.raises(EnsureCancelled):
+            hold_now(tmp_path, cancel=cancel, on_wait=lambda _: cancel.set())
+
+
+def test_a_holder_without_progress_is_not_waited_for_for_ever(tmp_path: Path) -> None:
+    with contender(tmp_path, "stuck", 1, "stay") as stuck:
+        tell(stuck)
+        assert said(stuck) == "entered"
+        impatient = Timing(**{**json.loads(timing_json(QUICK)), "patience_s": 0.5})
+        assert hold_now(tmp_path, timing=impatient) == "unlocked"
+
+
+def test_a_holder_that_moves_is_waited_for_beyond_any_patience(tmp_path: Path) -> None:
+    impatient = Timing(**{**json.loads(timing_json(QUICK)), "patience_s": 0.5})
+    began = time.monotonic()
+    locks = Locks(Layout(tmp_path), "mover", QUICK)
+    with locks.hold(KEY, published=lambda: False, cancel=threading.Event()) as hold:
+        done = iter(range(1_000_000))
+
+        def moves_until_published() -> bool:
+            hold.report(Progress("downloading", next(done), 1_000_000))
+            return time.monotonic() - began > 2.5
+
+        assert hold_now(tmp_path, timing=impatient, published=moves_until_published) == "published"
+
+
+def test_locks_removed_under_a_holder_let_another_in_and_hurt_nobody(
+    roots: list[Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    mine = Locks(Layout(roots[0]), "mine", QUICK)
+    with mine.hold(KEY, published=lambda: False, cancel=threading.Event()) as hold:
+        shutil.rmtree(Layout(roots[0]).locks)
+        assert hold_now(roots[1]) == "held"
+        hold.report(Progress("downloading", 1, 2))
+        until = time.monotonic() + 30
+        while "lost the lock" not in caplog.text:
+            assert time.monotonic() < until, "the holder was never told"
+            threading.Event().wait(0.05)
+
+
+def test_a_file_system_without_hard_links_costs_a_moment_and_no_more(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with mock.patch("os.link", side_effect=OSError(errno.EPERM, "Operation not permitted")):
+        assert hold_now(tmp_path) == "unlocked"
+    assert "no locks on this file system" in caplog.text
+
+
+def test_a_volume_that_cannot_be_written_is_not_waited_for(tmp_path: Path) -> None:
+    never = Timing(**{**json.loads(timing_json(QUICK)), "patience_s": 1e9, "lone_patience_s": 1e9})
+    with mock.patch("os.open", side_effect=OSError(errno.EROFS, "Read-only file system")):
+        assert hold_now(tmp_path, timing=never) == "unlocked"
+
+
+def test_trouble_that_passes_is_waited_out(tmp_path: Path) -> None:
+    real, failures = os.link, iter([OSError(errno.EIO, "Input/output error")] * 2)
+
+    def link(*args: Any, **options: Any) -> None:
+        if failure := next(failures, None):
+            raise failure
+        real(*args, **options)
+
+    with mock.patch("os.link", link):
+        assert hold_now(tmp_path) == "held"
+
+
+def test_progress_reads_as_a_person_would_say_it() -> None:
+    assert str(Progress("downloading", 1_500, 2_500_000, 0)) == "0.0 of 2.5 MB"
+    assert str(Progress("checking", 5, 10)) == "5 of 10 B, checking"
+    assert str(Progress("waiting")) == "waiting"
+    assert [size_text(size) for size in (0, 999, 1000, 11_900_000_000)] == ["0 B", "999 B", "1.0 KB", "11.9 GB"]
+
+
+def test_a_rate_is_smooth_and_never_negative() -> None:
+    meter = Meter(0.0)
+    assert meter.rate(1.0, 100) == 100
+    assert 100 < meter.rate(2.0, 400) < 300
+    assert meter.rate(2.0, 400) == meter.rate(2.0, 999)
+    meter.rate(100.0, 0)
+    assert meter.rate(200.0, 0) == 0

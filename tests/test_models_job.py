@@ -1,0 +1,203 @@
+"""A job whose models are not there yet: fetched from a hub (a stand-in), once, shown, and run on the real engine."""
+
+from __future__ import annotations
+
+import base64
+import os
+import shutil
+import threading
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from devkit.engine.models import make_volume
+from devkit.hub import hub_process
+from devkit.local_worker import LocalWorker
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from devkit.engine.build import Engine
+    from devkit.hub import RemoteHub
+
+    Load = Callable[[str], dict[str, Any]]
+
+REPO = "org/tiny"
+PRIVATE = "org/private"
+
+
+@pytest.fixture(scope="module")
+def hub(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RemoteHub]:
+    """A hub with the tiny weights in a public and in a private repository."""
+    folder = tmp_path_factory.mktemp("hub")
+    weights = make_volume(engine, folder / "weights") / "models"
+    for repo in (REPO, PRIVATE):
+        shutil.copytree(weights, folder / "root" / repo, copy_function=os.link)
+    with hub_process(folder / "root", "--private", PRIVATE, "--token", f"hf_opensesame={PRIVATE}") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def empty_worker(engine: Engine, hub: RemoteHub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalWorker]:
+    """A worker on a volume that holds nothing but an operator's manifest, which fetches on demand."""
+    folder = tmp_path_factory.mktemp("empty")
+    (folder / "volume").mkdir()
+    (folder / "volume" / "models.toml").write_text(
+        f'[[model]]\nsource = "hf://{REPO}/diffusion_models/tiny_sd3.safetensors"\nfolder = "diffusion_models"\n\n'
+        f'[[model]]\nsource = "hf://{REPO}/text_encoders/tiny_clip_l.pt"\nfolder = "text_encoders"\n\n'
+        f'[[model]]\nsource = "hf://{REPO}/vae/tiny_taesd3_vae.safetensors"\nfolder = "vae"\n'
+    )
+    environ = {"HF_ENDPOINT": hub.endpoint, "MODEL_LOADING": "on_demand"}
+    with LocalWorker(engine, folder, folder / "volume", environ) as local:
+        local.wait_ready()
+        yield local
+
+
+def picture(answer: dict[str, Any]) -> bytes:
+    assert answer["status"] == "COMPLETED", answer
+    return base64.b64decode(answer["output"]["images"][0]["data"])
+
+
+def changed(graph: dict[str, Any], class_type: str, **inputs: Any) -> dict[str, Any]:
+    next(node for node in graph.values() if node["class_type"] == class_type)["inputs"].update(inputs)
+    return graph
+
+
+def test_jobs_on_an_empty_volume_fetch_their_models_once_and_give_the_same_picture(
+    empty_worker: LocalWorker, worker: LocalWorker, hub: RemoteHub, workflow: Load
+) -> None:
+    hub.clear_log()
+    answers: list[dict[str, Any]] = []
+
+    def send() -> None:
+        answers.append(empty_worker.runsync({"workflow": workflow("text_to_image")}))
+
+    jobs = [threading.Thread(target=send) for _ in range(3)]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join()
+    expected = picture(worker.runsync({"workflow": workflow("text_to_image")}))
+    assert [picture(answer) for answer in answers] == [expected] * 3
+    root = empty_worker.folder / "volume"
+    for name in ("diffusion_models/tiny_sd3.safetensors", "text_encoders/tiny_clip_l.pt", "vae/tiny_taesd3_vae.safetensors"):
+        size = (root / "models" / name).stat().st_size
+        assert hub.bytes_sent(f"*{name}") in range(size, size + 2), "the body once, and at most a first byte to look"
+        assert (root / ".worker" / "seals" / f"{name}.json").is_file()
+
+
+def test_a_request_names_where_its_model_is_from(empty_worker: LocalWorker, workflow: Load) -> None:
+    graph = changed(workflow("text_to_image"), "VAELoader", vae_name="mine/of_the_request.safetensors")
+    entry = {
+        "folder": "vae",
+        "name": "mine/of_the_request.safetensors",
+        "source": f"hf://{REPO}/vae/tiny_taesd3_vae.safetensors",
+    }
+    assert picture(empty_worker.runsync({"workflow": graph, "models": [entry]}))
+
+
+def test_the_editors_own_metadata_names_where_a_model_is_from(empty_worker: LocalWorker, workflow: Load) -> None:
+    graph = changed(workflow("text_to_image"), "VAELoader", vae_name="drawn.safetensors")
+    address = f"https://huggingface.co/{REPO}/blob/main/vae/tiny_taesd3_vae.safetensors?download=true"
+    node = {
+        "id": 1,
+        "type": "VAELoader",
+        "mode": 0,
+        "widgets_values": ["drawn.safetensors"],
+        "properties": {"models": [{"name": "drawn.safetensors", "url": address, "directory": "vae"}]},
+    }
+    answer = empty_worker.runsync({"workflow": graph, "extra_pnginfo": {"workflow": {"nodes": [node], "links": []}}})
+    assert b"drawn.safetensors" in picture(answer), "the editor's workflow is embedded in the picture"
+
+
+@pytest.mark.parametrize(
+    ("entry", "parts"),
+    [
+        ({"folder": "vae", "name": "x.safetensors", "source": "https://evil.example/x.safetensors"}, ["evil.example"]),
+        ({"folder": "vae", "name": "x.ckpt", "source": f"hf://{REPO}/x.ckpt"}, [".ckpt"]),
+        ({"folder": "vae", "name": "../x.safetensors", "source": f"hf://{REPO}/x.safetensors"}, ["../x.safetensors"]),
+        ({"folder": "vae", "name": "x.safetensors", "source": "hf://nonsense"}, ["hf://org/repo/path"]),
+        ({"folder": "vae", "name": "x.safetensors", "source": f"hf://{REPO}/nope.safetensors"}, [REPO, "nope.safetensors"]),
+        ({"folder": "vae", "name": "x.safetensors", "source": "hf://org/absent/x.safetensors"}, ["org/absent", "HF_TOKEN"]),
+        (
+            {"folder": "vae", "name": "x.safetensors", "source": f"hf://{PRIVATE}/vae/tiny_taesd3_vae.safetensors"},
+            [PRIVATE, "HF_TOKEN"],
+        ),
+        ({"folder": "vae", "name": "x.safetensors", "source": f"hf://{REPO}/vae/tiny_taesd3_vae.safetensors@v9"}, [REPO, "v9"]),
+    ],
+)
+def test_what_cannot_be_fetched_is_one_sentence_and_leaves_nothing_behind(
+    entry: dict[str, str], parts: list[str], empty_worker: LocalWorker, workflow: Load
+) -> None:
+    graph = changed(workflow("text_to_image"), "VAELoader", vae_name="x.safetensors")
+    answer = empty_worker.runsync({"workflow": graph, "models": [entry]})
+    assert answer["status"] == "FAILED"
+    for part in parts:
+        assert part in answer["error"]
+    assert "Traceback" not in answer["error"]
+    assert not list((empty_worker.folder / "volume").rglob("x.*"))
+
+
+def test_a_job_with_an_unknown_model_fetches_nothing_for_it(empty_worker: LocalWorker, hub: RemoteHub, workflow: Load) -> None:
+    graph = changed(workflow("text_to_image"), "VAELoader", vae_name="nobody_knows.safetensors")
+    graph = changed(graph, "UNETLoader", unet_name="not_yet.safetensors")
+    entry = {
+        "folder": "diffusion_models",
+        "name": "not_yet.safetensors",
+        "source": f"hf://{REPO}/diffusion_models/tiny_sd3.safetensors",
+    }
+    hub.clear_log()
+    error = empty_worker.runsync({"workflow": graph, "models": [entry]})["error"]
+    assert "'nobody_knows.safetensors' in models/vae" in error
+    assert hub.bytes_sent("*") == 0
+
+
+def test_an_embedding_that_nobody_knows_is_left_to_comfyui_which_runs_without_it(
+    empty_worker: LocalWorker, workflow: Load
+) -> None:
+    graph = changed(workflow("text_to_image"), "CLIPTextEncode", text="a cat, embedding:no_such_thing")
+    assert picture(empty_worker.runsync({"workflow": graph}))
+
+
+def test_a_private_repository_opens_with_the_token_and_the_whole_manifest_is_there_before_the_first_job(
+    engine: Engine, hub: RemoteHub, tmp_path: Path, workflow: Load
+) -> None:
+    environ = {
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_TOKEN": "hf_opensesame",
+        "MODEL_LOADING": "eager",
+        "MODELS": "\n".join(
+            f"{name.split('/')[0]}=hf://{PRIVATE}/{name}"
+            for name in (
+                "diffusion_models/tiny_sd3.safetensors",
+                "text_encoders/tiny_clip_l.pt",
+                "vae/tiny_taesd3_vae.safetensors",
+            )
+        ),
+    }
+    (tmp_path / "volume").mkdir()
+    with LocalWorker(engine, tmp_path, tmp_path / "volume", environ) as local:
+        local.wait_ready()
+        assert (tmp_path / "volume" / "models" / "vae" / "tiny_taesd3_vae.safetensors").is_file()
+        assert picture(local.runsync({"workflow": workflow("text_to_image")}))
+        assert "hf_opensesame" not in local.log()
+    assert not hub.leaks
+
+
+def test_without_a_volume_the_containers_disk_serves_and_the_log_says_so(
+    engine: Engine, hub: RemoteHub, tmp_path: Path, workflow: Load
+) -> None:
+    models = (
+        f"{name.split('/')[0]}=hf://{REPO}/{name}"
+        for name in ("diffusion_models/tiny_sd3.safetensors", "vae/tiny_taesd3_vae.safetensors")
+    )
+    environ = {
+        "HF_ENDPOINT": hub.endpoint,
+        "MODELS": " ".join([*models, f"text_encoders=hf://{REPO}/text_encoders/tiny_clip_l.pt"]),
+    }
+    with LocalWorker(engine, tmp_path, tmp_path / "no-volume", environ) as local:
+        local.wait_ready()
+        assert picture(local.runsync({"workflow": workflow("text_to_image")}))
+        assert "are gone with it" in local.log()
+    assert not (tmp_path / "no-volume").exists()

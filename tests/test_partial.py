@@ -1,0 +1,389 @@
+"""A file under way: what the journal says is there is there, whoever goes on with it, and nobody writes into another's file."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import itertools
+import json
+import os
+import random
+import subprocess
+import sys
+import threading
+from typing import TYPE_CHECKING
+from unittest import mock
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from worker.errors import FileIncomplete, VolumeFailed, VolumeFull, VolumeReadOnly
+from worker.models import disk
+from worker.models.partial import DiskFailed, Partial, Ranges, Taken, sweep
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+SIZE = 10_000
+CONTENT = random.Random(1).randbytes(SIZE)
+
+spans = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60)).map(lambda pair: (min(pair), max(pair))), max_size=30)
+
+
+def journals(folder: Path) -> dict[str, list[list[int]]]:
+    return {path.stem: json.loads(path.read_bytes())["ranges"] for path in folder.glob("*.journal")}
+
+
+def put(partial: Partial, start: int, end: int) -> None:
+    partial.write(start, memoryview(CONTENT)[start:end])
+
+
+def put_all(partial: Partial) -> None:
+    for start in range(0, SIZE, 100):
+        put(partial, start, start + 100)
+
+
+# --- ranges -------------------------------------------------------------------------------------
+
+
+@given(spans)
+def test_ranges_hold_what_was_added_and_nothing_else(added: list[tuple[int, int]]) -> None:
+    ranges = Ranges(added)
+    there = {byte for start, end in added for byte in range(start, end)}
+    assert ranges.total == len(there)
+    assert ranges.first_gap == next(byte for byte in range(62) if byte not in there)
+    assert {byte for start, end in ranges.gaps(60) for byte in range(start, end)} == set(range(60)) - there
+    kept = ranges.as_list()
+    assert all(one[1] < two[0] for one, two in itertools.pairwise(kept)), "disjoint, in order, touching ones joined"
+
+
+# --- the journal --------------------------------------------------------------------------------
+
+
+def test_a_partial_that_was_let_go_is_continued_from_its_journal(tmp_path: Path) -> None:
+    first = Partial.claim(tmp_path, SIZE)
+    first.keep_journal(SIZE)
+    put(first, 0, 3000)
+    put(first, 5000, 6000)
+    first.close()
+
+    second = Partial.claim(tmp_path, SIZE)
+    assert second.gaps() == [(3000, 5000), (6000, SIZE)]
+    for start, end in second.gaps():
+        put(second, start, end)
+    second.settle()
+    assert second.follow(lambda: False) == hashlib.sha256(CONTENT).hexdigest()
+    second.close()
+    assert second.path.read_bytes() == CONTENT
+    assert list(tmp_path.glob("*.part")) == [second.path]
+
+
+def test_the_fullest_partial_is_continued(tmp_path: Path) -> None:
+    for end in (10, 500, 20):
+        partial = Partial.claim(tmp_path / str(end), SIZE)
+        partial.keep_journal(SIZE)
+        put(partial, 0, end)
+        partial.close()
+        for file in (tmp_path / str(end)).iterdir():
+            file.rename(tmp_path / file.name)
+    assert Partial.claim(tmp_path, SIZE).done_bytes == 500
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda journal: journal.write_bytes(b""),
+        lambda journal: journal.write_bytes(b'{"v": 1, "size": 10000, "ranges": [[0, 30'),
+        lambda journal: journal.write_bytes(b'{"v": 2, "size": 10000, "ranges": [[0, 3000]]}'),
+        lambda journal: journal.write_bytes(b'{"v": 1, "size": 9999, "ranges": [[0, 3000]]}'),
+        lambda journal: journal.write_bytes(b'{"v": 1, "size": 10000, "ranges": [[0, 30000]]}'),
+        lambda journal: journal.write_bytes(b'{"v": 1, "size": 10000, "ranges": [[-5, 30]]}'),
+        lambda journal: journal.write_bytes(b"[]"),
+        lambda journal: journal.with_suffix(".part").unlink(),
+        lambda journal: os.truncate(journal.with_suffix(".part"), 5),
+    ],
+)
+def test_a_journal_that_cannot_be_right_is_not_believed(tmp_path: Path, spoil: Callable[[Path], object]) -> None:
+    partial = Partial.claim(tmp_path, SIZE)
+    partial.keep_journal(SIZE)
+    put(partial, 0, 3000)
+    partial.close()
+    spoil(next(tmp_path.glob("*.journal")))
+    assert Partial.claim(tmp_path, SIZE).gaps() == [(0, SIZE)]
+
+
+def test_no_more_than_the_limit_is_ever_ahead_of_the_journal(tmp_path: Path) -> None:
+    """The disk's flush is held up: the writer has to stop, whatever the network would still give."""
+    flushing, go_on = threading.Event(), threading.Event()
+    real = os.fdatasync
+
+    def slow(fd: int) -> None:
+        flushing.set()
+        assert go_on.wait(30)
+        real(fd)
+
+    partial = Partial.claim(tmp_path, SIZE)
+    with mock.patch("os.fdatasync", slow):
+        partial.keep_journal(2000)
+        writer = threading.Thread(target=put_all, args=(partial,))
+        writer.start()
+        assert flushing.wait(30)
+        writer.join(0.5)
+        assert writer.is_alive(), "the writer went on although nothing was safe"
+        assert partial.done_bytes <= 2000 + 100
+        assert journals(tmp_path) == {partial.path.stem: []}, "journalled before it was safe"
+        go_on.set()
+        writer.join(30)
+        partial.settle()
+    assert journals(tmp_path) == {partial.path.stem: [[0, SIZE]]}
+
+
+def test_a_disk_that_fails_while_journalling_stops_the_writers(tmp_path: Path) -> None:
+    partial = Partial.claim(tmp_path, SIZE)
+    with mock.patch("os.fdatasync", side_effect=OSError(errno.EDQUOT, "Disk quota exceeded")):
+        partial.keep_journal(1000)
+        with pytest.raises(DiskFailed, match="quota") as caught:
+            put_all(partial)
+        assert caught.value.error.errno == errno.EDQUOT
+        with pytest.raises(OSError, match="quota"):
+            partial.settle()
+
+
+def test_a_write_that_fails_is_no_error_of_the_network(tmp_path: Path) -> None:
+    partial = Partial.claim(tmp_path, SIZE)
+    with mock.patch("os.pwrite", side_effect=OSError(errno.ENOSPC, "No space left on device")), pytest.raises(DiskFailed):
+        put(partial, 0, 10)
+
+
+def test_a_short_write_is_continued(tmp_path: Path) -> None:
+    partial = Partial.claim(tmp_path, SIZE)
+    real = os.pwrite
+    with mock.patch("os.pwrite", lambda fd, view, offset: real(fd, view[:7], offset)):
+        put(partial, 0, 100)
+    assert partial.path.read_bytes()[:100] == CONTENT[:100]
+
+
+# --- whose it is --------------------------------------------------------------------------------
+
+
+def test_whoever_claims_a_partial_stops_the_one_who_had_it(tmp_path: Path) -> None:
+    zombie = Partial.claim(tmp_path, SIZE)
+    zombie.keep_journal(SIZE)
+    put(zombie, 0, 3000)
+    zombie._save(zombie._fd)
+    heir = Partial.claim(tmp_path, SIZE)
+    assert heir.done_bytes == 3000
+    zombie._owned_until_s = 0
+    with pytest.raises(Taken):
+        put(zombie, 3000, 4000)
+    zombie.close()
+    zombie.discard()
+    assert heir.is_ours()
+    assert journals(tmp_path)[heir.path.stem] == [[0, 3000]]
+
+
+def test_a_late_journal_of_the_dead_is_not_believed(tmp_path: Path) -> None:
+    """A worker that was evicted while its disk was slow journals after its file was taken and thrown away."""
+    zombie = Partial.claim(tmp_path, SIZE)
+    put(zombie, 0, 1000)
+    zombie._save(zombie._fd)
+    put(zombie, 1000, 3000)
+    heir = Partial.claim(tmp_path, SIZE)
+    assert heir.done_bytes == 1000
+    heir.discard()
+    zombie._save(zombie._fd)
+    assert Partial.claim(tmp_path, SIZE).done_bytes == 0
+
+
+def test_two_who_claim_at_once_never_share_a_file(tmp_path: Path) -> None:
+    seed = Partial.claim(tmp_path, SIZE)
+    seed.keep_journal(SIZE)
+    put(seed, 0, 5000)
+    seed.close()
+    barrier, claimed = threading.Barrier(8), []
+
+    def claim() -> None:
+        barrier.wait()
+        claimed.append(Partial.claim(tmp_path, SIZE))
+
+    threads = [threading.Thread(target=claim) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    owned = [partial for partial in claimed if partial.is_ours()]
+    assert len({partial.path for partial in claimed}) == 8
+    assert [partial.done_bytes for partial in owned].count(5000) == 1, "one file, one owner"
+
+
+def test_without_a_lock_only_what_lies_idle_is_taken(tmp_path: Path) -> None:
+    living = Partial.claim(tmp_path, SIZE)
+    living.keep_journal(SIZE)
+    put(living, 0, 3000)
+    living._save(living._fd)
+    assert Partial.claim(tmp_path, SIZE, idle_s=60).done_bytes == 0
+    assert living.is_ours()
+    journal = living.path.with_suffix(".journal")
+    os.utime(journal, (journal.stat().st_atime, journal.stat().st_mtime - 61))
+    assert Partial.claim(tmp_path, SIZE, idle_s=60).done_bytes == 3000
+    assert not living.is_ours()
+
+
+def test_a_discarded_partial_is_unlinked_and_never_cut_short(tmp_path: Path) -> None:
+    partial = Partial.claim(tmp_path, SIZE)
+    put(partial, 0, SIZE)
+    published = tmp_path / "published"
+    os.link(partial.path, published)
+    partial.discard()
+    assert published.read_bytes() == CONTENT
+    assert list(tmp_path.iterdir()) == [published]
+
+
+def test_closing_waits_for_nobody_and_its_descriptor_is_not_reused_under_a_writer(tmp_path: Path) -> None:
+    writing, go_on = threading.Event(), threading.Event()
+    real = os.pwrite
+
+    def slow(fd: int, view: memoryview, offset: int) -> int:
+        writing.set()
+        assert go_on.wait(30)
+        return real(fd, view, offset)
+
+    partial = Partial.claim(tmp_path, SIZE)
+    with mock.patch("os.pwrite", slow):
+        writer = threading.Thread(target=put, args=(partial, 0, 100))
+        writer.start()
+        assert writing.wait(30)
+        partial.close()
+        others = [os.open(tmp_path / f"other{n}", os.O_RDWR | os.O_CREAT) for n in range(20)]
+        go_on.set()
+        writer.join(30)
+    assert partial.path.read_bytes()[:100] == CONTENT[:100]
+    assert [os.fstat(fd).st_size for fd in others] == [0] * 20
+    with pytest.raises(Taken):
+        put(partial, 100, 200)
+    for fd in others:
+        os.close(fd)
+
+
+def test_hashing_follows_the_writers_and_ends_when_told(tmp_path: Path) -> None:
+    partial = Partial.claim(tmp_path, SIZE)
+    stop = threading.Event()
+    put(partial, 0, 5000)
+    found: list[str | None] = []
+    hasher = threading.Thread(target=lambda: found.append(partial.follow(stop.is_set)))
+    hasher.start()
+    stop.set()
+    hasher.join(30)
+    assert found == [None]
+
+
+def test_what_is_swept_is_gone_and_a_missing_folder_is_no_matter(tmp_path: Path) -> None:
+    Partial.claim(tmp_path / "key", SIZE)
+    sweep(tmp_path / "key")
+    assert not (tmp_path / "key").exists()
+    sweep(tmp_path / "key")
+
+
+# --- the disk's small operations ----------------------------------------------------------------
+
+
+def test_a_folder_that_another_host_is_making_is_waited_for(tmp_path: Path) -> None:
+    answers = [OSError(errno.ESTALE, "Stale file handle"), FileNotFoundError(errno.ENOENT, "No such file"), 5]
+    assert disk.patiently(mock.Mock(side_effect=answers)) == 5
+    with pytest.raises(OSError, match="Stale"):
+        disk.patiently(mock.Mock(side_effect=OSError(errno.ESTALE, "Stale file handle")), wait_s=0.2)
+    with pytest.raises(PermissionError):
+        disk.patiently(mock.Mock(side_effect=PermissionError(errno.EACCES, "no")))
+    assert tmp_path.exists()
+
+
+def test_a_failed_replacement_leaves_the_old_content_and_no_litter(tmp_path: Path) -> None:
+    target = tmp_path / "record"
+    disk.write_atomically(target, b"old")
+    with mock.patch("os.fsync", side_effect=OSError(errno.ENOSPC, "full")), pytest.raises(OSError, match="full"):
+        disk.write_atomically(target, b"new")
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("record", b"old")]
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [
+        (errno.ENOSPC, VolumeFull),
+        (errno.EDQUOT, VolumeFull),
+        (errno.EROFS, VolumeReadOnly),
+        (errno.EACCES, VolumeReadOnly),
+        (errno.ENOTCONN, VolumeFailed),
+        (errno.EIO, VolumeFailed),
+    ],
+)
+def test_the_file_systems_errors_have_a_meaning(tmp_path: Path, number: int, expected: type[Exception]) -> None:
+    found = disk.volume_error(tmp_path, OSError(number, os.strerror(number)), 123)
+    assert type(found) is expected
+    assert str(tmp_path) in str(found)
+
+
+def safetensors(tensor_bytes: int, header: object | None = None) -> bytes:
+    text = json.dumps(
+        header if header is not None else {"__metadata__": {"a": "b"}, "t": {"dtype": "U8", "data_offsets": [0, tensor_bytes]}}
+    ).encode()
+    return len(text).to_bytes(8, "little") + text + bytes(tensor_bytes)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        safetensors(100)[:-1],
+        safetensors(100) + b"x",
+        safetensors(100)[:20],
+        b"",
+        b"\x05",
+        (2**63).to_bytes(8, "little") + b"{}",
+        safetensors(100, ["no", "header"]),
+        safetensors(100, {"t": {"data_offsets": "no"}}),
+        safetensors(100, {"t": {}}),
+    ],
+)
+def test_a_safetensors_file_that_is_cut_off_is_found(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(FileIncomplete):
+        disk.check_whole(path, len(content))
+
+
+def test_a_whole_safetensors_file_passes_and_other_formats_say_nothing(tmp_path: Path) -> None:
+    for content in (safetensors(100), safetensors(0, {})):
+        path = tmp_path / "model.safetensors"
+        path.write_bytes(content)
+        disk.check_whole(path, len(content))
+    path = tmp_path / "model.ckpt"
+    path.write_bytes(b"anything")
+    disk.check_whole(path, 8)
+
+
+KILLED_WHILE_CLAIMING = """
+import os, signal, sys
+from pathlib import Path
+from worker.models.partial import Partial
+
+real = Path.rename
+def die(self, target):
+    if sys.argv[2] == "after":
+        real(self, target)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+Path.rename = die
+Partial.claim(Path(sys.argv[1]), 10_000)
+"""
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_worker_killed_while_it_claims_loses_nothing(tmp_path: Path, when: str) -> None:
+    partial = Partial.claim(tmp_path, SIZE)
+    partial.keep_journal(SIZE)
+    put(partial, 0, 3000)
+    partial.close()
+    killed = subprocess.run([sys.executable, "-c", KILLED_WHILE_CLAIMING, str(tmp_path), when], check=False, timeout=60)
+    assert killed.returncode == -9
+    assert Partial.claim(tmp_path, SIZE).done_bytes == 3000

@@ -1,0 +1,132 @@
+"""A child's life and death, on real little programs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from worker.comfy.process import EngineCommand, EngineProcess, Exit, gpu_visible
+from worker.errors import EngineNotFound, NoGpu
+from worker.settings import Settings
+
+
+def spawn(code: str, tmp_path: Path) -> EngineProcess:
+    return EngineProcess.spawn(EngineCommand((sys.executable, "-c", code), tmp_path, dict(os.environ)))
+
+
+def gone(pid: int) -> bool:
+    """Whether the process is dead; one that is dead but not reaped counts as dead."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except FileNotFoundError:
+        return True
+
+
+def wait_until_gone(pid: int) -> None:
+    deadline = time.monotonic() + 10
+    while not gone(pid):
+        assert time.monotonic() < deadline, f"process {pid} is still there"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("code", "exit_", "text"),
+    [
+        ("print('a'); raise SystemExit(3)", Exit(3), "exited with code 3"),
+        ("print('a'); import os; os.kill(os.getpid(), 9)", Exit(-9), "was killed by SIGKILL (exit code -9"),
+        ("print('a'); import os; os.kill(os.getpid(), 11)", Exit(-11), "was killed by SIGSEGV (exit code -11)"),
+    ],
+)
+def test_the_cause_of_an_exit_is_known_with_the_last_lines(code: str, exit_: Exit, text: str, tmp_path: Path) -> None:
+    process = spawn(code, tmp_path)
+    assert process.exited.result(10) == exit_
+    assert str(exit_).startswith(text)
+    assert process.last_lines == ("a",)
+
+
+def test_only_the_last_state_of_a_progress_bar_is_kept_and_bytes_that_are_no_text_do_no_harm(tmp_path: Path) -> None:
+    process = spawn(r"import sys; sys.stdout.buffer.write(b' 10%|\r 50%|\r100%|\n\xff\xfe\n\n')", tmp_path)
+    process.exited.result(10)
+    assert process.last_lines == ("100%|", "\ufffd\ufffd")
+
+
+def test_stopping_asks_first(tmp_path: Path) -> None:
+    process = spawn("import time; print('up', flush=True); time.sleep(60)", tmp_path)
+    assert process.stop() == Exit(-signal.SIGTERM)
+
+
+def test_stopping_kills_what_does_not_listen_and_its_children(tmp_path: Path) -> None:
+    code = (
+        "import signal, subprocess, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import signal, time;"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True); time.sleep(60)'])\n"
+        "print(child.pid, flush=True); time.sleep(60)"
+    )
+    process = spawn(code, tmp_path)
+    deadline = time.monotonic() + 10
+    while len(process.last_lines) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    child = max(int(line) for line in process.last_lines)
+    assert process.stop(grace_s=0.2) == Exit(-signal.SIGKILL)
+    wait_until_gone(child)
+
+
+def test_the_engine_dies_with_a_worker_that_is_killed() -> None:
+    code = (
+        "import os, sys, time; from pathlib import Path\n"
+        "from worker.comfy.process import EngineCommand, EngineProcess\n"
+        "command = EngineCommand((sys.executable, '-c', 'import time; time.sleep(60)'), Path('/'), dict(os.environ))\n"
+        "print(EngineProcess.spawn(command).pid, flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=Path(__file__).parent.parent) as parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        assert not gone(pid)
+        parent.kill()
+    wait_until_gone(pid)
+
+
+def comfyui(tmp_path: Path, **environ: str) -> Settings:
+    (tmp_path / "main.py").touch()
+    return Settings.from_env({"COMFYUI_DIR": str(tmp_path), "COMFYUI_PYTHON": sys.executable, **environ})
+
+
+def test_no_comfyui_at_the_path_is_one_sentence_that_names_the_setting(tmp_path: Path) -> None:
+    with pytest.raises(EngineNotFound, match=r"main\.py does not exist: set COMFYUI_DIR"):
+        EngineCommand.of(Settings.from_env({"COMFYUI_DIR": str(tmp_path)}), {})
+
+
+def test_no_python_at_the_path_is_one_sentence_that_names_the_setting(tmp_path: Path) -> None:
+    with pytest.raises(EngineNotFound, match="set COMFYUI_PYTHON"):
+        EngineCommand.of(comfyui(tmp_path, COMFYUI_PYTHON="/no/python"), {})
+
+
+@pytest.mark.skipif(gpu_visible(), reason="this machine has a GPU")
+def test_no_gpu_is_one_sentence_unless_the_cpu_was_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(NoGpu, match="--cpu"):
+        EngineCommand.of(comfyui(tmp_path), {})
+    EngineCommand.of(comfyui(tmp_path, COMFY_ARGS="--cpu"), {})
+
+
+def test_a_gpu_is_known_by_its_device(tmp_path: Path) -> None:
+    (tmp_path / "nvidiactl").touch()
+    assert not gpu_visible(tmp_path)
+    (tmp_path / "nvidia0").touch()
+    assert gpu_visible(tmp_path)
+
+
+def test_the_command_carries_the_settings_and_the_operators_flags_last(tmp_path: Path) -> None:
+    settings = comfyui(tmp_path, COMFY_ARGS="--cpu --lowvram", COMFYUI_PORT="9", COMFYUI_BASE_DIR="/data")
+    command = EngineCommand.of(settings, {"A": "b"})
+    line = " ".join(command.argv)
+    assert "--listen 127.0.0.1 --port 9" in line
+    assert "--base-directory /data" in line
+    assert line.endswith("--cpu --lowvram")
+    assert command.environ["A"] == "b"
+    assert "0.0.0.0" in EngineCommand.of(comfyui(tmp_path, COMFY_ARGS="--cpu", SERVE_API_LOCALLY="true"), {}).argv

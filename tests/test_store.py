@@ -1,0 +1,601 @@
+"""A model that is wanted becomes a file that can be used, or one sentence that says why not."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import random
+import socket
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+import pytest
+
+from devkit.hub import Hub as StandIn
+from worker.errors import (
+    ContentMismatch,
+    EnsureCancelled,
+    FileIncomplete,
+    RepoNotFound,
+    SourceRefused,
+    SourceUnreachable,
+    UnsafePath,
+    UnsealedMismatch,
+    VolumeFailed,
+    VolumeFull,
+    VolumeMissing,
+    VolumeReadOnly,
+)
+from worker.models.hub import Hub, credentials
+from worker.models.layout import Layout
+from worker.models.seals import Seal, read_seal, whole_mtime, write_seal
+from worker.models.spec import HubFile, ModelSpec, Url
+from worker.models.store import Hooks, Store, Stores, Timing, Tuning
+from worker.models.wire import Network
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from devkit.moosefs import MooseFS
+    from worker.models.progress import Progress
+
+MIB = 1024 * 1024
+SMALL = Tuning(
+    connections=2, request_bytes=MIB // 2, smallest_bytes=MIB // 4, buffer_bytes=64 * 1024, unsaved_bytes=MIB, patience_s=5
+)
+QUICK = Timing(heartbeat_s=0.3, stale_s=2, poll_s=0.05, attempt_s=0.1, lone_patience_s=0.2)
+
+
+def safetensors(tensor_bytes: int, seed: int = 1) -> bytes:
+    header = json.dumps({"t": {"dtype": "U8", "shape": [tensor_bytes], "data_offsets": [0, tensor_bytes]}}).encode()
+    return len(header).to_bytes(8, "little") + header + random.Random(seed).randbytes(tensor_bytes)
+
+
+WEIGHTS = safetensors(2 * MIB)
+OTHER = safetensors(2 * MIB, 2)
+SHA256 = hashlib.sha256(WEIGHTS).hexdigest()
+OTHER_SHA256 = hashlib.sha256(OTHER).hexdigest()
+SOURCE = HubFile("org/repo", "model.safetensors")
+SPEC = ModelSpec("checkpoints", "sub/model.safetensors", SOURCE)
+PINNED = ModelSpec("checkpoints", "sub/model.safetensors", SOURCE, SHA256)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    folder = tmp_path / "hub/org/repo"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(WEIGHTS)
+    (folder / "notes.txt").write_bytes(b"hello\n")
+    return tmp_path / "hub"
+
+
+@pytest.fixture
+def stand_in(root: Path) -> Iterator[StandIn]:
+    with StandIn(root) as made:
+        yield made
+
+
+class Setup:
+    """A volume, and stores on it that talk to the stand-in."""
+
+    def __init__(self, endpoint: str, volume: Path) -> None:
+        self.endpoint = endpoint
+        self.volume = volume
+        self.layout = Layout(volume)
+        self.final = volume / "models/checkpoints/sub/model.safetensors"
+
+    def store(self, **options: Any) -> Store:
+        hub = Hub(self.endpoint, Network(credentials(self.endpoint, None, None), read_timeout_s=2), patience_s=2)
+        return Store(options.pop("layout", self.layout), hub, "pod-1", **{"tuning": SMALL, "timing": QUICK, **options})
+
+    def put(self, content: bytes = WEIGHTS) -> None:
+        self.final.parent.mkdir(parents=True, exist_ok=True)
+        self.final.write_bytes(content)
+
+    def seal(self) -> Seal | None:
+        return read_seal(self.layout.seal(SPEC.folder, SPEC.name))
+
+    def litter(self) -> list[Path]:
+        """What is left of downloads and half-written records."""
+        partials = self.layout.partials.rglob("*") if self.layout.partials.exists() else ()
+        return [path for path in partials if path.is_file()] + [*self.volume.rglob("*.tmp"), *self.volume.rglob("*.pending")]
+
+
+@pytest.fixture(params=["ext4", "moosefs"])
+def setup_everywhere(request: pytest.FixtureRequest, stand_in: StandIn, tmp_path: Path) -> Setup:
+    if request.param == "ext4":
+        return Setup(stand_in.endpoint, tmp_path / "volume")
+    volume: MooseFS = request.getfixturevalue("moosefs")
+    return Setup(stand_in.endpoint, volume.mounts[0] / request.node.name.replace("[", "-").strip("]"))
+
+
+@pytest.fixture
+def setup(stand_in: StandIn, tmp_path: Path) -> Setup:
+    return Setup(stand_in.endpoint, tmp_path / "volume")
+
+
+# --- fetched ------------------------------------------------------------------------------------
+
+
+def test_a_missing_model_is_fetched_checked_published_and_sealed(setup_everywhere: Setup, stand_in: StandIn) -> None:
+    setup = setup_everywhere
+    seen: list[Progress] = []
+    found = setup.store().ensure(SPEC, seen.append)
+    assert (found.path, found.how, found.bytes_fetched) == (setup.final, "downloaded", len(WEIGHTS))
+    assert setup.final.read_bytes() == WEIGHTS
+    seal = setup.seal()
+    assert seal is not None
+    assert seal.fits(setup.final.stat())
+    assert (seal.sha256, seal.etag, seal.repo, seal.file, seal.by) == (SHA256, SHA256, "org/repo", "model.safetensors", "pod-1")
+    assert seal.commit in {request.path.split("/")[5] for request in stand_in.requests if request.route == "cdn"}
+    assert setup.litter() == []
+    assert {progress.total_bytes for progress in seen} == {len(WEIGHTS)}
+    assert all(progress.done_bytes <= len(WEIGHTS) for progress in seen)
+
+
+def test_a_sealed_model_is_ready_without_network_or_lock(setup_everywhere: Setup, stand_in: StandIn) -> None:
+    setup = setup_everywhere
+    setup.store().ensure(SPEC)
+    locks_before = sorted(setup.layout.locks.rglob("*"))
+    stand_in.clear_log()
+    with mock.patch.object(socket, "create_connection", side_effect=AssertionError("network")):
+        store = setup.store()
+        assert store.ready(SPEC.folder, SPEC.name) == setup.final
+        assert store.ensure(SPEC).how == "ready"
+        assert store.ensure(PINNED).how == "ready"
+    assert stand_in.requests == []
+    assert sorted(setup.layout.locks.rglob("*")) == locks_before
+
+
+def test_another_host_finds_it_ready_at_once(stand_in: StandIn, moosefs: MooseFS) -> None:
+    here, there = (Setup(stand_in.endpoint, mount / "two-hosts") for mount in moosefs.mounts[:2])
+    here.store().ensure(SPEC)
+    assert there.store().ensure(SPEC).how == "ready"
+    assert there.final.read_bytes() == WEIGHTS
+
+
+def test_small_files_without_a_hash_are_fetched_too(setup: Setup) -> None:
+    found = setup.store().ensure(ModelSpec("configs", "notes.txt", HubFile("org/repo", "notes.txt")))
+    assert found.path.read_bytes() == b"hello\n"
+    seal = read_seal(setup.layout.seal("configs", "notes.txt"))
+    assert seal is not None
+    assert seal.sha256 == hashlib.sha256(b"hello\n").hexdigest()
+
+
+def test_a_plain_address_with_a_known_hash_is_checked_against_it(setup: Setup, stand_in: StandIn) -> None:
+    source = Url(f"{stand_in.endpoint}/files/org/repo/model.safetensors")
+    with pytest.raises(ContentMismatch, match=OTHER_SHA256):
+        setup.store().ensure(ModelSpec("checkpoints", SPEC.name, source, OTHER_SHA256))
+    assert not setup.final.exists()
+    assert setup.litter() == []
+    assert setup.store().ensure(ModelSpec("checkpoints", SPEC.name, source, SHA256)).how == "downloaded"
+
+
+def test_a_plain_safetensors_file_that_is_none_is_refused(setup: Setup, stand_in: StandIn) -> None:
+    with pytest.raises(ContentMismatch, match="header"):
+        setup.store().ensure(ModelSpec("checkpoints", SPEC.name, Url(f"{stand_in.endpoint}/files/org/repo/notes.txt")))
+    assert not setup.final.exists()
+    assert setup.litter() == []
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_flipped_byte_is_found_and_fetched_anew(setup_everywhere: Setup, stand_in: StandIn, count: int) -> None:
+    setup = setup_everywhere
+    stand_in.fault("flip", at_byte=len(WEIGHTS) // 2, count=1)
+    if count == 2:
+        stand_in.fault("flip", at_byte=77, skip=1, count=1)
+    found = setup.store().ensure(SPEC)
+    assert setup.final.read_bytes() == WEIGHTS
+    assert found.bytes_fetched == (count + 1) * len(WEIGHTS)
+    assert setup.litter() == []
+
+
+@pytest.mark.parametrize("lie", ["hash", "bytes"])
+def test_a_source_that_lies_is_refused_and_nothing_is_published(setup: Setup, stand_in: StandIn, lie: str) -> None:
+    if lie == "hash":
+        stand_in.fault("sha256", value=OTHER_SHA256, count=None)
+    else:
+        stand_in.fault("flip", at_byte=1000, count=None)
+    with pytest.raises(ContentMismatch, match="nothing was stored"):
+        setup.store().ensure(SPEC)
+    assert not setup.final.exists()
+    assert setup.litter() == []
+
+
+def test_a_pin_that_the_source_denies_costs_no_byte(setup: Setup, stand_in: StandIn) -> None:
+    with pytest.raises(ContentMismatch, match=OTHER_SHA256):
+        setup.store().ensure(ModelSpec("checkpoints", SPEC.name, SOURCE, OTHER_SHA256))
+    with pytest.raises(ContentMismatch, match="size"):
+        setup.store().ensure(ModelSpec("checkpoints", SPEC.name, SOURCE, None, 5))
+    assert not any(request.route == "cdn" for request in stand_in.requests)
+
+
+def test_what_is_permanent_leaves_nothing_behind(setup: Setup) -> None:
+    with pytest.raises(RepoNotFound):
+        setup.store().ensure(ModelSpec("checkpoints", "x.safetensors", HubFile("org/nothing", "x.safetensors")))
+    assert not setup.layout.models.exists()
+    assert setup.litter() == []
+
+
+def test_what_was_cut_off_is_continued(setup: Setup, stand_in: StandIn) -> None:
+    # One connection sends a part and then nothing; the other gets nothing at all.
+    stand_in.fault("stall", after_bytes=200_000, count=None, route="cdn")
+    impatient = Tuning(connections=1, request_bytes=4 * MIB, smallest_bytes=4 * MIB, buffer_bytes=50_000, patience_s=-1)
+    with pytest.raises(SourceUnreachable, match="goes on from here"):
+        setup.store(tuning=impatient).ensure(SPEC)
+    stand_in.reset()
+    found = setup.store().ensure(SPEC)
+    assert found.bytes_fetched == len(WEIGHTS) - 200_000
+    assert setup.final.read_bytes() == WEIGHTS
+
+
+def test_cancelling_leaves_what_the_next_one_goes_on_with(setup: Setup, stand_in: StandIn) -> None:
+    stand_in.fault("stall", after_bytes=300_000, count=2, route="cdn")
+    cancel = threading.Event()
+
+    def cancel_when_stalled() -> None:
+        stand_in.wait_stalled(2)
+        cancel.set()
+
+    canceller = threading.Thread(target=cancel_when_stalled)
+    canceller.start()
+    with pytest.raises(EnsureCancelled):
+        setup.store().ensure(SPEC, cancel=cancel)
+    canceller.join()
+    stand_in.release()
+    assert 0 < setup.store().ensure(SPEC).bytes_fetched < len(WEIGHTS)
+
+
+def test_where_plain_http_is_refused_xet_takes_over(setup: Setup, stand_in: StandIn) -> None:
+    """hf_xet itself is not here: what is shown is that its file is checked and published like any other."""
+    stand_in.fault("expired", route="cdn", count=None)
+
+    def xet(_remote: object, path: Path, _cancel: object) -> None:
+        path.write_bytes(WEIGHTS)
+
+    store = setup.store()
+    hub = store._tools.hub
+    real = hub.look_up
+    with pytest.raises(SourceRefused):
+        store.ensure(SPEC)
+    with mock.patch.object(hub, "look_up", lambda *args: mock_xet(real(*args))), mock.patch.object(hub, "fetch_by_xet", xet):
+        found = store.ensure(SPEC)
+    assert (found.how, found.bytes_fetched) == ("downloaded", len(WEIGHTS))
+    assert setup.final.read_bytes() == WEIGHTS
+
+
+def mock_xet(remote: Any) -> Any:
+    return type(remote)(**{name: getattr(remote, name) for name in type(remote).__dataclass_fields__} | {"xet": object()})
+
+
+def test_threads_that_want_one_model_fetch_it_once(setup: Setup, stand_in: StandIn) -> None:
+    store = setup.store()
+    found: list[str] = []
+    threads = [threading.Thread(target=lambda: found.append(store.ensure(SPEC).how)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(found) == ["downloaded", "ready", "ready", "ready"]
+    assert stand_in.bytes_sent() == len(WEIGHTS)
+
+
+# --- there already ------------------------------------------------------------------------------
+
+
+def test_a_file_put_there_by_hand_is_used_as_it_is(setup: Setup, stand_in: StandIn) -> None:
+    setup.put(OTHER)
+    assert setup.store().ensure(SPEC).how == "by_hand"
+    assert setup.final.read_bytes() == OTHER
+    assert setup.seal() is None
+    assert stand_in.requests == []
+
+
+def test_a_file_put_there_by_hand_is_adopted_when_it_is_the_pinned_one(setup: Setup, stand_in: StandIn) -> None:
+    setup.put()
+    assert setup.store().ensure(PINNED).how == "adopted"
+    assert setup.store().ensure(PINNED).how == "ready"
+    assert stand_in.requests == []
+
+
+def test_a_file_that_is_not_the_pinned_one_is_reported_and_left(setup: Setup) -> None:
+    setup.put(OTHER)
+    store = setup.store()
+    with pytest.raises(UnsealedMismatch) as caught:
+        store.ensure(PINNED)
+    assert SHA256 in str(caught.value)
+    assert OTHER_SHA256 in str(caught.value)
+    assert setup.final.read_bytes() == OTHER
+    with (
+        mock.patch("worker.models.store.sha256_of", side_effect=AssertionError("hashed again")),
+        pytest.raises(UnsealedMismatch),
+    ):
+        store.ensure(PINNED)
+
+
+def test_a_sealed_file_is_not_the_one_that_a_new_pin_asks_for(setup: Setup) -> None:
+    setup.store().ensure(SPEC)
+    with pytest.raises(UnsealedMismatch, match=OTHER_SHA256):
+        setup.store().ensure(ModelSpec("checkpoints", SPEC.name, SOURCE, OTHER_SHA256))
+
+
+@pytest.mark.parametrize("spec", [SPEC, PINNED])
+def test_a_copy_that_is_not_finished_is_not_used(setup: Setup, spec: ModelSpec) -> None:
+    setup.put(WEIGHTS[:-1])
+    with pytest.raises(FileIncomplete, match="wait for the copy to finish"):
+        setup.store().ensure(spec)
+    assert setup.final.read_bytes() == WEIGHTS[:-1]
+
+
+def test_a_sealed_file_that_was_touched_is_hashed_and_sealed_again(setup: Setup, stand_in: StandIn) -> None:
+    setup.store().ensure(SPEC)
+    os.utime(setup.final, (1, 1))
+    stand_in.clear_log()
+    assert setup.store().ensure(SPEC).how == "adopted"
+    assert setup.store().ensure(SPEC).how == "ready"
+    assert stand_in.requests == []
+
+
+def test_a_sealed_file_that_was_replaced_by_hand_is_theirs(setup: Setup) -> None:
+    setup.store().ensure(SPEC)
+    setup.put(OTHER)
+    os.utime(setup.final, (1, 1))
+    assert setup.store().ensure(SPEC).how == "by_hand"
+    assert setup.seal() is None, "a record that is wrong would have it hashed at every start"
+    assert setup.final.read_bytes() == OTHER
+
+
+def test_a_publication_cut_short_before_its_seal_is_adopted(setup: Setup, stand_in: StandIn) -> None:
+    setup.put()
+    pending = setup.layout.pending_seal(SPEC.folder, SPEC.name)
+    write_seal(pending, Seal(size=len(WEIGHTS), mtime=whole_mtime(setup.final.stat()), sha256=SHA256, commit="c" * 40))
+    assert setup.store().ensure(SPEC).how == "adopted"
+    seal = setup.seal()
+    assert seal is not None
+    assert (seal.sha256, seal.commit) == (SHA256, "c" * 40)
+    assert stand_in.requests == []
+    assert setup.litter() == []
+
+
+def test_an_uploaded_file_with_a_seal_without_mtime_is_accepted_and_its_seal_filled_in(setup: Setup) -> None:
+    setup.put()
+    write_seal(setup.layout.seal(SPEC.folder, SPEC.name), Seal(size=len(WEIGHTS), mtime=None, sha256=SHA256))
+    assert setup.store().ready(SPEC.folder, SPEC.name) == setup.final
+    seal = setup.seal()
+    assert seal is not None
+    assert seal.fits(setup.final.stat())
+
+
+def test_an_uploaded_file_that_is_cut_off_is_not(setup: Setup) -> None:
+    broken = WEIGHTS[:100] + b"\0" * (len(WEIGHTS) - 100 + 5)
+    setup.put(broken)
+    write_seal(setup.layout.seal(SPEC.folder, SPEC.name), Seal(size=len(broken), mtime=None, sha256=SHA256))
+    assert setup.store().ready(SPEC.folder, SPEC.name) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        '"x"',
+        '{"size": 1}',
+        '{"size": "1", "mtime": 1, "sha256": null}',
+        '{"size": 1, "mtime": 1, "sha256": "", "v": 0}',
+    ],
+)
+def test_a_seal_that_cannot_be_read_is_none(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "seal.json"
+    path.write_text(text)
+    assert read_seal(path) is None
+
+
+def test_a_newer_seal_with_more_fields_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "seal.json"
+    path.write_text('{"v": 2, "size": 1, "mtime": 2, "sha256": "a", "colour": "blue"}')
+    assert read_seal(path) == Seal(size=1, mtime=2, sha256="a", v=2)
+
+
+def test_a_file_that_appears_while_the_download_runs_is_never_overwritten(setup: Setup) -> None:
+    class Meddler(Hooks):
+        def at(self, step: str) -> None:
+            if step == "hashed":
+                setup.put(OTHER)
+
+    found = setup.store(hooks=Meddler()).ensure(SPEC)
+    assert found.how == "by_hand"
+    assert setup.final.read_bytes() == OTHER
+    assert setup.litter() == []
+
+
+def test_a_broken_link_in_its_place_is_replaced_by_the_file(setup: Setup) -> None:
+    setup.final.parent.mkdir(parents=True)
+    setup.final.symlink_to(setup.volume / "gone")
+    assert setup.store().ensure(SPEC).how == "downloaded"
+    assert not setup.final.is_symlink()
+
+
+def test_a_folder_in_its_place_is_named(setup: Setup) -> None:
+    setup.final.mkdir(parents=True)
+    with pytest.raises(VolumeFailed, match="a folder where a file belongs"):
+        setup.store().ensure(SPEC)
+
+
+@pytest.mark.parametrize("where", ["file", "folder"])
+def test_a_link_out_of_the_volume_is_not_followed(setup: Setup, tmp_path: Path, where: str) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "model.safetensors").write_bytes(WEIGHTS)
+    link = setup.final if where == "file" else setup.final.parent
+    link.parent.mkdir(parents=True)
+    link.symlink_to(outside / "model.safetensors" if where == "file" else outside)
+    with pytest.raises(UnsafePath):
+        setup.store().ensure(SPEC)
+
+
+def test_many_are_asked_for_at_once(setup: Setup) -> None:
+    setup.store().ensure(SPEC)
+    asked = [("checkpoints", SPEC.name), ("checkpoints", "missing.safetensors"), ("loras", SPEC.name)]
+    assert setup.store().ready_many(asked) == {("checkpoints", SPEC.name): setup.final}
+
+
+# --- RunPod's host cache ------------------------------------------------------------------------
+
+
+def cache(layout: Layout, content: bytes = WEIGHTS, blob: str = SHA256) -> Path:
+    repo = layout.host_cache_repo("org/repo")
+    (repo / "blobs").mkdir(parents=True)
+    (repo / "blobs" / blob).write_bytes(content)
+    (repo / "refs").mkdir()
+    (repo / "refs/main").write_text("c" * 40)
+    path = repo / "snapshots" / ("c" * 40) / "model.safetensors"
+    path.parent.mkdir(parents=True)
+    path.symlink_to(repo / "blobs" / blob)
+    return path
+
+
+@pytest.mark.parametrize("revision", ["main", "c" * 40])
+@pytest.mark.parametrize("sha256", [None, SHA256])
+def test_the_machines_cache_is_used_before_any_download(
+    setup: Setup, stand_in: StandIn, revision: str, sha256: str | None
+) -> None:
+    path = cache(setup.layout)
+    spec = ModelSpec("checkpoints", SPEC.name, HubFile("org/repo", "model.safetensors", revision), sha256)
+    found = setup.store().ensure(spec)
+    assert (found.path, found.how) == (path, "host_cache")
+    assert stand_in.requests == []
+    assert not setup.final.exists()
+
+
+def test_the_cache_may_lie_elsewhere_than_the_store(setup: Setup, tmp_path: Path) -> None:
+    path = cache(Layout(tmp_path / "elsewhere"))
+    assert setup.store(host_cache=Layout(tmp_path / "elsewhere")).ensure(SPEC).path == path
+
+
+def test_a_cached_file_without_a_name_that_tells_is_hashed_for_a_pin(setup: Setup) -> None:
+    cache(setup.layout, OTHER, blob="blob1")
+    assert setup.store().ensure(PINNED).how == "downloaded"
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda path: path.unlink(),
+        lambda path: path.resolve().write_bytes(WEIGHTS[:-1]),
+        lambda path: (path.parents[2] / "refs/main").write_bytes(b"\xff"),
+        lambda path: (path.parents[2] / "refs/main").write_text("d" * 40),
+    ],
+)
+def test_a_cache_that_is_not_whole_is_passed_over(setup: Setup, spoil: Callable[[Path], object]) -> None:
+    spoil(cache(setup.layout))
+    assert setup.store().ensure(SPEC).how == "downloaded"
+
+
+# --- volumes that cannot ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def local(setup: Setup, tmp_path: Path) -> Store:
+    return setup.store(layout=Layout(tmp_path / "container"))
+
+
+def test_no_room_is_said_before_the_download(setup: Setup, stand_in: StandIn) -> None:
+    with mock.patch("worker.models.download.free_bytes", return_value=1000), pytest.raises(VolumeFull) as caught:
+        setup.store().ensure(SPEC)
+    assert (caught.value.needed_bytes, caught.value.free_bytes) == (len(WEIGHTS), 1000)
+    assert not any(request.route == "cdn" for request in stand_in.requests)
+    assert setup.litter() == []
+
+
+def test_a_quota_reached_in_the_middle_leaves_no_partial_in_the_way(
+    stand_in: StandIn, moosefs: MooseFS, tmp_path: Path
+) -> None:
+    setup = Setup(stand_in.endpoint, moosefs.mounts[0] / "quota")
+    setup.volume.mkdir()
+    moosefs.set_quota(setup.volume, MIB)
+    with pytest.raises(VolumeFull, match=str(len(WEIGHTS))):
+        setup.store().ensure(SPEC)
+    assert setup.litter() == []
+    local = setup.store(layout=Layout(tmp_path / "container"))
+    found = Stores(setup.volume, setup.store(), local).ensure(SPEC)
+    assert (found.how, found.path.is_relative_to(tmp_path)) == ("downloaded", True)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("call", ["os.pwrite", "os.fsync", "os.ftruncate"])
+def test_a_full_disk_is_said_with_the_bytes_needed(setup: Setup, number: int, call: str) -> None:
+    real = getattr(os, call.removeprefix("os."))
+
+    def fail(fd: int, *args: Any) -> Any:
+        if Path(f"/proc/self/fd/{fd}").readlink().suffix == ".part":
+            raise OSError(number, os.strerror(number))
+        return real(fd, *args)
+
+    with mock.patch(call, fail), pytest.raises(VolumeFull, match=str(len(WEIGHTS))):
+        setup.store().ensure(SPEC)
+    assert not setup.final.exists()
+    assert not list(setup.volume.rglob("*.part"))
+
+
+def read_only(volume: Path) -> Callable[..., Any]:
+    """A volume mounted read-only, as every call that would change it sees it."""
+    real = os.open
+
+    def opens(path: Any, flags: int, *args: Any, **options: Any) -> int:
+        if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) and str(path).startswith(str(volume)):
+            raise OSError(errno.EROFS, "Read-only file system")
+        return real(path, flags, *args, **options)
+
+    return opens
+
+
+def test_a_read_only_volume_serves_what_it_has(setup: Setup, local: Store, caplog: pytest.LogCaptureFixture) -> None:
+    setup.put()
+    with mock.patch("os.open", read_only(setup.volume)):
+        assert setup.store().ensure(SPEC).how == "by_hand"
+        assert setup.store().ensure(PINNED).how == "adopted"
+        assert "could not seal" in caplog.text
+        missing = ModelSpec("loras", "x.safetensors", SOURCE)
+        with pytest.raises(VolumeReadOnly):
+            setup.store().ensure(missing)
+        stores = Stores(setup.volume, setup.store(), local)
+        assert stores.ensure(missing).path.is_relative_to(local.layout.root)
+        assert stores.ensure(missing).how == "ready"
+        assert stores.ready("loras", "x.safetensors")
+
+
+def test_a_worker_without_a_volume_uses_its_own_disk_and_says_so_once(
+    setup: Setup, local: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    stores = Stores(setup.volume, None, local)
+    with caplog.at_level(logging.WARNING, "worker.models.store"):
+        assert stores.ensure(SPEC).how == "downloaded"
+        assert stores.ensure(SPEC).how == "ready"
+    assert caplog.text.count("no network volume") == 1
+
+
+def test_a_required_volume_is_required(setup: Setup, local: Store) -> None:
+    with pytest.raises(VolumeMissing, match="REQUIRE_VOLUME"):
+        Stores(setup.volume, None, local, require_volume=True).ensure(SPEC)
+    with mock.patch("worker.models.download.free_bytes", return_value=1000), pytest.raises(VolumeFull):
+        Stores(setup.volume, setup.store(), local, require_volume=True).ensure(SPEC)
+
+
+def test_both_full_is_one_sentence_with_what_is_needed(setup: Setup, local: Store) -> None:
+    with mock.patch("worker.models.download.free_bytes", return_value=1000), pytest.raises(VolumeFull) as caught:
+        Stores(setup.volume, setup.store(), local).ensure(SPEC)
+    assert str(len(WEIGHTS)) in str(caught.value)
+
+
+def test_the_volume_comes_first(setup: Setup, local: Store) -> None:
+    stores = Stores(setup.volume, setup.store(), local)
+    assert stores.ensure(SPEC).path == setup.final
+    local.ensure(SPEC)
+    assert stores.ensure(SPEC).path == setup.final
+    assert stores.ready_many([(SPEC.folder, SPEC.name)]) == {(SPEC.folder, SPEC.name): setup.final}

@@ -1,0 +1,63 @@
+"""Composition root: reads argv and the environment, builds everything, runs it.
+
+Only what spawning ComfyUI needs is imported at the top: each import before the spawn is added to every cold start.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from worker import logs
+from worker.comfy.process import EngineCommand, EngineProcess
+from worker.errors import WorkerError
+from worker.serve import import_sdk, prepare_environ, sdk_arguments, serve
+from worker.settings import Settings, markdown_table
+
+if TYPE_CHECKING:
+    from collections.abc import MutableMapping, Sequence
+
+
+def main(argv: Sequence[str], environ: MutableMapping[str, str]) -> int:
+    """Run a command, or the worker; returns the exit status. A failure to start is one line and status 1."""
+    if list(argv) == ["settings"]:
+        print(markdown_table(), end="")  # noqa: T201 - the command's output
+        return 0
+    try:
+        return run_worker(argv, environ)
+    except WorkerError as exc:
+        print(f"error: {exc} [{exc.code}]", file=sys.stderr)  # noqa: T201 - logging may not be set up yet
+        return 1
+
+
+def run_worker(argv: Sequence[str], environ: MutableMapping[str, str]) -> int:
+    """Start ComfyUI, then everything else while it boots, then serve. Raises `SettingsError` or `StartError`."""
+    signal.signal(signal.SIGTERM, _leave)
+    settings = Settings.from_env(environ)
+    logs.configure(settings.worker_log_level, settings.secrets())
+    arguments = sdk_arguments(settings, argv, environ, Path.cwd())
+    command = EngineCommand.of(settings, environ)
+    process = EngineProcess.spawn(command)
+
+    from worker.boot import Worker, process_start  # noqa: PLC0415 - after the spawn: ComfyUI boots meanwhile
+
+    prepare_environ(environ)
+    worker = Worker(settings, command, process)
+    try:
+        worker.start(lambda: import_sdk(arguments), process_start())
+        serve(worker, settings, arguments, environ)
+    finally:
+        worker.stop()
+    return 0
+
+
+def _leave(number: int, _: object) -> None:
+    """Unwind, so that ComfyUI is ended too. Uvicorn hands the signal on to this handler when it has shut down."""
+    sys.exit(128 + number)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], os.environ))

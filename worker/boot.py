@@ -1,0 +1,177 @@
+"""The cold start, as a timeline of overlapping steps with a logged duration each.
+
+ComfyUI takes longest, so it was spawned before this module was even imported; everything here happens while it boots.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from worker.comfy.engine import Engine
+from worker.handler import JobHandler
+from worker.loop import LoopThread
+from worker.media.inputs import InputFiles, clear_leftovers
+from worker.media.outputs import OutputFiles
+from worker.models.layout import Layout
+from worker.models.links import ModelLinks
+from worker.models.supply import Supply
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from worker.comfy.process import EngineCommand, EngineProcess
+    from worker.models.sources import Sources
+    from worker.models.store import Stores
+    from worker.settings import Settings
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Step:
+    """One thing the cold start waits for, in seconds since the process began."""
+
+    name: str
+    start_s: float
+    end_s: float = 0.0
+    note: str = ""
+
+    def __str__(self) -> str:
+        took_s = self.end_s - self.start_s
+        took = f"{took_s:.2f} s" if took_s >= 0.1 else f"{took_s * 1000:.0f} ms"  # noqa: PLR2004 - where ms read better
+        return f"{self.name} {took}" + (f" ({self.note})" if self.note else "")
+
+
+class Timeline:
+    """The steps of one cold start. Steps overlap and may be recorded from any thread."""
+
+    def __init__(self, began: float) -> None:
+        self._began = began
+        self._steps: list[Step] = []
+
+    @contextlib.contextmanager
+    def step(self, name: str, since: float | None = None) -> Iterator[Step]:
+        """Record how long the body takes, counted from `since` if the step began before; the body may set the step's note."""
+        step = Step(name, (since or time.monotonic()) - self._began)
+        self._steps.append(step)
+        yield step
+        step.end_s = time.monotonic() - self._began
+
+    def summary(self) -> str:
+        """One line: the whole, then each step, the one that ended last marked as critical."""
+        done = [step for step in self._steps if step.end_s]
+        last = max(done, key=lambda step: step.end_s)
+        parts = [f"{step}{', critical' if step is last else ''} [{step.start_s:.2f}-{step.end_s:.2f}]" for step in done]
+        return f"cold start {last.end_s:.2f} s: " + "; ".join(parts)
+
+
+def process_start() -> float:
+    """When this process began, on the clock of `time.monotonic`: the interpreter's own start belongs to the cold start."""
+    try:
+        ticks = float(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        uptime_s = float(Path("/proc/uptime").read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return time.monotonic()
+    return time.monotonic() - max(0.0, uptime_s - ticks / 100)  # USER_HZ is 100 on every Linux that Python runs on
+
+
+class Worker:
+    """The assembled worker: a loop with the engine on it, and the handler in front of them."""
+
+    def __init__(self, settings: Settings, command: EngineCommand, process: EngineProcess) -> None:
+        self._settings = settings
+        self._spawned_at = process.spawned_at
+        self.loop = LoopThread("engine-loop")
+        models = settings.base_dir / "models"
+        roots = [settings.volume_path / "models", settings.local_store / "models"]
+        self._links = ModelLinks(models, roots, within=[settings.volume_path])
+        self._supply = Supply(
+            models, self._links, lambda: read_sources(settings), lambda: build_store(settings), settings.model_hosts
+        )
+        self._engine = Engine(settings, command, process)
+        inputs, outputs = InputFiles(settings.base_dir / "input"), OutputFiles(settings.base_dir / "output")
+        self.handler = JobHandler(settings, self._engine, self._supply, inputs, outputs)
+
+    def start(self, import_sdk: Callable[[], object], began: float) -> None:
+        """Do everything that must be done before the first job, at once.
+
+        Raises `StartError` when ComfyUI does not come up, `ManifestInvalid`, and with MODEL_LOADING=eager any `ModelError`.
+        """
+        timeline = Timeline(began)
+        with timeline.step("engine", self._spawned_at):
+            up = self.loop.submit(self._engine.start())
+            with ThreadPoolExecutor(1, thread_name_prefix="models") as pool:
+                supplied = pool.submit(self._supply_models, timeline)
+                with timeline.step("sdk"):
+                    import_sdk()
+                supplied.result()
+            up.result()
+        log.info("%s", timeline.summary())
+
+    def stop(self) -> None:
+        """End the downloads, the engine and the loop."""
+        self._supply.stop()
+        self.loop.submit(self._engine.stop()).result(timeout=30)
+        self.loop.stop()
+
+    def _supply_models(self, timeline: Timeline) -> None:
+        settings = self._settings
+        with timeline.step("links") as step:
+            clear_leftovers(settings.base_dir / "input")
+            report = self._links.refresh()
+            step.note = f"{report.files} files"
+        _log_volume(settings)
+        if settings.model_loading == "on_demand":
+            return
+        wanted = self._supply.manifest()
+        if not wanted:
+            return
+        if settings.model_loading == "eager":
+            with timeline.step("models") as step:
+                step.note = f"{len(wanted)} in the manifests"
+                self._supply.fetch_first(wanted)
+        else:
+            self._supply.fetch_behind(wanted)
+
+
+def _log_volume(settings: Settings) -> None:
+    root = settings.volume_path / "models"
+    if not root.is_dir():
+        log.warning("there is no %s: only models inside the image are there; attach a network volume", root)
+    elif settings.network_volume_debug:
+        for folder in sorted(path for path in root.iterdir() if path.is_dir()):
+            names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+            log.info("volume: %s has %d files: %s", folder, len(names), ", ".join(names) or "none")
+
+
+def read_sources(settings: Settings) -> Sources:
+    """Every list of models that these settings name. Raises `ManifestInvalid`."""
+    from worker.models.sources import Sources  # noqa: PLC0415 - 50 ms that a worker without missing models never spends
+
+    manifest = Layout(settings.volume_path).manifest
+    return Sources.read(volume_manifest=manifest, manifest=settings.models_manifest, models=settings.models)
+
+
+def build_store(settings: Settings) -> Stores:
+    """The volume's store with the container's disk behind it, and the network they fetch from."""
+    from worker.models.hub import Hub, credentials  # noqa: PLC0415 - huggingface_hub takes 0.3 s to import
+    from worker.models.store import Store, Stores, Tuning  # noqa: PLC0415 - as above
+    from worker.models.wire import Network  # noqa: PLC0415 - as above
+
+    network = Network(credentials(settings.hf_endpoint, settings.hf_token, settings.civitai_token), urllib.request.getproxies())
+    hub = Hub(settings.hf_endpoint, network)
+    tuning = Tuning(connections=settings.download_connections)
+    volume = Layout(settings.volume_path)
+    mounted = settings.volume_path.is_dir()
+    worker = settings.runpod_pod_id or socket.gethostname()
+    local = Store(Layout(settings.local_store), hub, worker, tuning=tuning, host_cache=volume)
+    shared = Store(volume, hub, worker, tuning=tuning) if mounted else None
+    return Stores(settings.volume_path, shared, local, require_volume=settings.require_volume)

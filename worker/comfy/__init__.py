@@ -1,0 +1,1 @@
+"""The engine: ComfyUI as a child process, and its protocol."""

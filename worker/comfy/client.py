@@ -1,0 +1,298 @@
+"""One living ComfyUI over HTTP and a websocket: queue a graph, follow it, learn how it ended. Touches the loopback network.
+
+One websocket for as long as the process lives, opened before the first prompt, so that no event of a run can be missed;
+after any gap or silence /history and /queue are asked instead. Runs on one event loop.
+
+Both go through aiohttp: the RunPod SDK brings it anyway, and a request costs it a third of the processor time of httpx.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import uuid
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+import aiohttp
+
+from worker.comfy.events import Finished, Progress, RunTracker, decode
+from worker.comfy.rejection import dropped_outputs, options_of, rejection
+from worker.errors import EngineError, EngineUnreachable, RunTimedOut, WorkerError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from worker.comfy.events import Event, Outputs
+    from worker.comfy.workflow import Graph
+
+log = logging.getLogger(__name__)
+
+_HTTP_TIMEOUT_S = 30.0
+_PROBE_TIMEOUT = aiohttp.ClientTimeout(total=5.0)
+# ComfyUI closes an idle connection after 75 s (aiohttp's default); letting go first avoids a request into a closing one.
+_KEEPALIVE_S = 60.0
+_JSON = {"content-type": "application/json"}
+# ComfyUI loads weights and runs nodes beside its server thread, so seconds of silence are normal; asking costs 1 ms.
+_SILENCE_S = 5.0
+# Sampling stops within a step; a node that never looks for an interrupt is left to the next job's own deadline.
+_WITHDRAW_S = 10.0
+_LEAVING_POLL_S = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """A finished run: its outputs by node id, and a sentence for each output that ComfyUI refused to run."""
+
+    outputs: Outputs
+    dropped: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class _Run:
+    tracker: RunTracker
+    on_progress: Callable[[Progress], None] | None = None
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+@dataclass(frozen=True, slots=True)
+class Reconnect:
+    """How often a lost websocket is tried again, and the pause between two tries; the first is at once."""
+
+    attempts: int = 5
+    delay_s: float = 3.0
+
+
+class ComfyClient:
+    """What the worker asks of one ComfyUI process. `open` before use; `close` when the process is gone.
+
+    Errors: a `RequestError` where ComfyUI refuses the graph; an `EngineError` where it fails with it.
+    """
+
+    def __init__(self, address: str, reconnect: Reconnect = Reconnect(), silence_s: float = _SILENCE_S) -> None:
+        self.address = address
+        self._client_id = uuid.uuid4().hex
+        self._reconnect = reconnect
+        self._silence_s = silence_s
+        self._runs: dict[str, _Run] = {}
+        self._listener: asyncio.Task[None] | None = None
+        self._session: aiohttp.ClientSession | None = None
+
+    async def answers(self) -> bool:
+        """Whether ComfyUI answers requests by now."""
+        try:
+            async with self._http.get("/system_stats", timeout=_PROBE_TIMEOUT) as response:
+                return response.status == HTTPStatus.OK
+        except (aiohttp.ClientError, TimeoutError):
+            return False
+
+    async def open(self) -> None:
+        """Connect the websocket. Raises `EngineUnreachable`."""
+        try:
+            socket = await self._connect()
+        except (aiohttp.ClientError, TimeoutError) as exc:
+            raise EngineUnreachable(self.address, _reason(exc)) from exc
+        self._listener = asyncio.create_task(self._listen(socket), name="comfyui-websocket")
+
+    async def close(self) -> None:
+        """Let go of every connection; runs that are still open end as unreachable."""
+        self.fail_all(EngineUnreachable(self.address, "the connection was closed"))
+        if self._listener:
+            self._listener.cancel()
+            await asyncio.gather(self._listener, return_exceptions=True)
+        if self._session:
+            await self._session.close()
+
+    async def choices(self, class_type: str, input_name: str) -> Sequence[str] | None:
+        """What a node's input may be, as ComfyUI lists it now: for a loader, the files it sees. None for what is no list."""
+        _, body = await self._ask("GET", f"/object_info/{quote(class_type, safe='')}")
+        inputs = ((body or {}).get(class_type) or {}).get("input") or {}
+        return next((options_of(group[input_name]) for group in inputs.values() if input_name in group), None)
+
+    def fail_all(self, error: EngineError) -> None:
+        """End every open run with `error`: the engine is gone, or cannot be reached any more."""
+        for run in self._runs.values():
+            run.tracker.end(error)
+            run.news.set()
+
+    async def run(
+        self,
+        graph: Graph,
+        *,
+        timeout_s: float,
+        extra_data: Mapping[str, Any] | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> RunResult:
+        """Queue a graph and wait for its end.
+
+        On cancellation and after `timeout_s` (`RunTimedOut`) the prompt is taken out of ComfyUI before this returns, so that
+        the next job finds it idle.
+        """
+        if self._listener is None or self._listener.done():
+            await self.open()
+        tracker = RunTracker(uuid.uuid4().hex)
+        run = self._runs[tracker.prompt_id] = _Run(tracker, on_progress)
+        queueing = asyncio.create_task(self._queue(graph, tracker, extra_data or {}))
+        try:
+            async with asyncio.timeout(timeout_s):
+                dropped = await asyncio.shield(queueing)
+                await self._follow(run)
+        except TimeoutError:
+            await self._withdraw(run, queueing)
+            raise RunTimedOut(timeout_s) from None
+        except asyncio.CancelledError:
+            await self._withdraw(run, queueing)
+            raise
+        finally:
+            del self._runs[tracker.prompt_id]
+        if isinstance(tracker.outcome, Finished):
+            return RunResult(tracker.outcome.outputs, dropped)
+        assert tracker.outcome is not None  # noqa: S101 - _follow returns at the outcome
+        raise tracker.outcome
+
+    async def _queue(self, graph: Graph, tracker: RunTracker, extra_data: Mapping[str, Any]) -> tuple[str, ...]:
+        """Hand the graph in, once: when the answer is lost, ComfyUI is asked whether it has it before it is sent again."""
+        prompt_id = tracker.prompt_id
+        prompt = {"prompt": graph, "client_id": self._client_id, "prompt_id": prompt_id, "extra_data": extra_data}
+        for last in (False, False, True):
+            try:
+                status, body = await self._ask("POST", "/prompt", prompt)
+            except EngineUnreachable:
+                if last:
+                    raise
+                if await self._history(prompt_id) is not None or await self._queued(prompt_id):
+                    tracker.gap()
+                    return ()
+                continue
+            if status == HTTPStatus.OK:
+                return dropped_outputs(graph, body)
+            raise rejection(graph, body)
+        raise AssertionError("the last attempt returns or raises")
+
+    async def _follow(self, run: _Run) -> None:
+        """Return when the run's tracker has its outcome."""
+        while run.tracker.outcome is None:
+            try:
+                async with asyncio.timeout(self._silence_s):
+                    await run.news.wait()
+            except TimeoutError:
+                await self._consult_history(run.tracker)
+            run.news.clear()
+            if run.tracker.wants_history:
+                await self._consult_history(run.tracker)
+
+    async def _consult_history(self, tracker: RunTracker) -> None:
+        """Ask ComfyUI what it knows of the prompt. Silence on its side is not an answer: the caller asks again."""
+        try:
+            entry = await self._history(tracker.prompt_id)
+            queued = entry is None and await self._queued(tracker.prompt_id)
+            if entry is None and not queued:
+                # It may have moved from the queue to the history between the two questions.
+                entry = await self._history(tracker.prompt_id)
+        except EngineUnreachable as exc:
+            log.warning("%s", exc)
+            return
+        tracker.reconcile(entry, queued=queued)
+
+    async def _history(self, prompt_id: str) -> Mapping[str, Any] | None:
+        _, body = await self._ask("GET", f"/history/{prompt_id}")
+        return body.get(prompt_id)  # type: ignore[no-any-return]  # ComfyUI's JSON
+
+    async def _queued(self, prompt_id: str) -> bool:
+        _, body = await self._ask("GET", "/queue")
+        return any(item[1] == prompt_id for key in ("queue_running", "queue_pending") for item in body[key])
+
+    async def _withdraw(self, run: _Run, queueing: asyncio.Task[tuple[str, ...]]) -> None:
+        """Take the prompt out of ComfyUI, running or queued, and wait until it has let go."""
+        prompt_id = run.tracker.prompt_id
+        with contextlib.suppress(WorkerError, TimeoutError):
+            async with asyncio.timeout(_WITHDRAW_S):
+                await queueing  # a prompt that is still being handed in would be queued after it was deleted
+                await self._ask("POST", "/queue", {"delete": [prompt_id]})
+                await self._ask("POST", "/interrupt", {"prompt_id": prompt_id})
+                # The news of the interruption comes before the prompt has left the queue.
+                while await self._queued(prompt_id):  # noqa: ASYNC110 - ComfyUI tells nobody when a prompt leaves its queue
+                    await asyncio.sleep(_LEAVING_POLL_S)
+
+    @property
+    def _http(self) -> aiohttp.ClientSession:
+        # Made on first use: aiohttp binds a session to the loop that runs then.
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                f"http://{self.address}",
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S),
+                timeout=aiohttp.ClientTimeout(total=_HTTP_TIMEOUT_S),
+            )
+        return self._session
+
+    async def _ask(self, method: str, path: str, body: object = None) -> tuple[int, Any]:
+        """Status and decoded JSON; None for what is no JSON, as in ComfyUI's answer to its own defects."""
+        data = None if body is None else json.dumps(body, allow_nan=False).encode()
+        try:
+            async with self._http.request(method, path, data=data, headers=_JSON) as response:
+                content = await response.read()
+                return response.status, _decoded(content)
+        except (aiohttp.ClientError, TimeoutError) as exc:
+            raise EngineUnreachable(self.address, f"{_reason(exc)} on {method} {path}") from exc
+
+    async def _connect(self) -> aiohttp.ClientWebSocketResponse:
+        # No heartbeat: a node that holds the interpreter for a minute is busy, not gone; a dead process closes the socket.
+        # No compression and no size limit: both ends are on this machine, and previews can be large.
+        return await self._http.ws_connect(f"/ws?clientId={self._client_id}", max_msg_size=0)
+
+    async def _listen(self, socket: aiohttp.ClientWebSocketResponse) -> None:
+        while True:
+            async for message in socket:  # ends when the connection does, however that comes
+                event = decode(message.data)
+                if event is not None:
+                    self._dispatch(event)
+            log.warning("the websocket to ComfyUI closed; connecting again")
+            for run in self._runs.values():
+                run.tracker.gap()
+            again = await self._connect_again()
+            if again is None:
+                return
+            socket = again
+            for run in self._runs.values():
+                run.news.set()
+
+    async def _connect_again(self) -> aiohttp.ClientWebSocketResponse | None:
+        reason = ""
+        for attempt in range(self._reconnect.attempts):
+            if attempt:
+                await asyncio.sleep(self._reconnect.delay_s)
+            try:
+                return await self._connect()
+            except (aiohttp.ClientError, TimeoutError) as exc:
+                reason = _reason(exc)
+        log.error("the websocket to ComfyUI could not be opened again: %s", reason)
+        self.fail_all(EngineUnreachable(self.address, reason))
+        return None
+
+    def _dispatch(self, event: Event) -> None:
+        run = self._runs.get(event.prompt_id)
+        if run is None:
+            return
+        if isinstance(event, Progress):
+            if run.on_progress:
+                run.on_progress(event)
+            return
+        run.tracker.feed(event)
+        if run.tracker.outcome is not None or run.tracker.wants_history:
+            run.news.set()
+
+
+def _decoded(content: bytes) -> Any:  # noqa: ANN401 - ComfyUI's JSON
+    try:
+        return json.loads(content) if content else None
+    except ValueError:
+        return None
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, for a sentence; many of these errors have no text of their own."""
+    return str(error) or type(error).__name__

@@ -1,0 +1,133 @@
+"""ComfyUI as the handler sees it: there, or coming back. Touches processes and the loopback network, through its two parts.
+
+Joins `process` (is it alive, why did it die) with `client` (what does it say): a death ends every open run with its cause, and
+a new process is started at once, so that the next job finds it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from typing import TYPE_CHECKING, Any
+
+from worker.comfy.client import ComfyClient, Reconnect
+from worker.comfy.process import EngineProcess
+from worker.errors import EngineDied, EngineError, EngineStartFailed, EngineUnreachable, StartError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from worker.comfy.client import RunResult
+    from worker.comfy.events import Progress
+    from worker.comfy.process import EngineCommand
+    from worker.comfy.workflow import Graph
+    from worker.settings import Settings
+
+log = logging.getLogger(__name__)
+
+# A refused connection costs 0.1 ms, so asking often costs nothing and a cold start loses 10 ms on average, not 500.
+_PROBE_INTERVAL_S = 0.02
+# A connection that breaks because the process died is noticed before the process is reaped.
+_DEATH_NEWS_S = 1.0
+
+
+class Engine:
+    """A supervised ComfyUI. `start` once on the event loop, then `run` graphs, then `stop`."""
+
+    def __init__(self, settings: Settings, command: EngineCommand, process: EngineProcess) -> None:
+        self.address = f"127.0.0.1:{settings.comfyui_port}"
+        self._settings = settings
+        self._command = command
+        self._process = process
+        self._client = self._new_client()
+        self._up = asyncio.Event()
+        self._failure: StartError | None = None
+        self._watcher: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Wait until the spawned process answers and the websocket is open. Raises `EngineStartFailed`."""
+        await self._await_ready()
+        self._watcher = asyncio.create_task(self._watch(), name="comfyui-watch")
+
+    async def run(
+        self,
+        graph: Graph,
+        *,
+        timeout_s: float,
+        extra_data: Mapping[str, Any] | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> RunResult:
+        """Run a graph, as `ComfyClient.run`; waits for a restart that is under way.
+
+        Raises also `EngineDied` with the cause and the last lines, and `EngineStartFailed` when it did not come back.
+        """
+        await self._up.wait()
+        if self._failure:
+            raise self._failure
+        process = self._process
+        try:
+            return await self._client.run(graph, timeout_s=timeout_s, extra_data=extra_data, on_progress=on_progress)
+        except EngineUnreachable as exc:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(process.exited)), _DEATH_NEWS_S)
+                raise _died(process) from exc
+            raise
+
+    async def choices(self, class_type: str, input_name: str) -> Sequence[str] | None:
+        """As `ComfyClient.choices`."""
+        await self._up.wait()
+        return await self._client.choices(class_type, input_name)
+
+    async def stop(self) -> None:
+        """End ComfyUI; nothing restarts it."""
+        if self._watcher:
+            self._watcher.cancel()
+            await asyncio.gather(self._watcher, return_exceptions=True)
+        await self._client.close()
+        await asyncio.to_thread(self._process.stop)
+
+    def _new_client(self) -> ComfyClient:
+        settings = self._settings
+        return ComfyClient(self.address, Reconnect(settings.websocket_reconnect_attempts, settings.websocket_reconnect_delay_s))
+
+    async def _await_ready(self) -> None:
+        exited = asyncio.wrap_future(self._process.exited)
+        try:
+            async with asyncio.timeout(self._settings.comfy_start_timeout_s):
+                while not await self._client.answers():
+                    if exited.done():
+                        raise EngineStartFailed(f"it {exited.result()}", self._process.last_lines)
+                    await asyncio.sleep(_PROBE_INTERVAL_S)
+                await self._client.open()
+        except TimeoutError:
+            limit = f"{self._settings.comfy_start_timeout_s:g} s (COMFY_START_TIMEOUT_S)"
+            raise EngineStartFailed(f"it gave no answer within {limit}", self._process.last_lines) from None
+        except EngineError as exc:
+            raise EngineStartFailed(str(exc), self._process.last_lines) from exc
+        self._up.set()
+
+    async def _watch(self) -> None:
+        """Turn each death into errors for its runs and a new process, until a restart fails."""
+        while True:
+            await asyncio.shield(asyncio.wrap_future(self._process.exited))
+            self._up.clear()
+            error = _died(self._process)
+            log.error("ComfyUI %s; starting it again", error.cause)
+            self._client.fail_all(error)
+            await self._client.close()
+            self._client = self._new_client()
+            try:
+                self._process = EngineProcess.spawn(self._command)
+                await self._await_ready()
+            except (StartError, OSError) as exc:
+                failure = exc if isinstance(exc, StartError) else EngineStartFailed(str(exc))
+                log.error("%s", failure)  # noqa: TRY400 - the sentence is the whole news, a traceback adds nothing
+                self._failure = failure
+                self._up.set()
+                return
+            log.info("ComfyUI is back (pid %d)", self._process.pid)
+
+
+def _died(process: EngineProcess) -> EngineDied:
+    return EngineDied(str(process.exited.result()), process.last_lines)

@@ -1,0 +1,162 @@
+"""ComfyUI as a child process: start it, hear its output, know why it ended, stop it. Touches processes.
+
+This module is imported before anything heavy, so that ComfyUI boots while the rest of the worker loads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections import deque
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from worker.errors import EngineNotFound, NoGpu
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from worker.settings import Settings
+
+log = logging.getLogger(__name__)
+
+_LAST_LINES = 20
+_LINE_LIMIT_BYTES = 4000
+# What a container sees of NVIDIA cards, of WSL's and of AMD's. Looking costs nothing; asking the driver takes 0.1-1 s.
+_GPU_DEVICES = ("nvidia[0-9]*", "dxg", "kfd")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineCommand:
+    """How ComfyUI is started: the command line, its folder and its environment."""
+
+    argv: tuple[str, ...]
+    cwd: Path
+    environ: Mapping[str, str]
+
+    @classmethod
+    def of(cls, settings: Settings, environ: Mapping[str, str]) -> EngineCommand:
+        """The command for these settings.
+
+        Raises `EngineNotFound` or `NoGpu` where it could only fail: known now, it is one line in the log instead of a traceback
+        and a minute.
+        """
+        main = settings.comfyui_dir / "main.py"
+        if not main.is_file():
+            raise EngineNotFound(main, "COMFYUI_DIR")
+        python = shutil.which(settings.comfyui_python, path=environ.get("PATH"))
+        if python is None:
+            raise EngineNotFound(Path(settings.comfyui_python), "COMFYUI_PYTHON")
+        if "--cpu" not in settings.comfy_args and not gpu_visible():
+            raise NoGpu
+        host = "0.0.0.0" if settings.serve_api_locally else "127.0.0.1"  # noqa: S104 - asked for by SERVE_API_LOCALLY
+        argv = [python, "main.py", "--listen", host, "--port", str(settings.comfyui_port), "--disable-auto-launch"]
+        argv += ["--verbose", settings.comfy_log_level]
+        if settings.comfyui_base_dir:
+            argv += ["--base-directory", str(settings.comfyui_base_dir)]
+        argv += settings.comfy_args
+        return cls(tuple(argv), settings.comfyui_dir, {**environ, "PYTHONUNBUFFERED": "1"})
+
+
+def gpu_visible(dev: Path = Path("/dev")) -> bool:
+    """Whether a GPU's device node is there; says nothing about drivers."""
+    return any(next(dev.glob(pattern), None) is not None for pattern in _GPU_DEVICES)
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """How a process ended. `str()` reads as the end of a sentence about it."""
+
+    returncode: int
+
+    def __str__(self) -> str:
+        if self.returncode >= 0:
+            return f"exited with code {self.returncode}"
+        try:
+            name = signal.Signals(-self.returncode).name
+        except ValueError:
+            name = f"signal {-self.returncode}"
+        hint = ", as the kernel does when memory runs out" if name == "SIGKILL" else ""
+        return f"was killed by {name} (exit code {self.returncode}{hint})"
+
+
+class EngineProcess:
+    """One run of ComfyUI, from spawn to exit. `exited` resolves to its `Exit`, exactly once, however it ends."""
+
+    def __init__(self, popen: subprocess.Popen[bytes]) -> None:
+        self.pid = popen.pid
+        self.spawned_at = time.monotonic()
+        self.exited: Future[Exit] = Future()
+        self._popen = popen
+        self._lines: deque[str] = deque(maxlen=_LAST_LINES)
+        self._pump = threading.Thread(target=self._read_output, name="comfyui-output", daemon=True)
+        self._pump.start()
+        threading.Thread(target=self._wait, name="comfyui-exit", daemon=True).start()
+
+    @classmethod
+    def spawn(cls, command: EngineCommand) -> EngineProcess:
+        """Start ComfyUI in a process group of its own; it dies with the worker even if that is killed."""
+        # A worker killed by -9 would leave ComfyUI holding the port and the GPU. The kernel's parent-death signal prevents it;
+        # setpriv sets it after the fork, which preexec_fn cannot do safely in a process with threads.
+        setpriv = shutil.which("setpriv")
+        guard = (setpriv, "--pdeathsig", "KILL", "--") if setpriv else ()
+        popen = subprocess.Popen(  # noqa: S603 - the command is the operator's
+            (*guard, *command.argv),
+            cwd=command.cwd,
+            env=dict(command.environ),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        log.info("worker-comfyui: Starting ComfyUI (pid %d)", popen.pid)
+        return cls(popen)
+
+    @property
+    def last_lines(self) -> Sequence[str]:
+        """The last lines it printed, oldest first."""
+        return tuple(self._lines)
+
+    def stop(self, grace_s: float = 5.0) -> Exit:
+        """End it and everything it started: ask first, then kill. Returns when it is gone."""
+        self._signal(signal.SIGTERM)
+        try:
+            return self.exited.result(grace_s)
+        except TimeoutError:
+            log.warning("ComfyUI did not end within %g s of SIGTERM and is killed", grace_s)
+            self._signal(signal.SIGKILL)
+            return self.exited.result(grace_s)
+
+    def _signal(self, number: signal.Signals) -> None:
+        if not self.exited.done():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, number)
+
+    def _wait(self) -> None:
+        returncode = self._popen.wait()
+        # The last lines say why it died; a grandchild that keeps the pipe open must not hold the news back.
+        self._pump.join(timeout=0.5)
+        self.exited.set_result(Exit(returncode))
+
+    def _read_output(self) -> None:
+        stream = self._popen.stdout
+        assert stream is not None  # noqa: S101 - spawn asks for a pipe
+        for line in _lines_of(stream):
+            self._lines.append(line)
+            log.info("comfyui: %s", line)
+
+
+def _lines_of(stream: IO[bytes]) -> Iterator[str]:
+    """Decoded lines. Of a line that was redrawn with carriage returns (a progress bar) only its last state."""
+    while raw := stream.readline(_LINE_LIMIT_BYTES):
+        text = raw.decode("utf-8", "replace").rstrip()
+        if text:
+            yield text.rsplit("\r", 1)[-1]

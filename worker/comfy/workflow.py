@@ -1,0 +1,566 @@
+"""What a graph in ComfyUI's API format names: models and files; whether it is one, and whether it is safe. Pure.
+
+Nothing here knows which node classes are installed. Where ComfyUI decides by a class's definition, this module decides by the
+class's name and the input's name, and is strict only where ComfyUI would answer with an exception's text, or would open a
+file outside its folders.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
+
+from worker.errors import (
+    UnsafePath,
+    WorkflowEmpty,
+    WorkflowInvalid,
+    WorkflowMissing,
+    WorkflowNotFinite,
+    WorkflowUiFormat,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+Graph: TypeAlias = dict[str, dict[str, Any]]
+"""Node id to `{"class_type": str, "inputs": {name: value or [node id, slot]}, ...}`, as ComfyUI's `POST /prompt` takes it."""
+
+# --- is it a graph ------------------------------------------------------------------------------
+
+_LINK_LENGTH = 2
+
+
+def parse_graph(value: object) -> Graph:
+    """The workflow of a request, the very object that was given, once it is known to be a graph.
+
+    Every node has a class and inputs, every number is finite, every link leads to a node, and no links form a cycle.
+
+    Raises:
+        WorkflowMissing: there is none.
+        WorkflowUiFormat: it is what the editor saves, not what its "Export (API)" writes.
+        WorkflowEmpty: it has no nodes.
+        WorkflowNotFinite: a number in it is NaN or infinite.
+        WorkflowInvalid: anything else, naming the node and what to do.
+    """
+    if value is None:
+        raise WorkflowMissing
+    if not isinstance(value, dict):
+        raise WorkflowInvalid(f"the workflow is {_kind(value)}; send an object in ComfyUI's API format")
+    if isinstance(value.get("nodes"), list):
+        raise WorkflowUiFormat
+    if not value:
+        raise WorkflowEmpty
+    _check_not_wrapped(value)
+    for node_id, node in value.items():
+        _check_node(node_id, node)
+    graph = cast("Graph", value)
+    _check_links(graph)
+    _check_cycles(graph)
+    return graph
+
+
+def _check_not_wrapped(value: dict[str, Any]) -> None:
+    # What people paste: a POST /prompt body, the frontend's {output, workflow}, a whole request.
+    for key in ("prompt", "output", "workflow", "input"):
+        inner = value.get(key)
+        if not isinstance(inner, dict) or "class_type" in inner:
+            continue
+        if isinstance(inner.get("nodes"), list):
+            raise WorkflowUiFormat
+        raise WorkflowInvalid(f"the graph is wrapped in '{key}'; send the object inside '{key}' as the workflow")
+
+
+def _check_node(node_id: object, node: object) -> None:
+    if not isinstance(node_id, str):
+        raise WorkflowInvalid(f"node {node_id} has {_kind(node_id)} as its id; write node ids as strings")
+    if not isinstance(node, dict):
+        raise WorkflowInvalid(
+            f"node {node_id} is {_kind(node)}; the workflow may hold nodes only, each an object with 'class_type' and 'inputs'"
+        )
+    class_type = node.get("class_type")
+    if not isinstance(class_type, str) or not class_type:
+        raise WorkflowInvalid(
+            f"node {_titled(node_id, node)} has no 'class_type'; the editor exports that for a node it does not know: "
+            "install its custom node there and export again, or remove it"
+        )
+    if not isinstance(node.get("inputs"), dict):
+        raise WorkflowInvalid(f"node {node_id} ({class_type}) has no object 'inputs'; send {{}} where there are none")
+    for name, value in node["inputs"].items():
+        if not _is_finite(value):
+            raise WorkflowNotFinite(node_id=node_id, input_name=name)
+    for name, value in node.items():
+        if name != "inputs" and not _is_finite(value):
+            raise WorkflowNotFinite(node_id=node_id, input_name=name)
+
+
+def _titled(node_id: str, node: dict[str, Any]) -> str:
+    meta = node.get("_meta")
+    title = meta.get("title") if isinstance(meta, dict) else None
+    return f"{node_id} ('{title}')" if isinstance(title, str) and title else node_id
+
+
+def _is_finite(value: object) -> bool:
+    stack = [value]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, float):
+            if not math.isfinite(item):
+                return False
+        elif isinstance(item, dict):
+            stack.extend(item.values())
+        elif isinstance(item, list):
+            stack.extend(item)
+    return True
+
+
+def _check_links(graph: Graph) -> None:
+    for node_id, node in graph.items():
+        for name, value in node["inputs"].items():
+            if isinstance(value, list) and len(value) == _LINK_LENGTH:
+                problem = _link_problem(graph, value)
+                if problem:
+                    raise WorkflowInvalid(f"bad link: input '{name}' of node {node_id} ({node['class_type']}) {problem}")
+
+
+def _link_problem(graph: Graph, pair: list[Any]) -> str | None:
+    """What is wrong with a two-element list, or None for a good link and for what may be a plain value.
+
+    ComfyUI takes every two-element list in an input that the class declares for a link, and lists in other inputs as they are
+    (validate_inputs in its execution.py). A list that can only be meant as a link and would end in its
+    `exception_during_validation` is refused here; the rest is ComfyUI's to judge.
+    """
+    source, slot = pair
+    number = isinstance(slot, (int, float))
+    if isinstance(source, str) and source in graph:
+        if isinstance(slot, int):
+            return None
+        return f"takes output {slot!r} of node {source} ({graph[source]['class_type']}); an output is a whole number from 0"
+    if isinstance(source, str) and number:
+        return f"comes from node {source}, which is not in the workflow"
+    if isinstance(source, int) and number and str(source) in graph:
+        return f'comes from node {source} as a number; write the node id as a string: ["{source}", {slot}]'
+    return None
+
+
+def _check_cycles(graph: Graph) -> None:
+    # ComfyUI answers a cycle with an error that names no node.
+    sources = {
+        node_id: [value[0] for value in node["inputs"].values() if is_link(graph, value)] for node_id, node in graph.items()
+    }
+    try:
+        TopologicalSorter(sources).prepare()
+    except CycleError as error:
+        cycle = " -> ".join(error.args[1])
+        raise WorkflowInvalid(f"the links form a cycle, nodes {cycle}; remove one of them") from error
+
+
+def is_link(graph: Graph, value: object) -> bool:
+    """Whether an input's value is a link to a node of this graph: `[node id, slot]`."""
+    return (
+        isinstance(value, list)
+        and len(value) == _LINK_LENGTH
+        and isinstance(value[0], str)
+        and value[0] in graph
+        and isinstance(value[1], (int, float))
+    )
+
+
+def _kind(value: object) -> str:
+    kinds = {str: "a string", list: "a list", bool: "true or false", int: "a number", float: "a number", dict: "an object"}
+    return "null" if value is None else kinds.get(type(value), type(value).__name__)
+
+
+# --- every string in it -------------------------------------------------------------------------
+
+
+def _strings(name: str, value: object) -> Iterator[tuple[str, str]]:
+    """Every string of an input's value, with the dotted name that leads to it, in order.
+
+    Lists arrive as `{"__value__": [...]}` (the frontend's way to tell them from links) and some inputs are objects
+    (Load3D's `image`, a lora row), so a file name may lie deeper than the input itself.
+    """
+    stack: list[tuple[str, object]] = [(name, value)]
+    while stack:
+        key, item = stack.pop()
+        if isinstance(item, str):
+            yield key, item
+        elif isinstance(item, dict):
+            stack.extend((key if inner == "__value__" else f"{key}.{inner}", item[inner]) for inner in reversed(item))
+        elif isinstance(item, list):
+            stack.extend((key, inner) for inner in reversed(item))
+
+
+# Inputs that hold words for a model or a program and never a file: prompts may begin with "/" and end in ".pt".
+_TEXT_INPUT = re.compile(
+    r"(.*_)?(text|texts|prompt|prompts|positive|negative|caption|captions|tags|lyrics|instruction|instructions|query|question"
+    r"|message|messages|expression|regex|pattern|find|replace|replacement|search|code|script|json|description|title|delimiter"
+    r"|separator|style|comment|note|notes|wildcards?)(_?[a-z0-9]{1,2})?"
+    r"|clip_[lg]|t5xxl|mt5xl|llama|bert|regex_pattern|json_string|system_instruction"
+)
+
+# Inputs that name a file or a folder that ComfyUI or a custom node opens.
+_PATH_INPUT = re.compile(
+    r"(.*_)?(image|images|mask|masks|video|videos|audio|audios|file|files|filename|filenames|file_?name|path|paths|filepath|dir"
+    r"|directory|folder|subfolder|latent|name|upload|(file|name|filename|save|output|image|path)_?prefix)(_?\d+)?"
+)
+
+
+def _is_text_input(name: str) -> bool:
+    return _TEXT_INPUT.fullmatch(name.rpartition(".")[2].lower()) is not None
+
+
+def _is_path_input(name: str) -> bool:
+    return any(_PATH_INPUT.fullmatch(part) for part in name.lower().split("."))
+
+
+# --- is it safe ---------------------------------------------------------------------------------
+
+# Linux refuses to open a longer one, so a longer string is content (base64 in an image input), not a path.
+_PATH_MAX_BYTES = 4096
+_URL = re.compile(r"(?!file:)[a-z][a-z0-9+.-]+://|data:", re.IGNORECASE)
+_FILE_URL = re.compile(r"\s*file:", re.IGNORECASE)
+_DRIVE = re.compile(r"[A-Za-z]:")
+_HOME = re.compile(r"~[\w-]*(/|\\|$)")
+_SEPARATORS = re.compile(r"[/\\]")
+_JPEG_BASE64 = re.compile(r"/9j/[A-Za-z0-9+/]*={0,2}")  # the one file kind whose base64 begins like an absolute path
+# folder_paths.annotated_filepath cuts the annotation and the ONE character before it, whatever it is.
+_ANNOTATION = re.compile(r".?\[(?:input|output|temp)\]", re.DOTALL)
+_SYSTEM_PATH = re.compile(
+    r"/+(bin|boot|comfyui|data|dev|etc|home|lib|lib64|media|mnt|opt|proc|root|run|runpod-volume|sbin|srv|sys|tmp|usr|var|workspace)/\S*"
+)
+_SHOWN_CHARS = 200
+
+
+def check_paths(graph: Graph) -> None:
+    """Nothing in the graph makes ComfyUI read or write outside the folder that an input's files belong to.
+
+    ComfyUI's LoadImage and its kin join the value to the input folder unchecked, so an absolute path or a `..` reads any file
+    of the container; custom nodes do the same for writing. In an input that by its name holds a path (or that ends like a model
+    file) every way out is refused: absolute, `..`, `~`, a drive letter, backslashes, NUL, with or without ComfyUI's
+    ` [input]`, ` [output]` and ` [temp]`. Elsewhere only what is nothing but a path out (`../x`, `/etc/x`) is refused, and a
+    prompt is not looked at unless its node feeds an input that holds a path. A web address is no path. Out of reach: a path
+    that nodes put together while the graph runs.
+
+    Raises:
+        UnsafePath: naming node, input and value.
+    """
+    feeders = _feeders_of_paths(graph)
+    for node_id, node in graph.items():
+        for name, value in node["inputs"].items():
+            if is_link(graph, value):
+                continue
+            for key, text in _strings(name, value):
+                if _leaves_folder(key, text, feeds_path=node_id in feeders):
+                    what = f"Input '{name}' of node {node_id} ({node['class_type']})"
+                    raise UnsafePath(what=what, value=_shown(text))
+
+
+def _feeders_of_paths(graph: Graph) -> frozenset[str]:
+    """The nodes with an output that goes straight into an input that holds a path: a text node may write one."""
+    inputs = ((name, value) for node in graph.values() for name, value in node["inputs"].items())
+    return frozenset(value[0] for name, value in inputs if is_link(graph, value) and _is_path_input(name))
+
+
+def _leaves_folder(key: str, text: str, *, feeds_path: bool) -> bool:
+    if _is_text_input(key):
+        return feeds_path and _is_plainly_foreign(text)
+    if _is_path_input(key) or (text.lower().endswith(WEIGHT_SUFFIXES) and not _URL.match(text)):
+        return any(_escapes(form) for form in _readings(text))
+    return _is_plainly_foreign(text)
+
+
+def _readings(text: str) -> Iterator[str]:
+    """The value as nodes may read it: as it is, and with the annotation cut off."""
+    yield text
+    end = text.rfind("[")
+    if end >= 0 and (found := _ANNOTATION.fullmatch(text, max(end - 1, 0))):
+        yield text[: found.start()]
+
+
+def _escapes(text: str) -> bool:
+    if "\0" in text or _FILE_URL.match(text):
+        return True
+    if _JPEG_BASE64.fullmatch(text) or _cannot_be_a_path(text):
+        return False
+    # Between scheme and host a URL has no folder that exists, but nodes that normalise it drop "https:/.." all the same.
+    if ".." in (part.strip() for part in _SEPARATORS.split(text)):
+        return True
+    if _URL.match(text):
+        return False
+    text = text.strip()
+    return text.startswith(("/", "\\")) or bool(_DRIVE.match(text) or _HOME.match(text))
+
+
+def _cannot_be_a_path(text: str) -> bool:
+    # Padding with "//" or "/./" shrinks when a node normalises the path, so only what stays counts.
+    if len(text) <= _PATH_MAX_BYTES:
+        return False
+    kept = (part for part in _SEPARATORS.split(text) if part not in ("", "."))
+    return sum(len(part.encode("utf-8", "replace")) + 1 for part in kept if part != "..") > _PATH_MAX_BYTES
+
+
+def _is_plainly_foreign(text: str) -> bool:
+    if "\0" in text or _FILE_URL.match(text):
+        return True
+    if not text or len(text) > _PATH_MAX_BYTES or _URL.match(text) or any(char.isspace() for char in text):
+        return False
+    climbs = "/" in text and ".." in text.split("/")
+    return climbs or _SYSTEM_PATH.fullmatch(text) is not None
+
+
+def _shown(text: str) -> str:
+    printable = "".join(char if char.isprintable() else "?" for char in text[:_SHOWN_CHARS])
+    return printable + "..." if len(text) > _SHOWN_CHARS else printable
+
+
+# --- which models it names ----------------------------------------------------------------------
+
+WEIGHT_SUFFIXES = (".safetensors", ".sft", ".gguf", ".ckpt", ".pt", ".pt2", ".bin", ".pth", ".pkl", ".onnx")
+"""What ComfyUI's folder_paths.supported_pt_extensions lists, and the two that custom loaders add."""
+
+# Folders that ComfyUI reads as one, the one that new files go to first (folder_paths.folder_names_and_paths, map_legacy).
+_SAME_FOLDER: Mapping[str, tuple[str, ...]] = {
+    "diffusion_models": ("diffusion_models", "unet"),
+    "text_encoders": ("text_encoders", "clip"),
+    "controlnet": ("controlnet", "t2i_adapter"),
+}
+
+# Loaders whose input's name does not tell the folder, or tells a wrong one. Core first, then custom nodes.
+_FOLDER_OF_CLASS: Mapping[str, str] = {
+    "CLIPVisionLoader": "clip_vision",
+    "ConditioningLoader": "embeddings",
+    "FrameInterpolationModelLoader": "frame_interpolation",
+    "LatentUpscaleModelLoader": "latent_upscale_models",
+    "LoadBackgroundRemovalModel": "background_removal",
+    "LoadDA3Model": "geometry_estimation",
+    "LoadMediaPipeFaceLandmarker": "detection",
+    "LoadMoGeModel": "geometry_estimation",
+    "ModelPatchLoader": "model_patches",
+    "OpticalFlowLoader": "optical_flow",
+    "SAM3DBody_Loader": "detection",
+    "UpscaleModelLoader": "upscale_models",
+    "ADE_AnimateDiffLoRALoader": "animatediff_motion_lora",
+    "ADE_AnimateDiffLoaderGen1": "animatediff_models",
+    "ADE_AnimateDiffLoaderWithContext": "animatediff_models",
+    "ADE_LoadAnimateDiffModel": "animatediff_models",
+    "BrushNetLoader": "inpaint",
+    "FaceRestoreModelLoader": "facerestore_models",
+    "HyVideoModelLoader": "diffusion_models",
+    "HyVideoVAELoader": "vae",
+    "INPAINT_LoadFooocusInpaint": "inpaint",
+    "INPAINT_LoadInpaintModel": "inpaint",
+    "LoadWanVideoT5TextEncoder": "text_encoders",
+    "NunchakuFluxDiTLoader": "diffusion_models",
+    "NunchakuQwenImageDiTLoader": "diffusion_models",
+    "OnnxDetectionModelLoader": "detection",
+    "SAMLoader": "sams",
+    "UltralyticsDetectorProvider": "ultralytics",
+    "WanVideoModelLoader": "diffusion_models",
+    "WanVideoVACEModelSelect": "diffusion_models",
+    "WanVideoVAELoader": "vae",
+}
+
+# An input's name, where it tells the folder whatever the class.
+_FOLDER_OF_INPUT: tuple[tuple[re.Pattern[str], str], ...] = tuple(
+    (re.compile(pattern), folder)
+    for pattern, folder in (
+        (r"(.*_)?clip_?vision(_model)?(_name)?_?\d*", "clip_vision"),
+        (r"(.*_)?(ckpt|checkpoint)(_name)?_?\d*", "checkpoints"),
+        (r"(.*_)?lora(_name)?_?\d*(_name)?", "loras"),
+        (r"(.*_)?vae(_name)?_?\d*", "vae"),
+        (r"(.*_)?(unet|diffusion_model)(_name)?_?\d*", "diffusion_models"),
+        (r"(.*_)?(clip_name|text_encoder(_name)?)_?\d*", "text_encoders"),
+        (r"(.*_)?control_?net(_model)?(_name)?_?\d*", "controlnet"),
+        (r"(.*_)?upscale(r|_model)(_name)?_?\d*", "upscale_models"),
+        (r"style_model(_name)?", "style_models"),
+        (r"gligen(_name|_textbox_model)?", "gligen"),
+        (r"hypernetwork(_name)?", "hypernetworks"),
+        (r"photomaker(_model)?(_name)?", "photomaker"),
+        (r"audio_encoder(_name)?", "audio_encoders"),
+        (r"bg_removal(_name)?", "background_removal"),
+        (r"model_patch(_name)?", "model_patches"),
+        (r"embedding(_name)?", "embeddings"),
+        (r"ip_?adapter(_name|_file)?", "ipadapter"),
+        (r"instantid_file", "instantid"),
+        (r"pulid_file", "pulid"),
+        (r"sam_model(_name)?", "sams"),
+    )
+)
+
+# nodes.VAELoader: names that stand for an encoder and a decoder in vae_approx, and files that it takes from there.
+_IMAGE_TAES = frozenset({"taesd", "taesdxl", "taesd3", "taef1", "taef2"})
+_VIDEO_TAES = frozenset({"taehv", "lighttaew2_2", "lighttaew2_1", "lighttaehy1_5", "taeltx_2", "taeh3"})
+_TAE_SUFFIXES = (".safetensors", ".pth", ".pt")
+
+_EMBEDDING_SUFFIXES = (".safetensors", ".pt", ".bin")  # in the order that comfy.sd1_clip.load_embed tries them
+
+# Inputs whose files are what the job works on or writes, whatever they end in.
+_MEDIA_INPUT = re.compile(
+    r"(.*_)?(image|images|mask|masks|video|videos|audio|audios|latent|upload)(_?\d+)?"
+    r"|(file_?name|file|save|output|image)_?prefix|(save|output|export|dest|destination)_.*"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class NamedModel:
+    """A model file that a graph names.
+
+    `folders` are the folders under `models/` that its loader reads, the one for new files first; empty when unknown: any.
+    `spellings` are the file names that satisfy it where ComfyUI completes the name; else the name itself is the file's.
+    `optional` when ComfyUI runs without it (an embedding in a prompt: it warns and goes on).
+    """
+
+    name: str
+    folders: tuple[str, ...]
+    node_id: str
+    class_type: str
+    input_name: str
+    spellings: tuple[str, ...] = ()
+    optional: bool = False
+
+    @property
+    def file_names(self) -> tuple[str, ...]:
+        """File names that satisfy it, in the order to try, relative to a folder, with `/` between."""
+        return self.spellings or (self.name,)
+
+
+def named_models(graph: Graph) -> tuple[NamedModel, ...]:
+    """Every model file that the graph names, once for each input that names it, in the order of nodes and inputs.
+
+    A name is any string that ends like a weights file, in any node; an `embedding:name` in any text; a VAELoader's short name.
+    Not: what an input's name says is media or an output, prompts that merely end so, web addresses, a lora row that is off, and
+    names that leave their folder (`check_paths` refuses those).
+    """
+    models = (model for node_id, node in graph.items() for model in _models_of_node(graph, node_id, node))
+    return tuple(dict.fromkeys(models))
+
+
+def _models_of_node(graph: Graph, node_id: str, node: dict[str, Any]) -> Iterator[NamedModel]:
+    class_type = node["class_type"]
+    for input_name, value in node["inputs"].items():
+        if is_link(graph, value) or _is_switched_off(value):
+            continue
+        for key, text in _strings(input_name, value):
+            for name, folders, spellings in _names_in(class_type, key, text):
+                optional = spellings is not None and folders == ("embeddings",)
+                yield NamedModel(name, folders, node_id, class_type, input_name, spellings or (), optional=optional)
+
+
+def _is_switched_off(value: object) -> bool:
+    # A row of rgthree's Power Lora Loader: {"on": false, "lora": "x.safetensors", "strength": 1}.
+    return isinstance(value, dict) and value.get("on") is False
+
+
+def _names_in(class_type: str, key: str, text: str) -> Iterator[tuple[str, tuple[str, ...], tuple[str, ...] | None]]:
+    """(name, folders, spellings) of each model in one string; spellings is None where the name is the file's."""
+    if "embedding:" in text:
+        for name in _embeddings(text):
+            yield name, ("embeddings",), _embedding_spellings(name)
+    leaf = key.rpartition(".")[2]
+    if text in _IMAGE_TAES and leaf == "vae_name":
+        for part in ("encoder", "decoder"):
+            stem = f"{text}_{part}"
+            yield stem, ("vae_approx",), tuple(stem + suffix for suffix in _TAE_SUFFIXES)
+    elif _is_model_name(key, text):
+        name = text.replace("\\", "/")
+        yield name, _folders_of(class_type, leaf, name), None
+
+
+def _is_model_name(key: str, text: str) -> bool:
+    return (
+        text.lower().endswith(WEIGHT_SUFFIXES)
+        and text.isprintable()
+        and "://" not in text
+        and not _is_text_input(key)
+        and not any(_MEDIA_INPUT.fullmatch(part) for part in key.lower().split("."))
+        and _is_plain_name(text)
+    )
+
+
+def _is_plain_name(name: str) -> bool:
+    parts = _SEPARATORS.split(name)
+    return all(part.strip() not in ("", ".", "..") for part in parts) and not _escapes(name) and not parts[-1].startswith(".")
+
+
+def _folders_of(class_type: str, leaf: str, name: str) -> tuple[str, ...]:
+    folder = _FOLDER_OF_CLASS.get(class_type) or _folder_of_input(leaf.lower())
+    if folder == "text_encoders" and "clipvision" in class_type.lower():
+        folder = "clip_vision"  # CLIPVisionLoader's many descendants keep its input's name, clip_name
+    if folder == "vae" and name.rpartition(".")[0] in _VIDEO_TAES:
+        folder = "vae_approx"
+    return _SAME_FOLDER.get(folder, (folder,)) if folder else ()
+
+
+def _folder_of_input(leaf: str) -> str | None:
+    return next((folder for pattern, folder in _FOLDER_OF_INPUT if pattern.fullmatch(leaf)), None)
+
+
+# --- embeddings in a prompt ---------------------------------------------------------------------
+
+
+def _embeddings(text: str) -> Iterator[str]:
+    r"""The embeddings that ComfyUI's tokenizer sees in a prompt (comfy/sd1_clip.py, tokenize_with_weights).
+
+    It sees one at the start of a weighted segment or after a space or a line's end, reads to the next white space, and falls
+    back to the name without its commas. `\(` and `\)` are part of a name; plain ones bound a segment.
+    """
+    for segment in _segments(text.replace("\\)", "\0\1").replace("\\(", "\0\2")):
+        words = re.split(r"(?:^|[ \n])embedding:", segment.replace("\0\1", ")").replace("\0\2", "("))
+        for word in words[1:]:
+            name = (word.split() or [""])[0].strip(",")
+            if name and _is_plain_name(name):
+                yield name.replace("\\", "/")
+
+
+_NESTING_MAX = 32  # ComfyUI gives up at its recursion limit; here each level costs one more pass over the text
+
+
+def _segments(text: str) -> Iterator[str]:
+    """The pieces of a prompt that ComfyUI's weights cut it into, without the weights: `a (b:1.2)` is `a ` and `b`."""
+    waiting = [(text, 0)]
+    while waiting:
+        piece, depth = waiting.pop()
+        if depth == 0 or (depth < _NESTING_MAX and len(piece) > 1 and piece.startswith("(") and piece.endswith(")")):
+            inner = _without_weight(piece[1:-1]) if depth else piece
+            waiting.extend((part, depth + 1) for part in reversed(_outer_pieces(inner)))
+        else:
+            yield piece
+
+
+def _without_weight(text: str) -> str:
+    body, _, weight = text.rpartition(":")
+    return body if body and _is_number(weight) else text
+
+
+def _outer_pieces(text: str) -> list[str]:
+    """The text cut before and after each outermost pair of parentheses. An odd one never pairs, as in ComfyUI."""
+    pieces, start, depth = [], 0, 0
+    for at, char in enumerate(text):
+        if char == "(":
+            if depth == 0:
+                pieces.append(text[start:at])
+                start = at
+            depth += 1
+        elif char == ")":
+            depth -= 1
+            if depth == 0:
+                pieces.append(text[start : at + 1])
+                start = at + 1
+    return [*pieces, text[start:]]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _embedding_spellings(name: str) -> tuple[str, ...]:
+    if name.lower().endswith(WEIGHT_SUFFIXES):
+        return (name,)
+    return (name, *(name + suffix for suffix in _EMBEDDING_SUFFIXES))

@@ -1,0 +1,78 @@
+"""An event loop on a thread of its own. Touches threads.
+
+The RunPod SDK owns the main thread and makes its loop late, a different one in each of its modes. The engine needs a loop
+from the first moment and for as long as the worker lives; jobs cross over to it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
+T = TypeVar("T")
+
+
+class LoopThread:
+    """A running event loop; coroutines are handed to it from any thread."""
+
+    def __init__(self, name: str) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def submit(self, coro: Coroutine[Any, Any, T]) -> Future[T]:
+        """Start `coro` there; the future is for threads to wait on."""
+        return asyncio.run_coroutine_threadsafe(coro, self._loop)
+
+    async def run(self, coro: Coroutine[Any, Any, T]) -> T:
+        """Run `coro` there and await it here, on the caller's own loop.
+
+        A cancellation here cancels it there and is raised only once it has cleaned up.
+        """
+        tasks: list[asyncio.Task[T]] = []
+        finished: Future[None] = Future()
+
+        def begin() -> None:
+            task = self._loop.create_task(coro)
+            tasks.append(task)
+            task.add_done_callback(lambda _: finished.set_result(None))
+
+        def cancel() -> None:
+            tasks[0].cancel()
+
+        self._loop.call_soon_threadsafe(begin)
+        waiter = asyncio.wrap_future(finished)
+        cancelled = False
+        while not waiter.done():
+            try:
+                await asyncio.shield(waiter)
+            except asyncio.CancelledError:
+                cancelled = True
+                self._loop.call_soon_threadsafe(cancel)
+        if cancelled:
+            tasks[0].cancelled()  # an exception that lost against the cancellation is not reported as never retrieved
+            raise asyncio.CancelledError
+        return tasks[0].result()
+
+    def stop(self) -> None:
+        """End the loop and its thread; what still runs on it is cancelled."""
+        asyncio.run_coroutine_threadsafe(_cancel_others(), self._loop).result(timeout=10)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout=10)
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_forever()
+        self._loop.close()
+
+
+async def _cancel_others() -> None:
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)

@@ -1,0 +1,1 @@
+"""Which models a workflow means, where they are, and getting them there."""

@@ -1,0 +1,159 @@
+"""Small file operations that hold on a network file system. Touches the disk."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import secrets
+import time
+from typing import TYPE_CHECKING, Final, TypeVar
+
+from worker.errors import EnsureCancelled, FileIncomplete, ModelError, VolumeFailed, VolumeFull, VolumeReadOnly
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from worker.models.progress import CancelToken
+
+T = TypeVar("T")
+
+FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
+READ_ONLY: Final = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
+_NOT_THERE_YET: Final = frozenset({errno.ENOENT, errno.ESTALE})
+_SETTLE_S: Final = 3.0
+_BUFFER_BYTES: Final = 4 * 1024 * 1024
+_MAX_HEADER_BYTES: Final = 100_000_000  # safetensors' own limit
+
+
+def volume_error(path: Path, exc: OSError, needed_bytes: int = 0) -> ModelError:
+    """What an error of the file system under `path` means to a person."""
+    if exc.errno in FULL:
+        return VolumeFull(path, needed_bytes, free_bytes(path) or 0)
+    if exc.errno in READ_ONLY:
+        return VolumeReadOnly(path, exc.strerror or str(exc))
+    return VolumeFailed(path, exc.strerror or str(exc))
+
+
+def free_bytes(path: Path) -> int | None:
+    """What the file system says is free to us; None when it cannot be asked. Quotas do not show in it."""
+    try:
+        found = os.statvfs(path)
+    except OSError:
+        return None
+    return found.f_bavail * found.f_frsize
+
+
+def patiently(operate: Callable[[], T], wait_s: float = _SETTLE_S) -> T:
+    """Run `operate`, again for up to `wait_s` while a folder that another host just made is not there yet."""
+    until_s = time.monotonic() + wait_s
+    while True:
+        try:
+            return operate()
+        except OSError as exc:
+            if exc.errno not in _NOT_THERE_YET or time.monotonic() >= until_s:
+                raise
+        time.sleep(0.05)
+
+
+def write_atomically(path: Path, data: bytes, *, durable: bool = True, opened: Callable[[], None] = lambda: None) -> None:
+    """Readers see the old content or all of the new one, also after a crash of this host when `durable`.
+
+    The temporary name is nobody else's, so that two writers cannot mix their bytes. `opened` runs while it is empty.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    fd = patiently(lambda: _create(temporary))
+    try:
+        try:
+            opened()
+            write_at(fd, memoryview(data), 0)
+            if durable:
+                os.fsync(fd)
+        finally:
+            os.close(fd)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _create(path: Path) -> int:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+
+
+def create(path: Path) -> int:
+    """A descriptor of a new file, its folders made; FileExistsError when there is one."""
+    return patiently(lambda: _create(path))
+
+
+def write_at(fd: int, view: memoryview, offset: int) -> None:
+    """Write all of it; a short write is what a quota reached in the middle looks like, so the rest is asked for again."""
+    while view:
+        written = os.pwrite(fd, view, offset)
+        view, offset = view[written:], offset + written
+
+
+def sync_file(path: Path) -> None:
+    """Make what somebody else wrote into a file survive a crash."""
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename inside it survive a crash; file systems that cannot sync a folder are left to their own ways."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    except OSError as exc:
+        if exc.errno not in {errno.EINVAL, errno.ENOTSUP}:
+            raise
+    finally:
+        os.close(fd)
+
+
+def sha256_of(path: Path, cancel: CancelToken, on_bytes: Callable[[int], None]) -> str:
+    """The sha256 of a whole file, stopping within one buffer when cancelled; `on_bytes` gets the count so far."""
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(_BUFFER_BYTES))
+    done = 0
+    with path.open("rb", buffering=0) as stream:
+        while length := stream.readinto(buffer):
+            if cancel.is_set():
+                raise EnsureCancelled(path.name)
+            digest.update(buffer[:length])
+            done += length
+            on_bytes(done)
+    return digest.hexdigest()
+
+
+def check_whole(path: Path, size_bytes: int) -> None:
+    """Raise `FileIncomplete` when a safetensors file's header and size disagree; other formats say nothing to check.
+
+    This finds a truncated copy in under a millisecond; it cannot find a wrong byte.
+    """
+    if path.suffix not in {".safetensors", ".sft"}:
+        return
+    whole = stated_bytes(path, size_bytes)
+    if whole != size_bytes:
+        raise FileIncomplete(path, size_bytes, whole)
+
+
+def stated_bytes(path: Path, size_bytes: int) -> int | None:
+    """How long a safetensors file says it is: 8 + header length + the end of the last tensor; None when that cannot be read."""
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if not len(b"{}") <= length <= min(size_bytes - 8, _MAX_HEADER_BYTES):
+            return None
+        text = stream.read(length)
+    try:
+        header = json.loads(text)
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        return 8 + length + int(max(ends, default=0))
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+        return None

@@ -1,0 +1,340 @@
+"""What a source holds -> a checked file under its final name, sealed. Touches the disk and, through `ranges`, the network.
+
+A final name appears only by `os.replace` from a file whose bytes were checked and are safe on the disk. The seal comes last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final, Literal
+
+from worker.errors import ContentMismatch, EnsureCancelled, SourceRefused, VolumeFull
+from worker.models.disk import FULL, free_bytes, patiently, sha256_of, stated_bytes, sync_file, sync_folder
+from worker.models.partial import DiskFailed, Partial, Taken, sweep
+from worker.models.progress import Meter, Progress
+from worker.models.ranges import Fetch, Tuning
+from worker.models.seals import Seal, now, stat_file, whole_mtime, write_seal
+from worker.models.spec import HubFile
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from worker.models.hub import Hub, Remote
+    from worker.models.layout import Layout
+    from worker.models.locks import Hold
+    from worker.models.progress import CancelToken, Listener, Phase
+    from worker.models.spec import ModelSpec
+
+log = logging.getLogger(__name__)
+
+How = Literal["ready", "adopted", "host_cache", "downloaded", "by_hand"]
+
+_WHOLE_ATTEMPTS: Final = 3
+_IDLE_S: Final = 60.0
+_TICK_S: Final = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A model that can be used. `how` is why: `by_hand` was put there by somebody and is used as it is."""
+
+    path: Path
+    how: How
+    bytes_fetched: int = 0
+    seconds: float = 0.0
+
+
+class Hooks:
+    """Named points between the steps of getting a model. This one does nothing; tests end the process there."""
+
+    def at(self, step: str) -> None:
+        """Called in the thread that does the work, before it goes on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """What getting a model needs besides the model."""
+
+    layout: Layout
+    hub: Hub
+    worker: str
+    tuning: Tuning = field(default_factory=Tuning)
+    hooks: Hooks = field(default_factory=Hooks)
+
+
+@dataclass(slots=True)
+class Task:
+    """One call of `ensure`: what it is about, who listens, and what it has cost so far."""
+
+    spec: ModelSpec
+    path: Path
+    progress: Listener
+    cancel: CancelToken
+    needed_bytes: int = 0
+    fetched_bytes: int = 0
+
+    def meter(self, phase: Phase, total_bytes: int, report: Listener, done_bytes: int = 0) -> Callable[[int], None]:
+        """What turns counts of bytes into progress with a rate, a few times a second."""
+        rate = Meter(time.monotonic(), done_bytes)
+        next_s = 0.0
+
+        def on_bytes(done_bytes: int) -> None:
+            nonlocal next_s
+            now_s = time.monotonic()
+            if now_s >= next_s:
+                next_s = now_s + _TICK_S
+                report(Progress(phase, done_bytes, total_bytes, rate.rate(now_s, done_bytes)))
+
+        return on_bytes
+
+
+class Download:
+    """One content on its way to one name."""
+
+    def __init__(self, tools: Tools, task: Task, remote: Remote, hold: Hold) -> None:
+        self._tools = tools
+        self._task = task
+        self._remote = remote
+        self._hold = hold
+        self._at = tools.hooks.at
+
+    def run(self) -> Ready | None:
+        """Fetch, check, publish; None when somebody else did, or put a file there, and the scene has to be looked at again.
+
+        A wrong byte on the way is fetched anew. The same wrong file twice is the source's lie: `ContentMismatch`.
+        """
+        remote = self._remote
+        log.info("fetching %s (%d bytes)", self._task.spec, remote.size_bytes)
+        wrong: set[str] = set()
+        while True:
+            partial = self._claim()
+            try:
+                self._at("claimed")
+                self._check_room(partial)
+                actual = self._fill(partial)
+                if remote.sha256 in {None, actual}:
+                    self._check_unhashed(partial)
+                    return self._publish(partial, actual)
+            except Taken:
+                log.info("another worker goes on with %s", self._task.spec)
+                return None
+            except (DiskFailed, OSError) as exc:
+                _make_room(partial, exc)
+                raise
+            finally:
+                with contextlib.suppress(OSError):
+                    partial.close()
+            log.warning("%s came with the sha256 %s, not %s: thrown away", self._task.spec, actual, remote.sha256)
+            partial.discard()
+            if actual in wrong or len(wrong) + 1 == _WHOLE_ATTEMPTS:
+                raise ContentMismatch(remote.where, "sha256", str(remote.sha256), actual)
+            wrong.add(actual)
+
+    def _claim(self) -> Partial:
+        folder = self._tools.layout.partial(self._remote.key)
+        idle_s = 0.0 if self._hold.state == "held" else _IDLE_S
+        return patiently(lambda: Partial.claim(folder, self._remote.size_bytes, idle_s))
+
+    def _check_room(self, partial: Partial) -> None:
+        """Say no before the download where the file system itself says that it cannot hold it; a quota shows only later."""
+        needed, free = partial.size_bytes - partial.done_bytes, free_bytes(partial.path.parent)
+        if free is not None and needed > free:
+            if not partial.done_bytes:
+                partial.discard()
+            raise VolumeFull(self._tools.layout.root, needed, free)
+
+    # --- the bytes
+
+    def _fill(self, partial: Partial) -> str:
+        """All bytes, safe on the disk, and their sha256, which is taken behind the writers while they write."""
+        tuning = self._tools.tuning
+        partial.keep_journal(tuning.unsaved_bytes * tuning.connections)
+        follower = _Follower(partial)
+        try:
+            self._receive(partial)
+            self._at("fetched")
+            partial.settle()
+            self._at("settled")
+            sha256 = follower.wait(self._task.cancel, self._meter("checking"))
+        except SourceRefused:
+            if self._remote.xet is None:
+                raise
+            follower.stop()
+            sha256 = self._receive_by_xet(partial)
+        finally:
+            follower.stop()
+        self._at("hashed")
+        return sha256
+
+    def _receive(self, partial: Partial) -> None:
+        meter = self._meter("downloading", partial.done_bytes)
+        fetch = Fetch(self._tools.hub, self._remote, partial, self._tools.tuning, self._task.cancel)
+
+        def on_bytes(done_bytes: int) -> None:
+            meter(done_bytes)
+            self._at("bytes")
+
+        try:
+            fetch.run(on_bytes)
+        finally:
+            self._task.fetched_bytes += fetch.fetched_bytes
+
+    def _receive_by_xet(self, partial: Partial) -> str:
+        """The same by Hugging Face's other way, which writes the file itself: no ranges, no resuming, hashed afterwards."""
+        log.warning("%s is refused over plain HTTP: going on through Xet, which starts at 0", self._remote.where)
+        self._tools.hub.fetch_by_xet(self._remote, partial.path, self._task.cancel)
+        self._task.fetched_bytes += self._remote.size_bytes
+        sync_file(partial.path)
+        return sha256_of(partial.path, self._task.cancel, self._meter("checking"))
+
+    def _meter(self, phase: Phase, done_bytes: int = 0) -> Callable[[int], None]:
+        return self._task.meter(phase, self._remote.size_bytes, both(self._task.progress, self._hold.report), done_bytes)
+
+    def _check_unhashed(self, partial: Partial) -> None:
+        """Without a hash the length is all there is to check, and what a safetensors header says about it."""
+        if self._remote.sha256 is not None or self._task.path.suffix not in {".safetensors", ".sft"}:
+            return
+        stated = stated_bytes(partial.path, self._remote.size_bytes)
+        if stated != self._remote.size_bytes:
+            partial.discard()
+            promised = "its safetensors header says" if stated is None else str(stated)
+            raise ContentMismatch(self._remote.where, "size", promised, str(self._remote.size_bytes))
+
+    # --- the name
+
+    def _publish(self, partial: Partial, sha256: str) -> Ready | None:
+        """Give the checked file its name, then seal it; None when a file has appeared there meanwhile."""
+        spec, path, layout = self._task.spec, self._task.path, self._tools.layout
+        seal = self._seal(partial, sha256)
+        # If this worker dies between name and seal, the next one finds here what the file should hash to.
+        pending = layout.pending_seal(spec.folder, spec.name)
+        write_seal(pending, seal)
+        if stat_file(path) is not None:
+            partial.discard()
+            pending.unlink(missing_ok=True)
+            return None
+        if path.is_symlink():
+            log.warning("replacing the broken link %s -> %s", path, path.readlink())
+        self._at("replacing")
+        patiently(lambda: _rename(partial.path, path))
+        self._at("replaced")
+        sync_folder(path.parent)
+        write_own_seal(layout, spec, seal, lambda: self._at("seal_half_written"))
+        self._at("sealed")
+        partial.forget()
+        if self._hold.state == "held":
+            sweep(partial.path.parent)
+        log.debug("published %s", path)
+        return Ready(path, "downloaded")
+
+    def _seal(self, partial: Partial, sha256: str) -> Seal:
+        if not partial.is_ours():
+            raise Taken
+        # A time of our own: what a network file system makes of the last write may still change, and differ between hosts.
+        mtime = int(time.time())
+        os.utime(partial.path, (mtime, mtime))
+        partial.close()
+        found = partial.path.stat()
+        origin, remote = Origin.of(self._task.spec), self._remote
+        return Seal(
+            size=found.st_size,
+            mtime=whole_mtime(found),
+            sha256=sha256,
+            etag=remote.etag,
+            repo=origin.repo,
+            file=origin.file,
+            commit=remote.commit,
+            by=self._tools.worker,
+            at=now(),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a file is from, for its seal: no secret in it."""
+
+    repo: str | None
+    file: str
+
+    @classmethod
+    def of(cls, spec: ModelSpec) -> Origin:
+        """The source, as far as it may be shown."""
+        if isinstance(spec.source, HubFile):
+            return cls(spec.source.repo, spec.source.path)
+        return cls(None, str(spec.source))
+
+
+def write_own_seal(layout: Layout, spec: ModelSpec, seal: Seal, opened: Callable[[], None] = lambda: None) -> None:
+    """Seal a model's file, if that can be: a file that is right is used all the same."""
+    try:
+        write_seal(layout.seal(spec.folder, spec.name), seal, opened)
+        layout.pending_seal(spec.folder, spec.name).unlink(missing_ok=True)
+    except OSError as exc:
+        log.warning("could not seal %s/%s (%s); it will be checked again at the next start", spec.folder, spec.name, exc)
+
+
+def both(first: Listener, second: Listener) -> Listener:
+    """One listener that tells two."""
+
+    def report(progress: Progress) -> None:
+        first(progress)
+        second(progress)
+
+    return report
+
+
+def _rename(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    source.replace(target)
+
+
+def _make_room(partial: Partial, exc: DiskFailed | OSError) -> None:
+    """A partial that filled the disk is in the way of everything else on it."""
+    error = exc.error if isinstance(exc, DiskFailed) else exc
+    if error.errno in FULL:
+        with contextlib.suppress(OSError):
+            partial.discard()
+
+
+class _Follower:
+    """The thread that hashes a partial behind its writers."""
+
+    def __init__(self, partial: Partial) -> None:
+        self._partial = partial
+        self._stop = threading.Event()
+        self._done_bytes = 0
+        self._sha256: str | None = None
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name="sha256", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._sha256 = self._partial.follow(self._stop.is_set, self._count)
+        except (OSError, Taken) as exc:
+            self._error = exc
+
+    def _count(self, done_bytes: int) -> None:
+        self._done_bytes = done_bytes
+
+    def wait(self, cancel: CancelToken, on_bytes: Callable[[int], None]) -> str:
+        """The sha256; the file must be complete by now."""
+        while self._thread.is_alive():
+            self._thread.join(_TICK_S)
+            on_bytes(self._done_bytes)
+            if cancel.is_set():
+                raise EnsureCancelled(self._partial.path.parent.name)
+        if self._sha256 is None:
+            raise self._error or Taken
+        return self._sha256
+
+    def stop(self) -> None:
+        """End it, whatever it does."""
+        self._stop.set()
+        self._thread.join(_TICK_S)

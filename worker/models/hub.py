@@ -1,0 +1,283 @@
+"""An address -> what is behind it: size, sha256, commit, and an address that ranges can be fetched from. Touches the network.
+
+Hugging Face's metadata comes through `huggingface_hub`, everything else from a GET of the first byte: many signed addresses
+refuse HEAD.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import logging
+import random
+import re
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as NotYet
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import httpx2
+from huggingface_hub import get_hf_file_metadata, hf_hub_url
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.file_download import xet_get
+
+from worker.errors import (
+    EnsureCancelled,
+    FileNotInRepo,
+    ModelError,
+    NotAFile,
+    RepoGated,
+    RepoNotFound,
+    RevisionNotFound,
+    SourceRefused,
+    SourceUnreachable,
+)
+from worker.models.layout import content_key
+from worker.models.spec import HubFile, Source, Url
+from worker.models.wire import (
+    OK,
+    PARTIAL,
+    TRANSIENT,
+    UNAUTHORISED,
+    UNSATISFIABLE,
+    Channel,
+    Credential,
+    Network,
+    retry_after_s,
+    shown,
+    token_refused,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from worker.models.progress import CancelToken
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Clock = Callable[[], float]
+
+HF_TOKEN: Final = "HF_TOKEN"  # noqa: S105 - the variable's name
+CIVITAI_TOKEN: Final = "CIVITAI_TOKEN"  # noqa: S105 - the variable's name
+_CIVITAI: Final = "https://civitai.com"
+_SHA256: Final = re.compile(r"[0-9a-fA-F]{64}")
+_LONGEST_WAIT_S: Final = 900.0
+_LONGEST_PAUSE_S: Final = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class Remote:
+    """What a source said it holds. `url` gives ranges and may be signed and short-lived: it is never shown or stored."""
+
+    source: Source
+    size_bytes: int
+    sha256: str | None
+    etag: str | None
+    commit: str | None
+    url: str = field(repr=False)
+    has_ranges: bool = True
+    xet: Any = field(default=None, repr=False)  # huggingface_hub's XetFileData, which it does not export
+
+    @property
+    def where(self) -> str:
+        """The address as people know it."""
+        return str(self.source)
+
+    @property
+    def key(self) -> str:
+        """What its partials and its lock are called."""
+        address = self.source.url if isinstance(self.source, Url) else str(self.source)
+        return content_key(self.sha256, address, self.etag, self.size_bytes)
+
+    def same_content(self, other: Remote) -> bool:
+        """Whether both speak of the same bytes."""
+        if self.sha256 and other.sha256:
+            return self.sha256 == other.sha256
+        return (self.etag, self.size_bytes) == (other.etag, other.size_bytes)
+
+
+def credentials(endpoint: str, hf_token: str | None, civitai_token: str | None) -> tuple[Credential, ...]:
+    """Which token goes to which origin: the hub's to the hub alone, Civitai's to civitai.com alone."""
+    return Credential(endpoint, HF_TOKEN, hf_token), Credential(_CIVITAI, CIVITAI_TOKEN, civitai_token)
+
+
+class Backoff:
+    """When to try again, and when it has been long enough: no byte for `patience_s`, whatever the number of failures.
+
+    Shared by `width` threads, which meet one bad moment of the server together. A server that names a time is given it, within
+    15 minutes of the last byte.
+    """
+
+    def __init__(self, where: str, patience_s: float, width: int = 1, clock: Clock = time.monotonic) -> None:
+        self._where = where
+        self._patience_s = patience_s
+        self._width = width
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._failures = 0
+        self._since_s = clock()
+        self._until_s = self._since_s + patience_s
+
+    def progressed(self) -> None:
+        """A byte came: everything starts anew."""
+        with self._lock:
+            self._failures = 0
+            self._since_s = self._clock()
+            self._until_s = self._since_s + self._patience_s
+
+    def failed(self, reason: str, named_s: float | None = None) -> float:
+        """How long to wait before the next attempt; raises `SourceUnreachable` when there shall be none."""
+        with self._lock:
+            now_s = self._clock()
+            self._failures += 1
+            if named_s is not None:
+                last_s = self._since_s + max(self._patience_s, _LONGEST_WAIT_S)
+                self._until_s = max(self._until_s, min(now_s + named_s + self._patience_s, last_s))
+            if now_s >= self._until_s:
+                raise SourceUnreachable(self._where, reason, now_s - self._since_s)
+            rounds = min((self._failures - 1) // self._width, 10)
+            delay_s = min(_LONGEST_PAUSE_S, 0.25 * 2.0**rounds) * random.uniform(0.5, 1.0)  # noqa: S311 - jitter
+            return min(max(delay_s, named_s or 0.0), max(0.0, self._until_s - now_s))
+
+
+class Hub:
+    """Looks addresses up. Holds the tokens, and gives each to its own origin only."""
+
+    def __init__(self, endpoint: str, network: Network, patience_s: float = 60.0) -> None:
+        self.network = network
+        self._endpoint = endpoint.rstrip("/")
+        self._patience_s = patience_s
+
+    def look_up(self, source: Source, cancel: CancelToken) -> Remote:
+        """Ask a source what it holds, again while it is busy.
+
+        Raises what is permanent at once (gated, not found, unauthorised), `SourceUnreachable` after `patience_s`, and
+        `EnsureCancelled` at once.
+        """
+        ask = self._ask_hub if isinstance(source, HubFile) else self._ask_url
+        backoff = Backoff(str(source), self._patience_s)
+        while True:
+            try:
+                return _abandonable(lambda: ask(source), str(source), cancel)  # type: ignore[arg-type] # one branch each
+            except HfHubHTTPError as exc:
+                reason, named_s = f"status {exc.response.status_code}", retry_after_s(exc.response.headers)
+            except _Busy as exc:
+                reason, named_s = str(exc), exc.named_s
+            except (OSError, http.client.HTTPException, httpx2.HTTPError) as exc:
+                reason, named_s = f"{type(exc).__name__}: {exc}", None
+            if cancel.wait(backoff.failed(reason, named_s)):
+                raise EnsureCancelled(str(source))
+
+    def _ask_hub(self, source: HubFile) -> Remote:
+        token = self._hub_token()
+        revision = source.revision or "main"
+        try:
+            url = hf_hub_url(source.repo, source.path, revision=revision, repo_type=source.repo_type, endpoint=self._endpoint)
+            found = get_hf_file_metadata(url, token=token or False, endpoint=self._endpoint)
+        except HFValidationError as exc:
+            raise RepoNotFound(source.repo, source.path, has_token=bool(token)) from exc
+        except HfHubHTTPError as exc:
+            if refusal := self._refusal(exc, source, revision, has_token=bool(token)):
+                raise refusal from exc
+            raise
+        if found.size is None:
+            raise NotAFile(str(source), "of unknown length")
+        etag = found.etag
+        sha256 = etag.lower() if etag and _SHA256.fullmatch(etag) else None
+        return Remote(source, found.size, sha256, etag, found.commit_hash, found.location, xet=found.xet_file_data)
+
+    def _hub_token(self) -> str | None:
+        credential = self.network.credential(self._endpoint)
+        return credential.token if credential else None
+
+    def _refusal(self, exc: HfHubHTTPError, source: HubFile, revision: str, *, has_token: bool) -> ModelError | None:
+        """What a permanent answer means; None for one that may become better. Order matters: gated is a kind of not found."""
+        status = exc.response.status_code
+        match exc:
+            case GatedRepoError():
+                return RepoGated(source.repo, source.path, has_token=has_token)
+            case RepositoryNotFoundError():
+                return RepoNotFound(source.repo, source.path, has_token=has_token)
+            case RevisionNotFoundError():
+                return RevisionNotFound(source.repo, source.path, revision)
+            case RemoteEntryNotFoundError():
+                return FileNotInRepo(source.repo, source.path, revision)
+        if status in UNAUTHORISED:
+            return token_refused(f"{self._endpoint}/{source.repo}", status, self.network.credential(self._endpoint))
+        return None if status in TRANSIENT else SourceRefused(str(source), status)
+
+    def _ask_url(self, source: Url) -> Remote:
+        with contextlib.closing(Channel(self.network)) as channel:
+            response, url = channel.get(source.url, {"Range": "bytes=0-0"})
+            status, headers = response.status, response.headers
+            if status in TRANSIENT:
+                raise _Busy(f"status {status}", retry_after_s(headers))
+            if status in UNAUTHORISED:
+                raise token_refused(source.url, status, self.network.credential(source.url))
+            if status not in {OK, PARTIAL, UNSATISFIABLE}:
+                raise SourceRefused(shown(source.url), status)
+            if headers.get_content_type() == "text/html":
+                raise NotAFile(shown(source.url), "a web page")
+            stated = headers.get("Content-Length") if status == OK else headers.get("Content-Range", "").rpartition("/")[2]
+            if not stated or not stated.isdecimal():
+                raise NotAFile(shown(source.url), "of unknown length")
+            return Remote(source, int(stated), None, headers.get("ETag"), None, url, has_ranges=status != OK)
+
+    def renew(self, remote: Remote, cancel: CancelToken) -> Remote:
+        """A fresh address for the same file: the commit is pinned, so that what is fetched is what was looked up."""
+        source = remote.source
+        if isinstance(source, HubFile) and remote.commit:
+            fresh = self.look_up(replace(source, revision=remote.commit), cancel)
+            return replace(fresh, source=source)
+        return self.look_up(source, cancel)
+
+    def fetch_by_xet(self, remote: Remote, path: Path, cancel: CancelToken) -> None:
+        """The whole file through hf_xet into `path`, for what plain HTTP refuses: no resume, and up to 1.7 GiB of memory."""
+        if remote.xet is None:
+            raise NotAFile(remote.where, "not on Xet")
+        token = self._hub_token()
+        headers = {"authorization": f"Bearer {token}"} if token else {}
+        _abandonable(
+            lambda: xet_get(incomplete_path=path, xet_file_data=remote.xet, headers=headers, expected_size=remote.size_bytes),
+            remote.where,
+            cancel,
+        )
+
+
+class _Busy(Exception):  # noqa: N818 - never leaves this module
+    """The source asks to come back."""
+
+    def __init__(self, reason: str, named_s: float | None) -> None:
+        super().__init__(reason)
+        self.named_s = named_s
+
+
+def _abandonable(work: Callable[[], T], name: str, cancel: CancelToken) -> T:
+    """The result of blocking work that cannot be interrupted; when cancelled its thread is left to end by its own timeouts."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as exc:  # noqa: BLE001 - handed over to the waiting thread
+            future.set_exception(exc)
+
+    threading.Thread(target=run, name="look-up", daemon=True).start()
+    while not cancel.is_set():
+        with contextlib.suppress(NotYet):
+            return future.result(timeout=0.1)
+        # The work's own TimeoutError is the same class as "not yet".
+        if future.done():
+            return future.result()
+    raise EnsureCancelled(name)

@@ -1,0 +1,109 @@
+"""Where everything lies on the volume: path arithmetic, the code twin of volume_layout.md. Pure.
+
+The same class serves the store on the container's own disk: it takes the root.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from worker.errors import UnsafePath
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_REPO_KINDS = {"model": "models", "dataset": "datasets", "space": "spaces"}
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Every path below one root. Each method refuses a name that would leave its folder with `UnsafePath`."""
+
+    root: Path
+
+    @property
+    def models(self) -> Path:
+        """The weights, by folder, as ComfyUI names its folders."""
+        return self.root / "models"
+
+    @property
+    def manifest(self) -> Path:
+        """The operator's list of models, optional."""
+        return self.root / "models.toml"
+
+    @property
+    def state(self) -> Path:
+        """What the worker keeps for itself; deleting it while no worker runs costs hashing and resuming, never a model."""
+        return self.root / ".worker"
+
+    @property
+    def partials(self) -> Path:
+        """Downloads under way, one folder for each content."""
+        return self.state / "partial"
+
+    @property
+    def seals(self) -> Path:
+        """The records that say which files are whole."""
+        return self.state / "seals"
+
+    @property
+    def locks(self) -> Path:
+        """Lock state; nothing in here is ever unlinked by hand."""
+        return self.state / "locks"
+
+    @property
+    def host_cache(self) -> Path:
+        """RunPod's read-only cache of Hugging Face files on the machine, where an endpoint has it."""
+        return self.root / "huggingface-cache" / "hub"
+
+    def model(self, folder: str, name: str) -> Path:
+        """The final path of a model."""
+        return self.models.joinpath(*safe_parts("The folder", folder), *safe_parts("The model's name", name))
+
+    def seal(self, folder: str, name: str) -> Path:
+        """The record that the model's file is whole."""
+        *above, last = (*safe_parts("The folder", folder), *safe_parts("The model's name", name))
+        return self.seals.joinpath(*above, f"{last}.json")
+
+    def pending_seal(self, folder: str, name: str) -> Path:
+        """The same record while its file is being published."""
+        seal = self.seal(folder, name)
+        return seal.with_name(f"{seal.name}.pending")
+
+    def partial(self, key: str) -> Path:
+        """The folder that holds the unfinished copies of one content."""
+        return self.partials.joinpath(*safe_parts("The content's key", key))
+
+    def lock(self, key: str) -> Path:
+        """What the lock of one content is called."""
+        return self.locks.joinpath(*safe_parts("The content's key", key))
+
+    def lock_progress(self, key: str) -> Path:
+        """Who downloads one content, and how far they are."""
+        lock = self.lock(key)
+        return lock.with_name(f"{lock.name}.json")
+
+    def host_cache_repo(self, repo: str, repo_type: str = "model") -> Path:
+        """A repository's folder in the host cache: `refs/<name>` holds a commit, `snapshots/<commit>/<path>` the files."""
+        parts = safe_parts("The repository", repo)
+        return self.host_cache / "--".join((_REPO_KINDS.get(repo_type, "models"), *parts))
+
+
+def content_key(sha256: str | None, address: str, etag: str | None, size_bytes: int) -> str:
+    """What a content's partials and lock are called: its sha256, else a digest of where it comes from and what that said."""
+    if sha256:
+        return sha256.lower()
+    return "url-" + hashlib.sha256(f"{address}\n{etag or ''}\n{size_bytes}".encode()).hexdigest()
+
+
+def safe_parts(what: str, value: str) -> tuple[str, ...]:
+    """The segments of a relative name with `/` between them; raises `UnsafePath` for anything that could leave its folder.
+
+    A backslash is refused as well: it is a separator to the people who write it and an ordinary character to the disk.
+    """
+    parts = tuple(value.split("/"))
+    if "\\" in value or any(part in {"", ".", ".."} or not part.isprintable() for part in parts):
+        raise UnsafePath(what, value)
+    return parts

@@ -1,0 +1,355 @@
+"""One unfinished copy of a file: its bytes, and the journal of which of them are there. Touches the disk.
+
+A partial is `<nonce>.part` beside `<nonce>.journal`, in the folder of its content. It belongs to whoever renamed it last: a
+worker that goes on with another's partial first gives it a name of its own, and a writer whose file has lost its name stops
+(`Taken`). So a worker that was only believed dead cannot write for long into a file that somebody else may publish; and a
+journal, named like its file, never speaks about another file's bytes.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import errno
+import hashlib
+import json
+import logging
+import os
+import secrets
+import threading
+import time
+from typing import TYPE_CHECKING, Final
+
+from worker.models.disk import create, patiently, write_at, write_atomically
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+    from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+MIB: Final = 1024 * 1024
+_VERSION: Final = 1
+_FLUSH_EVERY_S: Final = 1.0
+_OWNED_EVERY_S: Final = 0.25
+_HASH_BYTES: Final = 4 * MIB
+
+
+class Taken(Exception):  # noqa: N818 - it is no error: somebody else goes on with the file
+    """The partial is no longer this worker's: another one continues it, has published it, or threw it away."""
+
+
+class DiskFailed(Exception):  # noqa: N818 - named for what happened, as all errors here
+    """The file system's error while bytes were written; no OSError, so that nobody takes it for one of the network's."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+class Ranges:
+    """Byte ranges, half open, disjoint and in order."""
+
+    def __init__(self, ranges: Iterable[tuple[int, int]] = ()) -> None:
+        self._ranges: list[tuple[int, int]] = []
+        for start, end in ranges:
+            self.add(start, end)
+
+    def add(self, start: int, end: int) -> None:
+        """Add a range; it may overlap or touch what is there."""
+        if start >= end:
+            return
+        low = bisect.bisect_left(self._ranges, start, key=lambda found: found[1])
+        high = bisect.bisect_right(self._ranges, end, key=lambda found: found[0])
+        if low < high:
+            start, end = min(start, self._ranges[low][0]), max(end, self._ranges[high - 1][1])
+        self._ranges[low:high] = [(start, end)]
+
+    def gaps(self, size: int) -> list[tuple[int, int]]:
+        """What is missing from `size` bytes, in order."""
+        edges = [0, *(edge for found in self._ranges for edge in found), size]
+        return [(start, end) for start, end in zip(edges[::2], edges[1::2], strict=True) if start < end]
+
+    @property
+    def total(self) -> int:
+        """How many bytes they hold."""
+        return sum(end - start for start, end in self._ranges)
+
+    @property
+    def first_gap(self) -> int:
+        """How many bytes are there from the beginning without a gap."""
+        return self._ranges[0][1] if self._ranges and self._ranges[0][0] == 0 else 0
+
+    def as_list(self) -> list[tuple[int, int]]:
+        """A copy, in order."""
+        return list(self._ranges)
+
+
+class Partial:
+    """A file under way. Any thread may write; `claim` makes one."""
+
+    def __init__(self, path: Path, fd: int, size_bytes: int, done: Ranges) -> None:
+        self.path = path
+        self.size_bytes = size_bytes
+        self._fd = fd
+        self._done = done
+        self._changed = threading.Condition()
+        self._unsaved_bytes = 0
+        self._limit_bytes = 0
+        self._broken: OSError | None = None
+        self._closing = False
+        self._closed = False
+        self._journalist: threading.Thread | None = None
+        self._owned_until_s = 0.0
+        self._users = 0
+
+    @classmethod
+    def claim(cls, folder: Path, size_bytes: int, idle_s: float = 0.0) -> Partial:
+        """Go on with the fullest partial in `folder` that nobody touched for `idle_s`, else begin one.
+
+        Callers that hold the content's lock pass 0; without the lock an idle time keeps two workers from taking the same
+        partial from each other for ever.
+        """
+        path = folder / f"{secrets.token_hex(8)}.part"
+        candidates = _candidates(folder, size_bytes)
+        if idle_s and candidates:
+            candidates = _idle(candidates, path.with_suffix(".journal"), size_bytes, idle_s)
+        for journal, done in candidates:
+            with contextlib.suppress(FileNotFoundError):
+                return cls._take(journal, path, size_bytes, done)
+        write_atomically(path.with_suffix(".journal"), _encode(size_bytes, Ranges()))
+        partial = cls(path, create(path), size_bytes, Ranges())
+        try:
+            # The length first: a sparse file of the final size is where ranges can land in any order, and a quota that
+            # counts lengths says no before anything is downloaded.
+            os.ftruncate(partial._fd, size_bytes)
+        except OSError:
+            partial.discard()
+            raise
+        return partial
+
+    @classmethod
+    def _take(cls, old_journal: Path, path: Path, size_bytes: int, done: Ranges) -> Partial:
+        # The new journal is whole before the file gets its name: a crash in between leaves the old pair as it was.
+        write_atomically(path.with_suffix(".journal"), _encode(size_bytes, done))
+        old_journal.with_suffix(".part").rename(path)
+        old_journal.unlink(missing_ok=True)
+        fd = patiently(lambda: os.open(path, os.O_RDWR | os.O_CLOEXEC))
+        return cls(path, fd, size_bytes, done)
+
+    @property
+    def done_bytes(self) -> int:
+        """How many bytes are there."""
+        with self._changed:
+            return self._done.total
+
+    def gaps(self) -> list[tuple[int, int]]:
+        """What is missing, in order."""
+        with self._changed:
+            return self._done.gaps(self.size_bytes)
+
+    @contextlib.contextmanager
+    def _using(self) -> Iterator[int]:
+        """The descriptor, which stays open inside even if `close` is called meanwhile: its number may not be reused."""
+        with self._changed:
+            if self._closed:
+                raise Taken
+            self._users += 1
+        try:
+            yield self._fd
+        finally:
+            with self._changed:
+                self._users -= 1
+                last = self._closed and not self._users
+            if last:
+                os.close(self._fd)
+
+    def keep_journal(self, limit_bytes: int) -> None:
+        """Journal in the background from now on; writers wait while more than `limit_bytes` are not yet safe."""
+        self._limit_bytes = limit_bytes
+        self._journalist = threading.Thread(target=self._journal_often, name="journal", daemon=True)
+        self._journalist.start()
+
+    def write(self, offset: int, view: memoryview) -> None:
+        """Put bytes where they belong; raises `Taken`, or `DiskFailed`, also for what the journal met meanwhile."""
+        with self._using() as fd:
+            try:
+                self._check_ours()
+                write_at(fd, view, offset)
+            except OSError as exc:
+                raise DiskFailed(exc) from exc
+        with self._changed:
+            self._done.add(offset, offset + len(view))
+            self._unsaved_bytes += len(view)
+            self._changed.notify_all()
+            while self._journalist and self._unsaved_bytes > self._limit_bytes and not (self._broken or self._closing):
+                self._changed.wait(_FLUSH_EVERY_S)
+            if self._broken:
+                raise DiskFailed(self._broken)
+
+    def _check_ours(self) -> None:
+        now_s = time.monotonic()
+        if now_s < self._owned_until_s:
+            return
+        if not self.is_ours():
+            raise Taken
+        self._owned_until_s = now_s + _OWNED_EVERY_S
+
+    def is_ours(self) -> bool:
+        """Whether the file still has the name that this worker gave it, and that no other file ever has."""
+        try:
+            self.path.stat()
+        except OSError as exc:
+            if exc.errno in {errno.ENOENT, errno.ESTALE}:
+                return False
+            raise
+        return True
+
+    def _save(self, fd: int) -> None:
+        """Make what is there safe, then say so in the journal: a host that dies leaves no journal of bytes it lost."""
+        with self._changed:
+            done, unsaved = Ranges(self._done.as_list()), self._unsaved_bytes
+        os.fdatasync(fd)
+        write_atomically(self.path.with_suffix(".journal"), _encode(self.size_bytes, done))
+        with self._changed:
+            self._unsaved_bytes -= unsaved
+            self._changed.notify_all()
+
+    def _journal_often(self) -> None:
+        try:
+            with self._using() as fd:
+                while not self._wait_for_work():
+                    self._save(fd)
+                self._save(fd)
+        except Taken:
+            return
+        except OSError as exc:
+            with self._changed:
+                self._broken = exc
+                self._changed.notify_all()
+
+    def _wait_for_work(self) -> bool:
+        """Return when there is enough to journal, or after a while; True when it is time to end."""
+        until_s = time.monotonic() + _FLUSH_EVERY_S
+        with self._changed:
+            while not self._closing:
+                left_s = until_s - time.monotonic()
+                if self._unsaved_bytes and (left_s <= 0 or self._unsaved_bytes * 2 >= self._limit_bytes):
+                    return False
+                self._changed.wait(left_s if left_s > 0 else _FLUSH_EVERY_S)
+            return True
+
+    def follow(self, stop: Callable[[], bool], on_bytes: Callable[[int], None] = lambda _: None) -> str | None:
+        """The sha256 of the whole file, read behind the writers as they go; None when `stop` says so before its end.
+
+        The bytes are read back from the file, so what is checked is what was stored, and the page cache is warm afterwards.
+        """
+        digest = hashlib.sha256()
+        buffer = memoryview(bytearray(_HASH_BYTES))
+        at = 0
+        with self._using() as fd:
+            while at < self.size_bytes:
+                reach = self._wait_beyond(at, stop)
+                if reach <= at:
+                    return None
+                length = os.preadv(fd, [buffer[: min(reach - at, _HASH_BYTES)]], at)
+                if length == 0:
+                    raise Taken  # somebody cut the file short: it is not the one that was journalled
+                digest.update(buffer[:length])
+                at += length
+                on_bytes(at)
+        return digest.hexdigest()
+
+    def _wait_beyond(self, offset: int, stop: Callable[[], bool]) -> int:
+        """How far the file reaches without a gap, once that is beyond `offset` by a buffer or the whole file is there."""
+        with self._changed:
+            while not stop():
+                reach = self._done.first_gap
+                if reach >= min(offset + _HASH_BYTES, self.size_bytes):
+                    return reach
+                self._changed.wait(_OWNED_EVERY_S)
+        return offset
+
+    def settle(self) -> None:
+        """Everything is safe and journalled when this returns; raises what the file system says."""
+        self._stop_journalist(None)
+        if self._broken:
+            raise self._broken
+        with self._using() as fd:
+            os.fsync(fd)
+            self._save(fd)
+
+    def close(self, wait_s: float = 0.5) -> None:
+        """Let go of the file, keeping it for the next one. A disk slower than `wait_s` journals later."""
+        self._stop_journalist(wait_s)
+        with self._changed:
+            last = not self._closed and not self._users
+            self._closed = True
+        if last:
+            os.close(self._fd)
+
+    def _stop_journalist(self, wait_s: float | None) -> None:
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        if self._journalist:
+            self._journalist.join(wait_s)
+        self._journalist = None
+
+    def forget(self) -> None:
+        """The file has its final name: nothing of the partial is left to go on with."""
+        self.path.with_suffix(".journal").unlink(missing_ok=True)
+
+    def discard(self) -> None:
+        """Throw it away. It is unlinked, never truncated: another worker may just have published this very inode."""
+        self.close()
+        if self.is_ours():
+            self.path.unlink(missing_ok=True)
+        self.path.with_suffix(".journal").unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove a published content's partials, whosever they are; a writer among them notices and stops."""
+    with contextlib.suppress(OSError):
+        for entry in list(folder.iterdir()):
+            entry.unlink(missing_ok=True)
+        folder.rmdir()
+
+
+def _encode(size_bytes: int, done: Ranges) -> bytes:
+    return json.dumps({"v": _VERSION, "size": size_bytes, "ranges": done.as_list()}).encode()
+
+
+def _idle(found: list[tuple[Path, Ranges]], clock: Path, size_bytes: int, idle_s: float) -> list[tuple[Path, Ranges]]:
+    """Those that were not journalled for `idle_s`, by the file server's clock alone: `clock` is a file made for that."""
+    write_atomically(clock, _encode(size_bytes, Ranges()))
+    before_s = clock.stat().st_mtime - idle_s
+    idle = []
+    for journal, done in found:
+        with contextlib.suppress(FileNotFoundError):
+            if journal.stat().st_mtime <= before_s:
+                idle.append((journal, done))
+    return idle
+
+
+def _candidates(folder: Path, size_bytes: int) -> list[tuple[Path, Ranges]]:
+    """Journals of files of this size that have bytes, the fullest first."""
+    found = []
+    for journal in folder.glob("*.journal"):
+        done = _read_journal(journal, size_bytes)
+        if done is not None and done.total:
+            found.append((journal, done))
+    return sorted(found, key=lambda pair: (-pair[1].total, pair[0].name))
+
+
+def _read_journal(journal: Path, size_bytes: int) -> Ranges | None:
+    try:
+        text = json.loads(journal.read_bytes())
+        if text["v"] != _VERSION or text["size"] != size_bytes:
+            return None
+        done = Ranges((int(start), int(end)) for start, end in text["ranges"])
+        if journal.with_suffix(".part").stat().st_size != size_bytes:
+            return None
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return done if done.total + sum(end - start for start, end in done.gaps(size_bytes)) == size_bytes else None

@@ -1,0 +1,658 @@
+"""Which file a model's name means: every list of models behind one lookup. Reads files, no network.
+
+In this order, the first that knows (folder, name) decides:
+
+1. the request's `models`;
+2. the metadata that ComfyUI's editor embeds in a workflow;
+3. `models.toml` on the volume;
+4. `MODELS_MANIFEST`, the path of a manifest in the image or the manifest itself, then `MODELS`, short lines;
+5. the official catalogue, generated from ComfyUI's own templates and read when first asked.
+
+A manifest (3 and 4) is TOML, or JSON with the same keys, or one of three formats that people have: ComfyUI-Manager's
+`model-list.json`, comfy-cli's `comfy-lock.yaml`, comfyui-api's manifest (JSON or YAML). Which one, its content says.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import tomllib
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import chain
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, Protocol
+
+from worker.errors import AmbiguousModel, ManifestInvalid, ModelsInvalid, RequestError
+from worker.models.spec import ModelSpec, check_from_request, check_spec, parse_spec
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+
+CATALOG = Path(__file__).parent.parent / "data" / "catalog.json"
+
+_NEAR_COUNT = 3
+
+
+# --- the lookup ---------------------------------------------------------------------------------
+
+
+class ModelList(Protocol):
+    """One list of models among those that are asked in turn."""
+
+    @property
+    def title(self) -> str:
+        """What people call it."""
+        ...
+
+    @property
+    def paths(self) -> Iterable[str]:
+        """Every model in it as `folder/name`."""
+        ...
+
+    @property
+    def deliberate(self) -> bool:
+        """Whether it decides on its own; see `SpecList`."""
+        ...
+
+    def find(self, name: str, folders: Collection[str]) -> Sequence[ModelSpec]:
+        """Its models of this name in one of the folders, in its own order; no folders: in any."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class SpecList:
+    """A list that is in memory.
+
+    `deliberate` when somebody put each model there for this worker or this job: then it decides, and two files for one name are
+    an error at once. A catalogue or a workflow's metadata is not: a later list may settle what it leaves open.
+    """
+
+    title: str
+    specs: tuple[ModelSpec, ...] = ()
+    deliberate: bool = True
+
+    @property
+    def paths(self) -> Iterable[str]:
+        """Every model in it as `folder/name`."""
+        return (f"{spec.folder}/{spec.name}" for spec in self.specs)
+
+    def find(self, name: str, folders: Collection[str]) -> Sequence[ModelSpec]:
+        """Its models of this name in one of the folders, in the order of the list; no folders: in any."""
+        named = zip(self.specs, self.paths, strict=True)
+        return [spec for spec, path in named if _is_meant(path, name, folders) or (not folders and spec.name == name)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Refused:
+    """An embedded entry that a request may not have fetched, and why."""
+
+    path: str
+    error: RequestError
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """The lists of models in their order, and the lookup over them. It never changes; its methods give another one."""
+
+    manifests: tuple[SpecList, ...]
+    catalog: ModelList
+    volume: _VolumeFile | None = None
+    request: SpecList = field(default_factory=lambda: SpecList("the request's 'models'"))
+    embedded: SpecList = field(default_factory=lambda: SpecList("the workflow's metadata", deliberate=False))
+    refused: tuple[_Refused, ...] = ()
+
+    @classmethod
+    def read(
+        cls,
+        *,
+        volume_manifest: Path | None = None,
+        manifest: str | None = None,
+        models: str | None = None,
+        catalog: Path = CATALOG,
+    ) -> Sources:
+        """The lists that hold for every job.
+
+        `volume_manifest` need not exist; `manifest` and `models` are the values of `MODELS_MANIFEST` and `MODELS`.
+
+        Raises:
+            ManifestInvalid: with everything that is wrong in the first list that has something wrong.
+        """
+        manifests = []
+        if manifest and manifest.strip():
+            manifests.append(_environment_manifest(manifest))
+        if models and models.strip():
+            manifests.append(_short_lines(models))
+        volume = _VolumeFile(volume_manifest).reread() if volume_manifest else None
+        return cls(tuple(manifests), Catalog(catalog), volume)
+
+    def refreshed(self) -> Sources:
+        """These with `models.toml` as it is now; the same object when the file did not change, which costs one stat.
+
+        Raises:
+            ManifestInvalid: it changed and is wrong now; this object keeps what it was.
+        """
+        now = self.volume.reread() if self.volume else None
+        return self if now is self.volume else replace(self, volume=now)
+
+    def with_request(self, models: object, allowed_hosts: Collection[str]) -> Sources:
+        """These with a request's `models`: a list of objects, or of short lines as in `MODELS`; None changes nothing.
+
+        Raises:
+            ModelsInvalid, SpecInvalid, HostNotAllowed, SuffixNotAllowed: the request may not ask for one of them, or not so.
+        """
+        if models is None:
+            return self
+        if not isinstance(models, list) or not all(isinstance(entry, (dict, str)) for entry in models):
+            raise ModelsInvalid
+        specs = tuple(parse_spec(**_known_values(_short_line(entry) if isinstance(entry, str) else entry)) for entry in models)
+        for spec in specs:
+            check_from_request(spec, allowed_hosts)
+        return replace(self, request=replace(self.request, specs=specs))
+
+    def with_workflow(self, workflow: object, allowed_hosts: Collection[str]) -> Sources:
+        """These with the metadata of a workflow in the editor's format, or of an `extra_data` or `extra_pnginfo` that has one.
+
+        Whoever drew the workflow wrote it, so an entry that makes no sense, or that a request may not ask for, is passed over;
+        `find` raises for it only when no other list knows the model.
+        """
+        specs, refused = [], []
+        for entry in embedded_models(workflow):
+            try:
+                spec = parse_spec(**_known_values(entry))
+                check_from_request(spec, allowed_hosts)
+            except RequestError as error:
+                refused.append(_Refused(f"{entry.get('directory')}/{entry.get('name')}", error))
+            else:
+                specs.append(spec)
+        return replace(self, embedded=replace(self.embedded, specs=tuple(specs)), refused=tuple(refused))
+
+    def find(self, name: str, folders: Collection[str] = ()) -> ModelSpec | None:
+        """The file that `name` means to a loader that reads these folders (none given: any), or None when no list knows it.
+
+        Mirrors of one file (the same sha256, or the same source given twice) count once: the first in its list.
+
+        Raises:
+            AmbiguousModel: a list has different files for the name, and it is a deliberate one or no later list knows better.
+            HostNotAllowed, SuffixNotAllowed, SpecInvalid: only the workflow's metadata knows it, with an entry that is refused.
+        """
+        problem = next((entry.error for entry in self.refused if _is_meant(entry.path, name, folders)), None)
+        for models in self._lists():
+            found = _distinct(models.find(name, folders))
+            if len(found) == 1:
+                return found[0]
+            if found:
+                problem = AmbiguousModel(name, models.title, [str(spec) for spec in found])
+                if models.deliberate:
+                    break
+        if problem:
+            raise problem
+        return None
+
+    def manifest(self) -> tuple[ModelSpec, ...]:
+        """What the operator wants on the volume: every model of the manifests, once for each path, first list first."""
+        wanted = (spec for models in self._manifests() if models.deliberate for spec in models.specs)
+        found: dict[str, ModelSpec] = {}
+        for spec in wanted:
+            found.setdefault(f"{spec.folder}/{spec.name}", spec)
+        return tuple(found.values())
+
+    def requested(self) -> tuple[ModelSpec, ...]:
+        """What the request's own `models` name, whether the graph names it or not."""
+        return self.request.specs
+
+    def near(self, name: str) -> tuple[str, ...]:
+        """Up to three models, as `folder/name`, that are called like this: for saying that a name is unknown."""
+        by_stem = {PurePosixPath(path).stem: path for models in self._lists() for path in models.paths}
+        close = difflib.get_close_matches(PurePosixPath(name).stem, by_stem, n=_NEAR_COUNT)
+        return tuple(by_stem[match] for match in close)
+
+    def _manifests(self) -> Iterator[SpecList]:
+        if self.volume:
+            yield self.volume.models
+        yield from self.manifests
+
+    def _lists(self) -> Iterator[ModelList]:
+        return chain((self.request, self.embedded), self._manifests(), (self.catalog,))
+
+
+def _is_meant(path: str, name: str, folders: Collection[str]) -> bool:
+    # Compared as paths: folder "loras/flux" with name "x" and folder "loras" with name "flux/x" are one file.
+    if folders:
+        return any(path == f"{folder}/{name}" for folder in folders)
+    return path.partition("/")[2] == name
+
+
+def _distinct(found: Sequence[ModelSpec]) -> list[ModelSpec]:
+    kept: list[ModelSpec] = []
+    for spec in found:
+        if not any(_is_same_file(spec, other) for other in kept):
+            kept.append(spec)
+    return kept
+
+
+def _is_same_file(one: ModelSpec, other: ModelSpec) -> bool:
+    if one.sha256 and other.sha256:
+        return one.sha256 == other.sha256
+    return one.source == other.source
+
+
+# --- the official catalogue ---------------------------------------------------------------------
+
+
+class Catalog:
+    """The official catalogue; its file is read when it is first asked, and one of its entries parsed when it is found."""
+
+    title = "the official catalogue"
+    deliberate = False
+
+    def __init__(self, path: Path = CATALOG) -> None:
+        self._path = path
+
+    @cached_property
+    def _document(self) -> Mapping[str, Any]:
+        document: Mapping[str, Any] = json.loads(self._path.read_text(encoding="utf-8"))
+        return document
+
+    @cached_property
+    def _entries(self) -> Mapping[str, Mapping[str, object]]:
+        return {f"{entry['folder']}/{entry['name']}": entry for entry in self._document["models"]}
+
+    @property
+    def version(self) -> str:
+        """The version of the package that it was generated from."""
+        return str(self._document["version"])
+
+    @property
+    def paths(self) -> Iterable[str]:
+        """Every model in it as `folder/name`."""
+        return self._entries
+
+    def find(self, name: str, folders: Collection[str]) -> Sequence[ModelSpec]:
+        """Its models of this name, one for each folder; no folders: in any."""
+        paths = [f"{folder}/{name}" for folder in folders] if folders else [p for p in self._entries if _is_meant(p, name, ())]
+        return [parse_spec(**_known_values(self._entries[path])) for path in paths if path in self._entries]
+
+
+# --- one entry, in everybody's words ------------------------------------------------------------
+
+_FIELDS = frozenset({"folder", "source", "name", "sha256", "size_bytes", "token_env"})
+_OTHER_WORDS = {"url": "source", "directory": "folder"}  # as ComfyUI's own metadata calls them
+_IGNORED = frozenset({"hash", "hash_type", "description"})
+
+
+def _known_values(entry: Mapping[str, object]) -> dict[str, Any]:
+    """The fields that `parse_spec` takes, from an entry in our words or in those of ComfyUI's metadata."""
+    values: dict[str, Any] = {"folder": None, "source": None}
+    for key, value in entry.items():
+        word = _OTHER_WORDS.get(key, key)
+        if word in _FIELDS and value is not None:
+            values[word] = value
+    if "sha256" not in values and _is_sha256(entry.get("hash_type")) and entry.get("hash"):
+        values["sha256"] = entry["hash"]
+    return values
+
+
+def _is_sha256(kind: object) -> bool:
+    return isinstance(kind, str) and kind.replace("-", "").lower() == "sha256"
+
+
+# --- manifests ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """One model as a manifest has it. `where` gives the place of a field for people: a line where the format has one."""
+
+    values: Mapping[str, object]
+    where: Callable[[str], str]
+    strict: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class _VolumeFile:
+    """`models.toml` as it was when it was read; an empty list while there is no such file."""
+
+    path: Path
+    models: SpecList = field(default_factory=lambda: SpecList("models.toml"))
+    stamp: tuple[int, int, int] | None = None
+
+    def reread(self) -> _VolumeFile:
+        """The same object when the file did not change."""
+        try:
+            stamp = _stamp(self.path.stat())
+        except FileNotFoundError:
+            return self if self.stamp is None else _VolumeFile(self.path)
+        except OSError as exc:
+            raise ManifestInvalid(str(self.path), [f"it cannot be read: {exc.strerror}"]) from exc
+        if stamp == self.stamp:
+            return self
+        return _VolumeFile(self.path, _parse(_text_of(self.path), str(self.path)), stamp)
+
+
+def _stamp(found: os.stat_result) -> tuple[int, int, int]:
+    return found.st_mtime_ns, found.st_size, found.st_ino
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as exc:
+        raise ManifestInvalid(str(path), [f"it cannot be read: {exc.strerror}"]) from exc
+    except UnicodeDecodeError as exc:
+        raise ManifestInvalid(str(path), [f"it is no UTF-8 text (byte {exc.start})"]) from exc
+
+
+def _environment_manifest(value: str) -> SpecList:
+    """`MODELS_MANIFEST`: the manifest itself when it has more than a line or begins like JSON or TOML, else its path."""
+    value = value.strip()
+    if "\n" in value or re.match(r"[{\[]|models?\s*[=:]", value):
+        return _parse(value, "MODELS_MANIFEST")
+    return _parse(_text_of(Path(value)), f"{value} (MODELS_MANIFEST)")
+
+
+def _parse(text: str, title: str) -> SpecList:
+    """The models of a manifest in whichever format it is; raises `ManifestInvalid` with everything that is wrong with it."""
+    try:
+        entries = _entries(text)
+    except _Malformed as error:
+        raise ManifestInvalid(title, [str(error)]) from None
+    specs, problems = _checked(entries)
+    if problems:
+        raise ManifestInvalid(title, problems)
+    return SpecList(title, tuple(specs), deliberate=all(entry.strict for entry in entries))
+
+
+def _checked(entries: Sequence[_Entry]) -> tuple[list[ModelSpec], list[str]]:
+    problems: list[str] = []
+    placed: dict[str, tuple[ModelSpec, str]] = {}
+    specs: list[ModelSpec] = []
+    for entry in entries:
+        spec, wrong = check_spec(**_known_values(entry.values))
+        if entry.strict:
+            problems += [f"{entry.where(problem.field)}: {problem.field} {problem.reason}" for problem in wrong]
+            problems += _unknown_fields(entry)
+        if spec is None:
+            continue
+        path = f"{spec.folder}/{spec.name}"
+        before, where = placed.setdefault(path, (spec, entry.where("name")))
+        if entry.strict and not _is_same_file(before, spec):
+            problems.append(f"{entry.where('source')}: {path} has another source than at {where}; keep one of the two")
+        elif before is spec or not entry.strict:
+            specs.append(spec)
+    return specs, problems
+
+
+def _unknown_fields(entry: _Entry) -> Iterator[str]:
+    known = _FIELDS | _OTHER_WORDS.keys() | _IGNORED
+    for key in entry.values:
+        if key not in known:
+            near = difflib.get_close_matches(key, sorted(_FIELDS), n=1)
+            yield f"{entry.where(key)}: {key} is no field of a model" + (f"; write {near[0]}" if near else "")
+
+
+class _Malformed(Exception):  # noqa: N818 - never leaves this module
+    """Why a text cannot be read as a manifest at all."""
+
+
+def _entries(text: str) -> list[_Entry]:
+    if text.lstrip().startswith("{") or re.match(r"\s*\[\s*[{\]]", text):
+        return _json_entries(text)
+    first = re.search(r"^(?!\s*(?:#|$|---)).*$", text, re.MULTILINE)
+    if first and re.match(r"([A-Za-z_]\w*\s*:|-)(\s|$)", first[0]):
+        return _yaml_entries(text)
+    return _toml_entries(text)
+
+
+def _json_entries(text: str) -> list[_Entry]:
+    try:
+        return _document_entries(json.loads(text))
+    except json.JSONDecodeError as exc:
+        raise _Malformed(f"line {exc.lineno}: it is no JSON: {exc.msg}") from None
+
+
+def _yaml_entries(text: str) -> list[_Entry]:
+    # It costs 27 ms of a cold start to import, and few manifests are YAML. huggingface_hub depends on it, so it is there.
+    import yaml  # type: ignore[import-untyped]  # noqa: PLC0415 - it ships no types; see above
+
+    try:
+        return _document_entries(yaml.safe_load(text))
+    except yaml.YAMLError as exc:
+        mark = getattr(exc, "problem_mark", None)
+        place = f"line {mark.line + 1}: " if mark else ""
+        raise _Malformed(f"{place}it is no YAML: {getattr(exc, 'problem', None) or exc}") from None
+
+
+def _document_entries(document: object) -> list[_Entry]:
+    """The entries of JSON or YAML: a list of models, or an object that has one, in one of the known shapes."""
+    models = document.get("models", document.get("model")) if isinstance(document, dict) else document
+    if isinstance(models, dict):
+        stages = [stage for key in ("before_start", "after_start") for stage in _list_of(models.get(key), f"models.{key}")]
+        return _numbered(map(_from_comfyui_api, stages))
+    models = _list_of(models, "models")
+    if any("save_path" in model for model in models):
+        return _numbered(filter(None, map(_from_manager, models)), strict=False)
+    if any("paths" in model or "model" in model for model in models):
+        return _numbered(chain.from_iterable(map(_from_comfy_lock, models)))
+    return _numbered(models)
+
+
+def _list_of(value: object, what: str) -> list[dict[str, Any]]:
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise _Malformed(f"'{what}' must be a list of models")
+    for number, item in enumerate(value, 1):
+        if not isinstance(item, dict) or not all(isinstance(key, str) for key in item):
+            raise _Malformed(f"entry {number} of '{what}' is no object")
+    return value
+
+
+def _shown(address: object) -> str:
+    # What follows the question mark, and what precedes an @, may be somebody's token.
+    return re.sub(r"//[^/@]*@", "//", str(address).partition("?")[0])
+
+
+def _numbered(models: Iterable[Mapping[str, object]], *, strict: bool = True) -> list[_Entry]:
+    def placed(number: int, values: Mapping[str, object]) -> _Entry:
+        called = values.get("name") or values.get("source") or values.get("url")
+        place = f"entry {number}" + (f" ('{_shown(called)}')" if called else "")
+        return _Entry(values, lambda _: place, strict)
+
+    return [placed(number, values) for number, values in enumerate(models, 1)]
+
+
+# --- TOML, with line numbers --------------------------------------------------------------------
+
+_TOML_HEADER = re.compile(r"^\s*\[\[\s*models?\s*\]\]")
+
+
+def _toml_entries(text: str) -> list[_Entry]:
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as exc:
+        place = re.search(r" \(at (?:line (\d+), column \d+|end of document)\)$", str(exc))
+        line = (place[1] if place else None) or len(text.splitlines())
+        raise _Malformed(f"line {line}: it is no TOML: {str(exc)[: place.start()] if place else exc}") from None
+    models: list[dict[str, Any]] = []
+    for key, value in document.items():
+        if key not in {"model", "models"}:
+            raise _Malformed(f"'{key}' is not known; each model is a [[model]] with source and folder")
+        models += _list_of(value, key)
+    headers = [number for number, line in enumerate(text.splitlines(), 1) if _TOML_HEADER.match(line)]
+    if len(headers) != len(models):
+        return _numbered(models)  # written as an inline array: there are no blocks to count
+    return [_Entry(model, _toml_place(text.splitlines(), line)) for model, line in zip(models, headers, strict=True)]
+
+
+def _toml_place(lines: Sequence[str], header: int) -> Callable[[str], str]:
+    def where(name: str) -> str:
+        words = {name, *(other for other, word in _OTHER_WORDS.items() if word == name)}
+        for number, line in enumerate(lines[header:], header + 1):
+            if line.lstrip().startswith("["):
+                break
+            if line.partition("=")[0].strip().strip("\"'") in words:
+                return f"line {number}"
+        return f"line {header}"
+
+    return where
+
+
+# --- short lines --------------------------------------------------------------------------------
+
+# An address has no white space, but it may have a comma: only one before another "folder=address" ends an entry.
+_BETWEEN_LINES = re.compile(r"[\s,;]+(?=[^\s,;=?&]*=[A-Za-z]+://)|\s+")
+_SHORT_FORM = "write folder=hf://org/repo/file@revision or folder/name=https://..., with #sha256=... at the end if you know it"
+
+
+def _short_lines(text: str) -> SpecList:
+    """`MODELS`: entries between line ends, spaces, commas or semicolons; a line that begins with # is a comment."""
+    lines = "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#"))
+    words = [word for word in _BETWEEN_LINES.split(lines.strip().strip(",;")) if word]
+    problems = [
+        f"entry {number} ('{_shown(word)}'): {_SHORT_FORM}"
+        for number, word in enumerate(words, 1)
+        if not _short_line(word).get("folder")
+    ]
+    specs, wrong = _checked(_numbered(map(_short_line, words)))
+    if problems or wrong:
+        raise ManifestInvalid("MODELS", problems or wrong)
+    return SpecList("MODELS", tuple(specs))
+
+
+def _short_line(text: str) -> dict[str, object]:
+    """`folder=source`, `folder/name=source`; `#sha256=...` after the source. A left side that ends like a file has a name."""
+    place, equals, source = text.strip().partition("=")
+    if not equals or ":" in place:  # an address alone, with or without a "=" in its query
+        return {"source": text.strip()}
+    source, _, sha256 = source.partition("#sha256=")
+    values: dict[str, object] = {"folder": place, "source": source}
+    folder, slash, name = place.partition("/")
+    if slash and "." in name.rpartition("/")[2]:
+        values |= {"folder": folder, "name": name}
+    return values | ({"sha256": sha256} if sha256 else {})
+
+
+# --- other people's formats ---------------------------------------------------------------------
+
+# ComfyUI-Manager's own table for `save_path: "default"`.
+_FOLDER_OF_TYPE = {
+    "checkpoint": "checkpoints",
+    "checkpoints": "checkpoints",
+    "clip": "text_encoders",
+    "clip_vision": "clip_vision",
+    "controlnet": "controlnet",
+    "diffusion_model": "diffusion_models",
+    "embedding": "embeddings",
+    "embeddings": "embeddings",
+    "gligen": "gligen",
+    "lora": "loras",
+    "t2i-adapter": "controlnet",
+    "t2i-style": "controlnet",
+    "text_encoders": "text_encoders",
+    "unclip": "checkpoints",
+    "unet": "diffusion_models",
+    "upscale": "upscale_models",
+    "vae": "vae",
+}
+
+
+def _from_manager(model: Mapping[str, Any]) -> dict[str, object] | None:
+    """ComfyUI-Manager's `model-list.json`; None for what is no file of a model folder (whole repositories, custom nodes)."""
+    save_path, file_name = str(model.get("save_path", "")), str(model.get("filename", ""))
+    if save_path == "default":
+        save_path = _FOLDER_OF_TYPE.get(str(model.get("type", "")).lower(), "")
+    folder, _, below = save_path.strip("/").partition("/")
+    if not folder or folder == "custom_nodes" or not file_name or file_name.startswith("<"):
+        return None
+    return {"folder": folder, "name": f"{below}/{file_name}" if below else file_name, "source": model.get("url")}
+
+
+def _from_comfy_lock(model: Mapping[str, Any]) -> Iterator[dict[str, object]]:
+    """comfy-cli's `comfy-lock.yaml`: one file at one or more paths; without a path, its type tells the folder."""
+    hashes = [model, *(item for item in model.get("hashes") or () if isinstance(item, dict))]
+    sha256 = next((item.get("hash") for item in hashes if _is_sha256(item.get("type"))), None)
+    common = {"source": model.get("url"), "sha256": sha256}
+    paths = [item.get("path") for item in model.get("paths") or () if isinstance(item, dict)]
+    for path in paths:
+        yield _place(path) | common
+    if not paths:
+        yield {"folder": _FOLDER_OF_TYPE.get(str(model.get("type", "")).lower())} | common
+
+
+def _from_comfyui_api(model: Mapping[str, Any]) -> dict[str, object]:
+    """comfyui-api's manifest."""
+    return _place(model.get("local_path")) | {"source": model.get("url")}
+
+
+def _place(path: object) -> dict[str, object]:
+    """Folder and name of a path such as `models/loras/x.safetensors` or `/opt/ComfyUI/models/loras/x.safetensors`."""
+    parts = [part for part in str(path or "").replace("\\", "/").split("/") if part not in {"", "."}]
+    # The last "models" that still has a folder and a file behind it: /models/ComfyUI/models/loras/x.safetensors.
+    start = max((at + 1 for at, part in enumerate(parts[:-2]) if part == "models"), default=0)
+    below = parts[start:]
+    if start == 0 and str(path or "").startswith("/"):
+        below = []  # an absolute path that leads to no models folder
+    return {"folder": below[0] if len(below) > 1 else None, "name": "/".join(below[1:]) or None}
+
+
+# --- metadata that a workflow carries -----------------------------------------------------------
+
+_MUTED, _BYPASSED = 2, 4
+
+
+def embedded_models(workflow: object) -> tuple[Mapping[str, Any], ...]:
+    """The entries `{name, url, directory, hash?, hash_type?}` of the models that a workflow in the editor's format uses.
+
+    From `properties.models` of every active node, those inside used subgraphs included, and from a `models` at the top; only
+    where the name is now the value of a widget, because editing a node leaves old entries behind.
+    """
+    graph = _editor_graph(workflow)
+    if graph is None:
+        return ()
+    nodes = list(_active_nodes(graph))
+    values = {str(value).replace("\\", "/") for node in nodes for value in _widget_values(node)}
+    lists = [graph.get("models"), *(_properties(node).get("models") for node in nodes)]
+    entries = chain.from_iterable(map(_dicts, lists))
+    return tuple(entry for entry in entries if str(entry.get("name", "")).replace("\\", "/") in values)
+
+
+def _editor_graph(value: object) -> Mapping[str, Any] | None:
+    while isinstance(value, dict):
+        if isinstance(value.get("nodes"), list):
+            return value
+        value = next((value[key] for key in ("extra_data", "extra_pnginfo", "workflow") if key in value), None)
+    return None
+
+
+def _active_nodes(graph: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Nodes that are neither muted nor bypassed; a subgraph's nodes once, if any active node is an instance of it."""
+    definitions = graph.get("definitions")
+    subgraphs = definitions.get("subgraphs") if isinstance(definitions, dict) else None
+    by_id = {str(inner.get("id")): inner for inner in _dicts(subgraphs)}
+    waiting = [graph]
+    while waiting:
+        for node in _dicts(waiting.pop().get("nodes")):
+            if node.get("mode") not in (_MUTED, _BYPASSED):
+                yield node
+                if inner := by_id.pop(str(node.get("type")), None):
+                    waiting.append(inner)
+
+
+def _dicts(value: object) -> list[Mapping[str, Any]]:
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
+def _properties(node: Mapping[str, Any]) -> Mapping[str, Any]:
+    properties = node.get("properties")
+    return properties if isinstance(properties, dict) else {}
+
+
+def _widget_values(node: Mapping[str, Any]) -> Iterator[object]:
+    values = node.get("widgets_values")
+    if isinstance(values, dict):
+        yield from values.values()
+    elif isinstance(values, list):
+        yield from values

@@ -1,0 +1,316 @@
+"""A model that is wanted -> a file that can be used: ready, adopted, from the machine's cache, or downloaded. Touches the disk.
+
+Nothing here depends on a lock for its correctness: the lock keeps the fleet from fetching the same bytes twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final
+
+from worker.errors import (
+    ContentMismatch,
+    FileIncomplete,
+    UnsafePath,
+    UnsealedMismatch,
+    VolumeFailed,
+    VolumeFull,
+    VolumeMissing,
+    VolumeReadOnly,
+)
+from worker.models.disk import check_whole, sha256_of, volume_error
+from worker.models.download import Download, Hooks, Origin, Ready, Task, Tools, both, write_own_seal
+from worker.models.locks import Locks, Timing
+from worker.models.partial import DiskFailed
+from worker.models.ranges import Tuning
+from worker.models.seals import Seal, now, read_seal, stat_file, whole_mtime, write_seal
+from worker.models.spec import HubFile
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterable
+    from pathlib import Path
+
+    from worker.models.hub import Hub, Remote
+    from worker.models.layout import Layout
+    from worker.models.progress import CancelToken, Listener, Progress
+    from worker.models.spec import ModelSpec
+
+__all__ = ["Hooks", "Ready", "Store", "Stores", "Timing", "Tuning"]
+
+log = logging.getLogger(__name__)
+
+_COMMIT: Final = re.compile(r"[0-9a-f]{40}")
+_SHA256: Final = re.compile(r"[0-9a-f]{64}")
+_LOOKERS: Final = 8
+
+
+def _ignore(_: Progress) -> None:
+    """Progress that nobody watches."""
+
+
+class Store:
+    """The models below one root: a network volume, or the container's own disk.
+
+    `host_cache` is where RunPod's host cache lies when that is not below the same root. Safe to use from many threads.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        hub: Hub,
+        worker: str,
+        *,
+        tuning: Tuning | None = None,
+        timing: Timing | None = None,
+        host_cache: Layout | None = None,
+        hooks: Hooks | None = None,
+    ) -> None:
+        self.layout = layout
+        self._tools = Tools(layout, hub, worker, tuning or Tuning(), hooks or Hooks())
+        self._locks = Locks(layout, worker, timing)
+        self._host_cache = host_cache or layout
+        self._hashed: dict[tuple[str, int, int], str] = {}
+
+    def ready(self, folder: str, name: str) -> Path | None:
+        """The file, if its size and whole-second mtime are those of its seal: one stat, one small read, no network, no lock."""
+        path = self.layout.model(folder, name)
+        found = stat_file(path)
+        if found is None:
+            return None
+        seal = read_seal(self.layout.seal(folder, name))
+        if seal is None:
+            return None
+        if seal.mtime is None and seal.size == found.st_size:
+            return path if self._fill_in(folder, name, seal, path, found) else None
+        return path if seal.fits(found) else None
+
+    def ready_many(self, models: Iterable[tuple[str, str]]) -> dict[tuple[str, str], Path]:
+        """Those of the (folder, name) pairs that are ready, with their files."""
+        wanted = list(dict.fromkeys(models))
+        with ThreadPoolExecutor(_LOOKERS, thread_name_prefix="ready") as pool:
+            found = pool.map(lambda pair: self.ready(*pair), wanted, chunksize=32)
+            return {pair: path for pair, path in zip(wanted, found, strict=True) if path is not None}
+
+    def ensure(self, spec: ModelSpec, progress: Listener = _ignore, cancel: CancelToken | None = None) -> Ready:
+        """Return when the model is there to be used; `progress` hears of it several times a second.
+
+        The order: a sealed file; a file without a seal, which is never overwritten or removed; RunPod's host cache; a download,
+        by this worker or by the one it waits for. Raises a `ModelError` (or `UnsafePath`) that says what to do;
+        `EnsureCancelled` within a second, with a partial that the next attempt goes on with.
+        """
+        began_s = time.monotonic()
+        path = self._path(spec)
+        task = Task(spec, path, progress, cancel or threading.Event())
+        try:
+            found = self._look(task)
+            while found is None:
+                found = self._once(task)
+        except DiskFailed as exc:
+            raise volume_error(self.layout.root, exc.error, task.needed_bytes) from exc
+        except OSError as exc:
+            raise volume_error(self.layout.root, exc, task.needed_bytes) from exc
+        return replace(found, bytes_fetched=task.fetched_bytes, seconds=time.monotonic() - began_s)
+
+    def _path(self, spec: ModelSpec) -> Path:
+        path = self.layout.model(spec.folder, spec.name)
+        root = self.layout.root.resolve()
+        if not (path.parent.resolve().is_relative_to(root) and path.resolve().is_relative_to(root)):
+            raise UnsafePath("The model's name", f"{spec.folder}/{spec.name}")
+        return path
+
+    # --- what is there already
+
+    def _look(self, task: Task) -> Ready | None:
+        """What can be used without a lock or the network."""
+        spec = task.spec
+        if self._is_ready(task):
+            return Ready(task.path, "ready")
+        if (found := stat_file(task.path)) is None:
+            if task.path.is_dir():
+                raise VolumeFailed(task.path, "it is a folder where a file belongs")
+            return self._cached(task)
+        if self._sha256_to_have(spec, found) is None:
+            check_whole(task.path, found.st_size)
+            return Ready(task.path, "by_hand")
+        return None
+
+    def _is_ready(self, task: Task) -> bool:
+        """Whether the file is sealed; raises `UnsealedMismatch` when it is sealed as another one than is wanted now."""
+        spec = task.spec
+        if self.ready(spec.folder, spec.name) is None:
+            return False
+        seal = read_seal(self.layout.seal(spec.folder, spec.name))
+        if spec.sha256 and seal and seal.sha256 and seal.sha256 != spec.sha256:
+            raise UnsealedMismatch(task.path, spec.sha256, seal.sha256)
+        return True
+
+    def _sha256_to_have(self, spec: ModelSpec, found: os.stat_result) -> str | None:
+        """What a file that is not ready should hash to, if anybody says so: the model, or a record of ours about this file."""
+        record = self._record(spec, found)
+        return spec.sha256 or (record.sha256 if record else None)
+
+    def _record(self, spec: ModelSpec, found: os.stat_result) -> Seal | None:
+        """What was written down about a file of this size: by a publication that was cut short, or before it was touched."""
+        pending = read_seal(self.layout.pending_seal(spec.folder, spec.name))
+        if pending and pending.fits(found):
+            return pending
+        seal = read_seal(self.layout.seal(spec.folder, spec.name))
+        return seal if seal and seal.size == found.st_size else None
+
+    def _adopt(self, task: Task, found: os.stat_result, report: Listener) -> Ready:
+        """Use a file that has no seal, and seal it when it is what it should be."""
+        spec, path = task.spec, task.path
+        check_whole(path, found.st_size)
+        record, expected = self._record(spec, found), self._sha256_to_have(spec, found)
+        if expected is None:
+            return Ready(path, "by_hand")
+        actual = self._hash(path, found, task, report)
+        if actual != expected:
+            return self._not_as_recorded(spec, path, actual)
+        origin = Origin.of(spec)
+        if record is None or record.sha256 != actual:
+            record = Seal(size=0, mtime=0, sha256=actual, repo=origin.repo, file=origin.file, by=self._tools.worker, at=now())
+        write_own_seal(self.layout, spec, replace(record, size=found.st_size, mtime=whole_mtime(found)))
+        log.info("adopted %s, whose sha256 is right", path)
+        return Ready(path, "adopted")
+
+    def _not_as_recorded(self, spec: ModelSpec, path: Path, actual: str) -> Ready:
+        """Somebody put another file there: an error where the model is pinned, else theirs to use, and our record is void."""
+        if spec.sha256:
+            raise UnsealedMismatch(path, spec.sha256, actual)
+        log.warning("%s is no longer the file that was sealed; it is used as it is", path)
+        with contextlib.suppress(OSError):
+            self.layout.seal(spec.folder, spec.name).unlink(missing_ok=True)
+        return Ready(path, "by_hand")
+
+    def _hash(self, path: Path, found: os.stat_result, task: Task, report: Listener) -> str:
+        """The file's sha256, remembered for as long as it stays the same."""
+        key = (str(path), found.st_size, found.st_mtime_ns)
+        if key not in self._hashed:
+            meter = task.meter("checking", found.st_size, report)
+            self._hashed[key] = sha256_of(path, task.cancel, meter)
+        return self._hashed[key]
+
+    def _cached(self, task: Task) -> Ready | None:
+        """The file in RunPod's host cache: free, and faster than the volume."""
+        spec = task.spec
+        if not isinstance(spec.source, HubFile):
+            return None
+        repo = self._host_cache.host_cache_repo(spec.source.repo, spec.source.repo_type)
+        revision = spec.source.revision
+        with contextlib.suppress(OSError, FileIncomplete, UnicodeDecodeError):
+            commit = revision if _COMMIT.fullmatch(revision) else (repo / "refs" / revision).read_text().strip()
+            path = repo / "snapshots" / commit / spec.source.path
+            found = path.stat()
+            check_whole(path, found.st_size)
+            if spec.size_bytes in {None, found.st_size} and self._is_blob(path, found, task):
+                log.info("using %s from the machine's cache", spec)
+                return Ready(path, "host_cache")
+        return None
+
+    def _is_blob(self, path: Path, found: os.stat_result, task: Task) -> bool:
+        """Whether a cached file is the one asked for: the cache names its blobs by their sha256."""
+        wanted = task.spec.sha256
+        if wanted is None:
+            return True
+        blob = path.resolve().name
+        return (blob if _SHA256.fullmatch(blob) else self._hash(path, found, task, task.progress)) == wanted
+
+    # --- getting it
+
+    def _once(self, task: Task) -> Ready | None:
+        """Adopt or fetch it, once in the fleet; None when somebody changed the scene and it has to be looked at again."""
+        spec = task.spec
+        found = stat_file(task.path)
+        remote = self._look_up(task) if found is None else None
+        key = self._sha256_to_have(spec, found) if found else remote.key if remote else None
+        if key is None:
+            return self._look(task)
+        with self._locks.hold(
+            key, published=lambda: bool(self.ready(spec.folder, spec.name)), cancel=task.cancel, on_wait=task.progress
+        ) as hold:
+            self._tools.hooks.at("locked")
+            if self._is_ready(task):
+                return Ready(task.path, "ready")
+            if (found := stat_file(task.path)) is not None:
+                return self._adopt(task, found, both(task.progress, hold.report))
+            return Download(self._tools, task, remote, hold).run() if remote else None
+
+    def _look_up(self, task: Task) -> Remote:
+        """What the source holds; raises `ContentMismatch` when that is not what the model says it is."""
+        spec = task.spec
+        remote = self._tools.hub.look_up(spec.source, task.cancel)
+        if spec.sha256 and remote.sha256 and spec.sha256 != remote.sha256:
+            raise ContentMismatch(remote.where, "sha256", spec.sha256, remote.sha256)
+        if spec.size_bytes not in {None, remote.size_bytes}:
+            raise ContentMismatch(remote.where, "size", str(spec.size_bytes), str(remote.size_bytes))
+        task.needed_bytes = remote.size_bytes
+        return replace(remote, sha256=remote.sha256 or spec.sha256)
+
+    def _fill_in(self, folder: str, name: str, seal: Seal, path: Path, found: os.stat_result) -> bool:
+        """Complete the seal of an uploaded file, whose mtime nobody knew, once its header agrees with its size."""
+        try:
+            check_whole(path, found.st_size)
+        except (FileIncomplete, OSError):
+            return False
+        with contextlib.suppress(OSError):
+            write_seal(self.layout.seal(folder, name), replace(seal, mtime=whole_mtime(found)))
+        return True
+
+
+class Stores:
+    """The volume, and the container's own disk for what the volume cannot take. The same two questions as to a `Store`."""
+
+    def __init__(self, volume_path: Path, volume: Store | None, local: Store | None, *, require_volume: bool = False) -> None:
+        self._volume_path = volume_path
+        self._volume = volume
+        self._local = None if require_volume else local
+        self._said = False
+
+    @property
+    def all(self) -> tuple[Store, ...]:
+        """Those there are, in the order they are asked."""
+        return tuple(store for store in (self._volume, self._local) if store is not None)
+
+    def ready(self, folder: str, name: str) -> Path | None:
+        """As `Store.ready`, the volume first."""
+        return next((path for store in self.all if (path := store.ready(folder, name))), None)
+
+    def ready_many(self, models: Iterable[tuple[str, str]]) -> dict[tuple[str, str], Path]:
+        """As `Store.ready_many`, the volume first."""
+        found: dict[tuple[str, str], Path] = {}
+        wanted = list(models)
+        for store in self.all:
+            found |= store.ready_many(pair for pair in wanted if pair not in found)
+        return found
+
+    def ensure(self, spec: ModelSpec, progress: Listener = _ignore, cancel: CancelToken | None = None) -> Ready:
+        """As `Store.ensure`. A volume that is missing, full or read-only is no error while the container's disk can serve."""
+        local = self._local
+        if self._volume is None:
+            if local is None:
+                raise VolumeMissing(self._volume_path)
+            self._say(f"There is no network volume at {self._volume_path}.")
+            return local.ensure(spec, progress, cancel)
+        if local and local.ready(spec.folder, spec.name) and not self._volume.ready(spec.folder, spec.name):
+            return local.ensure(spec, progress, cancel)
+        try:
+            return self._volume.ensure(spec, progress, cancel)
+        except (VolumeFull, VolumeReadOnly) as exc:
+            if local is None:
+                raise
+            self._say(str(exc))
+        return local.ensure(spec, progress, cancel)
+
+    def _say(self, reason: str) -> None:
+        """Once: a log is not the place to repeat with each model what one look at the volume says."""
+        if not self._said:
+            self._said = True
+            log.warning("%s Models are kept on this container's disk and are gone with it.", reason)

@@ -1,0 +1,78 @@
+"""The RunPod SDK's side: which of its modes to run in, and its quirks. Touches the network through the SDK."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from worker.errors import NothingToServe
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, MutableMapping, Sequence
+
+    from worker.boot import Worker
+    from worker.settings import Settings
+
+_LOCAL_API = "--rp_serve_api"
+
+
+def sdk_arguments(settings: Settings, argv: Sequence[str], environ: Mapping[str, str], cwd: Path) -> list[str]:
+    """The arguments the SDK is to see. Raises `NothingToServe` where it would boot everything, find no job and leave."""
+    arguments = list(argv)
+    if settings.serve_api_locally and _LOCAL_API not in arguments:
+        arguments += [_LOCAL_API, "--rp_api_host", "0.0.0.0"]  # noqa: S104 - asked for by SERVE_API_LOCALLY
+    has_input = any(argument.split("=")[0] == "--test_input" for argument in arguments)
+    on_runpod = "RUNPOD_WEBHOOK_GET_JOB" in environ or "RUNPOD_REALTIME_PORT" in environ
+    if not (on_runpod or _LOCAL_API in arguments or has_input or (cwd / "test_input.json").is_file()):
+        raise NothingToServe
+    return arguments
+
+
+def prepare_environ(environ: MutableMapping[str, str]) -> None:
+    """Set what the SDK reads at import. At DEBUG, its default, it prints every result and every signed URL."""
+    environ.setdefault("RUNPOD_LOG_LEVEL", "INFO")
+
+
+def import_sdk(arguments: Sequence[str]) -> None:
+    """Import what `start` will need, so that it overlaps with ComfyUI's boot.
+
+    The SDK asks py-cpuinfo for the processor's name, once, at import, for its debugger. That starts a Python process and takes
+    1.3 s of a core that ComfyUI is booting on; /proc has the name as well.
+    """
+    import cpuinfo  # noqa: PLC0415 - imported while ComfyUI boots, not before it is spawned
+
+    slow, cpuinfo.get_cpu_info = cpuinfo.get_cpu_info, lambda: {"brand_raw": _processor_name()}
+    try:
+        import runpod  # noqa: PLC0415 - as above
+    finally:
+        cpuinfo.get_cpu_info = slow
+    if _LOCAL_API in arguments:
+        import runpod.serverless.modules.rp_fastapi  # noqa: F401, PLC0415 - as above
+
+
+def _processor_name(path: Path = Path("/proc/cpuinfo")) -> str:
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return "unknown"
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def serve(worker: Worker, settings: Settings, arguments: Sequence[str], environ: Mapping[str, str]) -> None:
+    """Take jobs until the SDK ends: for ever on RunPod and as a local API, after one job with a test input."""
+    import runpod  # noqa: PLC0415 - already imported by import_sdk
+
+    from worker.progress import ProgressPosts  # noqa: PLC0415 - asyncio is not imported before ComfyUI is spawned
+
+    async def handle(job: dict[str, Any]) -> dict[str, Any]:
+        if not posting:
+            return await worker.loop.run(worker.handler.handle(job))
+        async with ProgressPosts(job) as posts:
+            return await worker.loop.run(worker.handler.handle(job, posts.tell))
+
+    posting = "RUNPOD_WEBHOOK_POST_OUTPUT" in environ and _LOCAL_API not in arguments
+
+    sys.argv[1:] = arguments  # the SDK parses sys.argv itself
+    print("worker-comfyui - Starting handler...", flush=True)  # noqa: T201 - a line people's checks look for
+    runpod.serverless.start({"handler": handle, "refresh_worker": settings.refresh_worker})

@@ -1,0 +1,221 @@
+"""What the operator can set, read once from an environment that is passed in. Pure.
+
+Each field of `Settings` is one environment variable: the field's name in capitals. The same definitions make the README's
+table (`markdown_table`), so an option cannot be documented and not exist.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from worker.errors import SettingsError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+
+_HOST_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-.:")
+
+
+def _setting(parse: Callable[[str], Any], default: str, text: str, *, secret: bool = False) -> Any:  # noqa: ANN401 - as dataclasses.field
+    """A field with what its variable needs; `default` is what an unset or empty variable stands for."""
+    metadata = {"parse": parse, "default": default, "text": text, "secret": secret}
+    return field(repr=not secret, metadata=metadata)
+
+
+def _flag(text: str) -> bool:
+    value = text.strip().lower()
+    if value in {"true", "1", "yes", "on"}:
+        return True
+    if value in {"false", "0", "no", "off"}:
+        return False
+    raise ValueError("must be true or false")
+
+
+def _choice(*allowed: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        for value in allowed:
+            if text.strip().lower() == value.lower():
+                return value
+        raise ValueError("must be one of " + ", ".join(allowed))
+
+    return parse
+
+
+def _number(low: float, high: float) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not low <= value <= high:
+            raise ValueError(f"must be a number from {low:g} to {high:g}")
+        return value
+
+    return parse
+
+
+def _whole(low: int, high: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.strip().isdecimal() or not low <= int(text) <= high:
+            raise ValueError(f"must be a whole number from {low} to {high}")
+        return int(text)
+
+    return parse
+
+
+def _path(text: str) -> Path:
+    path = Path(text)
+    if not path.is_absolute():
+        raise ValueError("must be an absolute path")
+    return path
+
+
+def _arguments(text: str) -> tuple[str, ...]:
+    try:
+        return tuple(shlex.split(text))
+    except ValueError as exc:
+        raise ValueError("must be command line flags with matching quotes") from exc
+
+
+def _hosts(text: str) -> tuple[str, ...]:
+    hosts = tuple(host.strip().lower() for host in text.split(",") if host.strip())
+    if any(not set(host) <= _HOST_CHARACTERS for host in hosts):
+        raise ValueError("must be host names separated by commas")
+    return hosts
+
+
+def _address(text: str) -> str:
+    if not text.startswith(("https://", "http://")):
+        raise ValueError("must be an address that begins with https:// or http://")
+    return text.rstrip("/")
+
+
+def _optional(text: str) -> str | None:
+    return text.strip() or None
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The worker's settings; every value is valid once an instance exists."""
+
+    volume_path: Path = _setting(
+        _path, "/runpod-volume", "Where the network volume is mounted. In a Pod the default is `/workspace`."
+    )
+    require_volume: bool = _setting(
+        _flag, "false", "Fail instead of keeping models on the container's disk when the volume is missing, read-only or full."
+    )
+    models_manifest: str | None = _setting(
+        _optional,
+        "",
+        "A manifest of models: the path of a file in the image, or its text; `models.toml` on the volume comes first.",
+    )
+    models: str | None = _setting(
+        _optional, "", "Models as short lines: `checkpoints=hf://org/repo/file.safetensors@revision`, one a line."
+    )
+    model_loading: str = _setting(
+        _choice("background", "eager", "on_demand"),
+        "background",
+        "`background`: jobs start at once, what the manifests name and the volume lacks is fetched behind them. `eager`: no "
+        "job before all of it is there. `on_demand`: nothing is fetched until a workflow names it.",
+    )
+    model_hosts: tuple[str, ...] = _setting(
+        _hosts,
+        "huggingface.co,civitai.com",
+        "The hosts that a request, or a workflow's own metadata, may have models fetched from.",
+    )
+    hf_token: str | None = _setting(_optional, "", "Hugging Face token, for private and gated repositories.", secret=True)
+    hf_endpoint: str = _setting(
+        _address, "https://huggingface.co", "Another address of the Hugging Face hub, such as a mirror."
+    )
+    civitai_token: str | None = _setting(_optional, "", "Civitai API key, for downloads that need one.", secret=True)
+    download_connections: int = _setting(_whole(1, 32), "8", "How many connections one model is fetched with.")
+    comfyui_dir: Path = _setting(_path, "/comfyui", "The folder that holds ComfyUI's `main.py`.")
+    comfyui_base_dir: Path | None = _setting(
+        lambda text: _path(text) if text else None,
+        "",
+        "Where ComfyUI keeps `models`, `input`, `output` and `custom_nodes`; `COMFYUI_DIR` itself when not set.",
+    )
+    comfyui_python: str = _setting(str, "python3", "The Python that runs ComfyUI: a path or a name on `PATH`.")
+    comfyui_port: int = _setting(_whole(1, 65535), "8188", "The port ComfyUI listens on, inside the container.")
+    comfy_args: tuple[str, ...] = _setting(
+        _arguments, "", "More flags for ComfyUI, as on a command line: `--cpu`, `--disable-metadata`, `--lowvram`."
+    )
+    comfy_log_level: str = _setting(_choice("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"), "INFO", "How much ComfyUI logs.")
+    comfy_start_timeout_s: float = _setting(
+        _number(1, 3600), "400", "How long ComfyUI may take to answer its first request before the worker gives up."
+    )
+    comfy_org_api_key: str | None = _setting(
+        _optional, "", "Key for ComfyUI's paid API nodes; a job's own `comfy_org_api_key` comes first.", secret=True
+    )
+    job_timeout_s: float = _setting(
+        _number(1, 86400), "3600", "A job that runs longer is interrupted; RunPod's own limit of the endpoint applies as well."
+    )
+    websocket_reconnect_attempts: int = _setting(
+        _whole(1, 1000), "5", "How often a lost connection to a living ComfyUI is tried again before the job fails."
+    )
+    websocket_reconnect_delay_s: float = _setting(
+        _number(0, 60), "3", "The pause between those attempts; the first is made at once."
+    )
+    serve_api_locally: bool = _setting(
+        _flag, "false", "Serve RunPod's local API on port 8000 and ComfyUI on its port, both on all interfaces."
+    )
+    refresh_worker: bool = _setting(_flag, "false", "Have RunPod replace the worker after each job.")
+    network_volume_debug: bool = _setting(_flag, "false", "Log what is in each model folder of the volume at start.")
+    runpod_pod_id: str | None = _setting(
+        _optional, "", "Set by RunPod: what other workers call this one while they wait for it."
+    )
+    worker_log_level: str = _setting(_choice("DEBUG", "INFO", "WARNING", "ERROR"), "INFO", "How much the worker itself logs.")
+
+    @property
+    def base_dir(self) -> Path:
+        """The folder under which ComfyUI keeps its models, inputs and outputs."""
+        return self.comfyui_base_dir or self.comfyui_dir
+
+    @property
+    def local_store(self) -> Path:
+        """Where models are kept when the volume cannot take them: on the container's disk, laid out as a volume."""
+        return self.base_dir / "container-volume"
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str]) -> Settings:
+        """Read the settings; raises `SettingsError` with every problem found, each naming its variable."""
+        problems: list[str] = []
+        values: dict[str, Any] = {}
+        for item in dataclasses.fields(cls):
+            name = item.name.upper()
+            default = item.metadata["default"]
+            if item.name == "volume_path" and _is_pod(environ):
+                default = "/workspace"
+            text = environ.get(name, "").strip() or default
+            try:
+                values[item.name] = item.metadata["parse"](text)
+            except ValueError as exc:
+                shown = "its value" if item.metadata["secret"] else f"'{text}'"
+                problems.append(f"{name} {exc}, not {shown}")
+        if problems:
+            raise SettingsError(problems)
+        return cls(**values)
+
+    def secrets(self) -> tuple[str, ...]:
+        """Every secret value that is set, so that no log line shows one."""
+        fields = (item for item in dataclasses.fields(self) if item.metadata["secret"])
+        return tuple(value for item in fields if (value := getattr(self, item.name)))
+
+
+def _is_pod(environ: Mapping[str, str]) -> bool:
+    """A RunPod Pod, where volumes are mounted elsewhere than in a serverless worker."""
+    return "RUNPOD_POD_ID" in environ and "RUNPOD_ENDPOINT_ID" not in environ
+
+
+def markdown_table() -> str:
+    """The table of all settings, as the README shows it."""
+    rows = ["| Variable | Default | What it does |", "| --- | --- | --- |"]
+    for item in dataclasses.fields(Settings):
+        default = item.metadata["default"]
+        rows.append(f"| `{item.name.upper()}` | {f'`{default}`' if default else ''} | {item.metadata['text']} |")
+    return "\n".join(rows) + "\n"
