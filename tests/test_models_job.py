@@ -12,7 +12,7 @@ import pytest
 
 from devkit.engine.models import make_volume
 from devkit.hub import hub_process
-from devkit.local_worker import LocalWorker
+from devkit.local_worker import LocalWorker, WorkerExitedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -201,3 +201,40 @@ def test_without_a_volume_the_containers_disk_serves_and_the_log_says_so(
         assert picture(local.runsync({"workflow": workflow("text_to_image")}))
         assert "are gone with it" in local.log()
     assert not (tmp_path / "no-volume").exists()
+
+
+@pytest.mark.parametrize(
+    ("models", "parts"),
+    [
+        (f"vae=hf://{REPO}/vae/absent.safetensors", [REPO, "vae/absent.safetensors"]),
+        ("vae=nowhere ../x=hf://a/b/c.safetensors", ["MODELS", "nowhere", "'..'"]),
+    ],
+)
+def test_with_eager_loading_a_manifest_that_cannot_be_had_is_one_line_and_a_status(
+    models: str, parts: list[str], engine: Engine, hub: RemoteHub, tmp_path: Path
+) -> None:
+    (tmp_path / "volume").mkdir()
+    environ = {"HF_ENDPOINT": hub.endpoint, "MODEL_LOADING": "eager", "MODELS": models}
+    with LocalWorker(engine, tmp_path, tmp_path / "volume", environ) as local:
+        with pytest.raises(WorkerExitedError):
+            local.wait_ready()
+        last = local.log().splitlines()[-1]
+        assert last.startswith("error: ")
+        for part in parts:
+            assert part in last
+        assert "Traceback" not in local.log()
+
+
+def test_a_wrong_manifest_on_the_volume_is_said_at_start_and_to_the_job_that_needs_it(
+    engine: Engine, hub: RemoteHub, tmp_path: Path, workflow: Load
+) -> None:
+    make_volume(engine, tmp_path / "volume")
+    (tmp_path / "volume" / "models.toml").write_text('[[model]]\nsource = "hf://org"\nfolder = "vae"\n')
+    with LocalWorker(engine, tmp_path, tmp_path / "volume", {"HF_ENDPOINT": hub.endpoint}) as local:
+        local.wait_ready()
+        assert "models.toml" in local.log()
+        assert picture(local.runsync({"workflow": workflow("text_to_image")}))
+        graph = changed(workflow("text_to_image"), "VAELoader", vae_name="absent.safetensors")
+        error = local.runsync({"workflow": graph})["error"]
+        assert "models.toml" in error
+        assert "line 2" in error

@@ -223,14 +223,13 @@ def test_everything_that_an_entry_can_say(catalog: Path, tmp_path: Path) -> None
                 "name": "sub/y.pt",
                 "sha256": SHA,
                 "size_bytes": 7,
-                "token_env": "MINE",
             },
             {"url": "https://huggingface.co/o/r/blob/main/z.gguf", "directory": "unet"},
         )
     )
     assert read(catalog, volume_manifest=tmp_path / "models.toml").manifest() == (
         ModelSpec("checkpoints", "x.ckpt", HubFile("o/r", "x.ckpt", "v1")),
-        ModelSpec("loras", "sub/y.pt", Url("https://example.com/y?id=1"), SHA, 7, "MINE"),
+        ModelSpec("loras", "sub/y.pt", Url("https://example.com/y?id=1"), SHA, 7),
         ModelSpec("unet", "z.gguf", HubFile("o/r", "z.gguf")),
     )
 
@@ -604,7 +603,6 @@ def test_a_requests_models_are_a_list(catalog: Path, models: object) -> None:
         ("nonsense", SpecInvalid),
         (model("vae", "../a.gguf"), SpecInvalid),
         (model("..", "a.gguf"), SpecInvalid),
-        (model("vae", "a.gguf", token_env="HF_TOKEN"), SpecInvalid),
         (model("vae", "a.pt"), SuffixNotAllowed),
         ({"folder": "vae", "source": "https://example.com/a.gguf"}, HostNotAllowed),
     ],

@@ -220,18 +220,10 @@ def test_what_is_no_size(value: object) -> None:
         parse_spec("vae", "hf://o/r/a.gguf", size_bytes=value)
 
 
-def test_a_token_is_named_not_given() -> None:
-    assert parse_spec("vae", "hf://o/r/a.gguf", token_env="MY_TOKEN").token_env == "MY_TOKEN"
-    with pytest.raises(SpecInvalid) as caught:
-        parse_spec("vae", "hf://o/r/a.gguf", token_env="hf-abc123")
-    assert "must be the NAME of an environment variable" in str(caught.value)
-    assert "abc123" not in str(caught.value)
-
-
 def test_every_wrong_field_is_told_at_once() -> None:
-    spec, problems = check_spec("../x", "nowhere", name="", sha256="x", size_bytes=0, token_env="a b")
+    spec, problems = check_spec("../x", "nowhere", name="", sha256="x", size_bytes=0)
     assert spec is None
-    assert [problem.field for problem in problems] == ["source", "name", "folder", "sha256", "size_bytes", "token_env"]
+    assert [problem.field for problem in problems] == ["source", "name", "folder", "sha256", "size_bytes"]
 
 
 def test_models_are_values() -> None:
@@ -292,8 +284,3 @@ def test_the_hosts_are_the_operators_choice() -> None:
 def test_a_request_gives_plain_https_addresses(address: str) -> None:
     with pytest.raises(SpecInvalid, match="must be a plain https address"):
         check_from_request(parse_spec("vae", address, name="m.gguf"), HOSTS)
-
-
-def test_a_request_names_no_variable_of_the_workers_environment() -> None:
-    with pytest.raises(SpecInvalid, match=r"The token_env of the model 'm\.gguf' may not come from a request"):
-        check_from_request(parse_spec("vae", "https://civitai.com/x", name="m.gguf", token_env="HF_TOKEN"), HOSTS)

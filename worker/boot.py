@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from worker.comfy.engine import Engine
+from worker.errors import ManifestInvalid
 from worker.handler import JobHandler
 from worker.loop import LoopThread
 from worker.media.inputs import InputFiles, clear_leftovers
@@ -103,7 +104,7 @@ class Worker:
     def start(self, import_sdk: Callable[[], object], began: float) -> None:
         """Do everything that must be done before the first job, at once.
 
-        Raises `StartError` when ComfyUI does not come up, `ManifestInvalid`, and with MODEL_LOADING=eager any `ModelError`.
+        Raises `StartError` when ComfyUI does not come up; with MODEL_LOADING=eager also `ManifestInvalid` and any `ModelError`.
         """
         timeline = Timeline(began)
         with timeline.step("engine", self._spawned_at):
@@ -129,16 +130,21 @@ class Worker:
             report = self._links.refresh()
             step.note = f"{report.files} files"
         _log_volume(settings)
-        if settings.model_loading == "on_demand":
-            return
-        wanted = self._supply.manifest()
-        if not wanted:
-            return
         if settings.model_loading == "eager":
             with timeline.step("models") as step:
+                wanted = self._supply.manifest()
                 step.note = f"{len(wanted)} in the manifests"
                 self._supply.fetch_first(wanted)
-        else:
+            return
+        if not (settings.models_manifest or settings.models or Layout(settings.volume_path).manifest.is_file()):
+            return
+        try:
+            wanted = self._supply.manifest()
+        except ManifestInvalid as exc:
+            # Jobs whose models are there run all the same; those that need the manifest get this sentence.
+            log.error("%s", exc)  # noqa: TRY400 - a traceback says nothing more
+            return
+        if wanted and settings.model_loading == "background":
             self._supply.fetch_behind(wanted)
 
 

@@ -123,6 +123,8 @@ class Download:
                     return self._publish(partial, actual)
             except Taken:
                 log.info("another worker goes on with %s", self._task.spec)
+                with contextlib.suppress(OSError):
+                    partial.discard()
                 return None
             except (DiskFailed, OSError) as exc:
                 _make_room(partial, exc)
@@ -222,14 +224,13 @@ class Download:
         if path.is_symlink():
             log.warning("replacing the broken link %s -> %s", path, path.readlink())
         self._at("replacing")
-        patiently(lambda: _rename(partial.path, path))
+        patiently(lambda: partial.publish(path))
         self._at("replaced")
         sync_folder(path.parent)
-        write_own_seal(layout, spec, seal, lambda: self._at("seal_half_written"))
-        self._at("sealed")
-        partial.forget()
         if self._hold.state == "held":
             sweep(partial.path.parent)
+        write_own_seal(layout, spec, seal, lambda: self._at("seal_half_written"))
+        self._at("sealed")
         log.debug("published %s", path)
         return Ready(path, "downloaded")
 
@@ -287,11 +288,6 @@ def both(first: Listener, second: Listener) -> Listener:
         second(progress)
 
     return report
-
-
-def _rename(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    source.replace(target)
 
 
 def _make_room(partial: Partial, exc: DiskFailed | OSError) -> None:

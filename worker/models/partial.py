@@ -33,6 +33,7 @@ _VERSION: Final = 1
 _FLUSH_EVERY_S: Final = 1.0
 _OWNED_EVERY_S: Final = 0.25
 _HASH_BYTES: Final = 4 * MIB
+_GONE: Final = frozenset({errno.ENOENT, errno.ESTALE})
 
 
 class Taken(Exception):  # noqa: N818 - it is no error: somebody else goes on with the file
@@ -184,8 +185,7 @@ class Partial:
             self._changed.notify_all()
             while self._journalist and self._unsaved_bytes > self._limit_bytes and not (self._broken or self._closing):
                 self._changed.wait(_FLUSH_EVERY_S)
-            if self._broken:
-                raise DiskFailed(self._broken)
+        self._raise_broken()
 
     def _check_ours(self) -> None:
         now_s = time.monotonic()
@@ -200,7 +200,7 @@ class Partial:
         try:
             self.path.stat()
         except OSError as exc:
-            if exc.errno in {errno.ENOENT, errno.ESTALE}:
+            if exc.errno in _GONE:
                 return False
             raise
         return True
@@ -227,6 +227,14 @@ class Partial:
             with self._changed:
                 self._broken = exc
                 self._changed.notify_all()
+
+    def _raise_broken(self) -> None:
+        """Say what stopped the journal: a folder that was swept under it is no error of the disk."""
+        if self._broken is None:
+            return
+        if self._broken.errno in _GONE and not self.is_ours():
+            raise Taken
+        raise DiskFailed(self._broken)
 
     def _wait_for_work(self) -> bool:
         """Return when there is enough to journal, or after a while; True when it is time to end."""
@@ -271,10 +279,9 @@ class Partial:
         return offset
 
     def settle(self) -> None:
-        """Everything is safe and journalled when this returns; raises what the file system says."""
+        """Everything is safe and journalled when this returns; raises `Taken`, `DiskFailed` and what the file system says."""
         self._stop_journalist(None)
-        if self._broken:
-            raise self._broken
+        self._raise_broken()
         with self._using() as fd:
             os.fsync(fd)
             self._save(fd)
@@ -296,8 +303,15 @@ class Partial:
             self._journalist.join(wait_s)
         self._journalist = None
 
-    def forget(self) -> None:
-        """The file has its final name: nothing of the partial is left to go on with."""
+    def publish(self, target: Path) -> None:
+        """Give the file its final name and forget the partial; raises `Taken` when somebody else has it."""
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.replace(target)
+        except FileNotFoundError:
+            if not self.is_ours():
+                raise Taken from None
+            raise
         self.path.with_suffix(".journal").unlink(missing_ok=True)
 
     def discard(self) -> None:
@@ -306,6 +320,8 @@ class Partial:
         if self.is_ours():
             self.path.unlink(missing_ok=True)
         self.path.with_suffix(".journal").unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.path.parent.rmdir()  # only if nobody else has anything in it
 
 
 def sweep(folder: Path) -> None:

@@ -278,7 +278,7 @@ class Catalog:
 
 # --- one entry, in everybody's words ------------------------------------------------------------
 
-_FIELDS = frozenset({"folder", "source", "name", "sha256", "size_bytes", "token_env"})
+_FIELDS = frozenset({"folder", "source", "name", "sha256", "size_bytes"})
 _OTHER_WORDS = {"url": "source", "directory": "folder"}  # as ComfyUI's own metadata calls them
 _IGNORED = frozenset({"hash", "hash_type", "description"})
 

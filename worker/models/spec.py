@@ -27,7 +27,6 @@ _CIVITAI_HOSTS = frozenset({CIVITAI_HOST, "www.civitai.com"})
 _REPO_TYPES = {"datasets": "dataset", "spaces": "space", "models": "model"}
 _REPO_PART = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?")
 _SHA256 = re.compile(r"(?:sha256:)?([0-9a-fA-F]{64})")
-_ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _DRIVE = re.compile(r"[A-Za-z]:")
 _SECRET_KEYS = re.compile(r"(?i)token|key|secret|signature|sig|password|auth|credential")
 _COMPONENT_MAX_BYTES = 255  # the most that Linux file systems take for one name
@@ -93,7 +92,6 @@ class ModelSpec:
     """One model file: where it belongs under `models/`, and where its bytes come from.
 
     An instance is always sound: folder and name are relative and stay where they are put, `sha256` is 64 lower-case hex digits.
-    `token_env` names the variable whose value opens a source that is neither Hugging Face nor Civitai.
 
     Raises:
         SpecInvalid: from the constructor, naming the field.
@@ -104,14 +102,12 @@ class ModelSpec:
     source: Source
     sha256: str | None = None
     size_bytes: int | None = None
-    token_env: str | None = None
 
     def __post_init__(self) -> None:
         check_name("name", self.name)
         check_name("folder", self.folder, model=self.name)
         object.__setattr__(self, "sha256", _checked_sha256(self.sha256, self.name))
         _check_size(self.size_bytes, self.name)
-        _check_token_env(self.token_env, self.name)
 
     def __str__(self) -> str:
         return f"{self.folder}/{self.name} from {self.source}"
@@ -124,14 +120,13 @@ def parse_spec(
     name: object = None,
     sha256: object = None,
     size_bytes: object = None,
-    token_env: object = None,
 ) -> ModelSpec:
     """The model that these values, as somebody wrote them, describe; without `name` it is called as its source calls it.
 
     Raises:
         SpecInvalid: naming the first field that is wrong and what would be right.
     """
-    spec, problems = check_spec(folder, source, name=name, sha256=sha256, size_bytes=size_bytes, token_env=token_env)
+    spec, problems = check_spec(folder, source, name=name, sha256=sha256, size_bytes=size_bytes)
     if spec is None:
         raise problems[0]
     return spec
@@ -144,7 +139,6 @@ def check_spec(
     name: object = None,
     sha256: object = None,
     size_bytes: object = None,
-    token_env: object = None,
 ) -> tuple[ModelSpec | None, tuple[SpecInvalid, ...]]:
     """As `parse_spec`, with every field that is wrong: the model and no problems, or None and at least one."""
     model = name if isinstance(name, str) else None
@@ -166,7 +160,6 @@ def check_spec(
     checked(lambda: check_name("folder", folder, model=model))
     checked(lambda: _checked_sha256(sha256, model))
     checked(lambda: _check_size(size_bytes, model))
-    checked(lambda: _check_token_env(token_env, model))
     if problems:
         return None, tuple(problems)
     spec = ModelSpec(
@@ -175,7 +168,6 @@ def check_spec(
         cast("Source", origin),
         cast("str | None", sha256),
         cast("int | None", size_bytes),
-        cast("str | None", token_env),
     )
     return spec, ()
 
@@ -187,18 +179,16 @@ def _name_in_source(source: Source) -> str:
 
 
 def check_from_request(spec: ModelSpec, allowed_hosts: Collection[str]) -> None:
-    """A request may have this model fetched: a format that holds no code, over https, from an allowed host, no token named.
+    """A request may have this model fetched: a format that holds no code, over https, from an allowed host.
 
     Raises:
         SuffixNotAllowed, HostNotAllowed: as they say.
-        SpecInvalid: http, a port, a user in the address, or a `token_env`.
+        SpecInvalid: http, a port, or a user in the address.
     """
     if not spec.name.lower().endswith(REQUEST_SUFFIXES):
         raise SuffixNotAllowed(spec.name, REQUEST_SUFFIXES)
     if spec.source.host not in {host.strip().lower() for host in allowed_hosts}:
         raise HostNotAllowed(spec.name, spec.source.host, tuple(allowed_hosts))
-    if spec.token_env is not None:
-        raise SpecInvalid("token_env", "may not come from a request", spec.name)
     if isinstance(spec.source, Url):
         parts = urlsplit(spec.source.url)
         if parts.scheme != "https" or parts.netloc.lower() not in {spec.source.host, f"{spec.source.host}:443"}:
@@ -262,11 +252,6 @@ def _checked_sha256(value: object, model: str | None) -> str | None:
 def _check_size(value: object, model: str | None) -> None:
     if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value <= 0):
         raise SpecInvalid("size_bytes", f"is {value!r}; it must be a whole number above 0", model)
-
-
-def _check_token_env(value: object, model: str | None) -> None:
-    if value is not None and not (isinstance(value, str) and _ENV_NAME.fullmatch(value)):
-        raise SpecInvalid("token_env", "must be the NAME of an environment variable, not a token", model)
 
 
 # --- addresses ----------------------------------------------------------------------------------

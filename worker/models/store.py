@@ -27,7 +27,7 @@ from worker.errors import (
 from worker.models.disk import check_whole, sha256_of, volume_error
 from worker.models.download import Download, Hooks, Origin, Ready, Task, Tools, both, write_own_seal
 from worker.models.locks import Locks, Timing
-from worker.models.partial import DiskFailed
+from worker.models.partial import DiskFailed, sweep
 from worker.models.ranges import Tuning
 from worker.models.seals import Seal, now, read_seal, stat_file, whole_mtime, write_seal
 from worker.models.spec import HubFile
@@ -240,7 +240,10 @@ class Store:
             if self._is_ready(task):
                 return Ready(task.path, "ready")
             if (found := stat_file(task.path)) is not None:
-                return self._adopt(task, found, both(task.progress, hold.report))
+                adopted = self._adopt(task, found, both(task.progress, hold.report))
+                if hold.state == "held":
+                    sweep(self.layout.partial(key))
+                return adopted
             return Download(self._tools, task, remote, hold).run() if remote else None
 
     def _look_up(self, task: Task) -> Remote:
