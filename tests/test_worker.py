@@ -168,6 +168,13 @@ def test_a_model_added_to_the_volume_later_is_seen_by_the_next_job_that_names_it
     assert "added.safetensors" in worker.runsync({"workflow": graph})["error"]
 
 
+def test_a_name_as_windows_spells_it_means_the_same_file(worker: LocalWorker, workflow: Load) -> None:
+    graph = workflow("text_to_image_subfolder")
+    expected = pictures(worker.runsync({"workflow": graph}))
+    windows = changed(graph, "UNETLoader", unet_name="sub\\dir\\tiny_sd3_b.safetensors")
+    assert len(pictures(worker.runsync({"workflow": windows}))) == len(expected)
+
+
 def test_an_output_of_two_whose_branch_cannot_run_is_named_beside_the_other(worker: LocalWorker) -> None:
     graph = {
         **TINY,

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.comfy.workflow import NamedModel, check_paths, is_link, named_models, parse_graph
+from worker.comfy.workflow import NamedModel, check_paths, is_link, named_models, parse_graph, with_slashes
 from worker.errors import (
     UnsafePath,
     WorkflowEmpty,
@@ -772,3 +772,15 @@ def test_a_link_is_what_leads_to_a_node() -> None:
     assert is_link(graph, ["1", 0])
     assert not is_link(graph, ["7", 0])
     assert not is_link(graph, "1")
+
+
+def test_names_as_windows_spells_them_become_this_disks_and_nothing_else_is_touched() -> None:
+    graph: dict[str, dict[str, Any]] = {
+        "1": {"class_type": "UNETLoader", "inputs": {"unet_name": "sub\\x.safetensors", "weight_dtype": "default"}},
+        "2": {"class_type": "CLIPTextEncode", "inputs": {"text": "a \\(cat\\).safetensors, embedding:e\\f", "clip": ["1", 0]}},
+    }
+    changed = with_slashes(graph, named_models(graph))
+    assert changed["1"]["inputs"] == {"unet_name": "sub/x.safetensors", "weight_dtype": "default"}
+    assert changed["2"] is graph["2"]
+    assert graph["1"]["inputs"]["unet_name"] == "sub\\x.safetensors"
+    assert with_slashes(changed, named_models(changed)) is changed

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from worker.comfy.rejection import missing_model
-from worker.comfy.workflow import check_paths, named_models, parse_graph
+from worker.comfy.workflow import check_paths, named_models, parse_graph, with_slashes
 from worker.errors import InternalError, ModelMissing, StartError, WorkerError
 from worker.job import Request, Result
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from worker.comfy.engine import Engine
-    from worker.comfy.workflow import Graph, NamedModel
+    from worker.comfy.workflow import NamedModel
     from worker.media.inputs import InputFiles
     from worker.media.outputs import OutputFiles
     from worker.models.provision import Waiting
@@ -75,7 +75,9 @@ class JobHandler:
         request = Request.parse(job.get("input"))
         graph = parse_graph(request.workflow)
         check_paths(graph)
-        await self._ensure_models(graph, request, job_id, tell)
+        models = named_models(graph)
+        graph = with_slashes(graph, models)
+        await self._ensure_models(models, request, job_id, tell)
         key = request.comfy_org_api_key or self._settings.comfy_org_api_key
         extra_data: dict[str, Any] = {"api_key_comfy_org": key} if key else {}
         if request.extra_pnginfo is not None:
@@ -86,14 +88,14 @@ class JobHandler:
         # In the loop: a hop to another thread costs more than reading and encoding a picture does.
         return Result(self._outputs.images(run.outputs), run.dropped)
 
-    async def _ensure_models(self, graph: Graph, request: Request, job_id: str, tell: Tell) -> None:
+    async def _ensure_models(self, named: Sequence[NamedModel], request: Request, job_id: str, tell: Tell) -> None:
         """Have the graph's models where ComfyUI finds them; what is missing and known is fetched, the job waits for no other.
 
         A name that nobody knows is ComfyUI's to refuse, unless others would be fetched for nothing first.
         """
         if request.models is not None:
             await asyncio.to_thread(self._supply.check_request, request.models)
-        models = {(model.folders, model.file_names): model for model in named_models(graph)}
+        models = {(model.folders, model.file_names): model for model in named}
         if not models:
             return
         missing = await asyncio.to_thread(self._supply.missing, tuple(models))

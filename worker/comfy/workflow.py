@@ -23,7 +23,7 @@ from worker.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
 Graph: TypeAlias = dict[str, dict[str, Any]]
 """Node id to `{"class_type": str, "inputs": {name: value or [node id, slot]}, ...}`, as ComfyUI's `POST /prompt` takes it."""
@@ -436,6 +436,21 @@ def named_models(graph: Graph) -> tuple[NamedModel, ...]:
     """
     models = (model for node_id, node in graph.items() for model in _models_of_node(graph, node_id, node))
     return tuple(dict.fromkeys(models))
+
+
+def with_slashes(graph: Graph, models: Iterable[NamedModel]) -> Graph:
+    r"""The graph with its model names as a Linux disk spells them; the same object where that changes nothing.
+
+    An editor on Windows exports `sub\x.safetensors` for what is `sub/x.safetensors` here, and ComfyUI takes the names of its
+    own listing only.
+    """
+    changed = dict(graph)
+    for model in models:
+        node = changed[model.node_id]
+        value = node["inputs"].get(model.input_name)
+        if isinstance(value, str) and "\\" in value and value.replace("\\", "/") == model.name:
+            changed[model.node_id] = {**node, "inputs": {**node["inputs"], model.input_name: model.name}}
+    return graph if changed == graph else changed
 
 
 def _models_of_node(graph: Graph, node_id: str, node: dict[str, Any]) -> Iterator[NamedModel]:
