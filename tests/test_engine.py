@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import signal
+import sys
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +16,18 @@ from devkit.cutting_proxy import CuttingProxy
 from devkit.engine.models import make_volume
 from devkit.local_worker import engine_environ, free_port
 from worker.comfy.client import ComfyClient, Reconnect
-from worker.comfy.engine import Engine
+from worker.comfy.engine import Engine, is_gpu_fault
 from worker.comfy.process import EngineCommand, EngineProcess
-from worker.errors import EngineDied, EngineStartFailed, EngineUnreachable, NodeFailed, RunLost, RunTimedOut, WorkflowRejected
+from worker.errors import (
+    EngineDied,
+    EngineStartFailed,
+    EngineUnreachable,
+    GpuFault,
+    NodeFailed,
+    RunLost,
+    RunTimedOut,
+    WorkflowRejected,
+)
 from worker.settings import Settings
 
 if TYPE_CHECKING:
@@ -299,6 +309,41 @@ def test_a_killed_engine_ends_its_run_with_the_cause_and_comes_back(
     assert "ComfyUI is back" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be reported later", True),
+        ("CUDA error: out of memory", False),
+        ("CUDA out of memory. Tried to allocate 2.00 GiB", False),
+        ("Sizes of tensors must match", False),
+    ],
+)
+def test_which_errors_of_a_node_mean_that_the_gpu_is_lost(message: str, *, expected: bool) -> None:
+    assert is_gpu_fault(message) is expected
+
+
+class FaultyClient:
+    """A client whose engine's GPU just failed: what no CPU can be made to do."""
+
+    async def run(self, *_: object, **__: object) -> None:
+        raise NodeFailed("KSampler", "7", "CUDA error: an illegal memory access was encountered")
+
+
+def test_after_a_gpu_fault_the_process_is_replaced(settings: Settings, tmp_path: Path, run_async: Run) -> None:
+    own = EngineCommand((sys.executable, "-c", "import time; time.sleep(60)"), tmp_path, dict(os.environ))
+
+    async def scenario() -> None:
+        process = EngineProcess.spawn(own)
+        engine = Engine(settings, own, process)
+        engine._client = FaultyClient()  # type: ignore[assignment]  # see there
+        engine._up.set()
+        with pytest.raises(GpuFault, match="illegal memory access"):
+            await engine.run(tiny(1), timeout_s=TIMEOUT_S)
+        assert process.exited.done()
+
+    run_async(scenario())
+
+
 def test_an_engine_that_does_not_come_back_fails_the_jobs_that_wait_for_it(tmp_path: Path, run_async: Run) -> None:
     """The first run serves, the second exits: a real little program in ComfyUI's place, told apart by a file."""
     program = tmp_path / "main.py"
@@ -318,8 +363,6 @@ def test_an_engine_that_does_not_come_back_fails_the_jobs_that_wait_for_it(tmp_p
         "app.add_routes([web.get('/system_stats', stats), web.post('/prompt', prompt), web.get('/ws', ws)])\n"
         "web.run_app(app, host='127.0.0.1', port=int(sys.argv[sys.argv.index('--port') + 1]))\n"
     )
-    import sys  # noqa: PLC0415 - the test's own interpreter runs the program
-
     settings = Settings.from_env(
         {
             "COMFYUI_DIR": str(tmp_path),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from worker.comfy.process import EngineCommand, EngineProcess, Exit, gpu_visible
+from worker.comfy.process import EngineCommand, EngineProcess, Exit, gpu_visible, prepare_base_dir
 from worker.errors import EngineNotFound, NoGpu
 from worker.settings import Settings
 
@@ -77,6 +77,23 @@ def test_stopping_kills_what_does_not_listen_and_its_children(tmp_path: Path) ->
     wait_until_gone(child)
 
 
+def test_a_child_that_the_engine_forked_does_not_outlive_it_and_keep_its_port(tmp_path: Path) -> None:
+    code = (
+        "import os, socket, time; s = socket.socket(); s.bind(('127.0.0.1', 0)); s.listen()\n"
+        "child = os.fork()\n"
+        "if child: print(child, flush=True)\n"
+        "time.sleep(60)"
+    )
+    process = spawn(code, tmp_path)
+    deadline = time.monotonic() + 10
+    while not process.last_lines and time.monotonic() < deadline:
+        time.sleep(0.01)
+    child = int(process.last_lines[0])
+    os.kill(process.pid, signal.SIGKILL)
+    process.exited.result(10)
+    wait_until_gone(child)
+
+
 def test_the_engine_dies_with_a_worker_that_is_killed() -> None:
     code = (
         "import os, sys, time; from pathlib import Path\n"
@@ -112,6 +129,12 @@ def test_no_gpu_is_one_sentence_unless_the_cpu_was_asked_for(tmp_path: Path) -> 
     with pytest.raises(NoGpu, match="--cpu"):
         EngineCommand.of(comfyui(tmp_path), {})
     EngineCommand.of(comfyui(tmp_path, COMFY_ARGS="--cpu"), {})
+
+
+def test_a_base_directory_gets_the_folders_comfyui_dies_without(tmp_path: Path) -> None:
+    prepare_base_dir(Settings.from_env({"COMFYUI_BASE_DIR": str(tmp_path / "base")}))
+    assert (tmp_path / "base" / "custom_nodes").is_dir()
+    prepare_base_dir(Settings.from_env({}))
 
 
 def test_a_gpu_is_known_by_its_device(tmp_path: Path) -> None:

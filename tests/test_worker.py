@@ -200,10 +200,11 @@ def test_a_node_that_raises_is_named_with_its_message(worker: LocalWorker, workf
 
 
 def comfyui_pid(worker: LocalWorker) -> int:
-    children = (Path("/proc") / str(worker.pid) / "task" / str(worker.pid) / "children").read_text().split()
-    for pid in children:
-        if "main.py" in (Path("/proc") / pid / "cmdline").read_text().split("\0"):
-            return int(pid)
+    """ComfyUI's process: a child of whichever thread of the worker started it last."""
+    for children in Path(f"/proc/{worker.pid}/task").glob("*/children"):
+        for pid in children.read_text().split():
+            if "main.py" in Path(f"/proc/{pid}/cmdline").read_text().split("\0"):
+                return int(pid)
     raise AssertionError("ComfyUI is not a child of the worker")
 
 
@@ -214,7 +215,7 @@ def test_killing_comfyui_mid_job_names_the_signal_and_the_next_job_succeeds(work
     mark = len(worker.log())
     job.start()
     deadline = time.monotonic() + 60
-    while "/10000 [" not in worker.log()[mark:] and "got prompt" not in worker.log()[mark:]:
+    while "got prompt" not in worker.log()[mark:]:
         assert time.monotonic() < deadline
         time.sleep(0.02)
     os.kill(comfyui_pid(worker), signal.SIGKILL)

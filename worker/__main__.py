@@ -1,5 +1,10 @@
 """Composition root: reads argv and the environment, builds everything, runs it.
 
+    python -m worker                        the worker; --rp_serve_api for a local API
+    python -m worker plan WORKFLOW.json     what a workflow needs and where it comes from
+    python -m worker doctor                 the volume as it is
+    python -m worker settings               the table of settings
+
 Only what spawning ComfyUI needs is imported at the top: each import before the spawn is added to every cold start.
 """
 
@@ -12,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from worker import logs
-from worker.comfy.process import EngineCommand, EngineProcess
+from worker.comfy.process import EngineCommand, EngineProcess, prepare_base_dir
 from worker.errors import WorkerError
 from worker.serve import import_sdk, prepare_environ, sdk_arguments, serve
 from worker.settings import Settings, markdown_table
@@ -23,10 +28,10 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str], environ: MutableMapping[str, str]) -> int:
     """Run a command, or the worker; returns the exit status. A failure to start is one line and status 1."""
-    if list(argv) == ["settings"]:
-        print(markdown_table(), end="")  # noqa: T201 - the command's output
-        return 0
+    command, rest = (argv[0], argv[1:]) if argv else ("", argv)
     try:
+        if command in _COMMANDS:
+            return _COMMANDS[command](rest, environ)
         return run_worker(argv, environ)
     except WorkerError as exc:
         print(f"error: {exc} [{exc.code}]", file=sys.stderr)  # noqa: T201 - logging may not be set up yet
@@ -40,6 +45,7 @@ def run_worker(argv: Sequence[str], environ: MutableMapping[str, str]) -> int:
     logs.configure(settings.worker_log_level, settings.secrets())
     arguments = sdk_arguments(settings, argv, environ, Path.cwd())
     command = EngineCommand.of(settings, environ)
+    prepare_base_dir(settings)
     process = EngineProcess.spawn(command)
 
     from worker.boot import Worker, process_start  # noqa: PLC0415 - after the spawn: ComfyUI boots meanwhile
@@ -52,6 +58,26 @@ def run_worker(argv: Sequence[str], environ: MutableMapping[str, str]) -> int:
     finally:
         worker.stop()
     return 0
+
+
+def _settings_table(_: Sequence[str], __: MutableMapping[str, str]) -> int:
+    print(markdown_table(), end="")  # noqa: T201 - the command's output
+    return 0
+
+
+def _plan(argv: Sequence[str], environ: MutableMapping[str, str]) -> int:
+    from worker import plan  # noqa: PLC0415 - only for this command
+
+    return plan.run(argv, Settings.from_env(environ))
+
+
+def _doctor(argv: Sequence[str], environ: MutableMapping[str, str]) -> int:
+    from worker import doctor  # noqa: PLC0415 - only for this command
+
+    return doctor.run(argv, Settings.from_env(environ))
+
+
+_COMMANDS = {"settings": _settings_table, "plan": _plan, "doctor": _doctor}
 
 
 def _leave(number: int, _: object) -> None:

@@ -22,7 +22,7 @@
     │   ├── VolumeMissing, VolumeReadOnly, VolumeFull, VolumeFailed
     │   └── EnsureCancelled
     └── EngineError              ComfyUI failed while it had the job
-        ├── NodeFailed, RunInterrupted, RunTimedOut, RunLost, NoOutputFiles
+        ├── NodeFailed, GpuFault, RunInterrupted, RunTimedOut, RunLost, OutputGone
         └── EngineDied, EngineUnreachable
 
 Each class has a stable `code`, says whether sending the same job again can help (`retryable`), keeps what it is about as
@@ -105,7 +105,8 @@ class EngineStartFailed(StartError):
     code = "engine_start_failed"
 
     def __str__(self) -> str:
-        return f"ComfyUI did not start: {self.cause}."
+        last = f", its last words: {self.last_lines[-1]}" if self.last_lines else ""
+        return f"ComfyUI did not start: {self.cause}{last}"
 
     def details(self) -> list[str]:
         return list(self.last_lines)
@@ -380,6 +381,18 @@ class NodeFailed(EngineError):
     def __str__(self) -> str:
         text = " ".join(self.message.split())
         return f"Workflow execution error: Node Type: {self.node_type}, Node ID: {self.node_id}, Message: {text}"
+
+
+@dataclass(eq=False)
+class GpuFault(EngineError):
+    """The GPU's context is broken: every later job of that process would fail as well, so it is replaced."""
+
+    message: str
+    code = "gpu_fault"
+    retryable = True
+
+    def __str__(self) -> str:
+        return f"The GPU failed under ComfyUI ({self.message}); it is being restarted, send the job again."
 
 
 @dataclass(eq=False)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from worker.comfy.client import ComfyClient, Reconnect
 from worker.comfy.process import EngineProcess
-from worker.errors import EngineDied, EngineError, EngineStartFailed, EngineUnreachable, StartError
+from worker.errors import EngineDied, EngineError, EngineStartFailed, EngineUnreachable, GpuFault, NodeFailed, StartError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -68,6 +68,12 @@ class Engine:
         process = self._process
         try:
             return await self._client.run(graph, timeout_s=timeout_s, extra_data=extra_data, on_progress=on_progress)
+        except NodeFailed as exc:
+            if not is_gpu_fault(exc.message):
+                raise
+            log.error("the GPU's context is broken, ComfyUI is replaced: %s", exc.message)  # noqa: TRY400 - the message is it
+            await asyncio.to_thread(process.stop)
+            raise GpuFault(" ".join(exc.message.split())) from exc
         except EngineUnreachable as exc:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(process.exited)), _DEATH_NEWS_S)
@@ -127,6 +133,14 @@ class Engine:
                 self._up.set()
                 return
             log.info("ComfyUI is back (pid %d)", self._process.pid)
+
+
+def is_gpu_fault(message: str) -> bool:
+    """Whether a node's error means that CUDA (or HIP) will serve this process no more.
+
+    Such an error is sticky until the process ends (CUDA's runtime API, "error handling"); memory that ran out is not.
+    """
+    return message.startswith(("CUDA error:", "HIP error:")) and "out of memory" not in message
 
 
 def _died(process: EngineProcess) -> EngineDied:

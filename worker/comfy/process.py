@@ -66,6 +66,13 @@ class EngineCommand:
         return cls(tuple(argv), settings.comfyui_dir, {**environ, "PYTHONUNBUFFERED": "1"})
 
 
+def prepare_base_dir(settings: Settings) -> None:
+    """Make the folders that ComfyUI expects in a base directory and dies without (it lists custom_nodes at start)."""
+    if settings.comfyui_base_dir:
+        for name in ("models", "input", "output", "temp", "user", "custom_nodes"):
+            (settings.comfyui_base_dir / name).mkdir(parents=True, exist_ok=True)
+
+
 def gpu_visible(dev: Path = Path("/dev")) -> bool:
     """Whether a GPU's device node is there; says nothing about drivers."""
     return any(next(dev.glob(pattern), None) is not None for pattern in _GPU_DEVICES)
@@ -108,6 +115,8 @@ class EngineProcess:
         # setpriv sets it after the fork, which preexec_fn cannot do safely in a process with threads.
         setpriv = shutil.which("setpriv")
         guard = (setpriv, "--pdeathsig", "KILL", "--") if setpriv else ()
+        if not setpriv:
+            log.warning("setpriv (util-linux) is not installed: ComfyUI would outlive a worker that is killed")
         popen = subprocess.Popen(  # noqa: S603 - the command is the operator's
             (*guard, *command.argv),
             cwd=command.cwd,
@@ -141,6 +150,11 @@ class EngineProcess:
                 os.killpg(self.pid, number)
 
     def _wait(self) -> None:
+        # Before it is reaped: until then its id, which is the group's, can be nobody else's.
+        os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+        # A child it forked (a custom node's pool) holds the port and the GPU's memory, and no restart would succeed.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
         returncode = self._popen.wait()
         # The last lines say why it died; a grandchild that keeps the pipe open must not hold the news back.
         self._pump.join(timeout=0.5)
