@@ -86,21 +86,16 @@ class LocalWorker:
         assert self._process is not None  # noqa: S101 - asked for after start
         return self._process.pid
 
+    def arguments(self) -> list[str]:
+        """What the worker is started with, after its own name."""
+        return ["--rp_serve_api", "--rp_api_host", "127.0.0.1", "--rp_api_port", str(self.port)]
+
     def start(self) -> None:
         """Start the process; returns at once."""
         self.base_dir.mkdir(parents=True, exist_ok=True)
         with self.log_path.open("wb") as output:
             self._process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "worker",
-                    "--rp_serve_api",
-                    "--rp_api_host",
-                    "127.0.0.1",
-                    "--rp_api_port",
-                    str(self.port),
-                ],
+                [sys.executable, "-m", "worker", *self.arguments()],
                 cwd=PROJECT,
                 env=self._environ,
                 stdout=output,
@@ -108,16 +103,22 @@ class LocalWorker:
             )
 
     def wait_ready(self, timeout_s: float = START_TIMEOUT_S) -> None:
-        """Return when the API accepts connections. Raises `WorkerExitedError` or `TimeoutError`, with the log's end."""
+        """Return when it takes jobs. Raises `WorkerExitedError` or `TimeoutError`, with the log's end."""
         assert self._process is not None  # noqa: S101 - called after start
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             if self._process.poll() is not None:
                 raise WorkerExitedError(f"the worker ended with status {self._process.returncode}:\n{self.log_tail()}")
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=1):
+            if self.serves():
                 return
-            time.sleep(_POLL_S)
         raise TimeoutError(f"the worker was not ready within {timeout_s:g} s:\n{self.log_tail()}")
+
+    def serves(self) -> bool:
+        """Whether it takes jobs by now; asking too often is slowed down here."""
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=1):
+            return True
+        time.sleep(_POLL_S)
+        return False
 
     def runsync(self, job_input: object, timeout_s: float = JOB_TIMEOUT_S) -> dict[str, Any]:
         """Send one job and return RunPod's whole answer: `id`, `status`, and `output` or `error`."""

@@ -22,7 +22,7 @@ def test_saved_files_come_back_by_node_in_the_order_they_were_produced(tmp_path:
     (tmp_path / "sub").mkdir()
     for name in ("a.png", "sub/b.webp", "c.mp4"):
         (tmp_path / name).write_bytes(name.encode())
-    outputs = {
+    outputs: dict[str, dict[str, Any]] = {
         "9": {"images": [file("c.mp4"), file("a.png")], "animated": [True]},
         "3": {"images": [file("b.webp", "sub"), file("preview.png", kind="temp")]},
         "4": {"text": ["hello"]},

@@ -1,0 +1,47 @@
+"""volume_layout.md says what layout.py does."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from devkit.local_worker import PROJECT
+from worker.models.layout import Layout
+from worker.models.seals import Seal
+
+TEXT = (PROJECT / "volume_layout.md").read_text("utf-8")
+ROOT = Path("/v")
+LAYOUT = Layout(ROOT)
+
+
+@pytest.mark.parametrize(
+    ("documented", "path"),
+    [
+        ("models/<folder>/<name>", LAYOUT.model("F", "N")),
+        ("models.toml", LAYOUT.manifest),
+        (".worker/seals/<folder>/<name>.json", LAYOUT.seal("F", "N")),
+        (".worker/seals/<folder>/<name>.json.pending", LAYOUT.pending_seal("F", "N")),
+        (".worker/partial/<sha256>/<nonce>.part", LAYOUT.partial("K") / "<nonce>.part"),
+        (".worker/partial/<sha256>/<nonce>.journal", LAYOUT.partial("K") / "<nonce>.journal"),
+        ("huggingface-cache/hub/models--ORG--NAME/...", LAYOUT.host_cache_repo("ORG/NAME") / "..."),
+    ],
+)
+def test_each_path_is_where_the_document_says(documented: str, path: Path) -> None:
+    assert f"| `{documented}` |" in TEXT
+    spelled = documented.replace("<folder>", "F").replace("<name>", "N").replace("<sha256>", "K")
+    assert str(path.relative_to(ROOT)) == spelled
+
+
+def test_the_locks_are_where_the_document_says() -> None:
+    assert str(LAYOUT.lock("<sha256>").relative_to(ROOT)) == ".worker/locks/<sha256>"
+    assert LAYOUT.lock_progress("<sha256>").name == "<sha256>.json"
+    assert "| `.worker/locks/<sha256>...` |" in TEXT
+
+
+def test_the_seal_shown_has_the_fields_a_seal_has() -> None:
+    shown = json.loads(re.search(r"```json\n(.*?)```", TEXT, re.DOTALL)[1])  # type: ignore[index]  # there is one
+    assert set(shown) == {item.name for item in fields(Seal)}
