@@ -240,23 +240,26 @@ def make_hub(settings: Settings) -> Hub:
 
 def make_plan(document: object, settings: Settings, hub: Hub, deadline_s: float = _DEADLINE_S) -> Plan:
     """The plan of a workflow as `read_document` gives it. Whatever is wrong is in the plan; raises nothing for it."""
-    sources, problems = _read_sources(settings)
+    sources, wrong_lists = _read_sources(settings)
     places = Places.of(settings)
+    problems: list[WorkerError] = []
+    items: list[Item] = []
     try:
         wanted = _Wanted.read(document)
         sources = sources.with_request(wanted.models, settings.model_hosts)
         sources = sources.with_workflow(wanted.metadata, settings.model_hosts)
-        names = wanted.names()
+        items += [_look(nodes, sources, places) for nodes in wanted.names()]
     except WorkflowUiFormat as exc:
         # It cannot be run as it is, but what its metadata names can be told all the same.
         problems.append(exc)
-        items = list(_items_of_metadata(sources, places))
+        items += _items_of_metadata(sources, places)
     except RequestError as exc:
         problems.append(exc)
-        items = []
-    else:
-        items = [_look(nodes, sources, places) for nodes in names]
-    plan = Plan(_ask(items, hub, places, deadline_s), tuple(problems))
+    # A worker reads the lists for models that are missing, and at its start when it is to have all of them first.
+    if settings.model_loading == "eager" or not all(item.state in _THERE for item in items):
+        problems += wrong_lists
+        wrong_lists = []
+    plan = Plan(_ask(items, hub, places, deadline_s), tuple(problems), tuple(map(str, wrong_lists)))
     return _with_room(plan, settings, places)
 
 
@@ -350,14 +353,14 @@ def _wraps(document: dict[str, Any], key: str) -> bool:
     return isinstance(inner, dict) and "class_type" not in inner and not isinstance(document.get("nodes"), list)
 
 
-def _read_sources(settings: Settings) -> tuple[Sources, list[WorkerError]]:
+def _read_sources(settings: Settings) -> tuple[Sources, list[ManifestInvalid]]:
     """The lists of models, without those that are wrong, and what is wrong with them."""
     lists: dict[str, Any] = {
         "volume_manifest": Layout(settings.volume_path).manifest,
         "manifest": settings.models_manifest,
         "models": settings.models,
     }
-    problems: list[WorkerError] = []
+    problems: list[ManifestInvalid] = []
     for key in tuple(lists):
         try:
             Sources.read(**{key: lists[key]})
@@ -411,7 +414,7 @@ class Places:
             return replace(item, state=State.INCOMPLETE, message=str(exc), code=exc.code)
         except OSError as exc:
             return replace(item, state=State.INCOMPLETE, message=f"{path} cannot be read ({exc.strerror}): look at the volume.")
-        return replace(item, state=State.BY_HAND)
+        return replace(item, state=State.BY_HAND) if layout is self.volume else item
 
     def _in_image(self, folder: str, file: str) -> Item | None:
         path = self.image / folder / file
@@ -542,7 +545,7 @@ def _asked(item: Item, hub: Hub, places: Places, cancel: threading.Event) -> Ite
         _check_promises(spec, remote)
     except (SourceUnreachable, EnsureCancelled) as exc:
         why = exc.reason if isinstance(exc, SourceUnreachable) else "no answer in time"
-        message = f"It could not be asked for ({why}): look at the network of this machine; a worker may well get it."
+        message = f"Its source could not be asked ({why}): look at the network of this machine; a worker may well get it."
         return replace(item, state=State.NO_ANSWER, message=message, code=SourceUnreachable.code)
     except ModelError as exc:
         return replace(item, state=_state_of(exc), message=str(exc), code=exc.code)
@@ -577,8 +580,10 @@ def _with_room(plan: Plan, settings: Settings, places: Places) -> Plan:
     volume = places.volume.root
     plan = replace(plan, target=volume, free_bytes=free_bytes(volume) if volume.is_dir() else None)
     problem = _no_room(plan, volume)
-    if problem is None or not plan.to_fetch:
+    if problem is None:
         return plan
+    if not plan.to_fetch:
+        return replace(plan, notes=(*plan.notes, f"{_reason(problem)}."))
     if settings.require_volume:
         return replace(plan, problems=(*plan.problems, problem))
     local = next(place for place in (places.local.root, *places.local.root.parents) if place.is_dir())
@@ -661,7 +666,7 @@ def _totals(plan: Plan, width: int) -> Iterator[str]:
     if plan.to_fetch:
         unknown = f", {plan.unknown_sizes} of unknown size" if plan.unknown_sizes else ""
         yield _row("to fetch", plan.fetch_bytes, f"in {_count(len(plan.to_fetch), 'file')}{unknown}")
-    if plan.target:
+    if plan.free_bytes is not None:
         yield _row("free", plan.free_bytes, f"on {plan.target}, less if there is a quota")
     yield ""
     for text in plan.notes:
