@@ -43,6 +43,8 @@ format: $(VENV)/installed  ## Format the code
 bench: $(VENV)/installed  ## Measure against the bare engine in the same run
 	@$(BIN)/python -m bench.job_overhead
 	@$(BIN)/python -m bench.cold_start
+	@$(BIN)/python -m bench.links
+	@$(BIN)/python -m bench.provision
 
 clean:  ## Remove what the commands above made here (the engine's cache stays)
 	rm -rf $(VENV) .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
