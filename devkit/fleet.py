@@ -1,12 +1,14 @@
-"""Workers as real processes that die where a test says: `python tests/fleet.py '<JSON>'`; `Fleet` starts and hears them.
+"""Workers as real processes that die where a test says: `python -m devkit.fleet '<JSON>'`; `Fleet` starts and hears them.
 
 The JSON is a list of workers. Each is forked from one process that has everything imported, so that sixteen of them cost what
-one does, and says on standard output, a JSON line for each: `step` (the named points of `Hooks`, once each), `done`, `error`.
+one does, and says on standard output, a JSON line for each: `step` (the named points of `Hooks`, once each), then `done` or
+`error`; `gone` is said for it when its process has ended.
 """
 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import os
 import signal
@@ -18,23 +20,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from worker.errors import WorkerError
+from worker.models.hub import Hub, credentials
+from worker.models.layout import Layout
+from worker.models.ranges import Tuning
+from worker.models.spec import HubFile, ModelSpec, Source, Url
+from worker.models.store import Hooks, Store, Timing
+from worker.models.wire import Network
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 PROJECT = Path(__file__).resolve().parents[1]
-if __name__ == "__main__":
-    sys.path.insert(0, str(PROJECT))
-
-from worker.errors import WorkerError  # noqa: E402 - the path has to be there first when this is the program
-from worker.models.hub import Hub, credentials  # noqa: E402
-from worker.models.layout import Layout  # noqa: E402
-from worker.models.ranges import Tuning  # noqa: E402
-from worker.models.spec import HubFile, ModelSpec, Source, Url  # noqa: E402
-from worker.models.store import Hooks, Store, Timing  # noqa: E402
-from worker.models.wire import Network  # noqa: E402
-
 MIB = 1024 * 1024
-FAST = {"heartbeat_s": 0.3, "stale_s": 2.0, "poll_s": 0.1, "attempt_s": 0.2, "patience_s": 60.0, "lone_patience_s": 0.3}
+FAST = {"heartbeat_s": 0.25, "stale_s": 1.5, "poll_s": 0.1, "attempt_s": 0.2, "patience_s": 60.0, "lone_patience_s": 0.3}
 SMALL = {
     "connections": 2,
     "request_bytes": MIB,
@@ -42,6 +41,8 @@ SMALL = {
     "buffer_bytes": 128 * 1024,
     "unsaved_bytes": 2 * MIB,
     "patience_s": 60.0,
+    "handover_s": 0.0,
+    "stuck_s": 5.0,
 }
 
 
@@ -62,19 +63,19 @@ class Worker:
     tuning: dict[str, float] = field(default_factory=lambda: SMALL)
 
 
-def as_json(worker: Worker) -> dict[str, Any]:
+def _as_json(worker: Worker) -> dict[str, Any]:
     return {name: getattr(worker, name) for name in Worker.__dataclass_fields__}
 
 
 # --- in the workers' processes ------------------------------------------------------------------
 
 
-def say(worker: Worker, event: str, **more: Any) -> None:
+def _say(worker: Worker, event: str, **more: str | int) -> None:
     line = json.dumps({"worker": worker.name, "event": event, "pid": os.getpid(), "at_s": time.monotonic(), **more})
     os.write(1, f"{line}\n".encode())
 
 
-class Deadly(Hooks):
+class _Deadly(Hooks):
     """Says each step once, and ends or stops the process where it should."""
 
     def __init__(self, worker: Worker) -> None:
@@ -82,23 +83,25 @@ class Deadly(Hooks):
         self._said: set[str] = set()
 
     def at(self, step: str) -> None:
-        if step not in self._said:
-            self._said.add(step)
-            say(self._worker, "step", step=step)
+        """Say it, and obey."""
+        if step in self._said:
+            return
+        self._said.add(step)
+        _say(self._worker, "step", step=step)
         if step == self._worker.die_at:
             os.kill(os.getpid(), signal.SIGKILL)
         if step == self._worker.stop_at:
             os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def source_of(worker: Worker) -> Source:
+def _source_of(worker: Worker) -> Source:
     if worker.source.startswith("http"):
         return Url(worker.source)
     org, name, path = worker.source.split("/", 2)
     return HubFile(f"{org}/{name}", path)
 
 
-def run(worker: Worker) -> None:
+def _run(worker: Worker) -> None:
     network = Network(credentials(worker.endpoint, None, None), read_timeout_s=30)
     store = Store(
         Layout(Path(worker.root)),
@@ -106,29 +109,32 @@ def run(worker: Worker) -> None:
         worker.name,
         tuning=Tuning(**worker.tuning),  # type: ignore[arg-type] # JSON has one kind of number
         timing=Timing(**worker.timing),
-        hooks=Deadly(worker),
+        hooks=_Deadly(worker),
     )
     try:
-        found = store.ensure(ModelSpec(worker.folder, worker.model, source_of(worker), worker.sha256))
+        found = store.ensure(ModelSpec(worker.folder, worker.model, _source_of(worker), worker.sha256))
     except WorkerError as exc:
-        say(worker, "error", code=exc.code, text=str(exc))
+        _say(worker, "error", code=exc.code, text=str(exc))
     else:
-        say(worker, "done", how=found.how, bytes_fetched=found.bytes_fetched, path=str(found.path))
+        _say(worker, "done", how=found.how, bytes_fetched=found.bytes_fetched, path=str(found.path))
 
 
 def main() -> None:
-    children = []
+    """Fork the workers that the command line describes, and wait for them."""
+    faulthandler.register(signal.SIGUSR1)
+    children: dict[int, Worker] = {}
     for values in json.loads(sys.argv[1]):
         worker = Worker(**values)
         child = os.fork()
         if child == 0:
             try:
-                run(worker)
+                _run(worker)
             finally:
                 os._exit(0)
-        children.append(child)
-    for child in children:
-        os.waitpid(child, 0)
+        children[child] = worker
+    for _ in range(len(children)):
+        child, _status = os.waitpid(-1, 0)
+        _say(children[child], "gone")
 
 
 # --- in the test --------------------------------------------------------------------------------
@@ -140,9 +146,9 @@ class Fleet:
     def __init__(self, *workers: Worker) -> None:
         self.events: list[dict[str, Any]] = []
         self._changed = threading.Condition()
-        self._ended = False
+        self._running = {worker.name for worker in workers}
         self._process = subprocess.Popen(
-            [sys.executable, __file__, json.dumps([as_json(worker) for worker in workers])],
+            [sys.executable, "-m", "devkit.fleet", json.dumps([_as_json(worker) for worker in workers])],
             stdout=subprocess.PIPE,
             text=True,
             cwd=PROJECT,
@@ -158,18 +164,19 @@ class Fleet:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait(30)
-        self._listener.join(30)
+        # A worker that hangs in a dead volume ends minutes after its kill, and keeps the pipe open until then.
+        self._listener.join(1)
 
     def _listen(self) -> None:
         if self._process.stdout is None:
             raise RuntimeError("the fleet has no standard output")
         for line in self._process.stdout:
+            event = json.loads(line)
             with self._changed:
-                self.events.append(json.loads(line))
+                if event["event"] in {"done", "error", "gone"}:
+                    self._running.discard(event["worker"])
+                self.events.append(event)
                 self._changed.notify_all()
-        with self._changed:
-            self._ended = True
-            self._changed.notify_all()
 
     def wait_for(self, happened: Callable[[dict[str, Any]], bool], timeout_s: float = 60) -> dict[str, Any]:
         """The first event of which `happened` is true."""
@@ -178,18 +185,20 @@ class Fleet:
             return next((event for event in self.events if happened(event)), None)
 
         with self._changed:
-            if not self._changed.wait_for(lambda: found() or self._ended, timeout_s) or (event := found()) is None:
+            if not self._changed.wait_for(lambda: found() or not self._running, timeout_s) or (event := found()) is None:
                 raise AssertionError(f"it never happened; events: {self.events}")
             return event
 
-    def wait_step(self, step: str) -> dict[str, Any]:
-        """The first worker's arrival at a step."""
-        return self.wait_for(lambda event: event.get("step") == step)
+    def wait_step(self, step: str, of: str | None = None) -> dict[str, Any]:
+        """The first arrival at a step, of any worker or of the one named."""
+        return self.wait_for(lambda event: event.get("step") == step and of in {None, event["worker"]})
 
     def wait_ended(self, timeout_s: float = 120) -> list[dict[str, Any]]:
         """Every `done` and `error`, once all workers have ended."""
         with self._changed:
-            if not self._changed.wait_for(lambda: self._ended, timeout_s):
+            if not self._changed.wait_for(lambda: not self._running, timeout_s):
+                os.killpg(self._process.pid, signal.SIGUSR1)  # each says on standard error where it is
+                self._changed.wait(1)
                 raise AssertionError(f"the fleet did not end; events: {self.events}")
             return [event for event in self.events if event["event"] in {"done", "error"}]
 

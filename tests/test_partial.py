@@ -147,7 +147,7 @@ def test_a_disk_that_fails_while_journalling_stops_the_writers(tmp_path: Path) -
         with pytest.raises(DiskFailed, match="quota") as caught:
             put_all(partial)
         assert caught.value.error.errno == errno.EDQUOT
-        with pytest.raises(OSError, match="quota"):
+        with pytest.raises(DiskFailed, match="quota"):
             partial.settle()
 
 

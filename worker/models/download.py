@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Literal
 
 from worker.errors import ContentMismatch, EnsureCancelled, SourceRefused, VolumeFull
+from worker.models.abandon import abandonable
 from worker.models.disk import FULL, free_bytes, patiently, sha256_of, stated_bytes, sync_file, sync_folder
-from worker.models.partial import DiskFailed, Partial, Taken, sweep
+from worker.models.partial import DiskFailed, Partial, Stuck, Taken, sweep
 from worker.models.progress import Meter, Progress
 from worker.models.ranges import Fetch, Tuning
 from worker.models.seals import Seal, now, stat_file, whole_mtime, write_seal
@@ -102,6 +103,8 @@ class Download:
         self._task = task
         self._remote = remote
         self._hold = hold
+        self._folder = tools.layout.partial(remote.key)
+        self._left: list[Partial] = []
         self._at = tools.hooks.at
 
     def run(self) -> Ready | None:
@@ -109,39 +112,58 @@ class Download:
 
         A wrong byte on the way is fetched anew. The same wrong file twice is the source's lie: `ContentMismatch`.
         """
-        remote = self._remote
-        log.info("fetching %s (%d bytes)", self._task.spec, remote.size_bytes)
+        log.info("fetching %s (%d bytes)", self._task.spec, self._remote.size_bytes)
         wrong: set[str] = set()
+        partial = self._claim()
         while True:
-            partial = self._claim()
             try:
-                self._at("claimed")
-                self._check_room(partial)
-                actual = self._fill(partial)
-                if remote.sha256 in {None, actual}:
-                    self._check_unhashed(partial)
-                    return self._publish(partial, actual)
-            except Taken:
-                log.info("another worker goes on with %s", self._task.spec)
-                with contextlib.suppress(OSError):
-                    partial.discard()
-                return None
-            except (DiskFailed, OSError) as exc:
-                _make_room(partial, exc)
-                raise
-            finally:
-                with contextlib.suppress(OSError):
-                    partial.close()
-            log.warning("%s came with the sha256 %s, not %s: thrown away", self._task.spec, actual, remote.sha256)
-            partial.discard()
-            if actual in wrong or len(wrong) + 1 == _WHOLE_ATTEMPTS:
-                raise ContentMismatch(remote.where, "sha256", str(remote.sha256), actual)
-            wrong.add(actual)
+                result = self._attempt(partial)
+            except Stuck:
+                log.warning("the volume keeps locked what a dead host was writing: beginning %s anew", self._task.spec)
+                partial.disown()
+                self._left.append(partial)
+            else:
+                if not isinstance(result, str):
+                    return result
+                partial.discard()
+                self._judge(result, wrong)
+            partial = patiently(lambda: Partial.begin(self._folder, self._remote.size_bytes))
 
     def _claim(self) -> Partial:
-        folder = self._tools.layout.partial(self._remote.key)
         idle_s = 0.0 if self._hold.state == "held" else _IDLE_S
-        return patiently(lambda: Partial.claim(folder, self._remote.size_bytes, idle_s))
+        return patiently(lambda: Partial.claim(self._folder, self._remote.size_bytes, idle_s))
+
+    def _attempt(self, partial: Partial) -> Ready | str | None:
+        """As `run`, with one partial; the sha256 when that is wrong."""
+        try:
+            self._at("claimed")
+            self._check_room(partial)
+            if partial.inherited and partial.gaps() and self._task.cancel.wait(self._tools.tuning.handover_s):
+                raise EnsureCancelled(str(self._task.spec))
+            actual = self._fill(partial)
+            if self._remote.sha256 not in {None, actual}:
+                return actual
+            self._check_unhashed(partial)
+            return self._publish(partial, actual)
+        except Taken:
+            log.info("another worker goes on with %s", self._task.spec)
+            with contextlib.suppress(OSError):
+                partial.discard()
+            return None
+        except (DiskFailed, OSError) as exc:
+            _make_room(partial, exc)
+            raise
+        finally:
+            with contextlib.suppress(OSError):
+                partial.close()
+
+    def _judge(self, actual: str, wrong: set[str]) -> None:
+        """Whether to try again after a file that was wrong: chance does not make the same one twice."""
+        remote = self._remote
+        log.warning("%s came with the sha256 %s, not %s: thrown away", self._task.spec, actual, remote.sha256)
+        if actual in wrong or len(wrong) + 1 == _WHOLE_ATTEMPTS:
+            raise ContentMismatch(remote.where, "sha256", str(remote.sha256), actual)
+        wrong.add(actual)
 
     def _check_room(self, partial: Partial) -> None:
         """Say no before the download where the file system itself says that it cannot hold it; a quota shows only later."""
@@ -161,7 +183,7 @@ class Download:
         try:
             self._receive(partial)
             self._at("fetched")
-            partial.settle()
+            abandonable(partial.settle, self._remote.where, self._task.cancel)
             self._at("settled")
             sha256 = follower.wait(self._task.cancel, self._meter("checking"))
         except SourceRefused:
@@ -228,7 +250,9 @@ class Download:
         self._at("replaced")
         sync_folder(path.parent)
         if self._hold.state == "held":
-            sweep(partial.path.parent)
+            sweep(self._folder, {partial.path for partial in self._left})
+        for left in self._left:
+            threading.Thread(target=left.discard_later, name="clear-away", daemon=True).start()
         write_own_seal(layout, spec, seal, lambda: self._at("seal_half_written"))
         self._at("sealed")
         log.debug("published %s", path)

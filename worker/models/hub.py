@@ -14,10 +14,8 @@ import re
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as NotYet
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final
 
 import httpx2
 from huggingface_hub import get_hf_file_metadata, hf_hub_url
@@ -42,6 +40,7 @@ from worker.errors import (
     SourceRefused,
     SourceUnreachable,
 )
+from worker.models.abandon import abandonable
 from worker.models.layout import content_key
 from worker.models.spec import HubFile, Source, Url
 from worker.models.wire import (
@@ -65,7 +64,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
 Clock = Callable[[], float]
 
 HF_TOKEN: Final = "HF_TOKEN"  # noqa: S105 - the variable's name
@@ -169,7 +167,7 @@ class Hub:
         backoff = Backoff(str(source), self._patience_s)
         while True:
             try:
-                return _abandonable(lambda: ask(source), str(source), cancel)  # type: ignore[arg-type] # one branch each
+                return abandonable(lambda: ask(source), str(source), cancel)  # type: ignore[arg-type] # one branch each
             except HfHubHTTPError as exc:
                 reason, named_s = f"status {exc.response.status_code}", retry_after_s(exc.response.headers)
             except _Busy as exc:
@@ -248,7 +246,7 @@ class Hub:
             raise NotAFile(remote.where, "not on Xet")
         token = self._hub_token()
         headers = {"authorization": f"Bearer {token}"} if token else {}
-        _abandonable(
+        abandonable(
             lambda: xet_get(incomplete_path=path, xet_file_data=remote.xet, headers=headers, expected_size=remote.size_bytes),
             remote.where,
             cancel,
@@ -261,23 +259,3 @@ class _Busy(Exception):  # noqa: N818 - never leaves this module
     def __init__(self, reason: str, named_s: float | None) -> None:
         super().__init__(reason)
         self.named_s = named_s
-
-
-def _abandonable(work: Callable[[], T], name: str, cancel: CancelToken) -> T:
-    """The result of blocking work that cannot be interrupted; when cancelled its thread is left to end by its own timeouts."""
-    future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as exc:  # noqa: BLE001 - handed over to the waiting thread
-            future.set_exception(exc)
-
-    threading.Thread(target=run, name="look-up", daemon=True).start()
-    while not cancel.is_set():
-        with contextlib.suppress(NotYet):
-            return future.result(timeout=0.1)
-        # The work's own TimeoutError is the same class as "not yet".
-        if future.done():
-            return future.result()
-    raise EnsureCancelled(name)

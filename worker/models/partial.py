@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Final
 from worker.models.disk import create, patiently, write_at, write_atomically
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Collection, Iterable, Iterator
     from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -38,6 +38,10 @@ _GONE: Final = frozenset({errno.ENOENT, errno.ESTALE})
 
 class Taken(Exception):  # noqa: N818 - it is no error: somebody else goes on with the file
     """The partial is no longer this worker's: another one continues it, has published it, or threw it away."""
+
+
+class Stuck(Exception):  # noqa: N818 - as above
+    """The file system keeps a write to a partial that another worker began."""
 
 
 class DiskFailed(Exception):  # noqa: N818 - named for what happened, as all errors here
@@ -89,8 +93,9 @@ class Ranges:
 class Partial:
     """A file under way. Any thread may write; `claim` makes one."""
 
-    def __init__(self, path: Path, fd: int, size_bytes: int, done: Ranges) -> None:
+    def __init__(self, path: Path, fd: int, size_bytes: int, done: Ranges, *, inherited: bool = False) -> None:
         self.path = path
+        self.inherited = inherited
         self.size_bytes = size_bytes
         self._fd = fd
         self._done = done
@@ -103,6 +108,7 @@ class Partial:
         self._journalist: threading.Thread | None = None
         self._owned_until_s = 0.0
         self._users = 0
+        self._writing: dict[int, float] = {}
 
     @classmethod
     def claim(cls, folder: Path, size_bytes: int, idle_s: float = 0.0) -> Partial:
@@ -118,6 +124,12 @@ class Partial:
         for journal, done in candidates:
             with contextlib.suppress(FileNotFoundError):
                 return cls._take(journal, path, size_bytes, done)
+        return cls.begin(folder, size_bytes)
+
+    @classmethod
+    def begin(cls, folder: Path, size_bytes: int) -> Partial:
+        """A new one, with nothing in it."""
+        path = folder / f"{secrets.token_hex(8)}.part"
         write_atomically(path.with_suffix(".journal"), _encode(size_bytes, Ranges()))
         partial = cls(path, create(path), size_bytes, Ranges())
         try:
@@ -136,7 +148,7 @@ class Partial:
         old_journal.with_suffix(".part").rename(path)
         old_journal.unlink(missing_ok=True)
         fd = patiently(lambda: os.open(path, os.O_RDWR | os.O_CLOEXEC))
-        return cls(path, fd, size_bytes, done)
+        return cls(path, fd, size_bytes, done, inherited=True)
 
     @property
     def done_bytes(self) -> int:
@@ -148,6 +160,15 @@ class Partial:
         """What is missing, in order."""
         with self._changed:
             return self._done.gaps(self.size_bytes)
+
+    @property
+    def stuck_s(self) -> float:
+        """For how long the file system has kept the oldest write that it has not finished; 0 when there is none.
+
+        MooseFS keeps the parts of a file that a host was writing when it died locked against everybody, for two minutes.
+        """
+        with self._changed:
+            return time.monotonic() - min(self._writing.values()) if self._writing else 0.0
 
     @contextlib.contextmanager
     def _using(self) -> Iterator[int]:
@@ -167,6 +188,8 @@ class Partial:
 
     def keep_journal(self, limit_bytes: int) -> None:
         """Journal in the background from now on; writers wait while more than `limit_bytes` are not yet safe."""
+        if self._journalist:
+            return
         self._limit_bytes = limit_bytes
         self._journalist = threading.Thread(target=self._journal_often, name="journal", daemon=True)
         self._journalist.start()
@@ -174,11 +197,16 @@ class Partial:
     def write(self, offset: int, view: memoryview) -> None:
         """Put bytes where they belong; raises `Taken`, or `DiskFailed`, also for what the journal met meanwhile."""
         with self._using() as fd:
+            with self._changed:
+                self._writing[threading.get_ident()] = time.monotonic()
             try:
                 self._check_ours()
                 write_at(fd, view, offset)
             except OSError as exc:
                 raise DiskFailed(exc) from exc
+            finally:
+                with self._changed:
+                    del self._writing[threading.get_ident()]
         with self._changed:
             self._done.add(offset, offset + len(view))
             self._unsaved_bytes += len(view)
@@ -314,6 +342,17 @@ class Partial:
             raise
         self.path.with_suffix(".journal").unlink(missing_ok=True)
 
+    def disown(self) -> None:
+        """Nobody shall go on with it, but the file stays for now: see `discard_later`."""
+        self.path.with_suffix(".journal").unlink(missing_ok=True)
+
+    def discard_later(self) -> None:
+        """Throw it away once its stuck writes are through: before, unlinking it would wait for them, with its folder locked."""
+        while self.stuck_s:
+            time.sleep(_FLUSH_EVERY_S)
+        with contextlib.suppress(OSError):
+            self.discard()
+
     def discard(self) -> None:
         """Throw it away. It is unlinked, never truncated: another worker may just have published this very inode."""
         self.close()
@@ -324,10 +363,10 @@ class Partial:
             self.path.parent.rmdir()  # only if nobody else has anything in it
 
 
-def sweep(folder: Path) -> None:
+def sweep(folder: Path, but: Collection[Path] = ()) -> None:
     """Remove a published content's partials, whosever they are; a writer among them notices and stops."""
     with contextlib.suppress(OSError):
-        for entry in list(folder.iterdir()):
+        for entry in set(folder.iterdir()).difference(but):
             entry.unlink(missing_ok=True)
         folder.rmdir()
 

@@ -6,6 +6,7 @@ whatever the faults are, bytes that came once are not asked for again.
 
 from __future__ import annotations
 
+import errno
 import http.client
 import logging
 import re
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 
 from worker.errors import ContentMismatch, EnsureCancelled, SourceChanged, SourceRefused
 from worker.models.hub import Backoff
+from worker.models.partial import DiskFailed, Stuck
 from worker.models.wire import OK, PARTIAL, TRANSIENT, UNSATISFIABLE, Channel, bare_etag, retry_after_s
 
 if TYPE_CHECKING:
@@ -41,7 +43,10 @@ class Tuning:
     """How a body is fetched.
 
     `unsaved_bytes` bounds, for each connection, what is written and not yet journalled: a killed worker costs that much and
-    a buffer. `patience_s` is how long no byte at all may come.
+    a buffer. `patience_s` is how long no byte at all may come. A partial that another worker began
+    is left alone for `handover_s`, so that whoever still writes into it notices: two hosts that write one part of a file keep
+    each other waiting for half a minute on MooseFS. `stuck_s` is how long a write into it may take then: what a host was
+    writing when it died stays locked for two minutes.
     """
 
     connections: int = 8
@@ -50,6 +55,8 @@ class Tuning:
     buffer_bytes: int = 2 * MIB
     unsaved_bytes: int = 32 * MIB
     patience_s: float = 120.0
+    handover_s: float = 1.5
+    stuck_s: float = 8.0
 
 
 class _Retry(Exception):  # noqa: N818 - never leaves this module
@@ -123,6 +130,17 @@ class Fetch:
                 on_bytes(self._partial.done_bytes)
                 if self._cancel.is_set():
                     raise EnsureCancelled(self._remote.where)
+                self._check_stuck()
+
+    def _check_stuck(self) -> None:
+        """Whether the disk hangs: connections end by their own timeouts, a write on a network volume may not end at all."""
+        stuck_s = self._partial.stuck_s
+        if not stuck_s:
+            return
+        if self._partial.inherited and stuck_s > self._tuning.stuck_s:
+            raise Stuck
+        if stuck_s > self._tuning.patience_s:
+            raise DiskFailed(TimeoutError(errno.ETIMEDOUT, f"it took no byte for {self._tuning.patience_s:.0f} s"))
 
     def _end(self, threads: list[threading.Thread]) -> None:
         self._stop.set()
