@@ -128,7 +128,10 @@ def _save(answer: dict[str, Any]) -> int:
         path.write_bytes(data)
         digest = hashlib.sha256(data).hexdigest()[:16]
         print(f"picture  {_shown(path)}  ({item['media_type']}, {len(data):,} bytes, sha256 {digest})")
-    return 0 if answer["output"]["images"] else 1
+    if not answer["output"]["images"]:
+        print("demo: the job finished and saved no file; give the workflow an output node such as SaveImage", file=sys.stderr)
+        return 1
+    return 0
 
 
 _FETCHED = re.compile(r"model (\S+): ([\d.]+ MB) fetched")
