@@ -44,7 +44,7 @@ def worker_s(engine: Engine, folder: Path, volume: Path, graph: dict[str, Any]) 
 
 def main() -> int:
     """Measure and report."""
-    options = parse_args(__doc__ or "", samples=7)
+    options = parse_args(__doc__, samples=7)
     engine = ensure_engine()
     graph = json.loads((PROJECT / "devkit/workflows/text_to_image.json").read_text())
     with tempfile.TemporaryDirectory(prefix="bench-") as name:

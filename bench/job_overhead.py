@@ -43,7 +43,7 @@ def timed_ms(action: Callable[[], object]) -> float:
 
 def main() -> int:
     """Measure and report."""
-    options = parse_args(__doc__ or "", samples=200)
+    options = parse_args(__doc__, samples=200, short_samples=40)
     engine = ensure_engine()
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         folder = Path(name)
