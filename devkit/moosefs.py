@@ -122,7 +122,8 @@ class MooseFS:
             (self._folder / name).mkdir(parents=True)
         shutil.copy(_EMPTY, self._folder / "master/metadata.mfs")
         etc = self._folder / "etc"
-        (etc / "exports").write_text("10.77.0.0/24 / rw,alldirs,admin,maproot=0\n")
+        # No trash: MooseFS keeps what was deleted for a day, and a bench that writes gigabytes would fill the disk with it.
+        (etc / "exports").write_text("10.77.0.0/24 / rw,alldirs,admin,maproot=0,maxtrashtime=0\n")
         (etc / "topology").write_text("")
         (etc / "disks").write_text(f"{self._folder}/data\n")
         common = ["WORKING_USER = root", "WORKING_GROUP = root", "NICE_LEVEL = 0"]
