@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shlex
 import signal
 import socket
@@ -27,6 +28,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 START_TIMEOUT_S = 120.0
 JOB_TIMEOUT_S = 600.0
 _POLL_S = 0.01
+_SPAWNED = re.compile(r"Starting ComfyUI \(pid (\d+)\)")
 
 
 class WorkerExitedError(RuntimeError):
@@ -139,6 +141,18 @@ class LocalWorker:
     def log_tail(self, lines: int = 30) -> str:
         """The end of the log."""
         return "\n".join(self.log().splitlines()[-lines:])
+
+    def comfyui_pid(self) -> int:
+        """The process id of its ComfyUI, the last that it started."""
+        return int(_SPAWNED.findall(self.log())[-1])
+
+    def wait_exit(self, timeout_s: float = 30.0) -> int:
+        """Its exit status, once it has ended by itself; TimeoutError."""
+        assert self._process is not None  # noqa: S101 - called after start
+        try:
+            return self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise TimeoutError(f"the worker did not end within {timeout_s:g} s:\n{self.log_tail()}") from None
 
     def stop(self, timeout_s: float = 20.0) -> int:
         """End the worker as a container's end does: SIGTERM, then SIGKILL. Returns its exit status."""

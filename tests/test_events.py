@@ -53,7 +53,7 @@ def message(kind: str, **data: Any) -> str:
             message(
                 "execution_error", prompt_id=RUN, node_id="7", node_type="X", exception_message="", exception_type="KeyError"
             ),
-            Failed(RUN, "7", "X", "KeyError"),
+            Failed(RUN, "7", "X", "KeyError", "KeyError"),
         ),
     ],
 )
@@ -211,3 +211,24 @@ class AnyOrder(RuleBasedStateMachine):
 
 
 TestAnyOrder = AnyOrder.TestCase
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "memory"),
+    [
+        ("torch.OutOfMemoryError", "Allocation on device 0 would exceed allowed memory. (out of memory)", "GPU"),
+        ("torch.cuda.OutOfMemoryError", "CUDA out of memory. Tried to allocate 20.00 GiB.", "GPU"),
+        ("torch.AcceleratorError", "CUDA error: out of memory", "GPU"),
+        ("MemoryError", "", "host"),
+        ("RuntimeError", "[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory", "host"),
+        ("ValueError", "mat1 and mat2 shapes cannot be multiplied", None),
+    ],
+)
+def test_memory_that_ran_out_is_told_from_other_failures(kind: str, text: str, memory: str | None) -> None:
+    event = decode(
+        message("execution_error", prompt_id=RUN, node_id="7", node_type="X", exception_message=text, exception_type=kind)
+    )
+    assert isinstance(event, Failed)
+    error = event.error()
+    assert getattr(error, "memory", None) == memory
+    assert error.code == ("out_of_memory" if memory else "node_failed")

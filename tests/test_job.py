@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 
 from worker.errors import ImagesInvalid, InputMissing, InputNotJson, RequestError, WorkflowMissing
-from worker.job import InputImage, OutputItem, Request, Result
+from worker.job import InputFile, OutputItem, Request, Result
 
 GRAPH = {"1": {"class_type": "X", "inputs": {}}}
 
 
 def test_a_request_as_an_object() -> None:
     value = {"workflow": GRAPH, "images": [{"name": "a.png", "image": "QQ=="}], "comfy_org_api_key": "k", "unknown": 1}
-    assert Request.parse(value) == Request(GRAPH, (InputImage("a.png", "QQ=="),), "k")
+    assert Request.parse(value) == Request(GRAPH, (InputFile("a.png", "QQ=="),), "k")
 
 
 def test_a_request_as_a_json_string() -> None:
@@ -44,16 +44,42 @@ def test_bad_requests_get_the_sentence_that_clients_match_on(value: Any, error: 
     assert str(caught.value).startswith(text)
 
 
+ITEM = OutputItem("a.png", "base64", "QQ==", "9", "sub", "image/png", 1)
+
+
 def test_a_result_has_the_keys_clients_know_and_more() -> None:
-    item = OutputItem("a.png", "base64", "QQ==", "9", "sub", "image/png", 1)
-    result = Result((item,)).to_dict()
-    assert set(result) == {"images"}
-    assert {"filename": "a.png", "type": "base64", "data": "QQ=="}.items() <= result["images"][0].items()
+    result = Result((ITEM,)).to_dict()
+    assert result == {
+        "images": [
+            {
+                "filename": "a.png",
+                "type": "base64",
+                "data": "QQ==",
+                "node_id": "9",
+                "subfolder": "sub",
+                "media_type": "image/png",
+                "size_bytes": 1,
+            }
+        ]
+    }
 
 
-def test_a_result_without_pictures_says_so() -> None:
+def test_the_other_lists_are_there_when_they_hold_something_and_images_always() -> None:
+    result = Result(videos=(ITEM,), audio=(ITEM,), text=(ITEM,), files=(ITEM,), timings={"run_s": 1.5}).to_dict()
+    assert list(result) == ["images", "videos", "audio", "text", "files", "timings"]
+    assert result["images"] == []
+    assert result["timings"] == {"run_s": 1.5}
+
+
+@pytest.mark.parametrize("kind", ["images", "videos", "audio", "text", "files"])
+def test_a_result_with_anything_in_it_has_no_status(kind: str) -> None:
+    lists: dict[str, Any] = {kind: (ITEM,)}
+    assert "status" not in Result(**lists).to_dict()
+
+
+def test_a_result_with_nothing_in_it_says_so() -> None:
     assert Result().to_dict() == {"images": [], "status": "success_no_images"}
 
 
-def test_dropped_outputs_are_named_beside_those_that_worked() -> None:
+def test_what_is_missing_is_named_beside_what_is_there() -> None:
     assert Result((), ("node 6 was dropped",)).to_dict()["errors"] == ["node 6 was dropped"]

@@ -1,53 +1,171 @@
-"""What a run produced, read from disk in the shapes clients know."""
+"""What a run produced, sorted into the lists that clients know."""
 
 from __future__ import annotations
 
-import base64
+import os
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from worker.errors import OutputGone, UnsafePath
-from worker.media.outputs import OutputFiles, media_type
+from worker.media.outputs import OutputFiles, media_type, node_order, unanswered
 
 if TYPE_CHECKING:
     from pathlib import Path
+    from random import Random
 
 
-def file(filename: str, subfolder: str = "", kind: str = "output") -> dict[str, Any]:
-    return {"filename": filename, "subfolder": subfolder, "type": kind}
+def file(filename: str, subfolder: str = "", kind: str = "output", **more: Any) -> dict[str, Any]:
+    return {"filename": filename, "subfolder": subfolder, "type": kind} | more
 
 
-def test_saved_files_come_back_by_node_in_the_order_they_were_produced(tmp_path: Path) -> None:
-    (tmp_path / "sub").mkdir()
-    for name in ("a.png", "sub/b.webp", "c.mp4"):
-        (tmp_path / name).write_bytes(name.encode())
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """ComfyUI's base folder with one file for each name that these tests use."""
+    for name in ("a.png", "sub/b.webp", "c.mp4", "d.flac", "e.latent", "3d/f.glb", "g.gif"):
+        path = tmp_path / "output" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(name.encode())
+    (tmp_path / "temp").mkdir()
+    (tmp_path / "temp/preview.png").write_bytes(b"preview")
+    return tmp_path
+
+
+@pytest.fixture
+def files(folder: Path) -> OutputFiles:
+    return OutputFiles(folder / "output", folder / "temp")
+
+
+def test_every_kind_of_output_goes_to_its_list(files: OutputFiles) -> None:
     outputs: dict[str, dict[str, Any]] = {
-        "9": {"images": [file("c.mp4"), file("a.png")], "animated": [True]},
-        "3": {"images": [file("b.webp", "sub"), file("preview.png", kind="temp")]},
-        "4": {"text": ["hello"]},
-        "5": {"images": None},
+        "10": {"images": [file("c.mp4"), file("a.png")], "animated": [True]},
+        "9": {"images": [file("b.webp", "sub"), file("preview.png", kind="temp")]},
+        "57:8": {"gifs": [file("g.gif", format="image/gif", frame_rate=8.0)]},
+        "57:11": {"videos": [file("c.mp4")]},
+        "58": {"audio": [file("d.flac")]},
+        "59": {"text": ["hello", "you"]},
+        "60": {"latents": [file("e.latent")]},
+        "61": {"3d": [file("f.glb", "3d")]},
+        "62": {"result": ["3d/f.glb", {"position": 1}, None]},
+        "63": {"tags": ["plain", 1, None], "value": 3, "images": None, "bbox": [[1, 2]]},
     }
-    items = OutputFiles(tmp_path).images(outputs)
-    assert [(item.node_id, item.filename, item.media_type) for item in items] == [
-        ("9", "c.mp4", "video/mp4"),
-        ("9", "a.png", "image/png"),
-        ("3", "b.webp", "image/webp"),
+    found = [(item.kind, item.node_id, item.filename, item.subfolder, item.media_type) for item in files.collect(outputs)]
+    assert found == [
+        ("images", "9", "b.webp", "sub", "image/webp"),
+        ("images", "10", "c.mp4", "", "video/mp4"),
+        ("images", "10", "a.png", "", "image/png"),
+        ("videos", "57:8", "g.gif", "", "image/gif"),
+        ("videos", "57:11", "c.mp4", "", "video/mp4"),
+        ("audio", "58", "d.flac", "", "audio/flac"),
+        ("text", "59", "text_59_0.txt", "", "text/plain"),
+        ("text", "59", "text_59_1.txt", "", "text/plain"),
+        ("files", "60", "e.latent", "", "application/octet-stream"),
+        ("files", "61", "f.glb", "3d", "model/gltf-binary"),
+        ("files", "62", "f.glb", "3d", "model/gltf-binary"),
     ]
-    assert base64.b64decode(items[2].data) == b"sub/b.webp"
-    assert (items[2].subfolder, items[2].size_bytes) == ("sub", 10)
 
 
-def test_a_file_that_is_gone_is_an_error_not_a_hole(tmp_path: Path) -> None:
-    with pytest.raises(OutputGone, match="gone"):
-        OutputFiles(tmp_path).images({"9": {"images": [file("gone.png")]}})
+def test_sizes_are_those_of_the_files_and_texts(files: OutputFiles) -> None:
+    found = files.collect({"1": {"images": [file("b.webp", "sub")], "text": ["häh"]}})
+    assert [item.size_bytes for item in found] == [len("sub/b.webp"), len("häh".encode())]
 
 
-@pytest.mark.parametrize(("filename", "subfolder"), [("passwd", "../etc"), ("../x", ""), ("x", "/etc")])
-def test_a_node_cannot_have_files_from_elsewhere_delivered(filename: str, subfolder: str, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
+def test_a_name_may_hold_its_folder(files: OutputFiles) -> None:
+    (found,) = files.collect({"1": {"images": [file("sub/b.webp")]}})
+    assert found.filename == "b.webp"
+
+
+def test_previews_come_only_when_asked_for(files: OutputFiles) -> None:
+    outputs = {"1": {"images": [file("preview.png", kind="temp")]}}
+    assert files.collect(outputs) == ()
+    assert [item.filename for item in files.collect(outputs, previews=True)] == ["preview.png"]
+
+
+def test_what_is_an_input_is_no_output(files: OutputFiles) -> None:
+    assert files.collect({"1": {"images": [file("a.png", kind="input")]}}, previews=True) == ()
+
+
+def test_only_the_nodes_that_are_asked_for_and_a_word_for_those_that_gave_nothing(files: OutputFiles) -> None:
+    outputs = {"1": {"images": [file("a.png")]}, "2": {"images": [file("c.mp4")]}}
+    nodes = {"2", "10", "9"}
+    found = files.collect(outputs, nodes=nodes)
+    assert [item.node_id for item in found] == ["2"]
+    assert [text.split()[1] for text in unanswered(nodes, found)] == ["9", "10"]
+    assert unanswered(None, ()) == []
+
+
+def test_a_file_that_a_node_lists_twice_comes_once(files: OutputFiles) -> None:
+    outputs = {"1": {"gifs": [file("c.mp4")], "images": [file("c.mp4")]}, "2": {"images": [file("c.mp4")]}}
+    assert [(item.node_id, item.kind) for item in files.collect(outputs)] == [("1", "videos"), ("2", "images")]
+
+
+def test_texts_of_two_keys_have_names_of_their_own_and_other_values_are_written_as_json(files: OutputFiles) -> None:
+    found = files.collect({"1": {"text": ["a", {"b": float("nan")}], "string": "c", "images": []}})
+    assert [(item.filename, item.source) for item in found] == [
+        ("text_1_0.txt", "a"),
+        ("text_1_1.txt", '{"b": NaN}'),
+        ("text_1_2.txt", "c"),
+    ]
+
+
+def test_half_a_character_is_replaced_because_no_utf_8_carries_it(files: OutputFiles) -> None:
+    (found,) = files.collect({"1": {"text": ["a\ud83d"]}})
+    assert found.source == "a?"
+
+
+def test_a_file_that_is_gone_is_an_error_of_its_own(files: OutputFiles) -> None:
+    with pytest.raises(OutputGone, match=r"'gone\.png'"):
+        files.collect({"9": {"images": [file("gone.png")]}})
+    with pytest.raises(OutputGone, match="'sub'"):
+        files.collect({"9": {"images": [file("sub")]}})
+
+
+def test_a_pipe_is_no_file(files: OutputFiles, folder: Path) -> None:
+    os.mkfifo(folder / "output/pipe.png")
+    with pytest.raises(OutputGone):
+        files.collect({"9": {"images": [file("pipe.png")]}})
+
+
+@pytest.mark.parametrize(("filename", "subfolder"), [("../secret", ""), ("secret", ".."), ("/etc/hostname", ""), ("a\0b", "")])
+def test_a_node_cannot_have_files_from_elsewhere_delivered(filename: str, subfolder: str, files: OutputFiles) -> None:
     with pytest.raises(UnsafePath):
-        OutputFiles(tmp_path / "out").images({"9": {"images": [file(filename, subfolder)]}})
+        files.collect({"9": {"images": [file(filename, subfolder)]}})
+
+
+def test_a_link_out_of_the_folder_is_no_way_out(files: OutputFiles, folder: Path) -> None:
+    (folder / "secret.png").write_bytes(b"secret")
+    (folder / "output/link.png").symlink_to(folder / "secret.png")
+    with pytest.raises(UnsafePath):
+        files.collect({"9": {"images": [file("link.png")]}})
+    assert files.collect({"9": {"result": ["link.png", "../secret.png", "/etc/hostname", "no.glb", "a\0.glb"]}}) == ()
+
+
+def test_an_output_folder_may_itself_be_a_link(files: OutputFiles, folder: Path) -> None:
+    (folder / "linked").symlink_to(folder / "output")
+    assert files.collect({"9": {"images": [file("a.png")]}})
+    (found,) = OutputFiles(folder / "linked").collect({"9": {"images": [file("a.png")]}})
+    assert found.size_bytes == len("a.png")
+
+
+@given(st.sets(st.text(min_size=1)), st.randoms(use_true_random=False))
+def test_the_order_of_nodes_does_not_depend_on_how_they_come(ids: set[str], random: Random) -> None:
+    shuffled = sorted(ids)
+    random.shuffle(shuffled)
+    assert sorted(shuffled, key=node_order) == sorted(ids, key=node_order)
+
+
+def test_node_ids_are_ordered_as_people_count() -> None:
+    assert sorted(["10", "9", "57:10", "57:9", "57", "a", "007"], key=node_order) == [
+        "007",
+        "9",
+        "10",
+        "57",
+        "57:9",
+        "57:10",
+        "a",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -54,10 +54,10 @@ def run_worker(argv: Sequence[str], environ: MutableMapping[str, str]) -> int:
     worker = Worker(settings, command, process)
     try:
         worker.start(lambda: import_sdk(arguments), process_start())
-        serve(worker, settings, arguments, environ)
+        serve(worker, arguments, environ)
     finally:
         worker.stop()
-    return 0
+    return 1 if worker.failed else 0
 
 
 def _settings_table(_: Sequence[str], __: MutableMapping[str, str]) -> int:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import signal
 import socket
 import time
 import urllib.request
@@ -19,8 +21,10 @@ from worker.comfy.engine import Engine
 from worker.errors import ManifestInvalid
 from worker.handler import JobHandler
 from worker.loop import LoopThread
+from worker.media.delivery import Delivery
+from worker.media.fetch import Fetcher, FetchLimits
+from worker.media.guard import UrlRules
 from worker.media.inputs import InputFiles, clear_leftovers
-from worker.media.outputs import OutputFiles
 from worker.models.layout import Layout
 from worker.models.links import ModelLinks
 from worker.models.supply import Supply
@@ -97,9 +101,13 @@ class Worker:
         self._supply = Supply(
             models, self._links, lambda: read_sources(settings), lambda: build_store(settings), settings.model_hosts
         )
-        self._engine = Engine(settings, command, process)
-        inputs, outputs = InputFiles(settings.base_dir / "input"), OutputFiles(settings.base_dir / "output")
-        self.handler = JobHandler(settings, self._engine, self._supply, inputs, outputs)
+        self.failed = False
+        self._engine = Engine(settings, command, process, self._give_up)
+        rules = UrlRules(settings.input_url_hosts, settings.input_url_allow_private)
+        limits = FetchLimits(settings.input_max_mb * 1_000_000, settings.input_timeout_s)
+        inputs = InputFiles(settings.base_dir / "input", Fetcher(rules, limits))
+        self._delivery = Delivery.of(settings)
+        self.handler = JobHandler(settings, self._engine, self._supply, inputs, self._delivery)
 
     def start(self, import_sdk: Callable[[], object], began: float) -> None:
         """Do everything that must be done before the first job, at once.
@@ -115,6 +123,7 @@ class Worker:
                     import_sdk()
                 supplied.result()
             up.result()
+        self._delivery.start()
         log.info("%s", timeline.summary())
 
     def stop(self) -> None:
@@ -122,6 +131,11 @@ class Worker:
         self._supply.stop()
         self.loop.submit(self._engine.stop()).result(timeout=30)
         self.loop.stop()
+
+    def _give_up(self) -> None:
+        """Leave as if RunPod had said so: the jobs that were taken get the engine's failure, no more are taken."""
+        self.failed = True
+        os.kill(os.getpid(), signal.SIGTERM)
 
     def _supply_models(self, timeline: Timeline) -> None:
         settings = self._settings

@@ -5,13 +5,16 @@
     ├── StartError               the worker cannot start on this machine
     │   ├── EngineNotFound
     │   ├── NoGpu
-    │   ├── EngineStartFailed
+    │   ├── EngineStartFailed, EngineGaveUp
     │   └── NothingToServe
     ├── RequestError             the client's request is wrong; a retry cannot help
     │   ├── InputMissing, InputNotJson, WorkflowMissing, WorkflowInvalid, WorkflowEmpty
     │   ├── WorkflowUiFormat, WorkflowNotFinite
-    │   ├── ImagesInvalid, ImageNotBase64, UnsafePath
+    │   ├── UiWorkflowInvalid, UnknownNodes, OverrideInvalid
+    │   ├── ImagesInvalid, FieldInvalid, ImageNotBase64, UnsafePath
+    │   ├── InputUrlRefused, InputNameInvalid, InputTooLarge
     │   ├── ModelsInvalid, SpecInvalid, HostNotAllowed, SuffixNotAllowed, AmbiguousModel
+    │   ├── S3ConfigInvalid
     │   └── WorkflowRejected     ComfyUI refused the graph
     │       └── ModelMissing
     ├── ManifestInvalid          the operator's list of models is wrong
@@ -21,9 +24,16 @@
     │   ├── UnsealedMismatch, FileIncomplete
     │   ├── VolumeMissing, VolumeReadOnly, VolumeFull, VolumeFailed
     │   └── EnsureCancelled
+    ├── SeedError                a volume cannot be filled ahead of the workers
+    │   ├── SeedUsage, WhatUnknown, DatacenterUnknown, S3KeysMissing
+    │   └── S3KeysRefused, S3VolumeNotFound, S3VolumeFull, S3FileDiffers, S3Unreachable, S3Failed
+    ├── DeliveryError            the workflow ran, but its result cannot be handed over
+    │   └── ResultTooLarge, BucketRefused, BucketUnreachable
+    ├── InputError               an input file cannot be had
+    │   └── InputNotServed, InputUnreachable, InputTimedOut, InputNotStored
     └── EngineError              ComfyUI failed while it had the job
-        ├── NodeFailed, GpuFault, RunInterrupted, RunTimedOut, RunLost, OutputGone
-        └── EngineDied, EngineUnreachable
+        ├── NodeFailed, OutOfMemory, GpuFault, RunInterrupted, RunTimedOut, RunLost, OutputGone
+        └── EngineDied, EngineUnreachable, EngineHung
 
 Each class has a stable `code`, says whether sending the same job again can help (`retryable`), keeps what it is about as
 fields, and builds one sentence from them: what happened and what to do. Clients of worker-comfyui match on the beginnings of
@@ -33,11 +43,15 @@ some of these sentences, so those beginnings are part of the interface.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
+
+
+# Clients of worker-comfyui know a job whose files were the trouble by this beginning.
+_INPUTS_FAILED = "Failed to upload one or more input images"
 
 
 class WorkerError(Exception):
@@ -107,6 +121,26 @@ class EngineStartFailed(StartError):
     def __str__(self) -> str:
         last = f", its last words: {self.last_lines[-1]}" if self.last_lines else ""
         return f"ComfyUI did not start: {self.cause}{last}"
+
+    def details(self) -> list[str]:
+        return list(self.last_lines)
+
+
+@dataclass(eq=False)
+class EngineGaveUp(StartError):
+    """ComfyUI died again and again without finishing a job between."""
+
+    deaths: int
+    cause: str
+    last_lines: Sequence[str] = ()
+    code = "engine_gave_up"
+    retryable = True
+
+    def __str__(self) -> str:
+        return (
+            f"ComfyUI ended {self.deaths} times in a row without finishing a job, the last time it {self.cause}; "
+            "this worker leaves, send the job again to another."
+        )
 
     def details(self) -> list[str]:
         return list(self.last_lines)
@@ -212,13 +246,68 @@ class WorkflowNotFinite(RequestError):
         )
 
 
+# --- the editor's own format ---------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class UiWorkflowInvalid(RequestError):
+    """A workflow in the editor's format that cannot be turned into exactly the graph that the editor would send."""
+
+    reason: str
+    code = "ui_workflow_invalid"
+
+    def __str__(self) -> str:
+        return f"The workflow, as the editor saved it, cannot be converted: {self.reason}."
+
+
+@dataclass(eq=False)
+class UnknownNodes(RequestError):
+    """The workflow needs node classes that the running ComfyUI does not have; `nodes` says all of them, each with its pack."""
+
+    nodes: Sequence[str]
+    code = "unknown_nodes"
+
+    def __str__(self) -> str:
+        return (
+            f"The workflow needs node classes that this ComfyUI does not have: {'; '.join(self.nodes)}; "
+            "install their custom nodes in the image, or remove the nodes from the workflow."
+        )
+
+    def details(self) -> list[str]:
+        return list(self.nodes)
+
+
+@dataclass(eq=False)
+class OverrideInvalid(RequestError):
+    """An override names no input, or more than one; the sentence says which there are."""
+
+    key: str
+    reason: str
+    code = "override_invalid"
+
+    def __str__(self) -> str:
+        return f"The override '{self.key}' {self.reason}."
+
+
 class ImagesInvalid(RequestError):
     """`images` does not have the shape that clients agreed on."""
 
     code = "images_invalid"
 
     def __str__(self) -> str:
-        return "'images' must be a list of objects with 'name' and 'image' keys, both strings."
+        return "'images' must be a list of objects with 'name' and 'image' keys, both strings; 'url' may stand for 'image'."
+
+
+@dataclass(eq=False)
+class FieldInvalid(RequestError):
+    """A field of the request has the wrong shape; `rule` says what it must be."""
+
+    field: str
+    rule: str
+    code = "field_invalid"
+
+    def __str__(self) -> str:
+        return f"'{self.field}' {self.rule}."
 
 
 @dataclass(eq=False)
@@ -245,6 +334,118 @@ class UnsafePath(RequestError):
 
     def __str__(self) -> str:
         return f"{self.what} is '{self.value}', which leaves its folder; use a relative name without '..'."
+
+
+# --- the files that come with a job --------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class InputUrlRefused(RequestError):
+    """An input file's address is one that requests may not have fetched. `where` is safe to show."""
+
+    name: str
+    where: str
+    reason: str
+    code = "input_url_refused"
+
+    def __str__(self) -> str:
+        return f"{_INPUTS_FAILED}: '{self.name}' is not fetched from {self.where}: {self.reason}."
+
+
+@dataclass(eq=False)
+class InputNameInvalid(RequestError):
+    """An input file's name is one that no file can have there."""
+
+    name: str
+    reason: str
+    code = "input_name_invalid"
+
+    def __str__(self) -> str:
+        return f"{_INPUTS_FAILED}: the name '{self.name}' {self.reason}; use another name."
+
+
+@dataclass(eq=False)
+class InputTooLarge(RequestError):
+    """An input file has more bytes than the operator allows, after decoding."""
+
+    name: str
+    max_bytes: int
+    code = "input_too_large"
+
+    def __str__(self) -> str:
+        return (
+            f"{_INPUTS_FAILED}: '{self.name}' has more than {self.max_bytes / 1e6:g} MB; "
+            "send a smaller file, or have the operator raise INPUT_MAX_MB."
+        )
+
+
+class InputError(WorkerError):
+    """An input file cannot be had, through no fault that the request's shape shows."""
+
+    code = "input_failed"
+
+
+@dataclass(eq=False)
+class InputNotServed(InputError):
+    """The address answers, and will answer the same again. `where` is safe to show."""
+
+    name: str
+    where: str
+    reason: str
+    code = "input_not_served"
+
+    def __str__(self) -> str:
+        return f"{_INPUTS_FAILED}: '{self.name}' cannot be had from {self.where}: {self.reason}; send an address that works."
+
+
+@dataclass(eq=False)
+class InputUnreachable(InputError):
+    """The address failed at every attempt, in a way that may pass. `where` is safe to show."""
+
+    name: str
+    where: str
+    reason: str
+    code = "input_unreachable"
+    retryable = True
+
+    def __str__(self) -> str:
+        return f"{_INPUTS_FAILED}: '{self.name}' could not be fetched from {self.where} ({self.reason}); send the job again."
+
+
+@dataclass(eq=False)
+class InputTimedOut(InputError):
+    """The files of a job did not all arrive in the time they have."""
+
+    names: Sequence[str]
+    timeout_s: float
+    code = "input_timed_out"
+    retryable = True
+
+    def __str__(self) -> str:
+        more = f" and {len(self.names) - 1} more" if len(self.names) > 1 else ""
+        return (
+            f"{_INPUTS_FAILED}: '{self.names[0]}'{more} did not arrive within {self.timeout_s:g} s, the time for all of a job; "
+            "serve them from a faster place, or have the operator raise INPUT_TIMEOUT_S."
+        )
+
+
+@dataclass(eq=False)
+class InputNotStored(InputError):
+    """The container's disk would not take an input file."""
+
+    name: str
+    reason: str
+    code = "input_not_stored"
+    retryable = True
+
+    def __str__(self) -> str:
+        return (
+            f"{_INPUTS_FAILED}: '{self.name}' could not be written to ComfyUI's input folder ({self.reason}); "
+            "send the job again, and give the container a larger disk if it stays so."
+        )
+
+
+# --- ComfyUI refused the graph --------------------------------------------------------------------
 
 
 @dataclass(eq=False)
@@ -384,6 +585,18 @@ class NodeFailed(EngineError):
 
 
 @dataclass(eq=False)
+class OutOfMemory(NodeFailed):
+    """A node asked for more memory than there is; ComfyUI lives, and has unloaded its models."""
+
+    memory: Literal["GPU", "host"] = "GPU"
+    code = "out_of_memory"
+
+    def __str__(self) -> str:
+        where = "the GPU's memory" if self.memory == "GPU" else "the container's memory"
+        return f"{super().__str__()} ({where} ran out: use a smaller size or batch, or a machine with more of it)"
+
+
+@dataclass(eq=False)
 class GpuFault(EngineError):
     """The GPU's context is broken: every later job of that process would fail as well, so it is replaced."""
 
@@ -414,7 +627,25 @@ class RunTimedOut(EngineError):
     code = "job_timeout"
 
     def __str__(self) -> str:
-        return f"The workflow ran longer than {self.timeout_s:g} s and was interrupted; raise JOB_TIMEOUT_S if it needs more."
+        return (
+            f"The workflow ran longer than {self.timeout_s:g} s and was interrupted; raise the request's timeout_s, "
+            "or the worker's JOB_TIMEOUT_S, if it needs more."
+        )
+
+
+@dataclass(eq=False)
+class EngineHung(EngineError):
+    """ComfyUI runs, but for so long it neither sent an event nor answered a request."""
+
+    silent_s: float
+    code = "engine_hung"
+    retryable = True
+
+    def __str__(self) -> str:
+        return (
+            f"ComfyUI hung: for {self.silent_s:.0f} s it sent no event and answered no request; it is being restarted, "
+            "send the job again, or raise COMFY_HANG_TIMEOUT_S if a node needs so long."
+        )
 
 
 @dataclass(eq=False)
@@ -724,6 +955,228 @@ class EnsureCancelled(ModelError):
 
     def __str__(self) -> str:
         return f"Getting '{self.name}' was cancelled; the next attempt goes on from here."
+
+
+# --- a volume cannot be filled ahead of the workers ---------------------------------------------
+
+
+class SeedError(WorkerError):
+    """Filling a volume ahead of the workers failed."""
+
+    code = "seed_failed"
+
+
+@dataclass(eq=False)
+class SeedUsage(SeedError):
+    """The command line makes no sense as it is."""
+
+    reason: str
+    code = "usage"
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+@dataclass(eq=False)
+class WhatUnknown(SeedError):
+    """Something to seed that is no file, no address and no template's name."""
+
+    what: str
+    near: Sequence[str] = ()
+    code = "what_unknown"
+
+    def __str__(self) -> str:
+        near = f"; there is {', '.join(self.near)}" if self.near else ""
+        return (
+            f"'{self.what}' is no manifest or workflow on this machine, no hf:// or https:// address, "
+            f"and no official template{near}."
+        )
+
+
+@dataclass(eq=False)
+class DatacenterUnknown(SeedError):
+    """RunPod has no S3-compatible API there."""
+
+    name: str
+    known: Sequence[str]
+    code = "datacenter_unknown"
+
+    def __str__(self) -> str:
+        return f"There is no S3 API in the data centre '{self.name}'; it is one of {', '.join(self.known)}."
+
+
+@dataclass(eq=False)
+class S3KeysMissing(SeedError):
+    """The keys of RunPod's S3 API are not set."""
+
+    variables: Sequence[str]
+    code = "s3_keys_missing"
+
+    def __str__(self) -> str:
+        return (
+            f"Set {' and '.join(self.variables)} to an S3 API key of RunPod (console: Settings > S3 API Keys; "
+            "it begins with user_ and its secret with rps_, and is not the RunPod API key)."
+        )
+
+
+@dataclass(eq=False)
+class S3KeysRefused(SeedError):
+    """The keys are wrong, or not allowed to use this volume."""
+
+    volume: str
+    status: int
+    code = "s3_keys_refused"
+
+    def __str__(self) -> str:
+        return (
+            f"The keys were refused for the volume {self.volume} (status {self.status}): check RUNPOD_S3_ACCESS_KEY_ID, "
+            "RUNPOD_S3_SECRET_ACCESS_KEY and that the volume is of the same account."
+        )
+
+
+@dataclass(eq=False)
+class S3VolumeNotFound(SeedError):
+    """No volume of this id is in this data centre."""
+
+    volume: str
+    place: str
+    code = "s3_volume_not_found"
+
+    def __str__(self) -> str:
+        return f"There is no volume '{self.volume}' in {self.place}: copy its id and data centre from RunPod's console."
+
+
+@dataclass(eq=False)
+class S3VolumeFull(SeedError):
+    """The volume has no room (status 507); what was sent of the file was taken back."""
+
+    volume: str
+    needed_bytes: int
+    code = "s3_volume_full"
+
+    def __str__(self) -> str:
+        return (
+            f"The volume {self.volume} has no room for {self.needed_bytes} bytes more: enlarge it or remove models "
+            "(--list, --prune), then run this again."
+        )
+
+
+@dataclass(eq=False)
+class S3FileDiffers(SeedError):
+    """A file that somebody put on the volume is another one than is wanted; it was left as it is."""
+
+    key: str
+    what: str
+    expected: str
+    actual: str
+    code = "s3_file_differs"
+
+    def __str__(self) -> str:
+        return (
+            f"{self.key} on the volume has the {self.what} {self.actual}, not {self.expected}; it was left as it is: "
+            "remove it to have the right one sent."
+        )
+
+
+@dataclass(eq=False)
+class S3Unreachable(SeedError):
+    """The volume's S3 API gave no good answer for too long."""
+
+    volume: str
+    reason: str
+    code = "s3_unreachable"
+    retryable = True
+
+    def __str__(self) -> str:
+        return f"The volume {self.volume} could not be reached ({self.reason}); nothing is lost, run this again to go on."
+
+
+@dataclass(eq=False)
+class S3Failed(SeedError):
+    """The volume's S3 API refused something in a way that has no name here."""
+
+    volume: str
+    operation: str
+    reason: str
+    code = "s3_failed"
+    retryable = True
+
+    def __str__(self) -> str:
+        return f"{self.operation} failed on the volume {self.volume}: {self.reason}; run this again to go on."
+
+
+# --- the result cannot be handed over -----------------------------------------------------------
+
+
+@dataclass(eq=False)
+class S3ConfigInvalid(RequestError):
+    """The job's own `s3Config` cannot be used."""
+
+    reason: str
+    code = "s3_config_invalid"
+
+    def __str__(self) -> str:
+        return (
+            f"The job's s3Config {self.reason}; send accessId, accessSecret, bucketName and endpointUrl, or leave s3Config out "
+            "to use the worker's own bucket."
+        )
+
+
+class DeliveryError(WorkerError):
+    """The workflow ran, but its result cannot be handed over."""
+
+    code = "delivery_failed"
+
+
+@dataclass(eq=False)
+class ResultTooLarge(DeliveryError):
+    """The result is larger as JSON than RunPod carries, and there is nowhere else to put its files.
+
+    `volume` says why the network volume does not take them.
+    """
+
+    size_bytes: int
+    limit_bytes: int
+    volume: str
+    files: Sequence[str] = ()
+    code = "result_too_large"
+
+    def __str__(self) -> str:
+        return (
+            f"The result takes {self.size_bytes} bytes as JSON, but only {self.limit_bytes} can be returned (RunPod carries "
+            f"10 MB, through /runsync 20 MB; RESULT_LIMIT_MB overrides it), and {self.volume}: set BUCKET_ENDPOINT_URL and its "
+            "keys to have files uploaded, attach a network volume, or limit the nodes in the request's 'outputs'."
+        )
+
+    def details(self) -> list[str]:
+        return list(self.files)
+
+
+@dataclass(eq=False)
+class BucketFailed(DeliveryError):
+    """An upload failed, and the result does not fit anywhere else; `advice` is what to check."""
+
+    bucket: str
+    host: str
+    reason: str
+    advice: str
+    code = "bucket_failed"
+
+    def __str__(self) -> str:
+        return f"Uploading to the bucket '{self.bucket}' at {self.host} failed: {self.reason}; {self.advice}."
+
+
+class BucketRefused(BucketFailed):
+    """The store answered, and will answer the same again."""
+
+    code = "bucket_refused"
+
+
+class BucketUnreachable(BucketFailed):
+    """The store did not answer, or was not up to it."""
+
+    code = "bucket_unreachable"
+    retryable = True
 
 
 class InternalError(WorkerError):

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from worker.comfy.rejection import missing_model
 from worker.comfy.workflow import check_paths, named_models, parse_graph, with_slashes
-from worker.errors import InternalError, ModelMissing, StartError, WorkerError
-from worker.job import Request, Result
+from worker.errors import InternalError, ModelMissing, OutputGone, StartError, WorkerError
+from worker.job import Request
+from worker.laps import Laps
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
+    from worker.comfy.client import RunResult
     from worker.comfy.engine import Engine
-    from worker.comfy.workflow import NamedModel
+    from worker.comfy.events import Progress
+    from worker.comfy.workflow import Graph, NamedModel
+    from worker.job import Result
+    from worker.media.delivery import Delivery
     from worker.media.inputs import InputFiles
-    from worker.media.outputs import OutputFiles
     from worker.models.provision import Waiting
     from worker.models.spec import ModelSpec
     from worker.models.supply import Supply
@@ -38,55 +46,101 @@ def _tell_nobody(_: dict[str, Any]) -> None:
     """Progress where nobody can see it, as in RunPod's local API."""
 
 
+def _not_waited_for() -> None:
+    """The engine is free, and nobody hands out a job for that reason."""
+
+
 class JobHandler:
     """Takes a job as RunPod hands it out, gives back what RunPod is to send."""
 
-    def __init__(self, settings: Settings, engine: Engine, supply: Supply, inputs: InputFiles, outputs: OutputFiles) -> None:
+    def __init__(self, settings: Settings, engine: Engine, supply: Supply, inputs: InputFiles, delivery: Delivery) -> None:
         self._settings = settings
         self._engine = engine
         self._supply = supply
         self._inputs = inputs
-        self._outputs = outputs
+        self._delivery = delivery
         # ComfyUI runs one graph at a time anyway; one job at a time keeps their input files apart.
         self._turn = asyncio.Lock()
 
-    async def handle(self, job: Mapping[str, Any], tell: Tell = _tell_nobody) -> dict[str, Any]:
+    async def handle(
+        self, job: Mapping[str, Any], tell: Tell = _tell_nobody, engine_free: Callable[[], None] = _not_waited_for
+    ) -> dict[str, Any]:
         """The job's result, or `{"error", "code", "retryable", "details"?}`; `tell` hears of its progress meanwhile.
 
+        `engine_free` is called when the job's graph has run: the next job may come while this one's result is delivered.
         Raises nothing but the cancellation it is given.
         """
-        job_id, began = str(job.get("id", "?")), time.monotonic()
+        job_id, laps = str(job.get("id", "?")), Laps()
         log.info("job %s: started", job_id)
         try:
-            result = (await self._run(job, job_id, tell)).to_dict()
+            result = (await self._run(job, job_id, Around(tell, engine_free, laps))).to_dict()
         except WorkerError as exc:
-            log.warning("job %s: failed after %.2f s: %s [%s]", job_id, time.monotonic() - began, exc, exc.code)
+            log.warning("job %s: failed after %.2f s: %s [%s]", job_id, laps.total_s(), exc, exc.code)
             return failure(exc)
         except Exception:
-            log.exception("job %s: failed after %.2f s by a defect of the worker", job_id, time.monotonic() - began)
+            log.exception("job %s: failed after %.2f s by a defect of the worker", job_id, laps.total_s())
             return failure(InternalError())
         except asyncio.CancelledError:
-            log.info("job %s: cancelled after %.2f s", job_id, time.monotonic() - began)
+            log.info("job %s: cancelled after %.2f s", job_id, laps.total_s())
             raise
-        log.info("job %s: finished in %.2f s, %d images", job_id, time.monotonic() - began, len(result["images"]))
+        log.info("job %s: finished in %.2f s, %s", job_id, laps.total_s(), contents(result))
+        if self._settings.refresh_worker:
+            result["refresh_worker"] = True
         return result
 
-    async def _run(self, job: Mapping[str, Any], job_id: str, tell: Tell) -> Result:
+    async def _run(self, job: Mapping[str, Any], job_id: str, around: Around) -> Result:
         request = Request.parse(job.get("input"))
         graph = parse_graph(request.workflow)
         check_paths(graph)
+        bucket = self._delivery.job_bucket(job.get("s3Config"))
+        if bucket:
+            await asyncio.to_thread(bucket.check_reachable)
         models = named_models(graph)
         graph = with_slashes(graph, models)
-        await self._ensure_models(models, request, job_id, tell)
+        with around.laps.step("models"):
+            await self._ensure_models(models, request, job_id, around.tell)
+        run = await self._run_graph(graph, request, around)
+        if not self._settings.refresh_worker:
+            around.engine_free()
+        deliver = partial(
+            self._delivery.deliver,
+            job_id,
+            nodes=request.outputs,
+            previews=request.previews,
+            bucket=bucket,
+            warnings=run.dropped,
+        )
+        try:
+            with around.laps.step("delivering"):
+                result = await deliver(run.outputs)
+        except OutputGone as exc:
+            log.info("job %s: %s was cached, but its file is gone; running its output nodes again", job_id, exc.filename)
+            run = await self._run_graph(made_again(graph, run.outputs, job_id), request, around)
+            with around.laps.step("delivering"):
+                result = await deliver(run.outputs)
+        return replace(result, timings=around.laps.to_dict(run.queued_s, run.node_s)) if request.return_timings else result
+
+    async def _run_graph(self, graph: Graph, request: Request, around: Around) -> RunResult:
+        """Run the graph with the job's files in place, when it is this job's turn."""
         key = request.comfy_org_api_key or self._settings.comfy_org_api_key
         extra_data: dict[str, Any] = {"api_key_comfy_org": key} if key else {}
         if request.extra_pnginfo is not None:
             extra_data["extra_pnginfo"] = request.extra_pnginfo
-        async with self._turn:
-            with self._inputs.placed(request.images):
-                run = await self._engine.run(graph, timeout_s=self._settings.job_timeout_s, extra_data=extra_data)
-        # In the loop: a hop to another thread costs more than reading and encoding a picture does.
-        return Result(self._outputs.images(run.outputs), run.dropped)
+        timeout_s = min(request.timeout_s or math.inf, self._settings.job_timeout_s)
+        with contextlib.ExitStack() as queueing:
+            queueing.enter_context(around.laps.step("queueing"))
+            async with self._turn:
+                queueing.close()
+                async with contextlib.AsyncExitStack() as stack:
+                    with around.laps.step("inputs"):
+                        await stack.enter_async_context(self._inputs.placed(request.files))
+                    with around.laps.step("running"):
+                        return await self._engine.run(
+                            graph,
+                            timeout_s=timeout_s,
+                            extra_data=extra_data,
+                            on_progress=lambda step: around.tell(sampling_progress(step)),
+                        )
 
     async def _ensure_models(self, named: Sequence[NamedModel], request: Request, job_id: str, tell: Tell) -> None:
         """Have the graph's models where ComfyUI finds them; what is missing and known is fetched, the job waits for no other.
@@ -134,6 +188,35 @@ class JobHandler:
             await asyncio.to_thread(self._supply.fetch, specs, cancel, on_progress)
         finally:
             cancel.set()
+
+
+@dataclass(frozen=True, slots=True)
+class Around:
+    """What a job has beside its input: who hears of its progress, who waits for the engine, and its clock."""
+
+    tell: Tell
+    engine_free: Callable[[], None]
+    laps: Laps
+
+
+def made_again(graph: Graph, nodes: Collection[str], nonce: str) -> Graph:
+    """The graph with these nodes changed in a way that only ComfyUI's cache notices: an input that they do not have."""
+    return {
+        node_id: {**node, "inputs": {**node["inputs"], "run_again": nonce}} if node_id in nodes else node
+        for node_id, node in graph.items()
+    }
+
+
+def sampling_progress(step: Progress) -> dict[str, Any]:
+    """What a client sees while a node works: step `value` of `max` in the node with this id."""
+    percent = 100 * step.value / step.maximum if step.maximum else 0.0
+    return {"type": "progress", "value": step.value, "max": step.maximum, "percent": round(percent, 1), "node": step.node_id}
+
+
+def contents(result: Mapping[str, Any]) -> str:
+    """What a result holds, for the log: `2 images, 1 text`."""
+    counts = ((len(result.get(kind, ())), kind) for kind in ("images", "videos", "audio", "text", "files"))
+    return ", ".join(f"{count} {kind}" for count, kind in counts if count) or "no outputs"
 
 
 def download_progress(waiting: Waiting) -> dict[str, Any]:

@@ -6,18 +6,27 @@ The shapes are those of runpod-workers/worker-comfyui, so that its clients work 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from worker.errors import ImagesInvalid, InputMissing, InputNotJson, WorkflowMissing
+from worker.errors import FieldInvalid, ImagesInvalid, InputMissing, InputNotJson, WorkflowMissing
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 
 @dataclass(frozen=True, slots=True)
-class InputImage:
-    """A file the client sends along: `data` is base64, with or without a data: prefix; any kind of file."""
+class InputFile:
+    """A file the client sends along, of any kind: base64 with or without a `data:` prefix, or an address to fetch it from.
+
+    Exactly one of `data` and `url` is set. `name` may have folders in it; `subfolder` goes before it.
+    """
 
     name: str
-    data: str
+    data: str | None = None
+    url: str | None = None
+    subfolder: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,12 +34,20 @@ class Request:
     """One job's input. `workflow` is checked for presence here, for shape where graphs are understood."""
 
     workflow: object
-    images: tuple[InputImage, ...] = ()
+    files: tuple[InputFile, ...] = ()
+    """`images` first, then `files`: they differ in nothing but the name of the key that holds the data."""
     comfy_org_api_key: str | None = None
     models: object = None
     """Where models come from, for this job; its shape is checked where models are understood."""
     extra_pnginfo: dict[str, Any] | None = None
     """What ComfyUI's editor sends along, above all its own form of the workflow: embedded in pictures, and read for models."""
+    timeout_s: float | None = None
+    """How long the workflow may run; never longer than the operator's JOB_TIMEOUT_S."""
+    outputs: frozenset[str] | None = None
+    """The nodes whose outputs are returned; None for all."""
+    previews: bool = False
+    """Return what preview nodes made, too."""
+    return_timings: bool = False
 
     @classmethod
     def parse(cls, value: object) -> Request:
@@ -44,10 +61,14 @@ class Request:
         key, pnginfo = fields.get("comfy_org_api_key"), fields.get("extra_pnginfo")
         return cls(
             workflow=fields["workflow"],
-            images=_images(fields.get("images")),
+            files=_images(fields.get("images")) + _files(fields.get("files")),
             comfy_org_api_key=key if isinstance(key, str) and key else None,
             models=fields.get("models"),
             extra_pnginfo=pnginfo if isinstance(pnginfo, dict) else None,
+            timeout_s=_seconds(fields.get("timeout_s")),
+            outputs=_node_ids(fields.get("outputs")),
+            previews=_flag("previews", fields.get("previews")),
+            return_timings=_flag("return_timings", fields.get("return_timings")),
         )
 
 
@@ -57,33 +78,81 @@ def _object(value: object) -> dict[str, Any]:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except ValueError as exc:
+        except (ValueError, RecursionError) as exc:
             raise InputNotJson(f"{exc}") from exc
     if not isinstance(value, dict):
         raise InputNotJson("it must be an object with the key 'workflow'")
     return value
 
 
-def _images(value: object) -> tuple[InputImage, ...]:
+def _images(value: object) -> tuple[InputFile, ...]:
+    """`images: [{name, image}]` as every client sends it, or `{name, url}`."""
     if value is None:
         return ()
     if not isinstance(value, list):
         raise ImagesInvalid
-    return tuple(_image(item) for item in value)
+    files = tuple(_file(item, data_key="image") for item in value)
+    if None in files:
+        raise ImagesInvalid
+    return tuple(file for file in files if file)
 
 
-def _image(item: object) -> InputImage:
+def _files(value: object) -> tuple[InputFile, ...]:
+    rule = "must be a list of objects with 'name' and either 'data' (base64) or 'url', all strings; 'subfolder' is optional"
+    if value is None:
+        return ()
+    if not isinstance(value, list):
+        raise FieldInvalid("files", rule)
+    files = tuple(_file(item, data_key="data") for item in value)
+    if None in files:
+        raise FieldInvalid("files", rule)
+    return tuple(file for file in files if file)
+
+
+def _file(item: object, data_key: str) -> InputFile | None:
+    """The file an entry describes; None for what describes none."""
     if not isinstance(item, dict):
-        raise ImagesInvalid
-    name, data = item.get("name"), item.get("image")
-    if not isinstance(name, str) or not isinstance(data, str) or not name:
-        raise ImagesInvalid
-    return InputImage(name, data)
+        return None
+    name, subfolder, data, url = (item.get(key) for key in ("name", "subfolder", data_key, "url"))
+    if not isinstance(name, str) or not name or not isinstance(subfolder or "", str):
+        return None
+    if isinstance(data, str) and url is None:
+        return InputFile(name, data=data, subfolder=subfolder or "")
+    if isinstance(url, str) and url and data is None:
+        return InputFile(name, url=url, subfolder=subfolder or "")
+    return None
+
+
+def _seconds(value: object) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
+        raise FieldInvalid("timeout_s", "must be a number of seconds greater than 0")
+    return float(value)
+
+
+def _node_ids(value: object) -> frozenset[str] | None:
+    if value is None:
+        return None
+    ids = value if isinstance(value, list) else [None]
+    if not all(isinstance(node_id, str | int) and not isinstance(node_id, bool) for node_id in ids):
+        raise FieldInvalid("outputs", 'must be a list of node ids, such as ["9"]')
+    return frozenset(str(node_id) for node_id in ids)
+
+
+def _flag(name: str, value: object) -> bool:
+    if value is not None and not isinstance(value, bool):
+        raise FieldInvalid(name, "must be true or false")
+    return bool(value)
 
 
 @dataclass(frozen=True, slots=True)
 class OutputItem:
-    """One file of the result. `data` is base64 without a prefix when `type` is `base64`."""
+    """One file or text of the result.
+
+    What `data` is depends on `type`. `base64`: the file's bytes, without a prefix. `s3_url`: a signed address. `volume_path`:
+    its path below the network volume's root, which is its key in the volume's S3 API as well. `text`: the text itself.
+    """
 
     filename: str
     type: str
@@ -108,16 +177,28 @@ class OutputItem:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A job's success: what the client gets as `output`. `warnings` name outputs that ComfyUI dropped."""
+    """A job's success: what the client gets as `output`. `warnings` name what is missing beside what is there."""
 
     images: tuple[OutputItem, ...] = ()
     warnings: tuple[str, ...] = ()
+    videos: tuple[OutputItem, ...] = ()
+    audio: tuple[OutputItem, ...] = ()
+    text: tuple[OutputItem, ...] = ()
+    files: tuple[OutputItem, ...] = ()
+    timings: Mapping[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The result's JSON; `status` is there only when there is no image, as worker-comfyui's clients expect."""
+        """The result's JSON: `images` always, the other lists when they hold something.
+
+        `status` is there only when nothing at all is delivered, as worker-comfyui's clients expect.
+        """
         result: dict[str, Any] = {"images": [item.to_dict() for item in self.images]}
-        if not self.images:
+        more = {"videos": self.videos, "audio": self.audio, "text": self.text, "files": self.files}
+        result.update({name: [item.to_dict() for item in items] for name, items in more.items() if items})
+        if not (self.images or any(more.values())):
             result["status"] = "success_no_images"
         if self.warnings:
             result["errors"] = list(self.warnings)
+        if self.timings is not None:
+            result["timings"] = dict(self.timings)
         return result

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Self
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from aiohttp import ClientSession
+
 # How long a job's end waits for a post that is under way.
 _POST_S = 5.0
 
@@ -20,8 +22,9 @@ class ProgressPosts:
     result leaves the job IN_PROGRESS for ever.
     """
 
-    def __init__(self, job: Mapping[str, Any], every_s: float = 1.0) -> None:
+    def __init__(self, job: Mapping[str, Any], session: ClientSession, every_s: float = 1.0) -> None:
         self._job = dict(job)
+        self._session = session
         self._every_s = every_s
         self._latest: dict[str, Any] | None = None
         self._news = asyncio.Event()
@@ -58,16 +61,14 @@ class ProgressPosts:
             self._task = asyncio.create_task(self._post(), name="progress")
 
     async def _post(self) -> None:
-        from runpod.http_client import AsyncClientSession  # noqa: PLC0415 - already imported by import_sdk
-        from runpod.serverless.modules.rp_http import send_result  # noqa: PLC0415 - as above
+        from runpod.serverless.modules.rp_http import send_result  # noqa: PLC0415 - already imported by import_sdk
 
-        async with AsyncClientSession() as session:
-            while True:
-                await self._news.wait()
-                self._news.clear()
-                async with self._posting:
-                    if self._ended:
-                        return
-                    # Logs what goes wrong and raises nothing: progress is never worth a job.
-                    await send_result(session, {"status": "IN_PROGRESS", "output": self._latest}, self._job)
-                await asyncio.sleep(self._every_s)
+        while True:
+            await self._news.wait()
+            self._news.clear()
+            async with self._posting:
+                if self._ended:
+                    return
+                # Logs what goes wrong and raises nothing: progress is never worth a job.
+                await send_result(self._session, {"status": "IN_PROGRESS", "output": self._latest}, self._job)
+            await asyncio.sleep(self._every_s)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from worker.settings import Settings
 
 _LOCAL_API = "--rp_serve_api"
+_TEST_INPUT = "--test_input"
 
 
 def sdk_arguments(settings: Settings, argv: Sequence[str], environ: Mapping[str, str], cwd: Path) -> list[str]:
@@ -22,7 +24,7 @@ def sdk_arguments(settings: Settings, argv: Sequence[str], environ: Mapping[str,
     arguments = list(argv)
     if settings.serve_api_locally and _LOCAL_API not in arguments:
         arguments += [_LOCAL_API, "--rp_api_host", "0.0.0.0"]  # noqa: S104 - asked for by SERVE_API_LOCALLY
-    has_input = any(argument.split("=")[0] == "--test_input" for argument in arguments)
+    has_input = any(argument.split("=")[0] == _TEST_INPUT for argument in arguments)
     on_runpod = "RUNPOD_WEBHOOK_GET_JOB" in environ or "RUNPOD_REALTIME_PORT" in environ
     if not (on_runpod or _LOCAL_API in arguments or has_input or (cwd / "test_input.json").is_file()):
         raise NothingToServe
@@ -59,20 +61,39 @@ def _processor_name(path: Path = Path("/proc/cpuinfo")) -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
-def serve(worker: Worker, settings: Settings, arguments: Sequence[str], environ: Mapping[str, str]) -> None:
-    """Take jobs until the SDK ends: for ever on RunPod and as a local API, after one job with a test input."""
+def serve(worker: Worker, arguments: Sequence[str], environ: Mapping[str, str]) -> None:
+    """Take jobs until the SDK ends.
+
+    On RunPod that is after SIGTERM or a result that asks for another worker; after one job with a test input.
+    """
+    import multiprocessing  # noqa: PLC0415 - not before ComfyUI is spawned
+
     import runpod  # noqa: PLC0415 - already imported by import_sdk
-
-    from worker.progress import ProgressPosts  # noqa: PLC0415 - asyncio is not imported before ComfyUI is spawned
-
-    async def handle(job: dict[str, Any]) -> dict[str, Any]:
-        if not posting:
-            return await worker.loop.run(worker.handler.handle(job))
-        async with ProgressPosts(job) as posts:
-            return await worker.loop.run(worker.handler.handle(job, posts.tell))
-
-    posting = "RUNPOD_WEBHOOK_POST_OUTPUT" in environ and _LOCAL_API not in arguments
 
     sys.argv[1:] = arguments  # the SDK parses sys.argv itself
     print("worker-comfyui - Starting handler...", flush=True)  # noqa: T201 - a line people's checks look for
-    runpod.serverless.start({"handler": handle, "refresh_worker": settings.refresh_worker})
+    if "RUNPOD_WEBHOOK_GET_JOB" in environ and not ({_LOCAL_API, _TEST_INPUT} & {name.split("=")[0] for name in arguments}):
+        runpod.serverless.start(_production(worker))
+        # The heartbeat: a daemon process, which would end with this one, but only after everything else has.
+        for child in multiprocessing.active_children():
+            child.terminate()
+    else:
+        runpod.serverless.start({"handler": lambda job: worker.loop.run(worker.handler.handle(job))})
+
+
+def _production(worker: Worker) -> dict[str, Any]:
+    """The SDK's config where jobs come from RunPod and progress goes there."""
+    from worker.intake import Intake  # noqa: PLC0415 - asyncio is not imported before ComfyUI is spawned
+    from worker.progress import ProgressPosts  # noqa: PLC0415 - as above
+
+    intake = Intake()
+
+    async def handle(job: dict[str, Any]) -> dict[str, Any]:
+        async with ProgressPosts(job, intake.session) as posts:
+            engine_free = partial(intake.engine_free, job["id"])
+            result = await worker.loop.run(worker.handler.handle(job, posts.tell, engine_free))
+        if result.get("refresh_worker"):
+            intake.leave()
+        return result
+
+    return {"handler": handle, "concurrency_modifier": intake.concurrency}

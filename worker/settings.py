@@ -7,10 +7,12 @@ table (`markdown_table`), so an option cannot be documented and not exist.
 from __future__ import annotations
 
 import dataclasses
+import ipaddress
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from worker.errors import SettingsError
 
@@ -89,10 +91,47 @@ def _hosts(text: str) -> tuple[str, ...]:
     return hosts
 
 
+def _input_hosts(text: str) -> tuple[str, ...] | None:
+    """None for any host, () for none."""
+    if text.strip().lower() in {"any", "none"}:
+        return None if text.strip().lower() == "any" else ()
+    hosts = _hosts(text)
+    if not hosts:
+        raise ValueError("must be any, none, or host names separated by commas")
+    return hosts
+
+
+def _places(text: str) -> tuple[str, ...]:
+    """Host names, IP addresses, and networks such as 10.1.0.0/16."""
+    places = tuple(place.strip().lower() for place in text.split(",") if place.strip())
+    try:
+        for place in places:
+            if "/" in place:
+                ipaddress.ip_network(place)
+            else:
+                _hosts(place)
+    except ValueError as exc:
+        raise ValueError("must be host names, IP addresses or networks such as 10.1.0.0/16, separated by commas") from exc
+    return places
+
+
 def _address(text: str) -> str:
     if not text.startswith(("https://", "http://")):
         raise ValueError("must be an address that begins with https:// or http://")
     return text.rstrip("/")
+
+
+def _store(text: str) -> str:
+    """The address of an object store: a host, perhaps a port and a path, and nothing else."""
+    address = _address(text)
+    parts = urlsplit(address)
+    try:
+        usable = bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable or parts.username is not None or parts.query or parts.fragment:
+        raise ValueError("must be an address with a valid host and port, without a user and without a query")
+    return address
 
 
 def _optional(text: str) -> str | None:
@@ -153,13 +192,63 @@ class Settings:
         _optional, "", "Key for ComfyUI's paid API nodes; a job's own `comfy_org_api_key` comes first.", secret=True
     )
     job_timeout_s: float = _setting(
-        _number(1, 86400), "3600", "A job that runs longer is interrupted; RunPod's own limit of the endpoint applies as well."
+        _number(1, 86400),
+        "3600",
+        "A workflow that runs longer is interrupted; a request can ask for less, and RunPod's own limit applies as well.",
+    )
+    comfy_hang_timeout_s: float = _setting(
+        _number(1, 86400), "180", "A ComfyUI that has a job and for so long neither reports nor answers anything is replaced."
+    )
+    input_url_hosts: tuple[str, ...] | None = _setting(
+        _input_hosts,
+        "any",
+        "The hosts that a request may name in `images[].url` and `files[].url`: `any`, `none`, or a list such as "
+        "`cdn.example.com,.amazonaws.com` (a dot in front: everything below it).",
+    )
+    input_url_allow_private: tuple[str, ...] = _setting(
+        _places,
+        "",
+        "Hosts, IP addresses and networks that those addresses, and a job's `s3Config`, may lead to although they are private, "
+        "such as `minio.internal,10.1.0.0/16`. Everything else in private, local and reserved networks is refused.",
+    )
+    input_max_mb: int = _setting(_whole(1, 100_000), "512", "The largest input file a job may bring or name, decoded, in MB.")
+    input_timeout_s: float = _setting(
+        _number(1, 86400), "120", "How long all the files that a job names by address may take together."
     )
     websocket_reconnect_attempts: int = _setting(
         _whole(1, 1000), "5", "How often a lost connection to a living ComfyUI is tried again before the job fails."
     )
     websocket_reconnect_delay_s: float = _setting(
         _number(0, 60), "3", "The pause between those attempts; the first is made at once."
+    )
+    bucket_endpoint_url: str | None = _setting(
+        lambda text: _store(text) if text else None,
+        "",
+        "An S3-compatible store that results are uploaded to: its address, with or without the bucket in it, such as "
+        "`https://ACCOUNT.r2.cloudflarestorage.com/results` or `https://results.s3.eu-central-1.amazonaws.com`.",
+    )
+    bucket_access_key_id: str | None = _setting(_optional, "", "The store's access key id.", secret=True)
+    bucket_secret_access_key: str | None = _setting(_optional, "", "The store's secret access key.", secret=True)
+    bucket_name: str | None = _setting(
+        _optional, "", "The bucket, if the address does not hold it; without both it is the month's, such as `11-26`."
+    )
+    bucket_prefix: str | None = _setting(_optional, "", "What the keys of results begin with, before the job's id.")
+    bucket_region: str | None = _setting(
+        _optional, "", "The bucket's region, if the address does not hold it; Amazon S3 wants the right one."
+    )
+    bucket_url_expiry_s: int = _setting(
+        _whole(1, 604_800), "604800", "How long the signed addresses of results are valid; 7 days is what the protocol allows."
+    )
+    result_limit_mb: float | None = _setting(
+        lambda text: _number(0.01, 10_000)(text) if text else None,
+        "",
+        "The largest result as JSON, in MB of 1,000,000 bytes. When not set, what RunPod carries: 10, or 20 through /runsync, "
+        "less a little. The largest files of a larger result are written to the volume, as `outputs/<job id>/<name>`.",
+    )
+    output_keep_mb: int = _setting(
+        _whole(0, 1_000_000),
+        "2048",
+        "How much of what ComfyUI wrote stays on the disk, in MB, for cached runs to return again; the oldest goes first.",
     )
     serve_api_locally: bool = _setting(
         _flag, "false", "Serve RunPod's local API on port 8000 and ComfyUI on its port, both on all interfaces."
@@ -197,6 +286,7 @@ class Settings:
             except ValueError as exc:
                 shown = "its value" if item.metadata["secret"] else f"'{text}'"
                 problems.append(f"{name} {exc}, not {shown}")
+        problems += _bucket_problems(values)
         if problems:
             raise SettingsError(problems)
         return cls(**values)
@@ -205,6 +295,28 @@ class Settings:
         """Every secret value that is set, so that no log line shows one."""
         fields = (item for item in dataclasses.fields(self) if item.metadata["secret"])
         return tuple(value for item in fields if (value := getattr(self, item.name)))
+
+
+def _bucket_problems(values: Mapping[str, Any]) -> list[str]:
+    """What contradicts itself about the bucket, or is half there; nothing about a value that is wrong by itself."""
+    needed = ("bucket_endpoint_url", "bucket_access_key_id", "bucket_secret_access_key")
+    optional = ("bucket_name", "bucket_prefix", "bucket_region")
+    if not any(values.get(name) for name in (*needed, *optional)):
+        return []
+    problems = [
+        f"{name.upper()} must be set too, as other BUCKET_ variables are"
+        for name in needed
+        if name in values and not values[name]
+    ]
+    bucket = values.get("bucket_name")
+    path = [part for part in urlsplit(values.get("bucket_endpoint_url") or "").path.split("/") if part]
+    if len(path) == 1 and bucket and path[0] != bucket:
+        problems.append(
+            f"BUCKET_NAME must be the bucket that BUCKET_ENDPOINT_URL names, '{path[0]}', or be left out, not '{bucket}'"
+        )
+    if len(path) > 1 and not bucket:
+        problems.append("BUCKET_NAME must be set, because BUCKET_ENDPOINT_URL has a path of several parts")
+    return problems
 
 
 def _is_pod(environ: Mapping[str, str]) -> bool:

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import time
 import uuid
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -20,9 +21,9 @@ from urllib.parse import quote
 
 import aiohttp
 
-from worker.comfy.events import Finished, Progress, RunTracker, decode
+from worker.comfy.events import Executing, Finished, Progress, RunTracker, decode
 from worker.comfy.rejection import dropped_outputs, options_of, rejection
-from worker.errors import EngineError, EngineUnreachable, RunTimedOut, WorkerError
+from worker.errors import EngineError, EngineHung, EngineUnreachable, RequestError, RunTimedOut, WorkerError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -39,17 +40,24 @@ _KEEPALIVE_S = 60.0
 _JSON = {"content-type": "application/json"}
 # ComfyUI loads weights and runs nodes beside its server thread, so seconds of silence are normal; asking costs 1 ms.
 _SILENCE_S = 5.0
-# Sampling stops within a step; a node that never looks for an interrupt is left to the next job's own deadline.
-_WITHDRAW_S = 10.0
+# A node that sends nothing and a server thread that does not get the interpreter look like this for a while, too.
+_HANG_S = 180.0
+# Sampling stops within a step, and a step of a large video model takes seconds.
+_WITHDRAW_S = 15.0
 _LEAVING_POLL_S = 0.02
 
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """A finished run: its outputs by node id, and a sentence for each output that ComfyUI refused to run."""
+    """A finished run: its outputs by node id, and a sentence for each output that ComfyUI refused to run.
+
+    `queued_s` passed until its first node began, `node_s` in each node that ran; without a gap, they are measured here.
+    """
 
     outputs: Outputs
     dropped: tuple[str, ...] = ()
+    queued_s: float = field(default=0.0, compare=False)
+    node_s: Mapping[str, float] = field(default_factory=dict, compare=False)
 
 
 @dataclass(slots=True)
@@ -57,6 +65,19 @@ class _Run:
     tracker: RunTracker
     on_progress: Callable[[Progress], None] | None = None
     news: asyncio.Event = field(default_factory=asyncio.Event)
+    began_at: float = field(default_factory=time.monotonic)
+    nodes: list[tuple[str | None, float]] = field(default_factory=list)
+
+    def result(self, outputs: Outputs, dropped: tuple[str, ...]) -> RunResult:
+        """The run's result, with its times."""
+        if not self.nodes:
+            return RunResult(outputs, dropped)
+        ended = [*(at for _, at in self.nodes[1:]), time.monotonic()]
+        node_s: dict[str, float] = {}
+        for (node_id, at), end in zip(self.nodes, ended, strict=True):
+            if node_id is not None:
+                node_s[node_id] = node_s.get(node_id, 0.0) + end - at
+        return RunResult(outputs, dropped, self.nodes[0][1] - self.began_at, node_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +94,17 @@ class ComfyClient:
     Errors: a `RequestError` where ComfyUI refuses the graph; an `EngineError` where it fails with it.
     """
 
-    def __init__(self, address: str, reconnect: Reconnect = Reconnect(), silence_s: float = _SILENCE_S) -> None:
+    def __init__(
+        self, address: str, reconnect: Reconnect = Reconnect(), silence_s: float = _SILENCE_S, hang_s: float = _HANG_S
+    ) -> None:
         self.address = address
+        self.holds_prompt = False
+        """Whether a prompt that was given up is still in ComfyUI: a node that looks for no interruption."""
         self._client_id = uuid.uuid4().hex
         self._reconnect = reconnect
         self._silence_s = silence_s
+        self._hang_s = hang_s
+        self._heard_at = time.monotonic()
         self._runs: dict[str, _Run] = {}
         self._listener: asyncio.Task[None] | None = None
         self._session: aiohttp.ClientSession | None = None
@@ -130,7 +157,8 @@ class ComfyClient:
         """Queue a graph and wait for its end.
 
         On cancellation and after `timeout_s` (`RunTimedOut`) the prompt is taken out of ComfyUI before this returns, so that
-        the next job finds it idle.
+        the next job finds it idle; where it does not let go, `holds_prompt` is true from then on. Raises `EngineHung` when
+        it neither sends events nor answers.
         """
         if self._listener is None or self._listener.done():
             await self.open()
@@ -150,7 +178,7 @@ class ComfyClient:
         finally:
             del self._runs[tracker.prompt_id]
         if isinstance(tracker.outcome, Finished):
-            return RunResult(tracker.outcome.outputs, dropped)
+            return run.result(tracker.outcome.outputs, dropped)
         assert tracker.outcome is not None  # noqa: S101 - _follow returns at the outcome
         raise tracker.outcome
 
@@ -194,6 +222,9 @@ class ComfyClient:
                 # It may have moved from the queue to the history between the two questions.
                 entry = await self._history(tracker.prompt_id)
         except EngineUnreachable as exc:
+            silent_s = time.monotonic() - self._heard_at
+            if silent_s > self._hang_s:
+                raise EngineHung(silent_s) from exc
             log.warning("%s", exc)
             return
         tracker.reconcile(entry, queued=queued)
@@ -209,14 +240,20 @@ class ComfyClient:
     async def _withdraw(self, run: _Run, queueing: asyncio.Task[tuple[str, ...]]) -> None:
         """Take the prompt out of ComfyUI, running or queued, and wait until it has let go."""
         prompt_id = run.tracker.prompt_id
+        self.holds_prompt = True
         with contextlib.suppress(WorkerError, TimeoutError):
             async with asyncio.timeout(_WITHDRAW_S):
-                await queueing  # a prompt that is still being handed in would be queued after it was deleted
+                try:
+                    await queueing  # a prompt that is still being handed in would be queued after it was deleted
+                except RequestError:
+                    self.holds_prompt = False  # refused
+                    return
                 await self._ask("POST", "/queue", {"delete": [prompt_id]})
                 await self._ask("POST", "/interrupt", {"prompt_id": prompt_id})
                 # The news of the interruption comes before the prompt has left the queue.
                 while await self._queued(prompt_id):  # noqa: ASYNC110 - ComfyUI tells nobody when a prompt leaves its queue
                     await asyncio.sleep(_LEAVING_POLL_S)
+                self.holds_prompt = False
 
     @property
     def _http(self) -> aiohttp.ClientSession:
@@ -225,7 +262,7 @@ class ComfyClient:
             self._session = aiohttp.ClientSession(
                 f"http://{self.address}",
                 connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S),
-                timeout=aiohttp.ClientTimeout(total=_HTTP_TIMEOUT_S),
+                timeout=aiohttp.ClientTimeout(total=min(_HTTP_TIMEOUT_S, self._hang_s)),
             )
         return self._session
 
@@ -235,6 +272,7 @@ class ComfyClient:
         try:
             async with self._http.request(method, path, data=data, headers=_JSON) as response:
                 content = await response.read()
+                self._heard_at = time.monotonic()
                 return response.status, _decoded(content)
         except (aiohttp.ClientError, TimeoutError) as exc:
             raise EngineUnreachable(self.address, f"{_reason(exc)} on {method} {path}") from exc
@@ -247,6 +285,7 @@ class ComfyClient:
     async def _listen(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         while True:
             async for message in socket:  # ends when the connection does, however that comes
+                self._heard_at = time.monotonic()
                 event = decode(message.data)
                 if event is not None:
                     self._dispatch(event)
@@ -281,6 +320,8 @@ class ComfyClient:
             if run.on_progress:
                 run.on_progress(event)
             return
+        if isinstance(event, Executing):
+            run.nodes.append((event.node_id, time.monotonic()))
         run.tracker.feed(event)
         if run.tracker.outcome is not None or run.tracker.wants_history:
             run.news.set()

@@ -13,7 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 from worker.comfy.client import ComfyClient, Reconnect
 from worker.comfy.process import EngineProcess
-from worker.errors import EngineDied, EngineError, EngineStartFailed, EngineUnreachable, GpuFault, NodeFailed, StartError
+from worker.errors import (
+    EngineDied,
+    EngineError,
+    EngineGaveUp,
+    EngineHung,
+    EngineStartFailed,
+    EngineUnreachable,
+    GpuFault,
+    NodeFailed,
+    RunTimedOut,
+    StartError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -30,12 +41,19 @@ log = logging.getLogger(__name__)
 _PROBE_INTERVAL_S = 0.02
 # A connection that breaks because the process died is noticed before the process is reaped.
 _DEATH_NEWS_S = 1.0
+# Without a finished run between them: the container, the GPU or the weights are broken, and no job would fare better here.
+_DEATHS_IN_A_ROW = 3
 
 
 class Engine:
-    """A supervised ComfyUI. `start` once on the event loop, then `run` graphs, then `stop`."""
+    """A supervised ComfyUI. `start` once on the event loop, then `run` graphs, then `stop`.
 
-    def __init__(self, settings: Settings, command: EngineCommand, process: EngineProcess) -> None:
+    `on_gone` is called, on the loop, when it died for good: a restart failed, or three deaths came in a row.
+    """
+
+    def __init__(
+        self, settings: Settings, command: EngineCommand, process: EngineProcess, on_gone: Callable[[], None] = lambda: None
+    ) -> None:
         self.address = f"127.0.0.1:{settings.comfyui_port}"
         self._settings = settings
         self._command = command
@@ -43,6 +61,8 @@ class Engine:
         self._client = self._new_client()
         self._up = asyncio.Event()
         self._failure: StartError | None = None
+        self._deaths = 0
+        self._on_gone = on_gone
         self._watcher: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -60,25 +80,46 @@ class Engine:
     ) -> RunResult:
         """Run a graph, as `ComfyClient.run`; waits for a restart that is under way.
 
-        Raises also `EngineDied` with the cause and the last lines, and `EngineStartFailed` when it did not come back.
+        A ComfyUI that hangs, keeps a prompt that was given up, or lost its GPU is replaced before this returns. Raises also
+        `EngineDied` with the cause and the last lines, and a `StartError` when it will not come back.
         """
         await self._up.wait()
         if self._failure:
             raise self._failure
-        process = self._process
+        process, client = self._process, self._client
         try:
-            return await self._client.run(graph, timeout_s=timeout_s, extra_data=extra_data, on_progress=on_progress)
+            result = await client.run(graph, timeout_s=timeout_s, extra_data=extra_data, on_progress=on_progress)
         except NodeFailed as exc:
             if not is_gpu_fault(exc.message):
                 raise
-            log.error("the GPU's context is broken, ComfyUI is replaced: %s", exc.message)  # noqa: TRY400 - the message is it
-            await asyncio.to_thread(process.stop)
+            await self._replace(process, f"the GPU's context is broken: {exc.message}")
             raise GpuFault(" ".join(exc.message.split())) from exc
+        except EngineHung as exc:
+            await self._replace(process, str(exc))
+            raise
         except EngineUnreachable as exc:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(process.exited)), _DEATH_NEWS_S)
-                raise _died(process) from exc
+                raise self._failure or _died(process) from exc
+            await self._replace(process, str(exc))
             raise
+        except EngineDied as exc:
+            if self._failure:
+                raise self._failure from exc
+            raise
+        except (RunTimedOut, asyncio.CancelledError):
+            if client.holds_prompt:
+                await self._replace(process, "it does not let go of a prompt that was given up")
+            raise
+        self._deaths = 0
+        return result
+
+    async def _replace(self, process: EngineProcess, reason: str) -> None:
+        """End this process; `_watch` starts the next one, for which the next run waits."""
+        log.error("ComfyUI is replaced: %s", reason)
+        if process is self._process:
+            self._up.clear()
+        await asyncio.to_thread(process.stop)
 
     async def choices(self, class_type: str, input_name: str) -> Sequence[str] | None:
         """As `ComfyClient.choices`."""
@@ -95,7 +136,8 @@ class Engine:
 
     def _new_client(self) -> ComfyClient:
         settings = self._settings
-        return ComfyClient(self.address, Reconnect(settings.websocket_reconnect_attempts, settings.websocket_reconnect_delay_s))
+        reconnect = Reconnect(settings.websocket_reconnect_attempts, settings.websocket_reconnect_delay_s)
+        return ComfyClient(self.address, reconnect, hang_s=settings.comfy_hang_timeout_s)
 
     async def _await_ready(self) -> None:
         exited = asyncio.wrap_future(self._process.exited)
@@ -114,25 +156,34 @@ class Engine:
         self._up.set()
 
     async def _watch(self) -> None:
-        """Turn each death into errors for its runs and a new process, until a restart fails."""
+        """Turn each death into errors for its runs and a new process, until a restart fails or too many died in a row."""
         while True:
             await asyncio.shield(asyncio.wrap_future(self._process.exited))
             self._up.clear()
             error = _died(self._process)
-            log.error("ComfyUI %s; starting it again", error.cause)
+            self._deaths += 1
+            if self._deaths == _DEATHS_IN_A_ROW:
+                self._failure = EngineGaveUp(self._deaths, error.cause, error.last_lines)
+            else:
+                log.error("ComfyUI %s; starting it again", error.cause)
             self._client.fail_all(error)
             await self._client.close()
-            self._client = self._new_client()
-            try:
-                self._process = EngineProcess.spawn(self._command)
-                await self._await_ready()
-            except (StartError, OSError) as exc:
-                failure = exc if isinstance(exc, StartError) else EngineStartFailed(str(exc))
-                log.error("%s", failure)  # noqa: TRY400 - the sentence is the whole news, a traceback adds nothing
-                self._failure = failure
+            if not self._failure:
+                await self._restart()
+            if self._failure:
+                log.error("%s", self._failure)
                 self._up.set()
+                self._on_gone()
                 return
             log.info("ComfyUI is back (pid %d)", self._process.pid)
+
+    async def _restart(self) -> None:
+        self._client = self._new_client()
+        try:
+            self._process = EngineProcess.spawn(self._command)
+            await self._await_ready()
+        except (StartError, OSError) as exc:
+            self._failure = exc if isinstance(exc, StartError) else EngineStartFailed(str(exc))
 
 
 def is_gpu_fault(message: str) -> bool:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from worker.errors import EngineError, NodeFailed, RunInterrupted, RunLost
+from worker.errors import EngineError, NodeFailed, OutOfMemory, RunInterrupted, RunLost
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -64,6 +64,14 @@ class Failed:
     node_id: str
     node_type: str
     message: str
+    exception_type: str = ""
+
+    def error(self) -> NodeFailed:
+        """As the error it is."""
+        memory = _exhausted(self.exception_type, self.message)
+        if memory:
+            return OutOfMemory(self.node_type, self.node_id, self.message, memory)
+        return NodeFailed(self.node_type, self.node_id, self.message)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +96,22 @@ def decode(message: str | bytes) -> Event | None:
         return None
 
 
-def _failure(data: Mapping[str, Any]) -> tuple[str, str, str]:
-    """Node id, node type and message of an execution_error, from the websocket or from the history."""
-    message = str(data.get("exception_message") or data.get("exception_type") or "the node gave no message")
-    return str(data.get("node_id", "?")), str(data.get("node_type", "?")), message.strip()
+def _failure(data: Mapping[str, Any]) -> Failed:
+    """What an execution_error says, from the websocket or from the history."""
+    kind = str(data.get("exception_type") or "")
+    message = str(data.get("exception_message") or kind or "the node gave no message").strip()
+    node_id, node_type = str(data.get("node_id", "?")), str(data.get("node_type", "?"))
+    return Failed(str(data.get("prompt_id", "?")), node_id, node_type, message, kind)
+
+
+def _exhausted(kind: str, message: str) -> Literal["GPU", "host"] | None:
+    """Which memory ran out, if that is what the exception means.
+
+    `torch.OutOfMemoryError` is the GPU's; torch's allocator for the host raises a bare RuntimeError.
+    """
+    if kind.endswith("OutOfMemoryError") or message.startswith(("CUDA error: out of memory", "Allocation on device")):
+        return "GPU"
+    return "host" if kind == "MemoryError" or "DefaultCPUAllocator" in message else None
 
 
 _DECODERS: Mapping[str, Callable[[Mapping[str, Any]], Event]] = {
@@ -99,7 +119,7 @@ _DECODERS: Mapping[str, Callable[[Mapping[str, Any]], Event]] = {
     "executed": lambda data: NodeOutput(data["prompt_id"], data["node"], dict(data["output"] or {})),
     "progress": lambda data: Progress(data["prompt_id"], data.get("node"), float(data["value"]), float(data["max"])),
     "execution_success": lambda data: Succeeded(data["prompt_id"]),
-    "execution_error": lambda data: Failed(data["prompt_id"], *_failure(data)),
+    "execution_error": _failure,
     "execution_interrupted": lambda data: Interrupted(data["prompt_id"]),
 }
 
@@ -134,8 +154,8 @@ class RunTracker:
         match event:
             case NodeOutput(node_id=node_id, output=output):
                 self._outputs[node_id] = output
-            case Failed(node_id=node_id, node_type=node_type, message=message):
-                self.outcome = NodeFailed(node_type, node_id, message)
+            case Failed():
+                self.outcome = event.error()
             case Interrupted():
                 self.outcome = RunInterrupted()
             case Succeeded() if self._complete:
@@ -171,8 +191,7 @@ def outcome_of(entry: Mapping[str, Any]) -> Outcome:
         return Finished(dict(entry.get("outputs") or {}))
     for name, data in status.get("messages") or ():
         if name == "execution_error":
-            node_id, node_type, message = _failure(data)
-            return NodeFailed(node_type, node_id, message)
+            return _failure(data).error()
         if name == "execution_interrupted":
             return RunInterrupted()
     return NodeFailed("?", "?", "ComfyUI's history says the run failed and gives no cause")

@@ -1,60 +1,137 @@
-"""What a run produced, as the client gets it: files of the history read from disk. Touches disk."""
+"""What a run produced, sorted: history -> files and texts, each checked to be there. Touches disk; reads no file's content."""
 
 from __future__ import annotations
 
-import base64
+import json
 import mimetypes
-from typing import TYPE_CHECKING, Any
+import re
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
 
 from worker.errors import OutputGone, UnsafePath
-from worker.job import OutputItem
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-    from pathlib import Path
+    from collections.abc import Collection, Iterator, Mapping, Sequence
 
 # Not in every Debian's mime.types, and Python's own table lacks them before 3.13.
-_MEDIA_TYPES = {
+_MEDIA_TYPES: Final = {
     ".webp": "image/webp",
     ".avif": "image/avif",
+    ".exr": "image/x-exr",
     ".webm": "video/webm",
+    ".mp4": "video/mp4",
+    ".mkv": "video/x-matroska",
+    ".mov": "video/quicktime",
     ".flac": "audio/flac",
+    ".mp3": "audio/mpeg",
+    ".wav": "audio/wav",
     ".opus": "audio/ogg",
+    ".glb": "model/gltf-binary",
+    ".gltf": "model/gltf+json",
+    ".obj": "model/obj",
+    ".stl": "model/stl",
 }
+# Which list of the result the files of a history key go to; those of any other key go to `files`.
+_KINDS: Final = {
+    "images": "images",
+    "gifs": "videos",  # VideoHelperSuite's name for all it makes
+    "videos": "videos",
+    "video": "videos",
+    "audio": "audio",
+}
+_TEXT_KEYS: Final = ("text", "string")
+# Preview3D names its model by a path in the output folder, beside values that are none.
+_PATH_KEYS: Final = ("result",)
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One thing to deliver; `kind` is the result's list it belongs to."""
+
+    kind: str
+    node_id: str
+    filename: str
+    subfolder: str
+    media_type: str
+    size_bytes: int
+    source: Path | str
+    """Where the file is, or the text itself."""
 
 
 class OutputFiles:
-    """ComfyUI's output folder."""
+    """ComfyUI's output folder, and its folder of previews."""
 
-    def __init__(self, output_dir: Path) -> None:
-        self._output_dir = output_dir
+    def __init__(self, output_dir: Path, temp_dir: Path | None = None) -> None:
+        self._folders = {"output": output_dir, "temp": temp_dir or output_dir.parent / "temp"}
 
-    def images(self, outputs: Mapping[str, Mapping[str, Any]]) -> tuple[OutputItem, ...]:
-        """Every saved file that the history lists under `images`, by node, then as produced; previews are left out.
+    def collect(
+        self, outputs: Mapping[str, Mapping[str, Any]], *, nodes: Collection[str] | None = None, previews: bool = False
+    ) -> tuple[Output, ...]:
+        """Everything that the history lists and that is a file or a text: by node id (9 before 10), then as produced.
 
-        ComfyUI lists the files of its video and animation savers under `images` too. Raises `OutputGone` for a file that
-        is not there.
+        The order in which nodes ran depends on what ComfyUI had cached, so it is not kept. `nodes` limits whose outputs are
+        returned; `previews` adds the files of preview nodes. A file that is listed twice by a node comes once. Raises
+        `OutputGone` for a file that is not there, `UnsafePath` for one that is elsewhere.
         """
-        return tuple(self._item(node_id, file) for node_id, file in _saved(outputs))
+        found: dict[tuple[str, object], Output] = {}
+        for node_id in sorted(outputs, key=node_order):
+            if nodes is None or node_id in nodes:
+                for item in self._of_node(node_id, outputs[node_id], previews=previews):
+                    found.setdefault((node_id, item.source if isinstance(item.source, Path) else item.filename), item)
+        return tuple(found.values())
 
-    def _item(self, node_id: str, file: Mapping[str, Any]) -> OutputItem:
-        filename, subfolder = str(file["filename"]), str(file.get("subfolder") or "")
-        path = self._output_dir / subfolder / filename
-        if not path.resolve().is_relative_to(self._output_dir.resolve()):
-            raise UnsafePath(f"An output of node {node_id}", f"{subfolder}/{filename}")
-        try:
-            data = path.read_bytes()
-        except FileNotFoundError as exc:
-            raise OutputGone(filename) from exc
-        return OutputItem(
-            filename=filename,
-            type="base64",
-            data=base64.b64encode(data).decode("ascii"),
-            node_id=node_id,
-            subfolder=subfolder,
-            media_type=media_type(filename),
-            size_bytes=len(data),
-        )
+    def _of_node(self, node_id: str, output: Mapping[str, Any], *, previews: bool) -> Iterator[Output]:
+        for key, values in output.items():
+            for value in _entries(values):
+                if _is_file(value):
+                    kind = value.get("type") or "output"
+                    if kind == "output" or (previews and kind == "temp"):
+                        yield self._file(_KINDS.get(key, "files"), node_id, value, kind)
+                elif key in _PATH_KEYS and isinstance(value, str) and (item := self._named(node_id, value)):
+                    yield item
+        yield from _texts(node_id, output)
+
+    def _file(self, kind: str, node_id: str, entry: Mapping[str, Any], folder: str) -> Output:
+        name, subfolder = entry["filename"], str(entry.get("subfolder") or "")
+        path = self._folders[folder] / subfolder / name
+        if "\0" in str(path) or not path.resolve().is_relative_to(self._folders[folder].resolve()):
+            raise UnsafePath(f"An output of node {node_id}", f"{subfolder}/{name}")
+        found = _regular(path)
+        if found is None:
+            raise OutputGone(path.name)
+        return Output(kind, node_id, clean(path.name), clean(subfolder), media_type(path.name), found, path)
+
+    def _named(self, node_id: str, text: str) -> Output | None:
+        """A file of the output folder named by a plain string; None for any other string."""
+        name = text.removesuffix(" [output]")
+        root = self._folders["output"]
+        path = root / name
+        if "\0" in name or not Path(name).suffix or not path.resolve().is_relative_to(root.resolve()):
+            return None
+        size_bytes = _regular(path)
+        if size_bytes is None:
+            return None
+        subfolder = str(path.relative_to(root).parent)
+        subfolder = "" if subfolder == "." else clean(subfolder)
+        return Output("files", node_id, clean(path.name), subfolder, media_type(path.name), size_bytes, path)
+
+
+def unanswered(nodes: Collection[str] | None, found: Sequence[Output]) -> list[str]:
+    """A sentence for each node that was asked for and gave nothing that is returned."""
+    there = {item.node_id for item in found}
+    return [
+        f"Node {node_id} was asked for in 'outputs', but it produced nothing to return."
+        for node_id in sorted(set(nodes or ()) - there, key=node_order)
+    ]
+
+
+def node_order(node_id: str) -> tuple[tuple[int, int, str], ...]:
+    """Sorts node ids as people count: 9 before 10, 57:3 (a node of a subgraph) after 57."""
+    parts = re.findall(r"0*([0-9]+)|([^0-9]+)", node_id)
+    ordered = [(0, len(number), number) if number else (1, 0, text) for number, text in parts]
+    return (*ordered, (-1, 0, node_id))
 
 
 def media_type(filename: str) -> str:
@@ -63,8 +140,31 @@ def media_type(filename: str) -> str:
     return _MEDIA_TYPES.get(suffix) or mimetypes.guess_type(filename)[0] or "application/octet-stream"
 
 
-def _saved(outputs: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    for node_id, output in outputs.items():
-        for file in output.get("images") or ():
-            if isinstance(file, dict) and file.get("type") == "output" and file.get("filename"):
-                yield node_id, file
+def clean(text: str) -> str:
+    """The same text without halves of characters, which no UTF-8 can carry: the SDK fails on them and loses the result."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _texts(node_id: str, output: Mapping[str, Any]) -> Iterator[Output]:
+    values = [value for key in _TEXT_KEYS for value in _entries(output.get(key)) if value is not None and not _is_file(value)]
+    safe_id = re.sub(r"[^A-Za-z0-9._-]", "-", node_id)
+    for index, value in enumerate(values):
+        text = clean(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
+        yield Output("text", node_id, f"text_{safe_id}_{index}.txt", "", "text/plain", len(text.encode()), text)
+
+
+def _entries(values: object) -> Sequence[Any]:
+    return values if isinstance(values, list | tuple) else [values]
+
+
+def _is_file(value: object) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("filename"), str) and value["filename"] != ""
+
+
+def _regular(path: Path) -> int | None:
+    """The size of a file; None when there is none."""
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return found.st_size if stat.S_ISREG(found.st_mode) else None

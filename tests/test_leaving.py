@@ -1,0 +1,178 @@
+"""How a worker in production mode ends, and what becomes of its jobs: the real SDK, the real ComfyUI, a stand-in of RunPod."""
+
+from __future__ import annotations
+
+import os
+import signal
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from devkit import nodes
+from devkit.control_plane import ControlPlane, ProductionWorker
+from devkit.engine.build import engine_args
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from devkit.control_plane.faults import FaultKind
+    from devkit.engine.build import Engine
+
+    Start = Callable[..., tuple[ControlPlane, ProductionWorker]]
+
+LONG_S = 600.0
+"""Longer than any test runs: what is not ended waits for ever."""
+
+
+def tiny(colour: int, node: str | None = None, **inputs: Any) -> dict[str, Any]:
+    """A job that needs no weights; with a node between, one that misbehaves."""
+    graph: dict[str, Any] = {
+        "1": {"class_type": "EmptyImage", "inputs": {"width": 8, "height": 8, "batch_size": 1, "color": colour}},
+        "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "tiny"}},
+    }
+    if node:
+        graph["3"] = {"class_type": node, "inputs": {"image": ["1", 0], "seed": colour, **inputs}}
+        graph["2"]["inputs"]["images"] = ["3", 0]
+    return {"workflow": graph}
+
+
+@pytest.fixture
+def start(engine: Engine, tmp_path: Path) -> Iterator[Start]:
+    """A pod whose polls are held longer than the test runs, with nodes that misbehave."""
+    started: list[tuple[ControlPlane, ProductionWorker]] = []
+
+    def make(**environ: str) -> tuple[ControlPlane, ProductionWorker]:
+        plane = ControlPlane(poll_s=LONG_S)
+        (tmp_path / "volume").mkdir()
+        flags = " ".join([*engine_args(engine), *nodes.FLAGS])
+        worker = ProductionWorker(plane, engine, tmp_path, tmp_path / "volume", {"COMFY_ARGS": flags, **environ})
+        nodes.install(worker.base_dir)
+        worker.start()
+        started.append((plane, worker))
+        worker.wait_ready()
+        return plane, worker
+
+    yield make
+    for plane, worker in started:
+        worker.stop()
+        plane.close()
+
+
+def is_back(worker: ProductionWorker, times: int) -> bool:
+    return worker.log().count("ComfyUI is back") == times
+
+
+def test_an_idle_worker_leaves_at_once_though_its_polls_are_held(start: Start) -> None:
+    plane, worker = start()
+    assert worker.stop(timeout_s=30) == 0
+    assert "leaving: no job to finish" in worker.log()
+    assert not plane.is_polling()
+
+
+def test_a_busy_worker_posts_its_result_before_it_leaves_and_takes_no_other_job(start: Start) -> None:
+    plane, worker = start()
+    busy = plane.submit(tiny(1, "FaultSleep", seconds=3.0))
+    plane.wait_until(lambda: "got prompt" in worker.log())
+    os.kill(worker.pid, signal.SIGTERM)
+    plane.wait_until(lambda: "leaving: 1 jobs to finish first" in worker.log())
+    later = plane.submit(tiny(2))
+    assert busy.result(30)["status"] == "COMPLETED"
+    assert worker.wait_exit(30) == 0
+    assert (busy.answers, later.takes) == (1, [])
+
+
+def test_the_next_job_is_taken_while_a_result_is_on_its_way(start: Start) -> None:
+    plane, worker = start()
+    plane.fault("slow", "result", delay_s=LONG_S)
+    first, second = plane.submit(tiny(1)), plane.submit(tiny(2))
+    assert second.result(30)["status"] == "COMPLETED"
+    assert first.answers == 1
+    assert worker.log().count("finished in") == 2
+    worker.kill()
+
+
+@pytest.mark.parametrize("kind", ["drop", "lose", "status"])
+def test_a_result_that_does_not_get_through_is_sent_again(kind: FaultKind, start: Start) -> None:
+    plane, worker = start()
+    plane.fault(kind, "result", count=5, status=503)
+    job = plane.submit(tiny(1))
+    plane.wait_until(lambda: len(job.posts) >= 6 or (kind == "drop" and job.answers > 0), 60)
+    assert job.result(30)["status"] == "COMPLETED"
+    assert "sending it again" in worker.log()
+
+
+def test_with_refresh_worker_each_job_asks_for_another_worker_and_the_worker_leaves(start: Start) -> None:
+    plane, worker = start(REFRESH_WORKER="true")
+    first, second = plane.submit(tiny(1)), plane.submit(tiny(2))
+    assert first.result(30)["status"] == "COMPLETED"
+    assert worker.wait_exit(30) == 0
+    assert first.stop_pod
+    assert (second.takes, plane.pods_to_stop) == ([], {"pod-1"})
+
+
+def test_a_worker_whose_engine_dies_three_times_in_a_row_leaves_its_queue_to_others(start: Start) -> None:
+    plane, worker = start()
+    dying = [plane.submit(tiny(number, "FaultDie", signal=9)) for number in range(3)]
+    waiting = plane.submit(tiny(9))
+    results = [job.result(90) for job in dying]
+    assert [result["output"]["code"] for result in results] == ["engine_died", "engine_died", "engine_gave_up"]
+    assert "SIGKILL" in results[2]["error"]
+    assert worker.wait_exit(30) == 1
+    assert [job.stop_pod for job in dying] == [False, False, True]
+    assert waiting.takes == []
+
+
+def test_a_job_that_succeeds_between_deaths_keeps_the_worker(start: Start) -> None:
+    plane, worker = start()
+    for number in range(4):
+        dying = plane.submit(tiny(number, "FaultDie", signal=11))
+        assert dying.result(60)["output"]["code"] == "engine_died"
+        assert plane.submit(tiny(number)).result(60)["status"] == "COMPLETED"
+    assert worker.log().count("ComfyUI is back") == 4
+
+
+def test_a_node_that_runs_out_of_memory_is_told_apart_and_the_engine_lives(start: Start) -> None:
+    plane, worker = start()
+    result = plane.submit(tiny(1, "FaultDie", signal=-1)).result(60)
+    assert result["output"]["code"] == "out_of_memory"
+    assert "Node ID: 3" in result["error"]
+    assert "use a smaller size" in result["error"]
+    assert plane.submit(tiny(2)).result(60)["status"] == "COMPLETED"
+    assert "ComfyUI is back" not in worker.log()
+
+
+def test_an_engine_that_hangs_is_replaced_and_its_job_told(start: Start) -> None:
+    plane, worker = start(COMFY_HANG_TIMEOUT_S="2")
+    job = plane.submit(tiny(1, "FaultSleep", seconds=LONG_S))
+    plane.wait_until(lambda: "got prompt" in worker.log())
+    os.kill(worker.comfyui_pid(), signal.SIGSTOP)
+    assert job.result(90)["output"]["code"] == "engine_hung"
+    assert plane.submit(tiny(2)).result(60)["status"] == "COMPLETED"
+
+
+@pytest.mark.parametrize("how", ["cancel", "timeout_s"])
+def test_an_engine_that_does_not_let_go_of_a_job_is_replaced(how: str, start: Start) -> None:
+    plane, worker = start()
+    job = plane.submit({**tiny(1, "FaultSleep", seconds=LONG_S), **({"timeout_s": 1} if how == "timeout_s" else {})})
+    plane.wait_until(lambda: "got prompt" in worker.log())
+    if how == "cancel":
+        plane.cancel(job.id)
+    following = plane.submit(tiny(2))
+    assert following.result(90)["status"] == "COMPLETED"
+    assert "does not let go" in worker.log()
+    if how == "timeout_s":
+        assert job.result(1)["output"]["code"] == "job_timeout"
+        assert "longer than 1 s" in job.result(1)["error"]
+    else:
+        assert job.answers == 0
+
+
+def test_an_engine_that_dies_while_idle_three_times_ends_the_worker(start: Start) -> None:
+    plane, worker = start()
+    for death in range(3):
+        plane.wait_until(partial(is_back, worker, death), 60)
+        os.kill(worker.comfyui_pid(), signal.SIGKILL)
+    assert worker.wait_exit(60) == 1
+    assert "3 times in a row" in worker.log()

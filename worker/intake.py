@@ -1,0 +1,221 @@
+"""When the RunPod SDK takes a job, and how the worker leaves without losing one. Touches the network, through the SDK.
+
+The SDK's loop (`rp_scale.JobScaler`, read in 1.12.0) has four habits that cost jobs or GPU time, all of which it lets be
+replaced by attributes of the scaler: between two jobs it sleeps up to a second; on SIGTERM it waits for both of its polls, up
+to 90 s, and swallows a job that comes on them; a stop signal that comes before a job's task exists is dropped; a result whose
+connection breaks is not sent again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import signal
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Coroutine, Mapping
+
+log = logging.getLogger(__name__)
+
+_POLL_S = 90.0
+# A job that is on its way when the worker leaves: long enough for it to arrive, too short for anybody to notice.
+_ARRIVAL_S = 0.1
+# A result is worth the GPU time it took.
+_POST_PATIENCE_S = 60.0
+_POST_BACKOFF_S = (0.2, 0.4, 0.8, 1.6, 3.2, 5.0)
+_TRANSIENT = frozenset({HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS})
+
+
+class Intake:
+    """Jobs come in through `concurrency`, which goes into the SDK's config as `concurrency_modifier`.
+
+    Guarantees, in production mode: the next job is asked for as soon as the engine is free of the last one, while that one's
+    result is still on its way; after SIGTERM no job is taken, those that were are answered, then the SDK's loop ends.
+    """
+
+    def __init__(self) -> None:
+        self._scaler: Any = None
+        self._loop: asyncio.AbstractEventLoop
+        self._session: aiohttp.ClientSession
+        self._posts: aiohttp.ClientSession | None = None
+        self._at_engine: str | None = None
+        self._asking = False
+        self._ending: asyncio.Task[None] | None = None
+        self._taken: set[str] = set()
+        self._stopped: set[str] = set()
+        self._free = asyncio.Event()
+        self._leaving = asyncio.Event()
+        self._gone = asyncio.Event()
+
+    @property
+    def session(self) -> aiohttp.ClientSession:
+        """The SDK's own connections to RunPod, with its key, while jobs are taken."""
+        return self._session
+
+    def concurrency(self, _: int) -> int:
+        """How many jobs the SDK may hold: the one at the engine, and one that is being delivered or asked for.
+
+        The SDK's first call comes on its loop, once its signal handlers are set: that is when they can be replaced.
+        """
+        if self._scaler is None:
+            self._attach(signal.getsignal(signal.SIGTERM))
+        return 2
+
+    def _attach(self, handler: object) -> None:
+        scaler: Any = getattr(handler, "__self__", None)
+        if not hasattr(scaler, "jobs_fetcher"):
+            raise TypeError("the RunPod SDK's job loop is not the one this worker was written for: install runpod~=1.12.0")
+        self._scaler, self._loop = scaler, asyncio.get_running_loop()
+        scaler.jobs_fetcher, scaler.jobs_fetcher_timeout = self._take, None
+        scaler.stop_signals_fetcher, scaler.stop_signals_fetcher_timeout = self._stops, None
+        scaler.jobs_handler = self._handle
+        self._free.set()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._loop.add_signal_handler(number, self.leave)
+
+    def engine_free(self, job_id: str) -> None:
+        """The engine is done with this job: the next may be asked for. From any thread."""
+        with contextlib.suppress(RuntimeError):  # the SDK's loop has ended
+            self._loop.call_soon_threadsafe(self._release, job_id)
+
+    def _release(self, job_id: str) -> None:
+        if self._at_engine == job_id:
+            self._at_engine = None
+            self._free.set()
+
+    def leave(self) -> None:
+        """Take no more jobs, answer those that were taken, then end the SDK's loop. On its thread; more than once is once."""
+        if self._leaving.is_set():
+            return
+        log.info("leaving: %s", f"{len(self._taken)} jobs to finish first" if self._taken else "no job to finish")
+        self._leaving.set()
+        self._end_if_done()
+
+    def _end_if_done(self) -> None:
+        # While a poll has no answer the worker may not end: the answer may be a job.
+        if self._leaving.is_set() and not (self._taken or self._asking or self._ending):
+            self._ending = self._loop.create_task(self._end())
+
+    async def _end(self) -> None:
+        if self._posts:
+            await self._posts.close()
+        self._gone.set()
+        self._scaler.kill_worker()
+
+    async def _take(self, session: aiohttp.ClientSession, _: int) -> list[dict[str, Any]]:
+        """One job, once the engine is free; none when the worker leaves."""
+        from runpod.serverless.modules.rp_job import get_job  # noqa: PLC0415 - already imported by import_sdk
+
+        self._session = session
+        if not await _before(self._leaving, self._free.wait()):
+            await self._gone.wait()
+            return []
+        poll = asyncio.create_task(asyncio.wait_for(get_job(session, 1), _POLL_S))
+        self._asking = True
+        try:
+            await _until(self._leaving, poll)
+            jobs: list[dict[str, Any]] = (await poll if poll.done() else await _arrived(poll)) or []
+            for job in jobs:
+                self._taken.add(job["id"])
+                self._at_engine = job["id"]
+                self._free.clear()
+        except TimeoutError:
+            return []
+        finally:
+            self._asking = False
+            self._end_if_done()
+        return jobs
+
+    async def _stops(self, session: aiohttp.ClientSession) -> list[str]:
+        """Jobs to stop, as RunPod says; TimeoutError, after which the SDK asks again or ends, when the worker is gone."""
+        from runpod.serverless.modules.rp_job import get_stop_signals  # noqa: PLC0415 - as above
+
+        poll = asyncio.create_task(asyncio.wait_for(get_stop_signals(session), _POLL_S))
+        if not await _until(self._gone, poll):
+            poll.cancel()
+            raise TimeoutError
+        ids: list[str] = await poll
+        self._stopped.update(job_id for job_id in ids if job_id in self._taken and job_id not in self._scaler.jobs_tasks)
+        return ids
+
+    async def _handle(self, _: aiohttp.ClientSession, config: Mapping[str, Any], job: dict[str, Any]) -> None:
+        """Run one job as the SDK does, and send its result until it arrives."""
+        from runpod.serverless.modules.rp_job import handle_job  # noqa: PLC0415 - as above
+
+        try:
+            if job["id"] in self._stopped:
+                raise asyncio.CancelledError
+            await handle_job(self._posting(), config, job)
+        finally:
+            self._taken.discard(job["id"])
+            self._stopped.discard(job["id"])
+            self._release(job["id"])
+            self._end_if_done()
+
+    def _posting(self) -> aiohttp.ClientSession:
+        """Connections for results: kept, so that no result waits for a handshake."""
+        from runpod.http_client import AsyncClientSession  # noqa: PLC0415 - as above
+
+        if self._posts is None:
+            self._posts = AsyncClientSession(middlewares=(send_again,))
+        return self._posts
+
+
+async def send_again(
+    request: aiohttp.ClientRequest, send: Callable[[aiohttp.ClientRequest], Awaitable[aiohttp.ClientResponse]]
+) -> aiohttp.ClientResponse:
+    """Send a request until it is answered with something other than "not now"; for a minute at most."""
+    deadline = asyncio.get_running_loop().time() + _POST_PATIENCE_S
+    for attempt in itertools.count():
+        last = asyncio.get_running_loop().time() > deadline
+        try:
+            response = await send(request)
+        except (aiohttp.ClientConnectionError, TimeoutError) as exc:
+            if last:
+                raise
+            reason = str(exc) or type(exc).__name__
+        else:
+            if last or not (response.status in _TRANSIENT or response.status >= HTTPStatus.INTERNAL_SERVER_ERROR):
+                return response
+            reason = f"status {response.status}"
+            response.release()
+        log.warning("RunPod did not take a result (%s); sending it again", reason)
+        await asyncio.sleep(_POST_BACKOFF_S[min(attempt, len(_POST_BACKOFF_S) - 1)])
+    raise AssertionError("the deadline ends the loop")
+
+
+async def _until(event: asyncio.Event, task: asyncio.Task[Any]) -> bool:
+    """Return when the task is done (True) or the event is set (False); the task goes on either way."""
+    waiting = asyncio.create_task(event.wait())
+    try:
+        await asyncio.wait((waiting, task), return_when=asyncio.FIRST_COMPLETED)
+    except asyncio.CancelledError:
+        task.cancel()
+        raise
+    finally:
+        waiting.cancel()
+    return task.done()
+
+
+async def _before(event: asyncio.Event, coro: Coroutine[Any, Any, Any]) -> bool:
+    """Whether `coro` ends before the event is set; it is given up otherwise."""
+    task = asyncio.create_task(coro)
+    if event.is_set() or not await _until(event, task) or event.is_set():
+        task.cancel()
+        return False
+    return True
+
+
+async def _arrived(poll: asyncio.Task[Any]) -> Any:  # noqa: ANN401 - the SDK's jobs
+    """What the poll brings within a moment: an answer that is on its way is taken, then the poll is given up."""
+    await asyncio.wait((poll,), timeout=_ARRIVAL_S)
+    if poll.done():
+        return await poll
+    poll.cancel()
+    return None

@@ -1,0 +1,45 @@
+"""Where a job's time goes, as a client can ask for it. Pure but for the clock."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+
+class Laps:
+    """A job's clock: seconds by step, each the sum of its turns."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+        self._steps: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Count the body's time to a step."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._steps[name] = self._steps.get(name, 0.0) + time.monotonic() - began
+
+    def total_s(self) -> float:
+        """Seconds since the job began."""
+        return time.monotonic() - self._began
+
+    def to_dict(self, queued_s: float, node_s: Mapping[str, float]) -> dict[str, Any]:
+        """The times as `return_timings` gives them: seconds, to the millisecond.
+
+        What ComfyUI had the graph in its queue for (`queued_s`) counts as queueing, not as running.
+        """
+        steps = {"models": 0.0, "inputs": 0.0, "queueing": 0.0, "running": 0.0, "delivering": 0.0, **self._steps}
+        steps["queueing"] += queued_s
+        steps["running"] -= queued_s
+        return {
+            **{f"{name}_s": round(value, 3) for name, value in steps.items()},
+            "total_s": round(self.total_s(), 3),
+            "nodes_s": {node_id: round(value, 3) for node_id, value in node_s.items()},
+        }

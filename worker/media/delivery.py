@@ -1,0 +1,359 @@
+"""How a job's outputs reach the client: in the result, a bucket, or on the volume, and never lost. Touches disk and network.
+
+The result's size is known before a file is read: base64 has four characters for three bytes, the rest is measured as JSON
+without it. Only what fits is read; what does not goes elsewhere, or the job fails with the size and what to set.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import logging
+import threading
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
+
+from worker.errors import BucketFailed, OutputGone, ResultTooLarge
+from worker.job import OutputItem, Result
+from worker.media.bucket import Bucket, Upload, Uploads, clean_id, job_target
+from worker.media.guard import UrlRules
+from worker.media.keep import KeptOutputs
+from worker.media.outputs import Output, OutputFiles, clean, unanswered
+from worker.media.s3 import S3Target
+from worker.media.spill import Copies, Copy
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping, Sequence
+
+    from worker.settings import Settings
+
+log = logging.getLogger(__name__)
+
+# What RunPod carries, less what it and the SDK add around a result: read in its documentation as 10 and 20 MB.
+_RUN_LIMIT_BYTES: Final = 9_800_000
+_RUNSYNC_LIMIT_BYTES: Final = 19_800_000
+# What is added after the measuring: the envelope, and the timings if the client asked for them.
+_RESERVE_BYTES: Final = 4096
+# Reading and encoding so much takes a few milliseconds, and a hop to a thread about as long when the loop is busy.
+_ON_THE_LOOP_BYTES: Final = 4_000_000
+# Where there is a bucket, a text larger than this is a file in it; below, it is of more use in the result.
+_LARGE_TEXT_BYTES: Final = 100_000
+# A store or a network file system that hangs does not hold up a cancelled job for longer.
+_LEAVING_S: Final = 10.0
+
+_T = TypeVar("_T", covariant=True)  # noqa: PLC0105 - the protocol below is its one use
+
+
+class _Work(Protocol[_T]):
+    """Something slow that runs in a thread and can be stopped from another."""
+
+    def run(self) -> _T: ...
+
+    def stop(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """An output and how it will be delivered."""
+
+    output: Output
+    item: OutputItem
+    """With `data` empty where it will be base64."""
+
+    @property
+    def size_bytes(self) -> int:
+        """What it takes in the result's JSON."""
+        encoded = _base64_length(self.output.size_bytes) if self.item.type == "base64" else 0
+        return _json_length(self.item.to_dict()) + encoded
+
+
+class Delivery:
+    """Delivers the outputs of ComfyUI's runs. Made without importing boto3 or touching the disk; then `start`, once."""
+
+    def __init__(
+        self,
+        output_dir: Path,
+        temp_dir: Path,
+        *,
+        volume: Path | None = None,
+        bucket: Bucket | None = None,
+        result_limit_bytes: int | None = None,
+        keep_bytes: int = 2_048_000_000,
+        url_expiry_s: int = 604_800,
+        allow_private: tuple[str, ...] = (),
+    ) -> None:
+        self._outputs = OutputFiles(output_dir, temp_dir)
+        self._kept = KeptOutputs(output_dir, temp_dir, keep_bytes, spare=[volume] if volume else [])
+        self._volume = volume
+        self._bucket = bucket
+        self._result_limit_bytes = result_limit_bytes
+        self._url_expiry_s = url_expiry_s
+        self._job_rules = UrlRules(private=allow_private)
+
+    @classmethod
+    def of(cls, settings: Settings) -> Delivery:
+        """As the settings have it."""
+        limit_mb = settings.result_limit_mb
+        return cls(
+            settings.base_dir / "output",
+            settings.base_dir / "temp",
+            volume=settings.volume_path,
+            bucket=_settings_bucket(settings),
+            result_limit_bytes=None if limit_mb is None else int(limit_mb * 1_000_000),
+            keep_bytes=settings.output_keep_mb * 1_000_000,
+            url_expiry_s=settings.bucket_url_expiry_s,
+            allow_private=settings.input_url_allow_private,
+        )
+
+    def start(self) -> None:
+        """Begin, in a thread, what would delay the first job: the import of boto3, and a look at what is in the folders."""
+        threading.Thread(target=self._prepare, name="delivery", daemon=True).start()
+
+    def job_bucket(self, s3_config: object) -> Bucket | None:
+        """The bucket of a job that brings its own; None for one that does not. Pure: call it before the GPU is used.
+
+        Raises `S3ConfigInvalid`.
+        """
+        target = job_target(s3_config)
+        return Bucket(target, url_expiry_s=self._url_expiry_s, rules=self._job_rules) if target else None
+
+    async def deliver(
+        self,
+        job_id: str,
+        outputs: Mapping[str, Mapping[str, Any]],
+        *,
+        nodes: Collection[str] | None = None,
+        previews: bool = False,
+        bucket: Bucket | None = None,
+        warnings: Sequence[str] = (),
+    ) -> Result:
+        """The result of a run: everything to the bucket (the job's own, or the settings'), or else into the result itself.
+
+        What a bucket does not take comes in the result, or on the volume when that is too large, with a sentence in `warnings`;
+        without a bucket the largest files go to the volume until the rest fits. On cancellation uploads and copies are stopped
+        before this returns, and leave nothing unfinished.
+
+        Raises `OutputGone` for a file that is not there; `ResultTooLarge`, or the `BucketFailed` that led to it, when there is
+        no place for a file; `S3ConfigInvalid` for a bucket at an address that jobs must not reach; `UnsafePath`.
+        """
+        found = self._outputs.collect(outputs, nodes=nodes, previews=previews)
+        said = [clean(text) for text in (*warnings, *unanswered(nodes, found))]
+        files = {item.source: item.size_bytes for item in found if isinstance(item.source, Path)}
+        for path, size_bytes in files.items():
+            if self._kept.is_gone(path, size_bytes):
+                raise OutputGone(path.name)
+        with self._kept.using(files):
+            result = await _Job(self, clean_id(job_id), self._limit_bytes(job_id), bucket or self._bucket).deliver(found, said)
+        if self._kept.due():
+            threading.Thread(target=self._kept.sweep, name="keep-outputs", daemon=True).start()
+        return result
+
+    @property
+    def volume(self) -> Path | None:
+        """The network volume's root, where there is one."""
+        return self._volume if self._volume and self._volume.is_dir() else None
+
+    def no_volume(self) -> str:
+        """Why there is no volume, for a sentence."""
+        return f"there is no network volume at {self._volume}" if self._volume else "there is no network volume"
+
+    def _limit_bytes(self, job_id: str) -> int:
+        if self._result_limit_bytes is not None:
+            return self._result_limit_bytes
+        # RunPod begins the ids of jobs sent through /runsync so.
+        return _RUNSYNC_LIMIT_BYTES if job_id.startswith("sync-") else _RUN_LIMIT_BYTES
+
+    def _prepare(self) -> None:
+        try:
+            self._kept.start()
+            if self._bucket:
+                self._bucket.open()
+        except Exception:
+            log.exception("the delivery of results could not be prepared; the first job tries again")
+
+
+class _Job:
+    """The delivery of one job's outputs."""
+
+    def __init__(self, delivery: Delivery, job_id: str, limit_bytes: int, bucket: Bucket | None) -> None:
+        self._delivery = delivery
+        self._job_id = job_id
+        self._limit_bytes = limit_bytes
+        self._bucket = bucket
+
+    async def deliver(self, outputs: Sequence[Output], warnings: list[str]) -> Result:
+        planned = [_Planned(output, _inline(output)) for output in outputs]
+        failure = None
+        if self._bucket:
+            planned, failure = await self._upload(self._bucket, planned)
+            if failure:
+                warnings.append(f"{failure} What could not be uploaded is returned without the bucket.")
+        planned = await self._fit(planned, warnings, failure)
+        waiting_bytes = sum(each.output.size_bytes for each in planned if each.item.type == "base64")
+        if waiting_bytes <= _ON_THE_LOOP_BYTES:
+            items = _encode(planned)
+        else:
+            items = await asyncio.to_thread(_encode, planned)
+        return _result(planned, items, warnings)
+
+    async def _upload(self, bucket: Bucket, planned: list[_Planned]) -> tuple[list[_Planned], BucketFailed | None]:
+        """Files and large texts become addresses. The second value is the first failure."""
+        files = [each for each in planned if isinstance(each.output.source, Path) or each.output.size_bytes > _LARGE_TEXT_BYTES]
+        if not files:
+            return planned, None
+        began = time.monotonic()
+        outcomes = await _off_the_loop(Uploads(bucket, self._job_id, [_upload(each.output) for each in files]))
+        places = {id(each): outcome for each, outcome in zip(files, outcomes, strict=True) if isinstance(outcome, str)}
+        failure = next((outcome for outcome in outcomes if isinstance(outcome, BucketFailed)), None)
+        uploaded = [
+            replace(each, item=replace(each.item, type="s3_url", data=places[id(each)])) if id(each) in places else each
+            for each in planned
+        ]
+        if failure:
+            log.warning("job %s: %s", self._job_id, failure)
+        else:
+            size_mb = sum(each.output.size_bytes for each in files) / 1e6
+            took_s = time.monotonic() - began
+            log.info("job %s: uploaded %d files, %.1f MB in %.2f s", self._job_id, len(files), size_mb, took_s)
+        return uploaded, failure
+
+    async def _fit(self, planned: list[_Planned], warnings: Sequence[str], failure: BucketFailed | None) -> list[_Planned]:
+        """The same plan within the limit: the largest go to the volume until the rest fits."""
+        size_bytes = _size(planned, warnings)
+        if size_bytes <= self._limit_bytes - _RESERVE_BYTES:
+            return planned
+        volume = self._delivery.volume
+        if volume is None:
+            raise failure or self._too_large(planned, size_bytes, self._delivery.no_volume())
+        fitted, moved = self._spill(planned, size_bytes)
+        if _size(fitted, warnings) > self._limit_bytes - _RESERVE_BYTES:
+            raise failure or self._too_large(planned, size_bytes, "the rest is too large even with every file on the volume")
+        copies = [Copy(fitted[index].item.data, _source(planned[index].output)) for index in moved]
+        try:
+            await _off_the_loop(Copies(volume, copies))
+        except OSError as exc:
+            reason = f"the volume at {volume} did not take the files ({exc.strerror or exc})"
+            raise failure or self._too_large(planned, size_bytes, reason) from exc
+        log.info("job %s: the result is too large, %d files are on the volume", self._job_id, len(moved))
+        return fitted
+
+    def _spill(self, planned: Sequence[_Planned], size_bytes: int) -> tuple[list[_Planned], list[int]]:
+        """Which of them go to the volume: as few as possible, the largest first."""
+        fitted, moved = list(planned), []
+        names: set[str] = set()
+        for index in sorted(range(len(planned)), key=lambda index: -planned[index].size_bytes):
+            each = planned[index]
+            if size_bytes <= self._limit_bytes - _RESERVE_BYTES:
+                break
+            if each.item.type not in {"base64", "text"}:
+                continue
+            path = self._place(each.output, names)
+            there = replace(each, item=replace(each.item, type="volume_path", data=path))
+            if there.size_bytes < each.size_bytes:
+                fitted[index] = there
+                moved.append(index)
+                size_bytes += there.size_bytes - each.size_bytes
+        return fitted, moved
+
+    def _place(self, output: Output, names: set[str]) -> str:
+        """A path below the volume's root, which is a key of its S3 API as well; no two outputs of a job have the same."""
+        folder = "/".join(
+            ["outputs", self._job_id, *(part for part in output.subfolder.split("/") if part not in {"", ".", ".."})]
+        )
+        name, count = f"{folder}/{output.filename}", 1
+        while name in names:
+            count += 1
+            name = f"{folder}/{count}_{output.filename}"
+        names.add(name)
+        return name
+
+    def _too_large(self, planned: Sequence[_Planned], size_bytes: int, volume: str) -> ResultTooLarge:
+        files = [f"{each.output.filename} of node {each.output.node_id}: {each.output.size_bytes} bytes" for each in planned]
+        return ResultTooLarge(size_bytes, self._limit_bytes, volume, files)
+
+
+def measure(result: Result) -> int:
+    """The bytes that a result takes as the SDK sends it. Raises ValueError for what is no JSON, such as NaN."""
+    return _json_length(result.to_dict())
+
+
+def _json_length(value: object) -> int:
+    # As runpod 1.12 encodes a result, but for allow_nan: it would send what no parser takes.
+    return len(json.dumps(value, ensure_ascii=False, allow_nan=False).encode())
+
+
+def _base64_length(size_bytes: int) -> int:
+    return 4 * ((size_bytes + 2) // 3)
+
+
+def _size(planned: Sequence[_Planned], warnings: Sequence[str]) -> int:
+    """What the result will take as JSON, exactly, without having encoded a file."""
+    without = measure(_result(planned, [each.item for each in planned], warnings))
+    return without + sum(_base64_length(each.output.size_bytes) for each in planned if each.item.type == "base64")
+
+
+def _inline(output: Output) -> OutputItem:
+    text = output.source if isinstance(output.source, str) else None
+    kind = "base64" if text is None else "text"
+    return OutputItem(output.filename, kind, text or "", output.node_id, output.subfolder, output.media_type, output.size_bytes)
+
+
+def _result(planned: Sequence[_Planned], items: Sequence[OutputItem], warnings: Sequence[str]) -> Result:
+    def of(kind: str) -> tuple[OutputItem, ...]:
+        return tuple(item for each, item in zip(planned, items, strict=True) if each.output.kind == kind)
+
+    return Result(of("images"), tuple(warnings), videos=of("videos"), audio=of("audio"), text=of("text"), files=of("files"))
+
+
+def _encode(planned: Sequence[_Planned]) -> list[OutputItem]:
+    return [each.item if each.item.type != "base64" else replace(each.item, data=_base64(each.output)) for each in planned]
+
+
+def _base64(output: Output) -> str:
+    source = _source(output)
+    if isinstance(source, Path):
+        try:
+            source = source.read_bytes()
+        except FileNotFoundError as exc:
+            raise OutputGone(output.filename) from exc
+    if len(source) != output.size_bytes:
+        # Somebody writes it at this moment; its size was the base of the measuring.
+        raise OutputGone(output.filename)
+    return base64.b64encode(source).decode("ascii")
+
+
+def _source(output: Output) -> Path | bytes:
+    return output.source.encode() if isinstance(output.source, str) else output.source
+
+
+def _upload(output: Output) -> Upload:
+    return Upload(output.filename, output.media_type, _source(output))
+
+
+async def _off_the_loop(work: _Work[_T]) -> _T:
+    """Run it in a thread. On cancellation it is stopped, and waited for, so that it leaves nothing unfinished."""
+    running = asyncio.ensure_future(asyncio.to_thread(work.run))
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        work.stop()
+        # What it raises now, nobody asks for.
+        running.add_done_callback(lambda done: done.cancelled() or done.exception())
+        await asyncio.wait({running}, timeout=_LEAVING_S)
+        raise
+
+
+def _settings_bucket(settings: Settings) -> Bucket | None:
+    if settings.bucket_endpoint_url is None:
+        return None
+    target = S3Target.at(
+        settings.bucket_endpoint_url,
+        settings.bucket_access_key_id or "",
+        settings.bucket_secret_access_key or "",
+        bucket=settings.bucket_name,
+        region=settings.bucket_region,
+    )
+    return Bucket(target, prefix=settings.bucket_prefix or "", url_expiry_s=settings.bucket_url_expiry_s)

@@ -1,0 +1,130 @@
+"""Which addresses a request may have the worker fetch. Pure.
+
+The judgement is about the number that a connection goes to: names and spellings are only the way there. Who connects asks
+`UrlRules.admits` about each number, after the name was resolved, and connects to no other.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from yarl import URL
+
+Address = IPv4Address | IPv6Address
+
+# Global in Python's tables (of some versions), and yet not the internet: protocol assignments, among them the port control
+# and relay servers of the local network and Oracle's metadata; the 6to4 relay; Azure's host, which answers every machine there.
+_NEVER_V4: Final = tuple(map(IPv4Network, ("192.0.0.0/24", "192.88.99.0/24", "168.63.129.16/32")))
+# Protocol assignments with Teredo, documentation, 6to4: what tunnels hides the address that is reached in the end.
+_NEVER_V6: Final = tuple(map(IPv6Network, ("2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20")))
+_GLOBAL_V6: Final = IPv6Network("2000::/3")
+# The prefix under which a network without IPv4 reaches the IPv4 internet: an everyday answer of its name servers.
+_NAT64: Final = IPv6Network("64:ff9b::/96")
+
+_HOST: Final = re.compile(r"[a-z0-9._-]+|[0-9a-f:.]+")
+_NUMBER: Final = re.compile(r"[0-9]+|0x[0-9a-f]*")
+
+
+@dataclass(frozen=True, slots=True)
+class UrlRules:
+    """What the operator allows. A host may be `example.com`, or `.example.com` for it and everything under it."""
+
+    hosts: tuple[str, ...] | None = None
+    """The only hosts that may be named; None for every public one, empty for none at all."""
+    private: tuple[str, ...] = ()
+    """Hosts, addresses and networks (`10.1.0.0/16`) that may be reached although they are not public."""
+
+    def refusal(self, url: URL) -> str | None:
+        """Why this address may not even be looked up, as the end of a sentence; None when it may."""
+        host = bare_host(url)
+        if self.hosts == ():
+            return "requests to this endpoint may name no addresses (INPUT_URL_HOSTS): send the file itself as base64"
+        if url.scheme not in {"http", "https"}:
+            return "an address must begin with http:// or https://"
+        if url.raw_user is not None or url.raw_password is not None:
+            return "an address must hold no user name or password: use a signed address, or send the file itself"
+        if not _HOST.fullmatch(host) or url.port == 0:
+            return "it has no valid host or port"
+        if self.hosts is not None and not _named(host, self.hosts):
+            return "the operator lets requests name other hosts only (INPUT_URL_HOSTS)"
+        return self._refusal_of_number(host)
+
+    def _refusal_of_number(self, host: str) -> str | None:
+        if parse_address(host) is not None:
+            return None if self.admits(host, host) else PRIVATE
+        # As browsers have it: a host whose last part is a number is an address; resolvers read 127.1, 0x7f000001 and
+        # 2130706433 as one, and nobody writes those in good faith.
+        if ":" in host or _NUMBER.fullmatch(host.rpartition(".")[2]):
+            return "an IP address must be written in the usual form"
+        return None
+
+    def admits(self, host: str, address: str) -> bool:
+        """Whether a connection may go to `address`, which is what `host` was resolved to."""
+        parsed = parse_address(address)
+        return parsed is not None and (is_public(parsed) or self.excepts(host, parsed))
+
+    def excepts(self, host: str, address: Address) -> bool:
+        """Whether the operator's exceptions name this host or this address."""
+        if _named(host.lower().removesuffix("."), self.private):
+            return True
+        numbers = {address, embedded(address) or address}
+        return any(number in network for network in _networks(self.private) for number in numbers)
+
+
+PRIVATE: Final = (
+    "it leads into a private or reserved network, which requests must not reach; "
+    "the operator can allow a host with INPUT_URL_ALLOW_PRIVATE"
+)
+
+
+def bare_host(url: URL) -> str:
+    """The host of an address, in lower case and without the dot that ends a full name."""
+    return (url.raw_host or "").lower().removesuffix(".")
+
+
+def parse_address(text: str) -> Address | None:
+    """The IP address a text is in the usual form, else None."""
+    try:
+        return ip_address(text)
+    except ValueError:
+        return None
+
+
+def embedded(address: Address) -> IPv4Address | None:
+    """The IPv4 address that a connection to this IPv6 address reaches in truth: mapped, or behind the well-known NAT64."""
+    if isinstance(address, IPv4Address):
+        return None
+    if address in _NAT64:
+        return IPv4Address(int(address) & 0xFFFFFFFF)
+    return address.ipv4_mapped
+
+
+def is_public(address: Address) -> bool:
+    """Whether it is an address of one machine on the internet, and by no detour one of a private network.
+
+    Stricter than `is_global`, which calls multicast and a few local services global, differently in each version of Python.
+    """
+    inner = embedded(address)
+    if inner is not None:
+        return is_public(inner)
+    if isinstance(address, IPv4Address):
+        return address.is_global and not address.is_multicast and not any(address in network for network in _NEVER_V4)
+    return address in _GLOBAL_V6 and address.is_global and not any(address in network for network in _NEVER_V6)
+
+
+def _named(host: str, entries: Sequence[str]) -> bool:
+    return any(host == entry.removeprefix(".") or (entry.startswith(".") and host.endswith(entry)) for entry in entries)
+
+
+def _networks(entries: Sequence[str]) -> Iterator[IPv4Network | IPv6Network]:
+    for entry in entries:
+        try:
+            yield ip_network(entry, strict=False)
+        except ValueError:
+            continue

@@ -1,0 +1,172 @@
+"""Object stores: where one is, from what people write down about it, and the one client for it. Makes no connection itself.
+
+boto3 is imported by `make_client` only: it takes a third of a second that a worker without a bucket never spends.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import urlsplit, urlunsplit
+
+if TYPE_CHECKING:
+    from urllib.parse import SplitResult
+
+# Hosts that carry the bucket before the service's own name, as the consoles of these providers show them.
+_BUCKET_IN_HOST: Final = re.compile(
+    r"(?P<bucket>[a-z0-9][a-z0-9.-]*?)\.(?P<service>"
+    r"s3(?:[.-][a-z0-9-]+)*\.amazonaws\.com(?:\.cn)?"
+    r"|s3\.[a-z0-9-]+\.(?:backblazeb2|wasabisys)\.com"
+    r"|s3\.[a-z0-9-]+\.scw\.cloud"
+    r"|storage\.googleapis\.com"
+    r"|[a-z0-9]+\.digitaloceanspaces\.com"
+    r"|[0-9a-f]{32}(?:\.[a-z]+)?\.r2\.cloudflarestorage\.com"
+    r"|oss-[a-z0-9-]+\.aliyuncs\.com"
+    r"|cos\.[a-z0-9-]+\.myqcloud\.com"
+    r")"
+)
+_REGION_IN_HOST: Final = (
+    re.compile(r"s3[.-](?:dualstack\.|fips\.)?(?P<region>[a-z]{2}(?:-[a-z]+)+-\d)\.amazonaws\.com(?:\.cn)?"),
+    re.compile(r"s3\.(?P<region>[a-z0-9-]+)\.(?:backblazeb2\.com|wasabisys\.com|scw\.cloud)"),
+    re.compile(r"(?P<region>[a-z0-9]+)\.digitaloceanspaces\.com"),
+    re.compile(r"oss-(?P<region>[a-z0-9-]+)\.aliyuncs\.com"),
+    re.compile(r"cos\.(?P<region>[a-z0-9-]+)\.myqcloud\.com"),
+)
+_RUNPOD: Final = re.compile(r"s3api-(?P<data_center>[a-z0-9-]+)\.runpod\.io")
+# These take any region; "auto" is what their documents say.
+_REGION_AUTO: Final = (".r2.cloudflarestorage.com", "storage.googleapis.com")
+# These serve a bucket only as a host of its own.
+_VIRTUAL_ONLY: Final = (".aliyuncs.com", ".myqcloud.com")
+
+
+@dataclass(frozen=True, slots=True)
+class S3Target:
+    """An object store, a key for it, and perhaps a bucket in it. The key is in no repr."""
+
+    endpoint_url: str
+    access_key_id: str = field(repr=False)
+    secret_access_key: str = field(repr=False)
+    bucket: str | None
+    region: str
+    addressing_style: str
+    """`virtual` (the bucket is a host of its own) or `path`."""
+
+    @classmethod
+    def at(
+        cls,
+        endpoint_url: str,
+        access_key_id: str,
+        secret_access_key: str,
+        *,
+        bucket: str | None = None,
+        region: str | None = None,
+    ) -> S3Target:
+        """The target behind an address as people copy it: with the bucket as its path, as part of its host, or without it.
+
+        A `bucket` that is given comes first; the address then is the service's, with or without that bucket in it. The region
+        is read from the host where the provider writes it there. Raises ValueError for what is no such address.
+        """
+        parts = _service(endpoint_url.strip())
+        path, bucket = _split_path(parts.path.strip("/"), bucket)
+        host, bucket = _split_host(parts.hostname or "", bucket)
+        netloc = host if parts.port is None else f"{_bracketed(host)}:{parts.port}"
+        service = urlunsplit((parts.scheme, netloc, path, "", "")).rstrip("/")
+        return cls(service, access_key_id, secret_access_key, bucket, region or _region(host), _addressing(parts, host, bucket))
+
+    @property
+    def host(self) -> str:
+        """The service's host and port, for people."""
+        return urlsplit(self.endpoint_url).netloc
+
+
+def _service(address: str) -> SplitResult:
+    try:
+        parts = urlsplit(address)
+        usable = bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable or parts.scheme not in {"http", "https"}:
+        raise ValueError("must be an address that begins with https:// or http://, with a valid host and port")
+    if parts.username is not None or parts.query or parts.fragment:
+        raise ValueError("must be an address without a user and without a query")
+    return parts
+
+
+def _split_path(path: str, bucket: str | None) -> tuple[str, str | None]:
+    """The service's own path and the bucket: a path of one part is a bucket, one of several may end with it."""
+    parts = [part for part in path.split("/") if part]
+    if bucket is None and len(parts) == 1:
+        return "", parts[0]
+    if bucket is not None and parts and parts[-1] == bucket:
+        parts = parts[:-1]
+    return "/".join(parts), bucket
+
+
+def _split_host(host: str, bucket: str | None) -> tuple[str, str | None]:
+    match = _BUCKET_IN_HOST.fullmatch(host)
+    if match and bucket in {None, match["bucket"]}:
+        return match["service"], match["bucket"]
+    return host, bucket
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _region(host: str) -> str:
+    if match := _RUNPOD.fullmatch(host):
+        return match["data_center"].upper()
+    if host.endswith(_REGION_AUTO):
+        return "auto"
+    for pattern in _REGION_IN_HOST:
+        if match := pattern.fullmatch(host):
+            return match["region"]
+    return "us-east-1"
+
+
+def _addressing(parts: SplitResult, host: str, bucket: str | None) -> str:
+    if host.endswith(_VIRTUAL_ONLY):
+        return "virtual"
+    # A dot in the bucket's name is one label more than Amazon's certificate covers.
+    aws = host.endswith((".amazonaws.com", ".amazonaws.com.cn"))
+    return "virtual" if aws and not (parts.scheme == "https" and bucket and "." in bucket) else "path"
+
+
+def make_client(
+    target: S3Target,
+    *,
+    attempts: int = 4,
+    connect_timeout_s: float = 10,
+    read_timeout_s: float = 60,
+    connections: int = 16,
+    config: dict[str, Any] | None = None,
+) -> Any:  # noqa: ANN401 - boto3 makes its classes at run time
+    """A boto3 client, for uploads and signed addresses that Amazon S3, R2, GCS, MinIO and RunPod's volumes all accept.
+
+    Signature version 4, retries in standard mode (`attempts` in all), and checksums only where the protocol asks for them:
+    those that boto3 adds by itself since 1.36 are refused by other stores. `config` is more for `botocore.config.Config`.
+    """
+    import boto3.session  # noqa: PLC0415 - see the module's docstring
+    from botocore.config import Config  # noqa: PLC0415 - as above
+
+    # A session of its own: boto3's default one is shared by every thread and must not be made by two at once.
+    return boto3.session.Session().client(
+        "s3",
+        endpoint_url=target.endpoint_url,
+        region_name=target.region,
+        aws_access_key_id=target.access_key_id,
+        aws_secret_access_key=target.secret_access_key,
+        config=Config(
+            signature_version="s3v4",
+            s3={"addressing_style": target.addressing_style},
+            retries={"total_max_attempts": attempts, "mode": "standard"},
+            connect_timeout=connect_timeout_s,
+            read_timeout=read_timeout_s,
+            max_pool_connections=connections,
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
+            tcp_keepalive=True,
+            **(config or {}),
+        ),
+    )

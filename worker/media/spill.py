@@ -1,0 +1,101 @@
+"""Files too large for a result, copied to the network volume, where a name appears once its file is whole. Touches disk."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import uuid
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from worker.errors import OutputGone, UnsafePath
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+# Large enough for a network file system, small enough to notice a cancelled job soon.
+_CHUNK_BYTES: Final = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """One file to write: `path` is relative to the volume's root, `source` a file or the bytes themselves."""
+
+    path: str
+    source: Path | bytes
+
+
+class Copies:
+    """The copies of one job. `run` in a thread; `stop` from any other."""
+
+    def __init__(self, root: Path, copies: Sequence[Copy]) -> None:
+        self._root = root
+        self._copies = copies
+        self._stopped = threading.Event()
+
+    def run(self) -> None:
+        """Write every file and have it on the disk; none is there under its name before it is whole.
+
+        When one fails, those before it stay; a second attempt at the same job replaces them. Raises OSError as the volume does,
+        `OutputGone` for a source that is not there; returns early once stopped, with no unfinished file left.
+        """
+        for copy in self._copies:
+            if self._stopped.is_set():
+                return
+            self._write(copy)
+
+    def stop(self) -> None:
+        """Have `run` return soon."""
+        self._stopped.set()
+
+    def _write(self, copy: Copy) -> None:
+        target = self._root / copy.path
+        if not target.parent.resolve().is_relative_to(self._root.resolve()):
+            raise UnsafePath("The place of an output on the volume", copy.path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".{uuid.uuid4().hex[:8]}.part")
+        try:
+            with partial.open("xb") as sink:
+                whole = self._fill(sink.fileno(), copy.source)
+                if whole:
+                    os.fsync(sink.fileno())
+            if whole:
+                partial.replace(target)
+                _sync_folder(target.parent)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def _fill(self, sink: int, source: Path | bytes) -> bool:
+        """Whether all of it was written; it is not when the job was cancelled meanwhile."""
+        if isinstance(source, bytes):
+            _write_all(sink, source)
+            return True
+        try:
+            opened = source.open("rb", buffering=0)
+        except FileNotFoundError as exc:
+            raise OutputGone(source.name) from exc
+        with opened:
+            while not self._stopped.is_set():
+                chunk = opened.read(_CHUNK_BYTES)
+                if not chunk:
+                    return True
+                _write_all(sink, chunk)
+        return False
+
+
+def _write_all(sink: int, data: bytes) -> None:
+    left = memoryview(data)
+    while left:
+        left = left[os.write(sink, left) :]
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have the new name on the disk; some network file systems refuse this on a folder, and need it least."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
