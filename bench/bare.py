@@ -18,19 +18,23 @@ from devkit.engine.build import engine_args
 from devkit.local_worker import free_port
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from devkit.engine.build import Engine
 
 _START_TIMEOUT_S = 120.0
 _POLL_S = 0.01
+_KEPT_ALIVE_S = 4.0
+"""uvicorn closes a connection that was idle for 5 s."""
 
-_NOOP = """
-import runpod
+_SDK_ALONE = """
+import base64, os, runpod
+pictures = [base64.b64encode(os.urandom(size)).decode() for size in {sizes}]
 async def handler(job):
-    return {"images": []}
+    return {{"images": [{{"filename": "a.png", "type": "base64", "data": data}} for data in pictures]}}
 if __name__ == "__main__":
-    runpod.serverless.start({"handler": handler})
+    runpod.serverless.start({{"handler": handler}})
 """
 
 
@@ -39,15 +43,23 @@ class Endpoint:
 
     def __init__(self, port: int) -> None:
         self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
+        self._connect()
+
+    def _connect(self) -> None:
+        self._connection.close()
         self._connection.connect()
         assert self._connection.sock is not None  # noqa: S101 - just connected
         self._connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._used_at = time.monotonic()
 
     def post(self, path: str, body: object) -> Any:  # noqa: ANN401 - JSON
         """Post and decode; raises for anything but 200."""
+        if time.monotonic() - self._used_at > _KEPT_ALIVE_S:
+            self._connect()
         self._connection.request("POST", path, json.dumps(body), {"content-type": "application/json"})
         response = self._connection.getresponse()
         content = response.read()
+        self._used_at = time.monotonic()
         if response.status != http.client.OK:
             raise RuntimeError(f"{path} answered {response.status}: {content[:500]!r}")
         return json.loads(content)
@@ -108,13 +120,22 @@ class BareEngine:
 
 
 class BareSdk:
-    """The SDK's local API in front of a handler that returns at once."""
+    """The SDK's local API in front of a handler that returns at once, with pictures of these sizes in bytes."""
 
-    def __init__(self) -> None:
+    def __init__(self, sizes: Sequence[int] = ()) -> None:
         port = free_port()
         environ = {name: value for name, value in os.environ.items() if not name.startswith("RUNPOD_")}
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _NOOP, "--rp_serve_api", "--rp_api_host", "127.0.0.1", "--rp_api_port", str(port)],
+            [
+                sys.executable,
+                "-c",
+                _SDK_ALONE.format(sizes=list(sizes)),
+                "--rp_serve_api",
+                "--rp_api_host",
+                "127.0.0.1",
+                "--rp_api_port",
+                str(port),
+            ],
             env={**environ, "RUNPOD_LOG_LEVEL": "INFO"},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,

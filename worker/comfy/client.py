@@ -45,6 +45,8 @@ _HANG_S = 180.0
 # Sampling stops within a step, and a step of a large video model takes seconds.
 _WITHDRAW_S = 15.0
 _LEAVING_POLL_S = 0.02
+# A request for each run would cost a millisecond each; so few graphs cost little memory.
+_REMEMBERED = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +108,8 @@ class ComfyClient:
         self._hang_s = hang_s
         self._heard_at = time.monotonic()
         self._runs: dict[str, _Run] = {}
+        self._ended: list[str] = []
+        self._forgetting: asyncio.Task[None] | None = None
         self._listener: asyncio.Task[None] | None = None
         self._session: aiohttp.ClientSession | None = None
 
@@ -177,10 +181,22 @@ class ComfyClient:
             raise
         finally:
             del self._runs[tracker.prompt_id]
+            self._forget_later(tracker.prompt_id)
         if isinstance(tracker.outcome, Finished):
             return run.result(tracker.outcome.outputs, dropped)
         assert tracker.outcome is not None  # noqa: S101 - _follow returns at the outcome
         raise tracker.outcome
+
+    def _forget_later(self, prompt_id: str) -> None:
+        """Have ComfyUI forget what ended: it keeps the last 10,000 graphs, with whatever inputs they hold, in memory."""
+        self._ended.append(prompt_id)
+        if len(self._ended) >= _REMEMBERED and (self._forgetting is None or self._forgetting.done()):
+            ended, self._ended = self._ended, []
+            self._forgetting = asyncio.create_task(self._forget(ended), name="comfyui-forget")
+
+    async def _forget(self, prompt_ids: Sequence[str]) -> None:
+        with contextlib.suppress(EngineUnreachable):  # it will be restarted, and has forgotten then
+            await self._ask("POST", "/history", {"delete": prompt_ids})
 
     async def _queue(self, graph: Graph, tracker: RunTracker, extra_data: Mapping[str, Any]) -> tuple[str, ...]:
         """Hand the graph in, once: when the answer is lost, ComfyUI is asked whether it has it before it is sent again."""
