@@ -21,6 +21,13 @@ HALL = [
     ["errors"],
 ]
 WINGS = ["models", "comfy", "media"]
+EDITOR = [
+    f"comfy/{name}"
+    for name in (
+        *("convert", "ui_graph", "ui_values", "ui_text", "widgets", "sheets", "parts", "promoted", "primitives", "resolve"),
+        *("overrides", "embedded"),
+    )
+]
 PURE = [
     "job",
     "settings",

@@ -1,0 +1,120 @@
+"""The nodes and sheets of a saved workflow once loaded, as values that the other steps of a conversion work on. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from worker.comfy.ui_graph import shown
+
+if TYPE_CHECKING:
+    from worker.comfy.ui_graph import Link, Node, Scope
+    from worker.comfy.widgets import Widget
+
+PRIMITIVE, SETTER, GETTER = "PrimitiveNode", "SetNode", "GetNode"
+REROUTES = frozenset({"Reroute", "Reroute (rgthree)", SETTER})
+"""Nodes whose output is their input."""
+
+VIRTUAL = frozenset({"Reroute", "Note", "MarkdownNote", PRIMITIVE})
+"""Nodes that exist in the editor only."""
+
+FOREIGN_VIRTUAL = frozenset(
+    {
+        SETTER,
+        GETTER,
+        "Bookmark (rgthree)",
+        "Fast Actions Button (rgthree)",
+        "Fast Bypasser (rgthree)",
+        "Fast Groups Bypasser (rgthree)",
+        "Fast Groups Muter (rgthree)",
+        "Fast Muter (rgthree)",
+        "Label (rgthree)",
+        "Mute / Bypass Relay (rgthree)",
+        "Mute / Bypass Repeater (rgthree)",
+        "Node Collector (rgthree)",
+        "Reroute (rgthree)",
+    }
+)
+"""Nodes of two widespread packs that exist in the editor only too; what they switch is in the modes of other nodes."""
+
+BROADCASTERS = frozenset(
+    {"Anything Everywhere", "Anything Everywhere3", "Anything Everywhere?", "Prompts Everywhere", "Seed Everywhere"}
+)
+"""Nodes of a widespread pack that feed inputs without a link; only its code in the editor knows which."""
+
+GROUP_PREFIXES = ("workflow>", "workflow/")
+"""How the class of a group node begins, the editor's older kind of subgraph."""
+
+
+class _Hidden:
+    """In place of a promoted value: the classic frontend shows the inner widget instead, so that one counts."""
+
+
+HIDDEN = _Hidden()
+
+
+@dataclass(slots=True)
+class PartSlot:
+    """An input of a loaded node, with the link that ends in it."""
+
+    name: str
+    type: str
+    link: Link | None
+    widget: str | None = None
+
+
+@dataclass(slots=True)
+class Part:
+    """A loaded node. `values` are the promoted widgets of a subgraph instance, by input; absent where it has none."""
+
+    node: Node
+    sheet: Sheet
+    kind: str
+    slots: list[PartSlot]
+    outputs: list[str]
+    widgets: list[Widget]
+    inner: Sheet | None = None
+    values: dict[int, object] = field(default_factory=dict)
+
+    def widget(self, name: str | None) -> Widget | None:
+        """Its widget of that name."""
+        return next((widget for widget in self.widgets if widget.name == name), None)
+
+    def linked(self, name: str) -> bool:
+        """Whether a link ends in the input of that widget."""
+        return any(slot.widget == name and slot.link is not None for slot in self.slots)
+
+
+@dataclass(slots=True)
+class Sheet:
+    """A loaded scope: the workflow, or the inside of a subgraph."""
+
+    scope: Scope
+    parts: dict[str, Part] = field(default_factory=dict)
+    promoted: dict[int, tuple[str, str]] = field(default_factory=dict)  # input to the inner node and widget behind it
+    initial: dict[int, object] = field(default_factory=dict)
+    ends: dict[tuple[str, str], int] = field(default_factory=dict)  # node and link to the input that the link ends in
+    size: int = 0
+
+
+def setter_of(getter: Part) -> Part | None:
+    """The SetNode whose name a GetNode asks for, on the same sheet."""
+    name = first_value(getter)
+    return next((part for part in getter.sheet.parts.values() if part.kind == SETTER and first_value(part) == name), None)
+
+
+def first_value(part: Part) -> object:
+    """The first of the values that a node was saved with, None where there is none."""
+    values = part.node.values
+    return values[0] if isinstance(values, list) and values else None
+
+
+def describe(part: Part) -> str:
+    """A node for people, with the pack it comes from where the workflow records one."""
+    properties = part.node.properties
+    text = f"{shown(part.node.type)} (node {part.node.id})"
+    pack = next((properties[key] for key in ("cnr_id", "aux_id") if isinstance(properties.get(key), str)), None)
+    if not pack:
+        return text
+    version = properties.get("ver")
+    return f"{text} from {shown(pack)}" + (f" {shown(version)}" if isinstance(version, str) else "")
