@@ -83,6 +83,11 @@ class LocalWorker:
         self.stop()
 
     @property
+    def comfyui_port(self) -> str:
+        """Where its ComfyUI listens."""
+        return self._environ["COMFYUI_PORT"]
+
+    @property
     def pid(self) -> int:
         """The worker's process id."""
         assert self._process is not None  # noqa: S101 - asked for after start

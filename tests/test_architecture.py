@@ -14,8 +14,9 @@ WORKER = PROJECT / "worker"
 HALL = [
     ["__main__"],
     ["seed"],
-    ["serve", "boot", "plan", "doctor"],
+    ["serve", "boot", "plan", "doctor", "convert"],
     ["handler", "intake"],
+    ["graphs"],
     ["loop", "logs", "progress", "laps"],
     ["job", "settings"],
     ["errors"],
@@ -86,7 +87,7 @@ def level(module: str) -> int:
     """The module's height: wings lie between the handler and the values."""
     name = module.split("/", maxsplit=1)[0]
     if name in WINGS:
-        return 4
+        return 5
     return next(index for index, names in enumerate(HALL) if name in names)
 
 

@@ -108,7 +108,7 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
     "no workflow": ({}, ["Missing 'workflow' parameter"]),
     "an empty graph": ({"workflow": {}}, ["no nodes"]),
     "a list": ({"workflow": [1]}, ["Workflow validation failed"]),
-    "the editor's format": ({"workflow": {"nodes": [], "links": []}}, ["Export (API)"]),
+    "an empty workflow of the editor's": ({"workflow": {"nodes": [], "links": []}}, ["no nodes"]),
     "an unknown node": ({"workflow": {**TINY, "3": {"class_type": "NoSuchNode", "inputs": {}}}}, ["NoSuchNode", "install"]),
     "a link to nowhere": ({"workflow": changed(TINY, "SaveImage", images=["99", 0])}, ["99", "node 2"]),
     "a link to no such slot": ({"workflow": changed(TINY, "SaveImage", images=["1", 5])}, ["node 2", "slot"]),

@@ -62,12 +62,16 @@ def test_an_empty_graph() -> None:
     [
         {"nodes": [], "links": []},
         {"last_node_id": 3, "nodes": [{"id": 1, "type": "SaveImage"}], "links": [], "version": 0.4},
-        {"workflow": {"nodes": [{"id": 1}], "links": []}},
     ],
 )
-def test_the_editors_own_format_is_told_how_to_export(ui: object) -> None:
-    with pytest.raises(WorkflowUiFormat, match=r"Export \(API\)"):
+def test_the_editors_own_format_has_to_be_converted_first(ui: object) -> None:
+    with pytest.raises(WorkflowUiFormat, match="worker convert"):
         parse_graph(ui)
+
+
+def test_an_editors_workflow_in_a_wrapping_is_told_to_come_out() -> None:
+    with pytest.raises(WorkflowInvalid, match="wrapped in 'workflow'"):
+        parse_graph({"workflow": {"nodes": [{"id": 1}], "links": []}})
 
 
 @pytest.mark.parametrize(

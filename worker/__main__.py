@@ -3,6 +3,7 @@
     python -m worker                        the worker; --rp_serve_api for a local API
     python -m worker plan WORKFLOW.json     what a workflow needs and where it comes from
     python -m worker doctor                 the volume as it is
+    python -m worker convert WORKFLOW.json  a workflow as the editor saves it, as the graph that runs
     python -m worker settings               the table of settings
 
 Only what spawning ComfyUI needs is imported at the top: each import before the spawn is added to every cold start.
@@ -77,7 +78,13 @@ def _doctor(argv: Sequence[str], environ: MutableMapping[str, str]) -> int:
     return doctor.run(argv, Settings.from_env(environ))
 
 
-_COMMANDS = {"settings": _settings_table, "plan": _plan, "doctor": _doctor}
+def _convert(argv: Sequence[str], environ: MutableMapping[str, str]) -> int:
+    from worker import convert  # noqa: PLC0415 - only for this command
+
+    return convert.run(argv, Settings.from_env(environ))
+
+
+_COMMANDS = {"settings": _settings_table, "plan": _plan, "doctor": _doctor, "convert": _convert}
 
 
 def _leave(number: int, _: object) -> None:

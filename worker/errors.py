@@ -2,6 +2,7 @@
 
     WorkerError
     ├── SettingsError            the environment is wrong; the worker does not start
+    ├── ConvertUsage             `convert` was given what it cannot read
     ├── StartError               the worker cannot start on this machine
     │   ├── EngineNotFound
     │   ├── NoGpu
@@ -9,7 +10,7 @@
     │   └── NothingToServe
     ├── RequestError             the client's request is wrong; a retry cannot help
     │   ├── InputMissing, InputNotJson, WorkflowMissing, WorkflowInvalid, WorkflowEmpty
-    │   ├── WorkflowUiFormat, WorkflowNotFinite
+    │   ├── WorkflowUiFormat, WorkflowNotFinite, NoWorkflowInFile
     │   ├── UiWorkflowInvalid, UnknownNodes, OverrideInvalid
     │   ├── ImagesInvalid, FieldInvalid, ImageNotBase64, UnsafePath
     │   ├── InputUrlRefused, InputNameInvalid, InputTooLarge
@@ -80,6 +81,17 @@ class SettingsError(WorkerError):
 
     def details(self) -> list[str]:
         return list(self.problems)
+
+
+@dataclass(eq=False)
+class ConvertUsage(WorkerError):
+    """`python -m worker convert` was given what it cannot read, or nobody to ask; `reason` says which and what to do."""
+
+    reason: str
+    code = "convert_usage"
+
+    def __str__(self) -> str:
+        return self.reason
 
 
 class StartError(WorkerError):
@@ -208,6 +220,20 @@ class WorkflowInvalid(RequestError):
         return f"Workflow validation failed: {self.reason}."
 
 
+@dataclass(eq=False)
+class NoWorkflowInFile(RequestError):
+    """The file that `workflow_from` names carries no workflow."""
+
+    name: str
+    code = "no_workflow_in_file"
+
+    def __str__(self) -> str:
+        return (
+            f"The file '{self.name}' carries no workflow: use a PNG, WEBP, MP4 or WEBM that ComfyUI saved with its metadata, "
+            "or send the workflow itself."
+        )
+
+
 class WorkflowEmpty(RequestError):
     """The graph has no nodes."""
 
@@ -220,14 +246,14 @@ class WorkflowEmpty(RequestError):
 
 
 class WorkflowUiFormat(RequestError):
-    """The graph is as ComfyUI's editor saves it, not as its API takes it."""
+    """The graph is as ComfyUI's editor saves it, and nothing is there that could say what its nodes are."""
 
     code = "workflow_ui_format"
 
     def __str__(self) -> str:
         return (
-            "Workflow validation failed: this is the editor's format (it has 'nodes' and 'links'); "
-            "in ComfyUI choose Workflow > Export (API) and send that file."
+            "Workflow validation failed: this is the editor's format, which takes ComfyUI's definitions to be read; "
+            "convert it first: python -m worker convert."
         )
 
 

@@ -14,8 +14,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from worker.comfy.rejection import missing_model
-from worker.comfy.workflow import check_paths, named_models, parse_graph, with_slashes
+from worker.comfy.workflow import check_paths, named_models, with_slashes
 from worker.errors import InternalError, ModelMissing, OutputGone, StartError, WorkerError
+from worker.graphs import Workflows
 from worker.job import Request
 from worker.laps import Laps
 
@@ -58,6 +59,7 @@ class JobHandler:
         self._engine = engine
         self._supply = supply
         self._inputs = inputs
+        self._workflows = Workflows(engine, inputs)
         self._delivery = delivery
         # ComfyUI runs one graph at a time anyway; one job at a time keeps their input files apart.
         self._turn = asyncio.Lock()
@@ -90,7 +92,8 @@ class JobHandler:
 
     async def _run(self, job: Mapping[str, Any], job_id: str, around: Around) -> Result:
         request = Request.parse(job.get("input"))
-        graph = parse_graph(request.workflow)
+        given = await self._workflows.of(request)
+        graph, request = given.graph, replace(request, extra_pnginfo=given.extra_pnginfo)
         check_paths(graph)
         bucket = self._delivery.job_bucket(job.get("s3Config"))
         if bucket:

@@ -34,6 +34,7 @@ class Request:
     """One job's input. `workflow` is checked for presence here, for shape where graphs are understood."""
 
     workflow: object
+    """A graph in the API's format, or a workflow as the editor saves it; None only where `workflow_from` is set."""
     files: tuple[InputFile, ...] = ()
     """`images` first, then `files`: they differ in nothing but the name of the key that holds the data."""
     comfy_org_api_key: str | None = None
@@ -45,6 +46,12 @@ class Request:
     """How long the workflow may run; never longer than the operator's JOB_TIMEOUT_S."""
     outputs: frozenset[str] | None = None
     """The nodes whose outputs are returned; None for all."""
+    workflow_from: str | None = None
+    """The name of one of the job's files, which carries the workflow."""
+    set: dict[str, Any] | None = None
+    """Values to put into the graph, by `NODE.INPUT`."""
+    seed: str | int | None = None
+    """`random`, `next` or a number; None leaves the seeds as they were saved."""
     previews: bool = False
     """Return what preview nodes made, too."""
     return_timings: bool = False
@@ -56,17 +63,23 @@ class Request:
         Raises a `RequestError` that says what to send instead.
         """
         fields = _object(value)
-        if fields.get("workflow") is None:
+        carrier = fields.get("workflow_from")
+        if carrier is not None and (not isinstance(carrier, str) or fields.get("workflow") is not None):
+            raise FieldInvalid("workflow_from", "must be the name of a file, in place of 'workflow'")
+        if fields.get("workflow") is None and carrier is None:
             raise WorkflowMissing
         key, pnginfo = fields.get("comfy_org_api_key"), fields.get("extra_pnginfo")
         return cls(
-            workflow=fields["workflow"],
+            workflow=fields.get("workflow"),
             files=_images(fields.get("images")) + _files(fields.get("files")),
             comfy_org_api_key=key if isinstance(key, str) and key else None,
             models=fields.get("models"),
             extra_pnginfo=pnginfo if isinstance(pnginfo, dict) else None,
             timeout_s=_seconds(fields.get("timeout_s")),
             outputs=_node_ids(fields.get("outputs")),
+            workflow_from=carrier,
+            set=_overrides(fields.get("set")),
+            seed=_seed(fields.get("seed")),
             previews=_flag("previews", fields.get("previews")),
             return_timings=_flag("return_timings", fields.get("return_timings")),
         )
@@ -138,6 +151,20 @@ def _node_ids(value: object) -> frozenset[str] | None:
     if not all(isinstance(node_id, str | int) and not isinstance(node_id, bool) for node_id in ids):
         raise FieldInvalid("outputs", 'must be a list of node ids, such as ["9"]')
     return frozenset(str(node_id) for node_id in ids)
+
+
+def _overrides(value: object) -> dict[str, Any] | None:
+    if value is not None and not isinstance(value, dict):
+        raise FieldInvalid("set", 'must be an object from NODE.INPUT to a value, such as {"6.text": "a fox"}')
+    return value
+
+
+def _seed(value: object) -> str | int | None:
+    if value is None or value in ("random", "next"):
+        return value  # type: ignore[return-value]  # mypy does not narrow by the tuple
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise FieldInvalid("seed", "must be 'random', 'next' or a whole number from 0 on")
+    return value
 
 
 def _flag(name: str, value: object) -> bool:

@@ -26,7 +26,7 @@ from worker.comfy.rejection import dropped_outputs, options_of, rejection
 from worker.errors import EngineError, EngineHung, EngineUnreachable, RequestError, RunTimedOut, WorkerError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from worker.comfy.events import Event, Outputs
     from worker.comfy.workflow import Graph
@@ -143,6 +143,17 @@ class ComfyClient:
         _, body = await self._ask("GET", f"/object_info/{quote(class_type, safe='')}")
         inputs = ((body or {}).get(class_type) or {}).get("input") or {}
         return next((options_of(group[input_name]) for group in inputs.values() if input_name in group), None)
+
+    async def object_info(self, class_types: Collection[str]) -> dict[str, Any]:
+        """ComfyUI's definitions of these node classes; those it does not have are missing."""
+        answers = await asyncio.gather(*(self._ask("GET", f"/object_info/{quote(name, safe='')}") for name in class_types))
+        return {name: entry for _, body in answers for name, entry in (body or {}).items()}
+
+    async def frontend_version(self) -> str | None:
+        """The version of the editor that this ComfyUI asks for; None where it does not say."""
+        _, body = await self._ask("GET", "/system_stats")
+        version = ((body or {}).get("system") or {}).get("required_frontend_version")
+        return str(version) if version else None
 
     def fail_all(self, error: EngineError) -> None:
         """End every open run with `error`: the engine is gone, or cannot be reached any more."""

@@ -27,7 +27,7 @@ from worker.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from worker.comfy.client import RunResult
     from worker.comfy.events import Progress
@@ -125,6 +125,16 @@ class Engine:
         """As `ComfyClient.choices`."""
         await self._up.wait()
         return await self._client.choices(class_type, input_name)
+
+    async def object_info(self, class_types: Collection[str]) -> dict[str, Any]:
+        """As `ComfyClient.object_info`."""
+        await self._up.wait()
+        return await self._client.object_info(class_types)
+
+    async def frontend_version(self) -> str | None:
+        """As `ComfyClient.frontend_version`."""
+        await self._up.wait()
+        return await self._client.frontend_version()
 
     async def stop(self) -> None:
         """End ComfyUI; nothing restarts it."""

@@ -40,7 +40,7 @@ def parse_graph(value: object) -> Graph:
 
     Raises:
         WorkflowMissing: there is none.
-        WorkflowUiFormat: it is what the editor saves, not what its "Export (API)" writes.
+        WorkflowUiFormat: it is what the editor saves; `convert` comes first.
         WorkflowEmpty: it has no nodes.
         WorkflowNotFinite: a number in it is NaN or infinite.
         WorkflowInvalid: anything else, naming the node and what to do.
@@ -68,8 +68,6 @@ def _check_not_wrapped(value: dict[str, Any]) -> None:
         inner = value.get(key)
         if not isinstance(inner, dict) or "class_type" in inner:
             continue
-        if isinstance(inner.get("nodes"), list):
-            raise WorkflowUiFormat
         raise WorkflowInvalid(f"the graph is wrapped in '{key}'; send the object inside '{key}' as the workflow")
 
 

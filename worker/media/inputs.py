@@ -60,6 +60,16 @@ class InputFiles:
                     self._put(source.path, self._target(name), undo)
             yield
 
+    async def read(self, file: InputFile) -> bytes:
+        """The bytes of one of the job's files, for who must look into it before the job's turn. Raises as `placed` does."""
+        name = _relative(file)
+        if file.url is not None:
+            self._fetcher.check(file.name, file.url)
+        with contextlib.ExitStack() as undo:
+            staged = self._staged(self._make_staging(undo) / "0", file)
+            await self._fill({name: staged}, {name: file})
+            return staged.path.read_bytes()
+
     def _make_staging(self, undo: contextlib.ExitStack) -> Path:
         """A folder beside the final names, so that a rename is all it takes."""
         with storing(_STAGING):

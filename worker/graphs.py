@@ -1,0 +1,109 @@
+"""A request's workflow, in whichever form it comes, as the graph that runs. Touches nothing itself."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from worker.comfy.convert import Control, classes, convert, is_ui
+from worker.comfy.embedded import embedded_workflow
+from worker.comfy.overrides import apply_overrides, next_values
+from worker.comfy.workflow import parse_graph
+from worker.errors import FieldInvalid, NoWorkflowInFile
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from worker.comfy.engine import Engine
+    from worker.comfy.workflow import Graph
+    from worker.job import Request
+    from worker.media.inputs import InputFiles
+
+# What saved seeds are called. 32 bits: some nodes take no more, and nobody draws so many pictures.
+_SEEDS = frozenset({"seed", "noise_seed"})
+_SEED_RANGE = 1 << 32
+# A large workflow is converted for tens of milliseconds; the loop has other things to do.
+_IN_A_THREAD_NODES = 50
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """The graph to run, and what ComfyUI is to embed in its pictures beside it."""
+
+    graph: Graph
+    extra_pnginfo: dict[str, Any] | None
+
+
+class Workflows:
+    """Takes graphs in the API's format, workflows as the editor saves them, and files that carry either."""
+
+    def __init__(self, engine: Engine, inputs: InputFiles) -> None:
+        self._engine = engine
+        self._inputs = inputs
+
+    async def of(self, request: Request) -> Given:
+        """The request's graph, seeds and overrides applied; what the client sent stays as it is.
+
+        Raises a `RequestError`: nothing is guessed. `InputError` when the file that carries the workflow cannot be had.
+        """
+        value, pnginfo = request.workflow, request.extra_pnginfo
+        if request.workflow_from is not None:
+            value, carried = await self._carried(request)
+            pnginfo = pnginfo or ({"workflow": carried} if carried else None)
+        controls: Sequence[Control] = ()
+        if is_ui(value):
+            graph, controls = await self._converted(value)
+            # As the editor does: the picture can be dropped into it again, and the models' addresses are in there.
+            pnginfo = pnginfo or {"workflow": value}
+        else:
+            graph = parse_graph(value)
+        changed = graph
+        if request.seed is not None:
+            changed = reseeded(changed, controls, request.seed)
+        if request.set:
+            changed = apply_overrides(changed, request.set)
+        return Given(graph if changed is graph else parse_graph(changed), pnginfo)
+
+    async def _carried(self, request: Request) -> tuple[object, Mapping[str, Any] | None]:
+        name = request.workflow_from
+        file = next((file for file in request.files if file.name == name), None)
+        if file is None or name is None:
+            raise FieldInvalid("workflow_from", "must be the name of one of the job's 'images' or 'files'")
+        found = await asyncio.to_thread(embedded_workflow, await self._inputs.read(file))
+        if found is None:
+            raise NoWorkflowInFile(name)
+        return found.best, found.workflow
+
+    async def _converted(self, ui: Any) -> tuple[Graph, Sequence[Control]]:  # noqa: ANN401 - what the editor saved
+        needed = classes(ui)
+        info, frontend = await asyncio.gather(self._engine.object_info(needed), self._engine.frontend_version())
+        if len(needed) > _IN_A_THREAD_NODES:
+            converted = await asyncio.to_thread(convert, ui, info, frontend=frontend)
+        else:
+            converted = convert(ui, info, frontend=frontend)
+        return parse_graph(converted.graph), converted.controls
+
+
+def reseeded(graph: Graph, controls: Sequence[Control], seed: str | int) -> Graph:
+    """The graph with other seeds: `next` as the editor would have them in the next run, `random`, or all this number.
+
+    Seeds are the values that the editor's format marks with `control_after_generate`, and in a graph that marks none the
+    numbers called `seed` or `noise_seed`.
+    """
+    if seed == "next":
+        return next_values(graph, controls, random.random)
+    if controls and seed == "random":
+        return next_values(graph, [replace(control, mode="randomize") for control in controls], random.random)
+    marked = {target for control in controls for target in control.targets}
+    return {node_id: _with_seeds(node_id, node, marked, seed) for node_id, node in graph.items()}
+
+
+def _with_seeds(node_id: str, node: dict[str, Any], marked: set[tuple[str, str]], seed: str | int) -> dict[str, Any]:
+    values = {
+        name: random.randrange(_SEED_RANGE) if seed == "random" else seed  # noqa: S311 - a picture's seed, no secret
+        for name, value in node["inputs"].items()
+        if isinstance(value, int) and ((node_id, name) in marked if marked else name in _SEEDS)
+    }
+    return {**node, "inputs": {**node["inputs"], **values}} if values else node
