@@ -125,6 +125,11 @@ def test_a_combo_without_options_has_no_value_and_no_input() -> None:
     assert graph_of(ui(node(1, "A")), info=info) == {"1": {"n": 0}}
 
 
+def test_a_classic_file_chooser_without_any_file_sends_nothing() -> None:
+    info = {"LoadImage": {"input": {"required": {"image": [[], {"image_upload": True}]}}, "output": ["IMAGE"]}}
+    assert graph_of(ui(node(1, "LoadImage", [None, "image"])), CLASSIC, info) == {"1": {}}
+
+
 def test_a_classic_file_chooser_takes_what_an_upload_leaves() -> None:
     values = [{"filename": "d.png", "subfolder": "s", "type": "input"}, ["l.png", "m.png"], "", "y.png"]
     workflow = ui(*(node(number, "LoadImage", [value, "image"]) for number, value in enumerate(values)))

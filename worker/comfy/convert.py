@@ -227,8 +227,9 @@ class _Writer:
     def _inputs(self, frame: Frame, part: Part, resolver: Resolver) -> dict[str, object]:
         inputs: dict[str, object] = {}
         for widget in part.widgets:
-            if widget.in_prompt and widget.value is not UNSET:
-                inputs[widget.name] = self._sent(part, widget)
+            # An upload that names no file stands for the first one there, and there may be none.
+            if widget.in_prompt and widget.value is not UNSET and (sent := self._sent(part, widget)) is not UNSET:
+                inputs[widget.name] = sent
         node_id = f"{frame.prefix}{part.node.id}"
         holders: dict[str, tuple[Part, int]] = {slot.widget: (part, at) for at, slot in enumerate(part.slots) if slot.widget}
         for at, slot in enumerate(part.slots):
