@@ -1,9 +1,9 @@
 """When the RunPod SDK takes a job, and how the worker leaves without losing one. Touches the network, through the SDK.
 
-The SDK's loop (`rp_scale.JobScaler`, read in 1.12.0) has four habits that cost jobs or GPU time, all of which it lets be
-replaced by attributes of the scaler: between two jobs it sleeps up to a second; on SIGTERM it waits for both of its polls, up
-to 90 s, and swallows a job that comes on them; a stop signal that comes before a job's task exists is dropped; a result whose
-connection breaks is not sent again.
+The SDK's loop (`rp_scale.JobScaler`, read in 1.12.0) has habits that cost jobs or GPU time, all of which it lets be replaced by
+attributes of the scaler: between two jobs it sleeps up to a second, before a job up to a tenth; on SIGTERM it waits for both of
+its polls, up to 90 s, and swallows a job that comes on them; a stop signal that comes before a job's task exists is dropped; a
+result whose connection breaks is not sent again.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _POLL_S = 90.0
+# Results may be on their way more slowly than they are made; somewhere that has to end.
+_AT_MOST = 8
 # A job that is on its way when the worker leaves: long enough for it to arrive, too short for anybody to notice.
 _ARRIVAL_S = 0.1
 # A result is worth the GPU time it took.
@@ -47,8 +49,7 @@ class Intake:
         self._at_engine: str | None = None
         self._asking = False
         self._ending: asyncio.Task[None] | None = None
-        self._taken: set[str] = set()
-        self._stopped: set[str] = set()
+        self._taken: dict[str, asyncio.Task[None]] = {}
         self._free = asyncio.Event()
         self._leaving = asyncio.Event()
         self._gone = asyncio.Event()
@@ -59,13 +60,13 @@ class Intake:
         return self._session
 
     def concurrency(self, _: int) -> int:
-        """How many jobs the SDK may hold: the one at the engine, and one that is being delivered or asked for.
+        """What the SDK is told of how many jobs it may hold, so that it asks instead of sleeping; `_take` is what decides.
 
-        The SDK's first call comes on its loop, once its signal handlers are set: that is when they can be replaced.
+        Its first call comes on its loop, once its signal handlers are set: that is when they can be replaced.
         """
         if self._scaler is None:
             self._attach(signal.getsignal(signal.SIGTERM))
-        return 2
+        return _AT_MOST + 1
 
     def _attach(self, handler: object) -> None:
         scaler: Any = getattr(handler, "__self__", None)
@@ -87,6 +88,7 @@ class Intake:
     def _release(self, job_id: str) -> None:
         if self._at_engine == job_id:
             self._at_engine = None
+        if self._at_engine is None and len(self._taken) < _AT_MOST:
             self._free.set()
 
     def leave(self) -> None:
@@ -109,28 +111,42 @@ class Intake:
         self._scaler.kill_worker()
 
     async def _take(self, session: aiohttp.ClientSession, _: int) -> list[dict[str, Any]]:
-        """One job, once the engine is free; none when the worker leaves."""
+        """Take jobs, one whenever the engine is free, and start each at once; returns none, when the worker leaves.
+
+        What RunPod refuses or breaks off is raised: the SDK logs it, waits, and asks again.
+        """
+        self._session = session
+        while await _before(self._leaving, self._free.wait()):
+            self._asking = True
+            try:
+                for job in await self._ask(session):
+                    await self._begin(session, job)
+            finally:
+                self._asking = False
+                self._end_if_done()
+        await self._gone.wait()
+        return []
+
+    async def _ask(self, session: aiohttp.ClientSession) -> list[dict[str, Any]]:
+        """What one poll brings: a job, or none; when the worker leaves meanwhile, what is on its way already."""
         from runpod.serverless.modules.rp_job import get_job  # noqa: PLC0415 - already imported by import_sdk
 
-        self._session = session
-        if not await _before(self._leaving, self._free.wait()):
-            await self._gone.wait()
-            return []
         poll = asyncio.create_task(asyncio.wait_for(get_job(session, 1), _POLL_S))
-        self._asking = True
+        await _until(self._leaving, poll)
         try:
-            await _until(self._leaving, poll)
-            jobs: list[dict[str, Any]] = (await poll if poll.done() else await _arrived(poll)) or []
-            for job in jobs:
-                self._taken.add(job["id"])
-                self._at_engine = job["id"]
-                self._free.clear()
+            return (await poll if poll.done() else await _arrived(poll)) or []
         except TimeoutError:
             return []
-        finally:
-            self._asking = False
-            self._end_if_done()
-        return jobs
+
+    async def _begin(self, session: aiohttp.ClientSession, job: dict[str, Any]) -> None:
+        """Start a job as the SDK's `run_jobs` does, which looks for one ten times a second."""
+        scaler, job_id = self._scaler, job["id"]
+        self._free.clear()
+        self._at_engine = job_id
+        await scaler.jobs_queue.put(job)  # `handle_job` reports it as done
+        scaler.jobs_queue.get_nowait()
+        scaler.job_progress.add(job)
+        self._taken[job_id] = scaler.jobs_tasks[job_id] = asyncio.create_task(scaler.handle_job(session, job))
 
     async def _stops(self, session: aiohttp.ClientSession) -> list[str]:
         """Jobs to stop, as RunPod says; TimeoutError, after which the SDK asks again or ends, when the worker is gone."""
@@ -141,7 +157,6 @@ class Intake:
             poll.cancel()
             raise TimeoutError
         ids: list[str] = await poll
-        self._stopped.update(job_id for job_id in ids if job_id in self._taken and job_id not in self._scaler.jobs_tasks)
         return ids
 
     async def _handle(self, _: aiohttp.ClientSession, config: Mapping[str, Any], job: dict[str, Any]) -> None:
@@ -149,12 +164,9 @@ class Intake:
         from runpod.serverless.modules.rp_job import handle_job  # noqa: PLC0415 - as above
 
         try:
-            if job["id"] in self._stopped:
-                raise asyncio.CancelledError
             await handle_job(self._posting(), config, job)
         finally:
-            self._taken.discard(job["id"])
-            self._stopped.discard(job["id"])
+            self._taken.pop(job["id"], None)
             self._release(job["id"])
             self._end_if_done()
 
