@@ -2,7 +2,8 @@
 
 The hub is a stand-in in a process of its own, on loopback. Both clients fetch the same file onto the same file system, in turn,
 each in a fresh process whose imports are not counted. Ours also takes the sha256 of what it stored, which `hf_hub_download`
-does not. The last figure is what a fleet waits when the host of the one downloader dies, with the worker's own timings.
+does not. The last figures are what a fleet waits when its one downloader is killed, or the host of it dies, with the worker's
+own timings: from then until another worker holds the lock, and until that one has finished a small file.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.report import Figure, Options, median, parse_args, report
+from devkit.fleet import Fleet, Worker
 from devkit.hub import hub_process
 from devkit.local_worker import PROJECT
 from devkit.moosefs import MooseFS, available
@@ -35,6 +37,10 @@ SIZE_BYTES, SHORT_BYTES = 3 * 10**9, 3 * 10**8
 # The project's goal is a rate of 1.6 and 1.25 times theirs: as times, ours over theirs, that is at most the inverse.
 TIME_BOUNDS = {"ext4": 1 / 1.6, "moosefs": 1 / 1.25}
 MEMORY_BOUND_MB = 150.0
+TAKEOVER_FILE, TAKEOVER_BYTES = "org/small/small.safetensors", 10**8
+TAKEOVER_BOUND_S = 45.0
+TAKEOVER_RATE = 10**6  # of each of the victim's connections: it is in the middle when it dies
+TAKEOVER_PATIENCE_S = 180.0
 READY_COUNT = 1000
 READY_BOUNDS_MS = {"ext4": 100.0, "moosefs": 1000.0}
 
@@ -75,22 +81,25 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         root = Path(name)
         _make_file(root / "hub" / REPO / FILE, size_bytes)
+        _make_file(root / "hub" / TAKEOVER_FILE, TAKEOVER_BYTES)
         with hub_process(root / "hub") as hub:
-            for where, folder in _volumes(root):
+            for where, folder, volume in _volumes(root):
                 figures += _throughput(where, folder, hub, options, size_bytes)
                 figures.append(_ready(where, folder, options))
+                if volume:
+                    figures += _takeover(volume, hub, options.samples)
     return report(figures, options)
 
 
-def _volumes(root: Path) -> Iterator[tuple[str, Path]]:
+def _volumes(root: Path) -> Iterator[tuple[str, Path, MooseFS | None]]:
     (root / "ext4").mkdir()
-    yield "ext4", root / "ext4"
+    yield "ext4", root / "ext4", None
     reason = available()
     if reason:
         print(f"no figures for MooseFS: {reason}", file=sys.stderr)
         return
     with MooseFS(root / "moosefs") as volume:
-        yield "moosefs", volume.mounts[0]
+        yield "moosefs", volume.mounts[0], volume
 
 
 def _make_file(path: Path, size_bytes: int) -> None:
@@ -167,6 +176,52 @@ def _ready(where: str, folder: Path, options: Options) -> Figure:
     with contextlib.suppress(OSError):
         shutil.rmtree(layout.root)
     return Figure.of(f"{where}_ready_{READY_COUNT}_ms", samples, "ms", READY_BOUNDS_MS[where])
+
+
+def _takeover(volume: MooseFS, hub: RemoteHub, count: int) -> list[Figure]:
+    """How long nobody downloads when the one who does is killed with -9, and when its mount is: a dead host.
+
+    All pairs of a victim and an heir run at once, each on a folder of its own, so their deaths cost one wait.
+    """
+    here, heirs_mount = volume.mounts[:2]
+    mounts = {"killed_worker": here, "dead_host": volume.mount()}
+    pairs = [f"{kind}_{number}" for kind in mounts for number in range(count)]
+    for pair in pairs:
+        (here / pair).mkdir()
+    victims = [_worker(pair, mounts[pair.rpartition("_")[0]], hub) for pair in pairs]
+    heirs = [_worker(pair, heirs_mount, hub) for pair in pairs]
+    hub.fault("slow", bytes_per_s=TAKEOVER_RATE, shared=False, count=None, route="cdn")
+    with Fleet(*victims) as doomed:
+        pids = {pair: doomed.wait_step("moving", of=pair)["pid"] for pair in pairs}
+        with Fleet(*heirs) as fleet:
+            for pair in pairs:
+                fleet.wait_step("waiting", of=pair)
+            hub.clear_faults()
+            died_s = time.monotonic()
+            volume.kill_mount(volume.mounts.index(mounts["dead_host"]))
+            for pair in pairs:
+                if pair.startswith("killed_worker"):
+                    doomed.kill(pids[pair])
+            ends = fleet.wait_ended(TAKEOVER_PATIENCE_S)
+            if sorted(end["worker"] for end in ends if end.get("how") == "downloaded") != sorted(pairs):
+                raise RuntimeError(f"not every heir took over: {ends}")
+            held = {pair: fleet.wait_step("locked", of=pair)["at_s"] - died_s for pair in pairs}
+    finished = {end["worker"]: end["at_s"] - died_s for end in ends}
+    return [
+        Figure.of(
+            f"moosefs_{kind}_until_{what}_s",
+            [taken_s for pair, taken_s in times.items() if pair.startswith(kind)],
+            "s",
+            TAKEOVER_BOUND_S,
+        )
+        for kind in mounts
+        for what, times in (("held", held), ("finished", finished))
+    ]
+
+
+def _worker(pair: str, mount: Path, hub: RemoteHub) -> Worker:
+    """One with the timings and the tuning that the product has."""
+    return Worker(pair, str(mount / pair), hub.endpoint, TAKEOVER_FILE, timing={}, tuning={})
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Workers as real processes that die where a test says: `python -m devkit.fleet '<JSON>'`; `Fleet` starts and hears them.
 
 The JSON is a list of workers. Each is forked from one process that has everything imported, so that sixteen of them cost what
-one does, and says on standard output, a JSON line for each: `step` (the named points of `Hooks`, once each), then `done` or
-`error`; `gone` is said for it when its process has ended.
+one does, and says on standard output, a JSON line for each: `step` (the named points of `Hooks`, and `waiting` and `moving`
+from its progress, once each), then `done` or `error`; `gone` is said for it when its process has ended.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ from worker.models.wire import Network
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from worker.models.progress import Progress
 
 PROJECT = Path(__file__).resolve().parents[1]
 MIB = 1024 * 1024
@@ -94,6 +96,22 @@ class _Deadly(Hooks):
             os.kill(os.getpid(), signal.SIGSTOP)
 
 
+class _Listener:
+    """Says when a worker waits for another one, and when its own download gets on."""
+
+    def __init__(self, hooks: _Deadly) -> None:
+        self._hooks = hooks
+        self._done_bytes: int | None = None
+
+    def __call__(self, progress: Progress) -> None:
+        if progress.phase == "waiting" and progress.by:
+            self._hooks.at("waiting")
+        if progress.phase == "downloading":
+            if self._done_bytes is not None and progress.done_bytes > self._done_bytes:
+                self._hooks.at("moving")
+            self._done_bytes = progress.done_bytes
+
+
 def _source_of(worker: Worker) -> Source:
     if worker.source.startswith("http"):
         return Url(worker.source)
@@ -103,16 +121,18 @@ def _source_of(worker: Worker) -> Source:
 
 def _run(worker: Worker) -> None:
     network = Network(credentials(worker.endpoint, None, None), read_timeout_s=30)
+    hooks = _Deadly(worker)
     store = Store(
         Layout(Path(worker.root)),
         Hub(worker.endpoint, network),
         worker.name,
         tuning=Tuning(**worker.tuning),  # type: ignore[arg-type] # JSON has one kind of number
         timing=Timing(**worker.timing),
-        hooks=_Deadly(worker),
+        hooks=hooks,
     )
     try:
-        found = store.ensure(ModelSpec(worker.folder, worker.model, _source_of(worker), worker.sha256))
+        spec = ModelSpec(worker.folder, worker.model, _source_of(worker), worker.sha256)
+        found = store.ensure(spec, _Listener(hooks))
     except WorkerError as exc:
         _say(worker, "error", code=exc.code, text=str(exc))
     else:

@@ -8,6 +8,7 @@
 Every template lists the models of its nodes. The same file often has several addresses, in repositories that carry a copy.
 One is kept for each (folder, name), always the same one: first those where the file has that name at its source too (the others
 were pasted wrong), then the one that most nodes give, then the first by alphabet. Its sha256 is kept if a template has it.
+`by_template` says which of them, by number from 0, the active nodes of a template use.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from worker.models.sources import CATALOG
+from worker.models.sources import CATALOG, embedded_models
 from worker.models.spec import ModelSpec, parse_spec
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 PACKAGE = "comfyui-workflow-templates-json"
 VERSION = "0.1.123"
@@ -99,13 +100,21 @@ def _choose(mirrors: Sequence[ModelSpec]) -> ModelSpec:
     return ModelSpec(mirrors[0].folder, mirrors[0].name, source, hashes.pop() if len(hashes) == 1 else None)
 
 
-def catalog_text(workflows: Collection[dict[str, Any]]) -> str:
-    """The catalogue's file: a head, then one model a line."""
-    models = chosen(spec for workflow in workflows for spec in specs_in(workflow))
+def catalog_text(workflows: Mapping[str, dict[str, Any]]) -> str:
+    """The catalogue's file, from templates by name: a head, one model a line, then one template a line."""
+    models = chosen(spec for workflow in workflows.values() for spec in specs_in(workflow))
+    numbers = {(spec.folder, spec.name): number for number, spec in enumerate(models)}
     head = {"source": PACKAGE, "version": VERSION, "licence": LICENCE, "templates": len(workflows), "count": len(models)}
     fields = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
     lines = ",\n".join("  " + json.dumps(_entry(model), ensure_ascii=False) for model in models)
-    return "{\n" + ",\n".join([*fields, f' "models": [\n{lines}\n ]']) + "\n}\n"
+    used = {name.removesuffix(".json"): _used(workflow, numbers) for name, workflow in sorted(workflows.items())}
+    named = ",\n".join(f"  {json.dumps(name)}: {json.dumps(found)}" for name, found in used.items() if found)
+    return "{\n" + ",\n".join([*fields, f' "models": [\n{lines}\n ]', f' "by_template": {{\n{named}\n }}']) + "\n}\n"
+
+
+def _used(workflow: dict[str, Any], numbers: Mapping[tuple[str, str], int]) -> list[int]:
+    """The models of its active nodes."""
+    return sorted({numbers[entry["directory"], entry["name"]] for entry in embedded_models(workflow)})
 
 
 def _entry(spec: ModelSpec) -> dict[str, str]:
@@ -134,7 +143,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as scratch:
         wheel = check_wheel(options.wheel) if options.wheel else fetch_wheel(Path(scratch))
-        text = catalog_text(dict(templates(wheel)).values())
+        text = catalog_text(dict(templates(wheel)))
     return save(text, options.output, check=options.check)
 
 

@@ -24,7 +24,7 @@ from worker.models.hub import Hub, credentials
 from worker.models.layout import Layout
 from worker.models.seals import Seal, whole_mtime, write_seal
 from worker.models.spec import parse_spec
-from worker.models.store import Store
+from worker.models.store import Store, Tuning
 from worker.models.wire import Network
 from worker.settings import Settings
 
@@ -524,7 +524,12 @@ def half_download(patient: Patient, root: Path) -> Iterator[None]:
     (root / "org/repo/x.bin").write_bytes(bytes(8 << 20))
     with StandIn(root) as hub:
         hub.fault("stall", origin="cdn", after_bytes=2 << 20, count=None)
-        store = Store(patient.layout, Hub(hub.endpoint, Network(credentials(hub.endpoint, None, None))), "pod-7")
+        store = Store(
+            patient.layout,
+            Hub(hub.endpoint, Network(credentials(hub.endpoint, None, None))),
+            "pod-7",
+            tuning=Tuning(buffer_bytes=2 << 20),
+        )
         cancel = threading.Event()
         with ThreadPoolExecutor(1) as pool:
             fetching = pool.submit(store.ensure, parse_spec("loras", "hf://org/repo/x.bin"), cancel=cancel)

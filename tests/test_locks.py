@@ -159,22 +159,33 @@ def test_who_waits_sees_it_published(tmp_path: Path) -> None:
         assert hold_now(tmp_path, published=lambda: next(answers)) == "published"
 
 
-def test_who_waits_sees_who_downloads_and_how_far_they_are(tmp_path: Path) -> None:
+def test_who_waits_sees_who_downloads_what_and_how_far_they_are(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     seen: list[Progress] = []
     mine, theirs = Locks(Layout(tmp_path), "pod-1", QUICK), Locks(Layout(tmp_path), "pod-2", QUICK)
-    with mine.hold(KEY, published=lambda: False, cancel=threading.Event()) as hold:
+    with mine.hold(KEY, published=lambda: False, cancel=threading.Event(), name="vae/ae.safetensors") as hold:
         hold.report(Progress("downloading", 3_100_000_000, 11_900_000_000, 240_000_000))
         with theirs.hold(KEY, published=lambda: len(seen) > 1, cancel=threading.Event(), on_wait=seen.append) as other:
             assert other.state == "published"
     assert str(seen[-1]) == "worker pod-1: 3.1 of 11.9 GB, 240.0 MB/s"
+    said = "waiting for vae/ae.safetensors, which another worker fetches (worker pod-1: 3.1 of 11.9 GB, 240.0 MB/s)"
+    assert caplog.text.count(said) == 1
+
+
+def test_the_report_of_an_older_worker_is_understood(tmp_path: Path) -> None:
+    layout = Layout(tmp_path)
+    layout.locks.mkdir(parents=True)
+    old = {"by": "x", "phase": "checking", "done_bytes": 1, "total_bytes": 2, "bytes_per_s": 0.5, "beat": 3}
+    layout.lock_progress(KEY).write_bytes(json.dumps(old).encode())
+    assert Locks(layout, "me").holder(KEY) == Holder("x", "checking", 1, 2, 0.5, 3, "")
 
 
 def test_a_report_is_written_at_most_as_often_as_agreed(tmp_path: Path) -> None:
     locks = Locks(Layout(tmp_path), "pod-1", Timing(report_every_s=60))
-    with locks.hold(KEY, published=lambda: False, cancel=threading.Event()) as hold:
+    with locks.hold(KEY, published=lambda: False, cancel=threading.Event(), name="vae/ae.safetensors") as hold:
         for done in range(100):
             hold.report(Progress("downloading", done, 100))
-    assert locks.holder(KEY) == Holder("pod-1", "downloading", 0, 100, 0.0, 1)
+    assert locks.holder(KEY) == Holder("pod-1", "downloading", 0, 100, 0.0, 1, "vae/ae.safetensors")
 
 
 @pytest.mark.parametrize("content", [b"", b"[1]", b'{"by": "x"}', b"\xff\xfe", b'{"other": 1}'])

@@ -26,7 +26,7 @@
     │   ├── VolumeMissing, VolumeReadOnly, VolumeFull, VolumeFailed
     │   └── EnsureCancelled
     ├── SeedError                a volume cannot be filled ahead of the workers
-    │   ├── SeedUsage, WhatUnknown, DatacenterUnknown, S3KeysMissing
+    │   ├── SeedUsage, WhatUnknown, ModelUnavailable, DatacenterUnknown, S3KeysMissing
     │   └── S3KeysRefused, S3VolumeNotFound, S3VolumeFull, S3FileDiffers, S3Unreachable, S3Failed
     ├── DeliveryError            the workflow ran, but its result cannot be handed over
     │   └── ResultTooLarge, BucketRefused, BucketUnreachable
@@ -1017,6 +1017,18 @@ class WhatUnknown(SeedError):
             f"'{self.what}' is no manifest or workflow on this machine, no hf:// or https:// address, "
             f"and no official template{near}."
         )
+
+
+@dataclass(eq=False)
+class ModelUnavailable(SeedError):
+    """A model that is wanted cannot be had, which was known before anything was sent; `cause` is that error's code."""
+
+    reason: str
+    cause: str | None = None
+    code = "model_unavailable"
+
+    def __str__(self) -> str:
+        return self.reason
 
 
 @dataclass(eq=False)

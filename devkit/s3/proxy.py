@@ -130,8 +130,16 @@ class RunPodProxy:
             self._faults.append(_Fault(operation, kind, times, after, seconds, key))
 
     def release(self) -> None:
-        """Let what is held go on."""
+        """Let what is held go on; returns when it does."""
         self._released.set()
+        with self._changed:
+            self._changed.wait_for(lambda: not self._holding, _WAIT_S)
+
+    def clear_faults(self) -> None:
+        """From now on nothing goes wrong; what is held goes on."""
+        with self._changed:
+            self._faults = []
+        self.release()
 
     def reset(self) -> None:
         """No faults, no calls."""
@@ -187,6 +195,7 @@ class RunPodProxy:
         self._released.wait(_WAIT_S)
         with self._changed:
             self._holding -= 1
+            self._changed.notify_all()
 
     def _called(self, call: Call) -> None:
         with self._changed:
@@ -209,6 +218,13 @@ class _Server(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     wbufsize = -1
+
+    def handle_expect_100(self) -> bool:
+        """Say it at once: botocore waits a second for it before it sends a body."""
+        self.send_response_only(100)
+        self.end_headers()
+        self.wfile.flush()
+        return True
 
     def log_message(self, *_: object) -> None:
         """The calls are recorded."""

@@ -8,7 +8,7 @@ import json
 import os
 import secrets
 import time
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, BinaryIO, Final, TypeVar
 
 from worker.errors import EnsureCancelled, FileIncomplete, ModelError, VolumeFailed, VolumeFull, VolumeReadOnly
 
@@ -147,10 +147,15 @@ def check_whole(path: Path, size_bytes: int) -> None:
 def stated_bytes(path: Path, size_bytes: int) -> int | None:
     """How long a safetensors file says it is: 8 + header length + the end of the last tensor; None when that cannot be read."""
     with path.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if not len(b"{}") <= length <= min(size_bytes - 8, _MAX_HEADER_BYTES):
-            return None
-        text = stream.read(length)
+        return stated_in(stream, size_bytes)
+
+
+def stated_in(stream: BinaryIO, size_bytes: int) -> int | None:
+    """As `stated_bytes`, of a stream that is at the beginning of a file of `size_bytes`."""
+    length = int.from_bytes(stream.read(8), "little")
+    if not len(b"{}") <= length <= min(size_bytes - 8, _MAX_HEADER_BYTES):
+        return None
+    text = stream.read(length)
     try:
         header = json.loads(text)
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]

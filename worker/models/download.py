@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final, Literal
 from worker.errors import ContentMismatch, EnsureCancelled, SourceRefused, VolumeFull
 from worker.models.abandon import abandonable
 from worker.models.disk import FULL, free_bytes, patiently, sha256_of, stated_bytes, sync_file, sync_folder
+from worker.models.hashed import HashedPartial
 from worker.models.partial import DiskFailed, Partial, Stuck, Taken, sweep
 from worker.models.progress import Meter, Progress
 from worker.models.ranges import Fetch, Tuning
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from worker.models.layout import Layout
     from worker.models.locks import Hold
     from worker.models.progress import CancelToken, Listener, Phase
+    from worker.models.ranges import Sink
     from worker.models.spec import ModelSpec
 
 log = logging.getLogger(__name__)
@@ -179,26 +181,26 @@ class Download:
         """All bytes, safe on the disk, and their sha256, which is taken behind the writers while they write."""
         tuning = self._tools.tuning
         partial.keep_journal(tuning.unsaved_bytes * tuning.connections)
-        follower = _Follower(partial)
+        sink = HashedPartial(partial, tuning)
         try:
-            self._receive(partial)
+            self._receive(sink, partial.done_bytes)
             self._at("fetched")
             abandonable(partial.settle, self._remote.where, self._task.cancel)
             self._at("settled")
-            sha256 = follower.wait(self._task.cancel, self._meter("checking"))
+            sha256 = sink.sha256(self._task.cancel, self._meter("checking"))
         except SourceRefused:
             if self._remote.xet is None:
                 raise
-            follower.stop()
+            sink.stop()
             sha256 = self._receive_by_xet(partial)
         finally:
-            follower.stop()
+            sink.stop()
         self._at("hashed")
         return sha256
 
-    def _receive(self, partial: Partial) -> None:
-        meter = self._meter("downloading", partial.done_bytes)
-        fetch = Fetch(self._tools.hub, self._remote, partial, self._tools.tuning, self._task.cancel)
+    def _receive(self, sink: Sink, done_bytes: int) -> None:
+        meter = self._meter("downloading", done_bytes)
+        fetch = Fetch(self._tools.hub, self._remote, sink, self._tools.tuning, self._task.cancel)
 
         def on_bytes(done_bytes: int) -> None:
             meter(done_bytes)
@@ -266,6 +268,8 @@ class Download:
         os.utime(partial.path, (mtime, mtime))
         partial.close()
         found = partial.path.stat()
+        if found.st_size != partial.size_bytes:
+            raise Taken  # somebody cut it short behind the hash
         origin, remote = Origin.of(self._task.spec), self._remote
         return Seal(
             size=found.st_size,
@@ -320,41 +324,3 @@ def _make_room(partial: Partial, exc: DiskFailed | OSError) -> None:
     if error.errno in FULL:
         with contextlib.suppress(OSError):
             partial.discard()
-
-
-class _Follower:
-    """The thread that hashes a partial behind its writers."""
-
-    def __init__(self, partial: Partial) -> None:
-        self._partial = partial
-        self._stop = threading.Event()
-        self._done_bytes = 0
-        self._sha256: str | None = None
-        self._error: Exception | None = None
-        self._thread = threading.Thread(target=self._run, name="sha256", daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            self._sha256 = self._partial.follow(self._stop.is_set, self._count)
-        except (OSError, Taken) as exc:
-            self._error = exc
-
-    def _count(self, done_bytes: int) -> None:
-        self._done_bytes = done_bytes
-
-    def wait(self, cancel: CancelToken, on_bytes: Callable[[int], None]) -> str:
-        """The sha256; the file must be complete by now."""
-        while self._thread.is_alive():
-            self._thread.join(_TICK_S)
-            on_bytes(self._done_bytes)
-            if cancel.is_set():
-                raise EnsureCancelled(self._partial.path.parent.name)
-        if self._sha256 is None:
-            raise self._error or Taken
-        return self._sha256
-
-    def stop(self) -> None:
-        """End it, whatever it does."""
-        self._stop.set()
-        self._thread.join(_TICK_S)

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import httpx2
 from huggingface_hub import get_hf_file_metadata, hf_hub_url
@@ -65,6 +65,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Clock = Callable[[], float]
+T = TypeVar("T")
 
 HF_TOKEN: Final = "HF_TOKEN"  # noqa: S105 - the variable's name
 CIVITAI_TOKEN: Final = "CIVITAI_TOKEN"  # noqa: S105 - the variable's name
@@ -163,11 +164,19 @@ class Hub:
         Raises what is permanent at once (gated, not found, unauthorised), `SourceUnreachable` after `patience_s`, and
         `EnsureCancelled` at once.
         """
-        ask = self._ask_hub if isinstance(source, HubFile) else self._ask_url
-        backoff = Backoff(str(source), self._patience_s)
+        if isinstance(source, HubFile):
+            return self._asked(lambda: self._ask_hub(source), str(source), cancel)
+        return self._asked(lambda: self._ask_url(source), str(source), cancel)
+
+    def list_files(self, folder: HubFile, cancel: CancelToken) -> tuple[str, ...]:
+        """Every file of a repository at a revision, in alphabetical order; `folder.path` is not looked at. As `look_up`."""
+        return self._asked(lambda: self._ask_files(folder), f"hf://{folder.repo}", cancel)
+
+    def _asked(self, ask: Callable[[], T], where: str, cancel: CancelToken) -> T:
+        backoff = Backoff(where, self._patience_s)
         while True:
             try:
-                return abandonable(lambda: ask(source), str(source), cancel)  # type: ignore[arg-type] # one branch each
+                return abandonable(ask, where, cancel)
             except HfHubHTTPError as exc:
                 reason, named_s = f"status {exc.response.status_code}", retry_after_s(exc.response.headers)
             except _Busy as exc:
@@ -175,7 +184,21 @@ class Hub:
             except (OSError, http.client.HTTPException, httpx2.HTTPError) as exc:
                 reason, named_s = f"{type(exc).__name__}: {exc}", None
             if cancel.wait(backoff.failed(reason, named_s)):
-                raise EnsureCancelled(str(source))
+                raise EnsureCancelled(where)
+
+    def _ask_files(self, folder: HubFile) -> tuple[str, ...]:
+        from huggingface_hub import HfApi  # noqa: PLC0415 - a large module, and no worker lists repositories
+
+        token = self._hub_token()
+        api = HfApi(endpoint=self._endpoint, token=token or False)
+        try:
+            return tuple(sorted(api.list_repo_files(folder.repo, revision=folder.revision, repo_type=folder.repo_type)))
+        except HFValidationError as exc:
+            raise RepoNotFound(folder.repo, folder.path, has_token=bool(token)) from exc
+        except HfHubHTTPError as exc:
+            if refusal := self._refusal(exc, folder, folder.revision, has_token=bool(token)):
+                raise refusal from exc
+            raise
 
     def _ask_hub(self, source: HubFile) -> Remote:
         token = self._hub_token()

@@ -63,6 +63,7 @@ class Holder:
     total_bytes: int
     bytes_per_s: float
     beat: int
+    name: str = ""  # the model's `folder/name`; the key says nothing to a person
 
     def as_progress(self) -> Progress:
         """The same, as the waiting worker shows it."""
@@ -72,10 +73,13 @@ class Holder:
 class Hold:
     """The result of waiting: the content was published meanwhile, or it is for this worker to fetch."""
 
-    def __init__(self, path: Path, worker: str, timing: Timing, state: Literal["held", "unlocked", "published"]) -> None:
+    def __init__(
+        self, path: Path, worker: str, name: str, timing: Timing, state: Literal["held", "unlocked", "published"]
+    ) -> None:
         self.state = state
         self._path = path
         self._worker = worker
+        self._name = name
         self._timing = timing
         self._beat = 0
         self._next_s = 0.0
@@ -88,7 +92,9 @@ class Hold:
         self._next_s = now_s + self._timing.report_every_s
         self._beat += 1
         phase: Literal["downloading", "checking"] = "checking" if progress.phase == "checking" else "downloading"
-        holder = Holder(self._worker, phase, progress.done_bytes, progress.total_bytes, progress.bytes_per_s, self._beat)
+        holder = Holder(
+            self._worker, phase, progress.done_bytes, progress.total_bytes, progress.bytes_per_s, self._beat, self._name
+        )
         with contextlib.suppress(OSError):
             write_atomically(self._path, json.dumps(asdict(holder)).encode(), durable=False)
 
@@ -110,17 +116,25 @@ class Locks:
 
     @contextlib.contextmanager
     def hold(
-        self, key: str, *, published: Callable[[], bool], cancel: CancelToken, on_wait: Listener = lambda _: None
+        self,
+        key: str,
+        *,
+        published: Callable[[], bool],
+        cancel: CancelToken,
+        on_wait: Listener = lambda _: None,
+        name: str = "",
     ) -> Iterator[Hold]:
         """Wait until the content is published or is this worker's to fetch; `Hold.state` says which.
+
+        `name` is what people call the content: this worker's log says it, and those of the workers that wait for this one.
 
         Never waits longer than a holder without progress is given: then the work is done without the lock, which costs
         bandwidth and nothing else. Raises `EnsureCancelled` within `Timing.attempt_s` and a disk access.
         """
-        waiter = _Waiter(self, key, self._timing, on_wait)
+        waiter = _Waiter(self, key, name or key, self._timing, on_wait)
         lock = self._make(key)
         state = waiter.wait(lock, published, cancel)
-        hold = Hold(self._layout.lock_progress(key), self._worker, self._timing, state)
+        hold = Hold(self._layout.lock_progress(key), self._worker, name, self._timing, state)
         try:
             yield hold
         finally:
@@ -142,9 +156,10 @@ class Locks:
 class _Waiter:
     """One wait for one lock: tries again and again, and watches everything that could end the wait."""
 
-    def __init__(self, locks: Locks, key: str, timing: Timing, on_wait: Listener) -> None:
+    def __init__(self, locks: Locks, key: str, name: str, timing: Timing, on_wait: Listener) -> None:
         self._locks = locks
         self._key = key
+        self._name = name
         self._timing = timing
         self._on_wait = on_wait
         # A fleet that loses patience together would download together: whoever is first shows progress to the others.
@@ -158,22 +173,24 @@ class _Waiter:
     def wait(
         self, lock: SoftReadWriteLock, published: Callable[[], bool], cancel: CancelToken
     ) -> Literal["held", "unlocked", "published"]:
-        announced = False
+        announced: str | None = None
         while True:
             if cancel.is_set():
-                raise EnsureCancelled(self._key)
+                raise EnsureCancelled(self._name)
             if published():
                 return "published"
             if self._works and self._acquired(lock):
                 return "held"
             if self._out_of_patience():
                 log.warning(
-                    "going on without the lock of %s: its holder shows no progress; this costs bandwidth only", self._key
+                    "going on without the lock of %s: its holder shows no progress; this costs bandwidth only", self._name
                 )
                 return "unlocked"
-            if not announced and self._seen:
-                log.info("waiting for worker %s, which fetches %s", self._seen.by, self._key)
-                announced = True
+            if self._seen and self._seen.by != announced:
+                log.info(
+                    "waiting for %s, which another worker fetches (%s)", self._seen.name or self._name, self._seen.as_progress()
+                )
+                announced = self._seen.by
             if not self._works:
                 cancel.wait(self._timing.attempt_s)
 

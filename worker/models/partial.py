@@ -20,6 +20,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Final
 
+from worker.models.ahead import Ahead
 from worker.models.disk import create, patiently, write_at, write_atomically
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ _VERSION: Final = 1
 _FLUSH_EVERY_S: Final = 1.0
 _OWNED_EVERY_S: Final = 0.25
 _HASH_BYTES: Final = 4 * MIB
+_PATIENCE_S: Final = 120.0
+_STUCK_S: Final = 8.0
 _GONE: Final = frozenset({errno.ENOENT, errno.ESTALE})
 
 
@@ -91,11 +94,16 @@ class Ranges:
 
 
 class Partial:
-    """A file under way. Any thread may write; `claim` makes one."""
+    """A file under way. Any thread may write; `claim` makes one.
+
+    `inherited`: another worker began it, and may still be writing. `rewritten`: bytes came that were there already. What was
+    hashed while it was written says nothing about a file with either.
+    """
 
     def __init__(self, path: Path, fd: int, size_bytes: int, done: Ranges, *, inherited: bool = False) -> None:
         self.path = path
         self.inherited = inherited
+        self.rewritten = False
         self.size_bytes = size_bytes
         self._fd = fd
         self._done = done
@@ -170,6 +178,23 @@ class Partial:
         with self._changed:
             return time.monotonic() - min(self._writing.values()) if self._writing else 0.0
 
+    def reach(self) -> int:
+        """Everything: the bytes of a file may land in any order."""
+        return self.size_bytes
+
+    def check(self, patience_s: float = _PATIENCE_S, stuck_s: float = _STUCK_S) -> None:
+        """Raise `Stuck` or `DiskFailed` when a write takes too long: on a network volume it may not end at all.
+
+        `stuck_s` is for a file that another worker began, which a dead host may have left locked; `patience_s` for our own.
+        """
+        waited_s = self.stuck_s
+        if not waited_s:
+            return
+        if self.inherited and waited_s > stuck_s:
+            raise Stuck
+        if waited_s > patience_s:
+            raise DiskFailed(TimeoutError(errno.ETIMEDOUT, f"it took no byte for {patience_s:.0f} s"))
+
     @contextlib.contextmanager
     def _using(self) -> Iterator[int]:
         """The descriptor, which stays open inside even if `close` is called meanwhile: its number may not be reused."""
@@ -208,7 +233,9 @@ class Partial:
                 with self._changed:
                     del self._writing[threading.get_ident()]
         with self._changed:
+            before = self._done.total
             self._done.add(offset, offset + len(view))
+            self.rewritten = self.rewritten or self._done.total != before + len(view)
             self._unsaved_bytes += len(view)
             self._changed.notify_all()
             while self._journalist and self._unsaved_bytes > self._limit_bytes and not (self._broken or self._closing):
@@ -275,44 +302,61 @@ class Partial:
                 self._changed.wait(left_s if left_s > 0 else _FLUSH_EVERY_S)
             return True
 
-    def follow(self, stop: Callable[[], bool], on_bytes: Callable[[int], None] = lambda _: None) -> str | None:
-        """The sha256 of the whole file, read behind the writers as they go; None when `stop` says so before its end.
+    def follow(
+        self, stop: Callable[[], bool], on_bytes: Callable[[int], None] = lambda _: None, ahead: Ahead | None = None
+    ) -> str | None:
+        """The sha256 of the whole file, taken behind the writers as they go; None when `stop` says so before its end.
 
-        The bytes are read back from the file, so what is checked is what was stored, and the page cache is warm afterwards.
+        Bytes come from `ahead` where they are there, so they are those that were given to `write`, and otherwise from the
+        file, so they are what was stored. The page cache is warm afterwards either way.
         """
         digest = hashlib.sha256()
         buffer = memoryview(bytearray(_HASH_BYTES))
+        kept = ahead or Ahead(0, 1)
         at = 0
         with self._using() as fd:
             while at < self.size_bytes:
-                reach = self._wait_beyond(at, stop)
-                if reach <= at:
+                if stop():
                     return None
-                length = os.preadv(fd, [buffer[: min(reach - at, _HASH_BYTES)]], at)
-                if length == 0:
-                    raise Taken  # somebody cut the file short: it is not the one that was journalled
-                digest.update(buffer[:length])
-                at += length
+                if block := kept.take(at):
+                    digest.update(block)
+                    at += len(block)
+                    kept.release(block)
+                elif readable := self._readable(at, kept):
+                    length = os.preadv(fd, [buffer[:readable]], at)
+                    if length == 0:
+                        raise Taken  # somebody cut the file short: it is not the one that was journalled
+                    digest.update(buffer[:length])
+                    at += length
                 on_bytes(at)
         return digest.hexdigest()
 
-    def _wait_beyond(self, offset: int, stop: Callable[[], bool]) -> int:
-        """How far the file reaches without a gap, once that is beyond `offset` by a buffer or the whole file is there."""
+    def _readable(self, offset: int, kept: Ahead) -> int:
+        """How many bytes to read back at `offset`; 0 after a moment in which there were too few, or when `kept` has them.
+
+        Bytes are offered to `kept` before they are written: what the file has and `kept` has not will not come there.
+        """
         with self._changed:
-            while not stop():
-                reach = self._done.first_gap
-                if reach >= min(offset + _HASH_BYTES, self.size_bytes):
-                    return reach
+            until = min(offset + _HASH_BYTES, kept.next_after(offset, self.size_bytes))
+            if self._done.first_gap < until and not kept.has(offset):
                 self._changed.wait(_OWNED_EVERY_S)
-        return offset
+            return until - offset if self._done.first_gap >= until and not kept.has(offset) else 0
 
     def settle(self) -> None:
-        """Everything is safe and journalled when this returns; raises `Taken`, `DiskFailed` and what the file system says."""
+        """Everything is safe and journalled when this returns; raises `Taken`, `Stuck`, `DiskFailed` and what the disk says."""
+        self._wait_for_writers()
         self._stop_journalist(None)
         self._raise_broken()
         with self._using() as fd:
             os.fsync(fd)
             self._save(fd)
+
+    def _wait_for_writers(self) -> None:
+        """A connection that was given up can still be in a write: nothing may land after the file was judged."""
+        while self.stuck_s:
+            self.check()
+            with self._changed:
+                self._changed.wait(_OWNED_EVERY_S / 10)
 
     def close(self, wait_s: float = 0.5) -> None:
         """Let go of the file, keeping it for the next one. A disk slower than `wait_s` journals later."""

@@ -1,31 +1,29 @@
-"""The body of a file: parallel byte ranges into a partial, until nothing is missing. Touches the network.
+"""The body of a file: parallel byte ranges into a `Sink`, until nothing is missing. Touches the network.
 
-Each thread has a connection and a buffer of its own. A range that fails goes back to the others with what is left of it, so
-whatever the faults are, bytes that came once are not asked for again.
+Each thread has a connection and a buffer of its own. Ranges are handed out from the front of the file, and none beyond what
+the sink can take now. A range that fails goes back to the others with what is left of it, so whatever the faults are, bytes
+that came once are not asked for again.
 """
 
 from __future__ import annotations
 
-import errno
+import bisect
 import http.client
 import logging
 import re
 import threading
 import time
-from collections import deque
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final, NoReturn
+from typing import TYPE_CHECKING, Final, NoReturn, Protocol
 
 from worker.errors import ContentMismatch, EnsureCancelled, SourceChanged, SourceRefused
 from worker.models.hub import Backoff
-from worker.models.partial import DiskFailed, Stuck
 from worker.models.wire import OK, PARTIAL, TRANSIENT, UNSATISFIABLE, Channel, bare_etag, retry_after_s
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from worker.models.hub import Hub, Remote
-    from worker.models.partial import Partial
     from worker.models.progress import CancelToken
 
 log = logging.getLogger(__name__)
@@ -33,6 +31,7 @@ log = logging.getLogger(__name__)
 MIB: Final = 1024 * 1024
 _DOUBTS: Final = 3
 _TICK_S: Final = 0.2
+_FULL_S: Final = 0.02  # how soon to look again whether a full sink takes more
 _CONTENT_RANGE: Final = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
 # What a signed address answers once it has expired, by the name of the store behind it.
 _ADDRESS_IS_OLD: Final = frozenset({400, 401, 403, 404, 410})
@@ -43,20 +42,59 @@ class Tuning:
     """How a body is fetched.
 
     `unsaved_bytes` bounds, for each connection, what is written and not yet journalled: a killed worker costs that much and
-    a buffer. `patience_s` is how long no byte at all may come. A partial that another worker began
+    a buffer. `ahead_bytes` bounds the memory for bytes that wait for their turn to be hashed; `request_bytes` for each
+    connection is how far ahead they come. `patience_s` is how long no byte at all may come. A partial that another worker began
     is left alone for `handover_s`, so that whoever still writes into it notices: two hosts that write one part of a file keep
     each other waiting for half a minute on MooseFS. `stuck_s` is how long a write into it may take then: what a host was
     writing when it died stays locked for two minutes.
     """
 
     connections: int = 8
-    request_bytes: int = 64 * MIB
+    request_bytes: int = 16 * MIB
     smallest_bytes: int = 4 * MIB
-    buffer_bytes: int = 2 * MIB
+    buffer_bytes: int = 4 * MIB
     unsaved_bytes: int = 32 * MIB
+    ahead_bytes: int = 64 * MIB
     patience_s: float = 120.0
     handover_s: float = 1.5
     stuck_s: float = 8.0
+
+
+class Sink(Protocol):
+    """Where a body's bytes go. Any thread writes, in any order; after a fault without ranges a byte may come a second time.
+
+    A sink that keeps bytes until it can pass them on in order bounds what it keeps with `reach`: the first missing byte is
+    always being fetched or the next to be, so a sink that raises its reach as that byte comes never waits in vain.
+    """
+
+    @property
+    def size_bytes(self) -> int:
+        """The whole file's length."""
+        ...
+
+    @property
+    def done_bytes(self) -> int:
+        """How many bytes are there, for the progress."""
+        ...
+
+    def gaps(self) -> list[tuple[int, int]]:
+        """What is missing, half open and in order; asked once, before the first byte."""
+        ...
+
+    def reach(self) -> int:
+        """The offset up to which bytes may come now, beyond the first missing one; `size_bytes` where any order will do."""
+        ...
+
+    def write(self, offset: int, view: memoryview) -> None:
+        """Take bytes; the memory is used again after the return. It may wait for a slower consumer, not for other bytes.
+
+        What it raises ends the fetch. `OSError` would be taken for the network's: wrap it.
+        """
+        ...
+
+    def check(self) -> None:
+        """Raise when what was written does not get through; asked a few times a second while the fetch goes on."""
+        ...
 
 
 class _Retry(Exception):  # noqa: N818 - never leaves this module
@@ -74,27 +112,27 @@ class _NoRanges(Exception):  # noqa: N818 - never leaves this module
 class Fetch:
     """One file's body on its way; `run` does it all."""
 
-    def __init__(self, hub: Hub, remote: Remote, partial: Partial, tuning: Tuning, cancel: CancelToken) -> None:
+    def __init__(self, hub: Hub, remote: Remote, sink: Sink, tuning: Tuning, cancel: CancelToken) -> None:
         self._hub = hub
         self._remote = remote
-        self._partial = partial
+        self._sink = sink
         self._tuning = tuning
         self._cancel = cancel
         self._lock = threading.Lock()
         self._renewing = threading.Lock()
         self._backoff = Backoff(remote.where, tuning.patience_s, tuning.connections)
         self._doubts = 0
-        self._todo: deque[tuple[int, int]] = deque()
+        self._todo: list[tuple[int, int]] = []
         self._stop = threading.Event()
         self._error: BaseException | None = None
         self._channels: list[Channel] = []
         self.fetched_bytes = 0
 
     def run(self, on_bytes: Callable[[int], None] = lambda _: None) -> None:
-        """Return when every byte is in the partial.
+        """Return when every byte is in the sink.
 
-        Raises `EnsureCancelled` within a second, `Taken` when the partial is no longer ours, `SourceUnreachable`,
-        `SourceChanged`, `ContentMismatch` (of the length), `SourceRefused`, what `Hub.look_up` raises, and `DiskFailed`.
+        Raises `EnsureCancelled` within a second, `SourceUnreachable`, `SourceChanged`, `ContentMismatch` (of the length),
+        `SourceRefused`, what `Hub.look_up` raises, and what the sink does.
         """
         try:
             self._run(on_bytes)
@@ -104,10 +142,10 @@ class Fetch:
             self._run(on_bytes)
 
     def _run(self, on_bytes: Callable[[int], None]) -> None:
-        gaps = self._partial.gaps()
+        gaps = self._sink.gaps()
         if not gaps:
             return
-        self._todo = deque(gaps) if self._remote.has_ranges else deque([(gaps[0][0], self._partial.size_bytes)])
+        self._todo = gaps if self._remote.has_ranges else [(gaps[0][0], self._sink.size_bytes)]
         self._stop, self._error, self._channels = threading.Event(), None, []
         threads = [threading.Thread(target=self._work, name=f"range-{n}", daemon=True) for n in range(self._width())]
         for thread in threads:
@@ -127,20 +165,10 @@ class Fetch:
         for thread in threads:
             while thread.is_alive() and not self._stop.is_set():
                 thread.join(_TICK_S)
-                on_bytes(self._partial.done_bytes)
+                on_bytes(self._sink.done_bytes)
                 if self._cancel.is_set():
                     raise EnsureCancelled(self._remote.where)
-                self._check_stuck()
-
-    def _check_stuck(self) -> None:
-        """Whether the disk hangs: connections end by their own timeouts, a write on a network volume may not end at all."""
-        stuck_s = self._partial.stuck_s
-        if not stuck_s:
-            return
-        if self._partial.inherited and stuck_s > self._tuning.stuck_s:
-            raise Stuck
-        if stuck_s > self._tuning.patience_s:
-            raise DiskFailed(TimeoutError(errno.ETIMEDOUT, f"it took no byte for {self._tuning.patience_s:.0f} s"))
+                self._sink.check()
 
     def _end(self, threads: list[threading.Thread]) -> None:
         self._stop.set()
@@ -173,18 +201,31 @@ class Fetch:
 
     def _take(self) -> tuple[int, int] | None:
         """The next range to ask for: large ones first, small ones at the end, so that all connections finish together."""
+        while (span := self._try_take()) == (0, 0):
+            self._stop.wait(_FULL_S)
+        return span
+
+    def _try_take(self) -> tuple[int, int] | None:
+        """As `_take`; an empty range when the sink is full for now."""
         with self._lock:
-            if not self._todo:
+            if not self._todo or self._stop.is_set():
                 return None
-            start, end = self._todo.popleft()
-            if not self._remote.has_ranges:
-                return start, end
-            left = sum(stop - begin for begin, stop in self._todo) + end - start
+            start, end = self._todo[0]
+            reach = self._sink.reach() if self._remote.has_ranges else end
+            if start >= reach:
+                return 0, 0
+            left = sum(stop - begin for begin, stop in self._todo)
             share = left // (2 * self._tuning.connections)
-            length = min(end - start, max(self._tuning.smallest_bytes, min(share, self._tuning.request_bytes)))
-            if start + length < end:
-                self._todo.appendleft((start + length, end))
-            return start, start + length
+            length = max(self._tuning.smallest_bytes, min(share, self._tuning.request_bytes))
+            stop = min(end, reach, start + length) if self._remote.has_ranges else end
+            self._todo[0:1] = [(stop, end)] if stop < end else []
+            return start, stop
+
+    def _give_back(self, start: int, end: int) -> None:
+        """In its place: a full sink waits for the first missing byte, so what is nearest to the front has to go first."""
+        if start < end:
+            with self._lock:
+                bisect.insort(self._todo, (start, end))
 
     def _pull(self, channel: Channel, span: tuple[int, int], buffer: memoryview) -> None:
         """Fetch a range, or as much of it as comes; the rest is given back for whoever is next."""
@@ -193,7 +234,7 @@ class Fetch:
             response = self._open(channel, at, end, buffer)
             while at < end:
                 length = _read(response, buffer[: end - at])
-                self._partial.write(at, buffer[:length])
+                self._sink.write(at, buffer[:length])
                 at += length
                 self._came(length)
             if not response.isclosed():
@@ -205,9 +246,7 @@ class Fetch:
             )
             self._stop.wait(delay_s)
         finally:
-            if at < end:
-                with self._lock:
-                    self._todo.appendleft((at, end))
+            self._give_back(at, end)
 
     def _came(self, length: int) -> None:
         self._backoff.progressed()

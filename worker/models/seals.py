@@ -61,11 +61,20 @@ def read_seal(path: Path) -> Seal | None:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            values: Any = json.loads(os.read(fd, _MAX_BYTES))
+            data = os.read(fd, _MAX_BYTES)
         finally:
             os.close(fd)
+    except OSError:
+        return None
+    return decode_seal(data)
+
+
+def decode_seal(data: bytes) -> Seal | None:
+    """As `read_seal`, from the bytes of the file."""
+    try:
+        values: Any = json.loads(data)
         seal = Seal(**{name: value for name, value in values.items() if name in _FIELDS})
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError):
         return None
     sound = isinstance(seal.size, int) and isinstance(seal.mtime, (int, type(None)))
     return seal if sound and isinstance(seal.v, int) and seal.v >= VERSION else None
@@ -73,7 +82,12 @@ def read_seal(path: Path) -> Seal | None:
 
 def write_seal(path: Path, seal: Seal, opened: Callable[[], None] = lambda: None) -> None:
     """Replace the seal at `path`: readers see the old one or all of the new one."""
-    write_atomically(path, json.dumps(asdict(seal), indent=1).encode(), opened=opened)
+    write_atomically(path, encode_seal(seal), opened=opened)
+
+
+def encode_seal(seal: Seal) -> bytes:
+    """The bytes of a seal's file."""
+    return json.dumps(asdict(seal), indent=1).encode()
 
 
 def stat_file(path: Path) -> os.stat_result | None:

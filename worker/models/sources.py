@@ -270,6 +270,17 @@ class Catalog:
         """Every model in it as `folder/name`."""
         return self._entries
 
+    @property
+    def templates(self) -> Collection[str]:
+        """The names of the official templates that use models."""
+        names: Mapping[str, object] = self._document["by_template"]
+        return names.keys()
+
+    def of_template(self, name: str) -> tuple[ModelSpec, ...]:
+        """The models of an official template's active nodes; `KeyError` when there is none of that name that has any."""
+        entries = self._document["models"]
+        return tuple(parse_spec(**_known_values(entries[number])) for number in self._document["by_template"][name])
+
     def find(self, name: str, folders: Collection[str]) -> Sequence[ModelSpec]:
         """Its models of this name, one for each folder; no folders: in any."""
         paths = [f"{folder}/{name}" for folder in folders] if folders else [p for p in self._entries if _is_meant(p, name, ())]
@@ -617,6 +628,12 @@ def embedded_models(workflow: object) -> tuple[Mapping[str, Any], ...]:
     lists = [graph.get("models"), *(_properties(node).get("models") for node in nodes)]
     entries = chain.from_iterable(map(_dicts, lists))
     return tuple(entry for entry in entries if str(entry.get("name", "")).replace("\\", "/") in values)
+
+
+def widget_values(workflow: object) -> Iterator[object]:
+    """The values of every active node's widgets in a workflow in the editor's format."""
+    for node in _active_nodes(_editor_graph(workflow) or {}):
+        yield from _widget_values(node)
 
 
 def _editor_graph(value: object) -> Mapping[str, Any] | None:

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from worker.models.progress import CancelToken, Listener, Progress
     from worker.models.spec import ModelSpec
 
-__all__ = ["Hooks", "Ready", "Store", "Stores", "Timing", "Tuning"]
+__all__ = ["Hooks", "Ready", "Store", "Stores", "Timing", "Tuning", "cached_file"]
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +55,25 @@ _SLOW_LOOK_S: Final = 0.0003  # a look at a network file system takes about a mi
 
 def _ignore(_: Progress) -> None:
     """Progress that nobody watches."""
+
+
+def cached_file(host_cache: Layout, spec: ModelSpec) -> Path | None:
+    """A hub model's file in RunPod's host cache, whole as far as its length and header say; None when it is not there.
+
+    It is found by its name there; what it hashes to is not looked at. Touches no network.
+    """
+    if not isinstance(spec.source, HubFile):
+        return None
+    repo = host_cache.host_cache_repo(spec.source.repo, spec.source.repo_type)
+    revision = spec.source.revision
+    with contextlib.suppress(OSError, FileIncomplete, UnicodeDecodeError):
+        commit = revision if _COMMIT.fullmatch(revision) else (repo / "refs" / revision).read_text().strip()
+        path = repo / "snapshots" / commit / spec.source.path
+        size_bytes = path.stat().st_size
+        check_whole(path, size_bytes)
+        if spec.size_bytes in {None, size_bytes}:
+            return path
+    return None
 
 
 class Store:
@@ -207,25 +226,20 @@ class Store:
             self._hashed[key] = sha256_of(path, task.cancel, meter)
         return self._hashed[key]
 
+    def cached(self, spec: ModelSpec) -> Path | None:
+        """As `cached_file`, in the host cache that this store uses."""
+        return cached_file(self._host_cache, spec)
+
     def _cached(self, task: Task) -> Ready | None:
-        """The file in RunPod's host cache: free, and faster than the volume."""
-        spec = task.spec
-        if not isinstance(spec.source, HubFile):
-            return None
-        repo = self._host_cache.host_cache_repo(spec.source.repo, spec.source.repo_type)
-        revision = spec.source.revision
-        with contextlib.suppress(OSError, FileIncomplete, UnicodeDecodeError):
-            commit = revision if _COMMIT.fullmatch(revision) else (repo / "refs" / revision).read_text().strip()
-            path = repo / "snapshots" / commit / spec.source.path
-            found = path.stat()
-            check_whole(path, found.st_size)
-            if spec.size_bytes in {None, found.st_size} and self._is_blob(path, found, task):
-                log.info("using %s from the machine's cache", spec)
+        """The file in RunPod's host cache, if it is the one asked for: free, and faster than the volume."""
+        with contextlib.suppress(OSError):
+            if (path := self.cached(task.spec)) and self._is_blob(path, path.stat(), task):
+                log.info("using %s from the machine's cache", task.spec)
                 return Ready(path, "host_cache")
         return None
 
     def _is_blob(self, path: Path, found: os.stat_result, task: Task) -> bool:
-        """Whether a cached file is the one asked for: the cache names its blobs by their sha256."""
+        """Whether a cached file has the sha256 asked for: the cache names its blobs by it."""
         wanted = task.spec.sha256
         if wanted is None:
             return True
@@ -243,7 +257,11 @@ class Store:
         if key is None:
             return self._look(task)
         with self._locks.hold(
-            key, published=lambda: bool(self.ready(spec.folder, spec.name)), cancel=task.cancel, on_wait=task.progress
+            key,
+            published=lambda: bool(self.ready(spec.folder, spec.name)),
+            cancel=task.cancel,
+            on_wait=task.progress,
+            name=f"{spec.folder}/{spec.name}",
         ) as hold:
             self._tools.hooks.at("locked")
             if self._is_ready(task):

@@ -1,0 +1,464 @@
+"""`scripts/seed_volume.py`: what it takes, where it puts it, what it says and how it ends."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from devkit.hub import Hub as StandIn
+from devkit.local_worker import PROJECT
+from devkit.s3 import RunPodProxy, S3Server
+from worker.models.hub import Hub
+from worker.models.layout import Layout
+from worker.models.seals import read_seal
+from worker.models.spec import HubFile, ModelSpec
+from worker.models.store import Store
+from worker.models.wire import Network
+from worker.seed.bucket import DATACENTERS
+from worker.seed.cli import FAILED, STOPPED, USAGE, run
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from devkit.moosefs import MooseFS
+
+SIZE = 300_000
+PART, PARTS = 8 << 20, 6
+MANIFEST = '[[model]]\nsource = "hf://org/open/a.safetensors"\nfolder = "loras"\n'
+
+
+def weights(fill: int, size_bytes: int = SIZE) -> bytes:
+    """A whole safetensors file."""
+    header = json.dumps({"t": {"dtype": "U8", "shape": [size_bytes - 108], "data_offsets": [0, size_bytes - 108]}})
+    return (100).to_bytes(8, "little") + header.encode().ljust(100) + bytes([fill]) * (size_bytes - 108)
+
+
+@pytest.fixture(scope="module")
+def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StandIn]:
+    root = tmp_path_factory.mktemp("hub")
+    for repo in ("org/open", "org/gated"):
+        (root / repo / "deep").mkdir(parents=True)
+        for fill, name in enumerate(("a", "b", "deep/c", "deep/a"), 1):
+            (root / repo / f"{name}.safetensors").write_bytes(weights(fill))
+    (root / "org/open/readme.md").write_bytes(b"read me")
+    (root / "org/large").mkdir()
+    (root / "org/large/large.safetensors").write_bytes(weights(3, PARTS * PART))
+    with StandIn(root, gated=["org/gated"]) as hub:
+        yield hub
+
+
+class Desk:
+    """A mounted volume and a hub, and the command run on them."""
+
+    def __init__(self, tmp_path: Path, stand_in: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
+        self.folder = tmp_path
+        self.volume = tmp_path / "volume"
+        self.volume.mkdir()
+        self.layout = Layout(self.volume)
+        self.environ = {"HF_ENDPOINT": stand_in.endpoint, "VOLUME_PATH": str(self.volume)}
+        self.stand_in = stand_in
+        self._capsys = capsys
+
+    def run(self, *argv: str | Path) -> tuple[int, str]:
+        """The exit code, and everything it said."""
+        stream = io.StringIO()
+        code = run([str(word) for word in argv], self.environ, stream)
+        return code, stream.getvalue() + self._capsys.readouterr().err
+
+    def events(self, *argv: str | Path) -> tuple[int, list[dict[str, Any]]]:
+        code, text = self.run(*argv, "--json")
+        return code, [json.loads(line) for line in text.splitlines()]
+
+    def write(self, name: str, content: object) -> Path:
+        path = self.folder / name
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        return path
+
+    @property
+    def models(self) -> list[str]:
+        return sorted(str(path.relative_to(self.layout.models)) for path in self.layout.models.rglob("*") if path.is_file())
+
+    def is_ready(self, model: str) -> bool:
+        nowhere = Hub("http://127.0.0.1:9", Network())
+        return Store(self.layout, nowhere, "worker").ready(*model.split("/", 1)) is not None
+
+
+@pytest.fixture
+def desk(tmp_path: Path, stand_in: StandIn, capsys: pytest.CaptureFixture[str]) -> Desk:
+    stand_in.reset()
+    return Desk(tmp_path, stand_in, capsys)
+
+
+# --- what it takes ------------------------------------------------------------------------------
+
+
+def graph(name: str) -> dict[str, Any]:
+    return {"1": {"class_type": "LoraLoader", "inputs": {"lora_name": name}}}
+
+
+def editors(name: str, **properties: Any) -> dict[str, Any]:
+    return {"nodes": [{"id": 1, "type": "LoraLoader", "mode": 0, "widgets_values": [name, 1.0], "properties": properties}]}
+
+
+SOURCE = "https://huggingface.co/org/open/resolve/main/a.safetensors"
+KNOWN = {"models": [{"name": "a.safetensors", "url": SOURCE, "directory": "loras"}]}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("models.toml", MANIFEST),
+        ("m.json", {"models": [{"folder": "loras", "source": "hf://org/open/a.safetensors"}]}),
+        ("comfy-lock.yaml", f"models:\n  - url: {SOURCE}\n    paths:\n      - path: models/loras/a.safetensors\n"),
+        ("request.json", {"input": {"workflow": graph("a.safetensors"), "models": ["loras=hf://org/open/a.safetensors"]}}),
+        ("saved.json", {"prompt": graph("a.safetensors"), "workflow": editors("a.safetensors", **KNOWN)}),
+        ("editor.json", editors("a.safetensors", **KNOWN)),
+    ],
+)
+def test_manifests_and_workflows_in_every_format(desk: Desk, name: str, content: object) -> None:
+    assert desk.run(desk.write(name, content))[0] == 0
+    assert desk.models == ["loras/a.safetensors"]
+    assert desk.is_ready("loras/a.safetensors")
+
+
+def test_a_workflow_is_looked_up_in_the_manifests_that_are_given_with_it(desk: Desk) -> None:
+    manifest = desk.write("mine.toml", MANIFEST.replace("loras", "loras") + 'name = "mine.safetensors"\n')
+    for content in (graph("mine.safetensors"), editors("mine.safetensors")):
+        code, [*_, summary] = desk.events(desk.write("w.json", content), manifest)
+        assert code == 0
+        assert [outcome["model"] for outcome in summary["outcomes"]] == ["loras/mine.safetensors"]
+
+
+def test_addresses_patterns_and_short_lines(desk: Desk) -> None:
+    assert desk.run("hf://org/open/b.safetensors", "--folder", "vae")[0] == 0
+    assert desk.run("loras/x/y.safetensors=hf://org/open/a.safetensors")[0] == 0
+    assert desk.models == ["loras/x/y.safetensors", "vae/b.safetensors"]
+    assert desk.run("hf://org/open/*.safetensors", "--folder", "unet")[0] == 0
+    assert desk.models[:-1] == [
+        "loras/x/y.safetensors",
+        "unet/a.safetensors",
+        "unet/b.safetensors",
+        "unet/c.safetensors",
+        "unet/deep/a.safetensors",
+    ]
+
+
+def test_the_name_of_an_official_template(desk: Desk) -> None:
+    code, [*_, dry] = desk.events("flux_dev_checkpoint_example", "--dry-run")
+    assert code == FAILED  # the stand-in holds none of these
+    assert {"diffusion_models/flux1-dev.safetensors", "vae/ae.safetensors"} <= {line["model"] for line in dry["models"]}
+
+
+def test_without_a_what_the_lists_of_the_volume_are_meant(desk: Desk) -> None:
+    desk.layout.manifest.write_text(MANIFEST)
+    desk.environ["MODELS"] = "vae=hf://org/open/b.safetensors"
+    assert desk.run()[0] == 0
+    assert desk.models == ["loras/a.safetensors", "vae/b.safetensors"]
+
+
+# --- how it ends --------------------------------------------------------------------------------
+
+
+def test_what_is_there_is_not_fetched_again(desk: Desk) -> None:
+    manifest = desk.write("models.toml", MANIFEST)
+    desk.run(manifest)
+    desk.stand_in.clear_log()
+    code, text = desk.run(manifest)
+    assert code == 0
+    assert "was there" in text
+    assert desk.stand_in.bytes_sent("*a.safetensors") == 0
+
+
+def test_one_that_fails_leaves_the_others_alone(desk: Desk) -> None:
+    code, text = desk.run("loras=hf://org/gated/a.safetensors", "vae=hf://org/open/b.safetensors", "vae=hf://org/none/b.sft")
+    assert code == FAILED
+    assert "HF_TOKEN" in text
+    assert "2 failed" in text
+    assert [code for code in _codes(desk) if code] == ["repo_gated", "repo_not_found"]
+    assert desk.models == ["vae/b.safetensors"]
+
+
+class Terminal(io.StringIO):
+    """What a person sits at."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_at_a_terminal_there_are_bars_marks_and_a_summary(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "110")
+    desk.stand_in.fault("slow", file="*b.safetensors", bytes_per_s=SIZE, count=None)
+    screen = Terminal()
+    argv = ["vae=hf://org/open/b.safetensors", "loras=hf://org/gated/a.safetensors"]
+    assert run(argv, desk.environ, screen) == FAILED
+    text = re.sub(r"\x1b\[[?0-9;]*[A-Za-z]", "", screen.getvalue())
+    assert "total, 1 of 2 models" in text
+    assert re.search(r"vae/b\.safetensors +[━╸╺]", text)
+    assert "✓ vae/b.safetensors  seeded, 300.0 KB" in text
+    assert "✗ loras/a.safetensors  FAILED" in text
+    assert "1 of 2 there" in text
+    assert "\x1b[?25h" in screen.getvalue()  # the cursor is back
+
+
+def _codes(desk: Desk) -> list[str | None]:
+    _, [*_, summary] = desk.events("loras=hf://org/gated/a.safetensors", "vae=hf://org/none/b.sft")
+    return [outcome["code"] for outcome in summary["outcomes"]]
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["flux_dev_chekpoint_example"], "flux_dev_checkpoint_example"),
+        (["hf://org/open/a.safetensors"], "--folder"),
+        (["hf://nonsense", "--folder", "vae"], "hf://org/repo"),
+        (["--s3", "vol"], "EU-RO-1"),
+        (["--s3", "vol", "--datacenter", "EU-XX-9"], ", ".join(DATACENTERS)),
+        (["--s3", "vol", "--datacenter", "EU-RO-1"], "RUNPOD_S3_ACCESS_KEY_ID and RUNPOD_S3_SECRET_ACCESS_KEY"),
+        (["--s3", "a", "--s3", "b", "--s3", "c", "--datacenter", "EU-RO-1", "--datacenter", "US-KS-2"], "one for each --s3"),
+        (["--s3", "a", "--volume", "/x", "--datacenter", "EU-RO-1"], "not both"),
+        (["--volume", "/no/such/folder"], "/no/such/folder"),
+        (["--repair"], "--verify"),
+        (["--prune", "--list"], ""),
+        (["--prune"], "everything would go"),
+        ([], "nothing to seed"),
+    ],
+)
+def test_wrong_usage_is_one_sentence_and_code_2(desk: Desk, argv: list[str], said: str) -> None:
+    code, text = desk.run(*argv)
+    assert code == USAGE
+    assert said in text
+    assert "Traceback" not in text
+    code, _ = desk.run(*argv, "--json")
+    assert code == USAGE
+
+
+def test_files_that_are_nothing_are_named(desk: Desk) -> None:
+    for name, content in (
+        ("broken.json", "{"),
+        ("wrong.toml", "[[model]]\nfolder = 1"),
+        ("empty.json", {"1": {"class_type": 3}}),
+    ):
+        code, text = desk.run(desk.write(name, content))
+        assert code == USAGE
+        assert name in text
+
+
+def test_a_model_that_nobody_knows_is_reported(desk: Desk) -> None:
+    code, text = desk.run(desk.write("w.json", graph("unheard-of.safetensors")))
+    assert code == FAILED
+    assert "unheard-of.safetensors" in text
+
+
+def test_the_dry_run_writes_nothing(desk: Desk) -> None:
+    manifest = desk.write("models.toml", MANIFEST)
+    desk.run("vae=hf://org/open/b.safetensors")
+    before = sorted(desk.volume.rglob("*"))
+    code, [dry] = desk.events(manifest, "vae=hf://org/open/b.safetensors", "--dry-run")
+    assert code == 0
+    assert [(line["state"], line["size_bytes"], line["send_bytes"]) for line in dry["models"]] == [
+        ("to send", SIZE, SIZE),
+        ("there", SIZE, 0),
+    ]
+    assert dry["send_bytes"] == SIZE
+    assert dry["free_bytes"] > 0
+    assert sorted(desk.volume.rglob("*")) == before
+    assert "hf://org/open/a.safetensors" in desk.run(manifest, "--dry-run")[1]
+
+
+# --- upkeep -------------------------------------------------------------------------------------
+
+
+def seeded(desk: Desk) -> None:
+    assert desk.run("loras=hf://org/open/a.safetensors", "vae=hf://org/open/b.safetensors")[0] == 0
+
+
+def test_the_list_shows_what_is_sealed(desk: Desk) -> None:
+    seeded(desk)
+    desk.layout.model("vae", "mine.safetensors").write_bytes(weights(7))
+    _, [listed] = desk.events("--list")
+    assert [(model["model"], model["fits"]) for model in listed["models"]] == [
+        ("loras/a.safetensors", True),
+        ("vae/b.safetensors", True),
+    ]
+    assert "2 sealed models, 600.0 KB" in desk.run("--list")[1]
+
+
+def test_verify_finds_a_damaged_byte_and_repairs_it(desk: Desk) -> None:
+    seeded(desk)
+    path = desk.layout.model("vae", "b.safetensors")
+    mtime_ns = path.stat().st_mtime_ns
+    with path.open("r+b") as file:
+        file.seek(1000)
+        file.write(b"x")
+    os.utime(path, ns=(mtime_ns, mtime_ns))
+    code, events = desk.events("--verify")
+    assert code == FAILED
+    verdicts = {model["model"]: model["verdict"] for model in events[-1]["models"]}
+    assert verdicts == {"loras/a.safetensors": "whole", "vae/b.safetensors": "damaged"}
+    assert path.read_bytes() != weights(2)
+    assert desk.run("--verify", "--repair")[0] == 0
+    assert path.read_bytes() == weights(2)
+    assert desk.run("--verify")[0] == 0
+
+
+def test_verify_seals_a_touched_file_anew_and_finds_a_missing_one(desk: Desk) -> None:
+    seeded(desk)
+    os.utime(desk.layout.model("loras", "a.safetensors"), (1, 1))
+    desk.layout.model("vae", "b.safetensors").unlink()
+    assert not desk.is_ready("loras/a.safetensors")
+    code, events = desk.events("--verify")
+    assert code == FAILED
+    verdicts = {model["model"]: model["verdict"] for model in events[-1]["models"]}
+    assert verdicts == {"loras/a.safetensors": "touched", "vae/b.safetensors": "missing"}
+    assert desk.is_ready("loras/a.safetensors")
+    assert desk.run("--verify", "--repair")[0] == 0
+    assert desk.is_ready("vae/b.safetensors")
+
+
+def test_prune_removes_what_no_list_names_and_never_what_a_person_put_there(desk: Desk) -> None:
+    seeded(desk)
+    desk.layout.model("vae", "mine.safetensors").write_bytes(weights(7))
+    desk.layout.model("loras", "swapped.safetensors").write_bytes(weights(8))
+    assert desk.run("loras/swapped.safetensors=hf://org/open/a.safetensors")[0] == 0
+    manifest = desk.write("models.toml", MANIFEST)
+    assert "--yes" in desk.run("--prune", manifest)[1]
+    assert len(desk.models) == 4
+    assert desk.run("--prune", manifest, "--yes")[0] == 0
+    assert desk.models == ["loras/a.safetensors", "loras/swapped.safetensors", "vae/mine.safetensors"]
+    assert read_seal(desk.layout.seal("vae", "b.safetensors")) is None
+
+
+def test_prune_keeps_what_a_workflow_names_in_any_of_its_folders_and_from_anywhere(desk: Desk) -> None:
+    names = {"clip/t.safetensors": "a", "vae/v.safetensors": "b", "loras/l.safetensors": "a"}
+    assert desk.run(*(f"{model}=hf://org/open/{name}.safetensors" for model, name in names.items()))[0] == 0
+    nodes = {
+        "1": {"class_type": "CLIPLoader", "inputs": {"clip_name": "t.safetensors"}},
+        "2": {"class_type": "SomebodysLoader", "inputs": {"x_name": "v.safetensors"}},
+    }
+    assert desk.run("--prune", desk.write("w.json", nodes), "--yes")[0] == 0
+    assert desk.models == ["clip/t.safetensors", "vae/v.safetensors"]
+
+
+# --- through S3 ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def proxy() -> Iterator[tuple[S3Server, RunPodProxy]]:
+    with S3Server() as server, RunPodProxy(server.endpoint_url, keys=[server.access_key_id]) as found:
+        yield server, found
+
+
+class Cloud:
+    """The same command with volumes in another place."""
+
+    def __init__(self, desk: Desk, server: S3Server, proxy: RunPodProxy) -> None:
+        server.reset()
+        proxy.reset()
+        for name in ("vol1", "vol2"):
+            server.bucket(name)
+        self.desk, self.server, self.proxy = desk, server, proxy
+        desk.environ |= {"RUNPOD_S3_ACCESS_KEY_ID": server.access_key_id, "RUNPOD_S3_SECRET_ACCESS_KEY": "rps_x"}
+        self.where = ("--endpoint", proxy.endpoint_url, "--s3", "vol1")
+
+    def files(self, volume: str = "vol1") -> list[str]:
+        return [entry["Key"] for entry in self.server.client.list_objects_v2(Bucket=volume).get("Contents", ())]
+
+
+@pytest.fixture
+def cloud(desk: Desk, proxy: tuple[S3Server, RunPodProxy]) -> Cloud:
+    return Cloud(desk, *proxy)
+
+
+def test_two_volumes_are_seeded_listed_verified_and_pruned_through_s3(cloud: Cloud) -> None:
+    desk, both = cloud.desk, (*cloud.where, "--s3", "vol2")
+    cloud.server.client.put_object(Bucket="vol1", Key="models.toml", Body=MANIFEST.encode())
+    code, events = desk.events("vae=hf://org/open/b.safetensors", *both)
+    assert code == 0
+    assert [outcome["volume"] for outcome in events[-1]["outcomes"]] == ["vol1", "vol2"]
+    assert desk.run(*both)[0] == 0  # models.toml on the first volume
+    assert cloud.files("vol2") == [
+        ".worker/seals/loras/a.safetensors.json",
+        ".worker/seals/vae/b.safetensors.json",
+        "models/loras/a.safetensors",
+        "models/vae/b.safetensors",
+    ]
+    cloud.server.client.put_object(Bucket="vol2", Key="models/vae/b.safetensors", Body=weights(5))
+    assert desk.run("--verify", *cloud.where)[0] == 0
+    assert desk.run("--verify", *both)[0] == FAILED
+    assert desk.run("--verify", "--repair", *both)[0] == 0
+    assert desk.run("--prune", "--yes", *both)[0] == 0
+    assert cloud.files("vol2") == [".worker/seals/loras/a.safetensors.json", "models/loras/a.safetensors"]
+    assert cloud.proxy.count("DeleteObjects", answered=False) == 0
+
+
+def test_wrong_keys_and_volumes_are_one_sentence(cloud: Cloud) -> None:
+    desk = cloud.desk
+    code, text = desk.run("vae=hf://org/open/b.safetensors", "--endpoint", cloud.proxy.endpoint_url, "--s3", "vol9")
+    assert code == FAILED
+    assert "no volume 'vol9'" in text
+    desk.environ["RUNPOD_S3_ACCESS_KEY_ID"] = "user_other"
+    code, text = desk.run("vae=hf://org/open/b.safetensors", *cloud.where)
+    assert code == FAILED
+    assert "The keys were refused" in text
+
+
+def test_a_run_that_was_killed_is_gone_on_with(cloud: Cloud) -> None:
+    command = [sys.executable, "scripts/seed_volume.py", "vae=hf://org/large/large.safetensors", *cloud.where, "--json"]
+    environ = {**os.environ, **cloud.desk.environ}
+    for ending in (signal.SIGKILL, signal.SIGTERM):
+        cloud.proxy.fault("UploadPart", "hold", times=100, after=2)
+        process = subprocess.Popen(command, cwd=PROJECT, env=environ, stdout=subprocess.PIPE, text=True)
+        cloud.proxy.wait_held(1)
+        process.send_signal(ending)
+        said, _ = process.communicate(timeout=60)
+        cloud.proxy.clear_faults()
+    assert process.returncode == STOPPED
+    assert "run the same command again" in said
+    done = subprocess.run(command, cwd=PROJECT, env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    sent = [call.part for call in cloud.proxy.calls if call.operation == "UploadPart" and call.fault is None]
+    assert len(set(sent)) <= len(sent) <= PARTS
+    body = cloud.server.client.get_object(Bucket="vol1", Key="models/vae/large.safetensors")["Body"].read()
+    assert body == weights(3, PARTS * PART)
+
+
+@pytest.mark.parametrize(("operation", "after"), [("CompleteMultipartUpload", 0), ("PutObject", 1)])
+def test_a_run_that_was_killed_at_its_end_is_finished_without_sending(cloud: Cloud, operation: str, after: int) -> None:
+    command = [sys.executable, "scripts/seed_volume.py", "vae=hf://org/open/b.safetensors", *cloud.where, "--json"]
+    cloud.proxy.fault(operation, "hold", after=after)
+    process = subprocess.Popen(command, cwd=PROJECT, env={**os.environ, **cloud.desk.environ}, stdout=subprocess.DEVNULL)
+    cloud.proxy.wait_held()
+    process.kill()
+    process.wait(60)
+    cloud.proxy.clear_faults()  # what was asked last is done, and nobody hears of it
+    assert cloud.desk.run(*command[2:-1])[0] == 0
+    assert cloud.proxy.count("UploadPart") == 1
+    whole = [key for key in cloud.files() if not key.endswith(".pending")]  # a record may stay, and harms nobody
+    assert whole == [".worker/seals/vae/b.safetensors.json", "models/vae/b.safetensors"]
+
+
+# --- on a network volume ------------------------------------------------------------------------
+
+
+def test_a_worker_on_another_host_finds_a_seeded_volume_ready(desk: Desk, moosefs: MooseFS, tmp_path: Path) -> None:
+    here, there = (mount / tmp_path.name for mount in moosefs.mounts)
+    here.mkdir()
+    assert desk.run("vae=hf://org/open/b.safetensors", desk.write("m.toml", MANIFEST), "--volume", here)[0] == 0
+    desk.stand_in.clear_log()
+    store = Store(Layout(there), Hub(desk.stand_in.endpoint, Network()), "worker")
+    assert store.ready("vae", "b.safetensors") == there / "models/vae/b.safetensors"
+    spec = ModelSpec("loras", "a.safetensors", HubFile("org/open", "a.safetensors"))
+    phases: list[str] = []
+    assert store.ensure(spec, lambda moment: phases.append(moment.phase)).how == "ready"
+    assert phases == []  # neither downloaded nor hashed
+    assert desk.stand_in.requests == []

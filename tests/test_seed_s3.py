@@ -1,0 +1,413 @@
+"""A model from the hub into volumes through S3: every fault that RunPod's API is known for, on a real server."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from devkit.hub import Hub as StandIn
+from devkit.s3 import RunPodProxy, S3Server
+from worker.errors import S3FileDiffers, S3KeysRefused, S3Unreachable, S3VolumeFull, S3VolumeNotFound
+from worker.models.hub import Hub, credentials
+from worker.models.layout import Layout
+from worker.models.spec import HubFile, ModelSpec, Url
+from worker.models.store import Store
+from worker.models.wire import Network
+from worker.seed.bucket import Bucket, Keys, Place, bucket_at
+from worker.seed.fill import S3Filler
+from worker.seed.relay import Load
+from worker.seed.s3volume import S3Volume
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from worker.models.progress import Progress
+    from worker.seed.outcome import Outcome
+
+KIB = 1024
+PART = 64 * KIB
+COUNT = 10
+FAST = Load(
+    downloads=3,
+    uploads=3,
+    part_bytes=PART,
+    memory_bytes=5 * PART,
+    patience_s=20.0,
+    judge_s=0.5,
+    poll_s=0.01,
+)
+KEY = "models/loras/a.safetensors"
+SEAL = ".worker/seals/loras/a.safetensors.json"
+
+
+def weights(size_bytes: int) -> bytes:
+    """A whole safetensors file of random bytes."""
+    offsets = [0, size_bytes - 108]
+    header = json.dumps({"t": {"dtype": "U8", "shape": [size_bytes - 108], "data_offsets": offsets}}).encode().ljust(100)
+    return len(header).to_bytes(8, "little") + header + os.urandom(size_bytes - 108)
+
+
+DATA = weights(COUNT * PART - 17)
+SHA256 = hashlib.sha256(DATA).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[S3Server]:
+    with S3Server() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StandIn]:
+    root = tmp_path_factory.mktemp("hub")
+    (root / "org/repo").mkdir(parents=True)
+    (root / "org/repo/a.safetensors").write_bytes(DATA)
+    (root / "org/repo/cut.safetensors").write_bytes(DATA[:-1])
+    with StandIn(root) as hub:
+        yield hub
+
+
+class Desk:
+    """Two volumes behind a proxy, a hub, and what is seeded from one to the other."""
+
+    def __init__(self, server: S3Server, proxy: RunPodProxy, stand_in: StandIn) -> None:
+        self.server = server
+        self.proxy = proxy
+        self.stand_in = stand_in
+        self.hub = Hub(stand_in.endpoint, Network(credentials(stand_in.endpoint, None, None), read_timeout_s=10))
+        self.moments: list[Progress] = []
+        self.cancel = threading.Event()
+        self._client: Any = None
+
+    def volume(self, name: str = "vol1") -> S3Volume:
+        place = Place(name, "", self.proxy.endpoint_url)
+        if self._client is None:  # it takes boto3 half a second to make one
+            self._client = bucket_at(place, Keys("user_devkit", "rps_devkit"), 12)._client
+        return S3Volume(Bucket(place, self._client))
+
+    def seed(self, *volumes: str, spec: ModelSpec | None = None, load: Load = FAST) -> list[Outcome]:
+        filler = S3Filler(self.hub, [self.volume(name) for name in volumes or ("vol1",)], load)
+        return filler.ensure(spec or self.spec(), self.moments.append, self.cancel)
+
+    @staticmethod
+    def spec(sha256: str | None = None) -> ModelSpec:
+        return ModelSpec("loras", "a.safetensors", HubFile("org/repo", "a.safetensors"), sha256)
+
+    def read(self, key: str = KEY, volume: str = "vol1") -> bytes:
+        data: bytes = self.server.client.get_object(Bucket=volume, Key=key)["Body"].read()
+        return data
+
+    def files(self, volume: str = "vol1") -> list[str]:
+        found = self.server.client.list_objects_v2(Bucket=volume).get("Contents", ())
+        return [entry["Key"] for entry in found]
+
+    def uploads(self, volume: str = "vol1") -> list[Any]:
+        return list(self.server.client.list_multipart_uploads(Bucket=volume).get("Uploads", ()))
+
+    def check_seeded(self, volume: str = "vol1") -> None:
+        """The bytes are right, the seal is, and nothing else is left."""
+        assert hashlib.sha256(self.read(volume=volume)).hexdigest() == SHA256
+        seal = json.loads(self.read(SEAL, volume))
+        assert (seal["size"], seal["mtime"], seal["sha256"]) == (len(DATA), None, SHA256)
+        assert self.files(volume) == [SEAL, KEY]
+        assert self.uploads(volume) == []
+
+    @property
+    def parts_sent(self) -> int:
+        return self.proxy.count("UploadPart")
+
+
+@pytest.fixture(scope="module")
+def shared(server: S3Server, stand_in: StandIn) -> Iterator[Desk]:
+    with RunPodProxy(server.endpoint_url, keys=["user_devkit"]) as proxy:
+        yield Desk(server, proxy, stand_in)
+
+
+@pytest.fixture
+def desk(shared: Desk) -> Desk:
+    shared.server.reset()
+    for name in ("vol1", "vol2"):
+        shared.server.bucket(name)
+    shared.stand_in.reset()
+    shared.proxy.reset()
+    shared.cancel.clear()
+    return shared
+
+
+def test_a_model_is_seeded_checked_and_sealed(desk: Desk) -> None:
+    [outcome] = desk.seed()
+    assert (outcome.how, outcome.size_bytes, outcome.moved_bytes) == ("sent", len(DATA), len(DATA))
+    desk.check_seeded()
+    assert desk.parts_sent == COUNT
+
+
+def test_no_folder_of_models_is_listed_and_nothing_is_asked_that_runpod_lacks(desk: Desk) -> None:
+    desk.seed()
+    asked = {call.operation for call in desk.proxy.calls}
+    assert not asked & {"ListObjectsV2", "DeleteObjects"}
+    assert all(call.status < 400 or call.operation in {"HeadObject", "GetObject"} for call in desk.proxy.calls)
+
+
+def test_one_download_feeds_two_volumes(desk: Desk) -> None:
+    outcomes = desk.seed("vol1", "vol2")
+    assert [outcome.how for outcome in outcomes] == ["sent", "sent"]
+    desk.check_seeded("vol1")
+    desk.check_seeded("vol2")
+    assert desk.stand_in.bytes_sent("*a.safetensors") < 1.1 * len(DATA)
+
+
+def test_what_is_there_is_not_sent_again(desk: Desk) -> None:
+    desk.seed()
+    desk.proxy.reset()
+    [first, second] = desk.seed("vol1", "vol2")
+    assert (first.how, first.moved_bytes, second.how) == ("ready", 0, "sent")
+    assert desk.parts_sent == COUNT
+
+
+def test_a_worker_finds_what_was_seeded_ready_without_network_and_hashing(desk: Desk, tmp_path: Path) -> None:
+    desk.seed()
+    for key in desk.files():
+        (tmp_path / key).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / key).write_bytes(desk.read(key))
+    nowhere = Hub("http://127.0.0.1:9", Network(read_timeout_s=1), patience_s=0.1)
+    store = Store(Layout(tmp_path), nowhere, "worker")
+    assert store.ready("loras", "a.safetensors") == tmp_path / KEY
+    assert json.loads((tmp_path / SEAL).read_text())["mtime"] == int((tmp_path / KEY).stat().st_mtime)
+    assert store.ensure(desk.spec()).how == "ready"
+
+
+# --- faults of the volume -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", ["524 done", "NoSuchUpload done", "cut done", "502"])
+def test_head_object_judges_a_complete_that_answered_badly(desk: Desk, fault: Any) -> None:
+    desk.proxy.fault("CompleteMultipartUpload", fault)
+    assert [outcome.how for outcome in desk.seed()] == ["sent"]
+    desk.check_seeded()
+    assert desk.parts_sent == COUNT
+
+
+@pytest.mark.parametrize(
+    "operation", ["UploadPart", "HeadObject", "CreateMultipartUpload", "PutObject", "ListMultipartUploads"]
+)
+def test_a_bad_gateway_is_asked_again(desk: Desk, operation: str) -> None:
+    desk.proxy.fault(operation, "502", times=2)
+    assert [outcome.how for outcome in desk.seed()] == ["sent"]
+    desk.check_seeded()
+
+
+@pytest.mark.parametrize("fault", ["cut", "cut done"])
+def test_a_cut_part_is_sent_again(desk: Desk, fault: Any) -> None:
+    desk.proxy.fault("UploadPart", fault, after=3)
+    assert [outcome.how for outcome in desk.seed()] == ["sent"]
+    desk.check_seeded()
+
+
+def test_a_slow_head_object_is_waited_for(desk: Desk) -> None:
+    desk.proxy.fault("HeadObject", "slow", times=9, seconds=0.3)
+    assert [outcome.how for outcome in desk.seed()] == ["sent"]
+    desk.check_seeded()
+
+
+def test_an_upload_that_vanished_is_begun_anew(desk: Desk) -> None:
+    desk.proxy.fault("UploadPart", "NoSuchUpload", after=4)
+    assert [outcome.how for outcome in desk.seed()] == ["sent"]
+    assert hashlib.sha256(desk.read()).hexdigest() == SHA256
+    assert desk.uploads() == []
+
+
+def test_an_upload_that_vanishes_each_time_is_reported(desk: Desk) -> None:
+    desk.proxy.fault("UploadPart", "NoSuchUpload", times=1000)
+    [outcome] = desk.seed()
+    assert outcome.how == "failed"
+    assert "vanished" in str(outcome.error)
+
+
+def test_a_full_volume_is_reported_and_given_its_space_back(desk: Desk) -> None:
+    desk.proxy.fault("UploadPart", "507", times=1000, after=2)
+    [outcome] = desk.seed()
+    assert isinstance(outcome.error, S3VolumeFull)
+    assert "has no room" in str(outcome.error)
+    assert desk.uploads() == []
+    assert desk.files() == []
+
+
+def test_one_full_volume_leaves_the_other_alone(desk: Desk) -> None:
+    desk.server.client.delete_bucket(Bucket="vol2")
+    [good, bad] = desk.seed("vol1", "vol2")
+    assert good.how == "sent"
+    assert isinstance(bad.error, S3VolumeNotFound)
+    desk.check_seeded("vol1")
+
+
+def test_a_damaged_part_is_refused_by_the_server(desk: Desk) -> None:
+    volume = desk.volume()
+    upload = volume.bucket.begin(KEY)
+    wrong = hashlib.md5(b"other", usedforsecurity=False).digest()
+    with pytest.raises(Exception, match="UploadPart"):
+        volume.bucket.send(KEY, upload, 1, bytearray(b"some"), wrong)
+
+
+def test_keys_and_volumes_that_are_wrong_are_named(desk: Desk) -> None:
+    with pytest.raises(S3KeysRefused, match="RUNPOD_S3_ACCESS_KEY_ID"):
+        bucket_at(desk.volume().bucket.place, Keys("user_other", "rps_other"), 1).check()
+    with pytest.raises(S3VolumeNotFound, match="no volume 'vol9'"):
+        desk.volume("vol9").bucket.check()
+
+
+# --- faults of the source -----------------------------------------------------------------------
+
+
+def test_a_cut_source_goes_on_where_it_was(desk: Desk) -> None:
+    for after in (100_000, 200_000):
+        desk.stand_in.fault("cut", after_bytes=after, origin="cdn")
+    assert [outcome.how for outcome in desk.seed()] == ["sent"]
+    desk.check_seeded()
+
+
+def test_a_wrong_byte_is_never_published(desk: Desk) -> None:
+    desk.stand_in.fault("flip", at_byte=300_000, origin="cdn", count=None)
+    [outcome] = desk.seed()
+    assert outcome.how == "failed"
+    assert "sha256" in str(outcome.error)
+    assert desk.files() == []
+    assert desk.uploads() == []
+
+
+def test_a_wrong_byte_that_was_chance_is_fetched_anew(desk: Desk) -> None:
+    desk.stand_in.fault("flip", at_byte=300_000, origin="cdn")
+    assert [outcome.how for outcome in desk.seed()] == ["sent"]
+    desk.check_seeded()
+
+
+def test_a_header_that_contradicts_the_length_is_refused_where_no_hash_is_told(desk: Desk) -> None:
+    url = f"{desk.stand_in.endpoint}/files/org/repo/cut.safetensors"
+    [outcome] = desk.seed(spec=ModelSpec("loras", "a.safetensors", Url(url)))
+    assert outcome.how == "failed"
+    assert f"{len(DATA)}" in str(outcome.error)
+    assert desk.files() == []
+
+
+def test_a_repository_that_is_not_there_is_said_without_touching_the_volume(desk: Desk) -> None:
+    [outcome] = desk.seed(spec=ModelSpec("loras", "x.safetensors", HubFile("org/none", "x.safetensors")))
+    assert outcome.error
+    assert outcome.error.code == "repo_not_found"
+    assert desk.proxy.calls == []
+
+
+# --- going on -----------------------------------------------------------------------------------
+
+
+def interrupted(desk: Desk, parts: int) -> None:
+    """A run that is stopped after some parts, with others in flight."""
+    desk.proxy.fault("UploadPart", "hold", times=1000, after=parts)
+    run = threading.Thread(target=desk.seed)
+    run.start()
+    desk.proxy.wait_held(FAST.uploads)
+    desk.cancel.set()
+    run.join(20)
+    assert not run.is_alive()
+    desk.cancel.clear()
+    desk.proxy.reset()
+
+
+def test_a_stopped_run_is_gone_on_with(desk: Desk) -> None:
+    interrupted(desk, 4)
+    [outcome] = desk.seed()
+    assert outcome.how == "sent"
+    assert outcome.moved_bytes < len(DATA)
+    desk.check_seeded()
+    assert desk.parts_sent <= COUNT - 4
+
+
+def test_parts_of_another_content_are_sent_again(desk: Desk, stand_in: StandIn) -> None:
+    volume = desk.volume()
+    upload = volume.bucket.begin(KEY)
+    for number in (1, 2):
+        old = bytearray(os.urandom(PART))
+        volume.bucket.send(KEY, upload, number, old, hashlib.md5(old, usedforsecurity=False).digest())
+    desk.proxy.reset()
+    assert stand_in.endpoint
+    assert [outcome.how for outcome in desk.seed()] == ["sent"]
+    desk.check_seeded()
+    assert desk.parts_sent == COUNT
+
+
+def test_uploads_that_were_cut_otherwise_are_cleared_away_at_the_end(desk: Desk) -> None:
+    volume = desk.volume()
+    other = bytearray(DATA[: PART // 2])
+    upload = volume.bucket.begin(KEY)
+    for number in (1, 2):
+        volume.bucket.send(KEY, upload, number, other, hashlib.md5(other, usedforsecurity=False).digest())
+    volume.bucket.begin(KEY)
+    volume.bucket.begin("models/loras/a.safetensors.other")
+    assert [outcome.how for outcome in desk.seed()] == ["sent"]
+    assert [found["Key"] for found in desk.uploads()] == ["models/loras/a.safetensors.other"]
+
+
+def test_a_run_that_died_before_the_seal_is_finished_without_reading_or_sending(desk: Desk) -> None:
+    desk.seed()
+    seal = desk.read(SEAL)
+    desk.server.client.delete_object(Bucket="vol1", Key=SEAL)
+    desk.server.client.put_object(Bucket="vol1", Key=f"{SEAL}.pending", Body=seal)
+    desk.proxy.reset()
+    assert [outcome.how for outcome in desk.seed()] == ["adopted"]
+    assert desk.parts_sent == 0
+    assert not [call for call in desk.proxy.calls if call.operation == "GetObject" and call.key == KEY]
+    desk.check_seeded()
+
+
+# --- what people put there ----------------------------------------------------------------------
+
+
+def test_a_file_that_somebody_put_there_is_hashed_and_sealed(desk: Desk) -> None:
+    desk.server.client.put_object(Bucket="vol1", Key=KEY, Body=DATA)
+    assert [outcome.how for outcome in desk.seed()] == ["adopted"]
+    desk.check_seeded()
+    assert desk.parts_sent == 0
+
+
+@pytest.mark.parametrize("data", [DATA[:-1], DATA[:-1] + bytes([DATA[-1] ^ 1])])
+def test_another_file_that_somebody_put_there_is_left_alone(desk: Desk, data: bytes) -> None:
+    desk.server.client.put_object(Bucket="vol1", Key=KEY, Body=data)
+    [outcome] = desk.seed()
+    assert isinstance(outcome.error, S3FileDiffers)
+    assert desk.read() == data
+    assert desk.files() == [KEY]
+
+
+def test_a_file_that_appears_meanwhile_is_not_overwritten(desk: Desk) -> None:
+    desk.proxy.fault("UploadPart", "hold", after=COUNT - 1)
+    run = threading.Thread(target=desk.seed)
+    run.start()
+    desk.proxy.wait_held()
+    desk.server.client.put_object(Bucket="vol1", Key=KEY, Body=DATA)
+    desk.proxy.release()
+    run.join(20)
+    desk.check_seeded()
+    assert desk.proxy.count("CompleteMultipartUpload") == 0
+
+
+def test_memory_is_bounded_by_the_window(desk: Desk) -> None:
+    desk.proxy.fault("UploadPart", "hold", times=1000)
+    run = threading.Thread(target=desk.seed)
+    run.start()
+    desk.proxy.wait_held(FAST.uploads)
+    desk.stand_in.wait_idle()
+    fetched = desk.stand_in.bytes_sent("*a.safetensors")
+    desk.proxy.release()
+    run.join(20)
+    assert fetched <= FAST.memory_bytes + PART
+    desk.check_seeded()
+
+
+def test_a_bucket_names_the_call_that_failed() -> None:
+    bucket = Bucket(Place("v", "", "http://127.0.0.1:9"), S3Server().make_client("http://127.0.0.1:9"))
+    with pytest.raises(S3Unreachable, match="run this again"):
+        bucket.check()

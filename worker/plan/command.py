@@ -1,0 +1,94 @@
+"""The command: a document in, its plan out. Prints."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import urllib.request
+from typing import TYPE_CHECKING, Final
+
+from worker.errors import RequestError, WorkerError, WorkflowUiFormat
+from worker.models.hub import Hub, credentials
+from worker.models.wire import Network
+from worker.plan.document import Unreadable, Wanted, read_document
+from worker.plan.items import THERE, Item, Plan
+from worker.plan.lookup import ask_in_time, items_of_metadata, look, read_sources
+from worker.plan.places import Places
+from worker.plan.room import with_room
+from worker.plan.screen import plan_lines
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from worker.settings import Settings
+
+
+CANNOT_RUN: Final = 1
+USAGE: Final = 2
+
+_PATIENCE_S: Final = 8.0
+_DEADLINE_S: Final = 20.0
+
+
+def run(argv: Sequence[str], settings: Settings, hub: Hub | None = None) -> int:
+    """Print the plan of the workflow that `argv` names; 0 when it can run, 1 when it cannot, 2 when it cannot be read.
+
+    `hub` answers for the sources; without one it is made from the settings.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m worker plan",
+        description="What a workflow needs, what of it is there, and what would be fetched. Nothing is downloaded.",
+    )
+    parser.add_argument("workflow", help="a JSON file in ComfyUI's API format, a whole request, a PNG, or - for standard input")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    try:
+        options = parser.parse_args(list(argv))
+    except SystemExit as exc:
+        return int(exc.code or 0)
+    try:
+        document = read_document(options.workflow)
+    except Unreadable as exc:
+        print(f"error: {options.workflow}: {exc}", file=sys.stderr)  # noqa: T201 - the command's output
+        return USAGE
+    plan = make_plan(document, settings, hub or make_hub(settings))
+    shown = "standard input" if options.workflow == "-" else options.workflow
+    if options.json:
+        text = json.dumps({"workflow": shown, **plan.to_dict()}, indent=2)
+    else:
+        text = "\n".join(plan_lines(shown, plan, shutil.get_terminal_size((100, 24)).columns))
+    print(text)  # noqa: T201 - the command's output
+    return 0 if plan.can_run else CANNOT_RUN
+
+
+def make_hub(settings: Settings) -> Hub:
+    """The sources as the worker reaches them, with less patience: somebody waits."""
+    tokens = credentials(settings.hf_endpoint, settings.hf_token, settings.civitai_token)
+    network = Network(tokens, urllib.request.getproxies(), connect_timeout_s=5.0, read_timeout_s=10.0)
+    return Hub(settings.hf_endpoint, network, patience_s=_PATIENCE_S)
+
+
+def make_plan(document: object, settings: Settings, hub: Hub, deadline_s: float = _DEADLINE_S) -> Plan:
+    """The plan of a workflow as `read_document` gives it. Whatever is wrong is in the plan; raises nothing for it."""
+    sources, wrong_lists = read_sources(settings)
+    places = Places.of(settings)
+    problems: list[WorkerError] = []
+    items: list[Item] = []
+    try:
+        wanted = Wanted.read(document)
+        sources = sources.with_request(wanted.models, settings.model_hosts)
+        sources = sources.with_workflow(wanted.metadata, settings.model_hosts)
+        items += [look(nodes, sources, places) for nodes in wanted.names()]
+    except WorkflowUiFormat as exc:
+        # It cannot be run as it is, but what its metadata names can be told all the same.
+        problems.append(exc)
+        items += items_of_metadata(sources, places)
+    except RequestError as exc:
+        problems.append(exc)
+    # A worker reads the lists for models that are missing, and at its start when it is to have all of them first.
+    if settings.model_loading == "eager" or not all(item.state in THERE for item in items):
+        problems += wrong_lists
+        wrong_lists = []
+    plan = Plan(ask_in_time(items, hub, places.begun_bytes, deadline_s), tuple(problems), tuple(map(str, wrong_lists)))
+    return with_room(plan, settings, places)

@@ -1,0 +1,187 @@
+"""What each name means: which file, from where, how large. Reads files and asks the sources for metadata."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final
+
+from worker.errors import (
+    AmbiguousModel,
+    ContentMismatch,
+    EnsureCancelled,
+    ManifestInvalid,
+    ModelError,
+    RepoGated,
+    RepoNotFound,
+    SourceUnreachable,
+    TokenRefused,
+    WorkerError,
+)
+from worker.models.layout import Layout
+from worker.models.sources import Sources
+from worker.plan.items import Item, State
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from worker.comfy.workflow import NamedModel
+    from worker.models.hub import Hub, Remote
+    from worker.models.progress import CancelToken
+    from worker.models.sources import ModelList
+    from worker.models.spec import ModelSpec
+    from worker.plan.places import Places
+    from worker.settings import Settings
+
+_ASK_AT_ONCE: Final = 16
+
+
+def read_sources(settings: Settings) -> tuple[Sources, list[ManifestInvalid]]:
+    """The lists of models, without those that are wrong, and what is wrong with them."""
+    lists: dict[str, Any] = {
+        "volume_manifest": Layout(settings.volume_path).manifest,
+        "manifest": settings.models_manifest,
+        "models": settings.models,
+    }
+    problems: list[ManifestInvalid] = []
+    for key in tuple(lists):
+        try:
+            Sources.read(**{key: lists[key]})
+        except ManifestInvalid as exc:
+            problems.append(exc)
+            del lists[key]
+    return Sources.read(**lists), problems
+
+
+def look(nodes: tuple[NamedModel, ...], sources: Sources, places: Places) -> Item:
+    """How it stands with one model, as far as that can be told without the network."""
+    first = nodes[0]
+    try:
+        if there := places.find(first.folders, first.file_names):
+            return replace(there, nodes=nodes)
+    except WorkerError as exc:
+        return refused(_nameless(nodes), exc)
+    return _or_cached(meaning(nodes, sources), places)
+
+
+def meaning(nodes: tuple[NamedModel, ...], sources: Sources) -> Item:
+    """Which file one model's name means, wherever that may lie already: to be fetched, or why it cannot be."""
+    first = nodes[0]
+    try:
+        known = ((file, sources.find(file, first.folders)) for file in first.file_names)
+        spec = next((spec for _, spec in known if spec), None)
+    except WorkerError as exc:
+        return refused(_nameless(nodes), exc)
+    return of_spec(_nameless(nodes), spec, sources) if spec else _unknown(_nameless(nodes), first, sources)
+
+
+def _nameless(nodes: tuple[NamedModel, ...]) -> Item:
+    return Item(nodes[0].name, nodes[0].folders[0] if nodes[0].folders else None, State.UNKNOWN, nodes=nodes)
+
+
+def of_spec(item: Item, spec: ModelSpec, sources: Sources) -> Item:
+    """The item with the file it means, to be fetched."""
+    item = replace(item, name=spec.name, folder=spec.folder, spec=spec, sha256=spec.sha256, known_by=_known_by(spec, sources))
+    return replace(item, state=State.FETCH, size_bytes=spec.size_bytes)
+
+
+def _or_cached(item: Item, places: Places) -> Item:
+    if item.spec and (path := places.cached(item.spec)):
+        return replace(item, state=State.HOST_CACHE, path=path, size_bytes=path.stat().st_size)
+    return item
+
+
+def _known_by(spec: ModelSpec, sources: Sources) -> str | None:
+    volume = (sources.volume.models,) if sources.volume else ()
+    lists: Iterable[ModelList] = (sources.request, sources.embedded, *volume, *sources.manifests, sources.catalog)
+    return next((models.title for models in lists if spec in models.find(spec.name, (spec.folder,))), None)
+
+
+def _unknown(item: Item, node: NamedModel, sources: Sources) -> Item:
+    near = sources.near(node.name)
+    place = f"models/{item.folder or '<folder>'}/{node.file_names[-1] if node.optional else node.name}"
+    if item.optional:
+        message = "No list of models knows this embedding; ComfyUI warns and goes on without it."
+    else:
+        own = "" if node.folders else f" unless {node.class_type} brings it"
+        message = (
+            f"No list of models knows it{own}: put the file at {place} on the volume, "
+            "or name its source in models.toml or in the request's 'models'."
+        )
+    return replace(item, message=message, near=near)
+
+
+def refused(item: Item, exc: WorkerError) -> Item:
+    """The item that nobody may or can look up, and why."""
+    state = State.AMBIGUOUS if isinstance(exc, AmbiguousModel) else State.REFUSED
+    candidates = tuple(exc.candidates) if isinstance(exc, AmbiguousModel) else ()
+    return replace(item, state=state, message=str(exc), code=exc.code, candidates=candidates)
+
+
+def items_of_metadata(sources: Sources, places: Places) -> Iterator[Item]:
+    """The models that a workflow in the editor's format names in its metadata."""
+    for spec in dict.fromkeys(sources.embedded.specs):
+        there = places.find((spec.folder,), (spec.name,))
+        yield there or _or_cached(of_spec(Item(spec.name, spec.folder, State.UNKNOWN), spec, sources), places)
+    for entry in sources.refused:
+        folder, _, name = entry.path.partition("/")
+        yield refused(Item(name, folder, State.REFUSED), entry.error)
+
+
+# --- what the sources say -----------------------------------------------------------------------
+
+
+def ask_in_time(items: Sequence[Item], hub: Hub, begun: Callable[[Remote], int], deadline_s: float) -> tuple[Item, ...]:
+    """As `ask`; whoever has not answered by the deadline is `no_answer`."""
+    cancel = threading.Event()
+    timer = threading.Timer(deadline_s, cancel.set)
+    timer.daemon = True
+    timer.start()
+    try:
+        return ask(items, hub, begun, cancel)
+    finally:
+        timer.cancel()
+
+
+def ask(items: Sequence[Item], hub: Hub, begun: Callable[[Remote], int], cancel: CancelToken) -> tuple[Item, ...]:
+    """The items with what their sources hold. `begun` tells how much of a file an ended download has left behind."""
+    with ThreadPoolExecutor(_ASK_AT_ONCE, thread_name_prefix="ask") as pool:
+        return tuple(pool.map(lambda item: _asked(item, hub, begun, cancel), items))
+
+
+def _asked(item: Item, hub: Hub, begun: Callable[[Remote], int], cancel: CancelToken) -> Item:
+    if item.state is not State.FETCH or item.spec is None:
+        return item
+    spec = item.spec
+    try:
+        remote = hub.look_up(spec.source, cancel)
+        check_promises(spec, remote)
+    except (SourceUnreachable, EnsureCancelled) as exc:
+        why = exc.reason if isinstance(exc, SourceUnreachable) else "no answer in time"
+        message = f"Its source could not be asked ({why}): look at the network of this machine; a worker may well get it."
+        return replace(item, state=State.NO_ANSWER, message=message, code=SourceUnreachable.code)
+    except ModelError as exc:
+        return replace(item, state=_state_of(exc), message=str(exc), code=exc.code)
+    sha256 = remote.sha256 or spec.sha256
+    return replace(item, size_bytes=remote.size_bytes, sha256=sha256, begun_bytes=begun(remote))
+
+
+def check_promises(spec: ModelSpec, remote: Remote) -> None:
+    """Raise `ContentMismatch` when the source holds another file than somebody wrote down."""
+    if spec.sha256 and remote.sha256 and spec.sha256 != remote.sha256:
+        raise ContentMismatch(remote.where, "sha256", spec.sha256, remote.sha256)
+    if spec.size_bytes not in {None, remote.size_bytes}:
+        raise ContentMismatch(remote.where, "size", str(spec.size_bytes), str(remote.size_bytes))
+
+
+def _state_of(exc: ModelError) -> State:
+    match exc:
+        case RepoGated():
+            return State.GATED
+        case RepoNotFound() | TokenRefused():
+            return State.NO_ACCESS
+        case ContentMismatch():
+            return State.REFUSED
+        case _:
+            return State.NOT_FOUND

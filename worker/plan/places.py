@@ -1,0 +1,98 @@
+"""Where models can lie, and what is there. Reads the disk."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from worker.errors import FileIncomplete
+from worker.models.disk import check_whole
+from worker.models.layout import Layout
+from worker.models.partial import Ranges
+from worker.models.seals import read_seal, stat_file
+from worker.models.store import cached_file
+from worker.plan.items import Item, State
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from worker.models.hub import Remote
+    from worker.models.spec import ModelSpec
+    from worker.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where models can lie: the volume, the container's own disk laid out the same, and ComfyUI's own folder in the image."""
+
+    volume: Layout
+    local: Layout
+    image: Path
+
+    @classmethod
+    def of(cls, settings: Settings) -> Places:
+        """As the worker has them."""
+        return cls(Layout(settings.volume_path), Layout(settings.local_store), settings.base_dir / "models")
+
+    def find(self, folders: Sequence[str], files: Sequence[str]) -> Item | None:
+        """The first of these files that is there; no folders: in any."""
+        for root, look in (
+            (self.volume.models, lambda folder, file: self._in_store(self.volume, folder, file)),
+            (self.local.models, lambda folder, file: self._in_store(self.local, folder, file)),
+            (self.image, self._in_image),
+        ):
+            for folder in folders or _folders_of(root):
+                found = next((item for file in files if (item := look(folder, file))), None)
+                if found:
+                    return found
+        return None
+
+    def _in_store(self, layout: Layout, folder: str, file: str) -> Item | None:
+        path = layout.model(folder, file)
+        found = stat_file(path)
+        if found is None:
+            return None
+        item = Item(file, folder, State.VOLUME if layout is self.volume else State.CONTAINER, found.st_size, path=path)
+        seal = read_seal(layout.seal(folder, file))
+        if seal and seal.size == found.st_size and (seal.mtime is None or seal.fits(found)):
+            return replace(item, sha256=seal.sha256)
+        try:
+            check_whole(path, found.st_size)
+        except FileIncomplete as exc:
+            return replace(item, state=State.INCOMPLETE, message=str(exc), code=exc.code)
+        except OSError as exc:
+            return replace(item, state=State.INCOMPLETE, message=f"{path} cannot be read ({exc.strerror}): look at the volume.")
+        return replace(item, state=State.BY_HAND) if layout is self.volume else item
+
+    def _in_image(self, folder: str, file: str) -> Item | None:
+        path = self.image / folder / file
+        found = stat_file(path)
+        if found is None:
+            return None
+        cached = path.resolve().is_relative_to(self.volume.host_cache)
+        return Item(file, folder, State.HOST_CACHE if cached else State.IMAGE, found.st_size, path=path)
+
+    def cached(self, spec: ModelSpec) -> Path | None:
+        """The model's file in RunPod's host cache, by its name there: what it hashes to is for the worker to check."""
+        return cached_file(self.volume, spec)
+
+    def begun_bytes(self, remote: Remote) -> int:
+        """How much of a file a download that ended has left on the volume, to be gone on with."""
+        found = 0
+        for journal in self.volume.partial(remote.key).glob("*.journal"):
+            with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+                said = json.loads(journal.read_bytes())
+                if said["size"] == remote.size_bytes and journal.with_suffix(".part").exists():
+                    found = max(found, Ranges((start, end) for start, end in said["ranges"]).total)
+        return min(found, remote.size_bytes)
+
+
+def _folders_of(root: Path) -> list[str]:
+    try:
+        return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    except OSError:
+        return []

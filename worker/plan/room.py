@@ -1,0 +1,57 @@
+"""Whether what is to be fetched has room where it goes. Reads the disk."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from worker.errors import VolumeFull, VolumeMissing, VolumeReadOnly
+from worker.models.disk import free_bytes
+from worker.models.progress import size_text
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from worker.plan.items import Plan
+    from worker.plan.places import Places
+    from worker.settings import Settings
+
+
+def with_room(plan: Plan, settings: Settings, places: Places) -> Plan:
+    """The plan with where its files would go, and whether they fit there: on the volume, else on the container's disk."""
+    volume = places.volume.root
+    plan = replace(plan, target=volume, free_bytes=free_bytes(volume) if volume.is_dir() else None)
+    problem = _no_room(plan, volume)
+    if problem is None:
+        return plan
+    if not plan.to_fetch:
+        return replace(plan, notes=(*plan.notes, f"{_reason(problem)}."))
+    if settings.require_volume:
+        return replace(plan, problems=(*plan.problems, problem))
+    local = next(place for place in (places.local.root, *places.local.root.parents) if place.is_dir())
+    there = replace(plan, target=places.local.root, free_bytes=free_bytes(local))
+    if too_full := _no_room(there, local):
+        return replace(plan, problems=(*plan.problems, problem if isinstance(problem, VolumeFull) else too_full))
+    note = f"{_reason(problem)}: what is fetched goes to this container's disk, and is gone with it."
+    return replace(there, notes=(*plan.notes, note))
+
+
+def _no_room(plan: Plan, place: Path) -> VolumeMissing | VolumeReadOnly | VolumeFull | None:
+    if not place.is_dir():
+        return VolumeMissing(place)
+    if not os.access(place, os.W_OK):
+        return VolumeReadOnly(place, "it is read-only")
+    if plan.free_bytes is not None and plan.fetch_bytes > plan.free_bytes:
+        return VolumeFull(place, plan.fetch_bytes, plan.free_bytes)
+    return None
+
+
+def _reason(problem: VolumeMissing | VolumeReadOnly | VolumeFull) -> str:
+    match problem:
+        case VolumeMissing():
+            return f"There is no network volume at {problem.path}"
+        case VolumeReadOnly():
+            return f"{problem.path} cannot be written"
+        case VolumeFull():
+            return f"{problem.path} has no room for {size_text(problem.needed_bytes)}, only for {size_text(problem.free_bytes)}"

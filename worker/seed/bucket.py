@@ -1,0 +1,267 @@
+"""A RunPod volume through its S3-compatible API: one call a method, errors as people understand them. Touches the network.
+
+What that API is like (RunPod's documentation, and reports of people who used it): it refuses batch deletes and presigned
+addresses; listing a folder of many files that were not written through it stalls, because each is hashed for its ETag; 502s
+come; Complete of a large file may answer 524 or NoSuchUpload although it succeeded. So nothing here lists a folder of models,
+and whether a file is there is asked with HeadObject.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, NoReturn
+
+from botocore.exceptions import BotoCoreError, ClientError
+
+from worker.errors import (
+    DatacenterUnknown,
+    S3Failed,
+    S3KeysRefused,
+    S3Unreachable,
+    S3VolumeFull,
+    S3VolumeNotFound,
+    SeedError,
+)
+from worker.media.s3 import S3Target, make_client
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+DATACENTERS: Final = (
+    *(
+        "EU-CZ-1",
+        "EU-RO-1",
+        "EUR-IS-1",
+        "EUR-NO-1",
+        "US-CA-2",
+        "US-GA-2",
+        "US-IL-1",
+        "US-KS-2",
+        "US-MD-1",
+        "US-MO-1",
+        "US-MO-2",
+    ),
+    *("US-NC-1", "US-NC-2", "US-NE-1", "US-WA-1"),
+)
+"""Where RunPod's volumes have an S3 API."""
+
+_ATTEMPTS: Final = 10
+_CONNECT_S: Final = 15.0
+# Not RunPod's two hours: HeadObject says whether a Complete without an answer succeeded, and a part is sent again.
+_READ_S: Final = 300.0
+_NOT_FOUND: Final = frozenset({"404", "NoSuchKey", "NotFound"})
+_NO_BUCKET: Final = "NoSuchBucket"
+_NO_UPLOAD: Final = "NoSuchUpload"
+_REFUSED: Final = frozenset({"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "403", "401"})
+_FULL_STATUS: Final = 507
+_FULL: Final = frozenset({"InsufficientStorage", "QuotaExceeded", "507"})
+_SERVER_ERROR: Final = 500
+_FORBIDDEN: Final = frozenset({401, 403})
+
+
+class UploadGone(Exception):  # noqa: N818 - it may mean success: somebody completed it
+    """The multipart upload is no longer there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """A key of RunPod's S3 API."""
+
+    access_key_id: str
+    secret_access_key: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a volume is: its id, and the endpoint and region of its data centre."""
+
+    volume: str
+    datacenter: str
+    endpoint_url: str
+
+    @classmethod
+    def of(cls, volume: str, datacenter: str, endpoint_url: str | None = None) -> Place:
+        """The volume's place; raises `DatacenterUnknown`. Another endpoint's regions are its own affair."""
+        name = datacenter.strip().upper()
+        if endpoint_url is None and name not in DATACENTERS:
+            raise DatacenterUnknown(datacenter, DATACENTERS)
+        return cls(volume, name, endpoint_url or f"https://s3api-{name.lower()}.runpod.io/")
+
+    @property
+    def title(self) -> str:
+        """What people call it."""
+        return f"{self.volume} ({self.datacenter})" if self.datacenter else self.volume
+
+
+@dataclass(frozen=True, slots=True)
+class SentPart:
+    """A part that the server has."""
+
+    etag: str
+    size_bytes: int
+
+
+def bucket_at(place: Place, keys: Keys, connections: int) -> Bucket:
+    """The volume, with the client settings that RunPod's API wants; no connection is made yet."""
+    target = S3Target.at(
+        place.endpoint_url, keys.access_key_id, keys.secret_access_key, bucket=place.volume, region=place.datacenter or None
+    )
+    client = make_client(
+        target, attempts=_ATTEMPTS, connect_timeout_s=_CONNECT_S, read_timeout_s=_READ_S, connections=connections
+    )
+    return Bucket(place, client)
+
+
+class Bucket:
+    """One volume. Safe to use from many threads.
+
+    Every method raises `S3KeysRefused`, `S3VolumeNotFound`, `S3VolumeFull`, `S3Unreachable` or `S3Failed`.
+    """
+
+    def __init__(self, place: Place, client: Any) -> None:  # noqa: ANN401 - boto3 makes its classes at run time
+        self.place = place
+        self._client = client
+
+    def check(self) -> None:
+        """Return when the volume is there and the keys are good for it."""
+        with self._saying("HeadBucket"):
+            try:
+                self._client.head_bucket(Bucket=self.place.volume)
+            except ClientError as exc:
+                if _code(exc) in {*_NOT_FOUND, _NO_BUCKET}:
+                    raise S3VolumeNotFound(self.place.volume, self.place.datacenter or self.place.endpoint_url) from exc
+                raise
+
+    # --- files
+
+    def size_bytes(self, key: str) -> int | None:
+        """How long a file is; None when there is none."""
+        with self._saying("HeadObject", key):
+            try:
+                return int(self._client.head_object(Bucket=self.place.volume, Key=key)["ContentLength"])
+            except ClientError as exc:
+                if _code(exc) in _NOT_FOUND:
+                    return None
+                raise
+
+    def read(self, key: str, start: int = 0, length: int = 1 << 16) -> bytes | None:
+        """Some bytes of a file; None when there is none. Fewer than asked for at its end."""
+        with self._saying("GetObject", key):
+            try:
+                answer = self._client.get_object(Bucket=self.place.volume, Key=key, Range=f"bytes={start}-{start + length - 1}")
+                data: bytes = answer["Body"].read()
+            except ClientError as exc:
+                if _code(exc) in _NOT_FOUND:
+                    return None
+                if _code(exc) == "InvalidRange":
+                    return b""
+                raise
+            return data
+
+    def write(self, key: str, data: bytes) -> None:
+        """Put a small file."""
+        with self._saying("PutObject", key, len(data)):
+            self._client.put_object(Bucket=self.place.volume, Key=key, Body=data)
+
+    def remove(self, key: str) -> None:
+        """Remove a file, if there is one."""
+        with self._saying("DeleteObject", key):
+            self._client.delete_object(Bucket=self.place.volume, Key=key)
+
+    def keys(self, prefix: str) -> Iterator[str]:
+        """The files below a folder: for folders of small files only."""
+        with self._saying("ListObjectsV2", prefix):
+            for page in self._client.get_paginator("list_objects_v2").paginate(Bucket=self.place.volume, Prefix=prefix):
+                yield from (entry["Key"] for entry in page.get("Contents", ()))
+
+    # --- multipart uploads
+
+    def uploads(self, key: str) -> list[str]:
+        """The uploads of this key that were begun and neither completed nor aborted."""
+        with self._saying("ListMultipartUploads", key):
+            pages = self._client.get_paginator("list_multipart_uploads").paginate(Bucket=self.place.volume, Prefix=key)
+            return [found["UploadId"] for page in pages for found in page.get("Uploads", ()) if found["Key"] == key]
+
+    def parts(self, key: str, upload_id: str) -> dict[int, SentPart]:
+        """What an upload has already, by part number; raises `UploadGone`."""
+        with self._saying("ListParts", key):
+            pages = self._client.get_paginator("list_parts").paginate(Bucket=self.place.volume, Key=key, UploadId=upload_id)
+            return {
+                int(part["PartNumber"]): SentPart(part["ETag"].strip('"'), int(part["Size"]))
+                for page in pages
+                for part in page.get("Parts", ())
+            }
+
+    def begin(self, key: str) -> str:
+        """A new upload's id."""
+        with self._saying("CreateMultipartUpload", key):
+            return str(self._client.create_multipart_upload(Bucket=self.place.volume, Key=key)["UploadId"])
+
+    def send(self, key: str, upload_id: str, number: int, body: bytearray, md5: bytes) -> None:
+        """Send a part. The server checks it against the MD5, and so does this against what the server says it has.
+
+        Raises `UploadGone` as well.
+        """
+        with self._saying("UploadPart", key, len(body)):
+            answer = self._client.upload_part(
+                Bucket=self.place.volume,
+                Key=key,
+                UploadId=upload_id,
+                PartNumber=number,
+                Body=body,
+                ContentMD5=base64.b64encode(md5).decode(),
+            )
+        etag = str(answer["ETag"]).strip('"')
+        if etag != md5.hex():
+            raise S3Failed(self.place.title, f"UploadPart {number} of {key}", f"the server has the MD5 {etag}, not {md5.hex()}")
+
+    def complete(self, key: str, upload_id: str, etags: Sequence[str]) -> None:
+        """Ask the server to make the file of its parts. Whether it did, `size_bytes` says; raises `UploadGone` as well."""
+        parts = [{"PartNumber": number, "ETag": f'"{etag}"'} for number, etag in enumerate(etags, 1)]
+        with self._saying("CompleteMultipartUpload", key):
+            self._client.complete_multipart_upload(
+                Bucket=self.place.volume, Key=key, UploadId=upload_id, MultipartUpload={"Parts": parts}
+            )
+
+    def abort(self, key: str, upload_id: str) -> None:
+        """Forget an upload and its parts; one that is gone is no error."""
+        with contextlib.suppress(UploadGone), self._saying("AbortMultipartUpload", key):
+            self._client.abort_multipart_upload(Bucket=self.place.volume, Key=key, UploadId=upload_id)
+
+    @contextlib.contextmanager
+    def _saying(self, operation: str, key: str = "", needed_bytes: int = 0) -> Iterator[None]:
+        try:
+            yield
+        except ClientError as exc:
+            self._said_no(exc, f"{operation} of {key}" if key else operation, needed_bytes)
+        except (BotoCoreError, OSError) as exc:
+            raise S3Unreachable(self.place.title, _first_line(exc)) from exc
+
+    def _said_no(self, exc: ClientError, operation: str, needed_bytes: int) -> NoReturn:
+        code, status = _code(exc), int(exc.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+        error: SeedError | UploadGone
+        if code == _NO_UPLOAD:
+            error = UploadGone(operation)
+        elif code == _NO_BUCKET:
+            error = S3VolumeNotFound(self.place.volume, self.place.datacenter or self.place.endpoint_url)
+        elif status == _FULL_STATUS or code in _FULL:
+            error = S3VolumeFull(self.place.title, needed_bytes)
+        elif status in _FORBIDDEN or code in _REFUSED:
+            error = S3KeysRefused(self.place.title, status)
+        elif status >= _SERVER_ERROR:
+            error = S3Unreachable(self.place.title, f"{operation}: status {status}")
+        else:
+            error = S3Failed(
+                self.place.title, operation, f"{code}: {exc.response.get('Error', {}).get('Message', '')}".strip(": ")
+            )
+        raise error from exc
+
+
+def _code(exc: ClientError) -> str:
+    return str(exc.response.get("Error", {}).get("Code", ""))
+
+
+def _first_line(exc: Exception) -> str:
+    return (str(exc).splitlines() or [type(exc).__name__])[0]

@@ -1,0 +1,87 @@
+"""The seeder's command: argv and an environment in, an exit code out. Handles signals, prints what is the matter."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from typing import IO, TYPE_CHECKING, Final
+
+from worker.errors import (
+    DatacenterUnknown,
+    EnsureCancelled,
+    ManifestInvalid,
+    S3KeysMissing,
+    SeedUsage,
+    SettingsError,
+    SpecInvalid,
+    WhatUnknown,
+    WorkerError,
+)
+from worker.seed import care, seeding
+from worker.seed.desk import Desk, tell
+from worker.seed.options import parse
+from worker.seed.screen import JsonLines
+from worker.settings import Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+FAILED: Final = 1
+USAGE: Final = 2
+STOPPED: Final = 130
+
+_GO_ON: Final = "Stopped. What was sent is kept: run the same command again to go on."
+_USAGE_ERRORS: Final = (SeedUsage, WhatUnknown, DatacenterUnknown, S3KeysMissing, SettingsError, SpecInvalid, ManifestInvalid)
+
+
+def run(argv: Sequence[str], environ: Mapping[str, str], out: IO[str] | None = None) -> int:
+    """Do what the command line says; 0 when everything is there, 1 when something failed, 2 for wrong usage, 130 stopped."""
+    stream, as_json = out or sys.stdout, "--json" in argv
+    cancel = threading.Event()
+    try:
+        options = parse(argv)
+        with _stopping(cancel):
+            return _act(Desk(options, Settings.from_env(environ), environ, stream, cancel))
+    except SystemExit as exc:
+        return int(exc.code or 0)
+    except EnsureCancelled:
+        tell(_GO_ON, stream, as_json=as_json)
+        return STOPPED
+    except WorkerError as exc:
+        if as_json:
+            JsonLines(stream).tell("error", code=exc.code, text=str(exc))
+        else:
+            print(f"error: {exc}", file=sys.stderr)  # noqa: T201 - the command's output
+        return USAGE if isinstance(exc, _USAGE_ERRORS) else FAILED
+
+
+def _act(desk: Desk) -> int:
+    place = desk.place()
+    if desk.options.action == "list":
+        return care.list_sealed(desk, place)
+    sources = desk.sources(place)
+    actions = {"seed": seeding.seed, "dry_run": seeding.dry_run, "verify": care.verify_all, "prune": care.prune}
+    return actions[desk.options.action](desk, place, sources)
+
+
+@contextlib.contextmanager
+def _stopping(cancel: threading.Event) -> Iterator[None]:
+    """Let SIGINT and SIGTERM end the work where it can be gone on with; the second one ends the process at once."""
+
+    def stop(_: int, __: object) -> None:
+        if cancel.is_set():
+            os._exit(STOPPED)
+        cancel.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,259 @@
+"""A model that is wanted -> the same file, sealed, on each volume: mounted, or several through S3. Touches disk and network."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final, Protocol
+
+from worker.errors import ContentMismatch, EnsureCancelled, S3Failed, SeedError, WorkerError
+from worker.models.progress import Meter, Progress
+from worker.plan.lookup import check_promises
+from worker.seed.bucket import UploadGone
+from worker.seed.outcome import Outcome
+from worker.seed.relay import Load, Relay, Upload
+from worker.seed.s3volume import S3Volume, new_seal
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from worker.models.hub import Hub, Remote
+    from worker.models.progress import CancelToken, Listener, Phase
+    from worker.models.spec import ModelSpec
+    from worker.models.store import Store
+    from worker.seed.outcome import How
+
+log = logging.getLogger(__name__)
+
+_ATTEMPTS: Final = 3
+_FINISHERS: Final = 4
+_TICK_S: Final = 0.2
+_BY: Final = "seeder"
+
+
+class Filler(Protocol):
+    """What brings a model onto the volumes."""
+
+    @property
+    def titles(self) -> Sequence[str]:
+        """The volumes."""
+        ...
+
+    def ensure(self, spec: ModelSpec, progress: Listener, cancel: CancelToken) -> list[Outcome]:
+        """Return when it is there, or why not, for each volume; raises nothing but defects."""
+        ...
+
+
+class MountedFiller:
+    """A volume that is mounted here: the worker's own store does it all."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    @property
+    def titles(self) -> Sequence[str]:
+        """The volume."""
+        return (str(self._store.layout.root),)
+
+    def ensure(self, spec: ModelSpec, progress: Listener, cancel: CancelToken) -> list[Outcome]:
+        """As `Filler.ensure`."""
+        model, volume, began_s = f"{spec.folder}/{spec.name}", self.titles[0], time.monotonic()
+        try:
+            found = self._store.ensure(spec, progress, cancel)
+        except WorkerError as exc:
+            return [_failed(model, volume, exc, began_s)]
+        how: dict[str, How] = {"downloaded": "sent", "host_cache": "ready", "adopted": "adopted", "by_hand": "by_hand"}
+        size_bytes = found.path.stat().st_size
+        return [Outcome(model, volume, how.get(found.how, "ready"), size_bytes, found.bytes_fetched, found.seconds)]
+
+
+def _failed(model: str, volume: str, error: WorkerError, began_s: float) -> Outcome:
+    how: How = "cancelled" if isinstance(error, EnsureCancelled) else "failed"
+    return Outcome(model, volume, how, 0, 0, time.monotonic() - began_s, error)
+
+
+@dataclass(slots=True)
+class _Job:
+    """One model on its way to several volumes."""
+
+    spec: ModelSpec
+    remote: Remote
+    progress: Listener
+    cancel: CancelToken
+    began_s: float
+
+    @property
+    def model(self) -> str:
+        return f"{self.spec.folder}/{self.spec.name}"
+
+    def meter(self, phase: Phase) -> Callable[[int], None]:
+        """Counts of bytes, as progress with a rate, a few times a second."""
+        rate, next_s = Meter(time.monotonic()), 0.0
+
+        def on_bytes(done_bytes: int) -> None:
+            nonlocal next_s
+            now_s = time.monotonic()
+            if now_s >= next_s:
+                next_s = now_s + _TICK_S
+                self.progress(Progress(phase, done_bytes, self.remote.size_bytes, rate.rate(now_s, done_bytes)))
+
+        return on_bytes
+
+    def outcome(self, volume: S3Volume, how: How, moved_bytes: int = 0) -> Outcome:
+        size_bytes, seconds = self.remote.size_bytes, time.monotonic() - self.began_s
+        return Outcome(self.model, volume.title, how, size_bytes, moved_bytes, seconds)
+
+    def failed(self, volume: S3Volume, error: WorkerError, moved_bytes: int = 0) -> Outcome:
+        outcome = _failed(self.model, volume.title, error, self.began_s)
+        return replace(outcome, size_bytes=self.remote.size_bytes, moved_bytes=moved_bytes)
+
+
+class S3Filler:
+    """Volumes through their S3 API: one download feeds them all.
+
+    One file is on its way at a time, with several connections; `ensure` of the next may begin while a server still puts the
+    parts of the last one together.
+    """
+
+    def __init__(self, hub: Hub, volumes: Sequence[S3Volume], load: Load | None = None) -> None:
+        self._hub = hub
+        self._volumes = volumes
+        self._load = load or Load()
+        self._streaming = threading.Lock()
+        self._spare: list[bytearray] = []  # belongs to whoever streams
+
+    @property
+    def titles(self) -> Sequence[str]:
+        """The volumes."""
+        return tuple(volume.title for volume in self._volumes)
+
+    def ensure(self, spec: ModelSpec, progress: Listener, cancel: CancelToken) -> list[Outcome]:
+        """As `Filler.ensure`."""
+        began_s = time.monotonic()
+        try:
+            remote = self._hub.look_up(spec.source, cancel)
+            check_promises(spec, remote)
+        except WorkerError as exc:
+            return [_failed(f"{spec.folder}/{spec.name}", volume.title, exc, began_s) for volume in self._volumes]
+        job = _Job(spec, replace(remote, sha256=remote.sha256 or spec.sha256), progress, cancel, began_s)
+        found: dict[S3Volume, Outcome] = {}
+        missing: list[S3Volume] = []
+        for volume in self._volumes:
+            try:
+                how = self._there(job, volume)
+            except WorkerError as exc:
+                found[volume] = job.failed(volume, exc)
+            else:
+                if how:
+                    found[volume] = job.outcome(volume, how)
+                else:
+                    missing.append(volume)
+        if missing:
+            found |= self._send(job, missing)
+        return [found[volume] for volume in self._volumes]
+
+    def _there(self, job: _Job, volume: S3Volume) -> How | None:
+        how = volume.look(job.spec, job.remote.sha256, job.remote.size_bytes)
+        return volume.adopt(job.spec, job.remote, job.meter("checking"), job.cancel) if how == "by_hand" else how
+
+    # --- sending
+
+    def _send(self, job: _Job, volumes: Sequence[S3Volume]) -> dict[S3Volume, Outcome]:
+        """Send to these volumes, again to those whose upload vanished; a wrong byte on the way is fetched anew, once."""
+        outcomes: dict[S3Volume, Outcome] = {}
+        wrong: set[str] = set()
+        uploads = {volume: Upload(volume.bucket, volume.key(job.spec.folder, job.spec.name)) for volume in volumes}
+        error: WorkerError | None = None
+        for _ in range(_ATTEMPTS):
+            try:
+                sha256 = self._stream(job, uploads)
+                if sha256 and job.remote.sha256 not in {None, sha256}:
+                    self._judge(job, uploads, sha256, wrong)
+                elif sha256:
+                    outcomes |= self._finish(job, uploads, sha256)
+            except WorkerError as exc:
+                error = exc
+                break
+            uploads = {volume: upload.renewed() for volume, upload in uploads.items() if volume not in outcomes}
+            if not uploads:
+                return outcomes
+        return outcomes | {volume: self._given_up(job, volume, upload, error) for volume, upload in uploads.items()}
+
+    def _given_up(self, job: _Job, volume: S3Volume, upload: Upload, error: WorkerError | None) -> Outcome:
+        """Why this volume does not have the model; what cannot be gone on with is aborted."""
+        cause = upload.error if isinstance(upload.error, SeedError) else error
+        if cause and not cause.retryable:
+            upload.abort()
+        lost = S3Failed(volume.title, f"The upload of {upload.key}", "it vanished from the server each time")
+        return job.failed(volume, cause or lost, upload.all_sent_bytes)
+
+    def _stream(self, job: _Job, uploads: dict[S3Volume, Upload]) -> str:
+        """The sha256 of what every upload without an error has now; empty when all of them vanished."""
+        while not self._streaming.acquire(timeout=_TICK_S):
+            if job.cancel.is_set():
+                raise EnsureCancelled(job.model)
+        job.began_s = time.monotonic()
+        try:
+            part_bytes = self._load.part_bytes_of(job.remote.size_bytes)
+            for upload in uploads.values():
+                try:
+                    upload.open(job.remote.size_bytes, part_bytes)
+                except SeedError as exc:
+                    upload.error = exc
+            living = [upload for upload in uploads.values() if upload.error is None]
+            if not living:
+                raise next(upload.error for upload in uploads.values() if upload.error)
+            relay = Relay(self._hub, job.remote, living, self._load, job.cancel, spare=self._spare)
+            return relay.run(job.meter("downloading"))
+        except UploadGone:
+            return ""
+        finally:
+            self._streaming.release()
+
+    def _judge(self, job: _Job, uploads: dict[S3Volume, Upload], actual: str, wrong: set[str]) -> None:
+        """Abort; raise when it was the same wrong file as before, which chance does not make."""
+        log.warning("%s came with the sha256 %s, not %s: thrown away", job.model, actual, job.remote.sha256)
+        for upload in uploads.values():
+            upload.abort()
+        if actual in wrong:
+            raise ContentMismatch(job.remote.where, "sha256", str(job.remote.sha256), actual)
+        wrong.add(actual)
+
+    def _finish(self, job: _Job, uploads: dict[S3Volume, Upload], sha256: str) -> dict[S3Volume, Outcome]:
+        """Make the files and seal them, on all volumes at once; those whose upload vanished are left out."""
+        outcomes: dict[S3Volume, Outcome] = {}
+
+        def finish(volume: S3Volume, upload: Upload) -> None:
+            try:
+                if upload.error:
+                    raise upload.error
+                how = self._publish(job, volume, upload, sha256)
+            except UploadGone:
+                log.info("the upload of %s to %s is gone: beginning anew", job.model, volume.title)
+            except WorkerError as exc:
+                if not isinstance(exc, EnsureCancelled) and not exc.retryable:
+                    upload.abort()
+                outcomes[volume] = job.failed(volume, exc, upload.all_sent_bytes)
+            else:
+                outcomes[volume] = job.outcome(volume, how, upload.all_sent_bytes)
+
+        with ThreadPoolExecutor(_FINISHERS, thread_name_prefix="finish") as pool:
+            list(pool.map(finish, uploads, uploads.values()))
+        return outcomes
+
+    def _publish(self, job: _Job, volume: S3Volume, upload: Upload, sha256: str) -> How:
+        """Announce, complete, look, seal. Who dies in between leaves a record that the next run believes."""
+        job.progress(Progress("checking", job.remote.size_bytes, job.remote.size_bytes))
+        spec = job.spec
+        if how := self._there(job, volume):
+            upload.abort()  # a worker, another seeder or a person was faster: what is there is never overwritten
+            return how
+        seal = new_seal(spec, job.remote, sha256, _BY)
+        volume.announce(spec.folder, spec.name, seal)
+        upload.complete(job.remote.size_bytes, self._load, job.cancel)
+        volume.seal(spec.folder, spec.name, seal)
+        upload.sweep()
+        return "sent"

@@ -1,0 +1,102 @@
+"""A volume that is mounted here, for everything but filling it: what is sealed, what fits, hashing. Touches the disk."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from worker.errors import UnsafePath, VolumeFailed
+from worker.models.disk import free_bytes, sha256_of, volume_error
+from worker.models.seals import Seal, read_seal, stat_file, whole_mtime, write_seal
+from worker.plan.items import THERE
+from worker.plan.places import Places
+from worker.seed.s3volume import Sealed, sealed_at
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from worker.models.hub import Remote
+    from worker.models.layout import Layout
+    from worker.models.progress import CancelToken
+    from worker.models.spec import ModelSpec
+    from worker.seed.outcome import How
+
+
+class MountedVolume:
+    """One volume. Raises `VolumeReadOnly` and `VolumeFailed` where the file system refuses."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._places = Places(layout, layout, layout.models)
+
+    @property
+    def title(self) -> str:
+        """What people call it."""
+        return str(self._layout.root)
+
+    @property
+    def free_bytes(self) -> int | None:
+        """What the file system says is free; a quota does not show."""
+        return free_bytes(self._layout.root)
+
+    def look(self, spec: ModelSpec, sha256: str | None, size_bytes: int | None) -> How | None:
+        """Whether the model is there to be used, by its seal or as somebody put it there; None when it is to be fetched."""
+        del sha256, size_bytes  # the store hashes what it has to when it comes to it
+        found = self._places.find((spec.folder,), (spec.name,))
+        if found is None or found.state not in THERE:
+            return None
+        seal = read_seal(self._layout.seal(spec.folder, spec.name))
+        return "ready" if seal and seal.size == found.size_bytes else "by_hand"
+
+    def begun_bytes(self, spec: ModelSpec, remote: Remote) -> int:
+        """How much of it a download that ended left behind."""
+        del spec
+        return self._places.begun_bytes(remote)
+
+    def size_bytes(self, folder: str, name: str) -> int | None:
+        """The file's length; None when it is not there."""
+        found = stat_file(self._layout.model(folder, name))
+        return found.st_size if found else None
+
+    def hash(self, folder: str, name: str, size_bytes: int, on_bytes: Callable[[int], None], cancel: CancelToken) -> str:
+        """The sha256 of a file."""
+        del size_bytes
+        path = self._layout.model(folder, name)
+        try:
+            return sha256_of(path, cancel, on_bytes)
+        except OSError as exc:
+            raise VolumeFailed(path, exc.strerror or str(exc)) from exc
+
+    def sealed(self) -> Iterator[Sealed]:
+        """Every model that has a seal."""
+        root = self._layout.seals
+        for above, _, names in os.walk(root):
+            for name in sorted(names):
+                path = root.joinpath(above, name)
+                found = sealed_at(path.relative_to(root).as_posix(), read_seal(path))
+                with contextlib.suppress(UnsafePath):
+                    if found and self._layout.model(found.folder, found.name):
+                        yield found
+
+    def fits(self, found: Sealed) -> bool:
+        """Whether the file still is as its seal says."""
+        there = stat_file(self._layout.model(found.folder, found.name))
+        if there is None:
+            return False
+        return found.seal.fits(there) or (found.seal.mtime is None and found.seal.size == there.st_size)
+
+    def seal(self, folder: str, name: str, seal: Seal) -> None:
+        """Seal a file as it is now."""
+        there = stat_file(self._layout.model(folder, name))
+        if there:
+            write_seal(self._layout.seal(folder, name), replace(seal, size=there.st_size, mtime=whole_mtime(there)))
+
+    def remove(self, folder: str, name: str) -> None:
+        """Remove a model, then its seal."""
+        try:
+            self._layout.model(folder, name).unlink(missing_ok=True)
+            self._layout.seal(folder, name).unlink(missing_ok=True)
+        except OSError as exc:
+            raise volume_error(self._layout.root, exc) from exc

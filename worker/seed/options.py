@@ -1,0 +1,133 @@
+"""The command line of the seeder: what it takes, and what makes no sense together. Pure."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from worker.errors import S3KeysMissing, SeedUsage
+from worker.seed.bucket import DATACENTERS, Keys, Place
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+Action = Literal["seed", "dry_run", "list", "verify", "prune"]
+
+KEY_ID, KEY_SECRET = "RUNPOD_S3_ACCESS_KEY_ID", "RUNPOD_S3_SECRET_ACCESS_KEY"
+
+_WHAT = """\
+WHAT is any mix of:
+  models.toml                             a manifest, in any format that the worker reads
+  workflow.json, picture.png, -           a workflow (API or editor's format), a request, a saved picture, standard input
+  hf://org/repo/file.safetensors[@rev]    one file; say with --folder where it belongs
+  'hf://org/repo/*.safetensors[@rev]'     a repository's matching files
+  loras=hf://org/repo/file.safetensors    the same, with the folder; folder/name=... gives it another name
+  flux_dev_checkpoint_example             the name of one of ComfyUI's official templates
+With none of these, what models.toml on the volume, MODELS_MANIFEST and MODELS name.
+"""
+_EPILOG = f"""\
+{_WHAT}
+Where: --volume, or one --s3 for each region; one download feeds all of them. The keys of RunPod's S3 API are read from
+{KEY_ID} and {KEY_SECRET}. HF_TOKEN, HF_ENDPOINT and CIVITAI_TOKEN are as for the worker.
+
+Data centres with an S3 API: {", ".join(DATACENTERS)}
+
+Exit codes: 0 everything is there, 1 something failed, 2 wrong usage, 130 stopped. Whatever stops it, run the same
+command again: it goes on where it was.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """A command line that makes sense. Either `places` or `volume`; neither: the volume of the settings."""
+
+    whats: tuple[str, ...]
+    action: Action
+    volume: Path | None
+    places: tuple[Place, ...]
+    folder: str | None
+    json: bool
+    yes: bool
+    repair: bool
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's form."""
+    found = argparse.ArgumentParser(
+        prog="python scripts/seed_volume.py",
+        description="Fill a volume with models before the first job: mounted, or from anywhere through RunPod's S3 API.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    found.add_argument("what", nargs="*", metavar="WHAT", help="what to seed, see below")
+    found.add_argument(
+        "--volume", type=Path, metavar="PATH", help="a mounted volume (default: VOLUME_PATH, in a Pod /workspace)"
+    )
+    found.add_argument("--s3", action="append", default=[], metavar="VOLUME_ID", help="a volume through its S3 API; repeatable")
+    found.add_argument(
+        "--datacenter", action="append", default=[], metavar="DC", help="where it is, such as EU-RO-1: one for each --s3"
+    )
+    found.add_argument("--endpoint", metavar="URL", help="another S3 endpoint than RunPod's; --s3 is a bucket there")
+    found.add_argument("--folder", metavar="NAME", help="the folder under models/ for addresses, such as checkpoints")
+    action = found.add_mutually_exclusive_group()
+    action.add_argument("--dry-run", action="store_true", help="only say what would be done, with bytes and space")
+    action.add_argument("--list", action="store_true", help="what is sealed on the volume")
+    action.add_argument("--verify", action="store_true", help="read everything that is sealed and check its sha256")
+    action.add_argument("--prune", action="store_true", help="remove sealed models that no manifest and no WHAT names; asks")
+    found.add_argument("--repair", action="store_true", help="with --verify: fetch what is damaged or missing again")
+    found.add_argument("--yes", action="store_true", help="with --prune: do not ask")
+    found.add_argument("--json", action="store_true", help="one JSON object a line, for programs")
+    return found
+
+
+def parse(argv: Sequence[str]) -> Options:
+    """The options; raises `SeedUsage`, `DatacenterUnknown`, and SystemExit as argparse does."""
+    given = parser().parse_args(list(argv))
+    actions: dict[Action, bool] = {"dry_run": given.dry_run, "list": given.list, "verify": given.verify, "prune": given.prune}
+    action: Action = next((name for name, on in actions.items() if on), "seed")
+    _check(given, action)
+    return Options(
+        whats=tuple(given.what),
+        action=action,
+        volume=given.volume,
+        places=_places(given.s3, given.datacenter, given.endpoint),
+        folder=given.folder,
+        json=given.json,
+        yes=given.yes,
+        repair=given.repair,
+    )
+
+
+def _check(given: argparse.Namespace, action: Action) -> None:
+    rules = (
+        (given.volume and given.s3, "Give --volume or --s3, not both."),
+        ((given.datacenter or given.endpoint) and not given.s3, "--datacenter and --endpoint belong to --s3 VOLUME_ID."),
+        (given.repair and action != "verify", "--repair belongs to --verify."),
+        (given.yes and action != "prune", "--yes belongs to --prune."),
+        (action == "list" and given.what, "--list shows what is on the volume; it takes no WHAT."),
+    )
+    for wrong, reason in rules:
+        if wrong:
+            raise SeedUsage(reason)
+
+
+def _places(volumes: Sequence[str], datacenters: Sequence[str], endpoint: str | None) -> tuple[Place, ...]:
+    if volumes and endpoint is None and not datacenters:
+        raise SeedUsage(f"Say with --datacenter where the volume is: one of {', '.join(DATACENTERS)}.")
+    if len(datacenters) not in {0, 1, len(volumes)}:
+        raise SeedUsage("Give one --datacenter for all volumes, or one for each --s3, in the same order.")
+    named = [*datacenters] * len(volumes) if len(datacenters) == 1 else [*datacenters] or [""] * len(volumes)
+    places = tuple(Place.of(volume, name, endpoint) for volume, name in zip(volumes, named, strict=True))
+    if len(set(places)) < len(places):
+        raise SeedUsage("One volume is named twice.")
+    return places
+
+
+def keys_from(environ: Mapping[str, str]) -> Keys:
+    """The keys of RunPod's S3 API; raises `S3KeysMissing` naming what is not set."""
+    missing = [name for name in (KEY_ID, KEY_SECRET) if not environ.get(name, "").strip()]
+    if missing:
+        raise S3KeysMissing(missing)
+    return Keys(environ[KEY_ID].strip(), environ[KEY_SECRET].strip())

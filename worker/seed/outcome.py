@@ -1,0 +1,62 @@
+"""What became of one model on one volume: the value that every part of seeding shares. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from worker.errors import ModelUnavailable
+
+if TYPE_CHECKING:
+    from worker.errors import WorkerError
+
+How = Literal["ready", "by_hand", "adopted", "sent", "failed", "cancelled"]
+
+GOOD: frozenset[How] = frozenset({"ready", "by_hand", "adopted", "sent"})
+"""A worker can use it."""
+
+WORDS: dict[How, str] = {
+    "ready": "was there",
+    "by_hand": "there, put by hand",
+    "adopted": "there, now sealed",
+    "sent": "seeded",
+    "failed": "FAILED",
+    "cancelled": "not finished",
+}
+"""How people read it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How it went with one model. `moved_bytes` went to the volume in this run."""
+
+    model: str
+    volume: str
+    how: How
+    size_bytes: int = 0
+    moved_bytes: int = 0
+    seconds: float = 0.0
+    error: WorkerError | None = None
+
+    @property
+    def good(self) -> bool:
+        """Whether a worker can use it."""
+        return self.how in GOOD
+
+    def _code(self) -> str | None:
+        if isinstance(self.error, ModelUnavailable) and self.error.cause:
+            return self.error.cause
+        return self.error.code if self.error else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {
+            "model": self.model,
+            "volume": self.volume,
+            "how": self.how,
+            "size_bytes": self.size_bytes,
+            "moved_bytes": self.moved_bytes,
+            "seconds": round(self.seconds, 3),
+            "error": str(self.error) if self.error else None,
+            "code": self._code(),
+        }

@@ -1,0 +1,261 @@
+"""What a person, a log or a program sees while models are on their way: bars, lines, or JSON. Prints."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from typing import IO, TYPE_CHECKING, Any, Final, Protocol, Self
+
+from rich.console import Group
+from rich.padding import Padding
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Column
+from rich.text import Text
+
+from worker.models.progress import size_text
+from worker.plan.screen import count
+from worker.seed.outcome import WORDS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from rich.console import Console, RenderableType
+
+    from worker.models.progress import Progress as Moment
+    from worker.seed.outcome import Outcome
+
+_LINE_EVERY_S: Final = 10.0
+_JSON_EVERY_S: Final = 1.0
+_MARKS: Final = {True: ("✓", "green"), False: ("✗", "red")}
+_PHASES: Final = {"waiting": "waiting", "downloading": "", "checking": "checking"}
+
+
+class Screen(Protocol):
+    """Where progress goes. Called from several threads; a context manager around the work."""
+
+    def __enter__(self) -> Self:
+        """Begin."""
+        ...
+
+    def __exit__(self, *exc: object) -> None:
+        """Leave the terminal as it was."""
+        ...
+
+    def expect(self, sizes: Iterable[int]) -> None:
+        """How many bytes each of the models has, for the total."""
+        ...
+
+    def moved(self, model: str, moment: Moment) -> None:
+        """How far one model is."""
+        ...
+
+    def ended(self, model: str, outcomes: Iterable[Outcome]) -> None:
+        """What became of one model, for each volume."""
+        ...
+
+    def say(self, text: str) -> None:
+        """A sentence for people."""
+        ...
+
+
+class Bars:
+    """A terminal: a bar for each model on its way and one for all, and a line for each that has ended."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._lock = threading.Lock()
+        self._progress = Progress(
+            TextColumn("{task.description}", table_column=Column(ratio=3, no_wrap=True, overflow="ellipsis")),
+            BarColumn(bar_width=None, table_column=Column(ratio=2)),
+            TaskProgressColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[phase]}", style="dim"),
+            console=console,
+            expand=True,
+            transient=True,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._done: dict[str, int] = {}
+        self._total: TaskID | None = None
+        self._count = self._ended = 0
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def expect(self, sizes: Iterable[int]) -> None:
+        """As `Screen.expect`."""
+        known = list(sizes)
+        self._count = len(known)
+        self._total = self._progress.add_task("", total=sum(known), phase="")
+        self._retitle()
+
+    def moved(self, model: str, moment: Moment) -> None:
+        """As `Screen.moved`."""
+        with self._lock:
+            if model not in self._tasks:
+                self._tasks[model] = self._progress.add_task(model, total=moment.total_bytes or None, phase="")
+            phase = f"by {moment.by}" if moment.by else _PHASES[moment.phase]
+            total = moment.total_bytes or None
+            self._progress.update(self._tasks[model], completed=moment.done_bytes, total=total, phase=phase)
+            self._done[model] = max(self._done.get(model, 0), moment.done_bytes)
+            self._retotal()
+
+    def ended(self, model: str, outcomes: Iterable[Outcome]) -> None:
+        """As `Screen.ended`."""
+        with self._lock:
+            self._ended += 1
+            if model in self._tasks:
+                self._progress.remove_task(self._tasks.pop(model))
+            for outcome, where in grouped(outcomes):
+                self._done[model] = outcome.size_bytes
+                self._progress.console.print(line_of(outcome, where))
+            self._retotal()
+            self._retitle()
+
+    def say(self, text: str) -> None:
+        """As `Screen.say`."""
+        self._progress.console.print(Text(text))
+
+    def _retotal(self) -> None:
+        if self._total is not None:
+            self._progress.update(self._total, completed=sum(self._done.values()))
+
+    def _retitle(self) -> None:
+        if self._total is not None:
+            self._progress.update(self._total, description=f"[bold]total, {self._ended} of {count(self._count, 'model')}")
+
+
+def grouped(outcomes: Iterable[Outcome]) -> list[tuple[Outcome, str]]:
+    """Outcomes that are alike on several volumes as one, and on which volumes, where that is not all of them."""
+    groups: dict[tuple[str, str], list[Outcome]] = {}
+    for outcome in outcomes:
+        groups.setdefault((outcome.how, str(outcome.error)), []).append(outcome)
+    alone = len(groups) == 1
+    slowest = {key: max(group, key=lambda outcome: outcome.seconds) for key, group in groups.items()}
+    return [
+        (slowest[key], "" if alone else " on " + ", ".join(outcome.volume for outcome in group))
+        for key, group in groups.items()
+    ]
+
+
+def line_of(outcome: Outcome, where: str) -> RenderableType:
+    """One outcome as a coloured line; what is the matter comes below it."""
+    mark, style = _MARKS[outcome.good]
+    if outcome.how == "cancelled":
+        mark, style = "-", "yellow"
+    text = Text.assemble((f"{mark} ", style), outcome.model, ("  ", ""), (f"{text_of(outcome)}{where}", "dim"))
+    if outcome.error is None or outcome.how == "cancelled":
+        return text
+    return Group(text, Padding(Text(str(outcome.error), style), (0, 0, 0, 2)))
+
+
+def text_of(outcome: Outcome) -> str:
+    """An outcome without the model's name: `seeded, 11.9 GB in 50 s, 240 MB/s`."""
+    text = WORDS[outcome.how]
+    if outcome.how != "sent":
+        return text + (f", {size_text(outcome.size_bytes)}" if outcome.size_bytes else "")
+    rate = f", {size_text(int(outcome.moved_bytes / outcome.seconds))}/s" if outcome.seconds and outcome.moved_bytes else ""
+    resumed = outcome.size_bytes - outcome.moved_bytes
+    kept = f", {size_text(resumed)} of it from an earlier run" if resumed > 0 else ""
+    return f"{text}, {size_text(outcome.size_bytes)} in {outcome.seconds:.1f} s{rate}{kept}"
+
+
+class Lines:
+    """No terminal: a line when a model begins to move, every ten seconds, and when it has ended."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+        self._lock = threading.Lock()
+        self._next_s: dict[str, float] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stream.flush()
+
+    def expect(self, sizes: Iterable[int]) -> None:
+        """As `Screen.expect`."""
+        known = list(sizes)
+        self.say(f"{count(len(known), 'model')}, {size_text(sum(known))}")
+
+    def moved(self, model: str, moment: Moment) -> None:
+        """As `Screen.moved`."""
+        with self._lock:
+            now_s = time.monotonic()
+            if now_s < self._next_s.get(model, 0.0):
+                return
+            self._next_s[model] = now_s + _LINE_EVERY_S
+        self.say(f"{model}: {moment}")
+
+    def ended(self, model: str, outcomes: Iterable[Outcome]) -> None:
+        """As `Screen.ended`."""
+        del model
+        for outcome, where in grouped(outcomes):
+            self.say(f"{outcome.model}: {text_of(outcome)}{where}" + (f": {outcome.error}" if outcome.error else ""))
+
+    def say(self, text: str) -> None:
+        """As `Screen.say`."""
+        with self._lock:
+            print(text, file=self._stream, flush=True)
+
+
+class JsonLines:
+    """A program: one JSON object a line, each with an `event`."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+        self._lock = threading.Lock()
+        self._next_s: dict[str, float] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stream.flush()
+
+    def expect(self, sizes: Iterable[int]) -> None:
+        """As `Screen.expect`."""
+        known = list(sizes)
+        self.tell("begin", models=len(known), size_bytes=sum(known))
+
+    def moved(self, model: str, moment: Moment) -> None:
+        """As `Screen.moved`."""
+        with self._lock:
+            now_s = time.monotonic()
+            if now_s < self._next_s.get(model, 0.0):
+                return
+            self._next_s[model] = now_s + _JSON_EVERY_S
+        done, total, rate = moment.done_bytes, moment.total_bytes, round(moment.bytes_per_s)
+        self.tell("progress", model=model, phase=moment.phase, done_bytes=done, total_bytes=total, bytes_per_s=rate)
+
+    def ended(self, model: str, outcomes: Iterable[Outcome]) -> None:
+        """As `Screen.ended`."""
+        del model
+        for outcome in outcomes:
+            self.tell("ended", **outcome.to_dict())
+
+    def say(self, text: str) -> None:
+        """As `Screen.say`."""
+        self.tell("note", text=text)
+
+    def tell(self, event: str, **values: Any) -> None:  # noqa: ANN401 - JSON
+        """One event."""
+        with self._lock:
+            print(json.dumps({"event": event, **values}), file=self._stream, flush=True)

@@ -1,0 +1,136 @@
+"""Two actions: seed, and the dry run of it. Through the desk's parts; prints through its screen."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+from rich.text import Text
+
+from worker.errors import EnsureCancelled, ModelUnavailable, SeedUsage, VolumeFull
+from worker.models.progress import Progress, size_text
+from worker.plan.items import State
+from worker.plan.lookup import ask
+from worker.seed import tables
+from worker.seed.dryrun import look_ahead
+from worker.seed.outcome import Outcome
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from worker.models.sources import Sources
+    from worker.models.spec import ModelSpec
+    from worker.plan.items import Item
+    from worker.seed.desk import Desk, Place
+    from worker.seed.fill import Filler
+    from worker.seed.screen import Screen
+
+FAILED: Final = 1
+
+_AT_ONCE: Final = 3
+_TICK_S: Final = 0.2
+
+
+def seed(desk: Desk, place: Place, sources: Sources) -> int:
+    """Bring everything that is wanted onto the volumes; the exit code. Raises `EnsureCancelled` when it was stopped."""
+    began_s = time.monotonic()
+    items = _items(desk, sources)
+    hopeless = [item for item in items if item.state not in {State.FETCH, State.NO_ANSWER} or item.spec is None]
+    wanted = [item for item in items if item not in hopeless]
+    outcomes = [outcome for item in hopeless if not item.optional for outcome in _hopeless(item, place.filler.titles)]
+    with desk.screen() as screen:
+        _warn_of_room(wanted, place, screen)
+        screen.expect([item.size_bytes or 0 for item in wanted] + [0] * (len(hopeless) - sum(map(_is_optional, hopeless))))
+        for item in hopeless:
+            if item.optional:
+                screen.say(f"{item.title}: {item.message}")
+            else:
+                screen.ended(item.title, [outcome for outcome in outcomes if outcome.model == item.title])
+        outcomes += fill(desk, [item.spec for item in wanted if item.spec], place.filler, screen)
+    took_s = time.monotonic() - began_s
+    values = [outcome.to_dict() for outcome in outcomes]
+    desk.show("summary", partial(tables.summary, outcomes, took_s), seconds=round(took_s, 3), outcomes=values)
+    return code_of(desk, outcomes)
+
+
+def dry_run(desk: Desk, place: Place, sources: Sources) -> int:
+    """Say what `seed` would do; the exit code: 1 when something is in the way. Raises `VolumeFull`."""
+    lines = look_ahead(_items(desk, sources), place.volumes, desk.hub, desk.cancel)
+    send_bytes, free = sum(line.send_bytes for line in lines), place.volumes[0].free_bytes
+    models = [line.to_dict() for line in lines]
+    desk.show("dry_run", partial(tables.dry_run, lines), models=models, send_bytes=send_bytes, free_bytes=free)
+    if not desk.options.json:
+        room = "RunPod's S3 API does not tell how much is free" if free is None else f"{size_text(free)} are free"
+        desk.console.print(f"to send: {size_text(send_bytes)}; {room}.")
+    if free is not None and send_bytes > free:
+        raise VolumeFull(desk.options.volume or desk.settings.volume_path, send_bytes, free)
+    return 0 if all(line.good for line in lines) else FAILED
+
+
+def _items(desk: Desk, sources: Sources) -> tuple[Item, ...]:
+    """What is wanted, with what the sources say about it."""
+    items = desk.wants(sources).read(desk.options.whats)
+    if not items:
+        raise SeedUsage("There is nothing to seed: name a manifest, a workflow, an address or a template; see --help.")
+    asked = ask(items, desk.hub, lambda _: 0, desk.cancel)
+    if desk.cancel.is_set():
+        raise EnsureCancelled("seeding")
+    return asked
+
+
+def fill(desk: Desk, specs: Sequence[ModelSpec], filler: Filler, screen: Screen) -> list[Outcome]:
+    """Three at a time: while one or two are put together at their end, the next is on its way."""
+    with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="seed") as pool:
+        futures = [pool.submit(_one, desk, spec, filler, screen) for spec in specs]
+        _wait_all(futures)
+        return [outcome for future in futures for outcome in future.result()]
+
+
+def _one(desk: Desk, spec: ModelSpec, filler: Filler, screen: Screen) -> list[Outcome]:
+    model = f"{spec.folder}/{spec.name}"
+    if desk.cancel.is_set():
+        return [Outcome(model, title, "cancelled") for title in filler.titles]
+    screen.moved(model, Progress("waiting"))
+    outcomes = filler.ensure(spec, partial(screen.moved, model), desk.cancel)
+    screen.ended(model, outcomes)
+    return outcomes
+
+
+def code_of(desk: Desk, outcomes: Sequence[Outcome]) -> int:
+    """The exit code; raises `EnsureCancelled` when it was stopped before its end."""
+    if desk.cancel.is_set() and any(outcome.how == "cancelled" for outcome in outcomes):
+        raise EnsureCancelled("seeding")
+    failed = [outcome for outcome in outcomes if not outcome.good]
+    if failed and not desk.options.json:
+        again = any(outcome.error and outcome.error.retryable for outcome in failed)
+        advice = " Nothing is lost: run the same command again to go on." if again else " What to do about each is said above."
+        desk.console.print(Text(f"{len(failed)} failed.{advice}", "red"))
+    return FAILED if failed else 0
+
+
+def _warn_of_room(items: Sequence[Item], place: Place, screen: Screen) -> None:
+    """Say ahead what will not fit; each model is checked again when it comes to it."""
+    for volume in place.volumes:
+        if (free := volume.free_bytes) is None:
+            continue
+        needed = sum(item.size_bytes or 0 for item in items if item.spec and not volume.look(item.spec, None, None))
+        if needed > free:
+            screen.say(f"warning: {volume.title} has {size_text(free)} free, {size_text(needed)} are to be fetched.")
+
+
+def _is_optional(item: Item) -> bool:
+    return item.optional
+
+
+def _hopeless(item: Item, titles: Iterable[str]) -> list[Outcome]:
+    reason = ModelUnavailable(item.message or f"{item.title}: {item.state}", item.code)
+    return [Outcome(item.title, title, "failed", item.size_bytes or 0, error=reason) for title in titles]
+
+
+def _wait_all(futures: Iterable[Future[Any]]) -> None:
+    """In slices, so that a signal is seen at once."""
+    left = set(futures)
+    while left:
+        _, left = wait(left, timeout=_TICK_S, return_when=FIRST_COMPLETED)

@@ -1,0 +1,174 @@
+"""WHAT people want seeded -> models with their sources: manifests, workflows, addresses, whole repositories, templates.
+
+Reads files, and asks the hub for a repository's files where a pattern is given.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import json
+import re
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from worker.errors import FileNotInRepo, RequestError, SeedUsage, WhatUnknown, WorkflowUiFormat
+from worker.models.sources import Catalog, Sources, SpecList, embedded_models, widget_values
+from worker.models.spec import WEIGHT_SUFFIXES, HubFile, ModelSpec, parse_source, parse_spec
+from worker.plan.document import Unreadable, Wanted, read_document
+from worker.plan.items import Item, State
+from worker.plan.lookup import meaning, of_spec, refused
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from worker.models.hub import Hub
+    from worker.models.progress import CancelToken
+
+_GLOB: Final = re.compile(r"[*?\[]")
+_SHORT_LINE: Final = re.compile(r"[^:/=]+(/[^:=]*)?=[A-Za-z]+://")
+_PNG: Final = b"\x89PNG"
+_NEAR: Final = 3
+
+
+class Wants:
+    """Reads WHATs. `sources` are the lists that hold anyway; manifests among the WHATs come before them.
+
+    `folder` is where an address goes that does not say it itself; `hosts` are those that a workflow's metadata may name.
+    """
+
+    def __init__(self, sources: Sources, hub: Hub, hosts: Sequence[str], folder: str | None, cancel: CancelToken) -> None:
+        self._sources = sources
+        self._hub = hub
+        self._hosts = hosts
+        self._folder = folder
+        self._cancel = cancel
+
+    def read(self, whats: Sequence[str]) -> tuple[Item, ...]:
+        """The models that are meant, each once: to be fetched, or with what is the matter. No WHAT: what the manifests name.
+
+        Raises `SeedUsage`, `WhatUnknown` or `SpecInvalid` for a WHAT that makes no sense, `ManifestInvalid`, and what listing
+        a repository raises.
+        """
+        manifests = [self._manifest(Path(what)) for what in whats if _is_manifest(what)]
+        self._sources = replace(self._sources, manifests=(*manifests, *self._sources.manifests))
+        items: list[Item] = []
+        for what in whats:
+            items += self._items(what)
+        if not whats:
+            items += self._of_specs(self._sources.manifest(), None)
+        found: dict[tuple[str | None, str], Item] = {}
+        for item in items:
+            found.setdefault((item.folder, item.name), item)
+        return tuple(found.values())
+
+    def _items(self, what: str) -> Iterable[Item]:
+        if _SHORT_LINE.match(what):
+            return self._of_specs(Sources.read(models=what).manifest(), what)
+        if "://" in what:
+            return self._of_specs(self._addressed(what), what)
+        if what == "-" or Path(what).is_file():
+            if _is_manifest(what):
+                return self._of_specs(self._manifest(Path(what)).specs, Path(what).name)
+            return self._workflow(what)
+        name = what.removesuffix(".json")
+        catalog = Catalog()
+        if name in catalog.templates:
+            return self._of_specs(catalog.of_template(name), f"the template {name}")
+        within = [template for template in catalog.templates if name and name in template]
+        raise WhatUnknown(what, within[:_NEAR] or difflib.get_close_matches(name, catalog.templates, n=_NEAR))
+
+    def _of_specs(self, specs: Iterable[ModelSpec], known_by: str | None) -> list[Item]:
+        items = [of_spec(Item(spec.name, spec.folder, State.UNKNOWN), spec, self._sources) for spec in specs]
+        return [replace(item, known_by=known_by or item.known_by) for item in items]
+
+    # --- addresses
+
+    def _addressed(self, address: str) -> list[ModelSpec]:
+        if self._folder is None:
+            raise SeedUsage(
+                f"Say with --folder where {address} belongs, such as --folder checkpoints, or write folder=address."
+            )
+        if not _GLOB.search(address):
+            return [parse_spec(self._folder, address)]
+        pattern = parse_source(address)
+        if not isinstance(pattern, HubFile):
+            raise SeedUsage(f"Patterns such as in {address} are for hf:// addresses only.")
+        found = [path for path in self._hub.list_files(pattern, self._cancel) if fnmatch.fnmatchcase(path, pattern.path)]
+        if not found:
+            raise FileNotInRepo(pattern.repo, pattern.path, pattern.revision)
+        # Files of one name in several folders of the repository keep these folders; all others go without.
+        names = Counter(path.rpartition("/")[2] for path in found)
+        short = {path: path.rpartition("/")[2] for path in found if names[path.rpartition("/")[2]] == 1}
+        return [ModelSpec(self._folder, short.get(path, path), replace(pattern, path=path)) for path in found]
+
+    # --- files
+
+    def _manifest(self, path: Path) -> SpecList:
+        """A manifest in any of the formats that the worker reads."""
+        volume = Sources.read(volume_manifest=path).volume
+        return replace(volume.models, title=path.name) if volume else SpecList(path.name)
+
+    def _workflow(self, path: str) -> list[Item]:
+        try:
+            document = read_document(path)
+        except Unreadable as exc:
+            raise SeedUsage(f"{path}: {exc}.") from None
+        try:
+            wanted = Wanted.read(document)
+            sources = self._sources.with_request(wanted.models, self._hosts).with_workflow(wanted.metadata, self._hosts)
+            items = [meaning(nodes, sources) for nodes in wanted.names()]
+            return [*items, *self._of_specs(sources.requested(), "the request")]
+        except WorkflowUiFormat:
+            return list(self._of_editor(wanted.metadata, sources))
+        except RequestError as exc:
+            raise SeedUsage(f"{path}: {exc}") from exc
+
+    def _of_editor(self, workflow: object, sources: Sources) -> Iterator[Item]:
+        """What a workflow in the editor's format names: in its metadata, and in widgets that hold a weights file's name."""
+        for spec in dict.fromkeys(sources.embedded.specs):
+            yield of_spec(Item(spec.name, spec.folder, State.UNKNOWN), spec, sources)
+        for entry in sources.refused:
+            folder, _, name = entry.path.partition("/")
+            yield refused(Item(name, folder, State.REFUSED), entry.error)
+        told = {str(entry.get("name", "")).replace("\\", "/") for entry in embedded_models(workflow)}
+        for name in weights_in_widgets(workflow):
+            if name not in told:
+                yield self._named(name, sources)
+
+    def _named(self, name: str, sources: Sources) -> Item:
+        item = Item(name, None, State.UNKNOWN)
+        try:
+            spec = sources.find(name)
+        except RequestError as exc:
+            return refused(item, exc)
+        if spec:
+            return of_spec(item, spec, sources)
+        return replace(item, message="No list of models knows it: name its source in a manifest.", near=sources.near(name))
+
+
+def weights_in_widgets(workflow: object) -> tuple[str, ...]:
+    """Every name of a weights file that a widget of an active node holds, in order."""
+    found = (value.replace("\\", "/") for value in widget_values(workflow) if isinstance(value, str))
+    return tuple(dict.fromkeys(value for value in found if value.lower().endswith(WEIGHT_SUFFIXES) and "://" not in value))
+
+
+def _is_manifest(what: str) -> bool:
+    """Whether a file is a list of models rather than a workflow: what is no JSON is one, and JSON that has such a list."""
+    if "://" in what or what == "-":
+        return False
+    try:
+        data = Path(what).read_bytes()
+        document: Any = None if data.startswith(_PNG) else json.loads(data.decode("utf-8-sig"))
+    except (OSError, RecursionError):
+        return False
+    except ValueError:
+        return not what.lower().endswith(".json")
+    if isinstance(document, list):
+        return True
+    if not isinstance(document, dict) or any(key in document for key in ("nodes", "input", "workflow", "prompt")):
+        return False
+    models = document.get("models", document.get("model"))
+    return isinstance(models, (list, dict)) and not (isinstance(models, dict) and "class_type" in models)

@@ -1,0 +1,172 @@
+"""The parts of a file that are in memory while it goes from its source to its targets: in any order in, in order out. Pure.
+
+`ranges.Fetch` writes into it as into a partial on disk, but never further than the window reaches, which bounds the memory.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+from worker.models.partial import Ranges
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator
+
+_TICK_S: Final = 0.5
+
+
+class WindowClosed(Exception):  # noqa: N818 - somebody closed it on purpose
+    """Nobody takes the bytes any longer."""
+
+
+@dataclass(eq=False, slots=True)
+class Part:
+    """One part, in memory. `number` counts from 1, as S3 does."""
+
+    number: int
+    buffer: bytearray
+    came: Ranges = field(default_factory=Ranges)
+    open_for: set[object] = field(default_factory=set)
+    """Who still needs it."""
+    writers: int = 0
+
+    @property
+    def whole(self) -> bool:
+        """Whether every byte came."""
+        return self.came.total == len(self.buffer)
+
+
+class Window:
+    """`width` parts of `part_bytes` each, moving over a file of `size_bytes`; `readers` each have to let go of every part.
+
+    `spare` holds the buffers that nobody uses: given to one window after another, they keep many files from costing more
+    memory than one (what is freed in pieces of this size, a process does not always give back).
+
+    No deadlock: the lowest part that is not through always has room.
+    """
+
+    def __init__(
+        self, size_bytes: int, part_bytes: int, width: int, readers: Collection[object], spare: list[bytearray] | None = None
+    ) -> None:
+        self.size_bytes = size_bytes
+        self.part_bytes = part_bytes
+        self.count = max(1, -(-size_bytes // part_bytes))
+        self._width = width
+        self._readers = frozenset(readers)
+        self._changed = threading.Condition()
+        self._parts: dict[int, Part] = {}
+        self._spare = [] if spare is None else spare
+        self._spare[:] = [buffer for buffer in self._spare if len(buffer) == part_bytes]
+        self._through: set[int] = set()
+        self._low = 1
+        self._came = Ranges()
+        self._closed = False
+        self._held_until_s = 0.0
+        if not size_bytes:
+            self._parts[1] = Part(1, bytearray(), open_for=set(self._readers))
+
+    # --- what a fetch sees: it is a `ranges.Sink`
+
+    @property
+    def done_bytes(self) -> int:
+        """How many bytes came."""
+        with self._changed:
+            return self._came.total
+
+    def gaps(self) -> list[tuple[int, int]]:
+        """What has not come yet, in order."""
+        with self._changed:
+            return self._came.gaps(self.size_bytes)
+
+    def reach(self) -> int:
+        """How far bytes may come now: to the end of the window."""
+        with self._changed:
+            if len(self._parts) == self._width and all(part.whole for part in self._parts.values()):
+                self._held_until_s = time.monotonic() + _TICK_S
+            return min(self.size_bytes, (self._low - 1 + self._width) * self.part_bytes)
+
+    def check(self) -> None:
+        """Nothing: who closes the window also cancels the fetch."""
+
+    def write(self, offset: int, view: memoryview) -> None:
+        """Take bytes; those of a source without ranges may have to wait for room. Raises `WindowClosed`."""
+        while view:
+            number, at = offset // self.part_bytes + 1, offset % self.part_bytes
+            length = min(len(view), self.part_bytes - at)
+            self._put(number, at, view[:length])
+            offset, view = offset + length, view[length:]
+
+    def _put(self, number: int, at: int, view: memoryview) -> None:
+        with self._changed:
+            part = self._room_for(number)
+            # A thread that was given up may come late with bytes that another one brought: what is whole stays as it is.
+            if part is None or part.whole:
+                return
+            part.writers += 1
+        part.buffer[at : at + len(view)] = view
+        start = (number - 1) * self.part_bytes + at
+        with self._changed:
+            part.writers -= 1
+            part.came.add(at, at + len(view))
+            self._came.add(start, start + len(view))
+            if part.whole:
+                self._changed.notify_all()
+
+    def _room_for(self, number: int) -> Part | None:
+        """The part, once it is inside the window; None when it is through already."""
+        while not self._closed:
+            if number in self._through or number < self._low:
+                return None
+            if number in self._parts:
+                return self._parts[number]
+            if number < self._low + self._width:
+                part = self._parts[number] = Part(number, self._buffer(number), open_for=set(self._readers))
+                return part
+            self._held_until_s = time.monotonic() + _TICK_S
+            self._changed.wait(_TICK_S)
+        raise WindowClosed
+
+    def _buffer(self, number: int) -> bytearray:
+        length = min(self.part_bytes, self.size_bytes - (number - 1) * self.part_bytes)
+        return self._spare.pop() if self._spare and length == self.part_bytes else bytearray(length)
+
+    def held_within(self, seconds: float) -> bool:
+        """Whether the source had to wait in the last `seconds`: if its connections then broke, it is not to blame."""
+        return time.monotonic() - self._held_until_s < seconds
+
+    # --- what a reader sees
+
+    def in_order(self) -> Iterator[Part]:
+        """Each part, in order, as soon as it is whole; raises `WindowClosed`."""
+        for number in range(1, self.count + 1):
+            with self._changed:
+                while not self._closed and not ((part := self._parts.get(number)) and part.whole):
+                    self._changed.wait(_TICK_S)
+                if self._closed:
+                    raise WindowClosed
+                part = self._parts[number]
+            yield part
+
+    def let_go(self, part: Part, reader: object) -> None:
+        """This reader is through with the part; when all are, its memory is used again."""
+        with self._changed:
+            part.open_for.discard(reader)
+            if part.open_for or part.number not in self._parts:
+                return
+            del self._parts[part.number]
+            self._through.add(part.number)
+            while self._low in self._through:
+                self._through.discard(self._low)
+                self._low += 1
+            if len(part.buffer) == self.part_bytes and not part.writers:
+                self._spare.append(part.buffer)
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Nobody takes or gives anything any longer."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
