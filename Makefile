@@ -6,6 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKFLOW ?= devkit/workflows/text_to_image.json
 PORT ?= 8000
+BENCH ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help demo serve test lint format bench clean
@@ -40,11 +41,8 @@ format: $(VENV)/installed  ## Format the code
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-bench: $(VENV)/installed  ## Measure against the bare engine in the same run
-	@$(BIN)/python -m bench.job_overhead
-	@$(BIN)/python -m bench.cold_start
-	@$(BIN)/python -m bench.links
-	@$(BIN)/python -m bench.provision
+bench: $(VENV)/installed  ## Measure everything against its bare parts (BENCH=--short for a quick run, BENCH=links for one)
+	@$(BIN)/python -m bench $(BENCH)
 
 clean:  ## Remove what the commands above made here (the engine's cache stays)
 	rm -rf $(VENV) .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -19,7 +19,7 @@ from devkit.engine.build import Engine, ensure_engine
 from devkit.engine.models import make_volume
 from devkit.local_worker import PROJECT, LocalWorker
 
-BOUND = 1.15
+BOUND = 1.05
 
 
 def bare_s(engine: Engine, base_dir: Path, graph: dict[str, Any]) -> float:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-__all__ = ["Figure", "Options", "machine", "median", "parse_args", "report"]
+__all__ = ["SHORT_FORGIVES", "Figure", "Options", "machine", "median", "parse_args", "report", "table"]
 
 SHORT_FORGIVES = 2.0
 """A short run has few samples on a shared machine, so it only fails on gross regressions: this many times the bound."""
@@ -95,7 +95,7 @@ def report(figures: Sequence[Figure], options: Options, *, data: Path | None = N
             print(_json_line(figure, forgive))
     else:
         print(machine(data))
-        print(_table(figures, forgive))
+        print(table(figures, forgive))
     return 0 if all(figure.ok(forgive) for figure in figures) else 1
 
 
@@ -119,7 +119,8 @@ def _json_line(figure: Figure, forgive: float) -> str:
     )
 
 
-def _table(figures: Sequence[Figure], forgive: float) -> str:
+def table(figures: Sequence[Figure], forgive: float = 1.0) -> str:
+    """The figures for people; a bound may be missed by the factor `forgive`."""
     rows = [("figure", "median", "(min - max)", "bound", ""), *(_row(figure, forgive) for figure in figures)]
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
     lines = []

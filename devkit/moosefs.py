@@ -117,6 +117,18 @@ class MooseFS:
             timeout=_STOP_S,
         )
 
+    def limit_line(self, bytes_per_s: int) -> None:
+        """Let no more than that go between the mounts and the chunk server, as on the line to a volume elsewhere.
+
+        Nearly all of it is file content. Raises MooseFSError where the kernel has no token bucket (sch_tbf).
+        """
+        # Room for 20 ms of the rate: a smaller bucket loses packets between two ticks, a larger one lets whole files through.
+        bucket = ["rate", f"{bytes_per_s * 8}bit", "burst", str(bytes_per_s // 50), "latency", "100ms"]
+        command = [*self._inside(), "tc", "qdisc", "replace", "dev", "lo", "root", "tbf", *bucket]
+        done = subprocess.run(command, capture_output=True, check=False, text=True, timeout=_STOP_S)
+        if done.returncode != 0:
+            raise MooseFSError(f"the volume's line cannot be limited: {done.stderr.strip()}")
+
     def _write_configuration(self) -> None:
         for name in ("etc", "master", "chunk", "data"):
             (self._folder / name).mkdir(parents=True)

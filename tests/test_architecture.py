@@ -15,7 +15,7 @@ HALL = [
     ["__main__"],
     ["seed"],
     ["serve", "boot", "plan", "doctor", "convert"],
-    ["handler", "intake"],
+    ["handler", "intake", "warmth"],
     ["graphs"],
     ["loop", "logs", "progress", "laps"],
     ["job", "settings"],

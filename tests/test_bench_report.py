@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from bench import __main__ as runner
 from bench.report import Figure, machine, parse_args, report
+from devkit.local_worker import PROJECT
 
 
 def test_a_figure_is_the_median_of_its_samples() -> None:
@@ -61,3 +63,53 @@ def test_samples_can_be_set_and_must_be_some() -> None:
     with pytest.raises(SystemExit) as caught:
         parse_args("", ["--samples", "0"])
     assert caught.value.code == 2
+
+
+def test_every_benchmark_is_in_the_list_of_them() -> None:
+    text = (PROJECT / "bench/README.md").read_text("utf-8")
+    assert [name for name in runner.benchmarks() if f"| `{name}` |" not in text] == []
+    assert text.count("\n| `") == len(runner.benchmarks())
+
+
+BENCHMARK = """
+import sys
+from bench.report import Figure, parse_args, report
+print("noise of a library")
+sys.exit(report([Figure("ratio", {value}, "x", bound=1.0)], parse_args("")) or {status})
+"""
+
+
+@pytest.mark.parametrize(
+    ("value", "status", "form", "trouble"),
+    [
+        (0.9, 0, "full", ""),
+        (1.5, 0, "full", "missed ratio"),
+        (1.5, 0, "short", ""),
+        (2.5, 0, "short", "missed ratio"),
+        (0.9, 3, "full", "ended with status 3"),
+    ],
+)
+def test_the_runner_sums_up_what_each_benchmark_said(
+    value: float, status: int, form: str, trouble: str, *, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bench").mkdir()
+    for name in ("__init__", "report"):
+        (tmp_path / f"bench/{name}.py").write_text((PROJECT / f"bench/{name}.py").read_text())
+    (tmp_path / "bench/mine.py").write_text(BENCHMARK.format(value=value, status=status))
+    monkeypatch.setattr(runner, "HERE", tmp_path / "bench")
+    assert runner.benchmarks() == ["mine"]
+    figures, said = runner.run("mine", short=form == "short")
+    assert ([(figure.name, figure.value) for figure in figures], said) == ([("ratio", value)], trouble)
+
+
+def test_a_benchmark_that_does_not_end_is_trouble(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench/__init__.py").touch()
+    (tmp_path / "bench/mine.py").write_text("import threading; threading.Event().wait()")
+    monkeypatch.setattr(runner, "HERE", tmp_path / "bench")
+    assert runner.run("mine", short=False, timeout_s=0.5) == ([], "took longer than 0.5 s")
+
+
+def test_an_unknown_name_is_refused() -> None:
+    with pytest.raises(SystemExit):
+        runner.main(["no_such"])

@@ -12,6 +12,8 @@ import pytest
 from devkit.local_worker import PROJECT
 from worker.models.layout import Layout
 from worker.models.seals import Seal
+from worker.seed.bucket import DATACENTERS, Bucket, Place
+from worker.seed.s3volume import S3Volume
 
 TEXT = (PROJECT / "volume_layout.md").read_text("utf-8")
 ROOT = Path("/v")
@@ -27,6 +29,7 @@ LAYOUT = Layout(ROOT)
         (".worker/seals/<folder>/<name>.json.pending", LAYOUT.pending_seal("F", "N")),
         (".worker/partial/<sha256>/<nonce>.part", LAYOUT.partial("K") / "<nonce>.part"),
         (".worker/partial/<sha256>/<nonce>.journal", LAYOUT.partial("K") / "<nonce>.journal"),
+        (".worker/used/<endpoint>.json", LAYOUT.used("<endpoint>")),
         ("huggingface-cache/hub/models--ORG--NAME/...", LAYOUT.host_cache_repo("ORG/NAME") / "..."),
     ],
 )
@@ -45,3 +48,19 @@ def test_the_locks_are_where_the_document_says() -> None:
 def test_the_seal_shown_has_the_fields_a_seal_has() -> None:
     shown = json.loads(re.search(r"```json\n(.*?)```", TEXT, re.DOTALL)[1])  # type: ignore[index]  # there is one
     assert set(shown) == {item.name for item in fields(Seal)}
+
+
+def test_the_fields_of_a_seal_are_explained() -> None:
+    section = TEXT.partition("## A seal")[2].partition("\n## ")[0].partition("```json")[2].partition("```")[2]
+    assert [item.name for item in fields(Seal) if f"`{item.name}`" not in section] == []
+
+
+def test_the_data_centres_are_those_that_the_seeder_takes() -> None:
+    section = TEXT.partition("## Through S3")[2].partition("\n## ")[0]
+    named = re.findall(r"\b[A-Z]{2,3}-[A-Z]{2,3}-\d\b", section.partition("The order")[0])
+    assert tuple(named) == DATACENTERS
+
+
+def test_a_key_is_the_path_on_the_mounted_volume() -> None:
+    volume = S3Volume(Bucket(Place("v", "EU-RO-1", ""), None))
+    assert volume.key("F", "sub/N") == str(LAYOUT.model("F", "sub/N").relative_to(ROOT))

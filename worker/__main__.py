@@ -49,10 +49,15 @@ def run_worker(argv: Sequence[str], environ: MutableMapping[str, str]) -> int:
     prepare_base_dir(settings)
     process = EngineProcess.spawn(command)
 
-    from worker.boot import Worker, process_start  # noqa: PLC0415 - after the spawn: ComfyUI boots meanwhile
+    from worker.warmth import Warmth  # noqa: PLC0415 - after the spawn: ComfyUI boots meanwhile
+
+    warmth = Warmth(settings)
+    warmth.begin()  # on a network volume it takes longest of all, so it begins before the other imports
+
+    from worker.boot import Worker, process_start  # noqa: PLC0415 - as above
 
     prepare_environ(environ)
-    worker = Worker(settings, command, process)
+    worker = Worker(settings, command, process, warmth)
     try:
         worker.start(lambda: import_sdk(arguments), process_start())
         serve(worker, arguments, environ)

@@ -27,6 +27,7 @@ from worker.media.guard import UrlRules
 from worker.media.inputs import InputFiles, clear_leftovers
 from worker.models.layout import Layout
 from worker.models.links import ModelLinks
+from worker.models.nearer import lay_out
 from worker.models.supply import Supply
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from worker.models.sources import Sources
     from worker.models.store import Stores
     from worker.settings import Settings
+    from worker.warmth import Warmth
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +72,10 @@ class Timeline:
         yield step
         step.end_s = time.monotonic() - self._began
 
+    def add(self, name: str, since: float, took_s: float, note: str) -> None:
+        """Record a step that is over, or still going on where nothing waits for its end."""
+        self._steps.append(Step(name, since - self._began, since - self._began + took_s, note))
+
     def summary(self) -> str:
         """One line: the whole, then each step, the one that ended last marked as critical."""
         done = [step for step in self._steps if step.end_s]
@@ -91,13 +97,13 @@ def process_start() -> float:
 class Worker:
     """The assembled worker: a loop with the engine on it, and the handler in front of them."""
 
-    def __init__(self, settings: Settings, command: EngineCommand, process: EngineProcess) -> None:
+    def __init__(self, settings: Settings, command: EngineCommand, process: EngineProcess, warmth: Warmth) -> None:
         self._settings = settings
         self._spawned_at = process.spawned_at
         self.loop = LoopThread("engine-loop")
         models = settings.base_dir / "models"
         roots = [settings.volume_path / "models", settings.local_store / "models"]
-        self._links = ModelLinks(models, roots, within=[settings.volume_path])
+        self._links = ModelLinks(models, roots, within=[settings.volume_path], nearer=_nearer(settings))
         self._supply = Supply(
             models, self._links, lambda: read_sources(settings), lambda: build_store(settings), settings.model_hosts
         )
@@ -107,7 +113,8 @@ class Worker:
         limits = FetchLimits(settings.input_max_mb * 1_000_000, settings.input_timeout_s)
         inputs = InputFiles(settings.base_dir / "input", Fetcher(rules, limits))
         self._delivery = Delivery.of(settings)
-        self.handler = JobHandler(settings, self._engine, self._supply, inputs, self._delivery)
+        self._warmth = warmth
+        self.handler = JobHandler(settings, self._engine, self._supply, inputs, self._delivery, warmth=self._warmth)
 
     def start(self, import_sdk: Callable[[], object], began: float) -> None:
         """Do everything that must be done before the first job, at once.
@@ -123,11 +130,18 @@ class Worker:
                     import_sdk()
                 supplied.result()
             up.result()
+            if warmed := self._warmth.warmed():
+                timeline.add("warm", warmed.began_s, warmed.seconds, warmed.what)
+        if self._settings.warmup_workflow:
+            began_s = time.monotonic()
+            if note := self.loop.submit(self._warmth.warm_up(self._engine)).result():
+                timeline.add("warm-up", began_s, time.monotonic() - began_s, note)
         self._delivery.start()
         log.info("%s", timeline.summary())
 
     def stop(self) -> None:
         """End the downloads, the engine and the loop."""
+        self._warmth.stop()
         self._supply.stop()
         self.loop.submit(self._engine.stop()).result(timeout=30)
         self.loop.stop()
@@ -141,8 +155,11 @@ class Worker:
         settings = self._settings
         with timeline.step("links") as step:
             clear_leftovers(settings.base_dir / "input")
-            report = self._links.refresh()
+            with self._warmth.standing_back():
+                lay_out(self._warmth.copies(), Layout(settings.volume_path.resolve()), _nearer(settings))
+                report = self._links.refresh()
             step.note = f"{report.files} files"
+        self._warmth.linked(self._supply)
         _log_volume(settings)
         if settings.model_loading == "eager":
             with timeline.step("models") as step:
@@ -160,6 +177,11 @@ class Worker:
             return
         if wanted and settings.model_loading == "background":
             self._supply.fetch_behind(wanted)
+
+
+def _nearer(settings: Settings) -> Path:
+    """Where models of the volume are shown from RunPod's host cache: links, made anew at each start."""
+    return settings.base_dir / "host-cache-links"
 
 
 def _log_volume(settings: Settings) -> None:

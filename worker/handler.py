@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from worker.models.spec import ModelSpec
     from worker.models.supply import Supply
     from worker.settings import Settings
+    from worker.warmth import Warmth
 
 log = logging.getLogger(__name__)
 
@@ -54,13 +55,16 @@ def _not_waited_for() -> None:
 class JobHandler:
     """Takes a job as RunPod hands it out, gives back what RunPod is to send."""
 
-    def __init__(self, settings: Settings, engine: Engine, supply: Supply, inputs: InputFiles, delivery: Delivery) -> None:
+    def __init__(
+        self, settings: Settings, engine: Engine, supply: Supply, inputs: InputFiles, delivery: Delivery, *, warmth: Warmth
+    ) -> None:
         self._settings = settings
         self._engine = engine
         self._supply = supply
         self._inputs = inputs
         self._workflows = Workflows(engine, inputs)
         self._delivery = delivery
+        self._warmth = warmth
         # ComfyUI runs one graph at a time anyway; one job at a time keeps their input files apart.
         self._turn = asyncio.Lock()
 
@@ -102,7 +106,9 @@ class JobHandler:
         graph = with_slashes(graph, models)
         with around.laps.step("models"):
             await self._ensure_models(models, request, job_id, around.tell)
+        self._warmth.job(models)
         run = await self._run_graph(graph, request, around)
+        self._warmth.ran(graph, models)
         if not self._settings.refresh_worker:
             around.engine_free()
         deliver = partial(
@@ -188,7 +194,8 @@ class JobHandler:
                 log.info("job %s: waits for %s", job_id, waiting)
 
         try:
-            await asyncio.to_thread(self._supply.fetch, specs, cancel, on_progress)
+            with self._warmth.standing_back():
+                await asyncio.to_thread(self._supply.fetch, specs, cancel, on_progress)
         finally:
             cancel.set()
 

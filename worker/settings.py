@@ -11,7 +11,7 @@ import ipaddress
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 from worker.errors import SettingsError
@@ -134,6 +134,25 @@ def _store(text: str) -> str:
     return address
 
 
+def _warm_models(text: str) -> tuple[str, ...] | None:
+    """`auto` is None, `none` is nothing."""
+    if text.strip().lower() == "auto":
+        return None
+    names = tuple(name.strip() for name in text.replace("\n", ",").split(",") if name.strip())
+    if [name.lower() for name in names] == ["none"]:
+        return ()
+    for name in names:
+        if any(part in {"", ".", ".."} for part in name.split("/")):
+            raise ValueError("must be auto, none, or names of models such as checkpoints/flux1-dev-fp8.safetensors")
+    return names
+
+
+def _workflow_file(text: str) -> Path | Literal["auto"] | None:
+    if text.strip().lower() == "auto":
+        return "auto"
+    return _path(text) if text else None
+
+
 def _optional(text: str) -> str | None:
     return text.strip() or None
 
@@ -173,6 +192,26 @@ class Settings:
     )
     civitai_token: str | None = _setting(_optional, "", "Civitai API key, for downloads that need one.", secret=True)
     download_connections: int = _setting(_whole(1, 32), "8", "How many connections one model is fetched with.")
+    warm_models: tuple[str, ...] | None = _setting(
+        _warm_models,
+        "auto",
+        "What is read into memory while ComfyUI boots: `auto` for what the endpoint's last jobs used, remembered on the volume "
+        "by name; a list of models, such as `checkpoints/a.safetensors, b.safetensors`; or `none`. With `none` a job's own "
+        "models are not read ahead of ComfyUI either.",
+    )
+    warm_memory_share: float = _setting(
+        _number(0, 1),
+        "0.5",
+        "How much of the container's free memory may be filled so; ComfyUI needs the rest for its own copy of the weights.",
+    )
+    warmup_workflow: Path | Literal["auto"] | None = _setting(
+        _workflow_file,
+        "",
+        "A workflow that is run before the first job, so that its models are on the GPU: the path of a file in ComfyUI's API "
+        "format, or `auto`: the loaders and one step of the last job, remembered on the volume without its texts, seeds and "
+        "files. It makes each start longer; use it where workers wait for jobs.",
+    )
+    warmup_timeout_s: float = _setting(_number(1, 3600), "120", "When that run is given up, and jobs are taken without it.")
     comfyui_dir: Path = _setting(_path, "/comfyui", "The folder that holds ComfyUI's `main.py`.")
     comfyui_base_dir: Path | None = _setting(
         lambda text: _path(text) if text else None,
@@ -257,6 +296,9 @@ class Settings:
     network_volume_debug: bool = _setting(_flag, "false", "Log what is in each model folder of the volume at start.")
     runpod_pod_id: str | None = _setting(
         _optional, "", "Set by RunPod: what other workers call this one while they wait for it."
+    )
+    runpod_endpoint_id: str | None = _setting(
+        _optional, "", "Set by RunPod: what the list of an endpoint's models is called on the volume."
     )
     worker_log_level: str = _setting(_choice("DEBUG", "INFO", "WARNING", "ERROR"), "INFO", "How much the worker itself logs.")
 

@@ -97,7 +97,9 @@ class KeptOutputs:
                 self._jobs += 1
 
     def due(self) -> bool:
-        """Whether `sweep` could have something to do; costs nothing."""
+        """Whether `sweep` could have something to do, and is not at it; costs nothing."""
+        if self._sweeping.locked():
+            return False
         with self._lock:
             return self._bytes > self._limit_bytes or self._jobs >= _JOBS_A_WALK
 

@@ -53,6 +53,10 @@ class Layout:
         """Lock state; nothing in here is ever unlinked by hand."""
         return self.state / "locks"
 
+    def used(self, endpoint: str) -> Path:
+        """The record of which models the endpoint's jobs used last."""
+        return self.state.joinpath("used", *safe_parts("The endpoint's id", f"{endpoint}.json"))
+
     @property
     def host_cache(self) -> Path:
         """RunPod's read-only cache of Hugging Face files on the machine, where an endpoint has it."""

@@ -87,10 +87,15 @@ class ModelLinks:
         *,
         large_folder: int = LARGE_FOLDER,
         within: Sequence[Path] = (),
+        nearer: Path | None = None,
     ) -> None:
-        """`within`: where symbolic links on the volume may lead besides the roots, usually the volume itself."""
+        """`within`: where symbolic links on the volume may lead besides the roots, usually the volume itself.
+
+        `nearer` is a root before all others, of copies that are quicker to read: that it has a name twice is no problem.
+        """
         self._models = os.path.abspath(models_dir)
-        self._roots = [os.path.abspath(root) for root in roots]
+        self._nearer = os.path.abspath(nearer) if nearer else None
+        self._roots = [os.path.abspath(root) for root in ([nearer, *roots] if nearer else roots)]
         self._within = [str(place) for place in within]
         self._large_folder = large_folder
         self._lock = threading.Lock()
@@ -112,7 +117,7 @@ class ModelLinks:
             scan = Scan(map(os.path.realpath, (*self._roots, *self._within)), leave_out=models)
             # A root that IS the models folder (ComfyUI on the volume, or its models folder one link to it) needs no links.
             roots = [scan.root(root) for root, real in zip(self._roots, reals, strict=True) if real != models]
-            run = Pass(models, roots, self._view, scan, self._large_folder)
+            run = Pass(models, roots, self._view, scan, self._large_folder, nearer=self._nearer)
             run.folder("", roots)
             view = View(run.places, run.sources, frozenset(run.linked))
             _move_clocks(self._view, view)
@@ -135,10 +140,15 @@ class ModelLinks:
         A few stat calls. True needs no refresh. False may also mean that the file came after the last refresh: refresh, then
         ask again. A folder counts as well, for the loaders that take one (diffusers).
         """
+        return self.find(folders, name) is not None
+
+    def find(self, folders: Sequence[str], name: str) -> str | None:
+        """As `has`: where ComfyUI would find it."""
         if not _is_plain(name):
-            return False
+            return None
         view = self._view
-        return any(self._is_live(view, f"{folder}/{name}") for folder in _with_aliases(folders or sorted(view.tops())))
+        places = (f"{folder}/{name}" for folder in _with_aliases(folders or sorted(view.tops())))
+        return next((f"{self._models}/{place}" for place in places if self._is_live(view, place)), None)
 
     def folders_with(self, name: str) -> tuple[str, ...]:
         """The folders that held exactly `name` at the last refresh: for saying that a file lies in another folder. No disk."""

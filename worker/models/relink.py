@@ -81,7 +81,9 @@ class View:
 class Pass:
     """One pass; the counts, problems, places, sources and links are its result."""
 
-    def __init__(self, models: str, roots: Sequence[Folder], before: View, scan: Scan, large_folder: int) -> None:
+    def __init__(
+        self, models: str, roots: Sequence[Folder], before: View, scan: Scan, large_folder: int, *, nearer: str | None = None
+    ) -> None:
         self.made = self.removed = self.files = 0
         self.problems: list[LinkProblem] = []
         self.places: dict[str, Place] = {}
@@ -94,6 +96,7 @@ class Pass:
         self._before = before
         self._scan = scan
         self._large_folder = large_folder
+        self._nearer = (nearer,) if nearer else ()
 
     def folder(self, relative: str, sources: Sequence[Folder]) -> None:
         """Make one real folder of ComfyUI's show what `sources` hold, and the folders below it likewise."""
@@ -179,7 +182,7 @@ class Pass:
         groups: dict[str, list[Folder]] = {}
         for source in sources:
             for name in wanted.keys() & source.files:
-                if _real_path(sources, name) != source.real_path(name):
+                if _real_path(sources, name) != source.real_path(name) and not under(self._nearer, wanted[name]):
                     self._report(ProblemKind.TWICE, f"{source.path}/{name}", wanted[name])
             for name in groups.keys() & source.files:
                 self._report(ProblemKind.SHAPE, f"{source.path}/{name}", groups[name][0].path)
@@ -301,7 +304,7 @@ class Pass:
     def _replace_by_folder(self, relative: str, path: str, group: Sequence[Folder]) -> None:
         """Turn one link into a real folder, filled aside first: a running engine misses it for microseconds."""
         aside = _join(relative, _ASIDE)
-        filling = Pass(self._models, self._roots, View(), self._scan, self._large_folder)
+        filling = Pass(self._models, self._roots, View(), self._scan, self._large_folder, nearer=next(iter(self._nearer), None))
         filling.folder(aside, group)
         os.unlink(path)
         os.rename(self._path(aside), path)

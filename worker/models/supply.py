@@ -8,13 +8,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from worker.models.provision import Provisioner
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
-    from pathlib import Path
+    from collections.abc import Callable, Collection, Iterable, Sequence
 
     from worker.models.download import Ready
     from worker.models.links import ModelLinks
@@ -55,6 +55,11 @@ class Supply:
         if absent:
             self._links.refresh()
         return [name for name in absent if not self._is_there(name)]
+
+    def located(self, names: Iterable[Name]) -> list[Path]:
+        """The files that ComfyUI would read for these names, in their order; names that no folder has are left out."""
+        found = (next((path for file in files if (path := self._links.find(folders, file))), None) for folders, files in names)
+        return [Path(path) for path in found if path]
 
     def specs(self, names: Sequence[Name], request: object, embedded: object) -> dict[Name, ModelSpec | None]:
         """What each name means: to this job's `models`, its workflow's metadata, the manifests, the catalogue, in that order.

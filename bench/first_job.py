@@ -1,0 +1,207 @@
+"""A cold worker's first job with large weights on a network volume, cold and read ahead, against the parts it is made of.
+
+The weights are a network of real shape (SD 3's, 19 blocks: 2.0 GB in 16 bits) that ComfyUI reads and copies tensor by tensor.
+The job loads it and does nothing else, so that no sampling hides the reading. They lie on a real MooseFS volume whose line
+carries 200 MB/s, what is quoted for RunPod's; before each measurement nothing of them is in this host's memory.
+
+    first_job_read_ahead / (max(engine's boot, reading once) + the job when warm)     bound 1.15
+    first_job_cold       / the same                                                   informs: what it costs without
+
+The boot and the warm job are ComfyUI's alone, without a worker. Reading once is four readers through plain reads, measured with
+nothing else going on. The second worker knows what to read from the record that the first one's job left on the volume.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from bench.bare import BareEngine
+from bench.report import Figure, median, parse_args, report
+from devkit.engine.build import ensure_engine
+from devkit.local_worker import LocalWorker
+from devkit.moosefs import MooseFS, available
+
+if TYPE_CHECKING:
+    import argparse
+
+    from devkit.engine.build import Engine
+
+BOUND: Final = 1.15
+LINE_BYTES_PER_S: Final = 200_000_000
+FULL_DEPTH, SHORT_DEPTH = 19, 15
+"""2.0 GB, and 1.0 GB: in the short run the boot and the reading take about as long as each other."""
+NAME: Final = "large.safetensors"
+BLOCK: Final = 1 << 20
+
+GRAPH: Final[dict[str, Any]] = {
+    "1": {"class_type": "UNETLoader", "inputs": {"unet_name": NAME, "weight_dtype": "default"}},
+    "2": {"class_type": "PreviewAny", "inputs": {"source": ["1", 0]}},
+}
+
+_SHAPES: Final = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+depth, sys.argv = int(sys.argv[2]), ["shapes", "--cpu"]
+import comfy.options
+comfy.options.enable_args_parsing()
+import comfy.ops, torch
+from comfy.ldm.modules.diffusionmodules.mmdit import MMDiT
+context = {"target": "torch.nn.Linear", "params": {"in_features": 4096, "out_features": 64 * depth}}
+network = MMDiT(input_size=None, patch_size=2, in_channels=16, depth=depth, adm_in_channels=2048, num_patches=1024,
+                context_embedder_config=context, pos_embed_max_size=32, qk_norm="rms", dtype=torch.float16, device="meta",
+                operations=comfy.ops.disable_weight_init)
+print(json.dumps({key: list(like.shape) for key, like in network.state_dict().items()}))
+"""
+
+
+def write_weights(engine: Engine, path: Path, depth: int) -> int:
+    """Write a safetensors file that ComfyUI takes for an SD 3, of noise; its size in bytes."""
+    command = [str(engine.python), "-P", "-c", _SHAPES, str(engine.comfyui_dir), str(depth)]
+    shapes = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    header, end = {}, 0
+    for key, shape in shapes.items():
+        start, end = end, end + 2 * _product(shape)
+        header[key] = {"dtype": "F16", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    noise = bytes(byte & 0xBF for byte in os.urandom(BLOCK))  # no exponent of all ones: every value is a number
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for offset in range(0, end, BLOCK):
+            stream.write(noise[: end - offset])
+        stream.flush()
+        os.fsync(stream.fileno())
+    return path.stat().st_size
+
+
+def evict(path: Path) -> None:
+    """Have nothing of a file in this host's memory. What the chunk server has in its own is another machine's."""
+    with path.open("rb", buffering=0) as stream:
+        os.fsync(stream.fileno())
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _product(shape: list[int]) -> int:
+    total = 1
+    for length in shape:
+        total *= length
+    return total
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """One volume with one model, and where workers and ComfyUI are put."""
+
+    engine: Engine
+    volume: MooseFS
+    root: Path
+
+    @property
+    def weights(self) -> Path:
+        """The model on the volume."""
+        return self.volume.mounts[0] / "models/diffusion_models" / NAME
+
+    def read_once_s(self) -> float:
+        """Four readers through the whole file."""
+        evict(self.weights)
+        began = time.perf_counter()
+        with self.weights.open("rb", buffering=0) as stream:
+            offsets = deque(range(0, self.weights.stat().st_size, 8 * BLOCK))
+
+            def read() -> None:
+                buffer = bytearray(8 * BLOCK)
+                while offsets:
+                    os.preadv(stream.fileno(), [buffer], offsets.popleft())
+
+            threads = [threading.Thread(target=read) for _ in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        return time.perf_counter() - began
+
+    def bare_s(self) -> tuple[float, float]:
+        """ComfyUI alone: its boot, and then the job with the weights in memory, where `read_once_s` has put them."""
+        folder = self.root / "bare/models/diffusion_models"
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / NAME).is_symlink():
+            (folder / NAME).symlink_to(self.weights)
+        began = time.perf_counter()
+        with BareEngine(self.engine, self.root / "bare") as bare:
+            booted = time.perf_counter()
+            bare.run(GRAPH)
+            return booted - began, time.perf_counter() - booted
+
+    def worker_s(self, name: str, **environ: str) -> float:
+        """From a worker's start to its first result, nothing of the weights in memory."""
+        folder = self.root / name
+        folder.mkdir()
+        evict(self.weights)
+        began = time.perf_counter()
+        with LocalWorker(self.engine, folder, self.volume.mounts[0], environ) as worker:
+            worker.wait_ready()
+            answer = worker.runsync({"workflow": GRAPH})
+            took_s = time.perf_counter() - began
+        if answer["status"] != "COMPLETED":
+            raise RuntimeError(f"the worker answered {answer}:\n{worker.log_tail()}")
+        return took_s
+
+
+def main() -> int:
+    """Measure and report."""
+    options = parse_args(__doc__, samples=5, short_samples=1, add=_arguments)
+    if reason := available():
+        print(f"nothing is measured: {reason}", file=sys.stderr)
+        return report([], options)
+    engine = ensure_engine()
+    with ExitStack() as stack:
+        root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-first-", dir=options.extra.data)))
+        volume = stack.enter_context(MooseFS(root / "volume", mounts=1))
+        scene = Scene(engine, volume, root)
+        size_bytes = write_weights(engine, scene.weights, SHORT_DEPTH if options.short else FULL_DEPTH)
+        volume.limit_line(LINE_BYTES_PER_S)
+        scene.bare_s()  # ComfyUI's own files come into memory
+        rows = []
+        for number in range(options.samples):
+            read_s = scene.read_once_s()
+            boot_s, warm_s = scene.bare_s()
+            cold_s = scene.worker_s(f"cold-{number}", WARM_MODELS="none", RUNPOD_ENDPOINT_ID="bench")
+            if number == 0:
+                scene.worker_s("recorder", RUNPOD_ENDPOINT_ID="bench")
+            ahead_s = scene.worker_s(f"ahead-{number}", RUNPOD_ENDPOINT_ID="bench")
+            rows.append((read_s, boot_s, warm_s, cold_s, ahead_s))
+    read, boot, warm, cold, ahead = (tuple(column) for column in zip(*rows, strict=True))
+    bare = max(median(boot), median(read)) + median(warm)
+    return report(
+        [
+            Figure.of("line_mb_per_s", [size_bytes / 1e6 / seconds for seconds in read], "MB/s"),
+            Figure.of("read_once_s", read, "s"),
+            Figure.of("engine_boot_s", boot, "s"),
+            Figure.of("warm_job_s", warm, "s"),
+            Figure.of("first_job_cold_s", cold, "s"),
+            Figure.of("first_job_read_ahead_s", ahead, "s"),
+            Figure("first_job_cold_ratio", median(cold) / bare, "x"),
+            Figure("first_job_read_ahead_ratio", median(ahead) / bare, "x", BOUND),
+        ],
+        options,
+        data=root,
+    )
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", type=Path, help="a folder on the disk that the volume's content should lie on")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
