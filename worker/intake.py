@@ -146,7 +146,18 @@ class Intake:
         await scaler.jobs_queue.put(job)  # `handle_job` reports it as done
         scaler.jobs_queue.get_nowait()
         scaler.job_progress.add(job)
-        self._taken[job_id] = scaler.jobs_tasks[job_id] = asyncio.create_task(scaler.handle_job(session, job))
+        task = self._taken[job_id] = scaler.jobs_tasks[job_id] = asyncio.create_task(scaler.handle_job(session, job))
+        task.add_done_callback(lambda _: self._over(job))
+
+    def _over(self, job: dict[str, Any]) -> None:
+        """A job has ended, by whatever: a task that is cancelled before its first step runs nothing of itself, no `finally`."""
+        scaler, job_id = self._scaler, job["id"]
+        if scaler.jobs_tasks.pop(job_id, None):
+            scaler.jobs_queue.task_done()
+            scaler.job_progress.remove(job)
+        self._taken.pop(job_id, None)
+        self._release(job_id)
+        self._end_if_done()
 
     async def _stops(self, session: aiohttp.ClientSession) -> list[str]:
         """Jobs to stop, as RunPod says; TimeoutError, after which the SDK asks again or ends, when the worker is gone."""
@@ -163,12 +174,7 @@ class Intake:
         """Run one job as the SDK does, and send its result until it arrives."""
         from runpod.serverless.modules.rp_job import handle_job  # noqa: PLC0415 - as above
 
-        try:
-            await handle_job(self._posting(), config, job)
-        finally:
-            self._taken.pop(job["id"], None)
-            self._release(job["id"])
-            self._end_if_done()
+        await handle_job(self._posting(), config, job)
 
     def _posting(self) -> aiohttp.ClientSession:
         """Connections for results: kept, so that no result waits for a handshake."""
