@@ -91,3 +91,16 @@ def test_leaving_waits_for_the_job_that_was_taken(run_async: Run) -> None:
         assert scaler.killed
 
     run_async(scenario())
+
+
+def test_a_job_that_comes_twice_is_begun_once(run_async: Run) -> None:
+    async def scenario() -> None:
+        intake, scaler = attached()
+        await intake._begin(None, JOB)  # type: ignore[arg-type]  # as above
+        await intake._begin(None, JOB)  # type: ignore[arg-type]  # as above
+        assert scaler.in_progress == ["a"]
+        scaler.jobs_tasks["a"].cancel()
+        await asyncio.sleep(0.01)
+        assert scaler.in_progress == []
+
+    run_async(scenario())

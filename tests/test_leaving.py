@@ -176,3 +176,20 @@ def test_an_engine_that_dies_while_idle_three_times_ends_the_worker(start: Start
         os.kill(worker.comfyui_pid(), signal.SIGKILL)
     assert worker.wait_exit(60) == 1
     assert "3 times in a row" in worker.log()
+
+
+def test_half_a_character_in_an_error_reaches_the_client(start: Start) -> None:
+    plane, _ = start()
+    job = plane.submit({"workflow": {"1": {"class_type": "Bad\ud800Node", "inputs": {}}}})
+    result = job.result(30)
+    assert (result["status"], result["output"]["code"]) == ("FAILED", "workflow_rejected")
+    assert "Bad?Node" in result["error"]
+
+
+def test_an_endpoint_that_refuses_is_asked_again_with_pauses(start: Start) -> None:
+    plane, worker = start()
+    rule = plane.fault("status", "take", status=500, count=3)
+    plane.end_polls()
+    plane.wait_until(lambda: rule.fired == 3, 60)
+    assert plane.submit(tiny(1)).result(60)["status"] == "COMPLETED"
+    assert worker.log().count("RunPod could not be asked for a job") == 3

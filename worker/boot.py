@@ -12,7 +12,7 @@ import signal
 import socket
 import time
 import urllib.request
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -126,10 +126,15 @@ class Worker:
             up = self.loop.submit(self._engine.start())
             with ThreadPoolExecutor(1, thread_name_prefix="models") as pool:
                 supplied = pool.submit(self._supply_models, timeline)
-                with timeline.step("sdk"):
-                    import_sdk()
-                supplied.result()
-            up.result()
+                try:
+                    with timeline.step("sdk"):
+                        import_sdk()
+                    for done in wait((up, supplied), return_when=FIRST_EXCEPTION).done:
+                        done.result()
+                except BaseException:
+                    # SIGTERM, or a ComfyUI that does not start, while models are fetched: the pool waits for its threads.
+                    self._supply.stop()
+                    raise
             if warmed := self._warmth.warmed():
                 timeline.add("warm", warmed.began_s, warmed.seconds, warmed.what)
         if self._settings.warmup_workflow:

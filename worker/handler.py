@@ -19,6 +19,7 @@ from worker.errors import InternalError, ModelMissing, OutputGone, StartError, W
 from worker.graphs import Workflows
 from worker.job import Request
 from worker.laps import Laps
+from worker.media.outputs import clean
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -80,19 +81,24 @@ class JobHandler:
         log.info("job %s: started", job_id)
         try:
             result = (await self._run(job, job_id, Around(tell, engine_free, laps))).to_dict()
+            log.info("job %s: finished in %.2f s, %s", job_id, laps.total_s(), contents(result))
         except WorkerError as exc:
             log.warning("job %s: failed after %.2f s: %s [%s]", job_id, laps.total_s(), exc, exc.code)
-            return failure(exc)
+            result = failure(exc)
         except Exception:
             log.exception("job %s: failed after %.2f s by a defect of the worker", job_id, laps.total_s())
-            return failure(InternalError())
+            result = failure(InternalError())
         except asyncio.CancelledError:
             log.info("job %s: cancelled after %.2f s", job_id, laps.total_s())
             raise
-        log.info("job %s: finished in %.2f s, %s", job_id, laps.total_s(), contents(result))
-        if self._settings.refresh_worker:
+        if self.refreshes:
             result["refresh_worker"] = True
         return result
+
+    @property
+    def refreshes(self) -> bool:
+        """Whether each job is this worker's last: REFRESH_WORKER."""
+        return self._settings.refresh_worker
 
     async def _run(self, job: Mapping[str, Any], job_id: str, around: Around) -> Result:
         request = Request.parse(job.get("input"))
@@ -109,7 +115,7 @@ class JobHandler:
         self._warmth.job(models)
         run = await self._run_graph(graph, request, around)
         self._warmth.ran(graph, models)
-        if not self._settings.refresh_worker:
+        if not self.refreshes:
             around.engine_free()
         deliver = partial(
             self._delivery.deliver,
@@ -248,8 +254,9 @@ def failure(error: WorkerError) -> dict[str, Any]:
 
     A worker whose engine does not come back asks to be replaced instead of failing every job in the queue.
     """
-    result: dict[str, Any] = {"error": str(error), "code": error.code, "retryable": error.retryable}
-    if details := error.details():
+    # A text may quote half a character out of the request or a file's name, which the SDK cannot post.
+    result: dict[str, Any] = {"error": clean(str(error)), "code": error.code, "retryable": error.retryable}
+    if details := [clean(detail) for detail in error.details()]:
         result["details"] = details
     if isinstance(error, StartError):
         result["refresh_worker"] = True

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine, Mapping
+    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +28,9 @@ _POLL_S = 90.0
 _AT_MOST = 8
 # A job that is on its way when the worker leaves: long enough for it to arrive, too short for anybody to notice.
 _ARRIVAL_S = 0.1
+# A job may bring 10 MB along.
+_BODY_S = 30.0
+_PAUSES_S = (0.5, 1.0, 2.0, 5.0)
 # A result is worth the GPU time it took.
 _POST_PATIENCE_S = 60.0
 _POST_BACKOFF_S = (0.2, 0.4, 0.8, 1.6, 3.2, 5.0)
@@ -113,17 +116,23 @@ class Intake:
     async def _take(self, session: aiohttp.ClientSession, _: int) -> list[dict[str, Any]]:
         """Take jobs, one whenever the engine is free, and start each at once; returns none, when the worker leaves.
 
-        What RunPod refuses or breaks off is raised: the SDK logs it, waits, and asks again.
+        After what RunPod refuses or breaks off it is asked again, more and more slowly; the SDK would do so without a pause.
         """
-        self._session = session
+        self._session, failures = session, 0
         while await _before(self._leaving, self._free.wait()):
             self._asking = True
             try:
                 for job in await self._ask(session):
                     await self._begin(session, job)
+                failures = 0
+            except Exception as exc:  # noqa: BLE001 - whatever it is, without jobs there is nothing else to do
+                log.warning("RunPod could not be asked for a job (%s)", str(exc) or type(exc).__name__)
+                failures += 1
             finally:
                 self._asking = False
                 self._end_if_done()
+            if failures:
+                await _before(self._leaving, asyncio.sleep(_PAUSES_S[min(failures, len(_PAUSES_S)) - 1]))
         await self._gone.wait()
         return []
 
@@ -131,16 +140,20 @@ class Intake:
         """What one poll brings: a job, or none; when the worker leaves meanwhile, what is on its way already."""
         from runpod.serverless.modules.rp_job import get_job  # noqa: PLC0415 - already imported by import_sdk
 
-        poll = asyncio.create_task(asyncio.wait_for(get_job(session, 1), _POLL_S))
+        line = _Line(session)
+        poll = asyncio.create_task(asyncio.wait_for(get_job(line, 1), _POLL_S))
         await _until(self._leaving, poll)
         try:
-            return (await poll if poll.done() else await _arrived(poll)) or []
+            return (await poll if poll.done() else await _arrived(poll, line)) or []
         except TimeoutError:
             return []
 
     async def _begin(self, session: aiohttp.ClientSession, job: dict[str, Any]) -> None:
         """Start a job as the SDK's `run_jobs` does, which looks for one ten times a second."""
         scaler, job_id = self._scaler, job["id"]
+        if job_id in self._taken:
+            log.warning("job %s came again while it is at work, and is done once", job_id)
+            return
         self._free.clear()
         self._at_engine = job_id
         await scaler.jobs_queue.put(job)  # `handle_job` reports it as done
@@ -230,9 +243,26 @@ async def _before(event: asyncio.Event, coro: Coroutine[Any, Any, Any]) -> bool:
     return True
 
 
-async def _arrived(poll: asyncio.Task[Any]) -> Any:  # noqa: ANN401 - the SDK's jobs
-    """What the poll brings within a moment: an answer that is on its way is taken, then the poll is given up."""
+class _Line:
+    """A session that remembers whether a poll's answer has begun to arrive."""
+
+    def __init__(self, session: aiohttp.ClientSession) -> None:
+        self._session = session
+        self.answering = False
+
+    @contextlib.asynccontextmanager
+    async def get(self, url: str) -> AsyncIterator[aiohttp.ClientResponse]:
+        """As aiohttp's."""
+        async with self._session.get(url) as response:
+            self.answering = True
+            yield response
+
+
+async def _arrived(poll: asyncio.Task[Any], line: _Line) -> Any:  # noqa: ANN401 - the SDK's jobs
+    """What the poll still brings: an answer that is on its way is taken, then the poll is given up."""
     await asyncio.wait((poll,), timeout=_ARRIVAL_S)
+    if line.answering:
+        await asyncio.wait((poll,), timeout=_BODY_S)
     if poll.done():
         return await poll
     poll.cancel()

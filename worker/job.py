@@ -161,7 +161,7 @@ def _overrides(value: object) -> dict[str, Any] | None:
 
 def _seed(value: object) -> str | int | None:
     if value is None or value in ("random", "next"):
-        return value  # type: ignore[return-value]  # mypy does not narrow by the tuple
+        return value
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise FieldInvalid("seed", "must be 'random', 'next' or a whole number from 0 on")
     return value

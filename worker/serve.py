@@ -72,7 +72,9 @@ def serve(worker: Worker, arguments: Sequence[str], environ: Mapping[str, str]) 
 
     sys.argv[1:] = arguments  # the SDK parses sys.argv itself
     print("worker-comfyui - Starting handler...", flush=True)  # noqa: T201 - a line people's checks look for
-    if "RUNPOD_WEBHOOK_GET_JOB" in environ and not ({_LOCAL_API, _TEST_INPUT} & {name.split("=")[0] for name in arguments}):
+    # The SDK looks for a port for realtime jobs first, and serves them through its local API.
+    takes = "RUNPOD_WEBHOOK_GET_JOB" in environ and environ.get("RUNPOD_REALTIME_PORT", "0") == "0"
+    if takes and not ({_LOCAL_API, _TEST_INPUT} & {name.split("=")[0] for name in arguments}):
         runpod.serverless.start(_production(worker))
         # The heartbeat: a daemon process, which would end with this one, but only after everything else has.
         for child in multiprocessing.active_children():
@@ -83,6 +85,8 @@ def serve(worker: Worker, arguments: Sequence[str], environ: Mapping[str, str]) 
 
 def _production(worker: Worker) -> dict[str, Any]:
     """The SDK's config where jobs come from RunPod and progress goes there."""
+    import asyncio  # noqa: PLC0415 - as below
+
     from worker.intake import Intake  # noqa: PLC0415 - asyncio is not imported before ComfyUI is spawned
     from worker.progress import ProgressPosts  # noqa: PLC0415 - as above
 
@@ -91,7 +95,12 @@ def _production(worker: Worker) -> dict[str, Any]:
     async def handle(job: dict[str, Any]) -> dict[str, Any]:
         async with ProgressPosts(job, intake.session) as posts:
             engine_free = partial(intake.engine_free, job["id"])
-            result = await worker.loop.run(worker.handler.handle(job, posts.tell, engine_free))
+            try:
+                result = await worker.loop.run(worker.handler.handle(job, posts.tell, engine_free))
+            except asyncio.CancelledError:
+                if worker.handler.refreshes:
+                    intake.leave()
+                raise
         if result.get("refresh_worker"):
             intake.leave()
         return result

@@ -215,8 +215,11 @@ class ComfyClient:
         prompt = {"prompt": graph, "client_id": self._client_id, "prompt_id": prompt_id, "extra_data": extra_data}
         for last in (False, False, True):
             try:
-                status, body = await self._ask("POST", "/prompt", prompt)
-            except EngineUnreachable:
+                # Validation lists folders, which a cold volume may take its time for; only a hang is a hang.
+                status, body = await self._ask("POST", "/prompt", prompt, self._hang_s)
+            except EngineUnreachable as exc:
+                if isinstance(exc.__cause__, TimeoutError):
+                    raise EngineHung(self._hang_s) from exc
                 if last:
                     raise
                 if await self._history(prompt_id) is not None or await self._queued(prompt_id):
@@ -289,15 +292,17 @@ class ComfyClient:
             self._session = aiohttp.ClientSession(
                 f"http://{self.address}",
                 connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S),
-                timeout=aiohttp.ClientTimeout(total=min(_HTTP_TIMEOUT_S, self._hang_s)),
             )
         return self._session
 
-    async def _ask(self, method: str, path: str, body: object = None) -> tuple[int, Any]:
+    async def _ask(self, method: str, path: str, body: object = None, limit_s: float = _HTTP_TIMEOUT_S) -> tuple[int, Any]:
         """Status and decoded JSON; None for what is no JSON, as in ComfyUI's answer to its own defects."""
         data = None if body is None else json.dumps(body, allow_nan=False).encode()
+        limit = aiohttp.ClientTimeout(total=min(limit_s, self._hang_s))
+        if self._http.closed:
+            raise EngineUnreachable(self.address, "the connection was closed")
         try:
-            async with self._http.request(method, path, data=data, headers=_JSON) as response:
+            async with self._http.request(method, path, data=data, headers=_JSON, timeout=limit) as response:
                 content = await response.read()
                 self._heard_at = time.monotonic()
                 return response.status, _decoded(content)

@@ -83,10 +83,8 @@ class Engine:
         A ComfyUI that hangs, keeps a prompt that was given up, or lost its GPU is replaced before this returns. Raises also
         `EngineDied` with the cause and the last lines, and a `StartError` when it will not come back.
         """
-        await self._up.wait()
-        if self._failure:
-            raise self._failure
-        process, client = self._process, self._client
+        client = await self._ready()
+        process = self._process
         try:
             result = await client.run(graph, timeout_s=timeout_s, extra_data=extra_data, on_progress=on_progress)
         except NodeFailed as exc:
@@ -119,22 +117,33 @@ class Engine:
         log.error("ComfyUI is replaced: %s", reason)
         if process is self._process:
             self._up.clear()
-        await asyncio.to_thread(process.stop)
+        try:
+            await asyncio.to_thread(process.stop)
+        except TimeoutError:
+            # Stuck in a driver or on a dead mount: the kernel does not end it, and its port and its GPU stay taken.
+            self._failure = EngineGaveUp(self._deaths + 1, "could not even be killed", process.last_lines)
+            self._up.set()
+            self._on_gone()
+            raise self._failure from None
 
     async def choices(self, class_type: str, input_name: str) -> Sequence[str] | None:
-        """As `ComfyClient.choices`."""
-        await self._up.wait()
-        return await self._client.choices(class_type, input_name)
+        """As `ComfyClient.choices`; waits and raises as `run` does for an engine that is not there."""
+        return await (await self._ready()).choices(class_type, input_name)
 
     async def object_info(self, class_types: Collection[str]) -> dict[str, Any]:
-        """As `ComfyClient.object_info`."""
-        await self._up.wait()
-        return await self._client.object_info(class_types)
+        """As `ComfyClient.object_info`; waits and raises as `run` does for an engine that is not there."""
+        return await (await self._ready()).object_info(class_types)
 
     async def frontend_version(self) -> str | None:
-        """As `ComfyClient.frontend_version`."""
+        """As `ComfyClient.frontend_version`; waits and raises as `run` does for an engine that is not there."""
+        return await (await self._ready()).frontend_version()
+
+    async def _ready(self) -> ComfyClient:
+        """The client of the engine, once a restart that is under way is over. Raises a `StartError` when there will be none."""
         await self._up.wait()
-        return await self._client.frontend_version()
+        if self._failure:
+            raise self._failure
+        return self._client
 
     async def stop(self) -> None:
         """End ComfyUI; nothing restarts it."""
@@ -142,7 +151,8 @@ class Engine:
             self._watcher.cancel()
             await asyncio.gather(self._watcher, return_exceptions=True)
         await self._client.close()
-        await asyncio.to_thread(self._process.stop)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.to_thread(self._process.stop)
 
     def _new_client(self) -> ComfyClient:
         settings = self._settings

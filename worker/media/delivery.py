@@ -147,6 +147,8 @@ class Delivery:
                 raise OutputGone(path.name)
         with self._kept.using(files):
             result = await _Job(self, clean_id(job_id), self._limit_bytes(job_id), bucket or self._bucket).deliver(found, said)
+        # The next job may be running by now, and some nodes write over a file of a fixed name.
+        self._outputs.check_same(found)
         if self._kept.due():
             threading.Thread(target=self._kept.sweep, name="keep-outputs", daemon=True).start()
         return result

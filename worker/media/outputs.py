@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from worker.errors import OutputGone, UnsafePath
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Collection, Iterator, Mapping, Sequence
 
 # Not in every Debian's mime.types, and Python's own table lacks them before 3.13.
@@ -58,6 +59,8 @@ class Output:
     size_bytes: int
     source: Path | str
     """Where the file is, or the text itself."""
+    stamp: tuple[int, int] = (0, 0)
+    """Inode and time of change: a node may write another job's file under the same name."""
 
 
 class OutputFiles:
@@ -103,7 +106,17 @@ class OutputFiles:
         found = _regular(path)
         if found is None:
             raise OutputGone(path.name)
-        return Output(kind, node_id, clean(path.name), clean(subfolder), media_type(path.name), found, path)
+        name = clean(path.name)
+        return Output(kind, node_id, name, clean(subfolder), media_type(path.name), found.st_size, path, _stamp(found))
+
+    @staticmethod
+    def check_same(found: Sequence[Output]) -> None:
+        """Raise `OutputGone` when one of these files is no longer the one that was found."""
+        for item in found:
+            if isinstance(item.source, Path):
+                now = _regular(item.source)
+                if now is None or _stamp(now) != item.stamp:
+                    raise OutputGone(item.filename)
 
     def _named(self, node_id: str, text: str) -> Output | None:
         """A file of the output folder named by a plain string; None for any other string."""
@@ -112,12 +125,13 @@ class OutputFiles:
         path = root / name
         if "\0" in name or not Path(name).suffix or not path.resolve().is_relative_to(root.resolve()):
             return None
-        size_bytes = _regular(path)
-        if size_bytes is None:
+        found = _regular(path)
+        if found is None:
             return None
         subfolder = str(path.relative_to(root).parent)
         subfolder = "" if subfolder == "." else clean(subfolder)
-        return Output("files", node_id, clean(path.name), subfolder, media_type(path.name), size_bytes, path)
+        name = clean(path.name)
+        return Output("files", node_id, name, subfolder, media_type(path.name), found.st_size, path, _stamp(found))
 
 
 def unanswered(nodes: Collection[str] | None, found: Sequence[Output]) -> list[str]:
@@ -163,10 +177,14 @@ def _is_file(value: object) -> bool:
     return isinstance(value, dict) and isinstance(value.get("filename"), str) and value["filename"] != ""
 
 
-def _regular(path: Path) -> int | None:
-    """The size of a file; None when there is none."""
+def _regular(path: Path) -> os.stat_result | None:
+    """What is known of a file; None when there is none."""
     try:
         found = path.stat()
     except (FileNotFoundError, NotADirectoryError):
         return None
-    return found.st_size if stat.S_ISREG(found.st_mode) else None
+    return found if stat.S_ISREG(found.st_mode) else None
+
+
+def _stamp(found: os.stat_result) -> tuple[int, int]:
+    return found.st_ino, found.st_mtime_ns

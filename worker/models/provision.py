@@ -90,6 +90,7 @@ class Provisioner:
         self._numbers = itertools.count()
         self._changed = threading.Condition()
         self._fetches: dict[tuple[str, str], _Fetch] = {}
+        self._stopped = threading.Event()
 
     def want(self, specs: Iterable[ModelSpec]) -> None:
         """Have these fetched behind the jobs; returns at once. What cannot be had is logged and leaves the others alone."""
@@ -121,16 +122,19 @@ class Provisioner:
                 self._schedule()
 
     def settle(self, specs: Sequence[ModelSpec]) -> None:
-        """Want these and return when each is there or has failed. Raises the first error."""
+        """Want these and return when each is there or has failed. Raises the first error; `EnsureCancelled` after `stop`."""
         self.want(specs)
-        self.wait(specs, threading.Event())
+        self.wait(specs, self._stopped)
 
     def stop(self) -> None:
-        """End every download; each can be gone on with by any worker."""
+        """End every download, and start none any more; each can be gone on with by any worker."""
+        self._stopped.set()
         with self._changed:
             for fetch in self._fetches.values():
                 fetch.wanted = False
+                fetch.stop.set()
             self._drop_unwanted()
+            self._changed.notify_all()
 
     def _await(self, fetches: Sequence[_Fetch], cancel: CancelToken, on_progress: Callable[[Waiting], None] | None) -> None:
         while True:
@@ -158,6 +162,8 @@ class Provisioner:
 
     def _schedule(self) -> None:
         """Start what goes first into the free slots; make room for jobs."""
+        if self._stopped.is_set():
+            return
         open_ = sorted((fetch for fetch in self._fetches.values() if not fetch.ended), key=lambda fetch: fetch.rank)
         jobs_wait = any(fetch.jobs for fetch in open_)
         for fetch in open_:
