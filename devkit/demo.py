@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import base64
 import hashlib
 import json
 import os
@@ -15,10 +14,16 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from client.command import check, saved_line, tell_failure, watched
+from client.errors import INTERRUPTED, ClientError
+from client.request import Wishes, build
+from client.save import Saved, save_outputs
+from client.service import LocalWorkerApi
+from client.wire import Wire
 from devkit.engine.build import ensure_engine
 from devkit.engine.models import make_volume
 from devkit.hub import hub_process
-from devkit.local_worker import PROJECT, LocalWorker, WorkerExitedError
+from devkit.local_worker import JOB_TIMEOUT_S, PROJECT, LocalWorker, WorkerExitedError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,7 +41,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--serve", action="store_true", help="leave the worker running for requests of your own")
     parser.add_argument("--port", type=int, default=8000, help="the API's port with --serve")
     options = parser.parse_args(argv)
-    workflow = _read_workflow(options.workflow)
+    try:
+        job = _job(options.workflow, options.image)
+    except ClientError as exc:
+        return tell_failure(exc, sys.stderr)
     say("building ComfyUI for the CPU (cached after the first time)")
     engine = ensure_engine()
     weights = make_volume(engine, FOLDER / "weights") / "models"
@@ -49,10 +57,12 @@ def main(argv: list[str] | None = None) -> int:
         environ = {"HF_ENDPOINT": hub.endpoint, "MODELS_MANIFEST": str(manifest)}
         worker = LocalWorker(engine, FOLDER, volume, environ, port=options.port if options.serve else None)
         try:
-            return _serve(worker, workflow) if options.serve else _one_job(worker, _job_input(workflow, options.image))
+            return _serve(worker, job) if options.serve else _one_job(worker, job)
         except (WorkerExitedError, TimeoutError) as exc:
             print(f"demo: {exc}", file=sys.stderr)
             return 1
+        except ClientError as exc:
+            return tell_failure(exc, sys.stderr)
 
 
 def _empty(folder: Path) -> Path:
@@ -79,30 +89,34 @@ def _write_manifest(weights: Path, path: Path) -> Path:
     return path
 
 
-def _one_job(worker: LocalWorker, job_input: dict[str, Any]) -> int:
+def _one_job(worker: LocalWorker, job: dict[str, Any]) -> int:
     began = time.monotonic()
     with worker:
         say(f"starting the worker: python -m worker --rp_serve_api (log: {_shown(worker.log_path)})")
         worker.wait_ready()
         ready_s = time.monotonic() - began
-        say(f"POST http://127.0.0.1:{worker.port}/runsync")
-        answer = worker.runsync(job_input)
+        url = f"http://127.0.0.1:{worker.port}"
+        say(f"scripts/run_workflow.py --url {url}: POST {url}/runsync")
+        answer = watched(LocalWorkerApi(Wire(url)), job, JOB_TIMEOUT_S)
         done_s = time.monotonic() - began
         log = worker.log()
+    if answer is None:
+        return INTERRUPTED
     print()
     print("\n".join(chart(log)))
     print(f"{'first request took':>28}  {done_s - ready_s:.2f} s")
     for name, size in _FETCHED.findall(log):
         print(f"{'fetched':>28}  {name} ({size})")
     print()
-    return _save(answer)
+    check(answer)
+    return _save(answer["output"])
 
 
-def _serve(worker: LocalWorker, workflow: dict[str, Any]) -> int:
+def _serve(worker: LocalWorker, job: dict[str, Any]) -> int:
     request = FOLDER / "request.json"
     with worker:
         worker.wait_ready()
-        request.write_text(json.dumps({"input": {"workflow": workflow}}))
+        request.write_text(json.dumps(job))
         say(
             f"serving until Ctrl-C; in another terminal:\n\n  curl -s http://127.0.0.1:{worker.port}/runsync \\\n"
             f"    -H 'content-type: application/json' -d @{_shown(request)} | head -c 300\n"
@@ -115,20 +129,16 @@ def _serve(worker: LocalWorker, workflow: dict[str, Any]) -> int:
     return 0
 
 
-def _save(answer: dict[str, Any]) -> int:
-    """Write the files of a result; prints one line for each, with what proves that it is the same on every run."""
-    if answer["status"] != "COMPLETED":
-        print(f"demo: the job failed: {answer.get('error')}", file=sys.stderr)
-        return 1
-    folder = FOLDER / "pictures"
-    folder.mkdir(parents=True, exist_ok=True)
-    for item in answer["output"]["images"]:
-        data = base64.b64decode(item["data"])
-        path = folder / item["filename"]
-        path.write_bytes(data)
-        digest = hashlib.sha256(data).hexdigest()[:16]
-        print(f"picture  {_shown(path)}  ({item['media_type']}, {len(data):,} bytes, sha256 {digest})")
-    if not answer["output"]["images"]:
+def _save(output: dict[str, Any]) -> int:
+    """Save the files of a result; prints one line for each, with what proves that it is the same on every run."""
+    saved = list(save_outputs(output, _empty(FOLDER / "pictures")))
+    for each in saved:
+        if not isinstance(each, Saved):
+            return tell_failure(each, sys.stderr)
+        line, _, text = saved_line(each).replace(f"{PROJECT}{os.sep}", "").partition("\n")
+        proof = f"  sha256 {hashlib.sha256(each.path.read_bytes()).hexdigest()[:16]}" if each.path else ""
+        print(f"{line}{proof}{text and chr(10)}{text}")
+    if not saved:
         print("demo: the job finished and saved no file; give the workflow an output node such as SaveImage", file=sys.stderr)
         return 1
     return 0
@@ -151,25 +161,11 @@ def chart(log: str) -> Iterator[str]:
         yield f"{step['text']:>28}  {' ' * start}{'█' * max(1, end - start)}"
 
 
-def _read_workflow(path: Path) -> dict[str, Any]:
-    try:
-        workflow: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    except OSError as exc:
-        sys.exit(f"demo: {path} cannot be read ({exc.strerror}); pass WORKFLOW=file.json")
-    except ValueError as exc:
-        sys.exit(f"demo: {path} is not JSON ({exc})")
-    return workflow
-
-
-def _job_input(workflow: dict[str, Any], images: list[str]) -> dict[str, Any]:
-    """The request; the project's own test picture goes along when the workflow loads it."""
-    files = [Path(image) for image in images]
-    if not files and '"in.png"' in json.dumps(workflow):
-        files = [PROJECT / "devkit/workflows/in.png"]
-    return {
-        "workflow": workflow,
-        "images": [{"name": file.name, "image": base64.b64encode(file.read_bytes()).decode()} for file in files],
-    }
+def _job(workflow: Path, images: list[str]) -> dict[str, Any]:
+    """The request, made by the client; the project's own test picture goes along when the workflow loads it."""
+    if not images and workflow.is_file() and b'"in.png"' in workflow.read_bytes():
+        images = [str(PROJECT / "devkit/workflows/in.png")]
+    return build(Wishes(str(workflow), images=images))
 
 
 def _model_count(weights: Path) -> int:

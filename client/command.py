@@ -1,0 +1,272 @@
+"""The command: a workflow in, its outputs saved. Reads argv, prints, ends with an exit status."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import textwrap
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Final
+
+from client.errors import (
+    DONE,
+    INTERRUPTED,
+    ClientError,
+    JobCancelled,
+    JobFailed,
+    JobTimedOut,
+    OutputNotSaved,
+    ResultLost,
+    ServiceError,
+    UsageError,
+)
+from client.progress import size
+from client.request import Wishes, build, node_names
+from client.save import Saved, save_outputs
+from client.screen import Screen
+from client.service import Endpoint, LocalWorkerApi
+from client.wire import Wire
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from client.service import Service
+
+_TEXT_LINES: Final = 20
+_EXIT = """\
+exit status: 0 done; 1 the job failed, or an output could not be saved; 2 the command line or a file it names is wrong;
+3 the endpoint or worker cannot be reached or refuses; 130 interrupted (Ctrl-C cancels the job).
+
+examples:
+  run_workflow.py flux.json --endpoint abc123 --set 6.text="a fox in the snow" --seed random
+  run_workflow.py upscale.json --url http://127.0.0.1:8000 --image in.png=~/photo.png --output upscaled
+  run_workflow.py ComfyUI_00001_.png --endpoint abc123 --seed next     # runs the workflow that made the picture
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parse = argparse.ArgumentParser(
+        prog="run_workflow.py",
+        description="Send a ComfyUI workflow to an endpoint or a local worker, and save what comes back.",
+        epilog=_EXIT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parse.add_argument(
+        "workflow",
+        nargs="?",
+        help='a workflow as ComfyUI saves or exports it, a whole request ({"input": ...}), or a PNG, WEBP, MP4 or WEBM that '
+        "ComfyUI made; - for standard input",
+    )
+    where = parse.add_argument_group("where").add_mutually_exclusive_group(required=True)
+    where.add_argument("--endpoint", metavar="ID", help="a RunPod endpoint; the key is read from RUNPOD_API_KEY")
+    where.add_argument("--url", help="a local worker, such as http://127.0.0.1:8000")
+    what = parse.add_argument_group("what")
+    what.add_argument(
+        "--set", action="append", default=[], metavar="NODE.INPUT=VALUE", help="a value of the graph; JSON, or a text"
+    )
+    what.add_argument(
+        "--image",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="a file the workflow loads by NAME; or NAME=https://...",
+    )
+    what.add_argument("--file", action="append", default=[], metavar="NAME=PATH", help="the same, for what is no image")
+    what.add_argument(
+        "--model",
+        action="append",
+        default=[],
+        metavar="FOLDER/NAME=SOURCE",
+        help="where a model comes from: hf://org/repo/path",
+    )
+    what.add_argument("--seed", metavar="random|next|N", help="other seeds than the saved ones")
+    what.add_argument("--previews", action="store_true", help="return what preview nodes made, too")
+    what.add_argument("--timeout", type=_seconds, metavar="S", help="cancel the job when it is not done after S seconds")
+    what.add_argument("--job", metavar="ID", help="send nothing: wait for this job of the endpoint and save its result")
+    result = parse.add_argument_group("the result")
+    result.add_argument("--output", type=Path, metavar="DIR", help="where outputs are saved (default: outputs)")
+    result.add_argument(
+        "--json", action="store_true", help="print the whole answer; outputs are saved only if --output is given"
+    )
+    return parse
+
+
+def run(argv: Sequence[str], environ: Mapping[str, str]) -> int:
+    """Do what `argv` says; returns the exit status, see `--help`. Never raises but for defects."""
+    try:
+        options = parser().parse_args(list(argv))
+    except SystemExit as exc:
+        return int(exc.code or 0)
+    before = signal.signal(signal.SIGTERM, _interrupt)  # a job that nobody waits for any more costs money
+    try:
+        return _run(options, environ)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except ClientError as exc:
+        return tell_failure(exc, sys.stderr)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _run(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    if (options.workflow is None) == (options.job is None):
+        raise UsageError("give either a workflow or --job ID")
+    if options.job and not options.endpoint:
+        raise UsageError("--job goes with --endpoint: a local worker keeps no results")
+    job: dict[str, Any] = {} if options.job else build(_wishes(options))
+    service = endpoint_or_worker(options, environ)
+    answer = watched(service, job, options.timeout)
+    if answer is None:
+        return INTERRUPTED
+    if options.json:
+        say(json.dumps(answer, ensure_ascii=False, indent=2))
+    check(answer)
+    if options.json and options.output is None:
+        return DONE
+    folder = options.output or Path("outputs")
+    return tell_outputs(answer["output"], folder, sys.stderr if options.json else sys.stdout)
+
+
+def _wishes(options: argparse.Namespace) -> Wishes:
+    return Wishes(
+        options.workflow,
+        values=options.set,
+        images=options.image,
+        files=options.file,
+        models=options.model,
+        seed=options.seed,
+        timeout_s=options.timeout,
+        previews=options.previews,
+    )
+
+
+def endpoint_or_worker(options: argparse.Namespace, environ: Mapping[str, str]) -> Service:
+    """Who is to run the job."""
+    if options.endpoint:
+        return Endpoint.of(options.endpoint, environ, options.job)
+    return LocalWorkerApi(Wire(options.url.rstrip("/")))
+
+
+def watched(
+    service: Service, job: Mapping[str, Any], timeout_s: float | None, stream: IO[str] | None = None
+) -> dict[str, Any] | None:
+    """The job's final answer, its progress shown meanwhile; None after Ctrl-C, which cancels it. Raises a `ClientError`."""
+    screen = Screen(stream or sys.stderr, node_names(dict(job)) if job else {})
+    try:
+        answer = service.run(job, screen.show, timeout_s)
+    except KeyboardInterrupt:
+        screen.say(f"interrupted: {service.abandon()}")
+        return None
+    except ServiceError:
+        if isinstance(service, Endpoint) and service.job_id:
+            screen.say(f"the job may still run; take it up again with --job {service.job_id}")
+        raise
+    finally:
+        screen.end()
+    return answer
+
+
+def check(answer: Mapping[str, Any]) -> None:
+    """Return for a job that has a result. Raises a `JobError` that says why there is none."""
+    job_id, output, error = str(answer.get("id", "?")), answer.get("output"), answer.get("error")
+    status = answer.get("status")
+    if status == "CANCELLED":
+        raise JobCancelled(job_id)
+    if status == "TIMED_OUT":
+        raise JobTimedOut(job_id)
+    more = output if isinstance(output, dict) else {}
+    error = error or more.get("error")
+    if status == "FAILED" or error:
+        details = more.get("details")
+        code = more.get("code")
+        raise JobFailed(
+            _sentence(error),
+            code if isinstance(code, str) else None,
+            may_pass=more.get("retryable") is True,
+            details=tuple(map(str, details)) if isinstance(details, list) else (),
+        )
+    if not isinstance(output, dict):
+        raise ResultLost(job_id)
+
+
+def _sentence(error: object) -> str:
+    """The worker's sentence, also from the report that the SDK makes of a worker that broke: JSON with `error_message`."""
+    try:
+        report = json.loads(error) if isinstance(error, str) else error
+    except ValueError:
+        report = None
+    if isinstance(report, dict) and report.get("error_message"):
+        return f"The worker broke: {str(report['error_message']).strip()}; its log has more."
+    return str(error) if error else "The job failed, and RunPod says no more; look at the worker's log in its console."
+
+
+def tell_outputs(output: Mapping[str, Any], folder: Path, stream: IO[str]) -> int:
+    """Save a result's outputs and print a line for each; the exit status."""
+    status, count = DONE, 0
+    for saved in save_outputs(output, folder):
+        count += 1
+        if isinstance(saved, OutputNotSaved):
+            status = tell_failure(saved, sys.stderr)
+        else:
+            say(saved_line(saved), stream)
+    for warning in output.get("errors") or ():
+        say(f"warning: {warning}", sys.stderr)
+    if not count:
+        say(
+            "The job finished and returned no file: give the workflow an output node such as SaveImage, or use --previews.",
+            stream,
+        )
+    return status
+
+
+def saved_line(saved: Saved) -> str:
+    """What became of one output, for people."""
+    facts = ", ".join(filter(None, (saved.media_type, size(saved.size_bytes))))
+    if saved.volume_path is not None:
+        return (
+            f"on the volume  {saved.volume_path}  ({facts})\n"
+            f"  aws s3 cp s3://VOLUME_ID/{saved.volume_path} . --region DATACENTER --endpoint-url https://s3api-DATACENTER.runpod.io/"
+        )
+    line = f"saved  {saved.path}  ({facts})"
+    if saved.text is None:
+        return line
+    lines = _printable(saved.text).splitlines()
+    shown = [*lines[:_TEXT_LINES], *(["..."] if len(lines) > _TEXT_LINES else [])]
+    return line + "\n" + textwrap.indent("\n".join(shown), "  ")
+
+
+def tell_failure(error: ClientError, stream: IO[str]) -> int:
+    """Print an error as a sentence, its details, and whether trying again can help; its exit status."""
+    code = error.worker_code or error.code if isinstance(error, JobFailed) else error.code
+    say(f"error: {_printable(str(error))} [{code}]", stream)
+    if isinstance(error, JobFailed):
+        for detail in error.details:
+            if detail not in str(error):
+                say(f"  {_printable(detail)}", stream)
+        if error.may_pass:
+            say("This may pass: the same command again can succeed.", stream)
+    return error.exit_status
+
+
+def say(text: str, stream: IO[str] | None = None) -> None:
+    """One line for people, or for a program that reads standard output."""
+    print(text, file=stream or sys.stdout, flush=True)
+
+
+def _printable(text: str) -> str:
+    """Text from the other side without what a terminal would obey."""
+    return "".join(char if char.isprintable() or char in "\n\t" else "?" for char in text)
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError("must be more than 0")
+    return value
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,294 @@
+# ruff: noqa: N818 - an error's name says what happened; "Error" on each would be noise
+"""Every error of the client, as one tree; each ends the command with a sentence and an exit status. Pure.
+
+ClientError
+├── UsageError           status 2: the command line, or a file that it names
+│   └── FileUnreadable, SetInvalid, KeyMissing
+├── JobError             status 1: the job has no result, or its result is not on this disk
+│   └── JobFailed, JobCancelled, JobOverdue, JobTimedOut, JobUnknown, ResultLost, OutputNotSaved
+└── ServiceError         status 3: the endpoint or the worker cannot be reached, or refuses
+    └── KeyRefused, EndpointUnknown, RequestRefused, TooManyRequests, ServiceFailed, Unreachable, AnswerUnreadable
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+DONE, FAILED, USAGE, UNREACHABLE, INTERRUPTED = 0, 1, 2, 3, 130
+"""The command's exit statuses; 130 is what shells expect of a command that Ctrl-C ended."""
+
+
+class ClientError(Exception):
+    """The root: whatever the client raises on purpose is one of these, with a stable `code` as the worker's errors have it."""
+
+    code: ClassVar[str] = "client_failed"
+    exit_status: ClassVar[int] = FAILED
+    retryable: ClassVar[bool] = False
+
+
+# --- the command line ---------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class UsageError(ClientError):
+    """The command line makes no sense as it is."""
+
+    reason: str
+    code = "usage"
+    exit_status = USAGE
+
+    def __str__(self) -> str:
+        return f"{self.reason}."
+
+
+@dataclass(eq=False)
+class FileUnreadable(UsageError):
+    """A file that the command line names cannot be used."""
+
+    path: str
+    code = "file_unreadable"
+
+    def __str__(self) -> str:
+        return f"{self.path} {self.reason}."
+
+
+@dataclass(eq=False)
+class SetInvalid(UsageError):
+    """`--set`, `--image`, `--file` or `--model` was given something that is no pair."""
+
+    option: str
+    code = "option_invalid"
+
+    def __str__(self) -> str:
+        return f"{self.option} {self.reason}."
+
+
+@dataclass(eq=False)
+class KeyMissing(ClientError):
+    """An endpoint is to be used, and there is no key for it."""
+
+    code = "key_missing"
+    exit_status = USAGE
+
+    def __str__(self) -> str:
+        return (
+            "RUNPOD_API_KEY is not set: make a key in RunPod's console (Settings > API Keys) and export it, "
+            "or use --url for a local worker."
+        )
+
+
+# --- the job ------------------------------------------------------------------------------------
+
+
+class JobError(ClientError):
+    """The job has no result, or its result is not on this disk."""
+
+    code = "job_failed"
+
+
+@dataclass(eq=False)
+class JobFailed(JobError):
+    """The worker says that the job failed; `code` and `details` are the worker's own, where it gave any."""
+
+    sentence: str
+    worker_code: str | None = None
+    may_pass: bool = False
+    details: Sequence[str] = ()
+    code = "job_failed"
+
+    def __str__(self) -> str:
+        return self.sentence
+
+
+@dataclass(eq=False)
+class JobCancelled(JobError):
+    """Somebody cancelled the job."""
+
+    job_id: str
+    code = "job_cancelled"
+
+    def __str__(self) -> str:
+        return f"The job {self.job_id} was cancelled."
+
+
+@dataclass(eq=False)
+class JobOverdue(JobError):
+    """The job took longer than --timeout; `stopped` says whether it could be cancelled."""
+
+    timeout_s: float
+    job_id: str | None
+    stopped: str
+    code = "job_overdue"
+
+    def __str__(self) -> str:
+        job = f"The job {self.job_id}" if self.job_id else "The job"
+        return f"{job} was not done after {self.timeout_s:g} s; {self.stopped}; raise --timeout if it needs more."
+
+
+@dataclass(eq=False)
+class JobTimedOut(JobError):
+    """RunPod ended the job."""
+
+    job_id: str
+    code = "job_timed_out"
+
+    def __str__(self) -> str:
+        return (
+            f"RunPod ended the job {self.job_id}, because it ran longer than the endpoint allows or waited too long: raise the "
+            "execution timeout in the endpoint's settings (600 s unless changed), or its number of workers."
+        )
+
+
+@dataclass(eq=False)
+class JobUnknown(JobError):
+    """The endpoint knows no such job."""
+
+    job_id: str
+    code = "job_unknown"
+
+    def __str__(self) -> str:
+        return (
+            f"The endpoint does not know the job {self.job_id}: RunPod keeps results for 30 minutes; check the id and the "
+            "endpoint, or send the workflow again."
+        )
+
+
+@dataclass(eq=False)
+class ResultLost(JobError):
+    """The job completed, and its result is not there."""
+
+    job_id: str
+    code = "result_lost"
+
+    def __str__(self) -> str:
+        return (
+            f"The job {self.job_id} completed, but RunPod has no result of it: it was larger than RunPod carries (10 MB) or is "
+            "no longer kept; give the worker a bucket (BUCKET_ENDPOINT_URL) or a network volume."
+        )
+
+
+@dataclass(eq=False)
+class OutputNotSaved(JobError):
+    """An output cannot be written here, or not be fetched; the others were saved."""
+
+    name: str
+    reason: str
+    code = "output_not_saved"
+
+    def __str__(self) -> str:
+        return f"The output '{self.name}' is not saved: {self.reason}."
+
+
+# --- the other side -----------------------------------------------------------------------------
+
+
+class ServiceError(ClientError):
+    """The endpoint or the worker cannot be reached, or refuses."""
+
+    code = "service_failed"
+    exit_status = UNREACHABLE
+
+
+@dataclass(eq=False)
+class KeyRefused(ServiceError):
+    """The key is wrong, or may not use this endpoint."""
+
+    where: str
+    status: int
+    code = "key_refused"
+
+    def __str__(self) -> str:
+        return (
+            f"{self.where} refused the key (status {self.status}): check RUNPOD_API_KEY, and that the key is of the endpoint's "
+            "account and may use it."
+        )
+
+
+@dataclass(eq=False)
+class EndpointUnknown(ServiceError):
+    """There is no such endpoint, or no such path at this address."""
+
+    where: str
+    code = "endpoint_unknown"
+
+    def __str__(self) -> str:
+        return (
+            f"{self.where} does not exist (status 404): copy the endpoint's id from RunPod's console, or correct the address."
+        )
+
+
+@dataclass(eq=False)
+class RequestRefused(ServiceError):
+    """The request was refused before any worker saw it."""
+
+    where: str
+    status: int
+    reason: str
+    size_bytes: int
+    code = "request_refused"
+
+    def __str__(self) -> str:
+        return (
+            f"{self.where} refused the request of {self.size_bytes / 1e6:.1f} MB (status {self.status}: {self.reason}): RunPod "
+            "takes up to 10 MB; give large files by their address, --image NAME=https://..."
+        )
+
+
+@dataclass(eq=False)
+class TooManyRequests(ServiceError):
+    """The endpoint wants fewer requests, and still did after some waiting."""
+
+    where: str
+    waited_s: float
+    code = "too_many_requests"
+    retryable = True
+
+    def __str__(self) -> str:
+        return (
+            f"{self.where} has too many requests (status 429) and still had after {self.waited_s:.0f} s: send fewer at a time, "
+            "or try again later."
+        )
+
+
+@dataclass(eq=False)
+class ServiceFailed(ServiceError):
+    """The other side is in trouble of its own."""
+
+    where: str
+    status: int
+    reason: str
+    code = "service_failed"
+    retryable = True
+
+    def __str__(self) -> str:
+        return f"{self.where} failed (status {self.status}: {self.reason}): try again in a minute."
+
+
+@dataclass(eq=False)
+class Unreachable(ServiceError):
+    """Nobody answers there."""
+
+    where: str
+    reason: str
+    advice: str = "check the address and the network"
+    code = "unreachable"
+    retryable = True
+
+    def __str__(self) -> str:
+        return f"{self.where} cannot be reached ({self.reason}): {self.advice}."
+
+
+@dataclass(eq=False)
+class AnswerUnreadable(ServiceError):
+    """Whoever answers there speaks something else."""
+
+    where: str
+    found: str
+    code = "answer_unreadable"
+
+    def __str__(self) -> str:
+        return f"{self.where} answered with {self.found}, which no endpoint does: check the address, and proxies on the way."

@@ -1,0 +1,158 @@
+"""The command line's workflow, files and values as a request. Reads the files it is told to."""
+
+from __future__ import annotations
+
+import base64
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from client.errors import FileUnreadable, SetInvalid
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_CARRIERS: Final = {
+    b"\x89PNG": "workflow.png",
+    b"RIFF": "workflow.webp",
+    b"\x1a\x45\xdf\xa3": "workflow.webm",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What the command line asks of a run, as it was typed; each pair is `LEFT=RIGHT`."""
+
+    workflow: str
+    values: Sequence[str] = ()
+    images: Sequence[str] = ()
+    files: Sequence[str] = ()
+    models: Sequence[str] = ()
+    seed: str | None = None
+    timeout_s: float | None = None
+    previews: bool = False
+
+
+def build(wishes: Wishes) -> dict[str, Any]:
+    """The body of POST /run: `{"input": {...}}`, with whatever else a request's file has beside its `input`.
+
+    Raises:
+        UsageError: a file cannot be read, or a pair is none.
+    """
+    job = _workflow(wishes.workflow)
+    given: dict[str, Any] = job["input"]
+    more: dict[str, Any] = {
+        "images": [_file("--image", pair, "image") for pair in wishes.images],
+        "files": [_file("--file", pair, "data") for pair in wishes.files],
+        "models": [_model(pair) for pair in wishes.models],
+        "set": dict(map(_value, wishes.values)),
+    }
+    for name, value in more.items():
+        if value:
+            before = given.get(name) or type(value)()
+            given[name] = {**before, **value} if isinstance(value, dict) else [*before, *value]
+    if wishes.seed is not None:
+        given["seed"] = _seed(wishes.seed)
+    if wishes.timeout_s is not None:
+        given["timeout_s"] = wishes.timeout_s
+    if wishes.previews:
+        given["previews"] = True
+    return job
+
+
+def node_names(job: dict[str, Any]) -> dict[str, str]:
+    """What to call each node while it works: its title, or its class. Empty where that cannot be known."""
+    graph = job["input"].get("workflow")
+    if not isinstance(graph, dict):
+        return {}
+    saved = graph.get("nodes")
+    if isinstance(saved, list):
+        nodes = [(node.get("id"), node.get("title"), node.get("type")) for node in saved if isinstance(node, dict)]
+    else:
+        found = [(node_id, node) for node_id, node in graph.items() if isinstance(node, dict)]
+        nodes = [(node_id, (node.get("_meta") or {}).get("title"), node.get("class_type")) for node_id, node in found]
+    return {str(node_id): str(title or kind) for node_id, title, kind in nodes if title or kind}
+
+
+def _workflow(name: str) -> dict[str, Any]:
+    """A workflow of either format, a whole request, or a file that carries a workflow, as a request of its own."""
+    data = sys.stdin.buffer.read() if name == "-" else _read(name)
+    carrier = next((kind for magic, kind in _CARRIERS.items() if data.startswith(magic)), None)
+    if data[4:8] == b"ftyp":
+        carrier = "workflow.mp4"
+    if carrier is not None:
+        file = {"name": carrier, "data": base64.b64encode(data).decode()}
+        return {"input": {"workflow_from": carrier, "files": [file]}}
+    try:
+        value = json.loads(data.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as exc:
+        raise FileUnreadable(
+            f"is neither JSON ({exc}) nor a PNG, WEBP, MP4 or WEBM: give a workflow as ComfyUI saves or exports it",
+            _shown(name),
+        ) from None
+    if not isinstance(value, dict):
+        raise FileUnreadable("holds no workflow: give one as ComfyUI saves or exports it", _shown(name))
+    wrapped = value.get("input")
+    if isinstance(wrapped, dict) and ("workflow" in wrapped or "workflow_from" in wrapped):
+        return {**value, "input": dict(wrapped)}
+    return {"input": {"workflow": value}}
+
+
+def _shown(name: str) -> str:
+    return "standard input" if name == "-" else name
+
+
+def _read(path: str) -> bytes:
+    try:
+        return Path(path).expanduser().read_bytes()
+    except OSError as exc:
+        raise FileUnreadable(f"cannot be read ({exc.strerror})", path) from None
+
+
+def _file(option: str, pair: str, data_key: str) -> dict[str, str]:
+    """`NAME=PATH`, `NAME=https://...` or a path alone, whose own name is then the name."""
+    name, equals, source = pair.partition("=")
+    if not equals:
+        name, source = Path(pair).name, pair
+    if not name or not source:
+        raise SetInvalid(f"takes NAME=PATH, NAME=https://... or a path, not '{pair}'", option)
+    if source.startswith(("http://", "https://")):
+        return {"name": name, "url": source}
+    return {"name": name, data_key: base64.b64encode(_read(source)).decode()}
+
+
+def _value(pair: str) -> tuple[str, Any]:
+    """`NODE.INPUT=VALUE`; the value is JSON where it can be read as that, and otherwise the text itself."""
+    key, equals, text = pair.partition("=")
+    if not equals or "." not in key:
+        raise SetInvalid(f"takes NODE.INPUT=VALUE, such as 6.text=\"a fox\", not '{pair}'", "--set")
+    try:
+        return key, json.loads(text, parse_constant=_no_number)
+    except (ValueError, RecursionError):
+        return key, text
+
+
+def _no_number(name: str) -> None:
+    """NaN and Infinity are words here: no JSON carries them as numbers."""
+    raise ValueError(name)
+
+
+def _model(pair: str) -> dict[str, str]:
+    """`FOLDER/NAME=SOURCE`."""
+    path, equals, source = pair.partition("=")
+    folder, slash, name = path.partition("/")
+    if not (equals and slash and folder and name and source):
+        raise SetInvalid(
+            f"takes FOLDER/NAME=SOURCE, such as loras/x.safetensors=hf://org/repo/x.safetensors, not '{pair}'", "--model"
+        )
+    return {"folder": folder, "name": name, "source": source}
+
+
+def _seed(text: str) -> str | int:
+    if text in {"random", "next"}:
+        return text
+    if not (text.isascii() and text.isdigit()):
+        raise SetInvalid(f"takes random, next or a whole number, not '{text}'", "--seed")
+    return int(text)

@@ -1,0 +1,165 @@
+"""A result's outputs as files: under their own names, over no other file, never outside their folder. Disk, network."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import http.client
+import itertools
+import shutil
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from dataclasses import dataclass
+from typing import IO, TYPE_CHECKING, Any, Final
+
+from client.errors import OutputNotSaved
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+    from pathlib import Path
+
+KINDS: Final = ("images", "videos", "audio", "text", "files")
+
+_ATTEMPTS: Final = 3
+_TIMEOUT_S: Final = 60.0
+_NAME_BYTES: Final = 200  # file systems take 255, and a number may follow
+_FORBIDDEN: Final = frozenset('<>:"|?*')  # Windows gives these a meaning in names
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """One output. `path` is None where the file lies on the volume, at `volume_path` from its root."""
+
+    name: str
+    media_type: str
+    size_bytes: int
+    path: Path | None = None
+    volume_path: str | None = None
+    text: str | None = None
+
+
+def save_outputs(output: Mapping[str, Any], folder: Path) -> Iterator[Saved | OutputNotSaved]:
+    """Save each output of a job's result; one that cannot be saved is yielded as the reason, and the rest goes on."""
+    for kind in KINDS:
+        for item in output.get(kind) or ():
+            if not isinstance(item, dict):
+                continue
+            try:
+                yield _save(item, folder)
+            except OutputNotSaved as exc:
+                yield exc
+
+
+def _save(item: Mapping[str, Any], folder: Path) -> Saved:
+    name, data = file_name(str(item.get("filename") or "output")), item.get("data")
+    media_type = str(item.get("media_type") or "")
+    if not isinstance(data, str):
+        raise OutputNotSaved(name, "the result has no data for it")
+    match item.get("type"):
+        case "volume_path":
+            size = item.get("size_bytes")
+            return Saved(name, media_type, size if isinstance(size, int) else 0, volume_path=data)
+        case "s3_url":
+            path = _place(folder, item, name, lambda file: _download(data, file, name))
+        case "text":
+            path = _place(folder, item, name, lambda file: _write(file, data.encode()))
+            return Saved(name, media_type, path.stat().st_size, path, text=data)
+        case "base64":
+            content = _decoded(data, name)
+            path = _place(folder, item, name, lambda file: _write(file, content))
+        case kind:
+            raise OutputNotSaved(name, f"this client does not know the type '{kind}'")
+    return Saved(name, media_type, path.stat().st_size, path)
+
+
+def file_name(name: str) -> str:
+    """The last part of a name, without what some file system would take for more than a name."""
+    last = name.replace("\\", "/").rpartition("/")[2]
+    clean = "".join("_" if char in _FORBIDDEN or not char.isprintable() else char for char in last).strip()
+    stem, dot, suffix = clean.rpartition(".")
+    while len(clean.encode()) > _NAME_BYTES:
+        stem = stem[:-1] if stem else stem
+        clean = f"{stem}{dot}{suffix}" if stem else clean[:-1]
+    return clean if clean.strip(".") else "output"
+
+
+def _place(folder: Path, item: Mapping[str, Any], name: str, fill: Callable[[IO[bytes]], None]) -> Path:
+    """The new file that `fill` has filled: `name`, or `name-2`, ... where there is one already. Gone again if it fails."""
+    try:
+        target = _folder(folder, str(item.get("subfolder") or ""))
+        path, file = _create(target, name)
+    except OSError as exc:
+        raise OutputNotSaved(name, f"{exc.filename or folder} cannot be written ({exc.strerror})") from None
+    done = False
+    try:
+        with file:
+            fill(file)
+        done = True
+    except OSError as exc:
+        raise OutputNotSaved(name, f"{path} cannot be written ({exc.strerror or exc})") from None
+    finally:
+        if not done:
+            path.unlink(missing_ok=True)
+    return path
+
+
+def _folder(folder: Path, subfolder: str) -> Path:
+    """The subfolder below the folder; the folder itself where the way there would lead out of it, as through a link."""
+    parts = [file_name(part) for part in subfolder.replace("\\", "/").split("/") if part.strip(". ")]
+    target = folder.joinpath(*parts)
+    if not target.resolve().is_relative_to(folder.resolve()):
+        target = folder
+    target.mkdir(parents=True, exist_ok=True)
+    return target
+
+
+def _create(folder: Path, name: str) -> tuple[Path, IO[bytes]]:
+    stem, dot, suffix = name.rpartition(".")
+    for number in itertools.count(1):
+        path = folder / (name if number == 1 else f"{stem}-{number}.{suffix}" if dot and stem else f"{name}-{number}")
+        try:
+            return path, path.open("xb")
+        except FileExistsError:
+            continue
+    raise AssertionError  # count() does not end
+
+
+def _decoded(data: str, name: str) -> bytes:
+    try:
+        return base64.b64decode(data, validate=True)
+    except binascii.Error:
+        raise OutputNotSaved(name, "its data is not base64") from None
+
+
+def _write(file: IO[bytes], data: bytes) -> None:
+    file.write(data)
+
+
+def _download(address: str, file: IO[bytes], name: str) -> None:
+    """Fetch a signed address, three attempts. It is a secret of its own: only its host is ever said."""
+    parts = urllib.parse.urlsplit(address)
+    if parts.scheme not in {"http", "https"}:
+        raise OutputNotSaved(name, f"its address begins with '{parts.scheme}:', not https:")
+    reason = ""
+    for attempt in range(_ATTEMPTS):
+        if attempt:
+            time.sleep(attempt)
+        file.seek(0)
+        file.truncate()
+        try:
+            with urllib.request.urlopen(address, timeout=_TIMEOUT_S) as response:  # noqa: S310 - the scheme is checked above
+                length = response.headers.get("Content-Length")
+                shutil.copyfileobj(response, file, 1 << 20)
+        except urllib.error.HTTPError as exc:
+            reason = f"status {exc.code}"
+            if exc.code < http.HTTPStatus.INTERNAL_SERVER_ERROR:
+                break
+        except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as exc:
+            reason = str(getattr(exc, "reason", exc)) or type(exc).__name__
+        else:
+            if length is None or file.tell() == int(length):
+                return
+            reason = f"{file.tell()} of {length} bytes came"
+    raise OutputNotSaved(name, f"{parts.hostname} did not give it ({reason}); its address is in the answer (--json)")

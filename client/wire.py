@@ -1,0 +1,134 @@
+"""One HTTP request to an endpoint or a worker, every trouble turned into a sentence. Network."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import urllib.error
+import urllib.parse
+import urllib.request
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from client.errors import (
+    AnswerUnreadable,
+    EndpointUnknown,
+    KeyRefused,
+    RequestRefused,
+    ServiceFailed,
+    TooManyRequests,
+    Unreachable,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from client.errors import ServiceError
+
+_REASON_CHARS: Final = 200
+_LOCAL: Final = frozenset({"localhost", "127.0.0.1", "::1"})
+_UNAUTHORISED: Final = frozenset({401, 403})
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """No answer of an endpoint is a redirect, and following one would hand the key to whoever it leads to."""
+
+    def redirect_request(self, *_: object) -> None:  # urllib passes six things, none of use here
+        """Follow none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wire:
+    """Requests under one address. The key goes to that address and nowhere else; a local address is reached without a proxy."""
+
+    base: str
+    key: str | None = None
+
+    def __post_init__(self) -> None:
+        parts = urllib.parse.urlsplit(self.base)
+        if parts.scheme not in {"http", "https"} or not parts.hostname:
+            raise Unreachable(self.base, "it is no http:// or https:// address")
+
+    @property
+    def is_local(self) -> bool:
+        """Whether this machine itself is meant."""
+        return urllib.parse.urlsplit(self.base).hostname in _LOCAL
+
+    def get(self, path: str, timeout_s: float) -> dict[str, Any]:
+        """The object that GET answers. Raises a `ServiceError`."""
+        return self._send(urllib.request.Request(self.base + path, headers=self._headers()), timeout_s)  # noqa: S310 - checked above
+
+    def post(self, path: str, body: Mapping[str, Any] | None, timeout_s: float) -> dict[str, Any]:
+        """The object that POST answers. Raises a `ServiceError`."""
+        data = b"" if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.base + path, data, self._headers(), method="POST")  # noqa: S310 - as above
+        return self._send(request, timeout_s)
+
+    def _headers(self) -> dict[str, str]:
+        key = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        return {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "run-workflow", **key}
+
+    def _send(self, request: urllib.request.Request, timeout_s: float) -> dict[str, Any]:
+        proxies = urllib.request.ProxyHandler({} if self.is_local else None)
+        try:
+            with urllib.request.build_opener(proxies, _NoRedirect).open(request, timeout=timeout_s) as response:
+                data = response.read()
+        except urllib.error.HTTPError as exc:
+            with exc:
+                raise self._refusal(exc, len(request.data or b"")) from None  # type: ignore[arg-type]  # bytes, made above
+        except urllib.error.URLError as exc:
+            raise self.unreachable(exc.reason) from None
+        except (OSError, http.client.HTTPException) as exc:
+            raise self.unreachable(exc) from None
+        return self._object(data)
+
+    def _object(self, data: bytes) -> dict[str, Any]:
+        try:
+            answer = json.loads(data)
+        except ValueError:
+            raise AnswerUnreadable(self.base, f"{_words(data) or 'nothing'!r}") from None
+        if not isinstance(answer, dict):
+            raise AnswerUnreadable(self.base, f"the JSON of a {type(answer).__name__}")
+        return answer
+
+    def _refusal(self, answer: urllib.error.HTTPError, size_bytes: int) -> ServiceError:
+        status = answer.code
+        try:
+            reason = _words(answer.read(1 << 16)) or str(answer.reason)
+        except (OSError, http.client.HTTPException):
+            reason = str(answer.reason)
+        if status in _UNAUTHORISED:
+            return KeyRefused(self.base, status)
+        if status == http.HTTPStatus.NOT_FOUND:
+            return EndpointUnknown(self.base)
+        if status == http.HTTPStatus.TOO_MANY_REQUESTS:
+            return TooManyRequests(self.base, 0.0)
+        if status >= http.HTTPStatus.INTERNAL_SERVER_ERROR:
+            return ServiceFailed(self.base, status, reason)
+        if status < http.HTTPStatus.BAD_REQUEST:
+            return AnswerUnreadable(self.base, f"a redirect (status {status})")
+        return RequestRefused(self.base, status, reason, size_bytes)
+
+    def unreachable(self, reason: object) -> Unreachable:
+        """The error for a connection that failed with `reason`."""
+        text = (reason.strerror or str(reason)) if isinstance(reason, OSError) else str(reason)
+        if isinstance(reason, TimeoutError):
+            text = "no answer in time"
+        if isinstance(reason, socket.gaierror):
+            text = "its name cannot be looked up"
+        advice = "is the worker running? `make serve` starts one" if self.is_local else "check the address and the network"
+        return Unreachable(self.base, text or type(reason).__name__, advice)
+
+
+def _words(data: bytes) -> str:
+    """What an error's body says, on one line: the `error` or `detail` of a JSON object, or the beginning of the text."""
+    text = data.decode("utf-8", "replace")
+    try:
+        body = json.loads(text)
+    except ValueError:
+        body = None
+    if isinstance(body, dict):
+        found = next((body[key] for key in ("error", "detail", "message", "title") if body.get(key)), body)
+        text = found if isinstance(found, str) else json.dumps(found)
+    return " ".join(text.split())[:_REASON_CHARS]
