@@ -9,7 +9,7 @@ PORT ?= 8000
 BENCH ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test lint format bench clean
+.PHONY: help demo serve test lint image-test format bench clean
 
 help:  ## Show what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -36,6 +36,9 @@ lint: $(VENV)/installed  ## Check style and types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+image-test: $(VENV)/installed  ## Build the image, start it, build on it (root, buildah and debootstrap; 5 minutes)
+	@$(BIN)/python -m pytest tests/image/check_image.py -s --timeout 900
 
 format: $(VENV)/installed  ## Format the code
 	@$(BIN)/ruff format .

@@ -24,7 +24,8 @@ from worker.serve import import_sdk, prepare_environ, sdk_arguments, serve
 from worker.settings import Settings, markdown_table
 
 if TYPE_CHECKING:
-    from collections.abc import MutableMapping, Sequence
+    from collections.abc import Callable, MutableMapping, Sequence
+    from contextlib import AbstractContextManager
 
 
 def main(argv: Sequence[str], environ: MutableMapping[str, str]) -> int:
@@ -47,6 +48,8 @@ def run_worker(argv: Sequence[str], environ: MutableMapping[str, str]) -> int:
     arguments = sdk_arguments(settings, argv, environ, Path.cwd())
     command = EngineCommand.of(settings, environ)
     prepare_base_dir(settings)
+    if (settings.volume_path / "custom_nodes").is_dir():  # one look where there are none
+        command = with_custom_nodes(settings, command)
     process = EngineProcess.spawn(command)
 
     from worker.warmth import Warmth  # noqa: PLC0415 - after the spawn: ComfyUI boots meanwhile
@@ -64,6 +67,29 @@ def run_worker(argv: Sequence[str], environ: MutableMapping[str, str]) -> int:
     finally:
         worker.stop()
     return 1 if worker.failed else 0
+
+
+def with_custom_nodes(settings: Settings, command: EngineCommand) -> EngineCommand:
+    """Link the volume's custom nodes and have their packages there, before ComfyUI imports them. Never raises for a node."""
+    import socket  # noqa: PLC0415 - only where a volume has custom nodes
+    import threading  # noqa: PLC0415 - as above
+    from dataclasses import replace  # noqa: PLC0415 - as above
+
+    from worker.comfy import custom_nodes  # noqa: PLC0415 - as above
+
+    def once(key: str, done: Callable[[], bool]) -> AbstractContextManager[object]:
+        from worker.models.layout import Layout  # noqa: PLC0415 - only for the worker that installs packages
+        from worker.models.locks import Locks, Timing  # noqa: PLC0415 - as above
+
+        locks = Locks(
+            Layout(settings.volume_path),
+            settings.runpod_pod_id or socket.gethostname(),
+            Timing(patience_s=custom_nodes.INSTALL_TIMEOUT_S),
+        )
+        return locks.hold(key, published=done, cancel=threading.Event(), name="the custom nodes' packages")
+
+    folders = custom_nodes.NodeFolders.below(settings.volume_path, settings.base_dir, settings.comfyui_python)
+    return replace(command, environ=custom_nodes.node_packages(folders, once, command.environ))
 
 
 def _settings_table(_: Sequence[str], __: MutableMapping[str, str]) -> int:

@@ -99,6 +99,7 @@ class Worker:
 
     def __init__(self, settings: Settings, command: EngineCommand, process: EngineProcess, warmth: Warmth) -> None:
         self._settings = settings
+        self._process = process
         self._spawned_at = process.spawned_at
         self.loop = LoopThread("engine-loop")
         models = settings.base_dir / "models"
@@ -142,6 +143,7 @@ class Worker:
             if note := self.loop.submit(self._warmth.warm_up(self._engine)).result():
                 timeline.add("warm-up", began_s, time.monotonic() - began_s, note)
         self._delivery.start()
+        self._report_custom_nodes()
         log.info("%s", timeline.summary())
 
     def stop(self) -> None:
@@ -150,6 +152,15 @@ class Worker:
         self._supply.stop()
         self.loop.submit(self._engine.stop()).result(timeout=30)
         self.loop.stop()
+
+    def _report_custom_nodes(self) -> None:
+        """Name the custom nodes that ComfyUI started without, in the log and for `doctor`."""
+        if (self._settings.volume_path / "custom_nodes").is_dir():
+            from worker.comfy import custom_nodes  # noqa: PLC0415 - only where a volume has custom nodes
+
+            settings = self._settings
+            folders = custom_nodes.NodeFolders.below(settings.volume_path, settings.base_dir, settings.comfyui_python)
+            custom_nodes.record_failures(folders, self._process.failed_imports)
 
     def _give_up(self) -> None:
         """Leave as if RunPod had said so: the jobs that were taken get the engine's failure, no more are taken."""

@@ -27,6 +27,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final
 
+from worker.comfy.custom_nodes import read_failures
 from worker.errors import FileIncomplete, ManifestInvalid
 from worker.models.disk import FULL, READ_ONLY, check_whole
 from worker.models.layout import Layout
@@ -331,6 +332,7 @@ class Probe:
             "downloads": self.downloads,
             "manifests": self.manifests,
             "host cache": self.host_cache,
+            "custom nodes": self.custom_nodes,
         }
 
     def volume(self) -> Iterator[Finding]:
@@ -353,6 +355,16 @@ class Probe:
             yield _problem(text) if self.subject.require_volume else _note(text)
         else:
             yield _ok(f"{mount.title} ({mount.source}), mounted {mount.mode} at {mount.point}")
+
+    def custom_nodes(self) -> Iterator[Finding]:
+        """The volume's nodes, and those that ComfyUI could not import when a worker started last."""
+        folder = self.layout.root / "custom_nodes"
+        failures = read_failures(self.layout.root)
+        for failed in failures:
+            text = f"The custom node '{failed.name}' could not be imported ({failed.reason}): add what it lacks to its"
+            yield _problem(f"{text} requirements.txt, or remove it.", [folder / failed.name])
+        if folder.is_dir() and not failures:
+            yield _ok(f"{_count(_names_in(folder), 'custom node')} on the volume, none known to fail")
 
     def space(self) -> Iterator[Finding]:
         """Bytes and inodes, as far as the file system tells."""

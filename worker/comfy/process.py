@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 _LAST_LINES = 20
 _LINE_LIMIT_BYTES = 4000
+_FAILED_IMPORT = " module for custom nodes: "
 # What a container sees of NVIDIA cards, of WSL's and of AMD's. Looking costs nothing; asking the driver takes 0.1-1 s.
 _GPU_DEVICES = ("nvidia[0-9]*", "dxg", "kfd")
 
@@ -103,6 +104,7 @@ class EngineProcess:
         self.spawned_at = time.monotonic()
         self.exited: Future[Exit] = Future()
         self._popen = popen
+        self.failed_imports: list[str] = []  # what it printed of custom nodes that it starts without
         self._lines: deque[str] = deque(maxlen=_LAST_LINES)
         self._pump = threading.Thread(target=self._read_output, name="comfyui-output", daemon=True)
         self._pump.start()
@@ -165,6 +167,8 @@ class EngineProcess:
         assert stream is not None  # noqa: S101 - spawn asks for a pipe
         for line in _lines_of(stream):
             self._lines.append(line)
+            if _FAILED_IMPORT in line:
+                self.failed_imports.append(line)
             log.info("comfyui: %s", line)
 
 

@@ -1,0 +1,150 @@
+"""The worker's image from this working tree, with the CPU engine's ComfyUI and torch handed in. Touches disk and processes.
+
+python -m devkit.image.build     builds it and prints its layers; the storage stays in the cache, so the next build is quick
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+from devkit.engine.build import STUBS, TORCH, ensure_engine
+from devkit.engine.cache import cache_root, step
+from devkit.image.base import ensure_base
+from devkit.image.buildah import Buildah, Layer
+
+PROJECT = Path(__file__).resolve().parent.parent.parent
+BASE = "localhost/debian-python"
+IMAGE = "localhost/comfyui-volume-worker"
+CONTEXT = ("Dockerfile", ".dockerignore", "requirements.lock", "handler.py", "image", "worker")
+
+# Above every real version, so that pip prefers them: on a CPU there are no real ones beside exactly their own torch. What they
+# need is what the real ones need, so that the layers are those of a real build.
+_STUB_VERSION = "999"
+_STUB_NEEDS = {"torchvision": ("torch", "numpy", "pillow"), "torchaudio": ("torch",)}
+
+
+class ImageBuilder:
+    """Builds images of copies of the project, in one storage."""
+
+    def __init__(self, buildah: Buildah, folder: Path) -> None:
+        self.buildah = buildah
+        self.context = folder / "context"
+        self._comfyui = folder / "comfyui"
+        self._wheels = folder / "wheels"
+        self._pip_conf = folder / "pip.conf"
+
+    def prepare(self) -> None:
+        """Make the base image and everything that is handed in."""
+        engine = ensure_engine()
+        archive = ensure_base()
+        shutil.copytree(engine.comfyui_dir, self._comfyui, ignore=shutil.ignore_patterns("__pycache__"))
+        self._wheels.mkdir()
+        for name in _STUB_NEEDS:
+            _write_wheel(self._wheels, name)
+        self._local = _write_pip_conf(self._pip_conf)
+        base = self.context.parent / "base"
+        base.mkdir()
+        (base / "base.tar").hardlink_to(archive) if _same_device(base, archive) else shutil.copy(archive, base / "base.tar")
+        (base / "Dockerfile").write_text("FROM scratch\nADD base.tar /\n")
+        self.buildah.build(base, BASE)
+        for name in CONTEXT:
+            source = PROJECT / name
+            copy = shutil.copytree if source.is_dir() else shutil.copy
+            self.context.mkdir(exist_ok=True)
+            copy(source, self.context / name)
+
+    def build(self, tag: str, target: str = "cpu") -> str:
+        """Build the context as it is now; returns the log."""
+        args = {"BASE_IMAGE": BASE, "TORCH_VERSION": TORCH.partition("==")[2], "TORCH_INDEX_URL": ""}
+        return self.buildah.build(
+            self.context, tag, target=target, args=args, contexts={"comfyui": self._comfyui}, volumes=self.volumes()
+        )
+
+    def build_child(self, folder: Path, tag: str) -> str:
+        """Build an image that builds on another one; returns the log."""
+        return self.buildah.build(folder, tag, volumes=self.volumes())
+
+    def volumes(self) -> list[tuple[Path, str]]:
+        """How this machine reaches its package index, for the build's commands: its settings, certificates and local wheels."""
+        certificates = Path("/etc/ssl/certs")
+        return [
+            (self._pip_conf, "/etc/pip.conf"),
+            (self._wheels, "/wheels"),
+            *([(certificates, str(certificates))] if certificates.is_dir() else []),
+            *((path, str(path)) for path in self._local),
+        ]
+
+
+def report(layers: list[Layer]) -> list[str]:
+    """The layers as lines for people, the largest parts summed up."""
+    lines = [f"{layer.size_bytes / 1e6:9.1f} MB  {shown(layer)}" for layer in layers]
+    return [*lines, f"{own_bytes(layers) / 1e6:9.1f} MB  everything but the base and torch"]
+
+
+def shown(layer: Layer) -> str:
+    """The instruction behind a layer, in one line's length."""
+    text = re.sub(r"^(\|\d+ .*?)?/bin/(ba)?sh -c (#\(nop\) )?", "", layer.made_by)
+    return " ".join(text.split())[:100]
+
+
+def own_bytes(layers: list[Layer]) -> int:
+    """What the project adds: all layers but the base (the first) and torch's."""
+    return sum(layer.size_bytes for layer in layers[1:] if "torch==" not in layer.made_by)
+
+
+def _write_wheel(folder: Path, name: str) -> None:
+    info = f"{name}-{_STUB_VERSION}.dist-info"
+    needs = "".join(f"Requires-Dist: {need}\n" for need in _STUB_NEEDS[name])
+    files = {path.relative_to(STUBS).as_posix(): path.read_text() for path in sorted((STUBS / name).rglob("*.py"))}
+    files[f"{info}/METADATA"] = f"Metadata-Version: 2.1\nName: {name}\nVersion: {_STUB_VERSION}\n{needs}"
+    files[f"{info}/WHEEL"] = "Wheel-Version: 1.0\nGenerator: devkit\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    files[f"{info}/RECORD"] = "".join(f"{path},,\n" for path in [*files, f"{info}/RECORD"])
+    with zipfile.ZipFile(folder / f"{name}-{_STUB_VERSION}-py3-none-any.whl", "w") as wheel:
+        for path, text in files.items():
+            wheel.writestr(path, text)
+
+
+def _write_pip_conf(path: Path) -> list[Path]:
+    """Write what pip is told on this machine, whether by files or by variables; returns the local folders it names."""
+    said = subprocess.run([sys.executable, "-m", "pip", "config", "list"], check=True, capture_output=True, text=True).stdout
+    options = {"find-links": "/wheels"}
+    for line in said.splitlines():
+        key, _, value = line.partition("=")
+        name = key.rpartition(".")[2].replace("_", "-")
+        text = value.strip("'\"").replace("\\n", " ")
+        options[name] = f"/wheels {text}" if name == "find-links" else text
+    path.write_text("[global]\n" + "".join(f"{name} = {text}\n" for name, text in options.items()))
+    words = " ".join(options.values()).split()
+    local = {Path(word.removeprefix("file://")) for word in words if word.startswith(("/", "file:///"))}
+    # A local index keeps its files beside the folder with its pages.
+    return sorted({folder.parent if folder.name == "simple" else folder for folder in local if folder.is_dir()})
+
+
+def _same_device(one: Path, other: Path) -> bool:
+    return one.stat().st_dev == other.stat().st_dev
+
+
+def main() -> int:
+    """Build the image into the cache's storage and print its layers."""
+    folder = cache_root() / "image-build"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    builder = ImageBuilder(Buildah.of(cache_root() / "image"), folder)
+    try:
+        with step("preparing", sys.stderr):
+            builder.prepare()
+        with step("building the image", sys.stderr):
+            builder.build(IMAGE)
+    finally:
+        shutil.rmtree(folder)
+    print("\n".join(report(builder.buildah.layers(IMAGE))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

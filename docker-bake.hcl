@@ -1,0 +1,57 @@
+# docker buildx bake            the GPU images
+# docker buildx bake cpu        one for a laptop: docker run -p 8000:8000 IMAGE:cpu
+# docker buildx bake --push     with REGISTRY=docker.io/you VERSION=1.2.3 in the environment
+
+variable "REGISTRY" { default = "docker.io/library" }
+variable "VERSION" { default = "dev" }
+variable "TORCH_VERSION" { default = "2.11.0" }
+variable "COMFYUI_REF" { default = "v0.3.75" }
+
+function "tags" {
+  params = [flavour]
+  result = ["${REGISTRY}/comfyui-volume-worker:${VERSION}-${flavour}"]
+}
+
+group "default" {
+  targets = ["cu126", "cu128", "cu130"]
+}
+
+target "common" {
+  context   = "."
+  platforms = ["linux/amd64"]
+  args = {
+    TORCH_VERSION = TORCH_VERSION
+    COMFYUI_REF   = COMFYUI_REF
+  }
+}
+
+# The oldest cards (Maxwell, Pascal, Volta), and hosts with drivers before CUDA 12.8.
+target "cu126" {
+  inherits = ["common"]
+  target   = "gpu"
+  args     = { TORCH_INDEX_URL = "https://download.pytorch.org/whl/cu126" }
+  tags     = tags("cu126")
+}
+
+# Turing to Blackwell; what a build without bake makes. PyTorch has it up to 2.11.
+target "cu128" {
+  inherits = ["common"]
+  target   = "gpu"
+  args     = { TORCH_INDEX_URL = "https://download.pytorch.org/whl/cu128" }
+  tags     = concat(tags("cu128"), ["${REGISTRY}/comfyui-volume-worker:${VERSION}"])
+}
+
+# Needs drivers of CUDA 13 (580 and later).
+target "cu130" {
+  inherits = ["common"]
+  target   = "gpu"
+  args     = { TORCH_INDEX_URL = "https://download.pytorch.org/whl/cu130" }
+  tags     = tags("cu130")
+}
+
+target "cpu" {
+  inherits = ["common"]
+  target   = "cpu"
+  args     = { TORCH_INDEX_URL = "https://download.pytorch.org/whl/cpu" }
+  tags     = tags("cpu")
+}

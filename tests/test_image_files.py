@@ -1,0 +1,174 @@
+"""The files around the image: what can be known of them without building it. `make image-test` builds it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import yaml  # type: ignore[import-untyped]  # types-PyYAML is no dependency
+
+from devkit.engine.cache import BuildFailed
+from devkit.image.base import mirror
+from devkit.local_worker import PROJECT
+from worker.settings import Settings
+
+if TYPE_CHECKING:
+    from devkit.local_worker import LocalWorker
+
+SHELL = [
+    "image/start.sh",
+    "image/install_packages.sh",
+    "image/install_engine.sh",
+    "image/bin/comfy-manager-set-mode",
+    ".ci/run",
+]
+PYTHON = ["image/fetch_source.py", "image/comfyui_only.py", "image/bin/comfy", "image/bin/comfy-node-install", "handler.py"]
+CATEGORIES = {"audio", "embedding", "language", "video", "image"}
+INPUT_TYPES = {"string", "number", "boolean", "huggingface"}
+
+
+def text(path: str) -> str:
+    return (PROJECT / path).read_text("utf-8")
+
+
+def tool(name: str) -> str:
+    found = shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
+    if not found:
+        if os.environ.get("CI"):
+            pytest.fail(f"{name} is missing: .ci/run installs it")
+        pytest.skip(f"{name} is not installed here")
+    return found
+
+
+@pytest.mark.parametrize("script", [*SHELL, "image/bin/worker"])
+def test_shellcheck_has_nothing_to_say(script: str) -> None:
+    done = subprocess.run([tool("shellcheck"), PROJECT / script], capture_output=True, text=True, check=False)
+    assert done.stdout == ""
+
+
+def test_hadolint_has_nothing_to_say() -> None:
+    done = subprocess.run([tool("hadolint"), PROJECT / "Dockerfile"], capture_output=True, text=True, check=False)
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize("script", PYTHON)
+def test_scripts_compile_and_those_that_are_commands_can_be_run(script: str) -> None:
+    compile(text(script), script, "exec", dont_inherit=True)
+    if text(script).startswith("#!"):
+        assert os.access(PROJECT / script, os.X_OK)
+
+
+def test_what_the_dockerfile_copies_is_there_and_not_ignored() -> None:
+    kept = {line.removeprefix("!") for line in text(".dockerignore").splitlines() if line.startswith("!")}
+    for line in re.findall(r"^COPY (?!--from)(.+)$", text("Dockerfile"), re.MULTILINE):
+        for source in line.split()[:-1]:
+            assert (PROJECT / source).exists(), source
+            assert source.split("/")[0] in kept, source
+
+
+def test_what_is_left_out_is_in_the_lock_and_the_worker_asks_for_none_of_it() -> None:
+    left_out = [line for line in text("image/left_out.txt").splitlines() if not line.startswith("#")]
+    locked = set(re.findall(r"^([a-z0-9-]+)==", text("requirements.lock"), re.MULTILINE))
+    wanted = text("pyproject.toml").partition("dependencies = [")[2].partition("]")[0]
+    assert set(left_out) <= locked
+    assert [name for name in left_out if f'"{name}' in wanted] == []
+
+
+def test_the_same_versions_everywhere() -> None:
+    pins = dict(re.findall(r"^ARG (\w+)=(\S+)$", text("Dockerfile"), re.MULTILINE))
+    for name in ("TORCH_VERSION", "COMFYUI_REF"):
+        assert f'variable "{name}" {{ default = "{pins[name]}" }}' in text("docker-bake.hcl")
+    assert pins["TORCH_INDEX_URL"].endswith("/cu128")
+    assert pins["COMFYUI_REF"] == re.search(r"v[\d.]+\d", "v" + text("devkit/engine/comfyui.lock").partition("ComfyUI ")[2])[0]  # type: ignore[index]
+
+
+def test_compose_and_workflows_are_yaml_and_every_action_is_pinned() -> None:
+    services = yaml.safe_load(text("docker-compose.yml"))["services"]
+    assert all("./volume:/runpod-volume" in service["volumes"] for service in services.values())
+    for path in sorted((PROJECT / ".github/workflows").glob("*.yml")):
+        jobs = yaml.safe_load(path.read_text())["jobs"]
+        used = [step["uses"] for job in jobs.values() for step in job["steps"] if "uses" in step]
+        assert used
+        assert [action for action in used if not re.fullmatch(r"[\w./-]+@[0-9a-f]{40}", action)] == []
+    assert ".ci/run" in text(".github/workflows/ci.yml")
+
+
+def hub() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(text(".runpod/hub.json"))
+    return found
+
+
+def test_the_hubs_listing_is_what_runpod_documents() -> None:
+    listing = hub()
+    assert {"title", "description", "type", "category", "config"} <= listing.keys()
+    assert listing["type"] == "serverless"
+    assert listing["category"] in CATEGORIES
+    config = listing["config"]
+    assert config["runsOn"] == "GPU"
+    assert config["containerDiskInGb"] >= 20
+    assert all(re.fullmatch(r"[A-Z]+_\d+(_PRO)?", pool) for pool in config["gpuIds"].split(","))
+    for item in config["env"]:
+        assert item["input"]["type"] in INPUT_TYPES
+        assert {"name", "description"} <= item["input"].keys()
+    assert all((PROJECT / name).is_file() for name in ("handler.py", "Dockerfile", "README.md"))
+
+
+def test_the_hubs_variables_and_their_defaults_are_the_workers() -> None:
+    def value(item: dict[str, Any]) -> str:
+        return str(item["input"]["default"]).lower() if item["input"]["type"] == "boolean" else str(item["input"]["default"])
+
+    variables = {item["key"]: value(item) for item in hub()["config"]["env"]}
+    fields = {name.upper() for name in Settings.__dataclass_fields__}
+    assert set(variables) <= fields
+    assert Settings.from_env(variables) == Settings.from_env({})
+    for item in hub()["config"]["env"]:
+        for option in item["input"].get("options", []):
+            Settings.from_env({item["key"]: option["value"]})
+
+
+def test_the_hubs_tests_run_without_any_weights(worker: LocalWorker) -> None:
+    listing = json.loads(text(".runpod/tests.json"))
+    assert {"gpuTypeId", "gpuCount", "allowedCudaVersions"} <= listing["config"].keys()
+    for test in listing["tests"]:
+        assert test["timeout"] >= 10_000
+        assert "Loader" not in json.dumps(test["input"])
+        answer = worker.runsync(test["input"])
+        assert answer["status"] == "COMPLETED"
+        assert [item["media_type"] for item in answer["output"]["images"]] == ["image/png"]
+
+
+def test_the_mirror_is_read_from_either_format_of_apts_sources(tmp_path: Path) -> None:
+    folder = tmp_path / "sources.list.d"
+    folder.mkdir()
+    (folder / "a.sources").write_text("Types: deb\nURIs: http://mirror.example/debian\nSuites: trixie trixie-updates\n")
+    (tmp_path / "sources.list").write_text(
+        "# deb http://no.example x\ndeb [arch=amd64] http://old.example/debian bookworm main\n"
+    )
+    assert mirror("trixie", tmp_path) == "http://mirror.example/debian"
+    assert mirror("bookworm", tmp_path) == "http://old.example/debian"
+    with pytest.raises(BuildFailed, match="no mirror for Debian sid"):
+        mirror("sid", tmp_path)
+
+
+def test_the_source_archive_is_unpacked_without_its_top_folder(tmp_path: Path) -> None:
+    tree = tmp_path / "ComfyUI-0.3.75"
+    (tree / "comfy").mkdir(parents=True)
+    (tree / "main.py").write_text("1")
+    (tree / "comfy/a.py").write_text("2")
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as tar:
+        tar.add(tree, tree.name)
+    fetch, address = str(PROJECT / "image/fetch_source.py"), (tmp_path / "a.tar.gz").as_uri()
+    command = [sys.executable, fetch, address, str(tmp_path / "out")]
+    subprocess.run(command, check=True)
+    assert sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.py")) == [
+        "comfy/a.py",
+        "main.py",
+    ]
