@@ -2,8 +2,9 @@
 
 The hub is a stand-in in a process of its own, on loopback. Both clients fetch the same file onto the same file system, in turn,
 each in a fresh process whose imports are not counted. Ours also takes the sha256 of what it stored, which `hf_hub_download`
-does not. The last figures are what a fleet waits when its one downloader is killed, or the host of it dies, with the worker's
-own timings: from then until another worker holds the lock, and until that one has finished a small file.
+does not. A third process only writes as many bytes: where the volume is this machine's own work, that is the ceiling. The last
+figures are what a fleet waits when its one downloader is killed, or the host of it dies, with the worker's own timings: from
+then until another worker holds the lock, and until that one has finished a small file.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.report import Figure, Options, median, parse_args, report
+from bench.report import Figure, Options, parse_args, report
 from devkit.fleet import Fleet, Worker
 from devkit.hub import hub_process
 from devkit.local_worker import PROJECT
@@ -52,7 +53,7 @@ from worker.models.layout import Layout
 from worker.models.spec import HubFile, ModelSpec
 from worker.models.store import Store
 from worker.models.wire import Network
-root, endpoint, repo, file = sys.argv[1:]
+root, endpoint, repo, file = sys.argv[1:5]
 store = Store(Layout(Path(root)), Hub(endpoint, Network(credentials(endpoint, None, None))), "bench")
 idle_kb = int(Path("/proc/self/statm").read_text().split()[1]) * 4
 began = time.perf_counter()
@@ -66,9 +67,21 @@ print(json.dumps({"s": took_s, "memory_mb": (peak_kb - idle_kb) / 1000}))
 _THEIRS = """
 import json, sys, time
 from huggingface_hub import hf_hub_download
-root, endpoint, repo, file = sys.argv[1:]
+root, endpoint, repo, file = sys.argv[1:5]
 began = time.perf_counter()
 hf_hub_download(repo, file, cache_dir=root, endpoint=endpoint)
+print(json.dumps({"s": time.perf_counter() - began}))
+"""
+
+_WRITE = """
+import json, os, sys, time
+block = os.urandom(1 << 22)
+left = int(sys.argv[5])
+began = time.perf_counter()
+file = os.open(sys.argv[1] + "/plain", os.O_CREAT | os.O_WRONLY)
+while left:
+    left -= os.write(file, block[:left])
+os.fsync(file)
 print(json.dumps({"s": time.perf_counter() - began}))
 """
 
@@ -117,29 +130,37 @@ def _make_file(path: Path, size_bytes: int) -> None:
 
 
 def _throughput(where: str, folder: Path, hub: RemoteHub, options: Options, size_bytes: int) -> list[Figure]:
-    ours: list[dict[str, Any]] = []
-    theirs: list[dict[str, Any]] = []
+    """Ours, theirs, and what a program that only writes gets: neither client can be faster than the file system takes bytes.
+
+    One after the other in each round, and the ratio is of neighbours: a shared machine's speed halves and doubles in minutes.
+    """
+    runs: dict[str, list[float]] = {_OURS: [], _THEIRS: [], _WRITE: []}
+    memory_mb: list[float] = []
     for number in range(options.samples + 1):
-        for code, results in ((_OURS, ours), (_THEIRS, theirs)):
+        for code, seconds in runs.items():
             target = folder / f"run-{number}"
-            results.append(_run(code, target, hub.endpoint))
+            result = _run(code, target, hub.endpoint, size_bytes)
             shutil.rmtree(target)
-    ours, theirs = ours[1:], theirs[1:]  # the first of each warmed the page cache
-    ratio = median([run["s"] for run in ours]) / median([run["s"] for run in theirs])
+            if number:  # the first of each warmed the page cache
+                seconds.append(result["s"])
+                memory_mb += [result["memory_mb"]] if "memory_mb" in result else []
+    pairs = list(zip(runs[_OURS], runs[_THEIRS], strict=True))
     return [
-        Figure.of(f"{where}_ours_mb_per_s", [size_bytes / 1e6 / run["s"] for run in ours], "MB/s"),
-        Figure.of(f"{where}_hf_hub_download_mb_per_s", [size_bytes / 1e6 / run["s"] for run in theirs], "MB/s"),
-        Figure(f"{where}_time_ratio", ratio, "x", TIME_BOUNDS[where]),
-        Figure.of(f"{where}_memory_above_idle_mb", [run["memory_mb"] for run in ours], "MB", MEMORY_BOUND_MB),
+        *(
+            Figure.of(f"{where}_{name}_mb_per_s", [size_bytes / 1e6 / took_s for took_s in runs[code]], "MB/s")
+            for name, code in (("ours", _OURS), ("hf_hub_download", _THEIRS), ("plain_write", _WRITE))
+        ),
+        Figure.of(f"{where}_time_ratio", [ours_s / theirs_s for ours_s, theirs_s in pairs], "x", TIME_BOUNDS[where]),
+        Figure.of(f"{where}_memory_above_idle_mb", memory_mb, "MB", MEMORY_BOUND_MB),
     ]
 
 
-def _run(code: str, target: Path, endpoint: str) -> dict[str, Any]:
+def _run(code: str, target: Path, endpoint: str, size_bytes: int) -> dict[str, Any]:
     target.mkdir()
     clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     environ = {**clean, "HF_HOME": str(target / "home"), "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", code, str(target), endpoint, REPO, FILE],
+        [sys.executable, "-c", code, str(target), endpoint, REPO, FILE, str(size_bytes)],
         cwd=PROJECT,
         env=environ,
         capture_output=True,

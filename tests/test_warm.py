@@ -199,7 +199,8 @@ def test_what_was_read_from_a_network_volume_stays_in_memory(moosefs: MooseFS, t
     reader = warmer()
     reader.warm([path])
     assert reader.wait(60).read_bytes == 2 * PIECE
-    assert resident(path) == 2 * PIECE
+    # Not to the byte: a machine with other work takes single pages back at any moment (64 KiB of 16 MiB were seen to go).
+    assert resident(path) >= 2 * PIECE * 9 // 10
 
 
 # --- how much memory there is
