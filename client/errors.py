@@ -3,7 +3,8 @@
 
 ClientError
 ├── UsageError           status 2: the command line, or a file that it names
-│   └── FileUnreadable, SetInvalid, KeyMissing
+│   └── FileUnreadable, SetInvalid
+├── KeyMissing           status 2
 ├── JobError             status 1: the job has no result, or its result is not on this disk
 │   └── JobFailed, JobCancelled, JobOverdue, JobTimedOut, JobUnknown, ResultLost, OutputNotSaved
 └── ServiceError         status 3: the endpoint or the worker cannot be reached, or refuses
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 
 DONE, FAILED, USAGE, UNREACHABLE, INTERRUPTED = 0, 1, 2, 3, 130
 """The command's exit statuses; 130 is what shells expect of a command that Ctrl-C ended."""
+
+# RunPod says 400 to a request above 10 MB as to any other that it does not like.
+_NEARLY_TOO_LARGE_BYTES = 9_000_000
+_TOO_LARGE = 413
 
 
 class ClientError(Exception):
@@ -92,7 +97,7 @@ class JobError(ClientError):
 
 @dataclass(eq=False)
 class JobFailed(JobError):
-    """The worker says that the job failed; `code` and `details` are the worker's own, where it gave any."""
+    """The worker says that the job failed. `code` and `details` are the worker's own, where it gave any."""
 
     sentence: str
     worker_code: str | None = None
@@ -112,12 +117,12 @@ class JobCancelled(JobError):
     code = "job_cancelled"
 
     def __str__(self) -> str:
-        return f"The job {self.job_id} was cancelled."
+        return f"The job {self.job_id} was cancelled; send the workflow again if it is still wanted."
 
 
 @dataclass(eq=False)
 class JobOverdue(JobError):
-    """The job took longer than --timeout; `stopped` says whether it could be cancelled."""
+    """The job took longer than --timeout. `stopped` says whether it could be cancelled."""
 
     timeout_s: float
     job_id: str | None
@@ -232,9 +237,11 @@ class RequestRefused(ServiceError):
     code = "request_refused"
 
     def __str__(self) -> str:
+        too_large = self.size_bytes > _NEARLY_TOO_LARGE_BYTES or self.status == _TOO_LARGE
+        advice = "RunPod takes up to 10 MB; give large files by their address, --image NAME=https://..."
         return (
-            f"{self.where} refused the request of {self.size_bytes / 1e6:.1f} MB (status {self.status}: {self.reason}): RunPod "
-            "takes up to 10 MB; give large files by their address, --image NAME=https://..."
+            f"{self.where} refused the request of {self.size_bytes / 1e6:.1f} MB (status {self.status}: {self.reason}): "
+            f"{advice if too_large else 'correct what it names, and check the endpoint and its settings.'}"
         )
 
 

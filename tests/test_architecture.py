@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from devkit.local_worker import PROJECT
+from worker.comfy import workflow
+from worker.models import links, spec
 
 WORKER = PROJECT / "worker"
 # From the top down; a module imports only from levels below its own. Modules of one level do not know each other.
@@ -39,6 +41,9 @@ PURE = [
     "comfy/rejection",
     "models/spec",
     "models/layout",
+    "doctor/findings",
+    "doctor/screen",
+    *EDITOR,
 ]
 IMPURE_IMPORTS = {
     "os",
@@ -118,6 +123,12 @@ def test_the_environment_is_read_in_one_place(module: str) -> None:
 @pytest.mark.parametrize("module", modules())
 def test_a_module_says_what_it_is_for(module: str) -> None:
     assert ast.get_docstring(ast.parse((WORKER / f"{module}.py").read_text("utf-8")))
+
+
+def test_what_two_wings_say_each_for_itself_is_the_same() -> None:
+    """A wing cannot import another, so each has these tables."""
+    assert set(workflow.WEIGHT_SUFFIXES) == set(spec.WEIGHT_SUFFIXES)
+    assert set(map(frozenset, workflow._SAME_FOLDER.values())) == set(map(frozenset, links.ALIASES))
 
 
 def test_the_architecture_document_names_every_module() -> None:

@@ -18,7 +18,9 @@ import pytest
 from devkit.hub import Hub as StandIn
 from devkit.moosefs import MooseFS
 from worker import doctor
-from worker.doctor import Deadlines, Finding, Probe, Severity, Subject, find_mount
+from worker.doctor import Deadlines, Finding, Probe, Severity, Subject, exclusion, misplaced
+from worker.doctor.screen import report_lines
+from worker.doctor.volume import find_mount
 from worker.errors import EnsureCancelled
 from worker.models.hub import Hub, credentials
 from worker.models.layout import Layout
@@ -148,7 +150,7 @@ def test_wrong_arguments_give_2(patient: Patient, capsys: pytest.CaptureFixture[
 
 def test_colours_are_for_terminals() -> None:
     found = [Finding(Severity.PROBLEM, "It is broken.", check="space")]
-    plain, coloured = ("\n".join(doctor._lines(found, [], 80, colour=colour)) for colour in (False, True))
+    plain, coloured = ("\n".join(report_lines(found, [], 80, colour=colour)) for colour in (False, True))
     assert "\x1b[1;31mPROBLEM\x1b[0m" in coloured
     assert "\x1b" not in plain
 
@@ -157,7 +159,7 @@ def test_a_name_that_is_no_text_does_not_break_the_terminal(patient: Patient) ->
     os.link(
         patient.put("models/loras/a.safetensors"), os.fsencode(patient.volume) + b"/models/loras/b\xff\n\x1b[2J.safetensors"
     )
-    out = "\n".join(doctor._lines(patient.look("models"), [], 80, colour=False))
+    out = "\n".join(report_lines(patient.look("models"), [], 80, colour=False))
     assert all(line.isprintable() for line in out.split("\n"))
     assert "b\\udcff\\n\\x1b[2J.safetensors" in out
 
@@ -341,7 +343,7 @@ def test_locks_that_do_not_exclude_or_do_not_hand_over_are_told(
     patient: Patient, monkeypatch: pytest.MonkeyPatch, first: list[str], second: list[str], said: str
 ) -> None:
     monkeypatch.setattr(Scripted, "scripts", [list(first), list(second)])
-    monkeypatch.setattr(doctor, "_Contender", Scripted)
+    monkeypatch.setattr(exclusion, "_Contender", Scripted)
     found = patient.only("locks")
     assert found.severity is Severity.PROBLEM
     assert said in found.message
@@ -508,7 +510,7 @@ def test_weights_elsewhere_are_only_noted(patient: Patient) -> None:
 
 
 def test_a_volume_with_no_end_of_folders_is_not_walked_to_the_end(patient: Patient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_WALKED_FOLDERS", 20)
+    monkeypatch.setattr(misplaced, "_WALKED_FOLDERS", 20)
     for number in range(30):
         (patient.volume / f"data/{number}").mkdir(parents=True)
     assert "first 20 folders" in patient.only("misplaced").message
@@ -613,5 +615,5 @@ def no_child_is_left() -> Iterator[None]:
     yield
     mine = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children")
     children = mine.read_text().split() if mine.exists() else []  # a kernel can be built without
-    left = [pid for pid in children if b"worker import doctor" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    left = [pid for pid in children if b"worker.doctor." in Path(f"/proc/{pid}/cmdline").read_bytes()]
     assert left == []

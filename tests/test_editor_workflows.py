@@ -5,19 +5,23 @@ from __future__ import annotations
 import base64
 import json
 import os
+import struct
 import subprocess
 import sys
-from typing import TYPE_CHECKING, Any
+import threading
+import zlib
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import TYPE_CHECKING, Any, Self
 
 import pytest
 
-from devkit.local_worker import PROJECT
+from devkit.local_worker import PROJECT, LocalWorker
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from devkit.local_worker import LocalWorker
+    from devkit.engine.build import Engine
 
     Load = Callable[[str], dict[str, Any]]
 
@@ -75,6 +79,69 @@ def test_a_picture_can_be_sent_as_the_workflow_that_made_it(worker: LocalWorker)
     answer = worker.runsync({"workflow_from": "made.png", "images": [carrier], "set": {"SaveImage.filename_prefix": "again"}})
     assert answer["output"]["images"][0]["filename"].startswith("again")
     assert pixels(picture(answer)) == pixels(first)
+
+
+class Site:
+    """Serves one picture, and says how often it was asked for."""
+
+    def __init__(self, body: bytes) -> None:
+        self.asked: list[str] = []
+        site = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                site.asked.append(self.path)
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_: object) -> None:
+                """Say nothing."""
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/made.png"
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def carrying(prompt: dict[str, Any]) -> bytes:
+    """A white picture whose text comes behind its pixels."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 8, 2, 0, 0, 0))
+    data = chunk(b"IDAT", zlib.compress((b"\0" + b"\xff" * 24) * 8))
+    return (
+        b"\x89PNG\r\n\x1a\n" + header + data + chunk(b"tEXt", b"prompt\0" + json.dumps(prompt).encode()) + chunk(b"IEND", b"")
+    )
+
+
+def test_a_picture_at_an_address_is_fetched_once_though_it_is_the_workflow_and_its_input(
+    engine: Engine, tmp_path: Path
+) -> None:
+    graph = {
+        "1": {"class_type": "LoadImage", "inputs": {"image": "made.png"}},
+        "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "again"}},
+    }
+    (tmp_path / "volume").mkdir()
+    with (
+        Site(carrying(graph)) as site,
+        LocalWorker(engine, tmp_path, tmp_path / "volume", {"INPUT_URL_ALLOW_PRIVATE": "127.0.0.1"}) as own,
+    ):
+        own.wait_ready()
+        answer = own.runsync({"workflow_from": "made.png", "images": [{"name": "made.png", "url": site.url}]})
+        assert answer["output"]["images"][0]["filename"].startswith("again")
+        assert zlib.decompressobj().decompress(pixels(picture(answer))[4:])[1:4] == b"\xff\xff\xff"
+        assert site.asked == ["/made.png"]
+        assert list((own.base_dir / "input").iterdir()) == []
 
 
 def pixels(png: bytes) -> bytes:

@@ -141,7 +141,7 @@ def test_a_small_file_has_no_sha256_and_is_keyed_by_address_etag_and_size(stand_
         (HubFile("org/gated", "sub/model.safetensors"), "hf_weak", RepoGated, "HF_TOKEN"),
         (HubFile("org/repo", "sub/model.safetensors", "v9"), None, RevisionNotFound, "'v9'"),
         (HubFile("org/repo", "sub/other.safetensors"), None, FileNotInRepo, "'sub/other.safetensors'"),
-        (HubFile("org/repo", "sub/model.safetensors"), "hf_wrong", TokenRefused, "renew HF_TOKEN"),
+        (HubFile("org/repo", "sub/model.safetensors"), "hf_wrong", TokenRefused, "the token in HF_TOKEN"),
         (HubFile("a--b/..", "x"), None, RepoNotFound, "a--b/.."),
     ],
 )
@@ -228,7 +228,7 @@ def test_without_its_token_civitai_is_named(stand_in: StandIn) -> None:
 
 @pytest.mark.parametrize(("path", "expected"), [("files/nothing", SourceRefused), ("api/download/models/1", SourceRefused)])
 def test_an_address_that_leads_nowhere_is_said_at_once(stand_in: StandIn, path: str, expected: type[Exception]) -> None:
-    with pytest.raises(expected, match=r"status 404.*correct the address"):
+    with pytest.raises(expected, match=r"status 404.*correct the model's address"):
         hub_of(stand_in, patience_s=0).look_up(Url(f"{stand_in.endpoint}/{path}?token=secret"), NEVER)
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import os
 import resource
 import signal
+import tracemalloc
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,7 @@ from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
 
+from worker.comfy.embedded import embedded_workflow
 from worker.errors import (
     ImageNotBase64,
     InputNameInvalid,
@@ -32,7 +35,7 @@ from worker.media.guard import UrlRules
 from worker.media.inputs import InputFiles, base64_pieces, clear_leftovers
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import AsyncIterator, Sequence
     from pathlib import Path
 
 RunAsync = Callable[[Coroutine[Any, Any, Any]], Any]
@@ -49,6 +52,13 @@ def entries(folder: Path) -> list[str]:
     return [path.name for path in folder.iterdir()]
 
 
+@contextlib.asynccontextmanager
+async def placed(folder: InputFiles, files: Sequence[InputFile]) -> AsyncIterator[None]:
+    with folder.of_job(files) as job:
+        async with job.placed():
+            yield
+
+
 class Placing:
     """Places files for as long as one body runs, and gives the body's result."""
 
@@ -63,7 +73,7 @@ class Placing:
         fetcher: Fetcher | None = None,
     ) -> Any:
         async def scenario() -> object:
-            async with InputFiles(folder, fetcher).placed(files):
+            async with placed(InputFiles(folder, fetcher), files):
                 return body()
 
         return self._run_async(scenario())
@@ -249,19 +259,93 @@ def test_files_from_addresses_beside_files_in_the_request(run_async: RunAsync, t
         runner, at = await _serve(answer)
         folder = InputFiles(tmp_path, Fetcher(LOOPBACK))
         files = [InputFile("a.png", A), InputFile("b.mp4", url=f"{at}/b?c", subfolder="x"), InputFile("c", url=f"{at}/c")]
-        async with folder.placed(files):
+        async with placed(folder, files):
             assert listing(tmp_path) == {"a.png": b"first", "x/b.mp4": b"/b", "c": b"/c"}
         assert entries(tmp_path) == []
         with pytest.raises(InputNotServed, match="'d'"):
-            async with folder.placed([*files, InputFile("d", url=f"{at}/gone")]):
+            async with placed(folder, [*files, InputFile("d", url=f"{at}/gone")]):
                 pytest.fail("the job must not run")
         assert entries(tmp_path) == []
         with pytest.raises(InputUrlRefused, match="private"):
-            async with InputFiles(tmp_path).placed(files):
+            async with placed(InputFiles(tmp_path), files):
                 pytest.fail("the job must not run")
         await runner.cleanup()
 
     run_async(scenario())
+
+
+# --- files that are looked into first -----------------------------------------------------------
+
+
+def test_a_file_that_was_looked_into_is_fetched_once_and_is_in_place_later(run_async: RunAsync, tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    async def answer(request: web.BaseRequest) -> web.Response:
+        asked.append(request.path)
+        return web.Response(body=request.path.encode())
+
+    async def scenario() -> None:
+        runner, at = await _serve(answer)
+        files = [InputFile("a", url=f"{at}/a"), InputFile("b", url=f"{at}/b"), InputFile("b", url=f"{at}/later")]
+        with InputFiles(tmp_path, Fetcher(LOOPBACK)).of_job(files) as job:
+            assert await job.look_into("b", lambda data: (len(data), data[:3], data[3:100])) == (6, b"/la", b"ter")
+            assert asked == ["/later"]
+            assert list(listing(tmp_path).values()) == [b"/later"], "staged, not placed"
+            async with job.placed():
+                assert listing(tmp_path) == {"a": b"/a", "b": b"/later"}
+            assert sorted(asked) == ["/a", "/later"]
+            async with job.placed():
+                assert listing(tmp_path) == {"a": b"/a", "b": b"/later"}, "a second run has them as well"
+        assert entries(tmp_path) == []
+        await runner.cleanup()
+
+    run_async(scenario())
+
+
+def test_a_file_that_was_looked_into_is_gone_when_the_job_fails_before_its_turn(run_async: RunAsync, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        with InputFiles(tmp_path).of_job([InputFile("a", A)]) as job:
+            await job.look_into("a", len)
+            assert entries(tmp_path) != []
+        assert entries(tmp_path) == []
+
+    run_async(scenario())
+
+
+VIDEO_BYTES = 64_000_000
+
+
+def test_of_a_large_video_only_the_metadata_is_in_memory(run_async: RunAsync, tmp_path: Path) -> None:
+    video = tmp_path / "video.mp4"
+    with video.open("wb") as stream:
+        stream.write(box(b"ftyp", b"isom") + (VIDEO_BYTES + 8).to_bytes(4, "big") + b"mdat")
+        stream.seek(VIDEO_BYTES, os.SEEK_CUR)
+        keys = box(b"keys", bytes(4) + (1).to_bytes(4, "big") + box(b"mdta", b"prompt"))
+        items = box(b"ilst", box((1).to_bytes(4, "big"), box(b"data", bytes(8) + b'{"1": {"class_type": "A"}}')))
+        stream.write(box(b"moov", box(b"udta", box(b"meta", bytes(4) + keys + items))))
+
+    async def answer(_: web.BaseRequest) -> web.StreamResponse:
+        return web.FileResponse(video)
+
+    async def scenario() -> None:
+        runner, at = await _serve(answer)
+        with InputFiles(tmp_path / "input", Fetcher(LOOPBACK)).of_job([InputFile("v.mp4", url=at)]) as job:
+            tracemalloc.start()
+            try:
+                found = await job.look_into("v.mp4", embedded_workflow)
+                peak_bytes = tracemalloc.get_traced_memory()[1]
+            finally:
+                tracemalloc.stop()
+        await runner.cleanup()
+        assert found is not None
+        assert found.prompt == {"1": {"class_type": "A"}}
+        assert peak_bytes < VIDEO_BYTES / 4, "some pieces on their way to the disk"
+
+    run_async(scenario())
+
+
+def box(kind: bytes, content: bytes) -> bytes:
+    return (len(content) + 8).to_bytes(4, "big") + kind + content
 
 
 def test_a_cancelled_job_ends_its_fetch_and_leaves_nothing(run_async: RunAsync, tmp_path: Path) -> None:
@@ -280,9 +364,8 @@ def test_a_cancelled_job_ends_its_fetch_and_leaves_nothing(run_async: RunAsync, 
                 let_go.set()
 
         async def job() -> None:
-            async with InputFiles(tmp_path, Fetcher(LOOPBACK, FetchLimits(max_bytes=1 << 40))).placed(
-                [InputFile("a.png", A), InputFile("b", url=at)]
-            ):
+            folder = InputFiles(tmp_path, Fetcher(LOOPBACK, FetchLimits(max_bytes=1 << 40)))
+            async with placed(folder, [InputFile("a.png", A), InputFile("b", url=at)]):
                 pytest.fail("the job must not run")
 
         runner, at = await _serve(answer)

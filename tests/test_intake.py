@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
+from worker import intake as intake_module
 from worker.intake import Intake
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
+
+    import pytest
 
     Run = Callable[[Coroutine[Any, Any, Any]], Any]
 
@@ -89,6 +92,92 @@ def test_leaving_waits_for_the_job_that_was_taken(run_async: Run) -> None:
         scaler.jobs_tasks["a"].cancel()
         await asyncio.sleep(0.01)
         assert scaler.killed
+
+    run_async(scenario())
+
+
+# --- the result that has the worker replaced ----------------------------------------------------
+
+
+async def taken(*names: str) -> Intake:
+    """An intake with these jobs under way."""
+    intake, _ = attached()
+    for name in names:
+        await intake._begin(None, {"id": name, "input": {}})  # type: ignore[arg-type]  # the scaler's own session
+    return intake
+
+
+async def settled(*tasks: asyncio.Task[bool]) -> list[bool | None]:
+    """What they say once nothing moves any more; None for one that waits."""
+    for _ in range(10):
+        await asyncio.sleep(0)
+    return [task.result() if task.done() else None for task in tasks]
+
+
+def asking(intake: Intake, name: str, *, asks: bool = True) -> asyncio.Task[bool]:
+    return asyncio.create_task(intake.is_last(name, asks=asks))
+
+
+def test_a_result_that_asks_for_a_new_worker_waits_for_those_on_their_way(run_async: Run) -> None:
+    async def scenario() -> None:
+        intake = await taken("a", "b", "c")
+        assert await settled(asking(intake, "a", asks=False), asking(intake, "b", asks=False)) == [False, False]
+        last = asking(intake, "c")
+        assert await settled(last) == [None]
+        intake._taken["a"].cancel()
+        assert await settled(last) == [None]
+        intake._taken["b"].cancel()
+        assert await settled(last) == [True]
+        assert intake._leaving.is_set()
+
+    run_async(scenario())
+
+
+def test_a_job_that_still_works_asks_in_place_of_the_one_before(run_async: Run) -> None:
+    async def scenario() -> None:
+        intake = await taken("a", "b")
+        assert await settled(asking(intake, "a")) == [False], "it is sent at once"
+        later = asking(intake, "b", asks=False)
+        assert await settled(later) == [None], "the first result is on its way"
+        intake._taken["a"].cancel()
+        assert await settled(later) == [True]
+
+    run_async(scenario())
+
+
+def test_a_job_that_comes_on_the_last_poll_asks_in_place_of_the_one_that_waits(run_async: Run) -> None:
+    async def scenario() -> None:
+        intake = await taken("a")
+        intake._asking = True
+        first = asking(intake, "a")
+        assert await settled(first) == [None], "the poll may bring a job"
+        await intake._begin(None, {"id": "b", "input": {}})  # type: ignore[arg-type]  # as above
+        second = asking(intake, "b")
+        intake._asking = False
+        intake._moved.set()
+        assert await settled(first, second) == [False, None]
+        intake._taken["a"].cancel()
+        assert await settled(second) == [True]
+
+    run_async(scenario())
+
+
+def test_the_wait_for_another_result_ends(run_async: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(intake_module, "_SETTLE_S", 0.05)
+
+    async def scenario() -> None:
+        intake = await taken("a", "b")
+        assert not await intake.is_last("a", asks=False)
+        assert not await intake.is_last("b", asks=True), "the pod is never stopped while a result is on its way"
+
+    run_async(scenario())
+
+
+def test_a_worker_that_nobody_wants_replaced_is_not(run_async: Run) -> None:
+    async def scenario() -> None:
+        intake = await taken("a")
+        assert not await intake.is_last("a", asks=False)
+        assert not intake._leaving.is_set()
 
     run_async(scenario())
 

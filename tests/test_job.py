@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from worker.errors import ImagesInvalid, InputMissing, InputNotJson, RequestError, WorkflowMissing
+from worker.errors import FieldInvalid, ImagesInvalid, InputMissing, InputNotJson, RequestError, WorkflowMissing
 from worker.job import InputFile, OutputItem, Request, Result
 
 GRAPH = {"1": {"class_type": "X", "inputs": {}}}
@@ -83,3 +83,26 @@ def test_a_result_with_nothing_in_it_says_so() -> None:
 
 def test_what_is_missing_is_named_beside_what_is_there() -> None:
     assert Result((), ("node 6 was dropped",)).to_dict()["errors"] == ["node 6 was dropped"]
+
+
+def test_whole_numbers_may_come_as_json_writes_them_elsewhere() -> None:
+    request = Request.parse({"workflow": GRAPH, "seed": 42.0, "outputs": [2, 9.0, "57:3"]})
+    assert (request.seed, type(request.seed)) == (42, int)
+    assert request.outputs == frozenset({"2", "9", "57:3"})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "text"),
+    [
+        ("timeout_s", 10**400, "'timeout_s' must be a number of seconds"),  # longer than any float
+        ("seed", 2**64, "'seed' must be 'random', 'next' or a whole number"),
+        ("outputs", [], "'outputs' must be a list of node ids"),  # the GPU would work for nothing
+        ("comfy_org_api_key", 7, "'comfy_org_api_key' must be a string"),  # not the worker's own key in its place
+        ("extra_pnginfo", "{}", "'extra_pnginfo' must be an object"),
+        ("files", [{"name": "a", "data": "QQ==", "subfolder": 0}], "'files' must be a list of objects"),
+    ],
+)
+def test_what_was_meant_otherwise_is_not_passed_over(field: str, value: Any, text: str) -> None:
+    with pytest.raises(FieldInvalid) as caught:
+        Request.parse({"workflow": GRAPH, field: value})
+    assert str(caught.value).startswith(text)

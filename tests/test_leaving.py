@@ -124,6 +124,24 @@ def test_a_worker_whose_engine_dies_three_times_in_a_row_leaves_its_queue_to_oth
     assert waiting.takes == []
 
 
+def test_the_pod_is_not_stopped_while_another_jobs_result_is_on_its_way(start: Start) -> None:
+    plane, worker = start()
+    upload = plane.submit(tiny(1))
+    plane.fault("status", "result", job=upload.id, status=503, count=None)
+    plane.wait_until(lambda: "sending it again" in worker.log(), 60)
+    dying = [plane.submit(tiny(number, "FaultDie", signal=9)) for number in range(3)]
+    plane.wait_until(lambda: "engine_gave_up" in worker.log(), 90)
+    tried = len(upload.posts)
+    plane.wait_until(lambda: len(upload.posts) > tried, 60)
+    assert (dying[2].answers, plane.pods_to_stop) == (0, set())
+    plane.clear_faults()
+    assert upload.result(30)["status"] == "COMPLETED"
+    assert dying[2].result(30)["output"]["code"] == "engine_gave_up"
+    assert [job.stop_pod for job in (upload, *dying)] == [False, False, False, True]
+    assert upload.posts[-1].at_s < dying[2].posts[0].at_s
+    assert worker.wait_exit(30) == 1
+
+
 def test_a_job_that_succeeds_between_deaths_keeps_the_worker(start: Start) -> None:
     plane, worker = start()
     for number in range(4):

@@ -764,39 +764,6 @@ def test_has_looks_through_links_that_the_image_brings(rig: Rig) -> None:
     assert rig.links.has([], "x.safetensors")
 
 
-def test_similar_names(rig: Rig) -> None:
-    rig.put(
-        "loras/Flux-Realism_v2.safetensors",
-        "loras/flux/detail.safetensors",
-        "loras/unrelated.pt",
-        "clip/t5xxl_fp16.safetensors",
-    )
-    rig.bake("loras/put_loras_here", "loras/.gitignore")
-    rig.many("large", 300)
-    rig.links.refresh()
-    similar = rig.links.similar
-    assert similar(["loras"], "flux_realism_v1.safetensors") == ("Flux-Realism_v2.safetensors",)
-    assert similar(["loras"], "detail.safetensors") == ("flux/detail.safetensors",)
-    assert similar(["text_encoders"], "t5xxl_fp8.safetensors") == ("t5xxl_fp16.safetensors",)
-    assert similar([], "t5xxl-fp16.ckpt") == ("t5xxl_fp16.safetensors",)
-    assert similar(["loras"], "qwertz.safetensors") == ()
-    assert len(similar(["large"], "m1x.safetensors", limit=2)) == 2
-    assert similar(["nowhere"], "detail.safetensors") == ()
-    rig.put("loras/flux_realism_v1.pt")
-    rig.links.refresh()
-    assert similar(["loras"], "flux_realism_v1.safetensors")[0] == "flux_realism_v1.pt"
-
-
-def test_the_folders_that_have_a_name(rig: Rig) -> None:
-    rig.put("loras/a.safetensors", "vae/a.safetensors", "loras/sub/b.safetensors")
-    rig.many("large")
-    rig.links.refresh()
-    assert rig.links.folders_with("a.safetensors") == ("loras", "vae")
-    assert rig.links.folders_with("sub/b.safetensors") == ("loras",)
-    assert rig.links.folders_with("m0.safetensors") == ("large",)
-    assert rig.links.folders_with("b.safetensors") == ()
-
-
 # --- what people read -----------------------------------------------------------------------------
 
 

@@ -153,6 +153,21 @@ def test_a_job_with_an_unknown_model_fetches_nothing_for_it(empty_worker: LocalW
     assert hub.bytes_sent("*") == 0
 
 
+def test_a_copy_that_was_cut_off_is_named_and_runs_when_it_is_whole(
+    engine: Engine, empty_worker: LocalWorker, workflow: Load, tmp_path: Path
+) -> None:
+    whole = (make_volume(engine, tmp_path / "weights") / "models/vae/tiny_taesd3_vae.safetensors").read_bytes()
+    copy = empty_worker.folder / "volume/models/vae/copied.safetensors"
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    graph = changed(workflow("text_to_image"), "VAELoader", vae_name="copied.safetensors")
+    copy.write_bytes(whole[:-1])
+    answer = empty_worker.runsync({"workflow": graph})
+    assert answer["status"] == "FAILED"
+    assert f"{copy} has {len(whole) - 1} bytes, but its header says {len(whole)}" in answer["error"]
+    copy.write_bytes(whole)
+    assert picture(empty_worker.runsync({"workflow": graph}))
+
+
 def test_an_embedding_that_nobody_knows_is_left_to_comfyui_which_runs_without_it(
     empty_worker: LocalWorker, workflow: Load
 ) -> None:

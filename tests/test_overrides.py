@@ -52,8 +52,8 @@ def test_several_overrides_of_one_node_and_lists() -> None:
 @pytest.mark.parametrize(
     ("key", "says"),
     [
-        ("Text.text", "The override 'Text.text' matches the nodes 6, 7; use one of these ids instead of 'Text'."),
-        ("6.nothing", "The override '6.nothing' finds no input 'nothing' at node 6 (Text), which has text, clip."),
+        ("Text.text", "In 'set', 'Text.text' matches the nodes 6, 7; use one of these ids instead of 'Text'."),
+        ("6.nothing", "In 'set', '6.nothing' finds no input 'nothing' at node 6 (Text), which has text, clip."),
         ("1.x", "finds no input 'x' at node 1 (Loader), which has none"),
         ("99.text", "finds no node by that id, title or class; there are 6 (Text), 7 (Text), 12:5 (KSampler), 1 (Loader)"),
         ("text", "is not NODE.INPUT"),

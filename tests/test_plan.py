@@ -388,11 +388,12 @@ def png(**texts: str) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", bytes(13)) + b"".join(made) + chunk(b"IEND", b"")
 
 
-def test_the_editors_format_cannot_run_but_its_metadata_is_read(desk: Desk) -> None:
+def test_the_editors_format_can_run_and_its_metadata_is_read(desk: Desk) -> None:
     report = desk.report(EDITOR)
-    assert [problem["code"] for problem in report["problems"]] == ["workflow_ui_format"]
+    assert report["can_run"], "the worker converts it"
     (item,) = report["models"]
     assert (item["state"], item["known_by"], item["size_bytes"]) == ("fetch", "the workflow's metadata", 3_000_000)
+    assert item["nodes"] == [{"id": "1", "class_type": "LoraLoader", "input": "lora_name"}]
 
 
 def test_metadata_that_a_request_may_not_fetch_is_told(desk: Desk) -> None:

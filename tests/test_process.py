@@ -153,3 +153,12 @@ def test_the_command_carries_the_settings_and_the_operators_flags_last(tmp_path:
     assert line.endswith("--cpu --lowvram")
     assert command.environ["A"] == "b"
     assert "0.0.0.0" in EngineCommand.of(comfyui(tmp_path, COMFY_ARGS="--cpu", SERVE_API_LOCALLY="true"), {}).argv
+
+
+def test_comfyui_is_not_told_the_secrets_that_no_node_needs(tmp_path: Path) -> None:
+    (tmp_path / "main.py").touch()
+    environ = {"COMFYUI_DIR": str(tmp_path), "COMFYUI_PYTHON": sys.executable, "COMFY_ARGS": "--cpu"}
+    secret = {"BUCKET_SECRET_ACCESS_KEY": "secret", "RUNPOD_AI_API_KEY": "secret", "COMFY_ORG_API_KEY": "secret"}
+    command = EngineCommand.of(Settings.from_env(environ), {**environ, **secret, "HF_TOKEN": "hf_for_nodes"})
+    assert "secret" not in command.environ.values()
+    assert command.environ["HF_TOKEN"] == "hf_for_nodes"

@@ -274,6 +274,13 @@ def test_with_nothing_to_serve_it_says_how_to_serve(engine: Engine, tmp_path: Pa
     assert "--rp_serve_api" in done.stderr
 
 
+def test_a_mistyped_command_is_named_with_those_there_are() -> None:
+    done = worker_command({}, "docter")
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+    assert "'docter'" in done.stderr
+    assert "convert, doctor, plan, seed, settings" in done.stderr
+
+
 def test_a_test_input_is_run_once(engine: Engine, tmp_path: Path) -> None:
     (tmp_path / "test_input.json").write_text(json.dumps({"input": {"workflow": TINY}}))
     environ = {

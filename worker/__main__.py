@@ -4,6 +4,7 @@
     python -m worker plan WORKFLOW.json     what a workflow needs and where it comes from
     python -m worker doctor                 the volume as it is
     python -m worker convert WORKFLOW.json  a workflow as the editor saves it, as the graph that runs
+    python -m worker seed WHAT ...          models onto a volume before the first job
     python -m worker settings               the table of settings
 
 Only what spawning ComfyUI needs is imported at the top: each import before the spawn is added to every cold start.
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from worker import logs
 from worker.comfy.process import EngineCommand, EngineProcess, prepare_base_dir
-from worker.errors import WorkerError
+from worker.errors import CommandUnknown, WorkerError
 from worker.serve import import_sdk, prepare_environ, sdk_arguments, serve
 from worker.settings import Settings, markdown_table
 
@@ -34,6 +35,8 @@ def main(argv: Sequence[str], environ: MutableMapping[str, str]) -> int:
     try:
         if command in _COMMANDS:
             return _COMMANDS[command](rest, environ)
+        if command and not command.startswith("-"):
+            raise CommandUnknown(command, sorted(_COMMANDS))
         return run_worker(argv, environ)
     except WorkerError as exc:
         print(f"error: {exc} [{exc.code}]", file=sys.stderr)  # noqa: T201 - logging may not be set up yet
@@ -115,7 +118,13 @@ def _convert(argv: Sequence[str], environ: MutableMapping[str, str]) -> int:
     return convert.run(argv, Settings.from_env(environ))
 
 
-_COMMANDS = {"settings": _settings_table, "plan": _plan, "doctor": _doctor, "convert": _convert}
+def _seed(argv: Sequence[str], environ: MutableMapping[str, str]) -> int:
+    from worker.seed import cli  # noqa: PLC0415 - only for this command
+
+    return cli.run(argv, environ)
+
+
+_COMMANDS = {"settings": _settings_table, "plan": _plan, "doctor": _doctor, "convert": _convert, "seed": _seed}
 
 
 def _leave(number: int, _: object) -> None:

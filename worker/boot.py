@@ -202,8 +202,10 @@ def _nearer(settings: Settings) -> Path:
 
 def _log_volume(settings: Settings) -> None:
     root = settings.volume_path / "models"
-    if not root.is_dir():
-        log.warning("there is no %s: only models inside the image are there; attach a network volume", root)
+    if not settings.volume_path.is_dir():
+        log.warning("there is no %s: models are kept on the container's disk; attach a network volume", settings.volume_path)
+    elif not root.is_dir():
+        log.info("there is no %s yet: it is made with the first model that is fetched", root)
     elif settings.network_volume_debug:
         for folder in sorted(path for path in root.iterdir() if path.is_dir()):
             names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())

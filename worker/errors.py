@@ -53,6 +53,12 @@ if TYPE_CHECKING:
 
 # Clients of worker-comfyui know a job whose files were the trouble by this beginning.
 _INPUTS_FAILED = "Failed to upload one or more input images"
+_GB = 1_000_000_000
+
+
+def _size(size_bytes: int) -> str:
+    """For people. Two decimals, since what is compared is often nearly the same."""
+    return f"{size_bytes / 1e9:.2f} GB" if size_bytes >= _GB else f"{size_bytes / 1e6:.2f} MB"
 
 
 class WorkerError(Exception):
@@ -84,8 +90,20 @@ class SettingsError(WorkerError):
 
 
 @dataclass(eq=False)
+class CommandUnknown(WorkerError):
+    """`python -m worker` was given a word that is none of its commands."""
+
+    command: str
+    commands: Sequence[str]
+    code = "command_unknown"
+
+    def __str__(self) -> str:
+        return f"There is no command {self.command!r}: write one of {', '.join(self.commands)}, or none to start the worker."
+
+
+@dataclass(eq=False)
 class ConvertUsage(WorkerError):
-    """`python -m worker convert` was given what it cannot read, or nobody to ask; `reason` says which and what to do."""
+    """The command was given what it cannot read, or there is no ComfyUI to ask. `reason` says which and what to do."""
 
     reason: str
     code = "convert_usage"
@@ -131,8 +149,11 @@ class EngineStartFailed(StartError):
     code = "engine_start_failed"
 
     def __str__(self) -> str:
-        last = f", its last words: {self.last_lines[-1]}" if self.last_lines else ""
-        return f"ComfyUI did not start: {self.cause}{last}"
+        last = f" (its last line: {self.last_lines[-1]})" if self.last_lines else ""
+        return (
+            f"ComfyUI did not start: {self.cause}{last}; its output is in the worker's log: "
+            "look at COMFY_ARGS and at custom nodes first."
+        )
 
     def details(self) -> list[str]:
         return list(self.last_lines)
@@ -151,7 +172,7 @@ class EngineGaveUp(StartError):
     def __str__(self) -> str:
         return (
             f"ComfyUI ended {self.deaths} times in a row without finishing a job, the last time it {self.cause}; "
-            "this worker leaves, send the job again to another."
+            "this worker leaves: send the job again, and look into the log if the next worker ends the same way."
         )
 
     def details(self) -> list[str]:
@@ -197,7 +218,7 @@ class InputNotJson(RequestError):
     code = "input_not_json"
 
     def __str__(self) -> str:
-        return f"Invalid JSON format in input: {self.reason}."
+        return f"Invalid JSON format in input: {self.reason}; send an object, or a string that holds the JSON of one."
 
 
 class WorkflowMissing(RequestError):
@@ -206,7 +227,7 @@ class WorkflowMissing(RequestError):
     code = "workflow_missing"
 
     def __str__(self) -> str:
-        return "Missing 'workflow' parameter: send the workflow in ComfyUI's API format as input.workflow."
+        return "Missing 'workflow' parameter: send the workflow, as ComfyUI saves it or exports it, as input.workflow."
 
 
 @dataclass(eq=False)
@@ -252,8 +273,8 @@ class WorkflowUiFormat(RequestError):
 
     def __str__(self) -> str:
         return (
-            "Workflow validation failed: this is the editor's format, which takes ComfyUI's definitions to be read; "
-            "convert it first: python -m worker convert."
+            "Workflow validation failed: what ComfyUI's editor saves can be read only with a running ComfyUI; "
+            "use the editor's Export (API), or convert it first: python -m worker convert."
         )
 
 
@@ -283,12 +304,15 @@ class UiWorkflowInvalid(RequestError):
     code = "ui_workflow_invalid"
 
     def __str__(self) -> str:
-        return f"The workflow, as the editor saved it, cannot be converted: {self.reason}."
+        return (
+            f"The workflow, as the editor saved it, cannot be converted: {self.reason}; "
+            "if that cannot be changed, send what the editor's Export (API) writes."
+        )
 
 
 @dataclass(eq=False)
 class UnknownNodes(RequestError):
-    """The workflow needs node classes that the running ComfyUI does not have; `nodes` says all of them, each with its pack."""
+    """The workflow needs node classes that the running ComfyUI does not have. `nodes` says all of them, each with its pack."""
 
     nodes: Sequence[str]
     code = "unknown_nodes"
@@ -296,7 +320,7 @@ class UnknownNodes(RequestError):
     def __str__(self) -> str:
         return (
             f"The workflow needs node classes that this ComfyUI does not have: {'; '.join(self.nodes)}; "
-            "install their custom nodes in the image, or remove the nodes from the workflow."
+            "install their custom nodes in the image or on the volume, or remove the nodes from the workflow."
         )
 
     def details(self) -> list[str]:
@@ -305,18 +329,18 @@ class UnknownNodes(RequestError):
 
 @dataclass(eq=False)
 class OverrideInvalid(RequestError):
-    """An override names no input, or more than one; the sentence says which there are."""
+    """A key of `set` names no input, or more than one; the sentence says which there are."""
 
     key: str
     reason: str
     code = "override_invalid"
 
     def __str__(self) -> str:
-        return f"The override '{self.key}' {self.reason}."
+        return f"In 'set', '{self.key}' {self.reason}."
 
 
 class ImagesInvalid(RequestError):
-    """`images` does not have the shape that clients agreed on."""
+    """`images` is no list of files."""
 
     code = "images_invalid"
 
@@ -326,7 +350,7 @@ class ImagesInvalid(RequestError):
 
 @dataclass(eq=False)
 class FieldInvalid(RequestError):
-    """A field of the request has the wrong shape; `rule` says what it must be."""
+    """A field of the request has the wrong shape. `rule` says what it must be."""
 
     field: str
     rule: str
@@ -413,7 +437,7 @@ class InputError(WorkerError):
 
 @dataclass(eq=False)
 class InputNotServed(InputError):
-    """The address answers, and will answer the same again. `where` is safe to show."""
+    """An input file's address answers, but not with the file, and will not the next time. `where` is safe to show."""
 
     name: str
     where: str
@@ -426,7 +450,7 @@ class InputNotServed(InputError):
 
 @dataclass(eq=False)
 class InputUnreachable(InputError):
-    """The address failed at every attempt, in a way that may pass. `where` is safe to show."""
+    """An input file's address failed at every attempt, in a way that may pass. `where` is safe to show."""
 
     name: str
     where: str
@@ -476,7 +500,7 @@ class InputNotStored(InputError):
 
 @dataclass(eq=False)
 class WorkflowRejected(RequestError):
-    """ComfyUI refused the graph; `problems` holds one sentence for each finding."""
+    """ComfyUI refused the graph. `problems` holds one sentence for each finding."""
 
     problems: Sequence[str]
     code = "workflow_rejected"
@@ -504,12 +528,15 @@ class ModelsInvalid(RequestError):
     code = "models_invalid"
 
     def __str__(self) -> str:
-        return "'models' must be a list of objects with 'folder', 'name' and 'source' keys, such as hf://org/repo/path."
+        return (
+            "'models' must be a list of objects such as "
+            '{"folder": "loras", "name": "x.safetensors", "source": "hf://org/repo/x.safetensors"}.'
+        )
 
 
 @dataclass(eq=False)
 class SpecInvalid(RequestError):
-    """A model is described wrong; `model` is what it was called, as far as that is known."""
+    """A model is described wrong. `model` is what it was called, as far as that is known."""
 
     field: str
     reason: str
@@ -518,7 +545,7 @@ class SpecInvalid(RequestError):
 
     def __str__(self) -> str:
         of = f" of the model '{self.model}'" if self.model else " of a model"
-        return f"The {self.field}{of} {self.reason}."
+        return f"The {self.field}{of} {self.reason}{'' if self.reason.endswith('...') else '.'}"
 
 
 @dataclass(eq=False)
@@ -555,7 +582,7 @@ class SuffixNotAllowed(RequestError):
 
 @dataclass(eq=False)
 class AmbiguousModel(RequestError):
-    """One source has several different files for a name; `candidates` says each as folder/name and address."""
+    """One list has several different files for a name. `candidates` says each as folder/name and address."""
 
     name: str
     source: str
@@ -631,7 +658,7 @@ class GpuFault(EngineError):
     retryable = True
 
     def __str__(self) -> str:
-        return f"The GPU failed under ComfyUI ({self.message}); it is being restarted, send the job again."
+        return f"The GPU failed under ComfyUI ({self.message}); ComfyUI is being restarted, send the job again."
 
 
 @dataclass(eq=False)
@@ -683,7 +710,7 @@ class RunLost(EngineError):
     retryable = True
 
     def __str__(self) -> str:
-        return f"ComfyUI lost the prompt {self.prompt_id}: it is neither queued nor in the history; send the job again."
+        return f"ComfyUI lost the prompt {self.prompt_id}: it is neither in its queue nor in its history; send the job again."
 
 
 @dataclass(eq=False)
@@ -724,7 +751,10 @@ class EngineUnreachable(EngineError):
     retryable = True
 
     def __str__(self) -> str:
-        return f"ComfyUI server ({self.address}) not reachable after multiple retries: {self.reason}."
+        return (
+            f"ComfyUI server ({self.address}) not reachable after multiple retries: {self.reason}; "
+            "send the job again, and look into the worker's log if it stays so."
+        )
 
 
 # --- a model cannot be made ready ----------------------------------------------------------------
@@ -798,12 +828,12 @@ class FileNotInRepo(ModelError):
     code = "file_not_in_repo"
 
     def __str__(self) -> str:
-        return f"The repository '{self.repo}' has no file '{self.file}' at '{self.revision}': correct its path."
+        return f"The repository '{self.repo}' has no file '{self.file}' at '{self.revision}': correct the path or the revision."
 
 
 @dataclass(eq=False)
 class TokenRefused(ModelError):
-    """The source wants a token, or refuses the one it got; `variable` is where it would come from."""
+    """A model's source wants a token, or refuses the one it got. `variable` is where it would come from."""
 
     where: str
     status: int
@@ -813,26 +843,29 @@ class TokenRefused(ModelError):
 
     def __str__(self) -> str:
         if self.variable is None:
-            return f"{self.where} asks for a login (status {self.status}), which only huggingface.co and civitai.com are given."
-        advice = f"renew {self.variable}" if self.has_token else f"set {self.variable}"
-        return f"{self.where} refused access (status {self.status}): {advice}, to a token that may read it."
+            return (
+                f"{self.where} asks for a login (status {self.status}), and the worker has tokens for huggingface.co and "
+                "civitai.com only: use an address without one, or put the file on the volume by hand."
+            )
+        refused = f"the token in {self.variable}" if self.has_token else "a request without a token"
+        return f"{self.where} refused {refused} (status {self.status}): set {self.variable} to one that may read it."
 
 
 @dataclass(eq=False)
 class SourceRefused(ModelError):
-    """The source answered, and will answer the same again."""
+    """A model's source refused, and will refuse the next time."""
 
     where: str
     status: int
     code = "source_refused"
 
     def __str__(self) -> str:
-        return f"{self.where} answered with status {self.status}: correct the address."
+        return f"{self.where} answered with status {self.status}: correct the model's address."
 
 
 @dataclass(eq=False)
 class NotAFile(ModelError):
-    """The address leads to something that is no file of a stated length."""
+    """A model's address leads to something that is no file of a stated length."""
 
     where: str
     found: str
@@ -844,7 +877,7 @@ class NotAFile(ModelError):
 
 @dataclass(eq=False)
 class SourceUnreachable(ModelError):
-    """No byte came for as long as was waited; the bytes that did come are kept."""
+    """A model's source sent no byte for too long; the bytes that did come are kept."""
 
     where: str
     reason: str
@@ -853,7 +886,7 @@ class SourceUnreachable(ModelError):
     retryable = True
 
     def __str__(self) -> str:
-        return f"{self.where} sent nothing for {self.waited_s:.0f} s ({self.reason}); the next attempt goes on from here."
+        return f"{self.where} sent nothing for {self.waited_s:.0f} s ({self.reason}); try again: what came is kept."
 
 
 @dataclass(eq=False)
@@ -870,7 +903,7 @@ class SourceChanged(ModelError):
 
 @dataclass(eq=False)
 class ContentMismatch(ModelError):
-    """What a source gives is not what was promised; `what` is `sha256` or `size`."""
+    """A model's source gives another file than was promised. `what` is `sha256` or `size`."""
 
     where: str
     what: str
@@ -944,7 +977,7 @@ class VolumeReadOnly(ModelError):
 
 @dataclass(eq=False)
 class VolumeFull(ModelError):
-    """No room; `free_bytes` is what the file system says, which knows nothing of a quota."""
+    """There is no room for a model. `free_bytes` is what the file system says, which knows nothing of a quota."""
 
     path: Path
     needed_bytes: int
@@ -953,7 +986,7 @@ class VolumeFull(ModelError):
 
     def __str__(self) -> str:
         return (
-            f"{self.path} has no room: {self.needed_bytes} bytes are needed, {self.free_bytes} are free "
+            f"{self.path} has no room: {_size(self.needed_bytes)} are needed, {_size(self.free_bytes)} are free "
             "(less if there is a quota); enlarge it or remove models."
         )
 
@@ -973,14 +1006,14 @@ class VolumeFailed(ModelError):
 
 @dataclass(eq=False)
 class EnsureCancelled(ModelError):
-    """Nobody wants the model any longer; the bytes that came are kept."""
+    """A model is no longer wanted before it was whole: its job was cancelled, or the worker leaves."""
 
     name: str
     code = "cancelled"
     retryable = True
 
     def __str__(self) -> str:
-        return f"Getting '{self.name}' was cancelled; the next attempt goes on from here."
+        return f"Getting '{self.name}' was stopped; try again: what came is kept."
 
 
 # --- a volume cannot be filled ahead of the workers ---------------------------------------------
@@ -1012,16 +1045,16 @@ class WhatUnknown(SeedError):
     code = "what_unknown"
 
     def __str__(self) -> str:
-        near = f"; there is {', '.join(self.near)}" if self.near else ""
+        near = f"templates like it are {', '.join(self.near)}" if self.near else "--help says what can be named"
         return (
             f"'{self.what}' is no manifest or workflow on this machine, no hf:// or https:// address, "
-            f"and no official template{near}."
+            f"and no official template; {near}."
         )
 
 
 @dataclass(eq=False)
 class ModelUnavailable(SeedError):
-    """A model that is wanted cannot be had, which was known before anything was sent; `cause` is that error's code."""
+    """A model that is wanted cannot be had, which was known before anything was sent. `cause` is that error's code."""
 
     reason: str
     cause: str | None = None
@@ -1094,7 +1127,7 @@ class S3VolumeFull(SeedError):
 
     def __str__(self) -> str:
         return (
-            f"The volume {self.volume} has no room for {self.needed_bytes} bytes more: enlarge it or remove models "
+            f"The volume {self.volume} has no room for {_size(self.needed_bytes)} more: enlarge it or remove models "
             "(--list, --prune), then run this again."
         )
 
@@ -1181,9 +1214,9 @@ class ResultTooLarge(DeliveryError):
 
     def __str__(self) -> str:
         return (
-            f"The result takes {self.size_bytes} bytes as JSON, but only {self.limit_bytes} can be returned (RunPod carries "
-            f"10 MB, through /runsync 20 MB; RESULT_LIMIT_MB overrides it), and {self.volume}: set BUCKET_ENDPOINT_URL and its "
-            "keys to have files uploaded, attach a network volume, or limit the nodes in the request's 'outputs'."
+            f"The result takes {_size(self.size_bytes)} as JSON, but only {_size(self.limit_bytes)} can be returned (RunPod "
+            f"carries 10 MB, through /runsync 20 MB; RESULT_LIMIT_MB overrides it), and {self.volume}: set BUCKET_ENDPOINT_URL "
+            "and its keys to have files uploaded, attach a network volume, or limit the nodes in the request's 'outputs'."
         )
 
     def details(self) -> list[str]:
@@ -1205,13 +1238,13 @@ class BucketFailed(DeliveryError):
 
 
 class BucketRefused(BucketFailed):
-    """The store answered, and will answer the same again."""
+    """The bucket's store refused an upload, and will refuse the next time."""
 
     code = "bucket_refused"
 
 
 class BucketUnreachable(BucketFailed):
-    """The store did not answer, or was not up to it."""
+    """The bucket's store did not answer, or had too much to do."""
 
     code = "bucket_unreachable"
     retryable = True
@@ -1223,4 +1256,4 @@ class InternalError(WorkerError):
     code = "internal"
 
     def __str__(self) -> str:
-        return "Job processing failed: the worker met an error of its own; its log has the traceback."
+        return "Job processing failed: this is a defect of the worker; please report it, with the traceback from its log."

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from worker.comfy.engine import Engine
     from worker.comfy.workflow import Graph
     from worker.job import Request
-    from worker.media.inputs import InputFiles
+    from worker.media.inputs import JobFiles
 
 # What saved seeds are called. 32 bits: some nodes take no more, and nobody draws so many pictures.
 _SEEDS = frozenset({"seed", "noise_seed"})
@@ -39,18 +39,17 @@ class Given:
 class Workflows:
     """Takes graphs in the API's format, workflows as the editor saves them, and files that carry either."""
 
-    def __init__(self, engine: Engine, inputs: InputFiles) -> None:
+    def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._inputs = inputs
 
-    async def of(self, request: Request) -> Given:
+    async def of(self, request: Request, files: JobFiles) -> Given:
         """The request's graph, seeds and overrides applied; what the client sent stays as it is.
 
         Raises a `RequestError`: nothing is guessed. `InputError` when the file that carries the workflow cannot be had.
         """
         value, pnginfo = request.workflow, request.extra_pnginfo
         if request.workflow_from is not None:
-            value, carried = await self._carried(request)
+            value, carried = await _carried(request, request.workflow_from, files)
             pnginfo = pnginfo or ({"workflow": carried} if carried else None)
         controls: Sequence[Control] = ()
         if is_ui(value):
@@ -66,16 +65,6 @@ class Workflows:
             changed = apply_overrides(changed, request.set)
         return Given(graph if changed is graph else parse_graph(changed), pnginfo)
 
-    async def _carried(self, request: Request) -> tuple[object, Mapping[str, Any] | None]:
-        name = request.workflow_from
-        file = next((file for file in request.files if file.name == name), None)
-        if file is None or name is None:
-            raise FieldInvalid("workflow_from", "must be the name of one of the job's 'images' or 'files'")
-        found = await asyncio.to_thread(embedded_workflow, await self._inputs.read(file))
-        if found is None:
-            raise NoWorkflowInFile(name)
-        return found.best, found.workflow
-
     async def _converted(self, ui: Any) -> tuple[Graph, Sequence[Control]]:  # noqa: ANN401 - what the editor saved
         needed = classes(ui)
         info, frontend = await asyncio.gather(self._engine.object_info(needed), self._engine.frontend_version())
@@ -84,6 +73,15 @@ class Workflows:
         else:
             converted = convert(ui, info, frontend=frontend)
         return parse_graph(converted.graph), converted.controls
+
+
+async def _carried(request: Request, name: str, files: JobFiles) -> tuple[object, Mapping[str, Any] | None]:
+    if not any(file.name == name for file in request.files):
+        raise FieldInvalid("workflow_from", "must be the name of one of the job's 'images' or 'files'")
+    found = await files.look_into(name, embedded_workflow)
+    if found is None:
+        raise NoWorkflowInFile(name)
+    return found.best, found.workflow
 
 
 def reseeded(graph: Graph, controls: Sequence[Control], seed: str | int) -> Graph:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from worker.comfy.workflow import Graph, NamedModel
     from worker.job import Result
     from worker.media.delivery import Delivery
-    from worker.media.inputs import InputFiles
+    from worker.media.inputs import InputFiles, JobFiles
     from worker.models.provision import Waiting
     from worker.models.spec import ModelSpec
     from worker.models.supply import Supply
@@ -63,7 +63,7 @@ class JobHandler:
         self._engine = engine
         self._supply = supply
         self._inputs = inputs
-        self._workflows = Workflows(engine, inputs)
+        self._workflows = Workflows(engine)
         self._delivery = delivery
         self._warmth = warmth
         # ComfyUI runs one graph at a time anyway; one job at a time keeps their input files apart.
@@ -102,7 +102,14 @@ class JobHandler:
 
     async def _run(self, job: Mapping[str, Any], job_id: str, around: Around) -> Result:
         request = Request.parse(job.get("input"))
-        given = await self._workflows.of(request)
+        with self._inputs.of_job(request.files) as files:
+            return await self._run_request(request, files, job, job_id, around)
+
+    async def _run_request(
+        self, request: Request, files: JobFiles, job: Mapping[str, Any], job_id: str, around: Around
+    ) -> Result:
+        files.check()
+        given = await self._workflows.of(request, files)
         graph, request = given.graph, replace(request, extra_pnginfo=given.extra_pnginfo)
         check_paths(graph)
         bucket = self._delivery.job_bucket(job.get("s3Config"))
@@ -113,7 +120,7 @@ class JobHandler:
         with around.laps.step("models"):
             await self._ensure_models(models, request, job_id, around.tell)
         self._warmth.job(models)
-        run = await self._run_graph(graph, request, around)
+        run = await self._run_graph(graph, request, files, around)
         self._warmth.ran(graph, models)
         if not self.refreshes:
             around.engine_free()
@@ -130,12 +137,12 @@ class JobHandler:
                 result = await deliver(run.outputs)
         except OutputGone as exc:
             log.info("job %s: %s was cached, but its file is gone; running its output nodes again", job_id, exc.filename)
-            run = await self._run_graph(made_again(graph, run.outputs, job_id), request, around)
+            run = await self._run_graph(made_again(graph, run.outputs, job_id), request, files, around)
             with around.laps.step("delivering"):
                 result = await deliver(run.outputs)
         return replace(result, timings=around.laps.to_dict(run.queued_s, run.node_s)) if request.return_timings else result
 
-    async def _run_graph(self, graph: Graph, request: Request, around: Around) -> RunResult:
+    async def _run_graph(self, graph: Graph, request: Request, files: JobFiles, around: Around) -> RunResult:
         """Run the graph with the job's files in place, when it is this job's turn."""
         key = request.comfy_org_api_key or self._settings.comfy_org_api_key
         extra_data: dict[str, Any] = {"api_key_comfy_org": key} if key else {}
@@ -148,7 +155,7 @@ class JobHandler:
                 queueing.close()
                 async with contextlib.AsyncExitStack() as stack:
                     with around.laps.step("inputs"):
-                        await stack.enter_async_context(self._inputs.placed(request.files))
+                        await stack.enter_async_context(files.placed())
                     with around.laps.step("running"):
                         return await self._engine.run(
                             graph,

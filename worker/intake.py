@@ -30,6 +30,8 @@ _AT_MOST = 8
 _ARRIVAL_S = 0.1
 # A job may bring 10 MB along.
 _BODY_S = 30.0
+# Results that are on their way when another one asks for a new worker.
+_SETTLE_S = 120.0
 _PAUSES_S = (0.5, 1.0, 2.0, 5.0)
 # A result is worth the GPU time it took.
 _POST_PATIENCE_S = 60.0
@@ -41,7 +43,8 @@ class Intake:
     """Jobs come in through `concurrency`, which goes into the SDK's config as `concurrency_modifier`.
 
     Guarantees, in production mode: the next job is asked for as soon as the engine is free of the last one, while that one's
-    result is still on its way; after SIGTERM no job is taken, those that were are answered, then the SDK's loop ends.
+    result is still on its way; after SIGTERM no job is taken, those that were are answered, then the SDK's loop ends; RunPod is
+    asked to replace the worker with the result that is its last, when the others have arrived.
     """
 
     def __init__(self) -> None:
@@ -53,6 +56,10 @@ class Intake:
         self._asking = False
         self._ending: asyncio.Task[None] | None = None
         self._taken: dict[str, asyncio.Task[None]] = {}
+        self._without_result: set[str] = set()
+        self._replacing = False
+        self._last: str | None = None
+        self._moved = asyncio.Event()
         self._free = asyncio.Event()
         self._leaving = asyncio.Event()
         self._gone = asyncio.Event()
@@ -102,6 +109,32 @@ class Intake:
         self._leaving.set()
         self._end_if_done()
 
+    async def is_last(self, job_id: str, *, asks: bool) -> bool:
+        """Whether this job's result, which is about to be sent, has to ask RunPod for another worker. On the SDK's loop.
+
+        One that `asks` is the reason, after which no job is taken; the last one does it. RunPod may stop the pod as soon as it
+        is asked, and with it what is still under way: a result on its way is waited for, a job that still works will ask in
+        this one's place. When the wait is over without an end, nobody asks, and the worker leaves all the same.
+        """
+        self._without_result.discard(job_id)
+        if asks:
+            self._replacing = True
+            self.leave()
+        if not self._replacing:
+            return False
+        self._last = job_id
+        try:
+            async with asyncio.timeout(_SETTLE_S):
+                while self._asking or self._taken.keys() - {job_id}:
+                    if self._without_result or self._last != job_id:
+                        return False
+                    self._moved.clear()
+                    await self._moved.wait()
+        except TimeoutError:
+            log.warning("another result is still on its way after %g s: leaving without asking to be replaced", _SETTLE_S)
+            return False
+        return True
+
     def _end_if_done(self) -> None:
         # While a poll has no answer the worker may not end: the answer may be a job.
         if self._leaving.is_set() and not (self._taken or self._asking or self._ending):
@@ -130,6 +163,7 @@ class Intake:
                 failures += 1
             finally:
                 self._asking = False
+                self._moved.set()
                 self._end_if_done()
             if failures:
                 await _before(self._leaving, asyncio.sleep(_PAUSES_S[min(failures, len(_PAUSES_S)) - 1]))
@@ -156,6 +190,7 @@ class Intake:
             return
         self._free.clear()
         self._at_engine = job_id
+        self._without_result.add(job_id)
         await scaler.jobs_queue.put(job)  # `handle_job` reports it as done
         scaler.jobs_queue.get_nowait()
         scaler.job_progress.add(job)
@@ -169,6 +204,8 @@ class Intake:
             scaler.jobs_queue.task_done()
             scaler.job_progress.remove(job)
         self._taken.pop(job_id, None)
+        self._without_result.discard(job_id)
+        self._moved.set()
         self._release(job_id)
         self._end_if_done()
 

@@ -5,6 +5,7 @@ The shapes are those of runpod-workers/worker-comfyui, so that its clients work 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from dataclasses import dataclass
@@ -14,6 +15,9 @@ from worker.errors import FieldInvalid, ImagesInvalid, InputMissing, InputNotJso
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+# The largest seed of ComfyUI's samplers; it refuses a larger one, but only once the job's models are there.
+_LARGEST_SEED = (1 << 64) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,17 +68,16 @@ class Request:
         """
         fields = _object(value)
         carrier = fields.get("workflow_from")
-        if carrier is not None and (not isinstance(carrier, str) or fields.get("workflow") is not None):
+        if carrier is not None and (not isinstance(carrier, str) or not carrier or fields.get("workflow") is not None):
             raise FieldInvalid("workflow_from", "must be the name of a file, in place of 'workflow'")
         if fields.get("workflow") is None and carrier is None:
             raise WorkflowMissing
-        key, pnginfo = fields.get("comfy_org_api_key"), fields.get("extra_pnginfo")
         return cls(
             workflow=fields.get("workflow"),
             files=_images(fields.get("images")) + _files(fields.get("files")),
-            comfy_org_api_key=key if isinstance(key, str) and key else None,
+            comfy_org_api_key=_key(fields.get("comfy_org_api_key")),
             models=fields.get("models"),
-            extra_pnginfo=pnginfo if isinstance(pnginfo, dict) else None,
+            extra_pnginfo=_pnginfo(fields.get("extra_pnginfo")),
             timeout_s=_seconds(fields.get("timeout_s")),
             outputs=_node_ids(fields.get("outputs")),
             workflow_from=carrier,
@@ -94,7 +97,7 @@ def _object(value: object) -> dict[str, Any]:
         except (ValueError, RecursionError) as exc:
             raise InputNotJson(f"{exc}") from exc
     if not isinstance(value, dict):
-        raise InputNotJson("it must be an object with the key 'workflow'")
+        raise InputNotJson("it is no object")
     return value
 
 
@@ -127,7 +130,7 @@ def _file(item: object, data_key: str) -> InputFile | None:
     if not isinstance(item, dict):
         return None
     name, subfolder, data, url = (item.get(key) for key in ("name", "subfolder", data_key, "url"))
-    if not isinstance(name, str) or not name or not isinstance(subfolder or "", str):
+    if not isinstance(name, str) or not name or not isinstance(subfolder, str | None):
         return None
     if isinstance(data, str) and url is None:
         return InputFile(name, data=data, subfolder=subfolder or "")
@@ -136,20 +139,45 @@ def _file(item: object, data_key: str) -> InputFile | None:
     return None
 
 
+def _key(value: object) -> str | None:
+    """The key; an empty one is none. What is no text is refused: the job would be charged to the worker's own key."""
+    if value is not None and not isinstance(value, str):
+        raise FieldInvalid("comfy_org_api_key", "must be a string")
+    return value or None
+
+
+def _pnginfo(value: object) -> dict[str, Any] | None:
+    if value is not None and not isinstance(value, dict):
+        raise FieldInvalid("extra_pnginfo", 'must be an object, such as {"workflow": {...}}')
+    return value
+
+
 def _seconds(value: object) -> float | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
+    seconds = math.nan
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        with contextlib.suppress(OverflowError):  # JSON has whole numbers of any length
+            seconds = float(value)
+    if not (math.isfinite(seconds) and seconds > 0):
         raise FieldInvalid("timeout_s", "must be a number of seconds greater than 0")
-    return float(value)
+    return seconds
+
+
+def _whole(value: object) -> int | None:
+    """The whole number that JSON wrote as 9 or as 9.0, which mean the same there; None for anything else."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def _node_ids(value: object) -> frozenset[str] | None:
+    """The nodes; None for all. No node at all is refused: nothing would be returned of what the GPU made."""
     if value is None:
         return None
-    ids = value if isinstance(value, list) else [None]
-    if not all(isinstance(node_id, str | int) and not isinstance(node_id, bool) for node_id in ids):
-        raise FieldInvalid("outputs", 'must be a list of node ids, such as ["9"]')
+    ids = [item if isinstance(item, str) else _whole(item) for item in value] if isinstance(value, list) else []
+    if not ids or None in ids:
+        raise FieldInvalid("outputs", 'must be a list of node ids, such as ["9"], or be left out to have all outputs')
     return frozenset(str(node_id) for node_id in ids)
 
 
@@ -162,9 +190,10 @@ def _overrides(value: object) -> dict[str, Any] | None:
 def _seed(value: object) -> str | int | None:
     if value is None or value in ("random", "next"):
         return value
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise FieldInvalid("seed", "must be 'random', 'next' or a whole number from 0 on")
-    return value
+    number = _whole(value)
+    if number is None or not 0 <= number <= _LARGEST_SEED:
+        raise FieldInvalid("seed", f"must be 'random', 'next' or a whole number from 0 to {_LARGEST_SEED}")
+    return number
 
 
 def _flag(name: str, value: object) -> bool:

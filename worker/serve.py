@@ -101,8 +101,8 @@ def _production(worker: Worker) -> dict[str, Any]:
                 if worker.handler.refreshes:
                     intake.leave()
                 raise
-        if result.get("refresh_worker"):
-            intake.leave()
+        if await intake.is_last(job["id"], asks=result.pop("refresh_worker", False)):
+            result["refresh_worker"] = True  # the SDK makes `stopPod` of it
         return result
 
     return {"handler": handle, "concurrency_modifier": intake.concurrency}

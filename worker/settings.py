@@ -91,6 +91,10 @@ def _hosts(text: str) -> tuple[str, ...]:
     return hosts
 
 
+def _model_hosts(text: str) -> tuple[str, ...]:
+    return () if text.strip().lower() == "none" else _hosts(text)
+
+
 def _input_hosts(text: str) -> tuple[str, ...] | None:
     """None for any host, () for none."""
     if text.strip().lower() in {"any", "none"}:
@@ -182,9 +186,9 @@ class Settings:
         "job before all of it is there. `on_demand`: nothing is fetched until a workflow names it.",
     )
     model_hosts: tuple[str, ...] = _setting(
-        _hosts,
+        _model_hosts,
         "huggingface.co,civitai.com",
-        "The hosts that a request, or a workflow's own metadata, may have models fetched from.",
+        "The hosts that a request, or a workflow's own metadata, may have models fetched from, or `none`.",
     )
     hf_token: str | None = _setting(_optional, "", "Hugging Face token, for private and gated repositories.", secret=True)
     hf_endpoint: str = _setting(

@@ -1,4 +1,4 @@
-"""The workflow that a picture or a video of ComfyUI carries in its metadata, or a JSON file is. Pure: bytes in.
+"""The workflow that a picture or a video of ComfyUI carries in its metadata, or a JSON file is. Pure: bytes in, some at a time.
 
 ComfyUI's savers write two texts: `prompt`, the API graph exactly as it ran, and `workflow`, the editor's file it came from.
 
@@ -10,7 +10,8 @@ ComfyUI's savers write two texts: `prompt`, the API graph exactly as it ran, and
 | MP4, MOV | SaveVideo | `moov/udta/meta`: `keys` and `ilst` |
 | WEBM, MKV | SaveWEBM | `Segment/Tags` |
 
-Nothing here trusts a length: what does not fit its file is passed over.
+Nothing here trusts a length: what does not fit its file is passed over. So are pixels, frames and sound, unread: a video has
+its texts behind them, and may be larger than the memory there is.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import json
 import struct
 import zlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from worker.comfy.ui_graph import is_ui
 
@@ -29,8 +30,19 @@ if TYPE_CHECKING:
 MAX_TEXT_BYTES = 16 * 1024 * 1024
 """The longest text that is looked at, uncompressed; the largest workflows in use have a few megabytes."""
 
+_MAX_EXIF_BYTES = 2 * MAX_TEXT_BYTES + (1 << 20)  # both texts, and what else a camera would write
 _MAX_PARTS = 100_000  # chunks, boxes or tags that are looked at: a file of nothing else must not take for ever
 _NAMES = ("prompt", "workflow")
+
+
+class Readable(Protocol):
+    """A file's bytes: `bytes`, or something that reads them from a disk when they are asked for."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def __getitem__(self, where: slice, /) -> bytes:
+        """Some of them; fewer where the file ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +64,14 @@ class Embedded:
         return found
 
 
-def embedded_workflow(data: bytes) -> Embedded | None:
-    """What this file carries, None when that is nothing, or the file is damaged or of another kind. Never raises."""
+def embedded_workflow(data: Readable) -> Embedded | None:
+    """What this file carries, None when that is nothing, or the file is damaged or of another kind.
+
+    Raises nothing but what `data` does. At most some tens of MB of it are in memory at a time, and for most files some KB.
+    """
     found: dict[str, dict[str, Any]] = {}
     if data[:3] == b"\xef\xbb\xbf" or data[:64].lstrip()[:1] == b"{":
-        value = _json(data)
+        value = _json(data[: MAX_TEXT_BYTES + 1])
         return None if value is None else Embedded(None, value) if is_ui(value) else Embedded(_without_marks(value), None)
     for read in (_png, _webp, _mp4, _matroska):
         for name, text in read(data):
@@ -93,14 +108,14 @@ def _without_marks(prompt: dict[str, Any]) -> dict[str, Any]:
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 
-def _png(data: bytes) -> Iterator[tuple[str, bytes]]:
-    if not data.startswith(_PNG):
+def _png(data: Readable) -> Iterator[tuple[str, bytes]]:
+    if data[: len(_PNG)] != _PNG:
         return
     at = len(_PNG)
     for _ in range(_MAX_PARTS):
         if at + 12 > len(data):
             return
-        size, kind = struct.unpack_from(">I4s", data, at)
+        size, kind = struct.unpack(">I4s", data[at : at + 8])
         if kind in {b"tEXt", b"iTXt", b"zTXt", b"comf"} and at + 8 + size <= len(data) and size <= MAX_TEXT_BYTES:
             yield from _png_text(kind, data[at + 8 : at + 8 + size])
         at += size + 12
@@ -134,16 +149,16 @@ _ASCII = 2  # the type of a string in EXIF
 _INLINE_BYTES = 4
 
 
-def _webp(data: bytes) -> Iterator[tuple[str, bytes]]:
+def _webp(data: Readable) -> Iterator[tuple[str, bytes]]:
     if data[:4] != b"RIFF" or data[8:12] != b"WEBP":
         return
     at = 12
     for _ in range(_MAX_PARTS):
         if at + 8 > len(data):
             return
-        kind, size = struct.unpack_from("<4sI", data, at)
+        kind, size = struct.unpack("<4sI", data[at : at + 8])
         if kind == b"EXIF":
-            yield from _exif(data[at + 8 : at + 8 + size].removeprefix(b"Exif\0\0"))
+            yield from _exif(data[at + 8 : at + 8 + min(size, _MAX_EXIF_BYTES)].removeprefix(b"Exif\0\0"))
         at += 8 + size + size % 2
 
 
@@ -171,7 +186,7 @@ def _exif(data: bytes) -> Iterator[tuple[str, bytes]]:
 _CONTAINERS = {b"moov", b"udta"}
 
 
-def _mp4(data: bytes) -> Iterator[tuple[str, bytes]]:
+def _mp4(data: Readable) -> Iterator[tuple[str, bytes]]:
     if data[4:8] != b"ftyp":
         return
     waiting = [(0, len(data))]
@@ -186,16 +201,16 @@ def _mp4(data: bytes) -> Iterator[tuple[str, bytes]]:
                 yield from _items(data, inner, after)
 
 
-def _boxes(data: bytes, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
+def _boxes(data: Readable, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
     """The boxes between two places: kind, where the content starts, where it ends."""
     at = start
     for _ in range(_MAX_PARTS):
         if at + 8 > end:
             return
-        size, kind = struct.unpack_from(">I4s", data, at)
+        size, kind = struct.unpack(">I4s", data[at : at + 8])
         inner = at + 8
         if size == 1 and at + 16 <= end:
-            (size,) = struct.unpack_from(">Q", data, inner)
+            (size,) = struct.unpack(">Q", data[inner : inner + 8])
             inner += 8
         elif size == 0:
             size = end - at
@@ -205,21 +220,21 @@ def _boxes(data: bytes, start: int, end: int) -> Iterator[tuple[bytes, int, int]
         at += size
 
 
-def _items(data: bytes, start: int, end: int) -> Iterator[tuple[str, bytes]]:
+def _items(data: Readable, start: int, end: int) -> Iterator[tuple[str, bytes]]:
     """The texts of a `meta` box: `keys` names them from 1 on, `ilst` has them by that number."""
     boxes = list(_boxes(data, start + 4, end)) or list(_boxes(data, start, end))  # QuickTime's has no version before it
     names: list[str] = []
     for kind, inner, after in boxes:
         if kind == b"keys":
-            names = [data[at:stop].decode("utf-8", "replace") for _, at, stop in _boxes(data, inner + 8, after)]
+            names = [data[at : min(stop, at + 64)].decode("utf-8", "replace") for _, at, stop in _boxes(data, inner + 8, after)]
     for kind, inner, after in boxes:
         if kind != b"ilst":
             continue
         for number, at, stop in _boxes(data, inner, after):
             index = int.from_bytes(number, "big") - 1
-            texts = [data[a + 8 : b] for what, a, b in _boxes(data, at, stop) if what == b"data"]
-            if 0 <= index < len(names) and texts:
-                yield names[index], texts[0]
+            texts = (data[a + 8 : min(b, a + 9 + MAX_TEXT_BYTES)] for what, a, b in _boxes(data, at, stop) if what == b"data")
+            if 0 <= index < len(names) and (text := next(texts, None)) is not None:
+                yield names[index], text
 
 
 # --- WEBM ---------------------------------------------------------------------------------------
@@ -229,8 +244,8 @@ _SEGMENT, _TAGS, _TAG, _SIMPLE, _TAG_NAME, _TAG_STRING = 0x18538067, 0x1254C367,
 _MASTERS = {_SEGMENT, _TAGS, _TAG, _SIMPLE}
 
 
-def _matroska(data: bytes) -> Iterator[tuple[str, bytes]]:
-    if not data.startswith(_EBML):
+def _matroska(data: Readable) -> Iterator[tuple[str, bytes]]:
+    if data[: len(_EBML)] != _EBML:
         return
     name = ""
     at = 0
@@ -250,11 +265,11 @@ def _matroska(data: bytes) -> Iterator[tuple[str, bytes]]:
         at += size
 
 
-def _vint(data: bytes, at: int, *, keep_marker: bool) -> tuple[int | None, int]:
+def _vint(data: Readable, at: int, *, keep_marker: bool) -> tuple[int | None, int]:
     """A number of one to eight bytes whose first bits say how many, and where it ends; None when there is none."""
-    first = data[at] if at < len(data) else 0
-    length = 9 - first.bit_length()
-    if first == 0 or at + length > len(data):
+    read = data[at : at + 8]
+    length = 9 - read[0].bit_length() if read else 0
+    if not 0 < length <= len(read):
         return None, at
-    value = int.from_bytes(data[at : at + length], "big")
+    value = int.from_bytes(read[:length], "big")
     return value if keep_marker else value & ((1 << (7 * length)) - 1), at + length

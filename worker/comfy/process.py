@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 _LAST_LINES = 20
 _LINE_LIMIT_BYTES = 4000
+# Custom nodes run inside ComfyUI and none has a use for these. Tokens for downloads stay: nodes fetch with them.
+_WITHHELD = ("BUCKET_ACCESS_KEY_ID", "BUCKET_SECRET_ACCESS_KEY", "COMFY_ORG_API_KEY", "RUNPOD_AI_API_KEY", "RUNPOD_API_KEY")
 _FAILED_IMPORT = " module for custom nodes: "
 # What a container sees of NVIDIA cards, of WSL's and of AMD's. Looking costs nothing; asking the driver takes 0.1-1 s.
 _GPU_DEVICES = ("nvidia[0-9]*", "dxg", "kfd")
@@ -64,7 +66,8 @@ class EngineCommand:
         if settings.comfyui_base_dir:
             argv += ["--base-directory", str(settings.comfyui_base_dir)]
         argv += settings.comfy_args
-        return cls(tuple(argv), settings.comfyui_dir, {**environ, "PYTHONUNBUFFERED": "1"})
+        shown = {name: value for name, value in environ.items() if name not in _WITHHELD}
+        return cls(tuple(argv), settings.comfyui_dir, {**shown, "PYTHONUNBUFFERED": "1"})
 
 
 def prepare_base_dir(settings: Settings) -> None:

@@ -9,16 +9,18 @@ import os
 import shutil
 import tempfile
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from worker.errors import ImageNotBase64, InputNameInvalid, UnsafePath
 from worker.media.fetch import Download, Fetcher
-from worker.media.staging import StagedFile, storing
+from worker.media.staging import FileBytes, StagedFile, storing
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 
     from worker.job import InputFile
+
+T = TypeVar("T")
 
 _STAGING: Final = ".job-"
 _LONGEST_PART_BYTES: Final = 255  # what Linux file systems take
@@ -28,47 +30,78 @@ _PIECE_CHARACTERS: Final = 4 << 20
 
 
 class InputFiles:
-    """ComfyUI's input folder. One job at a time uses it: two may send different files under one name."""
+    """ComfyUI's input folder."""
 
     def __init__(self, input_dir: Path, fetcher: Fetcher | None = None) -> None:
         self._input_dir = input_dir
         self._fetcher = fetcher or Fetcher()
 
-    @contextlib.asynccontextmanager
-    async def placed(self, files: Sequence[InputFile]) -> AsyncIterator[None]:
-        """Have the job's files in the folder for as long as the context lasts; afterwards it is as it was.
+    @contextlib.contextmanager
+    def of_job(self, files: Sequence[InputFile]) -> Iterator[JobFiles]:
+        """What a job has of the folder while the context lasts; none of the files is there yet."""
+        with contextlib.ExitStack() as undo:
+            yield JobFiles(self._input_dir, self._fetcher, files, undo)
 
-        All are decoded or fetched before the first appears; of two with one name the later counts, as in ComfyUI's own
-        upload. A file of the image that has the same name is put aside meanwhile. Raises `UnsafePath`, `InputNameInvalid`,
-        `ImageNotBase64`, `InputTooLarge`, `InputNotStored`, and what `Fetcher.fetch` raises, naming the file.
+
+class JobFiles:
+    """A job's files: decoded or fetched once for a run, even one that was looked into before."""
+
+    def __init__(self, input_dir: Path, fetcher: Fetcher, files: Sequence[InputFile], undo: contextlib.ExitStack) -> None:
+        self._input_dir = input_dir
+        self._fetcher = fetcher
+        self._files = files
+        self._undo = undo
+        self._early: dict[PurePosixPath, StagedFile] = {}
+
+    @contextlib.asynccontextmanager
+    async def placed(self) -> AsyncIterator[None]:
+        """Have the files in the folder for as long as the context lasts; afterwards it is as it was.
+
+        One job at a time: two may send different files under one name. All are decoded or fetched before the first appears; of
+        two of a job with one name the later counts, as in ComfyUI's own upload. A file of the image that has the same name is
+        put aside meanwhile. Raises `UnsafePath`, `InputNameInvalid`, `ImageNotBase64`, `InputTooLarge`, `InputNotStored`, and
+        what `Fetcher.fetch` raises, naming the file.
         """
-        wanted = {_relative(file): file for file in files}
-        _check_apart(list(wanted))
+        wanted = self.check()
         if not wanted:
             yield
             return
         with contextlib.ExitStack() as undo:
-            for name, file in wanted.items():
-                self._target(name)
-                if file.url is not None:
-                    self._fetcher.check(file.name, file.url)
-            staging = self._make_staging(undo)
-            staged = {name: self._staged(staging / str(at), file) for at, (name, file) in enumerate(wanted.items())}
-            await self._fill(staged, wanted)
+            staging, early = self._make_staging(undo), self._early
+            self._early = {}
+            missing = {name: file for name, file in wanted.items() if name not in early}
+            staged = early | {name: self._staged(staging / str(at), file) for at, (name, file) in enumerate(missing.items())}
+            await self._fill(staged, missing)
             for name, source in staged.items():
                 with storing(source.name):
                     self._put(source.path, self._target(name), undo)
             yield
 
-    async def read(self, file: InputFile) -> bytes:
-        """The bytes of one of the job's files, for who must look into it before the job's turn. Raises as `placed` does."""
-        name = _relative(file)
+    def check(self) -> dict[PurePosixPath, InputFile]:
+        """The files by where they go; raises for names and addresses that cannot be, before anybody waits for anything."""
+        wanted = self._wanted()
+        _check_apart(list(wanted))
+        for name, file in wanted.items():
+            self._target(name)
+            if file.url is not None:
+                self._fetcher.check(file.name, file.url)
+        return wanted
+
+    async def look_into(self, file_name: str, look: Callable[[FileBytes], T]) -> T:
+        """What `look` finds, in a thread, in the job's file that is called so; the next `placed` has that file already.
+
+        Raises what `look` raises, and otherwise as `placed` does.
+        """
+        name, file = next((name, file) for name, file in self._wanted().items() if file.name == file_name)
         if file.url is not None:
             self._fetcher.check(file.name, file.url)
-        with contextlib.ExitStack() as undo:
-            staged = self._staged(self._make_staging(undo) / "0", file)
-            await self._fill({name: staged}, {name: file})
-            return staged.path.read_bytes()
+        staged = self._staged(self._make_staging(self._undo) / "0", file)
+        await self._fill({name: staged}, {name: file})
+        self._early[name] = staged
+        return await asyncio.to_thread(_look, staged, look)
+
+    def _wanted(self) -> dict[PurePosixPath, InputFile]:
+        return {_relative(file): file for file in self._files}
 
     def _make_staging(self, undo: contextlib.ExitStack) -> Path:
         """A folder beside the final names, so that a rename is all it takes."""
@@ -81,16 +114,15 @@ class InputFiles:
     def _staged(self, path: Path, file: InputFile) -> StagedFile:
         return StagedFile(file.name, path, self._fetcher.limits.max_bytes)
 
-    async def _fill(self, staged: Mapping[PurePosixPath, StagedFile], wanted: Mapping[PurePosixPath, InputFile]) -> None:
-        for name, source in staged.items():
-            data = wanted[name].data
-            if data is not None:
-                with source:
-                    if len(data) <= _PIECE_CHARACTERS:
-                        _decode(source, data)
+    async def _fill(self, staged: Mapping[PurePosixPath, StagedFile], missing: Mapping[PurePosixPath, InputFile]) -> None:
+        for name, file in missing.items():
+            if file.data is not None:
+                with staged[name] as target:
+                    if len(file.data) <= _PIECE_CHARACTERS:
+                        _decode(target, file.data)
                     else:
-                        await asyncio.to_thread(_decode, source, data)
-        downloads = [Download(url, source) for name, source in staged.items() if (url := wanted[name].url) is not None]
+                        await asyncio.to_thread(_decode, target, file.data)
+        downloads = [Download(file.url, staged[name]) for name, file in missing.items() if file.url is not None]
         if downloads:
             await self._fetcher.fetch(downloads)
 
@@ -145,6 +177,11 @@ def _check_apart(names: Sequence[PurePosixPath]) -> None:
     for name in names:
         if below := taken.intersection(name.parents):
             raise InputNameInvalid(str(name), f"lies below '{below.pop()}', which is another file of the same job")
+
+
+def _look(staged: StagedFile, look: Callable[[FileBytes], T]) -> T:
+    with storing(staged.name), staged.path.open("rb", buffering=0) as stream:
+        return look(FileBytes(stream))
 
 
 def _decode(target: StagedFile, data: str) -> None:

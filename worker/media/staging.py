@@ -1,4 +1,7 @@
-"""A file of a job on its way to disk: counted against the limit, written in large pieces. Touches disk."""
+"""A file of a job: on its way to disk counted against the limit and written in large pieces, there read in small ones.
+
+Touches disk.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from worker.errors import InputNotStored, InputTooLarge
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from io import FileIO
     from pathlib import Path
 
 _FULL_BYTES: Final = 1 << 20
@@ -72,6 +76,23 @@ class StagedFile:
         with storing(self.name):
             self._file.seek(0)
             self._file.truncate()
+
+
+class FileBytes:
+    """A file's bytes as slices of it, read from the disk when they are asked for: of a video, its metadata alone."""
+
+    def __init__(self, stream: FileIO) -> None:
+        self._stream = stream
+        self._size_bytes = os.fstat(stream.fileno()).st_size
+
+    def __len__(self) -> int:
+        """How large the file is."""
+        return self._size_bytes
+
+    def __getitem__(self, where: slice) -> bytes:
+        """As of `bytes`, without steps. Raises `OSError`."""
+        start, stop, _ = where.indices(self._size_bytes)
+        return os.pread(self._stream.fileno(), max(0, stop - start), start)
 
 
 @contextlib.contextmanager

@@ -11,13 +11,11 @@ disappears ComfyUI answers 500 until somebody puts a folder in its place. So the
 A folder can only be one link where ComfyUI's own has no real file in it, not even `put_loras_here`.
 """
 
-# ruff: noqa: PTH100, PTH116, PTH122
+# ruff: noqa: PTH100, PTH116
 # No Path objects: one for each of 10,000 names costs more than the system calls do.
 
 from __future__ import annotations
 
-import difflib
-import heapq
 import logging
 import os
 import stat
@@ -101,7 +99,6 @@ class ModelLinks:
         self._lock = threading.Lock()
         self._view = View()
         self._known_problems: frozenset[LinkProblem] = frozenset()
-        self._rankable: tuple[View, dict[str, list[str]]] = (self._view, {})
 
     def refresh(self) -> LinkReport:
         """Make ComfyUI's models folder show what the roots hold now.
@@ -149,48 +146,6 @@ class ModelLinks:
         view = self._view
         places = (f"{folder}/{name}" for folder in _with_aliases(folders or sorted(view.tops())))
         return next((f"{self._models}/{place}" for place in places if self._is_live(view, place)), None)
-
-    def folders_with(self, name: str) -> tuple[str, ...]:
-        """The folders that held exactly `name` at the last refresh: for saying that a file lies in another folder. No disk."""
-        view = self._view
-        head, _, last = name.rpartition("/")
-        inside = f"/{head}" if head else ""
-        return tuple(sorted(top for top in view.tops() if view.holds(top + inside, last)))
-
-    def similar(self, folders: Sequence[str], name: str, limit: int = 3) -> tuple[str, ...]:
-        """At most `limit` names that these folders held at the last refresh and that `name` may have meant, best first.
-
-        The same file in another subfolder comes before names that only look alike; extensions do not count.
-        """
-        view = self._view
-        names = [found for folder in _with_aliases(folders or sorted(view.tops())) for found in self._listed(view, folder)]
-        by_key: dict[str, list[str]] = {}
-        for found in dict.fromkeys(names):
-            if found != name:
-                by_key.setdefault(_key(found), []).append(found)
-        wanted = _key(name)
-        matcher = difflib.SequenceMatcher()
-        matcher.set_seq2(wanted)
-
-        def at_best(key: str) -> float:
-            matcher.set_seq1(key)
-            return matcher.quick_ratio()
-
-        # The exact ratio is slow, and thousands of names of one family differ in a digit: it decides among the likeliest only.
-        likely = heapq.nlargest(max(50, limit), by_key, key=at_best)
-        close = difflib.get_close_matches(wanted, likely, n=limit, cutoff=0.6)
-        return tuple(found for key in close for found in by_key[key])[:limit]
-
-    def _listed(self, view: View, top: str) -> list[str]:
-        """The names under one folder as a loader lists them, kept until the next refresh."""
-        if self._rankable[0] is not view:
-            self._rankable = (view, {})
-        kept = self._rankable[1]
-        if top not in kept:
-            below = sorted(folder for folder in view.folders() if folder == top or folder.startswith(f"{top}/"))
-            paths = [f"{folder}/{name}" for folder in below for name in sorted(view.names(folder)) if name[0] != "."]
-            kept[top] = [path[len(top) + 1 :] for path in paths]
-        return kept[top]
 
     def _is_live(self, view: View, relative: str) -> bool:
         try:
@@ -266,12 +221,6 @@ def _with_aliases(folders: Iterable[str]) -> dict[str, None]:
         for name in next((pair for pair in ALIASES if folder in pair), (folder,)):
             found[name] = None
     return found
-
-
-def _key(name: str) -> str:
-    """What is left of a name when it is compared with another: no folder, no extension, no case, one separator."""
-    stem = os.path.splitext(name.rpartition("/")[2])[0]
-    return stem.casefold().replace("-", "_").replace(" ", "_").replace(".", "_")
 
 
 def _is_plain(name: str) -> bool:

@@ -58,7 +58,7 @@ class LinkProblem:
     other: str = ""
 
     def __str__(self) -> str:
-        return self.kind.value.format(path=_printable(self.path), other=_printable(self.other))
+        return self.kind.value.format(path=printable(self.path), other=printable(self.other))
 
 
 @dataclass(slots=True)
@@ -211,6 +211,6 @@ def _target(path: str) -> str:
         return "a place that changes right now"
 
 
-def _printable(text: str) -> str:
-    """A file name may hold line breaks and bytes that are no text; a log line may not."""
+def printable(text: str) -> str:
+    """A file name may hold line breaks and bytes that are no text; a line of a log or on a terminal may not."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)

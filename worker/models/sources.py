@@ -630,12 +630,6 @@ def embedded_models(workflow: object) -> tuple[Mapping[str, Any], ...]:
     return tuple(entry for entry in entries if str(entry.get("name", "")).replace("\\", "/") in values)
 
 
-def widget_values(workflow: object) -> Iterator[object]:
-    """The values of every active node's widgets in a workflow in the editor's format."""
-    for node in _active_nodes(_editor_graph(workflow) or {}):
-        yield from _widget_values(node)
-
-
 def _editor_graph(value: object) -> Mapping[str, Any] | None:
     while isinstance(value, dict):
         if isinstance(value.get("nodes"), list):

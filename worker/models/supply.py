@@ -11,6 +11,7 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from worker.models.disk import check_whole
 from worker.models.provision import Provisioner
 
 if TYPE_CHECKING:
@@ -47,13 +48,20 @@ class Supply:
         self._hosts = hosts
         self._lock = threading.Lock()
         self._sources: Sources | None = None
+        self._whole: set[str] = set()
         self._provisioner: Provisioner | None = None
 
     def missing(self, names: Sequence[Name]) -> list[Name]:
-        """Those of the names that no folder has, also not after a fresh look at the volume."""
+        """Those of the names that no folder has, also not after a fresh look at the volume.
+
+        Raises `FileIncomplete` for one that is there and shorter than its own header says: somebody's copy that is under way
+        or was cut off, which ComfyUI would report as a defect of the node.
+        """
         absent = [name for name in names if not self._is_there(name)]
         if absent:
             self._links.refresh()
+        for path in self.located(names):
+            self._check_whole(path)
         return [name for name in absent if not self._is_there(name)]
 
     def located(self, names: Iterable[Name]) -> list[Path]:
@@ -98,6 +106,16 @@ class Supply:
         """End all fetching; what is half there is gone on with by the next worker."""
         if self._provisioner:
             self._provisioner.stop()
+
+    def _check_whole(self, path: Path) -> None:
+        """Once for each file that was found whole: its header is read, which is under a millisecond on a disk."""
+        place = str(path)
+        if place in self._whole:
+            return
+        with contextlib.suppress(OSError):
+            if path.is_file():
+                check_whole(path.resolve(), path.stat().st_size)
+        self._whole.add(place)
 
     def _is_there(self, name: Name) -> bool:
         folders, files = name

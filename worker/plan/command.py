@@ -9,12 +9,12 @@ import sys
 import urllib.request
 from typing import TYPE_CHECKING, Final
 
-from worker.errors import RequestError, WorkerError, WorkflowUiFormat
+from worker.errors import RequestError, WorkerError
 from worker.models.hub import Hub, credentials
 from worker.models.wire import Network
 from worker.plan.document import Unreadable, Wanted, read_document
 from worker.plan.items import THERE, Item, Plan
-from worker.plan.lookup import ask_in_time, items_of_metadata, look, read_sources
+from worker.plan.lookup import ask_in_time, look, read_sources
 from worker.plan.places import Places
 from worker.plan.room import with_room
 from worker.plan.screen import plan_lines
@@ -41,7 +41,11 @@ def run(argv: Sequence[str], settings: Settings, hub: Hub | None = None) -> int:
         prog="python -m worker plan",
         description="What a workflow needs, what of it is there, and what would be fetched. Nothing is downloaded.",
     )
-    parser.add_argument("workflow", help="a JSON file in ComfyUI's API format, a whole request, a PNG, or - for standard input")
+    parser.add_argument(
+        "workflow",
+        help="a workflow as ComfyUI saves or exports it, a whole request, a PNG, WEBP, MP4 or WEBM that ComfyUI made, "
+        "or - for standard input",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     try:
         options = parser.parse_args(list(argv))
@@ -80,10 +84,6 @@ def make_plan(document: object, settings: Settings, hub: Hub, deadline_s: float 
         sources = sources.with_request(wanted.models, settings.model_hosts)
         sources = sources.with_workflow(wanted.metadata, settings.model_hosts)
         items += [look(nodes, sources, places) for nodes in wanted.names()]
-    except WorkflowUiFormat as exc:
-        # It cannot be run as it is, but what its metadata names can be told all the same.
-        problems.append(exc)
-        items += items_of_metadata(sources, places)
     except RequestError as exc:
         problems.append(exc)
     # A worker reads the lists for models that are missing, and at its start when it is to have all of them first.

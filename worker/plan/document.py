@@ -1,23 +1,21 @@
-"""What a person hands in -> a workflow and what came with it: JSON, a request, a PNG. Reads files."""
+"""What a person hands in -> a workflow and what came with it: JSON, a request, a picture or video. Reads files."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import struct
 import sys
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
+from worker.comfy.convert import is_ui
+from worker.comfy.embedded import embedded_workflow
 from worker.comfy.workflow import check_paths, named_models, parse_graph
 from worker.job import Request
 from worker.models.sources import embedded_models
+from worker.plan.editor import naming_graph
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from worker.comfy.workflow import NamedModel
 
 
@@ -26,7 +24,7 @@ class Unreadable(Exception):  # noqa: N818 - a command says it, and ends
 
 
 def read_document(path: str) -> object:
-    """The JSON of a file, of standard input (`-`), or embedded in a PNG that ComfyUI saved: its graph and its metadata.
+    """The JSON of a file, of standard input (`-`), or carried by a picture or video of ComfyUI: its graph and its metadata.
 
     Raises `Unreadable`, which says what would be right.
     """
@@ -34,36 +32,24 @@ def read_document(path: str) -> object:
         data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
     except OSError as exc:
         raise Unreadable(f"it cannot be read: {exc.strerror or exc}") from None
+    if carried := None if is_text(data) else embedded_workflow(data):
+        found = {"prompt": carried.prompt, "workflow": carried.workflow}
+        return {key: value for key, value in found.items() if value is not None}
+    if not is_text(data):
+        raise Unreadable("it holds no workflow: give a JSON, or a PNG, WEBP, MP4 or WEBM that ComfyUI saved with its metadata")
     try:
-        if data.startswith(_PNG):
-            found = {key: json.loads(text) for key, text in _png_texts(data) if key in {"prompt", "workflow"}}
-        else:
-            found = json.loads(data.decode("utf-8-sig"))
+        return json.loads(data.decode("utf-8-sig"))
     except (ValueError, RecursionError) as exc:
-        raise Unreadable(f"it is no JSON ({exc}): give a workflow that was exported in the API format") from None
-    if not found and data.startswith(_PNG):
-        raise Unreadable("the picture holds no workflow: give one that ComfyUI saved with its metadata")
-    return found
+        raise Unreadable(f"it is no JSON ({exc}): give a workflow as ComfyUI saves or exports it") from None
 
 
-_PNG: Final = b"\x89PNG\r\n\x1a\n"
-
-
-def _png_texts(data: bytes) -> Iterator[tuple[str, str]]:
-    """The text chunks of a PNG; a broken one ends the list."""
-    at = len(_PNG)
-    while at + 8 <= len(data):
-        length, kind = struct.unpack_from(">I4s", data, at)
-        chunk, at = data[at + 8 : at + 8 + length], at + 12 + length
-        key, _, value = chunk.partition(b"\0")
-        with contextlib.suppress(zlib.error, IndexError, UnicodeDecodeError):
-            if kind == b"tEXt":
-                yield key.decode("latin-1"), value.decode("latin-1")
-            elif kind == b"zTXt":
-                yield key.decode("latin-1"), zlib.decompress(value[1:]).decode("latin-1")
-            elif kind == b"iTXt":
-                text = value[2:].split(b"\0", 2)[2]
-                yield key.decode("latin-1"), (zlib.decompress(text) if value[0] else text).decode("utf-8")
+def is_text(data: bytes) -> bool:
+    """Whether a file is text, as JSON and every manifest is and no picture or video."""
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return b"\0" not in data
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +81,7 @@ class Wanted:
 
     def names(self) -> list[tuple[NamedModel, ...]]:
         """The models, each with every input that names it. Raises a `RequestError` for what the worker would refuse."""
-        graph = parse_graph(self.workflow)
+        graph = parse_graph(naming_graph(self.workflow) if is_ui(self.workflow) else self.workflow)
         check_paths(graph)
         found: dict[object, list[NamedModel]] = {}
         for model in named_models(graph):

@@ -24,7 +24,7 @@ from worker.models.sources import Sources
 from worker.plan.items import Item, State
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from worker.comfy.workflow import NamedModel
     from worker.models.hub import Hub, Remote
@@ -117,16 +117,6 @@ def refused(item: Item, exc: WorkerError) -> Item:
     state = State.AMBIGUOUS if isinstance(exc, AmbiguousModel) else State.REFUSED
     candidates = tuple(exc.candidates) if isinstance(exc, AmbiguousModel) else ()
     return replace(item, state=state, message=str(exc), code=exc.code, candidates=candidates)
-
-
-def items_of_metadata(sources: Sources, places: Places) -> Iterator[Item]:
-    """The models that a workflow in the editor's format names in its metadata."""
-    for spec in dict.fromkeys(sources.embedded.specs):
-        there = places.find((spec.folder,), (spec.name,))
-        yield there or _or_cached(of_spec(Item(spec.name, spec.folder, State.UNKNOWN), spec, sources), places)
-    for entry in sources.refused:
-        folder, _, name = entry.path.partition("/")
-        yield refused(Item(name, folder, State.REFUSED), entry.error)
 
 
 # --- what the sources say -----------------------------------------------------------------------

@@ -20,7 +20,7 @@ KEY_ID, KEY_SECRET = "RUNPOD_S3_ACCESS_KEY_ID", "RUNPOD_S3_SECRET_ACCESS_KEY"
 _WHAT = """\
 WHAT is any mix of:
   models.toml                             a manifest, in any format that the worker reads
-  workflow.json, picture.png, -           a workflow (API or editor's format), a request, a saved picture, standard input
+  workflow.json, picture.png, -           a workflow (either format), a request, a saved picture or video, standard input
   hf://org/repo/file.safetensors[@rev]    one file; say with --folder where it belongs
   'hf://org/repo/*.safetensors[@rev]'     a repository's matching files
   loras=hf://org/repo/file.safetensors    the same, with the folder; folder/name=... gives it another name
@@ -121,7 +121,7 @@ def _places(volumes: Sequence[str], datacenters: Sequence[str], endpoint: str | 
     named = [*datacenters] * len(volumes) if len(datacenters) == 1 else [*datacenters] or [""] * len(volumes)
     places = tuple(Place.of(volume, name, endpoint) for volume, name in zip(volumes, named, strict=True))
     if len(set(places)) < len(places):
-        raise SeedUsage("One volume is named twice.")
+        raise SeedUsage("One volume is named twice: name each once.")
     return places
 
 

@@ -14,22 +14,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from worker.errors import FileNotInRepo, RequestError, SeedUsage, WhatUnknown, WorkflowUiFormat
-from worker.models.sources import Catalog, Sources, SpecList, embedded_models, widget_values
-from worker.models.spec import WEIGHT_SUFFIXES, HubFile, ModelSpec, parse_source, parse_spec
-from worker.plan.document import Unreadable, Wanted, read_document
+from worker.errors import FileNotInRepo, RequestError, SeedUsage, WhatUnknown
+from worker.models.sources import Catalog, Sources, SpecList
+from worker.models.spec import HubFile, ModelSpec, parse_source, parse_spec
+from worker.plan.document import Unreadable, Wanted, is_text, read_document
 from worker.plan.items import Item, State
-from worker.plan.lookup import meaning, of_spec, refused
+from worker.plan.lookup import meaning, of_spec
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Sequence
 
     from worker.models.hub import Hub
     from worker.models.progress import CancelToken
 
 _GLOB: Final = re.compile(r"[*?\[]")
 _SHORT_LINE: Final = re.compile(r"[^:/=]+(/[^:=]*)?=[A-Za-z]+://")
-_PNG: Final = b"\x89PNG"
 _NEAR: Final = 3
 
 
@@ -121,38 +120,8 @@ class Wants:
             sources = self._sources.with_request(wanted.models, self._hosts).with_workflow(wanted.metadata, self._hosts)
             items = [meaning(nodes, sources) for nodes in wanted.names()]
             return [*items, *self._of_specs(sources.requested(), "the request")]
-        except WorkflowUiFormat:
-            return list(self._of_editor(wanted.metadata, sources))
         except RequestError as exc:
             raise SeedUsage(f"{path}: {exc}") from exc
-
-    def _of_editor(self, workflow: object, sources: Sources) -> Iterator[Item]:
-        """What a workflow in the editor's format names: in its metadata, and in widgets that hold a weights file's name."""
-        for spec in dict.fromkeys(sources.embedded.specs):
-            yield of_spec(Item(spec.name, spec.folder, State.UNKNOWN), spec, sources)
-        for entry in sources.refused:
-            folder, _, name = entry.path.partition("/")
-            yield refused(Item(name, folder, State.REFUSED), entry.error)
-        told = {str(entry.get("name", "")).replace("\\", "/") for entry in embedded_models(workflow)}
-        for name in weights_in_widgets(workflow):
-            if name not in told:
-                yield self._named(name, sources)
-
-    def _named(self, name: str, sources: Sources) -> Item:
-        item = Item(name, None, State.UNKNOWN)
-        try:
-            spec = sources.find(name)
-        except RequestError as exc:
-            return refused(item, exc)
-        if spec:
-            return of_spec(item, spec, sources)
-        return replace(item, message="No list of models knows it: name its source in a manifest.", near=sources.near(name))
-
-
-def weights_in_widgets(workflow: object) -> tuple[str, ...]:
-    """Every name of a weights file that a widget of an active node holds, in order."""
-    found = (value.replace("\\", "/") for value in widget_values(workflow) if isinstance(value, str))
-    return tuple(dict.fromkeys(value for value in found if value.lower().endswith(WEIGHT_SUFFIXES) and "://" not in value))
 
 
 def _is_manifest(what: str) -> bool:
@@ -161,7 +130,7 @@ def _is_manifest(what: str) -> bool:
         return False
     try:
         data = Path(what).read_bytes()
-        document: Any = None if data.startswith(_PNG) else json.loads(data.decode("utf-8-sig"))
+        document: Any = json.loads(data.decode("utf-8-sig")) if is_text(data) else None
     except (OSError, RecursionError):
         return False
     except ValueError:

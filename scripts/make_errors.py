@@ -1,0 +1,446 @@
+# ruff: noqa: INP001 - run as a module from the root; scripts is a folder of programs, no package
+"""Write docs/errors.md: every error a person can meet, from the classes themselves. Touches that one file.
+
+    python -m scripts.make_errors            # writes it
+    python -m scripts.make_errors --print    # prints it instead
+    python -m scripts.make_errors --check    # writes nothing, exits with 1 when the file differs
+
+When it happens is the first sentence of a class's docstring; the sentence is the class's own, of an instance with the example
+values below. A class that has a field without an example, or a place in no section, is refused by its name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+PROJECT: Final = Path(__file__).resolve().parents[1]
+if str(PROJECT) not in sys.path:
+    sys.path.insert(0, str(PROJECT))  # in a checkout the packages lie beside this folder
+
+from client import errors as client  # noqa: E402 - found through the path above
+from worker import doctor, errors  # noqa: E402 - as above
+from worker.plan import command as plan  # noqa: E402 - as above
+from worker.seed import cli as seeder  # noqa: E402 - as above
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from types import ModuleType
+
+ErrorClass: TypeAlias = type[errors.WorkerError] | type[client.ClientError]
+
+PAGE: Final = PROJECT / "docs" / "errors.md"
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """The errors below one class, under a heading."""
+
+    title: str
+    base: ErrorClass
+    about: str = ""
+
+
+SECTIONS: Final = (
+    Section(
+        "The request is wrong",
+        errors.RequestError,
+        "The same request fails again: correct it. The workflow has not run.",
+    ),
+    Section(
+        "A file that comes with a job",
+        errors.InputError,
+        "The request has the right form, but one of its `images` or `files` cannot be fetched or written.",
+    ),
+    Section(
+        "A model cannot be made ready",
+        errors.ModelError,
+        "The volume, a source or a token is the trouble. Jobs whose models are there run all the same. "
+        "`python -m worker plan WORKFLOW` finds most of these before a job does.",
+    ),
+    Section("A list of models is wrong", errors.ManifestInvalid, "`models.toml` on the volume, `MODELS_MANIFEST` or `MODELS`."),
+    Section(
+        "ComfyUI failed while it had the job",
+        errors.EngineError,
+        "ComfyUI took the workflow and did not finish it. A ComfyUI that died or hangs is started again by itself.",
+    ),
+    Section(
+        "The result cannot be handed over",
+        errors.DeliveryError,
+        "The workflow ran; what it made cannot be returned. Where a part can be, it is, with these sentences in `errors`.",
+    ),
+    Section(
+        "The worker does not start",
+        errors.StartError,
+        "Or it ends, because its ComfyUI does not come back. One line in the log, then the worker ends with status 1; RunPod "
+        "starts another.",
+    ),
+    Section("The settings are wrong", errors.SettingsError, "The worker and its commands end before they do anything."),
+    Section("A defect", errors.InternalError, "What the worker did not foresee."),
+    Section("`python -m worker COMMAND`", errors.CommandUnknown, "The commands are for people."),
+    Section("`python -m worker convert`", errors.ConvertUsage, "A command for people."),
+    Section(
+        "`python -m worker seed`, `scripts/seed_volume.py`",
+        errors.SeedError,
+        "Beside these it meets the errors of models and lists above. With `--json` each has its `code` and `text`.",
+    ),
+    Section(
+        "`scripts/run_workflow.py`: the command line",
+        client.UsageError,
+        "The client prints its sentence with the code behind it, and ends with the status that stands below.",
+    ),
+    Section("`scripts/run_workflow.py`: the key", client.KeyMissing),
+    Section("`scripts/run_workflow.py`: the job", client.JobError),
+    Section("`scripts/run_workflow.py`: the endpoint or worker", client.ServiceError),
+)
+
+NEVER_RAISED: Final = frozenset(
+    {
+        *(errors.WorkerError, errors.StartError, errors.RequestError, errors.InputError, errors.ModelError, errors.EngineError),
+        *(errors.DeliveryError, errors.BucketFailed, errors.SeedError),
+        *(client.ClientError, client.JobError, client.ServiceError),
+    }
+)
+"""What the others are kinds of; a test looks that nobody raises one."""
+
+# By field, or by Class.field where the field means something else in that class.
+EXAMPLES: Final[Mapping[str, Any]] = {
+    "actual": "5f1d8c2e...",
+    "address": "127.0.0.1:8188",
+    "allowed_hosts": ("huggingface.co", "civitai.com"),
+    "allowed_suffixes": (".safetensors", ".sft", ".gguf"),
+    "bucket": "results",
+    "BucketRefused.advice": "check BUCKET_ACCESS_KEY_ID and BUCKET_SECRET_ACCESS_KEY",
+    "BucketRefused.reason": "SignatureDoesNotMatch, The request signature we calculated does not match",
+    "BucketUnreachable.advice": "send the job again, and look at the store if it stays so",
+    "BucketUnreachable.reason": "SlowDown, Please reduce your request rate",
+    "source": "models.toml",
+    "AnswerUnreadable.found": "'Welcome to nginx!'",
+    "command": "plann",
+    "commands": ("convert", "doctor", "plan", "seed", "settings"),
+    "candidates": (
+        "vae/ae.safetensors from hf://org/one/ae.safetensors",
+        "vae/ae.safetensors from hf://org/two/ae.safetensors",
+    ),
+    "ContentMismatch.what": "sha256",
+    "ConvertUsage.reason": "flux.json cannot be read (No such file or directory).",
+    "DatacenterUnknown.name": "EU-XX-1",
+    "deaths": 3,
+    "EngineDied.cause": "was killed by SIGKILL (exit code -9, as the kernel does when memory runs out)",
+    "EngineGaveUp.cause": "exited with code 1",
+    "EngineStartFailed.cause": "it exited with code 1",
+    "EngineUnreachable.reason": "no answer within 30 s on POST /prompt",
+    "expected": "9a41c07b...",
+    "field": "timeout_s",
+    "file": "flux1-dev.safetensors",
+    "filename": "ComfyUI_00001_.png",
+    "files": ("ComfyUI_00001_.mp4 of node 9: 41200000 bytes",),
+    "FileUnreadable.path": "flux.json",
+    "FileUnreadable.reason": "cannot be read (No such file or directory)",
+    "free_bytes": 4_100_000_000,
+    "GpuFault.message": "CUDA error: an illegal memory access was encountered",
+    "has_token": True,
+    "host": "s3.example.com",
+    "HostNotAllowed.host": "example.com",
+    "input_name": "cfg",
+    "InputNameInvalid.reason": "is no name of a file",
+    "InputNotJson.reason": "Expecting value: line 1 column 1 (char 0)",
+    "InputNotServed.reason": "it answered with status 404",
+    "InputNotStored.reason": "No space left on device",
+    "InputUnreachable.reason": "the connection was cut",
+    "InputUrlRefused.reason": "it leads into a private or reserved network, which requests must not reach; "
+    "the operator can allow a host with INPUT_URL_ALLOW_PRIVATE",
+    "job_id": "5d0c1c1e-e1",
+    "JobFailed.details": (),
+    "JobFailed.may_pass": False,
+    "JobFailed.sentence": "'timeout_s' must be a number of seconds greater than 0.",
+    "JobFailed.worker_code": "field_invalid",
+    "key": "models/loras/x.safetensors",
+    "known": ("EU-CZ-1", "EU-RO-1", "US-KS-2"),
+    "last_lines": ("ModuleNotFoundError: No module named 'torchvision'",),
+    "limit_bytes": 9_990_000,
+    "ManifestInvalid.problems": ("line 4: folder is missing", "line 9: sourc is no field of a model; write source"),
+    "ManifestInvalid.where": "/runpod-volume/models.toml",
+    "max_bytes": 512_000_000,
+    "memory": "GPU",
+    "message": "Allocation on device",
+    "model": "x.safetensors",
+    "ModelMissing.problems": (
+        """node 4 (LoraLoader) needs the model 'fox.safetensors' in models/loras, which is not there and in no manifest; \
+there is 'fox_v2.safetensors'; correct the name, put the file on the volume, or name its source in 'models' or models.toml""",
+    ),
+    "ModelUnavailable.cause": "repo_gated",
+    "ModelUnavailable.reason": "The repository 'org/repo' (for 'flux1-dev.safetensors') is gated: accept its terms on its page "
+    "with the account that HF_TOKEN belongs to.",
+    "name": "clip.mp4",
+    "names": ("clip.mp4", "mask.png"),
+    "near": ("flux_dev_checkpoint_example", "flux_schnell"),
+    "needed_bytes": 23_802_932_552,
+    "node_id": "3",
+    "node_type": "KSampler",
+    "nodes": ("UltimateSDUpscale (comfyui_ultimatesdupscale)", "FaceDetailer (comfyui-impact-pack)"),
+    "NotAFile.found": "a web page",
+    "operation": "UploadPart of models/checkpoints/flux1-dev.safetensors",
+    "option": "--set",
+    "OutputNotSaved.reason": "pictures/clip.mp4 cannot be written (No space left on device)",
+    "OverrideInvalid.key": "6.txt",
+    "OverrideInvalid.reason": "finds no input 'txt' at node 6 (CLIPTextEncode), which has text, clip",
+    "path": Path("/runpod-volume/models/checkpoints/flux1-dev.safetensors"),
+    "EngineNotFound.path": Path("/comfyui/main.py"),
+    "VolumeFull.path": Path("/runpod-volume"),
+    "VolumeMissing.path": Path("/runpod-volume"),
+    "place": "EU-RO-1",
+    "prompt_id": "8c3f1f2a",
+    "repo": "org/repo",
+    "RequestRefused.reason": "payload too large",
+    "ResultTooLarge.size_bytes": 54_960_000,
+    "ResultTooLarge.volume": "there is no network volume at /runpod-volume",
+    "revision": "v2",
+    "rule": "must be a number of seconds greater than 0",
+    "S3ConfigInvalid.reason": "lacks accessSecret",
+    "S3Failed.reason": "the server has another MD5 than was sent",
+    "S3FileDiffers.actual": "11901466276",
+    "S3FileDiffers.expected": "23802932552",
+    "S3FileDiffers.what": "size",
+    "S3Unreachable.reason": "PutObject: status 502",
+    "SeedUsage.reason": "Give --volume or --s3, not both.",
+    "ServiceFailed.reason": "Bad Gateway",
+    "SetInvalid.reason": "takes NODE.INPUT=VALUE, such as 6.text=\"a fox\", not '6.text'",
+    "setting": "COMFYUI_DIR",
+    "SettingsError.problems": ("COMFYUI_PORT must be a whole number, not 'x'", "REFRESH_WORKER must be true or false, not 'y'"),
+    "silent_s": 180.0,
+    "size_bytes": 11_901_466_276,
+    "RequestRefused.size_bytes": 24_500_000,
+    "SourceUnreachable.reason": "status 503",
+    "SpecInvalid.field": "source",
+    "SpecInvalid.reason": "is no address; write hf://org/repo/path or https://...",
+    "status": 403,
+    "RequestRefused.status": 400,
+    "ServiceFailed.status": 502,
+    "SourceRefused.status": 410,
+    "stopped": "it was cancelled",
+    "SuffixNotAllowed.name": "x.ckpt",
+    "AmbiguousModel.name": "ae.safetensors",
+    "EnsureCancelled.name": "flux1-dev.safetensors",
+    "HostNotAllowed.name": "x.safetensors",
+    "InputNameInvalid.name": "clips/",
+    "NoWorkflowInFile.name": "photo.png",
+    "timeout_s": 120.0,
+    "RunTimedOut.timeout_s": 300.0,
+    "UiWorkflowInvalid.reason": "node 12 is a group node; convert it to nodes or to a subgraph in the editor",
+    "Unreachable.advice": "check the address and the network",
+    "Unreachable.reason": "its name cannot be looked up",
+    "UnsafePath.what": "Input 'image' of node 3 (LoadImage)",
+    "UsageError.reason": "give either a workflow or --job ID",
+    "value": "../secret.png",
+    "variable": "HF_TOKEN",
+    "variables": ("RUNPOD_S3_ACCESS_KEY_ID", "RUNPOD_S3_SECRET_ACCESS_KEY"),
+    "volume": "abc123xyz in EU-RO-1",
+    "S3VolumeNotFound.volume": "abc123xyz",
+    "VolumeFailed.reason": "Input/output error",
+    "VolumeReadOnly.reason": "Read-only file system",
+    "waited_s": 62.0,
+    "WhatUnknown.what": "flux_dev",
+    "where": "https://huggingface.co/org/repo/resolve/main/x.safetensors",
+    "InputNotServed.where": "https://example.com/clip.mp4",
+    "InputUnreachable.where": "https://example.com/clip.mp4",
+    "InputUrlRefused.where": "http://10.0.0.7/clip.mp4",
+    "NotAFile.where": "https://civitai.com/models/1",
+    "SourceRefused.where": "https://example.com/x.safetensors",
+    "AnswerUnreadable.where": "https://api.runpod.ai/v2/abc123",
+    "EndpointUnknown.where": "https://api.runpod.ai/v2/abc123",
+    "KeyRefused.where": "https://api.runpod.ai/v2/abc123",
+    "RequestRefused.where": "https://api.runpod.ai/v2/abc123",
+    "ServiceFailed.where": "https://api.runpod.ai/v2/abc123",
+    "TooManyRequests.where": "https://api.runpod.ai/v2/abc123",
+    "Unreachable.where": "https://api.runpod.ai/v2/abc123",
+    "whole_bytes": 23_802_932_552,
+    "WorkflowInvalid.reason": "bad link: input 'images' of node 2 (SaveImage) comes from node 99, which is not in the workflow",
+    "WorkflowRejected.problems": ("node 3 (KSampler): Value 0 smaller than min of 1: steps",),
+}
+
+# What is worth knowing beside the sentence.
+MORE: Final[Mapping[str, str]] = {
+    "workflow_invalid": "Each wrong node, link and cycle has a reason of its own.",
+    "unknown_nodes": "[customization.md](customization.md) says how custom nodes come into the image or onto the volume; "
+    "`python -m worker doctor` names those that ComfyUI could not import.",
+    "override_invalid": "Other reasons: no node has that id, title or class, or several have it.",
+    "input_url_refused": "Other reasons: a host that `INPUT_URL_HOSTS` does not name, a user name in the address, a redirect "
+    "from https to http.",
+    "model_missing": "`python -m worker plan WORKFLOW` shows where each model would come from. A file that was put on the "
+    "volume is seen by the next job that names it.",
+    "repo_gated": "A fine-grained token also needs the permission to read gated repositories.",
+    "content_mismatch": "Somebody replaced the file at its source, or the sha256 is that of another revision.",
+    "file_incomplete": "Somebody is copying it there by hand, or a copy broke off.",
+    "volume_full": "`python scripts/seed_volume.py --list` shows what is there, `--prune` removes what no list names.",
+    "node_failed": "The message is the node's own; its traceback is in the worker's log.",
+    "out_of_memory": "`COMFY_ARGS=--lowvram` needs less of the GPU's memory and takes longer.",
+    "gpu_fault": "Where every job of one worker ends so, its GPU is broken: stop that worker, RunPod starts another.",
+    "job_timeout": "The fetching of models and input files does not count. RunPod's own limit (600 s unless changed) counts "
+    "all of the job, and ends it without this sentence.",
+    "engine_died": "`details` are ComfyUI's last lines. After SIGKILL: a machine with more memory, or smaller weights.",
+    "engine_start_failed": "`details` are ComfyUI's last lines. Where it is only slow: `COMFY_START_TIMEOUT_S`.",
+    "result_too_large": "`details` are the files with their sizes.",
+    "bucket_refused": "Amazon S3 wants the right `BUCKET_REGION`.",
+    "settings_invalid": "`python -m worker settings` prints what there is.",
+    "job_failed": "Sentence, code and details are the worker's; look up its code on this page.",
+    "output_not_saved": "The other outputs were saved. For an endpoint, `--job ID` fetches the result again, for 30 minutes.",
+}
+"""By code."""
+
+HEAD: Final = """\
+# Errors
+
+<!-- Made by `python -m scripts.make_errors` from worker/errors.py and client/errors.py; a test holds it to them. -->
+
+A failed job has one sentence in `error`: what happened and what to do. Beside it stand `code`, which never changes and is what
+a program should look at, `retryable`, and for some errors `details`, a list with one finding a line. In the worker's log the
+same sentence ends with the code: `job 5d0c1c1e-e1: failed after 0.31 s: ... [model_missing]`.
+
+*Retryable* means that the same job, sent again, may succeed without anybody having changed anything. Everything else fails
+again until what the sentence names is put right. The sentences below are what the code makes of example values; some
+beginnings are those that worker-comfyui's clients know, and stay as they are.
+"""
+
+
+class Incomplete(Exception):  # noqa: N818 - says what is the matter
+    """This script does not know enough about an error class; the text says of which, and what to add."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Do what the command line says; the exit status. Raises `Incomplete`."""
+    parser = argparse.ArgumentParser(prog="python -m scripts.make_errors", description="Write docs/errors.md from the code.")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--print", action="store_true", help="print the page, write nothing")
+    what.add_argument("--check", action="store_true", help="write nothing; exit with 1 when the page differs")
+    options = parser.parse_args(argv)
+    text = page()
+    if options.print:
+        print(text, end="")
+    elif options.check:
+        before = PAGE.read_text("utf-8") if PAGE.is_file() else ""
+        for line in difflib.unified_diff(before.splitlines(), text.splitlines(), PAGE.name, "the code", lineterm=""):
+            print(line)
+        return int(before != text)
+    else:
+        PAGE.write_text(text, "utf-8")
+    return 0
+
+
+# --- the errors -----------------------------------------------------------------------------------
+
+
+def classes() -> tuple[ErrorClass, ...]:
+    """Every error that is raised, in the order of the code."""
+    return (*_classes_of(errors, errors.WorkerError), *_classes_of(client, client.ClientError))
+
+
+def _classes_of(module: ModuleType, root: ErrorClass) -> Iterator[ErrorClass]:
+    for value in vars(module).values():
+        if isinstance(value, type) and issubclass(value, root) and value not in NEVER_RAISED:
+            yield value
+
+
+def section_of(kind: ErrorClass) -> Section:
+    """Where an error stands: with the nearest of its bases that has a section. Raises `Incomplete` when there is none."""
+    found = [(kind.__mro__.index(section.base), section) for section in SECTIONS if issubclass(kind, section.base)]
+    if not found:
+        raise Incomplete(f"{kind.__name__} has no section: add one to SECTIONS")
+    return min(found, key=lambda pair: pair[0])[1]
+
+
+def example(kind: ErrorClass) -> errors.WorkerError | client.ClientError:
+    """An instance with example values. Raises `Incomplete` at a field that has none."""
+    if not dataclasses.is_dataclass(kind):
+        return kind()
+    return kind(**{field.name: _value(kind, field.name) for field in dataclasses.fields(kind)})
+
+
+def _value(kind: ErrorClass, field: str) -> Any:  # noqa: ANN401 - of whatever type the field has
+    for key in (f"{kind.__name__}.{field}", field):
+        if key in EXAMPLES:
+            return EXAMPLES[key]
+    raise Incomplete(f"{kind.__name__} has the field '{field}', for which there is no example: add one to EXAMPLES")
+
+
+def when(kind: ErrorClass) -> str:
+    """When it happens: the first sentence of the class's own docstring. Raises `Incomplete` when there is none."""
+    text = " ".join((vars(kind).get("__doc__") or "").split())
+    if not text or text.startswith(f"{kind.__name__}("):  # what dataclass writes where there is none
+        raise Incomplete(f"{kind.__name__} has no docstring")
+    return text.partition(". ")[0].rstrip(".") + "."
+
+
+# --- the page -------------------------------------------------------------------------------------
+
+
+def page() -> str:
+    """The whole page."""
+    kinds = classes()
+    if unknown := MORE.keys() - {kind.code for kind in kinds}:
+        raise Incomplete(f"MORE speaks of codes that do not exist: {', '.join(sorted(unknown))}")
+    parts = [HEAD]
+    for section in SECTIONS:
+        entries = [_entry(kind) for kind in kinds if section_of(kind) is section]
+        parts.append("\n".join([f"## {section.title}", *(["", section.about] if section.about else []), ""]))
+        parts += entries
+    return "\n".join([*parts, _exits()])
+
+
+def _entry(kind: ErrorClass) -> str:
+    error = example(kind)
+    facts = [f"Retryable: {'yes' if kind.retryable else 'no'}."]
+    if isinstance(error, errors.WorkerError) and error.details():
+        facts.append("Has `details`.")
+    if isinstance(error, client.ClientError):
+        facts.append(f"Exit status {error.exit_status}.")
+    if more := MORE.get(kind.code):
+        facts.append(more)
+    sentence = str(error).replace("<", "&lt;")  # what GitHub would take for HTML
+    return f"### `{kind.code}`\n\n{when(kind)}\n\n> {sentence}\n\n{' '.join(facts)}\n"
+
+
+def _exits() -> str:
+    rows = "\n".join(f"| {program} | {status} | {meaning} |" for program, status, meaning in exits())
+    return f"## Exit statuses\n\n| Program | Status | When |\n| --- | --- | --- |\n{rows}\n"
+
+
+def exits() -> tuple[tuple[str, int, str], ...]:
+    """Program, status and when; the numbers are the programs' own."""
+    worker, plan_, doctor_, convert = (f"`python -m worker{name}`" for name in ("", " plan", " doctor", " convert"))
+    seed, run = "`python -m worker seed`, `scripts/seed_volume.py`", "`scripts/run_workflow.py`"
+    return (
+        (worker, 0, "SIGTERM came, or its last job is done (`REFRESH_WORKER`), and every job that it took was answered"),
+        (worker, 1, "it could not start, or ComfyUI did not come back, or there is no such command: the last line says why"),
+        (worker, 143, "SIGTERM came before it took jobs"),
+        (plan_, 0, "the workflow can run"),
+        (plan_, plan.CANNOT_RUN, "something is in its way, or the settings are wrong"),
+        (plan_, plan.USAGE, "the command line or the workflow cannot be read"),
+        (doctor_, 0, "no problem was found"),
+        (doctor_, doctor.PROBLEM_FOUND, "at least one problem was found, or the settings are wrong"),
+        (doctor_, 2, "the command line is wrong"),
+        (convert, 0, "the graph was printed"),
+        (convert, 1, "the workflow cannot be read or converted, or no ComfyUI answers"),
+        (convert, 2, "the command line is wrong"),
+        (seed, 0, "everything is there"),
+        (seed, seeder.FAILED, "something failed; the same command goes on where it stopped"),
+        (seed, seeder.USAGE, "the command line, a list of models, a key that is not set, or a setting is wrong"),
+        (seed, seeder.STOPPED, "it was stopped (Ctrl-C, SIGTERM); the same command goes on where it stopped"),
+        (run, client.DONE, "the job is done and its outputs are saved"),
+        (run, client.FAILED, "the job failed, or an output could not be saved"),
+        (run, client.USAGE, "the command line, a file that it names, or the key is missing or wrong"),
+        (run, client.UNREACHABLE, "the endpoint or the worker cannot be reached, or refuses"),
+        (run, client.INTERRUPTED, "Ctrl-C or SIGTERM; the job was cancelled where that can be done"),
+    )
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except Incomplete as exc:
+        sys.exit(f"scripts/make_errors.py: {exc}")

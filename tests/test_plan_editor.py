@@ -1,0 +1,182 @@
+"""What a workflow names as the editor saves it, read without an engine: the same models that the converted graph names."""
+
+from __future__ import annotations
+
+import json
+import struct
+import threading
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from devkit.editor import node, subgraph, ui
+from devkit.engine.cache import cache_root
+from devkit.local_worker import PROJECT
+from scripts.make_catalog import fetch_wheel, templates
+from worker.comfy.convert import convert
+from worker.comfy.workflow import named_models, parse_graph
+from worker.errors import SeedUsage, UiWorkflowInvalid, UnknownNodes
+from worker.models.hub import Hub
+from worker.models.sources import Sources
+from worker.models.wire import Network
+from worker.plan.document import Unreadable, Wanted, read_document
+from worker.plan.editor import naming_graph
+from worker.seed.wants import Wants
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def found(workflow: dict[str, Any]) -> dict[str, tuple[str, ...]]:
+    """The models of a workflow in the editor's format, with the folders that their loaders read."""
+    return {models[0].name: models[0].folders for models in Wanted.read(workflow).names()}
+
+
+MUTED, BYPASSED = 2, 4
+
+
+def pipeline(*, modern: bool = True, mode: int = 0) -> dict[str, Any]:
+    """A subgraph that promotes its loader's widget, an instance that holds another file, and every way not to count."""
+    loader = node(
+        20,
+        "UNETLoader",
+        ["old.safetensors", "default"],
+        inputs={"unet_name*": ("COMBO", 1)} if modern else {},
+        outputs=("MODEL",),
+    )
+    unseen = node(21, "VAELoader", ["inner_muted.safetensors"], mode=MUTED)
+    kept = node(22, "VAELoader", ["inner.safetensors"], outputs=("VAE",))
+    definition = subgraph(
+        "load",
+        *(loader, unseen, kept),
+        links=[(1, -10, 0, 20, 0), (2, 20, 0, -20, 0)] if modern else [(2, 20, 0, -20, 0)],
+        inputs=[("unet_name", "COMBO", [1])] if modern else [],
+        outputs=[("MODEL", "MODEL", [2])],
+    )
+    proxies = {} if modern else {"proxyWidgets": [["20", "unet_name"]]}
+    instance = node(2, "load", ["new.safetensors"], outputs=("MODEL",), mode=mode, properties=proxies)
+    return ui(
+        instance,
+        node(3, "PrimitiveNode", ["primitive.safetensors", "fixed"], outputs=("COMBO",)),
+        node(
+            4,
+            "LoraLoaderModelOnly",
+            ["stale.safetensors", 1.0],
+            inputs={"model": ("MODEL", 1), "lora_name*": ("COMBO", 2)},
+            outputs=("MODEL",),
+        ),
+        node(5, "LoraLoaderModelOnly", ["muted.safetensors", 1.0], mode=MUTED),
+        node(6, "LoraLoaderModelOnly", ["bypassed.safetensors", 1.0], mode=BYPASSED),
+        node(7, "Reroute", inputs={"": ("*", 3)}, outputs=("MODEL",)),
+        node(8, "MarkdownNote", ["put noted.safetensors"]),
+        node(9, "Note", ["noted.safetensors"]),
+        links=[(1, 2, 0, 4, 0), (2, 3, 0, 4, 1), (3, 4, 0, 7, 0)],
+        definitions={"subgraphs": [definition]},
+    )
+
+
+@pytest.mark.parametrize("modern", [True, False], ids=["by an input", "by proxyWidgets"])
+def test_only_what_runs_counts_with_the_value_that_it_runs_with(modern: bool) -> None:  # noqa: FBT001 - a parameter of the test
+    assert found(pipeline(modern=modern)) == {
+        "new.safetensors": ("diffusion_models", "unet"),
+        "inner.safetensors": ("vae",),
+        "primitive.safetensors": ("loras",),
+    }
+
+
+def test_what_is_inside_a_muted_or_bypassed_subgraph_does_not_count() -> None:
+    for mode in (MUTED, BYPASSED):
+        assert list(found(pipeline(mode=mode))) == ["primitive.safetensors"]
+
+
+def test_two_instances_have_a_model_each() -> None:
+    workflow = pipeline()
+    workflow["nodes"].append(node(12, "load", ["other.safetensors"], outputs=("MODEL",)))
+    assert {"new.safetensors", "other.safetensors"} <= found(workflow).keys()
+    assert "old.safetensors" not in found(workflow)
+
+
+def test_old_files_name_no_widgets_and_custom_nodes_save_objects() -> None:
+    assert found(
+        ui(
+            node(1, "DualCLIPLoader", ["a.safetensors", "b.safetensors", "flux"]),
+            node(2, "VAELoader", ["taesd"]),
+            node(3, "Strange", [1, "s.pth"]),
+            node(4, "VHS_Like", {"lora_name": "l.safetensors", "video": "v.mp4"}),
+            node(5, "Power Lora Loader (rgthree)", [{}, {"on": True, "lora": "on.sft"}, {"on": False, "lora": "off.sft"}]),
+            node(6, "CLIPTextEncode", ["a cat, embedding:cats"]),
+        )
+    ) == {
+        "a.safetensors": ("text_encoders", "clip"),
+        "b.safetensors": ("text_encoders", "clip"),
+        "taesd_encoder": ("vae_approx",),
+        "taesd_decoder": ("vae_approx",),
+        "s.pth": (),
+        "l.safetensors": ("loras",),
+        "on.sft": ("loras",),
+        "cats": ("embeddings",),
+    }
+
+
+def test_an_input_that_takes_links_only_has_no_place_among_the_values() -> None:
+    strange = node(1, "Strange", ["x.safetensors", 3], inputs={"text": ("STRING", None), "lora_name*": ("COMBO", None)})
+    assert found(ui(strange)) == {"x.safetensors": ("loras",)}
+
+
+def test_what_the_worker_could_not_convert_is_refused_as_it_would_refuse_it() -> None:
+    for workflow in (ui(node(1, "Anything Everywhere")), ui(node(1, "A"), node(1, "B"))):
+        with pytest.raises(UiWorkflowInvalid):
+            naming_graph(workflow)
+
+
+def test_the_seeder_reads_the_same_names(tmp_path: Path) -> None:
+    path = tmp_path / "w.json"
+    wants = Wants(Sources.read(), Hub("http://127.0.0.1:9", Network()), (), None, threading.Event())
+    path.write_text(json.dumps(pipeline()).replace("new.safetensors", "z_image_turbo_bf16.safetensors"))
+    items = {item.name: item for item in wants.read([str(path)])}
+    assert set(items) == {"z_image_turbo_bf16.safetensors", "inner.safetensors", "primitive.safetensors"}
+    assert str(items["z_image_turbo_bf16.safetensors"].spec).startswith("diffusion_models/")
+    path.write_text(json.dumps(ui(node(1, "A"), node(1, "B"))))
+    with pytest.raises(SeedUsage, match="two nodes with the id 1"):
+        wants.read([str(path)])
+
+
+def webp(text: bytes) -> bytes:
+    """An animated picture as ComfyUI saves it, as far as its metadata goes."""
+    head = struct.pack("<2sHIHHHII", b"II", 42, 8, 1, 0x0110, 2, len(text), 8 + 2 + 12 + 4) + bytes(4)
+    exif = head + text + bytes(len(text) % 2)
+    body = b"WEBP" + struct.pack("<4sI", b"EXIF", len(exif)) + exif
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+def test_a_picture_of_any_kind_is_read_with_what_it_carries(tmp_path: Path) -> None:
+    path = tmp_path / "made.webp"
+    wants = Wants(Sources.read(), Hub("http://127.0.0.1:9", Network()), (), None, threading.Event())
+    path.write_bytes(webp(b"workflow:" + json.dumps(pipeline()).encode()))
+    names = {"new.safetensors", "inner.safetensors", "primitive.safetensors"}
+    assert {models[0].name for models in Wanted.read(read_document(str(path))).names()} == names
+    assert {item.name for item in wants.read([str(path)])} == names
+    path.write_bytes(webp(b"nothing:{}"))
+    with pytest.raises(Unreadable, match="PNG, WEBP, MP4 or WEBM"):
+        read_document(str(path))
+
+
+# In these, ComfyUI's frontend hands an instance's values to the wrong widgets and sends a number as the checkpoint.
+BROKEN_THERE = {"3d_hunyuan3d-v2.1.json", "3d_hunyuan3d_image_to_model.json"}
+
+
+def test_official_templates_name_what_their_converted_graphs_name() -> None:
+    info = json.loads((PROJECT / "tests/ui/object_info_modern.json").read_text())
+    compared = 0
+    for name, workflow in templates(fetch_wheel(cache_root() / "wheels")):
+        if name in BROKEN_THERE:
+            continue
+        try:
+            converted = convert(workflow, info).graph
+        except (UnknownNodes, UiWorkflowInvalid):
+            continue  # its classes are not among the recorded ones, or only a browser can make its inputs
+        exact = {(model.name, model.folders) for model in named_models(parse_graph(converted))}
+        read = {(model.name, model.folders) for model in named_models(parse_graph(naming_graph(workflow)))}
+        assert read == exact, name
+        compared += 1
+    assert compared > 400

@@ -1,0 +1,103 @@
+"""Every check in a thread of a child process, each given up at its deadline. Starts processes, and threads in them."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any, Final
+
+from worker.doctor.child import Child
+from worker.doctor.findings import Deadlines, Finding, FolderCount, Severity, Subject, problem
+from worker.doctor.probe import Probe
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+_END: Final = "end"
+
+
+def examine(subject: Subject) -> tuple[list[Finding], list[FolderCount]]:
+    """Everything that the checks find, in their order. A check that hangs is a finding; so is a child that says nothing."""
+    child = Child(probe_in_child)
+    child.tell(json.dumps(asdict(subject)))
+    until_s = time.monotonic() + subject.deadlines.answer_s + subject.deadlines.check_s + 5
+    findings: list[Finding] = []
+    folders: list[FolderCount] = []
+    said: list[str] = []
+    try:
+        while (line := child.line(until_s)) != _END:
+            if not line.startswith("{"):
+                said.append(line)
+                continue
+            found = json.loads(line)
+            findings += [Finding(Severity(item.pop("severity")), **item) for item in found["findings"]]
+            folders += [FolderCount(**item) for item in found["folders"]]
+    except (TimeoutError, EOFError) as exc:
+        why = "hangs" if isinstance(exc, TimeoutError) else f"ended: {' '.join(said)[-300:]}"
+        findings.append(problem(f"The process that looks at {subject.volume} {why}.", check="volume"))
+    finally:
+        child.leave()
+    return findings, folders
+
+
+def probe_in_child() -> None:
+    """In the child: run every check, say what it found, and end whatever still hangs."""
+    values = json.loads(sys.stdin.read())
+    subject = Subject(**{**values, "deadlines": Deadlines(**values["deadlines"])})
+    probe = Probe(subject)
+    for found in _checked(probe):
+        print(json.dumps(found), flush=True)  # noqa: T201 - the line to the parent
+    print(_END, flush=True)  # noqa: T201 - as above
+    os._exit(0)  # the interpreter's own end would wait for threads that cannot end
+
+
+def _checked(probe: Probe) -> Iterator[dict[str, Any]]:
+    """What each check found, in order: first whether the volume answers at all, then everything else at once."""
+    deadlines = probe.subject.deadlines
+    answers = _Check("volume", probe.volume)
+    yield answers.result(time.monotonic() + deadlines.answer_s)
+    if not probe.answers:
+        return
+    checks = [_Check(name, look) for name, look in probe.checks.items()]
+    until_s = time.monotonic() + deadlines.check_s
+    for check in checks:
+        result = check.result(until_s)
+        yield result | ({"folders": [asdict(found) for found in probe.folders]} if check.name == "models" else {})
+
+
+class _Check:
+    """One check in a thread of its own."""
+
+    def __init__(self, name: str, look: Callable[[], Iterable[Finding]]) -> None:
+        self.name = name
+        self._look = look
+        self._findings: list[Finding] = []
+        self._began_s = time.monotonic()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            for found in self._look():
+                self._findings.append(found)
+        except OSError as exc:
+            where = f" at {exc.filename}" if exc.filename else ""
+            self._findings.append(problem(f"This check broke off{where} ({exc.strerror or exc}): look at the volume."))
+        except Exception as exc:  # noqa: BLE001 - a check that has a defect must not hide what the others found
+            self._findings.append(problem(f"This check itself failed ({exc!r}): a defect of the doctor."))
+
+    def result(self, until_s: float) -> dict[str, Any]:
+        """What it found, and that it hangs if it does, by then."""
+        self._thread.join(max(0.0, until_s - time.monotonic()))
+        findings = list(self._findings)
+        if self._thread.is_alive():
+            waited_s = time.monotonic() - self._began_s
+            text = (
+                f"No answer within {waited_s:.0f} s: the volume hangs or is very slow. If other workers are fine, end this one."
+            )
+            findings.append(problem(text))
+        return {"findings": [asdict(replace(found, check=self.name)) for found in findings], "folders": []}

@@ -1,0 +1,94 @@
+"""What is half there: how far it is, who fetches it, or how long ago it broke off. Touches the disk."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import secrets
+import time
+from typing import TYPE_CHECKING, Final
+
+from worker.doctor.exclusion import LOCK
+from worker.doctor.findings import Severity, count, listing, note, ok
+from worker.doctor.folders import entries
+from worker.models.locks import Locks
+from worker.models.partial import Ranges
+from worker.models.progress import size_text
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from worker.doctor.findings import Finding
+    from worker.models.layout import Layout
+
+_ACTIVE_S: Final = 60.0
+
+
+def downloads(layout: Layout) -> Iterator[Finding]:
+    """What is half there: how far it is, who fetches it, or how long ago it broke off."""
+    now_s = _now_s(layout)
+    parts = [part for folder in entries(layout.partials) for part in sorted(folder.glob("*.part"))]
+    if not parts:
+        yield ok("none under way, none broken off")
+    for part in parts:
+        with contextlib.suppress(FileNotFoundError):  # published meanwhile
+            yield _partial(layout, part, now_s)
+    holders = [holder for lock in entries(layout.locks) for holder in entries(lock / "holders")]
+    stale = [str(holder) for holder in holders if _age_s(holder, now_s) > _ACTIVE_S]
+    if stale:
+        text = f"{count(stale, 'lock')} of workers that are gone: nothing to do, the next one takes over in 30 s."
+        yield note(text, stale)
+    uploads = [upload.name for upload in entries(layout.root / ".s3compat_uploads")]
+    if uploads:
+        text = f"{count(uploads, 'upload')} through S3 not completed; complete or abort it to have the space back"
+        yield listing(Severity.NOTE, text, uploads)
+
+
+def _partial(layout: Layout, part: Path, now_s: float) -> Finding:
+    journal, key = part.with_suffix(".journal"), part.parent.name
+    size_bytes = part.stat().st_size
+    try:
+        done_bytes = Ranges((start, end) for start, end in json.loads(journal.read_bytes())["ranges"]).total
+    except (OSError, ValueError, TypeError, KeyError):
+        return note(f"{part} has no journal to go on with: remove it.", [part])
+    holder = Locks(layout, LOCK).holder(key)
+    by = f"worker {holder.by}" if holder else "a worker"
+    amount = f"{key[:12]}, {size_text(done_bytes)} of {size_text(size_bytes)}"
+    age_s = min(_age_s(journal, now_s), _age_s(layout.lock_progress(key), now_s))
+    if age_s <= _ACTIVE_S:
+        rate = f" at {size_text(int(holder.bytes_per_s))}/s" if holder else ""
+        return ok(f"{amount}: {by} fetches it{rate}")
+    folder = part.parent.with_name(f"{key[:12]}*")
+    text = f"{amount}: {by} broke off {_duration(age_s)} ago, the next one goes on from there. If nobody will, remove {folder}"
+    return note(text, [part])
+
+
+def _now_s(layout: Layout) -> float:
+    """The volume's own clock, by which its files are dated; this machine's where nothing can be written."""
+    with contextlib.suppress(OSError):
+        return _touch_and_remove(layout.state)
+    return time.time()
+
+
+def _touch_and_remove(folder: Path) -> float:
+    path = folder / f".doctor.{secrets.token_hex(4)}.tmp"
+    try:
+        path.touch()
+        return path.stat().st_mtime
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _age_s(path: Path, now_s: float) -> float:
+    try:
+        return max(0.0, now_s - path.stat().st_mtime)
+    except OSError:
+        return float("inf")
+
+
+def _duration(age_s: float) -> str:
+    for unit, length_s in (("days", 86_400), ("h", 3_600), ("min", 60)):
+        if age_s >= 2 * length_s:
+            return f"{age_s / length_s:.0f} {unit}"
+    return f"{age_s:.0f} s"

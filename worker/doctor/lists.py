@@ -1,0 +1,63 @@
+"""What the lists of models name, what the host's cache holds, which custom nodes fail. Touches the disk."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from worker.comfy.custom_nodes import read_failures
+from worker.doctor.findings import count, ok, problem, some
+from worker.doctor.folders import entries, names_in
+from worker.errors import ManifestInvalid
+from worker.models.seals import stat_file
+from worker.models.sources import Sources
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from worker.doctor.findings import Finding, Subject
+    from worker.models.layout import Layout
+    from worker.models.spec import ModelSpec
+
+
+def manifests(layout: Layout, subject: Subject) -> Iterator[Finding]:
+    """Whether the lists of models can be read, and what they name that is not there."""
+    lists: list[dict[str, Any]] = [
+        {"volume_manifest": layout.manifest},
+        {"manifest": subject.manifest},
+        {"models": subject.models},
+    ]
+    specs: list[ModelSpec] = []
+    wrong = False
+    for one in lists:
+        try:
+            specs += Sources.read(**one).manifest()
+        except ManifestInvalid as exc:
+            wrong = True
+            for text in exc.problems:
+                yield problem(f"{exc.where}: {text}", [exc.where])
+    names = {f"{spec.folder}/{spec.name}" for spec in specs}
+    missing = sorted(name for name in names if stat_file(layout.models / name) is None)
+    if missing:
+        yield ok(f"{count(names, 'model')}, {len(missing)} still to be fetched: {some(missing)}")
+    elif names:
+        yield ok(f"{count(names, 'model')}, all there")
+    elif not wrong:
+        yield ok("no model in models.toml, MODELS_MANIFEST or MODELS")
+
+
+def host_cache(layout: Layout) -> Iterator[Finding]:
+    """What RunPod put on this machine: used before anything is fetched."""
+    repos = [entry.name.partition("--")[2].replace("--", "/") for entry in entries(layout.host_cache)]
+    repos = [repo for repo in repos if repo]
+    yield ok(f"{count(repos, 'repository')}: {some(repos)}" if repos else "none on this machine")
+
+
+def custom_nodes(layout: Layout) -> Iterator[Finding]:
+    """The volume's nodes, and those that ComfyUI could not import when a worker started last."""
+    folder = layout.root / "custom_nodes"
+    failures = read_failures(layout.root)
+    for failed in failures:
+        text = f"The custom node '{failed.name}' could not be imported ({failed.reason}): add what it lacks to its"
+        yield problem(f"{text} requirements.txt, or remove it.", [folder / failed.name])
+    if folder.is_dir() and not failures:
+        yield ok(f"{count(names_in(folder), 'custom node')} on the volume, none known to fail")

@@ -1,0 +1,166 @@
+"""What lies under `models/`, and what of it ComfyUI does not see or cannot load. Touches the disk."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from worker.doctor.findings import FolderCount, Severity, capped, count, listing, note, ok, problem
+from worker.doctor.folders import FOLDERS
+from worker.errors import FileIncomplete
+from worker.models.disk import check_whole
+from worker.models.links import ALIASES
+from worker.models.names import IN_FLIGHT, Scan
+from worker.models.seals import read_seal, stat_file
+from worker.models.spec import WEIGHT_SUFFIXES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from pathlib import Path
+
+    from worker.doctor.findings import Finding
+    from worker.models.layout import Layout
+    from worker.models.names import Folder
+
+_LOOKED_AT: Final = 5_000  # files: a stat and a seal for each cost some ms on a network volume
+
+
+def models(layout: Layout, counted: Callable[[Iterable[FolderCount]], None]) -> Iterator[Finding]:
+    """What lies under `models/`, and what of it ComfyUI does not see or cannot load; `counted` hears what each folder holds."""
+    root = layout.models
+    if not root.is_dir():
+        yield note(f"There is no {root} yet: it comes with the first download, or put files under models/<folder>/.")
+        return
+    scan = Scan((os.path.realpath(layout.root), os.path.realpath(root)), leave_out="")
+    tree = scan.root(str(root))
+    files = list(_files_of(tree))
+    looked = len(files) <= _LOOKED_AT
+    if looked:
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda file: file.look(layout), files))
+    folders = list(_counts(tree, files))
+    counted(folders)
+    yield ok(f"{count(files, 'file')} in {count(folders, 'folder')}{'' if looked else ', too many to look at each'}")
+    yield from capped([(str(found), found.path) for found in sorted(scan.problems, key=lambda found: found.path)])
+    yield from _of_files(layout, files)
+    yield from _of_folders(tree)
+    yield from _hidden(tree)
+    yield from _twins(tree)
+
+
+def _of_files(layout: Layout, files: Sequence[_File]) -> Iterator[Finding]:
+    yield from capped([(file.trouble, str(layout.models / file.path)) for file in files if file.trouble])
+    by_hand = [file.path for file in files if file.sealed is False and not (file.changed or file.trouble)]
+    if by_hand:
+        yield listing(Severity.NOTE, f"{count(by_hand, 'file')} put there by hand, used as is, never checked", by_hand)
+    changed = [file.path for file in files if file.changed and not file.trouble]
+    if changed:
+        yield listing(Severity.NOTE, f"{count(changed, 'file')} changed after being sealed, to be checked again", changed)
+
+
+def _of_folders(tree: Folder) -> Iterator[Finding]:
+    loose = sorted(name for name in tree.files if name.lower().endswith(WEIGHT_SUFFIXES))
+    if loose:
+        text = f"{count(loose, 'file')} directly in models/, where ComfyUI does not look; move each into its folder"
+        yield listing(Severity.PROBLEM, text, loose)
+    for top in sorted(tree.folders.keys() - FOLDERS):
+        if meant := _meant(top):
+            yield note(f"models/{top} is no folder of ComfyUI's own loaders, models/{meant} is: rename it if that was meant.")
+        for relative, folder in tree.folders[top].below(top):
+            *_, above, kind = "/", *relative.split("/")
+            if above == "models" and kind in FOLDERS and folder.count:
+                yield problem(
+                    f"models/{relative}/ lies too deep: move its {folder.count} files to models/{kind}/.", [folder.path]
+                )
+
+
+def _hidden(tree: Folder) -> Iterator[Finding]:
+    busy = [path for relative, folder in tree.below("models") for path in _in_flight(relative, folder.path)]
+    if busy:
+        text = f"{count(busy, 'file')} named like a copy under way and hidden from ComfyUI; finish or remove"
+        yield listing(Severity.NOTE, text, busy)
+
+
+def _twins(tree: Folder) -> Iterator[Finding]:
+    for first, second in ALIASES:
+        ours, theirs = _names_below(tree, first), _names_below(tree, second)
+        if twins := sorted(name for name in ours.keys() & theirs.keys() if ours[name] != theirs[name]):
+            text = f"{count(twins, 'name')} both in models/{first}, from where it is loaded, and in models/{second}"
+            yield listing(Severity.NOTE, text, twins)
+
+
+@dataclass(slots=True)
+class _File:
+    """A file under `models/`. `sealed` is None until somebody looked; `trouble` is why it cannot be loaded."""
+
+    path: str
+    size_bytes: int = 0
+    sealed: bool | None = None
+    changed: bool = False
+    trouble: str | None = None
+
+    def look(self, layout: Layout) -> None:
+        """Compare it with its seal; without a fitting one, see that it is whole as far as its header tells."""
+        path = layout.models / self.path
+        found = stat_file(path)
+        if found is None:
+            return
+        self.size_bytes = found.st_size
+        seal = read_seal(layout.seals / f"{self.path}.json")
+        self.sealed = seal is not None and seal.size == found.st_size and (seal.mtime is None or seal.fits(found))
+        self.changed = seal is not None and not self.sealed
+        if not self.sealed and self.path.lower().endswith(WEIGHT_SUFFIXES):
+            self.trouble = _trouble(path, found.st_size)
+
+
+def _trouble(path: Path, size_bytes: int) -> str | None:
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(64).lstrip().lower()
+        if head.startswith(b"version https://git-lfs"):
+            return f"{path} is a Git LFS pointer, not the weights: fetch the file itself in its place."
+        if head.startswith((b"<!doctype", b"<html", b"<?xml")):
+            return f"{path} is a web page, not weights: its download needed a login; remove it and fetch it again."
+        if not size_bytes:
+            return f"{path} is empty: wait for the copy to finish, or remove it to have it fetched."
+        check_whole(path, size_bytes)
+    except FileIncomplete as exc:
+        return str(exc)
+    except OSError as exc:
+        return f"{path} cannot be read ({exc.strerror}): look at its permissions."
+    return None
+
+
+def _files_of(tree: Folder) -> Iterator[_File]:
+    for top, folder in sorted(tree.folders.items()):
+        for relative, below in folder.below(top):
+            yield from (_File(f"{relative}/{name}") for name in sorted(below.files))
+
+
+def _counts(tree: Folder, files: Sequence[_File]) -> Iterator[FolderCount]:
+    looked = len(files) <= _LOOKED_AT
+    for top in sorted(tree.folders):
+        here = [file for file in files if file.path.startswith(f"{top}/")]
+        if here:
+            size_bytes, sealed = sum(file.size_bytes for file in here), sum(bool(file.sealed) for file in here)
+            yield FolderCount(top, len(here), size_bytes if looked else None, sealed if looked else None)
+
+
+def _names_below(tree: Folder, top: str) -> dict[str, str]:
+    """The names a loader of this folder sees, with where their bytes are."""
+    below = tree.folders[top].below("") if top in tree.folders else ()
+    return {f"{relative}/{name}".lstrip("/"): folder.real_path(name) for relative, folder in below for name in folder.files}
+
+
+def _in_flight(relative: str, path: str) -> Iterator[str]:
+    with os.scandir(path) as entries:
+        yield from (f"{relative}/{entry.name}" for entry in entries if entry.name[0] != "." and entry.name.endswith(IN_FLIGHT))
+
+
+def _meant(name: str) -> str | None:
+    """The folder of ComfyUI's that only spelling keeps this one from being."""
+    plain = name.lower().replace("-", "_").replace(" ", "_")
+    spelled = (plain, f"{plain}s", plain.removesuffix("s"), f"{plain}_models")
+    return next((folder for folder in spelled if folder in FOLDERS), None)

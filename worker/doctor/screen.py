@@ -1,0 +1,61 @@
+"""The report as a terminal shows it. Pure."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import TYPE_CHECKING, Final
+
+from worker.doctor.findings import Severity, count
+from worker.models.names import printable
+from worker.models.progress import size_text
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from worker.doctor.findings import Finding, FolderCount
+
+_COLOURS: Final = {Severity.OK: "32", Severity.NOTE: "33", Severity.PROBLEM: "1;31"}
+_LABEL_WIDTH: Final = max(map(len, Severity))
+_CHECK_WIDTH: Final = len("host cache")
+
+
+def report_lines(findings: Sequence[Finding], folders: Sequence[FolderCount], width: int, *, colour: bool) -> Iterator[str]:
+    """The findings in their order, the folders as a table, and how many problems there are; as wide as the terminal."""
+    indent = 2 + _LABEL_WIDTH + 2 + _CHECK_WIDTH + 2
+    before = ""
+    for found in findings:
+        label = f"{found.severity.upper() if found.severity is Severity.PROBLEM else found.severity:<{_LABEL_WIDTH}}"
+        check = "" if found.check == before else found.check
+        text = _wrapped(found.message, indent, width)
+        shown = f"\x1b[{_COLOURS[found.severity]}m{label}\x1b[0m" if colour else label
+        yield f"  {shown}  {check:<{_CHECK_WIDTH}}  {text[0].lstrip()}"
+        yield from text[1:]
+        before = found.check
+    if folders:
+        yield ""
+        yield from _table(folders)
+    yield ""
+    problems, notes = ([found for found in findings if found.severity is one] for one in (Severity.PROBLEM, Severity.NOTE))
+    yield f"{count(problems, 'problem')}, {count(notes, 'note')}"
+
+
+def _table(folders: Sequence[FolderCount]) -> Iterator[str]:
+    width = max(len("folder"), *(len(folder.folder) for folder in folders))
+    yield f"  {'folder':<{width}}  {'files':>7}  {'size':>9}  {'sealed':>7}"
+    for folder in folders:
+        size = "?" if folder.size_bytes is None else size_text(folder.size_bytes)
+        sealed = "?" if folder.sealed is None else str(folder.sealed)
+        yield f"  {printable(folder.folder):<{width}}  {folder.files:>7}  {size:>9}  {sealed:>7}"
+
+
+def _wrapped(text: str, indent: int, width: int) -> list[str]:
+    margin = " " * indent
+    # Paths stay whole: they are there to be copied.
+    return textwrap.wrap(
+        printable(text),
+        max(width, indent + 40),
+        initial_indent=margin,
+        subsequent_indent=margin,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

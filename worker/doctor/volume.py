@@ -1,0 +1,134 @@
+"""The volume itself: is it there, where it is mounted, how much it takes. Touches the disk."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from worker.doctor.findings import note, ok, problem
+from worker.models.disk import FULL, READ_ONLY
+from worker.models.progress import size_text
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from worker.doctor.findings import Finding
+    from worker.models.layout import Layout
+
+_LOW_BYTES: Final = 1_000_000_000
+_SCARCE_BYTES: Final = 20_000_000_000
+
+
+def silence(root: Path) -> Finding | None:
+    """Why nothing can be read there, None when something can."""
+    try:
+        os.listdir(root)  # noqa: PTH208 - a stat may be answered from a cache
+    except (FileNotFoundError, NotADirectoryError):
+        return problem(f"There is no volume at {root}: attach one to the endpoint, or set VOLUME_PATH to where it is mounted.")
+    except OSError as exc:
+        return problem(f"{root} is there and cannot be read ({exc.strerror}): end this worker, its host lost the volume.")
+    return None
+
+
+def where(root: Path, *, required: bool) -> Finding:
+    """What kind of file system it lies on, and where that is mounted."""
+    mount = find_mount(Path("/proc/self/mountinfo").read_text("utf-8"), os.path.realpath(root))
+    if mount is None or mount.point == "/":
+        text = f"{root} is a folder on this container's own disk, gone with the container: attach a network volume."
+        return problem(text) if required else note(text)
+    return ok(f"{mount.title} ({mount.source}), mounted {mount.mode} at {mount.point}")
+
+
+def space(layout: Layout) -> Iterator[Finding]:
+    """Bytes and inodes, as far as the file system tells."""
+    found = os.statvfs(layout.root)
+    free, total = found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize
+    text = f"{size_text(free)} free of {size_text(total)}, less if there is a quota"
+    if free < _LOW_BYTES:
+        yield problem(f"{text}: enlarge the volume or remove models.")
+    elif free < _SCARCE_BYTES:
+        yield note(f"{text}: not enough for a large model.")
+    else:
+        yield ok(text)
+    if found.f_files and found.f_favail * 100 < found.f_files:
+        yield problem(f"{found.f_favail} of {found.f_files} inodes are free: remove small files.")
+
+
+def writable(layout: Layout) -> Iterator[Finding]:
+    """A file is really written, flushed, renamed and removed."""
+    began_s = time.monotonic()
+    try:
+        whole_seconds = _write_and_remove(layout.state)
+    except OSError as exc:
+        yield _not_writable(layout.state, exc)
+        return
+    took_ms = (time.monotonic() - began_s) * 1000
+    mtimes = "whole seconds" if whole_seconds else "fractions of a second"
+    yield ok(f"1 MiB written, flushed, renamed and removed in {took_ms:.0f} ms; mtimes are kept in {mtimes}")
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """A line of `/proc/self/mountinfo`."""
+
+    point: str
+    kind: str
+    source: str
+    mode: str
+
+    @property
+    def title(self) -> str:
+        """What people call the file system."""
+        return "MooseFS" if self.kind.startswith("fuse") and self.source.startswith("mfs") else self.kind
+
+
+def find_mount(mountinfo: str, path: str) -> Mount | None:
+    """The mount that a path with no links in it lies on: the last one made on the longest point above it."""
+    found: Mount | None = None
+    for line in mountinfo.splitlines():
+        head, _, tail = line.partition(" - ")
+        fields, kinds = head.split(" "), tail.split(" ")
+        point = _unescaped(fields[4])
+        above = point in {"/", path} or path.startswith(f"{point}/")
+        if above and (found is None or len(point) >= len(found.point)):
+            options = {*fields[5].split(","), *kinds[2].split(",")}
+            found = Mount(point, kinds[0], _unescaped(kinds[1]), "read-only" if "ro" in options else "read-write")
+    return found
+
+
+def _unescaped(text: str) -> str:
+    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), text)
+
+
+def _write_and_remove(folder: Path) -> bool:
+    """Write a file as a download does; whether the file system keeps whole seconds. Raises `OSError`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f".doctor.{secrets.token_hex(4)}.tmp"
+    renamed = path.with_suffix(".renamed.tmp")
+    try:
+        with path.open("xb") as stream:
+            stream.write(bytes(1 << 20))
+            stream.flush()
+            os.fsync(stream.fileno())
+        path.replace(renamed)
+        os.utime(renamed, ns=(1_500_000_000_123_456_789, 1_500_000_000_123_456_789))
+        return renamed.stat().st_mtime_ns % 1_000_000_000 == 0
+    finally:
+        path.unlink(missing_ok=True)
+        renamed.unlink(missing_ok=True)
+
+
+def _not_writable(folder: Path, exc: OSError) -> Finding:
+    reason = exc.strerror or str(exc)
+    if exc.errno in FULL:
+        return problem(f"{folder} takes no more ({reason}): enlarge the volume or its quota, or remove models.")
+    if exc.errno in READ_ONLY:
+        return problem(
+            f"{folder} cannot be written ({reason}): what is missing goes to the container's disk; mount it writable."
+        )
+    return problem(f"{folder} cannot be written ({reason}): look at the volume.")

@@ -1,0 +1,110 @@
+"""A workflow as the editor saves it, as a graph that names its models, without an engine to ask for node definitions. Pure.
+
+The conversion itself is the worker's own: subgraphs, promoted widgets, primitives, muted and bypassed nodes count as they do
+when a job runs. Only the definitions differ: here the file itself has to tell which widgets its classes have. It names those
+that have an input or that a subgraph promotes, which is enough for models; what it does not name is called by its place.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from itertools import chain
+from typing import TYPE_CHECKING, Any, Final
+
+from worker.comfy.convert import classes, convert
+from worker.comfy.ui_graph import read_ui
+from worker.comfy.workflow import WEIGHT_SUFFIXES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from worker.comfy.ui_graph import Node, UiGraph
+    from worker.comfy.workflow import Graph
+
+# Loaders of ComfyUI itself whose first widgets are the files: old files name no widgets at all.
+_FIRST_WIDGETS: Final[Mapping[str, tuple[str, ...]]] = {
+    "AudioEncoderLoader": ("audio_encoder_name",),
+    "CLIPLoader": ("clip_name",),
+    "CLIPVisionLoader": ("clip_name",),
+    "CheckpointLoader": ("config_name", "ckpt_name"),
+    "CheckpointLoaderSimple": ("ckpt_name",),
+    "ControlNetLoader": ("control_net_name",),
+    "DiffControlNetLoader": ("control_net_name",),
+    "DualCLIPLoader": ("clip_name1", "clip_name2"),
+    "GLIGENLoader": ("gligen_name",),
+    "HypernetworkLoader": ("hypernetwork_name",),
+    "ImageOnlyCheckpointLoader": ("ckpt_name",),
+    "LTXAVTextEncoderLoader": ("text_encoder", "ckpt_name"),
+    "LTXVAudioVAELoader": ("ckpt_name",),
+    "LoraLoader": ("lora_name",),
+    "LoraLoaderModelOnly": ("lora_name",),
+    "PhotoMakerLoader": ("photomaker_model_name",),
+    "QuadrupleCLIPLoader": ("clip_name1", "clip_name2", "clip_name3", "clip_name4"),
+    "StyleModelLoader": ("style_model_name",),
+    "TripleCLIPLoader": ("clip_name1", "clip_name2", "clip_name3"),
+    "UNETLoader": ("unet_name",),
+    "UpscaleModelLoader": ("model_name",),
+    "VAELoader": ("vae_name",),
+    "unCLIPCheckpointLoader": ("ckpt_name",),
+}
+
+
+def naming_graph(ui: object) -> Graph:
+    """The workflow's nodes that run, with the files that they load. For its names only: an engine could not run it.
+
+    Raises:
+        UiWorkflowInvalid: the worker could not convert it either.
+    """
+    graph = read_ui(ui)
+    needed = classes(ui)
+    promoted = _promoted(graph)
+    by_class: dict[str, list[tuple[Node, list[str]]]] = defaultdict(list)
+    for scope in (graph.root, *graph.definitions.values()):
+        for node in scope.nodes.values():
+            by_class[node.type].append((node, promoted.get((scope.id, node.id), [])))
+    found = {name: _definition(name, nodes) for name, nodes in by_class.items() if name in needed}
+    # Of the two frontends that are known, the newer one keeps what the files say.
+    return convert(ui, found, frontend="1.58.1").graph
+
+
+def _promoted(graph: UiGraph) -> Mapping[tuple[str | None, str], list[str]]:
+    """By the ids of a subgraph and of a node in it, the widgets that instances of the subgraph show for the node."""
+    names: dict[tuple[str | None, str], list[str]] = defaultdict(list)
+    for scope in (graph.root, *graph.definitions.values()):
+        for node in scope.nodes.values():
+            entries = node.properties.get("proxyWidgets")
+            for entry in entries if node.type in graph.definitions and isinstance(entries, list) else ():
+                match entry:
+                    case [inner, str(name), *_]:
+                        names[node.type, str(inner)].append(name)
+    return names
+
+
+def _definition(class_type: str, nodes: Sequence[tuple[Node, list[str]]]) -> dict[str, Any]:
+    """A class as /object_info might describe it, by what the workflow says of all its nodes."""
+    first = _FIRST_WIDGETS.get(class_type, ())
+    saved = [[slot.widget for slot in node.slots if slot.widget] for node, _ in nodes]
+    # What takes links only is no widget, whatever its type: it has no place among the values.
+    sockets = {slot.name: [slot.type, {"forceInput": True}] for node, _ in nodes for slot in node.slots if slot.widget is None}
+    names = dict.fromkeys([*first, *chain.from_iterable(saved), *chain.from_iterable(promoted for _, promoted in nodes)])
+    values = max((node.values for node, _ in nodes if node.values), key=len, default=[])
+    if isinstance(values, dict):
+        placed = [str(key) for key in values]
+    else:
+        whole = (each for each in saved if len(each) == len(values))
+        placed = next(whole, _by_place(values, first, names))
+    # As texts, values come through untouched, each in its place: nothing else is asked of them here.
+    widgets = {name: ["STRING"] for name in [*placed, *names] if name not in sockets}
+    return {"input": {"required": sockets | widgets}, "output": []}
+
+
+def _by_place(values: Sequence[object], first: Sequence[str], names: Iterable[str]) -> list[str]:
+    """A name for each value that was saved: those that hold files get theirs, in order; the others one that says where."""
+    files = [at for at, value in enumerate(values) if isinstance(value, str) and value.lower().endswith(WEIGHT_SUFFIXES)]
+    places = dict(enumerate(first)) if first else dict(_paired(files, names))
+    return [places.get(at, f"widget {at}") for at in range(len(values))]
+
+
+def _paired(files: Sequence[int], names: Iterable[str]) -> Iterable[tuple[int, str]]:
+    loading = [name for name in names if "name" in name or "model" in name]
+    return zip(files, loading, strict=True) if len(files) == len(loading) else ()
