@@ -197,7 +197,20 @@ def test_the_folder_itself_may_be_a_link(placing: Placing, tmp_path: Path) -> No
     assert list((tmp_path / "volume").iterdir()) == []
 
 
-@pytest.mark.parametrize("text", [A, f"data:image/png;base64,{A}", f"{A[:4]}\n{A[4:]}\r\n"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        A,
+        f"data:image/png;base64,{A}",
+        f"{A[:4]}\n{A[4:]}\r\n",
+        f"image/png;base64,{A}",
+        f"base64,{A}",
+        f" DATA:image/png;base64,{A}",
+        f'"{A}"',
+        f"data:image/png;base64, {A}=",
+        f"{A}==\n",
+    ],
+)
 def test_base64_as_clients_send_it(text: str) -> None:
     assert b"".join(base64_pieces("a", text)) == b"first"
 

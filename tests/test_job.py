@@ -96,7 +96,7 @@ def test_whole_numbers_may_come_as_json_writes_them_elsewhere() -> None:
     [
         ("timeout_s", 10**400, "'timeout_s' must be a number of seconds"),  # longer than any float
         ("seed", 2**64, "'seed' must be 'random', 'next' or a whole number"),
-        ("outputs", [], "'outputs' must be a list of node ids"),  # the GPU would work for nothing
+        ("outputs", "9", "'outputs' must be a list of node ids"),
         ("comfy_org_api_key", 7, "'comfy_org_api_key' must be a string"),  # not the worker's own key in its place
         ("extra_pnginfo", "{}", "'extra_pnginfo' must be an object"),
         ("files", [{"name": "a", "data": "QQ==", "subfolder": 0}], "'files' must be a list of objects"),
@@ -106,3 +106,13 @@ def test_what_was_meant_otherwise_is_not_passed_over(field: str, value: Any, tex
     with pytest.raises(FieldInvalid) as caught:
         Request.parse({"workflow": GRAPH, field: value})
     assert str(caught.value).startswith(text)
+
+
+def test_what_says_nothing_changes_nothing() -> None:
+    request = Request.parse({"workflow": GRAPH, "timeout_s": 0, "outputs": [], "seed": -1})
+    assert (request.timeout_s, request.outputs, request.seed) == (None, None, "random")
+
+
+def test_of_an_image_with_data_and_an_address_the_data_counts() -> None:
+    entry = {"name": "a.png", "image": "QQ==", "url": "https://example.com/a.png"}
+    assert Request.parse({"workflow": GRAPH, "images": [entry]}).files == (InputFile("a.png", data="QQ=="),)

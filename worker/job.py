@@ -132,7 +132,7 @@ def _file(item: object, data_key: str) -> InputFile | None:
     name, subfolder, data, url = (item.get(key) for key in ("name", "subfolder", data_key, "url"))
     if not isinstance(name, str) or not name or not isinstance(subfolder, str | None):
         return None
-    if isinstance(data, str) and url is None:
+    if isinstance(data, str):  # as before there were addresses: 'image' is what counts
         return InputFile(name, data=data, subfolder=subfolder or "")
     if isinstance(url, str) and url and data is None:
         return InputFile(name, url=url, subfolder=subfolder or "")
@@ -153,12 +153,15 @@ def _pnginfo(value: object) -> dict[str, Any] | None:
 
 
 def _seconds(value: object) -> float | None:
+    """How long; None, as for 0, where the operator's limit alone counts."""
     if value is None:
         return None
     seconds = math.nan
     if isinstance(value, int | float) and not isinstance(value, bool):
         with contextlib.suppress(OverflowError):  # JSON has whole numbers of any length
             seconds = float(value)
+    if seconds == 0:
+        return None
     if not (math.isfinite(seconds) and seconds > 0):
         raise FieldInvalid("timeout_s", "must be a number of seconds greater than 0")
     return seconds
@@ -172,8 +175,8 @@ def _whole(value: object) -> int | None:
 
 
 def _node_ids(value: object) -> frozenset[str] | None:
-    """The nodes; None for all. No node at all is refused: nothing would be returned of what the GPU made."""
-    if value is None:
+    """The nodes; None for all, as for an empty list: nobody runs a GPU to have nothing of it."""
+    if value is None or value == []:
         return None
     ids = [item if isinstance(item, str) else _whole(item) for item in value] if isinstance(value, list) else []
     if not ids or None in ids:
@@ -190,6 +193,8 @@ def _overrides(value: object) -> dict[str, Any] | None:
 def _seed(value: object) -> str | int | None:
     if value is None or value in ("random", "next"):
         return value
+    if value == -1:  # what many front ends mean by it
+        return "random"
     number = _whole(value)
     if number is None or not 0 <= number <= _LARGEST_SEED:
         raise FieldInvalid("seed", f"must be 'random', 'next' or a whole number from 0 to {_LARGEST_SEED}")

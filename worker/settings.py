@@ -259,7 +259,7 @@ class Settings:
         _number(1, 86400), "120", "How long all the files that a job names by address may take together."
     )
     websocket_reconnect_attempts: int = _setting(
-        _whole(1, 1000), "5", "How often a lost connection to a living ComfyUI is tried again before the job fails."
+        _whole(0, 1000), "5", "How often a lost connection to a living ComfyUI is tried again before the job fails."
     )
     websocket_reconnect_delay_s: float = _setting(
         _number(0, 60), "3", "The pause between those attempts; the first is made at once."

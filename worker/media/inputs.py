@@ -27,6 +27,7 @@ _LONGEST_PART_BYTES: Final = 255  # what Linux file systems take
 _LONGEST_NAME_BYTES: Final = 1024  # with the folders above it well within what a system call takes
 # Up to here data is decoded in the loop, in one piece: a hop to a thread costs more than decoding a picture does.
 _PIECE_CHARACTERS: Final = 4 << 20
+_AROUND: Final = " \t\r\n\"'"
 
 
 class InputFiles:
@@ -92,9 +93,8 @@ class JobFiles:
 
         Raises what `look` raises, and otherwise as `placed` does.
         """
-        name, file = next((name, file) for name, file in self._wanted().items() if file.name == file_name)
-        if file.url is not None:
-            self._fetcher.check(file.name, file.url)
+        name = next(_relative(file) for file in reversed(self._files) if file.name == file_name)
+        file = self.check()[name]
         staged = self._staged(self._make_staging(self._undo) / "0", file)
         await self._fill({name: staged}, {name: file})
         self._early[name] = staged
@@ -193,27 +193,36 @@ def _decode(target: StagedFile, data: str) -> None:
 
 
 def base64_pieces(name: str, data: str) -> Iterator[bytes]:
-    """The bytes of base64 text, with or without a `data:...;base64,` prefix and line breaks, some at a time.
+    """The bytes of base64 text, with or without a prefix such as `data:image/png;base64,` and line breaks, some at a time.
 
-    Raises `ImageNotBase64`, also when there are none.
+    As clients of worker-comfyui send it: the prefix ends at the first comma, whatever it says, and quotes around the text or
+    more padding than needed do no harm. Raises `ImageNotBase64`, also when there are no bytes.
     """
-    begin = (data.find(",") + 1 or len(data)) if data.startswith("data:") else 0
-    ended, empty, rest = False, True, ""
-    for at in range(begin, len(data), _PIECE_CHARACTERS):
-        text = rest + "".join(data[at : at + _PIECE_CHARACTERS].split())
+    begin = data.find(",") + 1  # base64 itself has none
+    end = len(data.rstrip(_AROUND + "="))
+    padding, empty, rest = data.count("=", max(begin, end)), True, ""
+    for at in range(begin, end, _PIECE_CHARACTERS):
+        piece = data[at : min(at + _PIECE_CHARACTERS, end)]
+        text = rest + "".join((piece.lstrip(_AROUND) if at == begin else piece).split())
         whole = len(text) - len(text) % 4
         text, rest = text[:whole], text[whole:]
-        try:
-            piece = binascii.a2b_base64(text, strict_mode=True)
-        except ValueError:
-            raise ImageNotBase64(name) from None
-        if piece:
-            if ended:  # something comes after the padding
-                raise ImageNotBase64(name)
-            ended, empty = text.endswith("="), False
-            yield piece
-    if rest or empty:
+        if "=" in text:  # something comes after the padding
+            raise ImageNotBase64(name)
+        if text:
+            empty = False
+            yield _decoded(name, text)
+    missing = -len(rest) % 4
+    if missing > padding or "=" in rest or (empty and not rest):
         raise ImageNotBase64(name)
+    if rest:
+        yield _decoded(name, rest + "=" * missing)
+
+
+def _decoded(name: str, text: str) -> bytes:
+    try:
+        return binascii.a2b_base64(text, strict_mode=True)
+    except ValueError:
+        raise ImageNotBase64(name) from None
 
 
 def _remove_empty(folders: Sequence[Path]) -> None:

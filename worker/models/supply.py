@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import stat
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,7 +49,7 @@ class Supply:
         self._hosts = hosts
         self._lock = threading.Lock()
         self._sources: Sources | None = None
-        self._whole: set[str] = set()
+        self._whole: dict[Path, tuple[int, int]] = {}
         self._provisioner: Provisioner | None = None
 
     def missing(self, names: Sequence[Name]) -> list[Name]:
@@ -108,14 +109,13 @@ class Supply:
             self._provisioner.stop()
 
     def _check_whole(self, path: Path) -> None:
-        """Once for each file that was found whole: its header is read, which is under a millisecond on a disk."""
-        place = str(path)
-        if place in self._whole:
-            return
-        with contextlib.suppress(OSError):
-            if path.is_file():
-                check_whole(path.resolve(), path.stat().st_size)
-        self._whole.add(place)
+        """Once for each file that was found whole, while it stays the same: under a millisecond on a disk."""
+        with contextlib.suppress(OSError):  # ComfyUI will say what it cannot read
+            found = path.stat()
+            seen = found.st_size, found.st_mtime_ns
+            if self._whole.get(path) != seen and stat.S_ISREG(found.st_mode):
+                check_whole(path.resolve(), found.st_size)
+                self._whole[path] = seen
 
     def _is_there(self, name: Name) -> bool:
         folders, files = name
