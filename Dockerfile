@@ -38,9 +38,9 @@ RUN rm -rf /comfyui/.git /comfyui/.github /comfyui/.ci /comfyui/tests /comfyui/t
 # hadolint ignore=DL3006
 FROM ${BASE_IMAGE} AS worker-packages
 ARG UV_VERSION=0.13.9
-COPY requirements.lock image/left_out.txt /
-# botocore describes 400 services; the worker talks to one.
-RUN python3 -m venv /build \
+COPY requirements.lock image/left_out.txt image/slim.sh /
+RUN touch /stamp \
+    && python3 -m venv /build \
     && python3 -m venv --without-pip /opt/worker \
     && awk 'NR == FNR { if ($1 !~ /^#/) out[$1]; next } /^[a-z0-9]/ { split($1, name, "=="); skip = name[1] in out } !skip' \
         /left_out.txt /requirements.lock > /installed.lock \
@@ -48,10 +48,9 @@ RUN python3 -m venv /build \
         -r /installed.lock \
     && /build/bin/pip install --no-cache-dir --no-compile "uv==${UV_VERSION}" \
     && cp /build/bin/uv /usr/local/bin/uv \
-    && find /opt/worker/lib/python3*/site-packages/botocore/data -mindepth 1 -maxdepth 1 -type d \
-        ! -name s3 ! -name sts -exec rm -rf {} + \
-    && for packages in /opt/worker/lib/python3*/site-packages; do echo /opt/worker/src > "${packages}/worker.pth"; done \
-    && { /opt/worker/bin/python -m compileall -q -j 0 /opt/worker/lib > /dev/null || true; }
+    && for packages in /opt/worker/lib/python3*/site-packages; do \
+        echo /opt/worker/src > "${packages}/worker.pth" && bash /slim.sh "${packages}" /stamp; \
+    done
 
 # hadolint ignore=DL3006
 FROM ${BASE_IMAGE} AS worker-source
@@ -67,8 +66,10 @@ RUN find /opt/worker/src -exec touch --date=@946684800 {} + \
 FROM ${BASE_IMAGE} AS runtime
 
 # git: nodes from repositories. tini: reaps what ComfyUI's nodes leave behind. util-linux: setpriv ends ComfyUI with a worker
-# that is killed. tcmalloc: gives freed memory back between models. libglib, libgl: cv2, which most node packs import.
-# EXTRA_PACKAGES: "ffmpeg openssh-server", say. ComfyUI has ffmpeg's libraries in its av package and needs no program.
+# that is killed. tcmalloc (start.sh preloads it): loading one model after another fragments glibc's heap; over six of 1.4 GB on a
+# CPU its peak grew by a sixth, tcmalloc's by a thirtieth, in a fifth less time. libglib, libgl: cv2, which most node packs import.
+# EXTRA_PACKAGES: "ffmpeg openssh-server", say. ffmpeg's program has no place here by itself: ComfyUI has its libraries in the av
+# package, and VideoHelperSuite brings a program of its own.
 ARG EXTRA_PACKAGES=""
 COPY image/install_packages.sh /
 # hadolint ignore=DL3008
@@ -86,22 +87,25 @@ RUN python3 -m venv /opt/venv \
 
 COPY --from=worker-packages /opt/worker /opt/worker
 
-# What ComfyUI asks for and the worker's venv does not have, at the versions that the tests ran with, less its front end's help pages and templates.
+# What ComfyUI asks for and the worker's venv does not have, at the versions that the tests ran with, less its front end's help
+# pages and templates.
 COPY --from=comfyui-ready /comfyui/requirements.txt /comfyui/requirements.txt
-COPY image/constraints.txt image/install_engine.sh /opt/
-RUN bash /opt/install_engine.sh && rm /opt/install_engine.sh /opt/constraints.txt
+COPY image/constraints.txt image/install_engine.sh image/slim.sh /opt/
+RUN bash /opt/install_engine.sh && rm /opt/install_engine.sh /opt/constraints.txt /opt/slim.sh
 
 COPY --from=comfyui-ready /comfyui /comfyui
 COPY --from=worker-packages /usr/local/bin/uv /usr/local/bin/uv
 COPY image/bin/ /usr/local/bin/
 COPY image/start.sh handler.py /
-COPY image/comfyui_only.py /opt/worker/
+COPY image/comfyui_only.py /opt/
 
 # As in worker-comfyui, `pip install` and `uv pip install` in a child image reach ComfyUI's packages.
 ENV PATH=/opt/venv/bin:${PATH} \
     VIRTUAL_ENV=/opt/venv \
     COMFYUI_DIR=/comfyui \
     COMFYUI_PYTHON=/opt/venv/bin/python \
+    NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     PYTHONUNBUFFERED=1
 WORKDIR /
 EXPOSE 8000 8188

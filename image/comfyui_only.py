@@ -5,6 +5,7 @@ Started by start.sh when /handler.py does not use the worker. Ends with ComfyUI,
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -18,6 +19,8 @@ from worker.settings import Settings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+_LOOK_EVERY_S = 10.0
 
 
 def run(environ: Mapping[str, str]) -> int:
@@ -33,8 +36,12 @@ def run(environ: Mapping[str, str]) -> int:
 
     from worker.models.links import ModelLinks  # noqa: PLC0415 - after the spawn: ComfyUI boots meanwhile
 
-    ModelLinks(settings.base_dir / "models", [settings.volume_path / "models"], within=[settings.volume_path]).refresh()
-    ended = process.exited.result()
+    links = ModelLinks(settings.base_dir / "models", [settings.volume_path / "models"], within=[settings.volume_path])
+    ended = None
+    while ended is None:
+        links.refresh()  # again and again: nobody here says which files a job wants, and some come while ComfyUI runs
+        with contextlib.suppress(TimeoutError):
+            ended = process.exited.result(_LOOK_EVERY_S)
     print(f"ComfyUI {ended}", file=sys.stderr)  # noqa: T201 - the last line of the container's log
     return ended.returncode if ended.returncode >= 0 else 128 - ended.returncode
 

@@ -14,13 +14,9 @@ grep -vE "$without" /comfyui/requirements.txt > /tmp/requirements.txt
 "$python" -m pip freeze --all | grep -E '^(torch|torchvision|torchaudio|nvidia[^=]*|triton)==' > /tmp/constraints.txt
 cat /opt/constraints.txt >> /tmp/constraints.txt
 "$python" -m pip install --no-cache-dir --no-compile \
-    --constraint /tmp/constraints.txt --requirement /tmp/requirements.txt
+    --constraint /tmp/constraints.txt --requirement /tmp/requirements.txt websocket-client # worker-comfyui's handler wants it
 "$python" -m pip install --no-cache-dir --no-compile --no-deps --constraint /tmp/constraints.txt \
     comfyui-workflow-templates-core "$(grep '^comfyui-workflow-templates' /comfyui/requirements.txt)"
-rm /tmp/requirements.txt /tmp/constraints.txt
 
-find "$packages/scipy" "$packages/sqlalchemy" -type d \( -name tests -o -name testing \) -path '*scipy*' -prune -exec rm -rf {} +
-find "$packages/comfyui_frontend_package" -name '*.map' -delete
-# Bytecode for everything but the hundreds of models of transformers that ComfyUI never imports, which would be 50 MB. A few
-# packages carry files for other Pythons, which do not compile and are never imported either.
-"$python" -m compileall -q -j 0 -x '/transformers/models/(?!(auto|bert|byt5|clip|gpt2|llama|qwen2|roberta|t5)/|[^/]*$)' /opt/venv/lib > /dev/null || true
+bash /opt/slim.sh "$packages" /tmp/requirements.txt
+rm /tmp/requirements.txt /tmp/constraints.txt

@@ -16,7 +16,7 @@ apt-get update
 libraries=$(apt-cache depends git | sed -n 's/^ *Depends: \(lib[a-z0-9.+-]*\)$/\1/p' | grep -v perl)
 read -ra packages <<< "${libraries//$'\n'/ } ${EXTRA_PACKAGES:-}"
 DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
-    ca-certificates libglib2.0-0 libtcmalloc-minimal4 libx11-6 tini util-linux "${packages[@]}"
+    ca-certificates libglib2.0-0 libsm6 libtcmalloc-minimal4 libx11-6 libxext6 libxrender1 tini util-linux wget "${packages[@]}"
 
 # Unpacked, not installed, for the sake of what the packages depend on (perl; Mesa's drivers for screens that are not there). A
 # child image that installs git or libgl1 puts the packages over them.
@@ -30,7 +30,9 @@ for package in ./*.deb; do
         --exclude='./usr/share/man' --exclude='./usr/share/perl5' --exclude='./usr/share/gitweb'
 done
 ldconfig
-(cd /usr/lib/git-core && rm -f git-daemon git-http-backend git-http-push git-imap-send git-shell git-sh-i18n--envsubst scalar)
+(cd /usr/lib/git-core && rm -f git-daemon git-http-backend git-http-push git-imap-send git-shell scalar)
 
 cd /
-rm -rf "$folder" /var/lib/apt/lists/* /var/cache/apt/*.bin /var/log/apt /var/log/dpkg.log
+apt-get clean
+rm -f /etc/ssh/ssh_host_* # made anew at a start that wants them: nobody else may have this image's
+rm -rf "$folder" /var/lib/apt/lists/* /var/log/apt /var/log/dpkg.log

@@ -8,7 +8,7 @@ set -euo pipefail
 
 [[ ${1:-} != /start.sh ]] || shift # a child image's CMD ["/start.sh"]
 
-# ComfyUI allocates and frees gigabytes between models; glibc's allocator keeps much of that from the system.
+# ComfyUI allocates and frees gigabytes between models, which fragments glibc's heap.
 for library in /usr/lib/*-linux-gnu/libtcmalloc_minimal.so.4; do
     [[ -e $library ]] && export LD_PRELOAD="$library${LD_PRELOAD:+:$LD_PRELOAD}"
 done
@@ -43,15 +43,23 @@ fi
 
 check_driver
 if [[ -n ${PUBLIC_KEY:-} ]]; then start_sshd & fi
+
 # Nothing that a job does may have ComfyUI-Manager fetch and install things, whatever a child image set for its own build.
-if [[ -d /comfyui/custom_nodes/ComfyUI-Manager || -d /comfyui/custom_nodes/comfyui-manager ]]; then
+shopt -s nullglob nocaseglob
+managers=({/comfyui,"${COMFYUI_BASE_DIR:-/comfyui}","${VOLUME_PATH:-/runpod-volume}"}/custom_nodes/comfyui-manager*)
+shopt -u nullglob nocaseglob
+if ((${#managers[@]})); then
     comfy-manager-set-mode offline || echo "worker-comfyui: ComfyUI-Manager could not be set offline" >&2
-fi
-# The worker starts ComfyUI itself. A handler of another kind expects to find it on 127.0.0.1:8188.
-if ! grep -qE '^ *(from|import) worker\b' /handler.py; then
-    echo "worker-comfyui: Starting ComfyUI for the handler in /handler.py"
-    setpriv --pdeathsig TERM -- /opt/worker/bin/python /opt/worker/comfyui_only.py & # ends with tini, whose child it becomes
 fi
 
 echo "worker-comfyui: Starting RunPod Handler"
-exec tini -s -- /opt/worker/bin/python -u /handler.py "$@"
+if grep -qE '^ *(from|import) worker\b' /handler.py; then
+    exec tini -s -- /opt/worker/bin/python -u /handler.py "$@" # starts ComfyUI itself
+fi
+# A handler of another kind finds ComfyUI on 127.0.0.1:8188, and beside ComfyUI's packages its own, as in worker-comfyui's image.
+# The SDK's start check would open a CUDA context in it, as torch can be imported there.
+echo "worker-comfyui: Starting ComfyUI for the handler in /handler.py"
+setpriv --pdeathsig TERM -- /opt/worker/bin/python /opt/comfyui_only.py & # ends with tini, whose child it becomes
+export RUNPOD_SKIP_GPU_CHECK=${RUNPOD_SKIP_GPU_CHECK:-true}
+if [[ ${SERVE_API_LOCALLY:-} == true && $* != *--rp_serve_api* ]]; then set -- --rp_serve_api --rp_api_host 0.0.0.0 "$@"; fi
+exec tini -s -- /opt/venv/bin/python -u /handler.py "$@"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import shlex
@@ -65,14 +66,16 @@ class Fleet:
             (folder / "requirements.txt").write_text(requirements)
         return folder
 
-    def wheel(self, name: str, version: str, needs: str = "") -> None:
+    def wheel(self, name: str, version: str, needs: str = "", folder: Path | None = None) -> Path:
+        path = (folder or self.wheels) / f"{name}-{version}-py3-none-any.whl"
         info = f"{name}-{version}.dist-info"
         needed = f"Requires-Dist: {needs}\n" if needs else ""
-        with zipfile.ZipFile(self.wheels / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
+        with zipfile.ZipFile(path, "w") as wheel:
             wheel.writestr(f"{name}.py", f"VERSION = {version!r}\n")
             wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{needed}")
             wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
             wheel.writestr(f"{info}/RECORD", f"{name}.py,,\n{info}/METADATA,,\n{info}/WHEEL,,\n{info}/RECORD,,\n")
+        return path
 
     def folders(self, worker: str = "a") -> NodeFolders:
         base = self._folder / worker
@@ -160,6 +163,40 @@ def test_what_conflicts_with_comfyui_is_named_and_does_not_stop_the_rest(
     caplog.clear()
     assert fleet.start("b") == site
     assert "custom node 'greedy'" in caplog.text, "said again at each start, from the layer's record"
+
+
+def test_requirements_of_a_path_an_option_and_another_file_are_taken_as_pip_takes_them(
+    fleet: Fleet, caplog: pytest.LogCaptureFixture
+) -> None:
+    extra = fleet.volume / "extra"
+    extra.mkdir()
+    wheel = fleet.wheel("elsewhere", "2.0", folder=extra)
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    fleet.wheel("listed", "1.0")
+    lines = [f"-f {extra}", "./bundled-1.0-py3-none-any.whl  # beside it", "--requirement more.txt"]
+    lines += [f"elsewhere==2.0 --hash=sha256:{digest}", "absent"]
+    node = fleet.node("one", "", "\n".join(lines))
+    fleet.wheel("bundled", "1.0", folder=node)
+    (node / "more.txt").write_text("listed\n")
+    site = fleet.start()
+    assert site is not None
+    assert sorted(path.stem for path in site.glob("*.py")) == ["bundled", "elsewhere", "listed"]
+    assert "absent: " in caplog.text
+    assert "listed: " not in caplog.text
+
+
+@pytest.mark.parametrize("record", ["", '{"v": 1}'])
+def test_a_layer_whose_record_cannot_be_read_is_made_again(record: str, fleet: Fleet) -> None:
+    fleet.wheel("nodepack", "1.5")
+    fleet.node("one", "", "nodepack\n")
+    site = fleet.start("a")
+    assert site is not None
+    (site.parent / "layer.json").write_text(record)
+    (site / "nodepack.py").unlink()
+    assert fleet.start("b") == site
+    assert (site / "nodepack.py").is_file()
+    assert fleet.start("c") == site
+    assert fleet.held == ["a", "b"]
 
 
 def test_a_volume_that_cannot_be_written_leaves_the_packages_in_the_container(
@@ -250,8 +287,8 @@ NODE_CLASS_MAPPINGS = {"Version": Version}
 def test_a_worker_runs_a_node_of_the_volume_and_names_one_that_fails(
     fleet: Fleet, tmp_path: Path, workflow: Callable[[str], dict[str, Any]]
 ) -> None:
-    fleet.wheel("nodepack", "1.5")
-    fleet.node("good", _GOOD, "nodepack\n")
+    node = fleet.node("good", _GOOD, "torch\n./nodepack-1.5-py3-none-any.whl\n")
+    fleet.wheel("nodepack", "1.5", folder=node)
     fleet.node("broken", "import nothing_of_that_name\n")
     make_volume(fleet.engine, fleet.volume)
     args = [argument for argument in engine_args(fleet.engine) if argument != "--disable-all-custom-nodes"]

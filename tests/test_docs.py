@@ -306,6 +306,9 @@ def help_of(script: str | None, command: str | None) -> str:
 
 # Named on the pages, and not the worker's own: of RunPod, of other programs, or in place of somebody's own value.
 FOREIGN = {
+    "COMFY_API_AVAILABLE_INTERVAL_MS",
+    "COMFY_API_AVAILABLE_MAX_RETRIES",
+    "WEBSOCKET_TRACE",
     *("RUNPOD_API_KEY", "RUNPOD_S3_ACCESS_KEY_ID", "RUNPOD_S3_SECRET_ACCESS_KEY", "PUBLIC_KEY"),
     *("RUNPOD_INIT_TIMEOUT", "RUNPOD_LOG_LEVEL", "RUNPOD_SKIP_AUTO_SYSTEM_CHECKS"),
     *("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "DEVKIT_CACHE", "LD_LIBRARY_PATH", "PYTHONPATH"),

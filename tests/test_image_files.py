@@ -27,6 +27,7 @@ SHELL = [
     "image/start.sh",
     "image/install_packages.sh",
     "image/install_engine.sh",
+    "image/slim.sh",
     "image/bin/comfy-manager-set-mode",
     ".ci/run",
 ]
@@ -77,9 +78,10 @@ def test_what_the_dockerfile_copies_is_there_and_not_ignored() -> None:
 def test_what_is_left_out_is_in_the_lock_and_the_worker_asks_for_none_of_it() -> None:
     left_out = [line for line in text("image/left_out.txt").splitlines() if not line.startswith("#")]
     locked = set(re.findall(r"^([a-z0-9-]+)==", text("requirements.lock"), re.MULTILINE))
-    wanted = text("pyproject.toml").partition("dependencies = [")[2].partition("]")[0]
+    wanted = re.findall(r'"([\w-]+)', text("pyproject.toml").partition("dependencies = [")[2].partition("]")[0])
     assert set(left_out) <= locked
-    assert [name for name in left_out if f'"{name}' in wanted] == []
+    assert not set(left_out) & {name.replace("_", "-") for name in wanted}
+    assert "runpod" in wanted
 
 
 def test_the_same_versions_everywhere() -> None:
@@ -172,3 +174,27 @@ def test_the_source_archive_is_unpacked_without_its_top_folder(tmp_path: Path) -
         "comfy/a.py",
         "main.py",
     ]
+
+
+@pytest.mark.parametrize(
+    ("command", "nodes"),
+    [
+        (["comfy", "node", "install", "--exit-on-fail", "kjnodes@1.1.0", "--mode", "remote"], ["--fails", "kjnodes@1.1.0"]),
+        (
+            ["comfy", "--workspace", "/comfyui", "--skip-prompt", "node", "install", "a", "b", "--mode=remote"],
+            ["--fails", "a", "b"],
+        ),
+    ],
+)
+def test_nodes_are_installed_as_dockerfiles_for_comfy_cli_say_it(command: list[str], nodes: list[str], tmp_path: Path) -> None:
+    told = tmp_path / "comfy-node-install"
+    told.write_text('#!/bin/sh\nprintf "%s\\n" --fails "$@"\nexit 1\n')
+    told.chmod(0o755)
+    done = subprocess.run(
+        [sys.executable, PROJECT / "image/bin" / command[0], *command[1:]],
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(PROJECT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout.split()) == (1, nodes)

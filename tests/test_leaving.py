@@ -76,7 +76,7 @@ def test_a_busy_worker_posts_its_result_before_it_leaves_and_takes_no_other_job(
     busy = plane.submit(tiny(1, "FaultSleep", seconds=3.0))
     plane.wait_until(lambda: "got prompt" in worker.log())
     os.kill(worker.pid, signal.SIGTERM)
-    plane.wait_until(lambda: "leaving: 1 jobs to finish first" in worker.log())
+    plane.wait_until(lambda: "leaving: 1 job to finish first" in worker.log())
     later = plane.submit(tiny(2))
     assert busy.result(30)["status"] == "COMPLETED"
     assert worker.wait_exit(30) == 0

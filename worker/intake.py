@@ -105,7 +105,7 @@ class Intake:
         """Take no more jobs, answer those that were taken, then end the SDK's loop. On its thread; more than once is once."""
         if self._leaving.is_set():
             return
-        log.info("leaving: %s", f"{len(self._taken)} jobs to finish first" if self._taken else "no job to finish")
+        log.info("leaving: %s", f"{_jobs(len(self._taken))} to finish first" if self._taken else "no job to finish")
         self._leaving.set()
         self._end_if_done()
 
@@ -269,6 +269,10 @@ async def _until(event: asyncio.Event, task: asyncio.Task[Any]) -> bool:
     finally:
         waiting.cancel()
     return task.done()
+
+
+def _jobs(count: int) -> str:
+    return "1 job" if count == 1 else f"{count} jobs"
 
 
 async def _before(event: asyncio.Event, coro: Coroutine[Any, Any, Any]) -> bool:

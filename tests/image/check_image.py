@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import functools
+import http.server
 import json
+import os
+import re
 import shutil
+import signal
 import statistics
 import subprocess
+import sys
+import threading
 import time
 import urllib.error
 import urllib.request
+import zipfile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from devkit.engine.cache import cache_root
+from devkit.control_plane import ControlPlane
+from devkit.engine.cache import cache_root, step
 from devkit.engine.models import make_volume
 from devkit.hub import hub_process
 from devkit.image.build import IMAGE, ImageBuilder, own_bytes, report
@@ -22,25 +32,27 @@ from devkit.local_worker import PROJECT, free_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     from devkit.engine.build import Engine
 
 CHANGED = f"{IMAGE}:changed"
 CHILD = f"{IMAGE}:child"
-READY_S = 120.0
+READY_S = 180.0
 STARTS = 3
-SLOWER_AT_MOST = 1.15
-OWN_MB = 700  # unpacked
+OWN_MB = 650  # unpacked
 CODE_LAYER_MB = 2  # as it is pushed, which is compressed
 
 
 @pytest.fixture(scope="session")
-def builder(tmp_path_factory: pytest.TempPathFactory) -> ImageBuilder:
+def builder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ImageBuilder]:
     made = ImageBuilder(Buildah.of(cache_root() / "image"), tmp_path_factory.mktemp("build"))
-    made.prepare()
-    made.build(IMAGE)
-    return made
+    print()  # noqa: T201 - how long the parts take is worth seeing
+    with step("preparing", sys.stdout):
+        made.prepare()
+    with step("building the image", sys.stdout):
+        made.build(IMAGE)
+    yield made
+    made.buildah.close()
 
 
 @pytest.fixture
@@ -55,7 +67,7 @@ def volume_dir(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 class Ports:
-    """The ports of one container, which shares this machine's network."""
+    """The ports of one container, which shares this machine's network, and a start on them that only this machine can reach."""
 
     def __init__(self) -> None:
         self.api, self.comfyui = free_port(), free_port()
@@ -73,6 +85,13 @@ def post(address: str, body: object) -> Any:
     request = urllib.request.Request(address, json.dumps(body).encode(), {"content-type": "application/json"})
     with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=READY_S) as response:
         return json.load(response)
+
+
+def command_line(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
 def until(ask: Callable[[], Any], running: Running) -> Any:
@@ -104,13 +123,17 @@ def runsync(ports: Ports, running: Running, graph: dict[str, Any]) -> dict[str, 
 def test_a_container_with_a_volume_answers_runsync_with_the_picture(
     builder: ImageBuilder, container: str, volume_dir: Path, tmp_path: Path, workflow: Callable[[str], dict[str, Any]]
 ) -> None:
-    ports = Ports()
+    buildah, ports = builder.buildah, Ports()
+    buildah("run", container, "--", "touch", "/built")
     volumes = [(volume_dir, "/runpod-volume")]
-    with Running(
-        builder.buildah, container, ports.command, tmp_path / "log", environ=ports.environ, volumes=volumes
-    ) as running:
+    # Nothing but other ports than `docker run -p 8000:8000` would have: what is served, and where, is the image's own.
+    command = ["/start.sh", "--rp_api_port", str(ports.api)]
+    environ = {"COMFYUI_PORT": str(ports.comfyui), "PUBLIC_KEY": "ssh-ed25519 AAAA somebody"}
+    with Running(buildah, container, command, tmp_path / "log", environ=environ, volumes=volumes) as running:
         answer = runsync(ports, running, workflow("text_to_image"))
         inside = running.processes()
+        comfyui = next(pid for pid in inside if b"main.py" in command_line(pid))
+        preloaded = Path(f"/proc/{comfyui}/maps").read_text()
     log = running.log()
     assert answer["status"] == "COMPLETED", log
     assert [(item["media_type"], item["size_bytes"]) for item in answer["output"]["images"]] == [("image/png", 14360)]
@@ -118,24 +141,65 @@ def test_a_container_with_a_volume_answers_runsync_with_the_picture(
         "worker-comfyui: Starting ComfyUI",
         "worker-comfyui: Starting RunPod Handler",
         "worker-comfyui - Starting handler...",
+        "PUBLIC_KEY is set, but this image was built without sshd",
     ):
         assert line in log
-    assert "tini" in inside.values()
+    assert "ERROR" not in log
+    assert "libtcmalloc_minimal" in preloaded
+    assert next(iter(inside.values())) == "tini"
     assert gone(list(inside)), "SIGTERM to the first process ends all of them"
-    assert "ERROR **" not in log
+    # Each module's bytecode was in the image, and was not out of date.
+    assert buildah("run", container, "--", "find", "/opt", "/comfyui", "-newer", "/built", "-name", "*.pyc") == ""
 
 
-def test_a_start_finds_all_its_bytecode_in_the_image(
-    builder: ImageBuilder, container: str, volume_dir: Path, tmp_path: Path, workflow: Callable[[str], dict[str, Any]]
+def test_everything_that_compiles_is_compiled(builder: ImageBuilder, container: str) -> None:
+    found = builder.buildah("run", container, "--", "/opt/worker/bin/python", "-c", _WITHOUT_BYTECODE, timeout_s=300)
+    assert json.loads(found) == []
+
+
+@pytest.mark.parametrize("python", ["/opt/venv/bin/python", "/opt/worker/bin/python"])
+def test_every_extension_module_can_still_be_loaded(python: str, builder: ImageBuilder, container: str) -> None:
+    found = json.loads(builder.buildah("run", container, "--", python, "-c", _LOAD_EXTENSIONS, timeout_s=300))
+    assert found["loaded"] > 20
+    assert found["failed"] == {}
+
+
+def test_a_container_that_is_ended_while_it_works_hands_in_its_result_first(
+    builder: ImageBuilder, container: str, tmp_path: Path
 ) -> None:
-    buildah, ports = builder.buildah, Ports()
-    buildah("run", container, "--", "touch", "/built")
-    with Running(
-        buildah, container, ports.command, tmp_path / "log", environ=ports.environ, volumes=[(volume_dir, "/runpod-volume")]
-    ) as running:
-        assert runsync(ports, running, workflow("text_to_image"))["status"] == "COMPLETED"
-    written = buildah("run", container, "--", "find", "/opt", "/comfyui", "-newer", "/built", "-name", "*.pyc")
-    assert written == ""
+    nodes = tmp_path / "volume/custom_nodes"
+    nodes.mkdir(parents=True)
+    shutil.copy(PROJECT / "devkit/nodes/fault_nodes.py", nodes)
+    (nodes / "ComfyUI-Manager").mkdir()
+    (nodes / "ComfyUI-Manager/__init__.py").write_text("NODE_CLASS_MAPPINGS = {}\n")
+    ports = Ports()
+    with ControlPlane() as plane:
+        environ, volumes = {**ports.environ, **plane.environ(), "HOME": "/root"}, [(tmp_path / "volume", "/runpod-volume")]
+        with Running(builder.buildah, container, ["/start.sh"], tmp_path / "log", environ=environ, volumes=volumes) as running:
+            job = plane.submit(_SLOW_JOB)
+            plane.wait_until(lambda: "got prompt" in running.log(), READY_S)
+            inside = running.processes()
+            os.kill(next(iter(inside)), signal.SIGTERM)
+            assert job.result(READY_S)["status"] == "COMPLETED", running.log()
+            assert running.process.wait(READY_S) == 0
+    assert job.answers == 1
+    assert "leaving: 1 job to finish first" in running.log()
+    assert gone(list(inside))
+    shown = builder.buildah("run", container, "--", "cat", "/comfyui/user/__manager/config.ini")
+    assert "network_mode = offline" in shown, "whatever is installed, on the volume or in the image"
+
+
+def test_the_first_process_reaps_what_is_left_behind(builder: ImageBuilder, container: str, tmp_path: Path) -> None:
+    # A shell that leaves a process behind and ends: the kernel gives it to the first process, which has to wait for it.
+    os.mkfifo(tmp_path / "fifo")
+    command = ["/start.sh", "bash", "-c", "sh -c 'read -r _ < /check/fifo & echo left $!'; exec sleep 600"]
+    with Running(builder.buildah, container, command, tmp_path / "log", volumes=[(tmp_path, "/check")]) as running:
+        left = int(until(lambda: re.search(r"left (\d+)", running.log()), running)[1])
+        first = next(iter(running.processes()))
+        until(lambda: f"PPid:\t{first}\n" in Path(f"/proc/{left}/status").read_text(), running)
+        (tmp_path / "fifo").write_text("end\n")
+        assert gone([left]), "not even a zombie is left"
+        assert running.process.poll() is None
 
 
 def test_what_people_expect_of_an_image_is_in_it(builder: ImageBuilder, container: str) -> None:
@@ -148,14 +212,10 @@ def test_what_people_expect_of_an_image_is_in_it(builder: ImageBuilder, containe
     assert len(shown.split()) == 4
     for tool in ("uv", "git", "setpriv", "tini", "comfy", "comfy-node-install", "comfy-manager-set-mode", "worker"):
         assert buildah("run", container, "--", "sh", "-c", f"command -v {tool}").startswith("/")
-    preload = buildah("run", container, "--", "/start.sh", "sh", "-c", "cat /proc/self/maps")
-    assert "libtcmalloc" in preload
     in_worker = "import importlib.util as u; print([n for n in ('torch', 'numpy', 'runpod') if u.find_spec(n)])"
     assert buildah("run", container, "--", "/opt/worker/bin/python", "-c", in_worker) == "['runpod']"
     assert buildah("run", container, "--", "find", "/comfyui/models", "-name", "put_*_here") == ""
-    assert (
-        buildah("run", container, "--", "sh", "-c", "find / -xdev -name .git; command -v gcc cc; ls /root/.cache; true") == ""
-    )
+    assert buildah("run", container, "--", "sh", "-c", _NOT_IN_AN_IMAGE) == ""
     assert "VOLUME_PATH" in buildah("run", container, "--", "worker", "settings")
     assert buildah("run", container, "--", "python", "-c", "import ctypes; ctypes.CDLL('libGL.so.1'); print('GL')") == "GL"
 
@@ -234,6 +294,32 @@ def test_a_node_that_cannot_be_installed_stops_the_build_and_is_named(builder: I
     assert "some-nodes" not in builder.buildah("run", container, "--", "ls", "/comfyui/custom_nodes")
 
 
+def test_a_node_that_asks_for_another_torch_is_refused(builder: ImageBuilder, container: str, tmp_path: Path) -> None:
+    _make_repository(tmp_path / "greedy-nodes", "torch<2\n")
+    before = builder.buildah("run", container, "--", "uv", "pip", "show", "torch")
+    with pytest.raises(BuildahFailed, match=r"greedy-nodes failed: "):
+        builder.buildah("run", "-v", f"{tmp_path}:/src", container, "--", "comfy-node-install", "file:///src/greedy-nodes")
+    assert builder.buildah("run", container, "--", "uv", "pip", "show", "torch") == before
+    assert "Version: 2." in before
+
+
+def test_a_node_is_installed_by_its_id_in_the_registry(builder: ImageBuilder, container: str, tmp_path: Path) -> None:
+    (tmp_path / "nodes/some-nodes").mkdir(parents=True)
+    with zipfile.ZipFile(tmp_path / "nodes.zip", "w") as archive:
+        archive.writestr("__init__.py", "NODE_CLASS_MAPPINGS = {}\n")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        (tmp_path / "nodes/some-nodes/install").write_text(json.dumps({"downloadUrl": f"{address}/nodes.zip"}))
+        environ = ("--env", f"COMFY_REGISTRY={address}", "--env", "no_proxy=127.0.0.1")
+        builder.buildah("run", *environ, container, "--", "comfy", "node", "install", "--exit-on-fail", "some-nodes@1.0.0")
+        with pytest.raises(BuildahFailed, match="other-nodes failed: the registry knows no such node or version"):
+            builder.buildah("run", *environ, container, "--", "comfy-node-install", "other-nodes")
+        server.shutdown()
+    assert "__init__.py" in builder.buildah("run", container, "--", "ls", "/comfyui/custom_nodes/some-nodes")
+
+
 def test_a_changed_line_of_the_worker_changes_one_small_layer(builder: ImageBuilder, container: str) -> None:
     before = builder.buildah.layers(IMAGE)
     print("\n" + "\n".join(report(before)))  # noqa: T201 - the figures are what this test is run for
@@ -249,7 +335,7 @@ def test_a_changed_line_of_the_worker_changes_one_small_layer(builder: ImageBuil
     assert own_bytes(before) < OWN_MB * 1e6
 
 
-def test_the_first_result_comes_hardly_later_than_from_the_engine_alone(
+def test_how_long_the_first_result_takes_and_the_engine_alone(
     builder: ImageBuilder, container: str, volume_dir: Path, tmp_path: Path, workflow: Callable[[str], dict[str, Any]]
 ) -> None:
     graph = workflow("text_to_image")
@@ -272,18 +358,66 @@ def test_the_first_result_comes_hardly_later_than_from_the_engine_alone(
             until(lambda: json.load(urllib.request.urlopen(f"{address}/history/{prompt_id}")), running)  # noqa: B023 - called here
             alone.append(time.monotonic() - began_s)
     ratio = statistics.median(ours) / statistics.median(alone)
-    print(f"\nfirst result: {statistics.median(ours):.2f} s, the engine alone {statistics.median(alone):.2f} s: {ratio:.2f}")  # noqa: T201 - as above
-    assert ratio <= SLOWER_AT_MOST
+    samples = [[round(taken_s, 1) for taken_s in taken] for taken in (ours, alone)]
+    print(f"\nfirst result: {ratio:.2f} times the engine alone; seconds {samples[0]} and {samples[1]}")  # noqa: T201 - as above
 
 
-def _make_repository(folder: Path) -> None:
+def _make_repository(folder: Path, requirements: str = "torch>=1\nhumanize\n") -> None:
     folder.mkdir()
     (folder / "__init__.py").write_text(_NODES)
-    (folder / "requirements.txt").write_text("torch>=1\nhumanize\n")
+    (folder / "requirements.txt").write_text(requirements)
     author = ("-c", "user.name=a", "-c", "user.email=a@example.com")
     for command in (["init", "-q"], ["add", "."], [*author, "commit", "-q", "-m", "nodes"], ["tag", "v1"]):
         subprocess.run(["git", *command], cwd=folder, check=True)
 
+
+_NOT_IN_AN_IMAGE = """
+find / -xdev -name .git
+for tool in gcc cc c++ ld as strip make; do command -v $tool; done
+ls -A /root/.cache /var/lib/apt/lists /var/cache/apt/archives 2> /dev/null | grep -vE '^$|:$|^(auxfiles|lock|partial)$'
+true
+"""
+
+# Those that do not compile are files for other Pythons.
+_WITHOUT_BYTECODE = """
+import importlib.util, json, pathlib
+found = []
+for top in ("/opt/venv/lib", "/opt/worker/lib", "/opt/worker/src", "/comfyui"):
+    for path in pathlib.Path(top).rglob("*.py"):
+        if not pathlib.Path(importlib.util.cache_from_source(str(path))).exists():
+            try:
+                compile(path.read_bytes(), str(path), "exec", dont_inherit=True)
+                found.append(str(path))
+            except SyntaxError:
+                pass
+print(json.dumps(found))
+"""
+
+_LOAD_EXTENSIONS = """
+import ctypes, json, pathlib, sys, sysconfig
+try:
+    import torch
+except ImportError:
+    pass
+loaded, failed = 0, {}
+packages = pathlib.Path(sysconfig.get_path("purelib"))
+for path in packages.rglob("*.so"):
+    if path.relative_to(packages).parts[0] not in ("torch", "triton", "nvidia"):
+        try:
+            ctypes.CDLL(str(path))
+            loaded += 1
+        except OSError as exc:
+            failed[str(path)] = str(exc)
+print(json.dumps({"loaded": loaded, "failed": failed}))
+"""
+
+_SLOW_JOB = {
+    "workflow": {
+        "1": {"class_type": "EmptyImage", "inputs": {"width": 8, "height": 8, "batch_size": 1, "color": 1}},
+        "2": {"class_type": "FaultSleep", "inputs": {"image": ["1", 0], "seconds": 3.0, "seed": 1}},
+        "3": {"class_type": "SaveImage", "inputs": {"images": ["2", 0], "filename_prefix": "slow"}},
+    }
+}
 
 _NODES = """
 import humanize
@@ -308,7 +442,7 @@ NODE_CLASS_MAPPINGS = {"Greeting": Greeting}
 # As handlers for worker-comfyui are written: it expects ComfyUI on its port and talks to it by itself.
 _HANDLER = """
 import json, os, time, urllib.request
-import runpod
+import humanize, requests, runpod, websocket
 
 ADDRESS = "http://127.0.0.1:" + os.environ["COMFYUI_PORT"]
 

@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 
 INSTALL_TIMEOUT_S = 900.0
 _COMPLETE = "layer.json"
+_WHAT = ("-r", "--requirement", "-e", "--editable")  # also with the value joined on
+_PIP_OPTIONS = ("--disable-pip-version-check", "--no-input", "--no-warn-script-location")
 _NETWORK = ("Retrying (Retry(", "Temporary failure in name resolution", "ReadTimeoutError", "No space left")
 _CANNOT_IMPORT = re.compile(r"Cannot import (.+) module for custom nodes: (.*)")
 
@@ -173,15 +175,24 @@ def _site(
     layer = folders.layers / engine.layer_name(wanted)
 
     def done() -> bool:
-        return (layer / _COMPLETE).is_file()
+        return _failed_in(layer) is not None
 
     if not done():
         with once(f"nodes-{layer.name}", done):
             if not done():
                 return _install(folders, wanted, engine, layer, environ)
-    for name, reasons in json.loads((layer / _COMPLETE).read_text())["failed"].items():
+    for name, reasons in (_failed_in(layer) or {}).items():
         _say_failed(name, reasons)
     return layer / "packages"
+
+
+def _failed_in(layer: Path) -> dict[str, list[str]] | None:
+    """What a layer lacks: node name to sentences. None where no whole layer is: a host's crash can leave an empty record."""
+    try:
+        record = json.loads((layer / _COMPLETE).read_text("utf-8"))["failed"]
+        return {str(name): [str(reason) for reason in reasons] for name, reasons in record.items()}
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, AttributeError, TypeError):
+        return None
 
 
 def _install(
@@ -213,11 +224,12 @@ def _publish(site: Path, layer: Path, failed: Mapping[str, Sequence[str]]) -> Pa
     try:
         shutil.copytree(site, partial / "packages")
         (partial / _COMPLETE).write_text(json.dumps({"v": 1, "failed": dict(failed)}))
-        with contextlib.suppress(FileExistsError):  # another worker, without the lock, was first: the same content
-            partial.rename(layer)
+        if layer.exists() and _failed_in(layer) is None:
+            layer.rename(layer.with_name(f"{partial.name}.broken"))
+        partial.rename(layer)
     except OSError:
-        # A layer without its record is nobody's, but another worker's whole one is as good.
-        if not (layer / _COMPLETE).is_file():
+        # Another worker's, who was first without the lock, is as good: the same content.
+        if _failed_in(layer) is None:
             raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -245,16 +257,32 @@ class _Installer:
             return {}
         failed: dict[str, list[str]] = {}
         for name, text in wanted.items():
-            if self._pip("-r", str(self._folders.source / name / "requirements.txt")) is None:
-                continue
-            lines = [line.partition(" #")[0].strip() for line in text.splitlines()]
-            problems = [(line, self._pip(line)) for line in lines if line and not line.startswith(("#", "-"))]
-            if reasons := [f"{line}: {reason}" for line, reason in problems if reason is not None]:
+            if reasons := self._as_much_as_can_be_had(self._folders.source / name, text):
                 failed[name] = reasons
         return failed
 
-    def _pip(self, *arguments: str) -> str | None:
-        """Install this; None when it went well, else pip's reason."""
+    def _as_much_as_can_be_had(self, node: Path, text: str) -> list[str]:
+        """One node's requirements, alone, then line by line; returns a sentence for each that cannot be had."""
+        if self._pip("-r", "requirements.txt", cwd=node) is None:
+            return []
+        lines = [words for line in text.splitlines() if (words := _words(line))]
+        # An index, a folder of wheels or a file of constraints is meant for all lines.
+        options = [word for words in lines if _is_option(words) for word in words]
+        single = [words for words in lines if not _is_option(words)]
+        problems = [(" ".join(words), self._one(words, options, node)) for words in single]
+        return [f"{line}: {reason}" for line, reason in problems if reason is not None]
+
+    def _one(self, words: Sequence[str], options: Sequence[str], node: Path) -> str | None:
+        """Install what one line asks for; as `_pip`."""
+        if words[0].startswith("-"):
+            return self._pip(*options, *words, cwd=node)
+        # In a file of its own a line may have what pip takes in files alone, such as --hash.
+        line = self._prefix.with_name("line.txt")
+        line.write_text(" ".join(words))
+        return self._pip(*options, "-r", str(line), cwd=node)
+
+    def _pip(self, *arguments: str, cwd: Path | None = None) -> str | None:
+        """Install this, paths being relative to `cwd`; None when it went well, else pip's reason."""
         left_s = self._until_s - time.monotonic()
         if left_s <= 0:
             self.interrupted = True
@@ -262,15 +290,7 @@ class _Installer:
         constraints = self._prefix.with_name("constraints.txt")
         pinned = {**_installed(self.site), **self._engine.versions}
         constraints.write_text("".join(f"{name}=={version}\n" for name, version in sorted(pinned.items())))
-        command = [
-            self._folders.python,
-            "-m",
-            "pip",
-            "install",
-            "--disable-pip-version-check",
-            "--no-input",
-            "--no-warn-script-location",
-        ]
+        command = [self._folders.python, "-m", "pip", "install", *_PIP_OPTIONS]
         command += ["--prefix", str(self._prefix), "--constraint", str(constraints), *arguments]
         try:
             done = subprocess.run(  # noqa: S603 - the operator's own nodes
@@ -279,8 +299,10 @@ class _Installer:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
+                errors="replace",
                 timeout=left_s,
                 check=False,
+                cwd=cwd,
                 env={**self._environ, "PYTHONPATH": str(self.site)},
             )
         except (subprocess.TimeoutExpired, OSError) as exc:
@@ -298,6 +320,17 @@ class _Installer:
         for packages in self._prefix.glob("lib*/python3*/site-packages"):
             shutil.copytree(packages, self.site, dirs_exist_ok=True)
         shutil.rmtree(self._prefix, ignore_errors=True)
+
+
+def _words(line: str) -> list[str]:
+    """A line of a requirements file, an option as arguments of pip; none for a comment."""
+    text = re.sub(r"(^|\s)#.*", "", line).strip()
+    return text.split() if text.startswith("-") else [text] if text else []
+
+
+def _is_option(words: Sequence[str]) -> bool:
+    """Whether a line says how to install, not what."""
+    return words[0].startswith("-") and not words[0].startswith(_WHAT)
 
 
 def _say_failed(name: str, reasons: Sequence[str]) -> None:

@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Takes out of Python packages what a container never reads, then compiles them; run while the image is built.
+#
+#   slim.sh SITE_PACKAGES STAMP      only files newer than STAMP: a file of an earlier layer would be in the image twice
+set -euo pipefail
+
+packages=$1
+stamp=$2
+
+# The symbols in extension modules are for debuggers: 75 MB. Libraries in *.libs were rewritten by auditwheel, have hardly any
+# left, and stay as they are. binutils has no use afterwards.
+apt-get update
+apt-get install -y --no-install-recommends binutils
+find "$packages" -type f -name '*.so' -newer "$stamp" -not -path '*.libs/*' -exec strip --strip-unneeded {} +
+apt-get purge -y --auto-remove binutils
+apt-get clean
+rm -rf /var/lib/apt/lists/* /var/log/apt /var/log/dpkg.log
+
+find "$packages" -path '*/scipy/*' -type d -name tests -prune -exec rm -rf {} +
+# What transformers' models are generated from; its own loader passes over these files.
+find "$packages" -path '*/transformers/models/*' -name 'modular_*.py' -delete
+find "$packages" -path '*/comfyui_frontend_package/*' -name '*.map' -delete
+# botocore describes 400 services; the worker talks to one.
+find "$packages" -path '*/botocore/data/*' -prune -type d ! -name s3 ! -name sts -exec rm -rf {} +
+
+# A few packages carry files for other Pythons, which do not compile and are never imported either.
+python3 -m compileall -q -j 0 "$packages" > /dev/null || true
