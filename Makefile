@@ -19,7 +19,7 @@ $(VENV)/installed: requirements-dev.lock
 	@echo "==> installing the worker's and the tests' Python packages into $(VENV)"
 	@$(PYTHON) -c 'import sys; sys.exit("Python >= 3.11 is needed, this is " + sys.version) if sys.version_info < (3, 11) else None'
 	@$(PYTHON) -m venv --clear $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-dev.lock
 	@$(BIN)/python -c 'import sysconfig; open(sysconfig.get_path("purelib") + "/project.pth", "w").write("$(CURDIR)\n")'
 	@touch $@
 
