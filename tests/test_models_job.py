@@ -253,3 +253,56 @@ def test_a_wrong_manifest_on_the_volume_is_said_at_start_and_to_the_job_that_nee
         error = local.runsync({"workflow": graph})["error"]
         assert "models.toml" in error
         assert "line 2" in error
+
+
+TINY: dict[str, Any] = {
+    "1": {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 64, "batch_size": 1, "color": 255}},
+    "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "tiny"}},
+}
+
+
+def with_loader(name: str, *, wired: bool) -> dict[str, Any]:
+    """A picture without models, beside a loader that an output takes from or that nobody needs."""
+    loader = {"class_type": "VAELoader", "inputs": {"vae_name": name}}
+    decoder = {"class_type": "VAEEncode", "inputs": {"pixels": ["1", 0], "vae": ["3", 0]}}
+    shown = {"5": {"class_type": "PreviewAny", "inputs": {"source": ["4", 0]}}}
+    return {**TINY, "3": loader, "4": decoder, **(shown if wired else {})}
+
+
+def entry_for(name: str, repo: str = REPO) -> dict[str, str]:
+    return {"folder": "vae", "name": name, "source": f"hf://{repo}/vae/tiny_taesd3_vae.safetensors"}
+
+
+def test_a_model_that_no_output_needs_is_not_fetched_and_one_that_an_output_needs_is(
+    empty_worker: LocalWorker, hub: RemoteHub
+) -> None:
+    hub.clear_log()
+    job = {"models": [entry_for("loose.safetensors")]}
+    assert picture(empty_worker.runsync({**job, "workflow": with_loader("loose.safetensors", wired=False)}))
+    assert hub.bytes_sent("*") == 0
+    assert picture(empty_worker.runsync({**job, "workflow": with_loader("loose.safetensors", wired=True)}))
+    assert hub.bytes_sent("*tiny_taesd3_vae.safetensors") > 0
+    assert (empty_worker.folder / "volume/models/vae/loose.safetensors").is_file()
+
+
+def test_a_model_that_only_a_dropped_output_needs_is_not_fetched(empty_worker: LocalWorker, hub: RemoteHub) -> None:
+    hub.clear_log()
+    graph = with_loader("dropped.safetensors", wired=True)
+    graph["4"]["inputs"]["pixels"] = ["77", 0]
+    answer = empty_worker.runsync({"workflow": graph, "models": [entry_for("dropped.safetensors")]})
+    assert picture(answer)
+    (error,) = answer["output"]["errors"]
+    assert "comes from node 77" in error
+    assert hub.bytes_sent("*") == 0
+
+
+def test_a_model_that_no_output_needs_fails_no_job(empty_worker: LocalWorker) -> None:
+    cut = empty_worker.folder / "volume/models/vae/cut.safetensors"
+    cut.parent.mkdir(parents=True, exist_ok=True)
+    cut.write_bytes((1 << 20).to_bytes(8, "little") + b"{}")
+    private = [entry_for("gated.safetensors", PRIVATE)]
+    for name, models in (("gated.safetensors", private), ("nobody_knows.safetensors", []), (cut.name, [])):
+        assert picture(empty_worker.runsync({"workflow": with_loader(name, wired=False), "models": models}))
+        answer = empty_worker.runsync({"workflow": with_loader(name, wired=True), "models": models})
+        assert name == "nobody_knows.safetensors" or answer["status"] == "FAILED", "the same, where it is needed"
+    cut.unlink()

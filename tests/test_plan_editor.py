@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import os
 import struct
 import threading
-from typing import TYPE_CHECKING, Any
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,8 +18,8 @@ from devkit.engine.cache import cache_root
 from devkit.local_worker import PROJECT
 from scripts.make_catalog import fetch_wheel, templates
 from worker.comfy.convert import convert
-from worker.comfy.workflow import named_models, parse_graph
-from worker.errors import SeedUsage, UiWorkflowInvalid, UnknownNodes
+from worker.comfy.workflow import named_models, needed_nodes, parse_graph
+from worker.errors import RequestError, SeedUsage, UiWorkflowInvalid, UnknownNodes
 from worker.models.hub import Hub
 from worker.models.sources import Sources
 from worker.models.wire import Network
@@ -23,13 +27,17 @@ from worker.plan.document import Unreadable, Wanted, read_document
 from worker.plan.editor import naming_graph
 from worker.seed.wants import Wants
 
-if TYPE_CHECKING:
-    from pathlib import Path
+CLASSIC, MODERN = "1.32.9", "1.58.1"
 
 
-def found(workflow: dict[str, Any]) -> dict[str, tuple[str, ...]]:
+def found(workflow: dict[str, Any], frontend: str = MODERN) -> dict[str, tuple[str, ...]]:
     """The models of a workflow in the editor's format, with the folders that their loaders read."""
-    return {models[0].name: models[0].folders for models in Wanted.read(workflow).names()}
+    return {model.name: model.folders for model in named_models(parse_graph(naming_graph(workflow, frontend)))}
+
+
+def wanted(workflow: dict[str, Any]) -> set[str]:
+    """The models that a job with this workflow may need."""
+    return {models[0].name for models in Wanted.read(workflow).names()}
 
 
 MUTED, BYPASSED = 2, 4
@@ -129,6 +137,67 @@ def test_what_the_worker_could_not_convert_is_refused_as_it_would_refuse_it() ->
             naming_graph(workflow)
 
 
+def test_where_the_dialects_differ_the_models_of_both_are_wanted() -> None:
+    promoted = pipeline(modern=False)
+    assert "new.safetensors" in found(promoted, MODERN)
+    assert "old.safetensors" in found(promoted, CLASSIC)
+    assert wanted(promoted) == {*found(promoted, MODERN), *found(promoted, CLASSIC)}
+    muted = pipeline(mode=MUTED)
+    assert "new.safetensors" not in found(muted, MODERN)
+    assert "new.safetensors" in found(muted, CLASSIC)
+    assert "new.safetensors" in wanted(muted)
+
+
+def test_a_model_is_wanted_once_where_the_dialects_agree() -> None:
+    (models,) = [models for models in Wanted.read(pipeline()).names() if models[0].name == "new.safetensors"]
+    assert len(models) == 1
+
+
+def branches(*, end: str) -> dict[str, dict[str, Any]]:
+    """A picture from one checkpoint, a loader that nobody takes from, and a branch from another that ends in some node."""
+    return {
+        "1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "used.safetensors"}},
+        "2": {"class_type": "VAEDecode", "inputs": {"vae": ["1", 2]}},
+        "3": {"class_type": "SaveImage", "inputs": {"images": ["2", 0]}},
+        "4": {"class_type": "VAELoader", "inputs": {"vae_name": "loose.safetensors"}},
+        "5": {"class_type": "UNETLoader", "inputs": {"unet_name": "branch.safetensors"}},
+        "6": {"class_type": "LoraLoaderModelOnly", "inputs": {"model": ["5", 0], "lora_name": "lora.safetensors"}},
+        "7": {"class_type": end, "inputs": {"model": ["6", 0]}},
+    }
+
+
+@pytest.mark.parametrize(
+    ("end", "more"),
+    [
+        ("KSampler", set()),
+        ("SomeonesLoader", set()),
+        ("SomeonesNode", {"branch.safetensors", "lora.safetensors"}),
+        ("Picture Uploader", {"branch.safetensors", "lora.safetensors"}),
+        ("PreviewAny", {"branch.safetensors", "lora.safetensors"}),
+    ],
+)
+def test_a_branch_that_ends_in_no_output_is_not_wanted(end: str, more: set[str]) -> None:
+    assert wanted(branches(end=end)) == {"used.safetensors"} | more
+
+
+def test_of_a_piece_without_any_output_all_models_are_wanted() -> None:
+    graph = branches(end="KSampler")
+    del graph["3"]
+    assert wanted(graph) == {"used.safetensors", "loose.safetensors", "branch.safetensors", "lora.safetensors"}
+
+
+def test_a_bypassed_end_of_the_editors_format_takes_its_branch_with_it() -> None:
+    workflow = ui(
+        node(1, "UNETLoader", ["used.safetensors"], outputs=("MODEL",)),
+        node(2, "PreviewAny", inputs={"source": ("*", 1)}),
+        node(3, "UNETLoader", ["unplugged.safetensors"], outputs=("MODEL",)),
+        node(4, "KSampler", inputs={"model": ("MODEL", 2)}, outputs=("LATENT",)),
+        node(5, "PreviewAny", inputs={"source": ("*", 3)}, mode=BYPASSED),
+        links=[(1, 1, 0, 2, 0), (2, 3, 0, 4, 0), (3, 4, 0, 5, 0)],
+    )
+    assert wanted(workflow) == {"used.safetensors"}
+
+
 def test_the_seeder_reads_the_same_names(tmp_path: Path) -> None:
     path = tmp_path / "w.json"
     wants = Wants(Sources.read(), Hub("http://127.0.0.1:9", Network()), (), None, threading.Event())
@@ -180,3 +249,29 @@ def test_official_templates_name_what_their_converted_graphs_name() -> None:
         assert read == exact, name
         compared += 1
     assert compared > 400
+
+
+def pairs() -> list[Any]:
+    folder = os.environ.get("WORKFLOW_PAIRS")
+    paths = sorted(Path(folder).glob("pairs*/*.json")) if folder else []
+    return [pytest.param(path, id=f"{path.parent.name}/{path.stem}") for path in paths]
+
+
+@cache
+def object_info(path: Path) -> dict[str, Any]:
+    info: dict[str, Any] = json.loads(gzip.decompress(path.read_bytes()))
+    return info
+
+
+@pytest.mark.parametrize("path", pairs())
+def test_a_recorded_pair_wants_what_its_job_needs(path: Path) -> None:
+    """Run with WORKFLOW_PAIRS=FOLDER, as in test_convert.py: nothing that the outputs of the recorded graph need is missed."""
+    pair = json.loads(path.read_text(encoding="utf-8"))
+    info = object_info(path.parent.parent / pair["object_info"])
+    try:
+        graph = parse_graph(pair["api"])
+    except RequestError:
+        pytest.skip("the editor sent what is no graph")
+    outputs = [node_id for node_id, each in graph.items() if info[each["class_type"]]["output_node"]]
+    needed = needed_nodes(graph, outputs)
+    assert {model.name for model in named_models(graph) if model.node_id in needed} <= wanted(pair["ui"])

@@ -423,9 +423,9 @@ BEYOND_A_SCHEMA: dict[str, tuple[dict[str, Any], str]] = {
     "the JSON of a job without a workflow": ({"input": "{}"}, "workflow_missing"),
     "an image that is not base64": (images(image="%%%"), "image_not_base64"),
     # What one field says about another.
-    "a link to nowhere": (graph(x={"class_type": "X", "inputs": {"a": ["99", 0]}}), "workflow_invalid"),
-    "a link to itself": (graph(x={"class_type": "X", "inputs": {"a": ["x", 0]}}), "workflow_invalid"),
-    "a link by number": (graph(x={"class_type": "X", "inputs": {"a": [1, 0]}}), "workflow_invalid"),
+    "a link to nowhere": (job(workflow={"x": {"class_type": "X", "inputs": {"a": ["99", 0]}}}), "workflow_invalid"),
+    "a link to itself": (job(workflow={"x": {"class_type": "X", "inputs": {"a": ["x", 0]}}}), "workflow_invalid"),
+    "a link by number": (job(workflow={"1": {"class_type": "X", "inputs": {"a": [1, 0]}}}), "workflow_invalid"),
     "two saved nodes with one id": ({"input": {"workflow": {"nodes": SAVED["nodes"] * 2}}}, "ui_workflow_invalid"),
     "a saved workflow of notes": ({"input": {"workflow": {"nodes": [{"id": 1, "type": "Note"}]}}}, "workflow_empty"),
     "a node to set that is not there": (job(set={"99.width": 1}), "override_invalid"),

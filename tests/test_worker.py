@@ -186,6 +186,45 @@ def test_an_output_of_two_whose_branch_cannot_run_is_named_beside_the_other(work
     assert "gone.png" in answer["output"]["errors"][0]
 
 
+@pytest.mark.parametrize(
+    ("others", "says"),
+    [
+        ({"8": ("PreviewImage", ["77", 0])}, ["input 'images' of node 8 (PreviewImage) comes from node 77"]),
+        ({"7": ("ImageInvert", ["77", 0]), "8": ("PreviewImage", ["7", 0])}, ["node 7", "node 77", "no output of node 8"]),
+        ({"8": ("PreviewImage", ["1", "0"])}, ["takes output '0' of node 1"]),
+        ({"8": ("PreviewImage", [1, 0])}, ['["1", 0]']),
+        (
+            {"7": ("ImageInvert", ["9", 0]), "9": ("ImageInvert", ["7", 0]), "8": ("PreviewImage", ["7", 0])},
+            ["cycle, nodes 7 -> 9 -> 7", "no output of node 8"],
+        ),
+        ({"7": ("ImageInvert", ["9", 0]), "9": ("ImageInvert", ["7", 0])}, []),
+        ({"7": ("ImageInvert", ["77", 0])}, []),
+        ({"7": ("EmptyImage", ["77", 0])}, []),
+    ],
+)
+def test_a_branch_with_a_broken_link_costs_its_own_output_only(
+    others: dict[str, tuple[str, Any]], says: list[str], worker: LocalWorker
+) -> None:
+    inputs = {"ImageInvert": "image", "PreviewImage": "images", "EmptyImage": "no_such_input"}
+    branch = {node_id: {"class_type": name, "inputs": {inputs[name]: source}} for node_id, (name, source) in others.items()}
+    answer = worker.runsync({"workflow": {**TINY, **branch}})
+    assert len(pictures(answer)) == 1
+    errors = " | ".join(answer["output"].get("errors", ()))
+    assert bool(errors) is bool(says)
+    for part in says:
+        assert part in errors
+
+
+def test_a_broken_link_where_no_class_looks_for_one_does_not_stop_comfyui(worker: LocalWorker) -> None:
+    """ComfyUI follows it all the same, and left alone the thread that runs its prompts ends there."""
+    broken = changed(TINY, "EmptyImage", extra=["77", 0])
+    answer = worker.runsync({"workflow": broken})
+    assert "input 'extra' of node 1 (EmptyImage) comes from node 77" in answer["error"]
+    second = {"3": broken["1"], "4": changed(TINY, "SaveImage", images=["3", 0])["2"]}
+    assert len(pictures(worker.runsync({"workflow": {**TINY, **second}}))) == 2
+    assert pictures(worker.runsync({"workflow": TINY}))
+
+
 def test_a_workflow_with_previews_only_succeeds_without_images(worker: LocalWorker, workflow: Load) -> None:
     answer = worker.runsync({"workflow": workflow("preview_image")})
     assert answer["output"] == {"images": [], "status": "success_no_images"}

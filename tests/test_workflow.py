@@ -7,13 +7,24 @@ import json
 import math
 import random
 import subprocess
+from graphlib import TopologicalSorter
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.comfy.workflow import NamedModel, check_paths, is_link, named_models, parse_graph, with_slashes
+from worker.comfy.rejection import dropped_outputs, rejection
+from worker.comfy.workflow import (
+    BrokenLink,
+    NamedModel,
+    check_paths,
+    is_link,
+    named_models,
+    needed_nodes,
+    parse_graph,
+    with_slashes,
+)
 from worker.errors import (
     UnsafePath,
     WorkflowEmpty,
@@ -24,7 +35,7 @@ from worker.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
     from devkit.engine.build import Engine
@@ -138,7 +149,7 @@ def test_not_a_number_beside_the_inputs() -> None:
 )
 def test_a_bad_link_names_both_ends_and_the_input(link: list[Any], says: str) -> None:
     with pytest.raises(WorkflowInvalid, match=rf"bad link: input 'images' of node 2 \(SaveImage\) {says}"):
-        parse_graph({"1": LOADER, "2": {"class_type": "SaveImage", "inputs": {"images": link}}})
+        parse_graph({"1": LOADER, "2": {"class_type": "SaveImage", "inputs": {"images": link, "model": ["1", 0]}}})
 
 
 @pytest.mark.parametrize(
@@ -178,6 +189,126 @@ def test_a_cycle_names_its_nodes(links: dict[str, str], cycle: str) -> None:
     graph = {to: {"class_type": "Any", "inputs": {"x": [source, 0]}} for to, source in links.items()}
     with pytest.raises(WorkflowInvalid, match=f"the links form a cycle, nodes {cycle}; remove one"):
         parse_graph(graph)
+
+
+def test_a_cycle_of_many_nodes_is_named_by_some_of_them() -> None:
+    graph = {str(i): {"class_type": "Any", "inputs": {"x": [str((i + 1) % 3000), 0]}} for i in range(3000)}
+    with pytest.raises(WorkflowInvalid, match=r"nodes 0 -> 2999 -> 2998 -> .* -> \.\.\. -> 0; remove") as caught:
+        parse_graph(graph)
+    assert len(str(caught.value)) < 400
+
+
+GOOD = {"1": {"class_type": "EmptyImage", "inputs": {}}, "2": SAVE}
+
+
+def link(source: Any, slot: Any = 0, class_type: str = "PreviewImage") -> dict[str, Any]:
+    return {"class_type": class_type, "inputs": {"images": [source, slot]}}
+
+
+@pytest.mark.parametrize(
+    ("others", "broken"),
+    [
+        ({"8": link("77")}, {"8": "comes from node 77, which is not in the workflow"}),
+        ({"8": link("1", "0")}, {"8": "takes output '0' of node 1"}),
+        ({"8": link("1", 0.0)}, {"8": "takes output 0.0 of node 1"}),
+        ({"8": link(1)}, {"8": 'write the node id as a string: ["1", 0]'}),
+        ({"7": link("77"), "8": link("7")}, {"7": "comes from node 77"}),
+        ({"7": link("9"), "9": link("7")}, {"9": "the links form a cycle, nodes 7 -> 9 -> 7; remove one"}),
+        ({"7": link("7"), "8": link("7")}, {"7": "the links form a cycle, nodes 7 -> 7; remove one"}),
+    ],
+)
+def test_a_broken_branch_leaves_the_rest_to_comfyui(others: dict[str, Any], broken: dict[str, str]) -> None:
+    given = {**GOOD, **others}
+    before = json.dumps(given)
+    graph = parse_graph(given)
+    assert json.dumps(given) == before
+    found = {node_id: node["inputs"]["images"] for node_id, node in graph.items() if "images" in node["inputs"]}
+    problems = {node_id: value.problem for node_id, value in found.items() if isinstance(value, BrokenLink)}
+    assert problems.keys() == broken.keys()
+    for node_id, says in broken.items():
+        assert says in problems[node_id]
+    sent = json.loads(json.dumps(graph))
+    assert all(sent[node_id]["inputs"]["images"] == [] for node_id in broken)
+    assert parse_graph(graph) == graph
+    check_paths(graph)
+    assert needed_nodes(graph, ["2", "8"] if "8" in graph else ["2"]) == {"1", "2"}
+
+
+def test_cycles_within_cycles_are_all_opened() -> None:
+    chance = random.Random(5)
+    for _ in range(200):
+        size = chance.randint(2, 12)
+        nodes: dict[str, dict[str, Any]] = {
+            str(i): {
+                "class_type": "Any",
+                "inputs": {str(j): [str(chance.randrange(size)), 0] for j in range(chance.randint(0, 3))},
+            }
+            for i in range(size)
+        }
+        graph = parse_graph({**GOOD, **{f"x{i}": {**node, "inputs": prefixed(node)} for i, node in nodes.items()}})
+        looped = {node_id for node_id, node in graph.items() if any(isinstance(v, BrokenLink) for v in node["inputs"].values())}
+        sources = {node_id: [v[0] for v in node["inputs"].values() if is_link(graph, v)] for node_id, node in graph.items()}
+        TopologicalSorter(sources).prepare()
+        before = {f"x{i}": {f"x{v[0]}" for v in node["inputs"].values()} for i, node in nodes.items()}
+        for node_id, taken in before.items():
+            if node_id in above(before, taken):
+                assert looped & {node_id, *above(sources, [node_id])}, "whoever is in a cycle depends on a link that was broken"
+
+
+def prefixed(node: dict[str, Any]) -> dict[str, Any]:
+    return {name: [f"x{source}", slot] for name, (source, slot) in node["inputs"].items()}
+
+
+def above(sources: Mapping[str, Iterable[str]], starts: Iterable[str]) -> set[str]:
+    found: set[str] = set()
+    waiting = list(starts)
+    while waiting:
+        node_id = waiting.pop()
+        if node_id not in found:
+            found.add(node_id)
+            waiting.extend(sources.get(node_id, ()))
+    return found
+
+
+def test_only_what_the_outputs_take_from_is_needed() -> None:
+    graph = parse_graph({**GOOD, "3": LOADER, "4": {"class_type": "LoraLoader", "inputs": {"model": ["3", 0]}}, "5": LOADER})
+    assert needed_nodes(graph, ["2"]) == {"1", "2"}
+    assert needed_nodes(graph, ["2", "4"]) == {"1", "2", "3", "4"}
+    assert needed_nodes(graph, []) == set()
+
+
+def report(graph: dict[str, Any], node_id: str, *outputs: str) -> dict[str, Any]:
+    """What ComfyUI says of a list in an input that is none of two elements."""
+    error = {"type": "bad_linked_input", "message": "Bad linked input", "extra_info": {"input_name": "images"}}
+    entry = {"errors": [error], "dependent_outputs": list(outputs), "class_type": graph[node_id]["class_type"]}
+    return {"error": {"type": "prompt_outputs_failed_validation"}, "node_errors": {node_id: entry}}
+
+
+def test_what_comfyui_drops_for_a_broken_link_is_said_as_before_with_what_it_costs() -> None:
+    graph = parse_graph({**GOOD, "7": link("77", class_type="ImageInvert"), "8": link("7"), "9": link("78")})
+    why = "bad link: input 'images' of node 7 (ImageInvert) comes from node 77, which is not in the workflow"
+    assert dropped_outputs(graph, report(graph, "7", "9", "8")) == (f"{why}; so there is no output of node 8 (PreviewImage)",)
+    refused = rejection(graph, report(graph, "7", "8"))
+    assert isinstance(refused, WorkflowInvalid)
+    assert str(refused) == f"Workflow validation failed: {why}."
+
+
+def test_a_missing_model_that_only_a_broken_branch_wants_is_not_complained_of() -> None:
+    graph = parse_graph(
+        {**GOOD, "3": LOADER, "7": {"class_type": "Mix", "inputs": {"images": ["77", 0], "model": ["3", 0]}}, "8": link("7")}
+    )
+    extra = {"input_name": "ckpt_name", "received_value": "a.safetensors", "input_config": [[], {}]}
+    absent = {"errors": [{"type": "value_not_in_list", "extra_info": extra}], "dependent_outputs": ["8"], "class_type": "X"}
+    body = report(graph, "7", "8")
+    body["node_errors"] = {"3": absent, **body["node_errors"]}
+    (error,) = dropped_outputs(graph, body)
+    assert "comes from node 77" in error
+    assert isinstance(rejection(graph, body), WorkflowInvalid)
+    graph["2"] = {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "model": ["3", 0]}}
+    absent["dependent_outputs"] = ["8", "2"]
+    missing, broken = dropped_outputs(graph, body)
+    assert "needs the model 'a.safetensors'" in missing
+    assert "comes from node 77" in broken
 
 
 def test_a_long_chain_is_no_trouble() -> None:

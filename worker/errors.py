@@ -232,7 +232,7 @@ class WorkflowMissing(RequestError):
 
 @dataclass(eq=False)
 class WorkflowInvalid(RequestError):
-    """The workflow is not a graph in ComfyUI's API format."""
+    """The workflow is not a graph in ComfyUI's API format, or bad links and cycles leave none of its outputs."""
 
     reason: str
     code = "workflow_invalid"

@@ -14,15 +14,15 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from worker.comfy.rejection import missing_model
-from worker.comfy.workflow import check_paths, named_models, with_slashes
-from worker.errors import InternalError, ModelMissing, OutputGone, StartError, WorkerError
+from worker.comfy.workflow import check_paths, named_models, needed_nodes, with_slashes
+from worker.errors import FileIncomplete, InternalError, ModelMissing, OutputGone, StartError, WorkerError
 from worker.graphs import Workflows
 from worker.job import Request
 from worker.laps import Laps
 from worker.media.outputs import clean
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from worker.comfy.client import RunResult
     from worker.comfy.engine import Engine
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from worker.media.inputs import InputFiles, JobFiles
     from worker.models.provision import Waiting
     from worker.models.spec import ModelSpec
-    from worker.models.supply import Supply
+    from worker.models.supply import Name, Supply
     from worker.settings import Settings
     from worker.warmth import Warmth
 
@@ -118,7 +118,7 @@ class JobHandler:
         models = named_models(graph)
         graph = with_slashes(graph, models)
         with around.laps.step("models"):
-            await self._ensure_models(models, request, job_id, around.tell)
+            await self._ensure_models(graph, models, request, job_id, around.tell)
         self._warmth.job(models)
         run = await self._run_graph(graph, request, files, around)
         self._warmth.ran(graph, models)
@@ -164,18 +164,16 @@ class JobHandler:
                             on_progress=lambda step: around.tell(sampling_progress(step)),
                         )
 
-    async def _ensure_models(self, named: Sequence[NamedModel], request: Request, job_id: str, tell: Tell) -> None:
+    async def _ensure_models(
+        self, graph: Graph, named: Sequence[NamedModel], request: Request, job_id: str, tell: Tell
+    ) -> None:
         """Have the graph's models where ComfyUI finds them; what is missing and known is fetched, the job waits for no other.
 
         A name that nobody knows is ComfyUI's to refuse, unless others would be fetched for nothing first.
         """
         if request.models is not None:
             await asyncio.to_thread(self._supply.check_request, request.models)
-        models = {(model.folders, model.file_names): model for model in named}
-        if not models:
-            return
-        missing = await asyncio.to_thread(self._supply.missing, tuple(models))
-        absent = [name for name in missing if not await self._listed(models[name])]
+        models, absent = await self._absent(graph, named)
         if not absent:
             return
         specs = await asyncio.to_thread(self._supply.specs, absent, request.models, request.extra_pnginfo)
@@ -186,6 +184,37 @@ class JobHandler:
         if unknown:
             raise ModelMissing([missing_model(model, model.name, await self._choices(model)) for model in unknown])
         await self._fetch(known, job_id, tell)
+
+    async def _absent(self, graph: Graph, named: Sequence[NamedModel]) -> tuple[Mapping[Name, NamedModel], list[Name]]:
+        """The models that are not there, of those that the job runs with.
+
+        Raises `FileIncomplete` for one of them that is not whole. Only where anything is the matter at all is ComfyUI asked
+        which nodes are outputs: a model that no output needs is none of the job's business, and neither is its absence.
+        """
+        models = by_name(named)
+        try:
+            absent = await self._unseen(models)
+            if not absent:
+                return models, []
+        except FileIncomplete as exc:
+            log.debug("%s; is it needed?", exc)
+            absent = None
+        needed = needed_nodes(graph, await self._outputs(graph))
+        models = by_name(model for model in named if model.node_id in needed)
+        if absent is None:
+            absent = await self._unseen(models)
+        return models, [name for name in absent if name in models]
+
+    async def _unseen(self, models: Mapping[Name, NamedModel]) -> list[Name]:
+        """Those that are neither on the volume nor in a place of ComfyUI's own."""
+        missing = await asyncio.to_thread(self._supply.missing, tuple(models)) if models else []
+        return [name for name in missing if not await self._listed(models[name])]
+
+    async def _outputs(self, graph: Graph) -> list[str]:
+        """The graph's output nodes, and those of classes that ComfyUI does not have: it will say so itself."""
+        info = await self._engine.object_info({node["class_type"] for node in graph.values()})
+        unknown = {"output_node": True}
+        return [node_id for node_id, node in graph.items() if info.get(node["class_type"], unknown).get("output_node")]
 
     async def _listed(self, model: NamedModel) -> bool:
         """Whether ComfyUI sees it in a place of its own, such as one from an extra_model_paths.yaml."""
@@ -211,6 +240,11 @@ class JobHandler:
                 await asyncio.to_thread(self._supply.fetch, specs, cancel, on_progress)
         finally:
             cancel.set()
+
+
+def by_name(models: Iterable[NamedModel]) -> dict[Name, NamedModel]:
+    """The models, each once, by what the supply knows them by."""
+    return {(model.folders, model.file_names): model for model in models}
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 import posixpath
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from worker.comfy.workflow import named_models
+from worker.comfy.workflow import BrokenLink, ancestry, named_models, needed_nodes
 from worker.errors import ModelMissing, WorkflowInvalid, WorkflowRejected
 
 if TYPE_CHECKING:
@@ -22,15 +23,67 @@ def rejection(graph: Graph, body: object) -> RequestError:
     """The error for a 400 of `POST /prompt`, whose JSON is `body`."""
     if not isinstance(body, dict):
         return WorkflowInvalid("ComfyUI could not read it")
-    problems, only_models = _node_problems(graph, body.get("node_errors") or {})
+    found = _findings(graph, body)
+    problems = list(dict.fromkeys(finding.problem for finding in found))
     if not problems:
         return WorkflowRejected([_graph_problem(body.get("error") or {})])
-    return ModelMissing(problems) if only_models else WorkflowRejected(problems)
+    if all(finding.is_link for finding in found):
+        return WorkflowInvalid("; ".join(problems))  # as for a graph of which nothing is left without these links
+    return ModelMissing(problems) if all(finding.is_model for finding in found) else WorkflowRejected(problems)
 
 
 def dropped_outputs(graph: Graph, body: Mapping[str, Any]) -> tuple[str, ...]:
     """Sentences about the outputs that ComfyUI dropped from a graph it otherwise took (a 200 with `node_errors`)."""
-    return tuple(_node_problems(graph, body.get("node_errors") or {})[0])
+    return tuple(dict.fromkeys(finding.problem + _left_out(graph, finding) for finding in _findings(graph, body)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Finding:
+    """What ComfyUI found in a node, and the outputs that it dropped by then, for whatever reason."""
+
+    node_id: str
+    problem: str
+    dropped: Sequence[str]
+    is_model: bool = False
+    is_link: bool = False
+
+
+def _findings(graph: Graph, body: Mapping[str, Any]) -> list[_Finding]:
+    """Everything that ComfyUI found, but models for which nobody looked: those that only outputs with a broken link need."""
+    reports = body.get("node_errors") or {}
+    found = [finding for node_id, report in reports.items() for finding in _findings_in(graph, node_id, report)]
+    if not any(finding.is_model for finding in found):
+        return found
+    needed = needed_nodes(graph, {output for finding in found for output in finding.dropped if output in graph})
+    return [each for each in found if not each.is_model or not each.dropped or each.node_id in needed] or found
+
+
+def _findings_in(graph: Graph, node_id: str, report: Mapping[str, Any]) -> Iterator[_Finding]:
+    dropped = report.get("dependent_outputs") or ()
+    for error in report.get("errors") or ():
+        if (link := _broken_link(graph, node_id, error)) is not None:
+            yield _Finding(node_id, link.problem, dropped, is_link=True)
+        elif model := _missing_model(graph, node_id, error):
+            yield _Finding(node_id, model, dropped, is_model=True)
+        else:
+            yield _Finding(node_id, _node_problem(node_id, report.get("class_type", "?"), error), dropped)
+
+
+def _left_out(graph: Graph, finding: _Finding) -> str:
+    """Which outputs this cost, where the problem is not their own: ComfyUI lists others with them."""
+    nodes = [
+        f"{node_id} ({graph[node_id]['class_type']})"
+        for node_id in finding.dropped
+        if node_id != finding.node_id and finding.node_id in ancestry(graph, node_id)
+    ]
+    return f"; so there is no output of node {', '.join(nodes)}" if nodes else ""
+
+
+def _broken_link(graph: Graph, node_id: str, error: Mapping[str, Any]) -> BrokenLink | None:
+    if error.get("type") != "bad_linked_input":
+        return None
+    value = graph[node_id]["inputs"].get((error.get("extra_info") or {}).get("input_name"))
+    return value if isinstance(value, BrokenLink) else None
 
 
 def _graph_problem(error: Mapping[str, Any]) -> str:
@@ -42,17 +95,6 @@ def _graph_problem(error: Mapping[str, Any]) -> str:
     if kind == "prompt_outputs_failed_validation" and not details:
         return "the nodes form a cycle; remove the link that closes it"
     return f"{message.rstrip('.')} ({details})" if details else message
-
-
-def _node_problems(graph: Graph, node_errors: Mapping[str, Any]) -> tuple[list[str], bool]:
-    problems: list[str] = []
-    only_models = True
-    for node_id, report in node_errors.items():
-        for error in report.get("errors") or ():
-            missing = _missing_model(graph, node_id, error)
-            only_models = only_models and missing is not None
-            problems.append(missing or _node_problem(node_id, report.get("class_type", "?"), error))
-    return list(dict.fromkeys(problems)), only_models
 
 
 def _missing_model(graph: Graph, node_id: str, error: Mapping[str, Any]) -> str | None:

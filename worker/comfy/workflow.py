@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from graphlib import CycleError, TopologicalSorter
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from worker.errors import (
@@ -23,7 +22,7 @@ from worker.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 Graph: TypeAlias = dict[str, dict[str, Any]]
 """Node id to `{"class_type": str, "inputs": {name: value or [node id, slot]}, ...}`, as ComfyUI's `POST /prompt` takes it."""
@@ -33,10 +32,25 @@ Graph: TypeAlias = dict[str, dict[str, Any]]
 _LINK_LENGTH = 2
 
 
+class BrokenLink(list[Any]):
+    """A link that leads nowhere or closes a cycle, as ComfyUI gets it: an empty list. `problem` says what is wrong with it.
+
+    ComfyUI refuses the input that holds one, drops the outputs that need its node and runs the others. With the link itself
+    ComfyUI 0.3.75 does so only where the class declares the input: in any other the link ends the thread that runs all prompts.
+    And outputs behind a cycle are dropped without a word.
+    """
+
+    def __init__(self, problem: str) -> None:
+        super().__init__()
+        self.problem = problem
+
+
 def parse_graph(value: object) -> Graph:
     """The workflow of a request, the very object that was given, once it is known to be a graph.
 
-    Every node has a class and inputs, every number is finite, every link leads to a node, and no links form a cycle.
+    Every node has a class and inputs, every number is finite, every link leads to a node, and no links form a cycle. Links that
+    do not are `BrokenLink`s in a copy, as long as something that may be an output does without them: which nodes are outputs is
+    for ComfyUI to say.
 
     Raises:
         WorkflowMissing: there is none.
@@ -56,10 +70,7 @@ def parse_graph(value: object) -> Graph:
     _check_not_wrapped(value)
     for node_id, node in value.items():
         _check_node(node_id, node)
-    graph = cast("Graph", value)
-    _check_links(graph)
-    _check_cycles(graph)
-    return graph
+    return _with_links_broken(cast("Graph", value))
 
 
 def _check_not_wrapped(value: dict[str, Any]) -> None:
@@ -84,6 +95,7 @@ def _check_node(node_id: object, node: object) -> None:
             f"node {_titled(node_id, node)} has no 'class_type'; the editor exports that for a node it does not know: "
             "install its custom node there and export again, or remove it"
         )
+    # Used or not: ComfyUI takes such a graph, looks at every node's inputs, and the thread that runs all prompts ends (0.3.75).
     if not isinstance(node.get("inputs"), dict):
         raise WorkflowInvalid(f"node {node_id} ({class_type}) has no object 'inputs'; send {{}} where there are none")
     for name, value in node["inputs"].items():
@@ -114,13 +126,60 @@ def _is_finite(value: object) -> bool:
     return True
 
 
-def _check_links(graph: Graph) -> None:
+def _with_links_broken(graph: Graph) -> Graph:
+    broken = dict(_broken_links(graph))
+    if not broken:
+        return graph
+    if not _leaves_an_output(graph, {node_id for node_id, _ in broken}):
+        raise WorkflowInvalid(next(iter(broken.values())).problem)
+    changed = dict(graph)
+    for (node_id, name), link in broken.items():
+        node = changed[node_id]
+        changed[node_id] = {**node, "inputs": {**node["inputs"], name: link}}
+    return changed
+
+
+def _broken_links(graph: Graph) -> Iterator[tuple[tuple[str, str], BrokenLink]]:
+    """Node, input and what is wrong, for those that lead nowhere, then for one of each cycle's."""
     for node_id, node in graph.items():
         for name, value in node["inputs"].items():
-            if isinstance(value, list) and len(value) == _LINK_LENGTH:
-                problem = _link_problem(graph, value)
-                if problem:
-                    raise WorkflowInvalid(f"bad link: input '{name}' of node {node_id} ({node['class_type']}) {problem}")
+            if isinstance(value, BrokenLink):
+                yield (node_id, name), value
+            elif isinstance(value, list) and len(value) == _LINK_LENGTH and (problem := _link_problem(graph, value)):
+                where = f"input '{name}' of node {node_id} ({node['class_type']})"
+                yield (node_id, name), BrokenLink(f"bad link: {where} {problem}")
+    for node_id, name, cycle in _closing_links(graph):
+        yield (node_id, name), BrokenLink(f"the links form a cycle, nodes {cycle}; remove one of them")
+
+
+def _leaves_an_output(graph: Graph, broken: Iterable[str]) -> bool:
+    """Whether anything that may be an output needs none of these nodes: what takes a link, and what nobody takes one from."""
+    takers = _takers(graph)
+    spoiled = _reached(broken, takers)
+    takes = {taker for each in takers.values() for taker in each}
+    return any(node_id not in spoiled and (node_id in takes or node_id not in takers) for node_id in graph)
+
+
+def _takers(graph: Graph) -> dict[str, list[str]]:
+    """By a node's id, the nodes that take a link from it, or mean to and name its output or its id in the wrong way."""
+    takers: dict[str, list[str]] = {}
+    for node_id, node in graph.items():
+        for value in node["inputs"].values():
+            meant = isinstance(value, list) and len(value) == _LINK_LENGTH and isinstance(value[0], (str, int))
+            if meant and str(value[0]) in graph:
+                takers.setdefault(str(value[0]), []).append(node_id)
+    return takers
+
+
+def _reached(starts: Iterable[str], nexts: Mapping[str, Iterable[str]]) -> frozenset[str]:
+    """The starts and all that follows them."""
+    found = set(starts)
+    waiting = list(found)
+    while waiting:
+        fresh = set(nexts.get(waiting.pop(), ())) - found
+        found |= fresh
+        waiting.extend(fresh)
+    return frozenset(found)
 
 
 def _link_problem(graph: Graph, pair: list[Any]) -> str | None:
@@ -143,16 +202,42 @@ def _link_problem(graph: Graph, pair: list[Any]) -> str | None:
     return None
 
 
-def _check_cycles(graph: Graph) -> None:
-    # ComfyUI answers a cycle with an error that names no node.
-    sources = {
-        node_id: [value[0] for value in node["inputs"].values() if is_link(graph, value)] for node_id, node in graph.items()
-    }
-    try:
-        TopologicalSorter(sources).prepare()
-    except CycleError as error:
-        cycle = " -> ".join(error.args[1])
-        raise WorkflowInvalid(f"the links form a cycle, nodes {cycle}; remove one of them") from error
+_SHOWN_CYCLE = 20  # nodes of a cycle that a sentence names
+
+
+def _closing_links(graph: Graph) -> Iterator[tuple[str, str, str]]:
+    """Node, input and the cycle's nodes, for links without which no cycle is left."""
+    done: set[str] = set()
+    for root in graph:
+        if root in done:
+            continue
+        path, place = [root], {root: 0}
+        following = [_links_into(graph, root)]
+        while path:
+            node_id = path[-1]
+            for name, source in following[-1]:
+                if source in place:
+                    yield node_id, name, _cycle(path, place[source])
+                elif source not in done:
+                    place[source] = len(path)
+                    path.append(source)
+                    following.append(_links_into(graph, source))
+                    break
+            else:
+                following.pop()
+                done.add(path.pop())
+                del place[node_id]
+
+
+def _links_into(graph: Graph, node_id: str) -> Iterator[tuple[str, str]]:
+    return ((name, value[0]) for name, value in graph[node_id]["inputs"].items() if is_link(graph, value))
+
+
+def _cycle(path: Sequence[str], start: int) -> str:
+    """The nodes from a place in the path to its end, each of which takes from the one behind it, as the data flows."""
+    behind = path[max(start + 1, len(path) - _SHOWN_CYCLE) :]
+    left_out = ["..."] if len(path) - start - 1 > len(behind) else []
+    return " -> ".join([path[start], *reversed(behind), *left_out, path[start]])
 
 
 def is_link(graph: Graph, value: object) -> bool:
@@ -434,6 +519,22 @@ def named_models(graph: Graph) -> tuple[NamedModel, ...]:
     """
     models = (model for node_id, node in graph.items() for model in _models_of_node(graph, node_id, node))
     return tuple(dict.fromkeys(models))
+
+
+def needed_nodes(graph: Graph, outputs: Collection[str]) -> frozenset[str]:
+    """The nodes that run when these are the graph's output nodes: those that can run, and all that they take from.
+
+    ComfyUI looks at no other node's values (validate_prompt in its execution.py), so that whatever else a graph names need not
+    be there.
+    """
+    broken = (node_id for node_id, node in graph.items() if any(isinstance(v, BrokenLink) for v in node["inputs"].values()))
+    spoiled = _reached(broken, _takers(graph))
+    return ancestry(graph, *(node_id for node_id in outputs if node_id not in spoiled))
+
+
+def ancestry(graph: Graph, *node_ids: str) -> frozenset[str]:
+    """These nodes and all that they take from."""
+    return _reached(node_ids, {node_id: [source for _, source in _links_into(graph, node_id)] for node_id in graph})
 
 
 def with_slashes(graph: Graph, models: Iterable[NamedModel]) -> Graph:

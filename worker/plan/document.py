@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from worker.comfy.convert import is_ui
 from worker.comfy.embedded import embedded_workflow
-from worker.comfy.workflow import check_paths, named_models, parse_graph
+from worker.comfy.workflow import check_paths, named_models, needed_nodes, parse_graph
 from worker.job import Request
 from worker.models.sources import embedded_models
-from worker.plan.editor import naming_graph
+from worker.plan.editor import naming_graphs
 
 if TYPE_CHECKING:
-    from worker.comfy.workflow import NamedModel
+    from worker.comfy.workflow import Graph, NamedModel
 
 
 class Unreadable(Exception):  # noqa: N818 - a command says it, and ends
@@ -80,13 +81,70 @@ class Wanted:
         return cls(request.workflow, request.models, metadata)
 
     def names(self) -> list[tuple[NamedModel, ...]]:
-        """The models, each with every input that names it. Raises a `RequestError` for what the worker would refuse."""
-        graph = parse_graph(naming_graph(self.workflow) if is_ui(self.workflow) else self.workflow)
-        check_paths(graph)
-        found: dict[object, list[NamedModel]] = {}
-        for model in named_models(graph):
-            found.setdefault((model.folders, model.file_names), []).append(model)
+        """The models that a job may need, each with every input that names it.
+
+        Of a workflow as the editor saves it these are the models of either dialect, where the two make different graphs of it.
+        Raises a `RequestError` for what the worker would refuse.
+        """
+        graphs = naming_graphs(self.workflow) if is_ui(self.workflow) else (self.workflow,)
+        found: dict[object, dict[NamedModel, None]] = {}
+        for graph in map(parse_graph, graphs):
+            check_paths(graph)
+            running = _may_run(graph)
+            for model in named_models(graph):
+                if model.node_id in running:
+                    found.setdefault((model.folders, model.file_names), {})[model] = None
         return [tuple(nodes) for nodes in found.values()]
+
+
+# Classes of ComfyUI that are no outputs: what a workflow often ends in where somebody muted, bypassed or unplugged the rest.
+_NO_OUTPUTS: Final = frozenset(
+    {
+        "BasicGuider",
+        "BasicScheduler",
+        "CFGGuider",
+        "CLIPSetLastLayer",
+        "CLIPTextEncode",
+        "CLIPTextEncodeFlux",
+        "CLIPVisionEncode",
+        "ConditioningCombine",
+        "ConditioningZeroOut",
+        "ControlNetApply",
+        "ControlNetApplyAdvanced",
+        "CreateVideo",
+        "FluxGuidance",
+        "KSampler",
+        "KSamplerAdvanced",
+        "ModelSamplingAuraFlow",
+        "ModelSamplingDiscrete",
+        "ModelSamplingFlux",
+        "ModelSamplingSD3",
+        "SamplerCustom",
+        "SamplerCustomAdvanced",
+        "USOStyleReference",
+        "VAEDecode",
+        "VAEDecodeTiled",
+        "VAEEncode",
+        "VAEEncodeForInpaint",
+    }
+)
+
+_LOADER: Final = re.compile(r"(?<!up)(?<!down)loader", re.IGNORECASE)
+
+
+def _may_run(graph: Graph) -> frozenset[str]:
+    """The nodes that an output may need, as far as that can be told without an engine: any class may be one that is none here.
+
+    All of them where there can be no output: a piece of a workflow is handed in for the sake of its models.
+    """
+    outputs = [node_id for node_id, node in graph.items() if not _is_no_output(node["class_type"])]
+    return needed_nodes(graph, outputs) if outputs else frozenset(graph)
+
+
+def _is_no_output(class_type: str) -> bool:
+    # None of the 57 outputs among the 849 classes of ComfyUI 0.3.75 and 0.29 is called a loader. In packs, uploaders and
+    # downloaders are outputs.
+    return class_type in _NO_OUTPUTS or _LOADER.search(class_type) is not None
 
 
 def _wraps(document: dict[str, Any], key: str) -> bool:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 from worker.comfy.convert import classes, convert
 from worker.comfy.ui_graph import read_ui
 from worker.comfy.workflow import WEIGHT_SUFFIXES
+from worker.errors import UiWorkflowInvalid
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -49,8 +50,35 @@ _FIRST_WIDGETS: Final[Mapping[str, tuple[str, ...]]] = {
 }
 
 
-def naming_graph(ui: object) -> Graph:
-    """The workflow's nodes that run, with the files that they load. For its names only: an engine could not run it.
+_FRONTENDS: Final = ("1.58.1", "1.32.9")
+"""One of each dialect. Which one the engine's editor speaks is known where the job runs, not here."""
+
+
+def naming_graphs(ui: object) -> tuple[Graph, ...]:
+    """The workflow's nodes that run, with the files that they load: as each dialect of the editor has them, where they differ.
+
+    For their names only: an engine could not run them. A dialect in which the workflow cannot be converted is left out, as long
+    as there is another.
+
+    Raises:
+        UiWorkflowInvalid: the worker could not convert it either, in any dialect.
+    """
+    found: list[Graph] = []
+    refused: list[UiWorkflowInvalid] = []
+    for frontend in _FRONTENDS:
+        try:
+            graph = naming_graph(ui, frontend)
+        except UiWorkflowInvalid as exc:
+            refused.append(exc)
+        else:
+            found += [graph] if graph not in found else []
+    if not found:
+        raise refused[0]
+    return tuple(graph for graph in found if graph) or ({},)
+
+
+def naming_graph(ui: object, frontend: str = _FRONTENDS[0]) -> Graph:
+    """The workflow's nodes that run, with the files that they load, as this version of the editor has them.
 
     Raises:
         UiWorkflowInvalid: the worker could not convert it either.
@@ -63,8 +91,7 @@ def naming_graph(ui: object) -> Graph:
         for node in scope.nodes.values():
             by_class[node.type].append((node, promoted.get((scope.id, node.id), [])))
     found = {name: _definition(name, nodes) for name, nodes in by_class.items() if name in needed}
-    # Of the two frontends that are known, the newer one keeps what the files say.
-    return convert(ui, found, frontend="1.58.1").graph
+    return convert(ui, found, frontend=frontend).graph
 
 
 def _promoted(graph: UiGraph) -> Mapping[tuple[str | None, str], list[str]]:
