@@ -27,6 +27,12 @@ CONTEXT = ("Dockerfile", ".dockerignore", "requirements.lock", "handler.py", "im
 _STUB_VERSION = "999"
 _STUB_NEEDS = {"torchvision": ("torch", "numpy", "pillow"), "torchaudio": ("torch",)}
 
+# Pip's options for how it gets at packages. What else a machine tells it, such as which versions it likes, is not the image's.
+_REACHES = {
+    *("index-url", "extra-index-url", "find-links", "no-index", "trusted-host"),
+    *("cert", "client-cert", "proxy", "default-timeout", "timeout", "retries"),
+}
+
 
 class ImageBuilder:
     """Builds images of copies of the project, in one storage."""
@@ -110,12 +116,14 @@ def _write_wheel(folder: Path, name: str) -> None:
 
 
 def _write_pip_conf(path: Path) -> list[Path]:
-    """Write what pip is told on this machine, whether by files or by variables; returns the local folders it names."""
+    """Write how pip gets at packages on this machine, whether files or variables say so; returns the local folders it names."""
     said = subprocess.run([sys.executable, "-m", "pip", "config", "list"], check=True, capture_output=True, text=True).stdout
     options = {"find-links": "/wheels"}
     for line in said.splitlines():
         key, _, value = line.partition("=")
         name = key.rpartition(".")[2].replace("_", "-")
+        if name not in _REACHES:
+            continue
         text = value.strip("'\"").replace("\\n", " ")
         options[name] = f"/wheels {text}" if name == "find-links" else text
     path.write_text("[global]\n" + "".join(f"{name} = {text}\n" for name, text in options.items()))
