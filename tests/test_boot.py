@@ -26,6 +26,15 @@ def test_the_summary_names_every_step_and_which_one_was_critical() -> None:
     )
 
 
+def test_a_step_that_others_wait_for_is_critical_not_the_one_that_began_first() -> None:
+    timeline = Timeline(time.monotonic())
+    with timeline.step("models"):
+        with timeline.step("engine", time.monotonic() - 1):
+            pass
+        time.sleep(0.001)
+    assert re.search(r": engine [\d.]+ s \[.*; models \d+ ms, critical", timeline.summary())
+
+
 def test_the_demo_draws_that_summary() -> None:
     lines = list(chart("12:00:00 INFO cold start 4.00 s: engine 3.50 s, critical [0.50-4.00]; sdk 1.00 s [0.50-1.50]\n"))
     assert len(lines) == 3
@@ -67,13 +76,14 @@ def test_serving_locally_listens_on_all_interfaces() -> None:
     assert sdk_arguments(settings, [], {}, PROJECT) == ["--rp_serve_api", "--rp_api_host", "0.0.0.0"]
 
 
-def test_the_sdk_does_not_print_results_unless_asked() -> None:
+def test_the_sdk_prints_no_results_and_checks_no_machine_unless_asked() -> None:
+    skips = {"RUNPOD_SKIP_AUTO_SYSTEM_CHECKS": "true", "RUNPOD_SKIP_GPU_CHECK": "true"}
     environ = {"A": "b"}
     prepare_environ(environ)
-    assert environ == {"A": "b", "RUNPOD_LOG_LEVEL": "INFO"}
-    asked = {"RUNPOD_LOG_LEVEL": "DEBUG"}
+    assert environ == {"A": "b", "RUNPOD_LOG_LEVEL": "INFO", **skips}
+    asked = {"RUNPOD_LOG_LEVEL": "DEBUG", **dict.fromkeys(skips, "false")}
     prepare_environ(asked)
-    assert asked == {"RUNPOD_LOG_LEVEL": "DEBUG"}
+    assert asked == {"RUNPOD_LOG_LEVEL": "DEBUG", **dict.fromkeys(skips, "false")}
 
 
 def test_the_processor_has_a_name() -> None:

@@ -182,13 +182,15 @@ def test_a_file_that_changes_its_size_meanwhile_is_not_delivered_by_halves(folde
     delivery = folder.delivery()
     job = delivery.deliver("j", outputs)
     path = folder.output / "0.png"
-    read_bytes = Path.read_bytes
+    opened = Path.open
 
-    def grown(self: Path) -> bytes:
-        return read_bytes(self) + b"more"
+    def grown(self: Path, *args: Any) -> Any:
+        with opened(self, "ab") as stream:
+            stream.write(b"more")
+        return opened(self, *args)
 
     with pytest.MonkeyPatch.context() as patch:  # of the disk: a writer between the measuring and the reading
-        patch.setattr(Path, "read_bytes", grown)
+        patch.setattr(Path, "open", grown)
         with pytest.raises(OutputGone, match=path.name):
             run_async(job)
 

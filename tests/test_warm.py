@@ -16,7 +16,7 @@ from devkit.local_worker import PROJECT
 from worker.models.layout import Layout
 from worker.models.links import ModelLinks
 from worker.models.memory import free_memory_bytes
-from worker.models.nearer import lay_out, with_copies
+from worker.models.nearer import cached_copies, lay_out
 from worker.models.pagecache import missing_ranges
 from worker.models.seals import Seal, write_seal
 from worker.models.used import UsedModels
@@ -174,11 +174,30 @@ def test_a_file_that_is_being_read_and_is_needed_goes_on(tmp_path: Path) -> None
     with reader.standing_back():
         reader.warm([a, b])
         begun(reader, a)
-        plan = reader._plan
         reader.warm([c, a])
-        assert reader._plan is plan
     assert reader.wait(30).read_bytes == 2 * PIECE
     assert [bool(resident(path)) for path in (a, b, c)] == [True, False, True]
+
+
+def test_a_new_list_has_a_budget_of_its_own(tmp_path: Path) -> None:
+    a, b = (cold(tmp_path / name, 2 * PIECE) for name in ("a", "b"))
+    budgets = [PIECE, 1 << 40]
+    reader = Warmer(lambda: budgets.pop(0))
+    with reader.standing_back():
+        reader.warm([a])
+        begun(reader, a)
+        reader.warm([a, b])
+    assert reader.wait(30).left_bytes == 0
+    assert (resident(a), resident(b)) == (2 * PIECE, 2 * PIECE)
+
+
+def test_what_is_in_memory_already_counts(tmp_path: Path) -> None:
+    a, b = (cold(tmp_path / name, 2 * PIECE) for name in ("a", "b"))
+    a.read_bytes()
+    reader = warmer(budget_bytes=3 * PIECE)
+    reader.warm([a, b])
+    warmed = reader.wait(30)
+    assert (warmed.cached_bytes, warmed.read_bytes, warmed.left_bytes) == (2 * PIECE, PIECE, PIECE)
 
 
 def test_a_stopped_reader_reads_nothing_more(tmp_path: Path) -> None:
@@ -310,6 +329,22 @@ def test_it_is_written_rarely(volume: Path) -> None:
     assert names(volume) == ["a", "b"]
 
 
+def test_it_is_read_again_only_for_what_is_new(volume: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loras, reads = volume / "models/loras", []
+    record(volume).note([loras / "a"])
+    second = record(volume)
+    read = second._read
+
+    def counted(_: UsedModels) -> dict[str, Any]:
+        reads.append(1)
+        return read()
+
+    monkeypatch.setattr(UsedModels, "_read", counted)
+    for _ in range(3):
+        assert not second.note([loras / "a"])
+    assert len(reads) == 1
+
+
 def test_only_files_of_the_volume_are_remembered_and_read(volume: Path, tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.touch()
@@ -374,9 +409,8 @@ def cached(volume: Path) -> Path:
 
 def test_comfyui_is_shown_the_copy_in_the_host_cache(volume: Path, cached: Path, tmp_path: Path) -> None:
     layout, models, near = Layout(volume), tmp_path / "comfyui/models", tmp_path / "near"
-    paths = [cached, layout.models / "loras/b", tmp_path / "elsewhere"]
-    copies = with_copies(layout, paths)
-    assert list(copies) == paths
+    copies = cached_copies(layout)
+    assert list(copies) == [cached]
     assert lay_out(copies, layout, near) == 1
     report = ModelLinks(models, [layout.models], within=[volume], nearer=near).refresh()
     assert (report.files, report.problems) == (3, ())
@@ -388,13 +422,12 @@ def test_comfyui_is_shown_the_copy_in_the_host_cache(volume: Path, cached: Path,
     assert (models / "loras/a").resolve() == cached
 
 
-@pytest.mark.parametrize("fault", ["another size", "no hash", "no repo", "a hash that is a path", "no blob"])
+@pytest.mark.parametrize("fault", ["another size", "no hash", "a hash that is a path", "no blob", "no model"])
 def test_what_may_not_be_the_same_is_read_from_the_volume(fault: str, volume: Path, cached: Path) -> None:
     layout = Layout(volume)
     seal = Seal(size=5, mtime=0, sha256="ab" * 32, repo="org/repo")
     wrong: dict[str, Any] = {
         "no hash": {"sha256": None},
-        "no repo": {"repo": None},
         "a hash that is a path": {"sha256": "../" * 20 + "etc"},
     }
     write_seal(layout.seal("loras", "a"), replace(seal, **wrong.get(fault, {})))
@@ -403,8 +436,11 @@ def test_what_may_not_be_the_same_is_read_from_the_volume(fault: str, volume: Pa
         blob.write_bytes(b"123456")
     if fault == "no blob":
         blob.unlink()
-    assert with_copies(layout, [cached]) == {cached: None}
+    if fault == "no model":
+        cached.unlink()
+    assert cached_copies(layout) == {}
 
 
-def test_without_a_host_cache_no_model_is_looked_at(volume: Path) -> None:
-    assert with_copies(Layout(volume), [volume / "models/loras/a"]) == {volume / "models/loras/a": None}
+def test_without_a_host_cache_no_seal_is_read(volume: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.models.nearer.read_seal", lambda _: pytest.fail("a seal was read"))
+    assert cached_copies(Layout(volume)) == {}

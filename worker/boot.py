@@ -77,8 +77,8 @@ class Timeline:
         self._steps.append(Step(name, since - self._began, since - self._began + took_s, note))
 
     def summary(self) -> str:
-        """One line: the whole, then each step, the one that ended last marked as critical."""
-        done = [step for step in self._steps if step.end_s]
+        """One line: the whole, then each step in the order of their beginnings, the one that ended last marked as critical."""
+        done = sorted((step for step in self._steps if step.end_s), key=lambda step: step.start_s)
         last = max(done, key=lambda step: step.end_s)
         parts = [f"{step}{', critical' if step is last else ''} [{step.start_s:.2f}-{step.end_s:.2f}]" for step in done]
         return f"cold start {last.end_s:.2f} s: " + "; ".join(parts)
@@ -123,28 +123,31 @@ class Worker:
         Raises `StartError` when ComfyUI does not come up; with MODEL_LOADING=eager also `ManifestInvalid` and any `ModelError`.
         """
         timeline = Timeline(began)
-        with timeline.step("engine", self._spawned_at):
-            up = self.loop.submit(self._engine.start())
-            with ThreadPoolExecutor(1, thread_name_prefix="models") as pool:
-                supplied = pool.submit(self._supply_models, timeline)
-                try:
-                    with timeline.step("sdk"):
-                        import_sdk()
-                    for done in wait((up, supplied), return_when=FIRST_EXCEPTION).done:
-                        done.result()
-                except BaseException:
-                    # SIGTERM, or a ComfyUI that does not start, while models are fetched: the pool waits for its threads.
-                    self._supply.stop()
-                    raise
-            if warmed := self._warmth.warmed():
-                timeline.add("warm", warmed.began_s, warmed.seconds, warmed.what)
+        up = self.loop.submit(self._start_engine(timeline))
+        with ThreadPoolExecutor(1, thread_name_prefix="models") as pool:
+            supplied = pool.submit(self._supply_models, timeline)
+            try:
+                with timeline.step("sdk"):
+                    import_sdk()
+                self._delivery.start()
+                for done in wait((up, supplied), return_when=FIRST_EXCEPTION).done:
+                    done.result()
+            except BaseException:
+                # SIGTERM, or a ComfyUI that does not start, while models are fetched: the pool waits for its threads.
+                self._supply.stop()
+                raise
+        if warmed := self._warmth.warmed():
+            timeline.add("warm", warmed.began_s, warmed.seconds, warmed.what)
         if self._settings.warmup_workflow:
             began_s = time.monotonic()
             if note := self.loop.submit(self._warmth.warm_up(self._engine)).result():
                 timeline.add("warm-up", began_s, time.monotonic() - began_s, note)
-        self._delivery.start()
         self._report_custom_nodes()
         log.info("%s", timeline.summary())
+
+    async def _start_engine(self, timeline: Timeline) -> None:
+        with timeline.step("engine", self._spawned_at):
+            await self._engine.start()
 
     def stop(self) -> None:
         """End the downloads, the engine and the loop."""

@@ -32,8 +32,15 @@ def sdk_arguments(settings: Settings, argv: Sequence[str], environ: Mapping[str,
 
 
 def prepare_environ(environ: MutableMapping[str, str]) -> None:
-    """Set what the SDK reads at import. At DEBUG, its default, it prints every result and every signed URL."""
+    """Set what the SDK reads, where nobody has set it otherwise.
+
+    At DEBUG, its default, it prints every result and every signed URL. Its checks of the machine begin when ComfyUI is up and
+    run one after another: several starts of nvidia-smi, a CUDA context, a connection to 8.8.8.8, a tenth of the disk free.
+    ComfyUI has a GPU's context by then, or did not start and says why, so they would only be paid for.
+    """
     environ.setdefault("RUNPOD_LOG_LEVEL", "INFO")
+    environ.setdefault("RUNPOD_SKIP_AUTO_SYSTEM_CHECKS", "true")
+    environ.setdefault("RUNPOD_SKIP_GPU_CHECK", "true")
 
 
 def import_sdk(arguments: Sequence[str]) -> None:

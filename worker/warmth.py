@@ -20,12 +20,12 @@ from worker.comfy.workflow import check_paths, named_models, parse_graph, with_s
 from worker.errors import UnsafePath, WorkerError
 from worker.models.layout import Layout
 from worker.models.memory import free_memory_bytes
-from worker.models.nearer import with_copies
+from worker.models.nearer import cached_copies
 from worker.models.used import UsedModels
 from worker.models.warm import Warmer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from contextlib import AbstractContextManager
 
     from worker.comfy.engine import Engine
@@ -54,7 +54,8 @@ class Warmth:
         self._reads = settings.warm_models != ()
         self._used: UsedModels | None = None
         self._warmup: Future[Graph | None] = Future()
-        self._copies: Future[dict[Path, Path | None]] = Future()
+        self._copies: Future[dict[Path, Path]] = Future()
+        self._recent: list[Path] = []
         self._names: frozenset[Name] = frozenset()
         # What must look at the disk goes through one thread, in order: a job goes on meanwhile.
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -65,8 +66,8 @@ class Warmth:
         self._work.put(self._read_used)
         self._thread.start()
 
-    def copies(self) -> dict[Path, Path | None]:
-        """What the last jobs used, each with its copy in RunPod's host cache, which is read instead; empty after a few seconds.
+    def copies(self) -> dict[Path, Path]:
+        """The volume's models with a copy in RunPod's host cache, which is read instead; empty after a few seconds.
 
         ComfyUI must be shown the copies, or it reads what nobody read ahead.
         """
@@ -135,15 +136,16 @@ class Warmth:
                 log.exception("warming ended by a defect of the worker")
 
     def _read_used(self) -> None:
-        found: dict[Path, Path | None] = {}
+        copies: dict[Path, Path] = {}
         try:
-            self._used = _record(self._settings)
-            if self._used and self._settings.warm_models is None:
-                found = with_copies(Layout(self._settings.volume_path.resolve()), self._used.files())
+            copies = cached_copies(Layout(self._settings.volume_path.resolve()))
         finally:
-            self._copies.set_result(found)
-        if found:
-            self._warmer.warm(_nearest(found))
+            self._copies.set_result(copies)
+        self._used = _record(self._settings)
+        if self._used and self._settings.warm_models is None:
+            self._recent = [copies.get(path, path) for path in self._used.files()]
+        if self._recent:
+            self._warmer.warm(self._recent)
 
     def _read_named(self, supply: Supply) -> None:
         """For the warm-up workflow, then what the settings name, then what the last jobs used."""
@@ -156,7 +158,7 @@ class Warmth:
             log.warning("WARM_MODELS names %d models, of which %d are there", len(names), len(listed))
         files = _files([*self._located(_names_of(named_models(graph)) if graph else ()), *listed])
         if files and self._reads:
-            self._warmer.warm([*files, *_nearest(self.copies())])
+            self._warmer.warm([*files, *self._recent])
 
     def _remember(self, graph: Graph, names: Sequence[Name]) -> None:
         if self._used:
@@ -201,10 +203,6 @@ def _record(settings: Settings) -> UsedModels | None:
     except UnsafePath:
         return None
     return UsedModels(settings.volume_path, path)
-
-
-def _nearest(copies: Mapping[Path, Path | None]) -> list[Path]:
-    return [copy or path for path, copy in copies.items()]
 
 
 def _files(paths: Iterable[Path]) -> list[Path]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import io
 import json
 import logging
 import threading
@@ -41,6 +42,7 @@ _RESERVE_BYTES: Final = 4096
 _ON_THE_LOOP_BYTES: Final = 4_000_000
 # Where there is a bucket, a text larger than this is a file in it; below, it is of more use in the result.
 _LARGE_TEXT_BYTES: Final = 100_000
+_BASE64_PIECE: Final = 3 << 18  # a multiple of 3, so that only the last piece is padded
 # A store or a network file system that hangs does not hold up a cancelled job for longer.
 _LEAVING_S: Final = 10.0
 
@@ -315,16 +317,22 @@ def _encode(planned: Sequence[_Planned]) -> list[OutputItem]:
 
 
 def _base64(output: Output) -> str:
+    """The file piece by piece into a text of known length: of its bytes only one piece is in memory."""
     source = _source(output)
-    if isinstance(source, Path):
-        try:
-            source = source.read_bytes()
-        except FileNotFoundError as exc:
-            raise OutputGone(output.filename) from exc
-    if len(source) != output.size_bytes:
+    text, at = bytearray(_base64_length(output.size_bytes)), 0
+    try:
+        with source.open("rb") if isinstance(source, Path) else io.BytesIO(source) as stream:
+            while piece := stream.read(_BASE64_PIECE):
+                encoded = base64.b64encode(piece)
+                text[at : at + len(encoded)] = encoded
+                at += len(encoded)
+            length = stream.tell()
+    except FileNotFoundError as exc:
+        raise OutputGone(output.filename) from exc
+    if length != output.size_bytes:
         # Somebody writes it at this moment; its size was the base of the measuring.
         raise OutputGone(output.filename)
-    return base64.b64encode(source).decode("ascii")
+    return text.decode("ascii")
 
 
 def _source(output: Output) -> Path | bytes:

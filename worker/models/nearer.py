@@ -12,40 +12,58 @@ import shutil
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
-from worker.errors import UnsafePath
 from worker.models.seals import read_seal, stat_file
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterator
     from pathlib import Path
 
     from worker.models.layout import Layout
 
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
+_SEAL: Final = ".json"
 
 
-def cached_copy(layout: Layout, path: Path) -> Path | None:
-    """The host cache's copy of a model on the volume; None where there is none. Two small looks at the volume."""
+def cached_copies(layout: Layout) -> dict[Path, Path]:
+    """The volume's models that the host cache holds as well, each with its copy there.
+
+    Costs a listing of the cache, which RunPod keeps of the one or few repositories that the endpoint names. Where it has
+    something, every seal of the volume is read; where there is no cache, nothing of the volume is.
+    """
+    blobs = dict(_blobs(layout.host_cache))
+    return {path: copy for path, copy in _sealed_as(layout, blobs) if _is_same(path, copy)} if blobs else {}
+
+
+def _blobs(cache: Path) -> Iterator[tuple[str, Path]]:
+    """The sha256 and the place of each file in the cache that is called by one; small files are called by another hash."""
+    for repo in _entries(cache):
+        if repo.name.startswith("models--"):
+            for blob in _entries(repo / "blobs"):
+                if _SHA256.fullmatch(blob.name):
+                    yield blob.name, blob
+
+
+def _entries(folder: Path) -> list[Path]:
     try:
-        folder, *name = path.relative_to(layout.models).parts
-        seal = read_seal(layout.seal(folder, "/".join(name)))
-        if seal is None or not seal.repo or not _SHA256.fullmatch(seal.sha256 or ""):
-            return None
-        copy = layout.host_cache_repo(seal.repo) / "blobs" / str(seal.sha256)
-    except (ValueError, UnsafePath):
-        return None
+        return sorted(folder.iterdir())
+    except OSError:
+        return []
+
+
+def _sealed_as(layout: Layout, blobs: dict[str, Path]) -> Iterator[tuple[Path, Path]]:
+    for folder, _, names in os.walk(layout.seals):
+        above = layout.models / os.path.relpath(folder, layout.seals)
+        for name in names:
+            if name.endswith(_SEAL) and (seal := read_seal(layout.seals / folder / name)) and seal.sha256 in blobs:
+                yield above / name.removesuffix(_SEAL), blobs[seal.sha256]
+
+
+def _is_same(path: Path, copy: Path) -> bool:
     found, own = stat_file(copy), stat_file(path)
-    return copy if found and own and found.st_size == own.st_size == seal.size else None
+    return found is not None and own is not None and found.st_size == own.st_size
 
 
-def with_copies(layout: Layout, paths: Iterable[Path]) -> dict[Path, Path | None]:
-    """Each of the files with its copy in the host cache; where there is no such cache, nothing is looked at."""
-    if not layout.host_cache.is_dir():
-        return dict.fromkeys(paths)
-    return {path: cached_copy(layout, path) for path in paths}
-
-
-def lay_out(copies: dict[Path, Path | None], layout: Layout, root: Path) -> int:
+def lay_out(copies: dict[Path, Path], layout: Layout, root: Path) -> int:
     """Make `root` a models folder of links to the copies, as ModelLinks takes it for `nearer`; how many there are.
 
     What an earlier worker of this container left there goes first: its volume may have other models by now.
@@ -53,10 +71,9 @@ def lay_out(copies: dict[Path, Path | None], layout: Layout, root: Path) -> int:
     shutil.rmtree(root, ignore_errors=True)
     made = 0
     for path, copy in copies.items():
-        if copy is not None:
-            link = root / path.relative_to(layout.models)
-            with suppress(OSError):
-                link.parent.mkdir(parents=True, exist_ok=True)
-                os.symlink(copy, link)  # noqa: PTH211 - the same thing
-                made += 1
+        link = root / path.relative_to(layout.models)
+        with suppress(OSError):
+            link.parent.mkdir(parents=True, exist_ok=True)
+            os.symlink(copy, link)  # noqa: PTH211 - the same thing
+            made += 1
     return made

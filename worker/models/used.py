@@ -64,7 +64,10 @@ class UsedModels:
         now_s = self._clock()
         is_new = not set(names) <= set(before) or (graph is not None and "warmup" not in known)
         recent = self._written_s is not None and now_s - self._written_s < _WRITE_EVERY_S
-        if (after == before and graph == known.get("warmup")) or (recent and not is_new):
+        if after == before and graph == known.get("warmup"):
+            self._noted = (names, warmup)
+            return False
+        if recent and not is_new:
             return False
         record = {"v": VERSION, "files": after} | ({"warmup": graph} if graph else {})
         try:

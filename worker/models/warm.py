@@ -93,14 +93,13 @@ class Warmer:
         self._last = Warmed()
 
     def warm(self, files: Iterable[Path]) -> None:
-        """Read these, in this order, instead of what is being read; a file that was being read and is among them goes on."""
+        """Read these, in this order, instead of what is being read, with a budget of their own.
+
+        What is in memory of them by then, from whatever was read before, is not read again.
+        """
         wanted = deque(dict.fromkeys(files))
         with self._changed:
-            before, self._plan = self._plan, _Plan(wanted, Warmed(time.monotonic())) if wanted else None
-            if before and self._plan and before.current and before.current in wanted:
-                # Its readers look at the plan they began with: it stays, with another list behind the current file.
-                wanted.remove(before.current)
-                before.files, self._plan = wanted, before
+            self._plan = _Plan(wanted, Warmed(time.monotonic())) if wanted else None
             self._changed.notify_all()
             if self._plan and self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="warm", daemon=True)
@@ -183,8 +182,10 @@ class Warmer:
             missing_bytes = sum(end - begin for begin, end in missing)
             pieces = _first_pieces(missing, plan.budget_bytes)
             planned_bytes = sum(end - begin for begin, end in pieces)
-            plan.budget_bytes -= planned_bytes
-            self._count(plan, cached_bytes=found.st_size - missing_bytes, left_bytes=missing_bytes - planned_bytes)
+            cached_bytes = found.st_size - missing_bytes
+            # What is in memory already counts as free there: later files of the list must not push it out.
+            plan.budget_bytes -= planned_bytes + cached_bytes
+            self._count(plan, cached_bytes=cached_bytes, left_bytes=missing_bytes - planned_bytes)
             self._read_pieces(plan, fd, pieces)
         finally:
             os.close(fd)
