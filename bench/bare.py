@@ -79,15 +79,15 @@ def wait_for_port(port: int, process: subprocess.Popen[bytes]) -> None:
 
 
 class BareEngine:
-    """ComfyUI without a worker; `base_dir/models` holds the weights themselves."""
+    """ComfyUI without a worker; `base_dir/models` holds the weights themselves. `args` in place of the CPU engine's flags."""
 
-    def __init__(self, engine: Engine, base_dir: Path) -> None:
+    def __init__(self, engine: Engine, base_dir: Path, args: Sequence[str] | None = None) -> None:
         base_dir.mkdir(parents=True, exist_ok=True)
         self._port = free_port()
         self._client_id = uuid.uuid4().hex
         argv = [engine.python, "main.py", "--listen", "127.0.0.1", "--port", str(self._port), "--disable-auto-launch"]
         self._process = subprocess.Popen(
-            [*map(str, argv), "--base-directory", str(base_dir), *engine_args(engine)],
+            [*map(str, argv), "--base-directory", str(base_dir), *(engine_args(engine) if args is None else args)],
             cwd=engine.comfyui_dir,
             env={**os.environ, "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"},
             stdin=subprocess.DEVNULL,

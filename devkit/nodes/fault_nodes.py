@@ -79,4 +79,24 @@ class FaultFile:
         return {"ui": {key: [{"filename": filename, "subfolder": "", "type": "output", "format": "video/h264-mp4"}]}}
 
 
-NODE_CLASS_MAPPINGS = {"FaultSleep": FaultSleep, "FaultDie": FaultDie, "FaultFile": FaultFile}
+class FaultGpu:
+    """Reads beside a tensor on the GPU, as a wrong index in a kernel does: CUDA's context is broken from then on."""
+
+    RETURN_TYPES = ("IMAGE",)
+    FUNCTION = "run"
+    CATEGORY = "faults"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:  # noqa: N802 - ComfyUI's name
+        """The image."""
+        return {"required": {"image": ("IMAGE",)}}
+
+    def run(self, image: torch.Tensor) -> tuple[torch.Tensor]:
+        """Never returns: waiting for the kernel raises."""
+        values = torch.zeros(1, device="cuda")
+        beside = torch.tensor([1 << 20], device="cuda")
+        print(values[beside])
+        return (image,)
+
+
+NODE_CLASS_MAPPINGS = {"FaultSleep": FaultSleep, "FaultDie": FaultDie, "FaultFile": FaultFile, "FaultGpu": FaultGpu}
