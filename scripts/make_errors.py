@@ -183,6 +183,7 @@ there is 'fox_v2.safetensors'; correct the name, put the file on the volume, or 
     "needed_bytes": 23_802_932_552,
     "node_id": "3",
     "node_type": "KSampler",
+    "outputs": {},
     "nodes": ("UltimateSDUpscale (comfyui_ultimatesdupscale)", "FaceDetailer (comfyui-impact-pack)"),
     "NotAFile.found": "a web page",
     "operation": "UploadPart of models/checkpoints/flux1-dev.safetensors",

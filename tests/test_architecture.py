@@ -20,7 +20,7 @@ HALL = [
     ["handler", "intake", "warmth"],
     ["graphs"],
     ["loop", "logs", "progress", "laps"],
-    ["job", "settings"],
+    ["job", "settings", "failure", "volume"],
     ["errors"],
 ]
 WINGS = ["models", "comfy", "media"]
@@ -35,6 +35,7 @@ PURE = [
     "job",
     "settings",
     "errors",
+    "failure",
     "media/guard",
     "comfy/events",
     "comfy/workflow",

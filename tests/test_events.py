@@ -128,6 +128,32 @@ def test_a_prompt_that_nobody_knows_is_lost() -> None:
     assert isinstance(tracker.outcome, RunLost)
 
 
+def test_a_failure_brings_what_other_nodes_had_put_out() -> None:
+    tracker = RunTracker(RUN)
+    tracker.feed(NodeOutput(RUN, "9", IMAGE))
+    tracker.feed(Failed(RUN, "7", "KSampler", "boom"))
+    assert isinstance(tracker.outcome, NodeFailed)
+    assert tracker.outcome.outputs == {"9": IMAGE}
+
+
+def test_a_failure_after_a_gap_is_looked_up_for_what_was_put_out_meanwhile() -> None:
+    tracker = RunTracker(RUN)
+    tracker.gap()
+    tracker.feed(Failed(RUN, "7", "KSampler", "boom"))
+    assert tracker.outcome is None
+    tracker.reconcile({"outputs": {"9": IMAGE}, "status": {"status_str": "error", "messages": [ERROR]}}, queued=False)
+    assert isinstance(tracker.outcome, NodeFailed)
+    assert tracker.outcome.outputs == {"9": IMAGE}
+
+
+def test_a_failure_that_the_history_lost_is_still_one() -> None:
+    tracker = RunTracker(RUN)
+    tracker.gap()
+    tracker.feed(Failed(RUN, "7", "KSampler", "boom"))
+    tracker.reconcile(None, queued=False)
+    assert isinstance(tracker.outcome, NodeFailed)
+
+
 ERROR = ["execution_error", {"node_id": "7", "node_type": "KSampler", "exception_message": "boom"}]
 
 
@@ -179,7 +205,8 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(run=RUNS)
     def failed(self, run: str) -> None:
         self.tracker.feed(Failed(run, "1", "KSampler", "boom"))
-        assert run == OTHER or self.tracker.outcome is not None
+        if run == RUN:
+            assert self.tracker.outcome is not None or (self.gapped and self.tracker.wants_history)
 
     @rule(run=RUNS)
     def interrupted(self, run: str) -> None:
@@ -229,6 +256,6 @@ def test_memory_that_ran_out_is_told_from_other_failures(kind: str, text: str, m
         message("execution_error", prompt_id=RUN, node_id="7", node_type="X", exception_message=text, exception_type=kind)
     )
     assert isinstance(event, Failed)
-    error = event.error()
+    error = event.error({})
     assert getattr(error, "memory", None) == memory
     assert error.code == ("out_of_memory" if memory else "node_failed")

@@ -182,6 +182,32 @@ def test_a_worker_that_nobody_wants_replaced_is_not(run_async: Run) -> None:
     run_async(scenario())
 
 
+def test_a_job_that_comes_again_while_it_is_being_stopped_is_begun_again(run_async: Run) -> None:
+    class Slow(Scaler):
+        async def handle_job(self, session: object, job: dict[str, Any]) -> None:
+            try:
+                await super().handle_job(session, job)
+            finally:
+                await asyncio.sleep(0.02)  # an upload that is being stopped
+
+    async def scenario() -> None:
+        intake, scaler = Intake(), Slow()
+        intake._scaler, intake._loop = scaler, asyncio.get_running_loop()
+        await intake._begin(None, JOB)  # type: ignore[arg-type]  # as above
+        await asyncio.sleep(0)
+        first = intake._taken["a"]
+        first.cancel()
+        await intake._begin(None, JOB)  # type: ignore[arg-type]  # as above
+        assert first.cancelled()
+        assert intake._taken["a"] is not first
+        assert scaler.in_progress == ["a"]
+        intake._taken["a"].cancel()
+        await asyncio.sleep(0.05)
+        assert scaler.in_progress == []
+
+    run_async(scenario())
+
+
 def test_a_job_that_comes_twice_is_begun_once(run_async: Run) -> None:
     async def scenario() -> None:
         intake, scaler = attached()

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from worker.errors import FieldInvalid, ImagesInvalid, InputMissing, InputNotJson, RequestError, WorkflowMissing
+from worker.handler import check_outputs
 from worker.job import InputFile, OutputItem, Request, Result
+
+if TYPE_CHECKING:
+    from worker.comfy.workflow import Graph
 
 GRAPH = {"1": {"class_type": "X", "inputs": {}}}
 
@@ -116,3 +120,11 @@ def test_what_says_nothing_changes_nothing() -> None:
 def test_of_an_image_with_data_and_an_address_the_data_counts() -> None:
     entry = {"name": "a.png", "image": "QQ==", "url": "https://example.com/a.png"}
     assert Request.parse({"workflow": GRAPH, "images": [entry]}).files == (InputFile("a.png", data="QQ=="),)
+
+
+def test_outputs_of_nodes_that_the_workflow_does_not_have_are_refused_before_it_runs() -> None:
+    graph: Graph = {"5": {"class_type": "X", "inputs": {}}, "57:3": {"class_type": "X", "inputs": {}}}
+    check_outputs(graph, None)
+    check_outputs(graph, {"5", "57:3", "5.0.1"})
+    with pytest.raises(FieldInvalid, match="'outputs' names nodes that the workflow does not have: 57, 99"):
+        check_outputs(graph, {"5", "99", "57"})

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from worker.errors import OutputGone
+from worker.errors import OutputGone, ResultTooLarge
 from worker.media.delivery import Delivery
 from worker.media.keep import KeptOutputs
 
@@ -94,10 +94,9 @@ def test_nothing_is_walked_until_the_sum_of_what_was_delivered_passes_the_limit(
 def test_files_that_no_node_listed_are_found_now_and_then(tmp_path: Path) -> None:
     kept = kept_in(tmp_path, 100)
     write(tmp_path / "output/unlisted.png", 200, age_s=1)
-    for _ in range(99):
+    for _ in range(100):
         assert not kept.due()
-        with kept.using({}):
-            pass
+        kept.count_job()
     assert kept.due()
     kept.sweep()
     assert there(tmp_path) == set()
@@ -218,6 +217,7 @@ def test_a_cached_rerun_gets_its_files_and_one_that_is_too_old_is_said_to_be_gon
             if not cached:
                 write(tmp_path / "output" / name.format(index=index), 900, age_s=9 - index)
             assert len((await delivery.deliver("j", outputs[index])).images) == 1
+            delivery.job_ended()
             # The sweep runs beside the next job; here it is waited for.
             for thread in threading.enumerate():
                 if thread.name == "keep-outputs":
@@ -227,3 +227,22 @@ def test_a_cached_rerun_gets_its_files_and_one_that_is_too_old_is_said_to_be_gon
         assert len((await delivery.deliver("j", outputs[2])).images) == 1
 
     run_async(jobs())
+
+
+def test_what_nobody_could_take_goes_as_well(tmp_path: Path, run_async: Callable[[Coroutine[Any, Any, Any]], Any]) -> None:
+    delivery = Delivery(tmp_path / "output", tmp_path / "temp", keep_bytes=10_000, result_limit_bytes=6_000)
+    delivery._kept.start()
+
+    async def jobs() -> None:
+        for index in range(10):
+            path = write(tmp_path / f"output/{index}.png", 9_000, age_s=20 - index)
+            outputs = {"9": {"images": [{"filename": path.name, "subfolder": "", "type": "output"}]}}
+            with pytest.raises(ResultTooLarge):
+                await delivery.deliver("j", outputs)
+            delivery.job_ended()
+            for thread in threading.enumerate():
+                if thread.name == "keep-outputs":
+                    await asyncio.to_thread(thread.join, 30)
+
+    run_async(jobs())
+    assert there(tmp_path) == {"9.png"}

@@ -103,6 +103,34 @@ def test_a_result_that_does_not_get_through_is_sent_again(kind: FaultKind, start
     assert "sending it again" in worker.log()
 
 
+@pytest.mark.parametrize("status", [400, 413])
+def test_where_a_result_is_refused_the_client_is_told(status: int, start: Start) -> None:
+    plane, worker = start()
+    plane.fault("status", "result", status=status)
+    job = plane.submit(tiny(1))
+    result = job.result(30)
+    assert result["status"] == "FAILED"
+    assert f"status {status}" in result["error"]
+    assert result["output"] == {"code": "result_refused", "retryable": False}
+    assert "[result_refused]" in worker.log()
+    assert plane.submit(tiny(2)).result(30)["status"] == "COMPLETED"
+
+
+def test_what_was_saved_before_a_node_failed_is_delivered(start: Start) -> None:
+    plane, worker = start()
+    job = tiny(1)
+    job["workflow"]["3"] = {"class_type": "FaultDie", "inputs": {"image": ["1", 0], "seed": 1, "signal": -1}}
+    job["workflow"]["4"] = {"class_type": "SaveImage", "inputs": {"images": ["3", 0], "filename_prefix": "never"}}
+    result = plane.submit(job).result(30)
+    assert result["status"] == "COMPLETED"
+    assert [item["node_id"] for item in result["output"]["images"]] == ["2"]
+    (error,) = result["output"]["errors"]
+    assert error.startswith("Workflow execution error: Node Type: FaultDie, Node ID: 3, Message: Allocation on device")
+    assert "delivering what there is" in worker.log()
+    only = plane.submit({**job, "outputs": ["4"]}).result(30)
+    assert (only["status"], only["output"]["code"]) == ("FAILED", "out_of_memory")
+
+
 def test_with_refresh_worker_each_job_asks_for_another_worker_and_the_worker_leaves(start: Start) -> None:
     plane, worker = start(REFRESH_WORKER="true")
     first, second = plane.submit(tiny(1)), plane.submit(tiny(2))

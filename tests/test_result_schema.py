@@ -13,7 +13,8 @@ from devkit.local_worker import PROJECT
 from scripts.make_errors import classes, example
 from worker.comfy.events import Progress
 from worker.errors import WorkerError
-from worker.handler import download_progress, failure, sampling_progress
+from worker.failure import failure
+from worker.handler import download_progress, sampling_progress
 from worker.job import OutputItem, Result
 from worker.laps import Laps
 from worker.models.progress import Progress as ModelProgress
@@ -69,7 +70,7 @@ def test_it_has_the_times_that_a_job_can_ask_for() -> None:
 def test_every_failure_is_one(kind: type[WorkerError]) -> None:
     error = example(kind)
     assert isinstance(error, WorkerError)
-    value = json.loads(json.dumps(failure(error)))
+    value = json.loads(json.dumps(failure(error, str)))
     assert [problem.message for problem in part("failure").iter_errors(value)] == []
     assert OUTPUT.is_valid(value)
     assert not part("result").is_valid(value)

@@ -29,7 +29,7 @@
     │   ├── SeedUsage, WhatUnknown, ModelUnavailable, DatacenterUnknown, S3KeysMissing
     │   └── S3KeysRefused, S3VolumeNotFound, S3VolumeFull, S3FileDiffers, S3Unreachable, S3Failed
     ├── DeliveryError            the workflow ran, but its result cannot be handed over
-    │   └── ResultTooLarge, BucketRefused, BucketUnreachable
+    │   └── ResultTooLarge, ResultRefused, BucketRefused, BucketUnreachable
     ├── InputError               an input file cannot be had
     │   └── InputNotServed, InputUnreachable, InputTimedOut, InputNotStored
     └── EngineError              ComfyUI failed while it had the job
@@ -43,11 +43,11 @@ some of these sentences, so those beginnings are part of the interface.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
 
@@ -59,6 +59,15 @@ _GB = 1_000_000_000
 def _size(size_bytes: int) -> str:
     """For people. Two decimals, since what is compared is often nearly the same."""
     return f"{size_bytes / 1e9:.2f} GB" if size_bytes >= _GB else f"{size_bytes / 1e6:.2f} MB"
+
+
+def shortened(text: str, most: int) -> str:
+    """At most `most` characters of a text, its beginning and its end: sentences quote what clients send, of any length."""
+    if len(text) <= most:
+        return text
+    mark = f" ... ({len(text)} characters) ... "
+    end = max(0, (most - len(mark)) // 3)
+    return text[: most - len(mark) - end] + mark + text[len(text) - end :]
 
 
 class WorkerError(Exception):
@@ -147,6 +156,7 @@ class EngineStartFailed(StartError):
     cause: str
     last_lines: Sequence[str] = ()
     code = "engine_start_failed"
+    retryable = True
 
     def __str__(self) -> str:
         last = f" (its last line: {self.last_lines[-1]})" if self.last_lines else ""
@@ -625,16 +635,20 @@ class EngineError(WorkerError):
 
 @dataclass(eq=False)
 class NodeFailed(EngineError):
-    """A node raised while the workflow ran."""
+    """A node raised while the workflow ran. `outputs` is what other nodes had put out by then, as in ComfyUI's history."""
 
     node_type: str
     node_id: str
     message: str
+    outputs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, repr=False)
     code = "node_failed"
 
     def __str__(self) -> str:
         text = " ".join(self.message.split())
         return f"Workflow execution error: Node Type: {self.node_type}, Node ID: {self.node_id}, Message: {text}"
+
+    def details(self) -> list[str]:
+        return [str(self)]  # where worker-comfyui has it
 
 
 @dataclass(eq=False)
@@ -1221,6 +1235,20 @@ class ResultTooLarge(DeliveryError):
 
     def details(self) -> list[str]:
         return list(self.files)
+
+
+@dataclass(eq=False)
+class ResultRefused(DeliveryError):
+    """RunPod did not take the result, whatever was measured before."""
+
+    status: int
+    code = "result_refused"
+
+    def __str__(self) -> str:
+        return (
+            f"RunPod refused the job's result with status {self.status}, as it does with one that is too large: set "
+            "BUCKET_ENDPOINT_URL and its keys to have files uploaded, or a smaller RESULT_LIMIT_MB if it is set."
+        )
 
 
 @dataclass(eq=False)

@@ -15,14 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 from worker.comfy.rejection import missing_model
 from worker.comfy.workflow import check_paths, named_models, needed_nodes, with_slashes
-from worker.errors import FileIncomplete, InternalError, ModelMissing, OutputGone, StartError, WorkerError
+from worker.errors import FieldInvalid, FileIncomplete, InternalError, ModelMissing, NodeFailed, OutputGone, WorkerError
+from worker.failure import failure, sentence, sentences
 from worker.graphs import Workflows
 from worker.job import Request
 from worker.laps import Laps
-from worker.media.outputs import clean
+from worker.logs import RedactingFilter
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping, Sequence
+    from collections.abc import Awaitable, Collection, Iterable, Mapping, Sequence
 
     from worker.comfy.client import RunResult
     from worker.comfy.engine import Engine
@@ -43,6 +44,7 @@ Tell = Callable[[dict[str, Any]], None]
 """Takes a job's progress, from any thread; the latest counts."""
 
 _SAY_EVERY_S = 10.0
+_SHOWN_IDS = 10
 
 
 def _tell_nobody(_: dict[str, Any]) -> None:
@@ -66,6 +68,7 @@ class JobHandler:
         self._workflows = Workflows(engine)
         self._delivery = delivery
         self._warmth = warmth
+        self._redact = RedactingFilter(settings.secrets()).redact
         # ComfyUI runs one graph at a time anyway; one job at a time keeps their input files apart.
         self._turn = asyncio.Lock()
 
@@ -83,11 +86,11 @@ class JobHandler:
             result = (await self._run(job, job_id, Around(tell, engine_free, laps))).to_dict()
             log.info("job %s: finished in %.2f s, %s", job_id, laps.total_s(), contents(result))
         except WorkerError as exc:
-            log.warning("job %s: failed after %.2f s: %s [%s]", job_id, laps.total_s(), exc, exc.code)
-            result = failure(exc)
+            result = failure(exc, self._redact)
+            log.warning("job %s: failed after %.2f s: %s [%s]", job_id, laps.total_s(), result["error"], exc.code)
         except Exception:
             log.exception("job %s: failed after %.2f s by a defect of the worker", job_id, laps.total_s())
-            result = failure(InternalError())
+            result = failure(InternalError(), self._redact)
         except asyncio.CancelledError:
             log.info("job %s: cancelled after %.2f s", job_id, laps.total_s())
             raise
@@ -103,7 +106,10 @@ class JobHandler:
     async def _run(self, job: Mapping[str, Any], job_id: str, around: Around) -> Result:
         request = Request.parse(job.get("input"))
         with self._inputs.of_job(request.files) as files:
-            return await self._run_request(request, files, job, job_id, around)
+            try:
+                return await self._run_request(request, files, job, job_id, around)
+            finally:
+                self._delivery.job_ended()
 
     async def _run_request(
         self, request: Request, files: JobFiles, job: Mapping[str, Any], job_id: str, around: Around
@@ -112,6 +118,7 @@ class JobHandler:
         given = await self._workflows.of(request, files)
         graph, request = given.graph, replace(request, extra_pnginfo=given.extra_pnginfo)
         check_paths(graph)
+        check_outputs(graph, request.outputs)
         bucket = self._delivery.job_bucket(job.get("s3Config"))
         if bucket:
             await asyncio.to_thread(bucket.check_reachable)
@@ -120,27 +127,45 @@ class JobHandler:
         with around.laps.step("models"):
             await self._ensure_models(graph, models, request, job_id, around.tell)
         self._warmth.job(models)
-        run = await self._run_graph(graph, request, files, around)
+        deliver = partial(self._delivery.deliver, job_id, nodes=request.outputs, previews=request.previews, bucket=bucket)
+        try:
+            run = await self._run_graph(graph, request, files, around)
+        except NodeFailed as exc:
+            return await self._what_there_is(exc, deliver, job_id, around)
         self._warmth.ran(graph, models)
         if not self.refreshes:
             around.engine_free()
-        deliver = partial(
-            self._delivery.deliver,
-            job_id,
-            nodes=request.outputs,
-            previews=request.previews,
-            bucket=bucket,
-            warnings=run.dropped,
-        )
+        warnings = sentences(run.dropped, self._redact)
         try:
             with around.laps.step("delivering"):
-                result = await deliver(run.outputs)
+                result = await deliver(run.outputs, warnings=warnings)
         except OutputGone as exc:
             log.info("job %s: %s was cached, but its file is gone; running its output nodes again", job_id, exc.filename)
             run = await self._run_graph(made_again(graph, run.outputs, job_id), request, files, around)
             with around.laps.step("delivering"):
-                result = await deliver(run.outputs)
+                result = await deliver(run.outputs, warnings=warnings)
         return replace(result, timings=around.laps.to_dict(run.queued_s, run.node_s)) if request.return_timings else result
+
+    async def _what_there_is(
+        self, error: NodeFailed, deliver: Callable[..., Awaitable[Result]], job_id: str, around: Around
+    ) -> Result:
+        """What other nodes had saved before one failed, with the failure beside it, as worker-comfyui has it.
+
+        Raises the failure where there is nothing to deliver.
+        """
+        if not error.outputs:
+            raise error
+        if not self.refreshes:
+            around.engine_free()
+        try:
+            with around.laps.step("delivering"):
+                result = await deliver(error.outputs, warnings=[sentence(str(error), self._redact)])
+        except OutputGone:
+            raise error from None
+        if result.is_empty:
+            raise error
+        log.warning("job %s: %s; delivering what there is", job_id, result.warnings[0])
+        return result
 
     async def _run_graph(self, graph: Graph, request: Request, files: JobFiles, around: Around) -> RunResult:
         """Run the graph with the job's files in place, when it is this job's turn."""
@@ -242,6 +267,17 @@ class JobHandler:
             cancel.set()
 
 
+def check_outputs(graph: Graph, node_ids: Collection[str] | None) -> None:
+    """Refuse `outputs` that no node of the graph could have, before the GPU works for nothing. Raises `FieldInvalid`.
+
+    A node that others are expanded from while the graph runs has outputs under ids that begin with its own, as `5.0.1`.
+    """
+    unknown = [node_id for node_id in node_ids or () if node_id not in graph and node_id.partition(".")[0] not in graph]
+    if unknown:
+        shown = ", ".join(sorted(unknown)[:_SHOWN_IDS])
+        raise FieldInvalid("outputs", f"names nodes that the workflow does not have: {shown}")
+
+
 def by_name(models: Iterable[NamedModel]) -> dict[Name, NamedModel]:
     """The models, each once, by what the supply knows them by."""
     return {(model.folders, model.file_names): model for model in models}
@@ -288,17 +324,3 @@ def download_progress(waiting: Waiting) -> dict[str, Any]:
         "file": waiting.models[0][0],
         "text": str(waiting),
     }
-
-
-def failure(error: WorkerError) -> dict[str, Any]:
-    """What the client gets for an error. RunPod shows `error` beside status FAILED, the rest as the job's output.
-
-    A worker whose engine does not come back asks to be replaced instead of failing every job in the queue.
-    """
-    # A text may quote half a character out of the request or a file's name, which the SDK cannot post.
-    result: dict[str, Any] = {"error": clean(str(error)), "code": error.code, "retryable": error.retryable}
-    if details := [clean(detail) for detail in error.details()]:
-        result["details"] = details
-    if isinstance(error, StartError):
-        result["refresh_worker"] = True
-    return result

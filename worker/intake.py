@@ -11,12 +11,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import json
 import logging
 import signal
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
+
+from worker.errors import ResultRefused
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
@@ -36,6 +39,8 @@ _PAUSES_S = (0.5, 1.0, 2.0, 5.0)
 # A result is worth the GPU time it took.
 _POST_PATIENCE_S = 60.0
 _POST_BACKOFF_S = (0.2, 0.4, 0.8, 1.6, 3.2, 5.0)
+# What is wrong with the result itself; 404 is a job that RunPod has given up.
+_REFUSED = frozenset({HTTPStatus.BAD_REQUEST, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.UNPROCESSABLE_ENTITY})
 _TRANSIENT = frozenset({HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS})
 
 
@@ -185,9 +190,13 @@ class Intake:
     async def _begin(self, session: aiohttp.ClientSession, job: dict[str, Any]) -> None:
         """Start a job as the SDK's `run_jobs` does, which looks for one ten times a second."""
         scaler, job_id = self._scaler, job["id"]
-        if job_id in self._taken:
-            log.warning("job %s came again while it is at work, and is done once", job_id)
-            return
+        if earlier := self._taken.get(job_id):
+            if not earlier.cancelling():
+                log.warning("job %s came again while it is at work, and is done once", job_id)
+                return
+            # It was stopped, and posts nothing: the one that came is another try.
+            await asyncio.wait({earlier})
+            await asyncio.sleep(0)  # its callbacks, which know it as at work, come first
         self._free.clear()
         self._at_engine = job_id
         self._without_result.add(job_id)
@@ -231,8 +240,23 @@ class Intake:
         from runpod.http_client import AsyncClientSession  # noqa: PLC0415 - as above
 
         if self._posts is None:
-            self._posts = AsyncClientSession(middlewares=(send_again,))
+            self._posts = AsyncClientSession(middlewares=(say_refused, send_again))
         return self._posts
+
+
+async def say_refused(
+    request: aiohttp.ClientRequest, send: Callable[[aiohttp.ClientRequest], Awaitable[aiohttp.ClientResponse]]
+) -> aiohttp.ClientResponse:
+    """Where RunPod refuses a result, send it a small one that says so: the client would see a job without any end."""
+    response = await send(request)
+    if response.status not in _REFUSED:
+        return response
+    error = ResultRefused(response.status)
+    log.error("%s [%s]", error, error.code)
+    response.release()
+    told = {"error": str(error), "output": {"code": error.code, "retryable": error.retryable}}
+    await request.update_body(json.dumps(told).encode())
+    return await send(request)
 
 
 async def send_again(

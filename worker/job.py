@@ -248,6 +248,11 @@ class Result:
     files: tuple[OutputItem, ...] = ()
     timings: Mapping[str, Any] | None = None
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing at all is delivered."""
+        return not (self.images or self.videos or self.audio or self.text or self.files)
+
     def to_dict(self) -> dict[str, Any]:
         """The result's JSON: `images` always, the other lists when they hold something.
 
@@ -256,7 +261,7 @@ class Result:
         result: dict[str, Any] = {"images": [item.to_dict() for item in self.images]}
         more = {"videos": self.videos, "audio": self.audio, "text": self.text, "files": self.files}
         result.update({name: [item.to_dict() for item in items] for name, items in more.items() if items})
-        if not (self.images or any(more.values())):
+        if self.is_empty:
             result["status"] = "success_no_images"
         if self.warnings:
             result["errors"] = list(self.warnings)

@@ -11,7 +11,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 # A signed URL is a key for as long as it lives: its query is never shown. Tokens are known by how their issuers begin them.
-_SIGNED_QUERY = re.compile(r"(https?://[^\s?\"']+)\?[^\s\"']*(?:[Ss]ignature|[Tt]oken|[Kk]ey)[^\s\"']*")
+_SIGNED_QUERY = re.compile(
+    r"(https?://[^\s?\"']+)\?[^\s\"']*(?i:signature|token|key|[?&;]sig=|auth|secret|passw|credential)[^\s\"']*"
+)
+_USER = re.compile(r"(https?://)[^\s/@\"']+:[^\s/@\"']*@")
 _TOKEN = re.compile(r"\b(hf_[A-Za-z0-9]{8,}|rpa_[A-Za-z0-9]{8,}|rps_[A-Za-z0-9]{8,}|comfyui-[0-9a-f]{16,})")
 _BEARER = re.compile(r"(?i)(authorization:?\s*(?:bearer\s+)?|bearer\s+)[^\s\"']+")
 _SHORTEST_SECRET = 6
@@ -33,7 +36,7 @@ class RedactingFilter(logging.Filter):
         """The same text without secrets."""
         for secret in self._secrets:
             text = text.replace(secret, "***")
-        text = _SIGNED_QUERY.sub(r"\1?***", text)
+        text = _SIGNED_QUERY.sub(r"\1?***", _USER.sub(r"\1***@", text))
         text = _TOKEN.sub("***", text)
         return _BEARER.sub(r"\1***", text)
 

@@ -66,12 +66,12 @@ class Failed:
     message: str
     exception_type: str = ""
 
-    def error(self) -> NodeFailed:
-        """As the error it is."""
+    def error(self, outputs: Outputs) -> NodeFailed:
+        """As the error it is, with what other nodes had put out by then."""
         memory = _exhausted(self.exception_type, self.message)
         if memory:
-            return OutOfMemory(self.node_type, self.node_id, self.message, memory)
-        return NodeFailed(self.node_type, self.node_id, self.message)
+            return OutOfMemory(self.node_type, self.node_id, self.message, outputs, memory=memory)
+        return NodeFailed(self.node_type, self.node_id, self.message, outputs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +84,9 @@ class Interrupted:
 Event = Executing | NodeOutput | Progress | Succeeded | Failed | Interrupted
 
 
-def decode(message: str | bytes) -> Event | None:
+def decode(message: object) -> Event | None:
     """The event in one websocket message; None for previews (binary), kinds nobody needs, and anything malformed."""
-    if isinstance(message, bytes) or message.startswith(_PROGRESS_STATE):
+    if not isinstance(message, str) or message.startswith(_PROGRESS_STATE):
         return None
     try:
         value = json.loads(message)
@@ -146,6 +146,7 @@ class RunTracker:
     wants_history: bool = False
     _outputs: Outputs = field(default_factory=dict)
     _complete: bool = True
+    _failed: Failed | None = None
 
     def feed(self, event: Event) -> None:
         """Take one websocket event; those of other prompts are ignored."""
@@ -154,12 +155,15 @@ class RunTracker:
         match event:
             case NodeOutput(node_id=node_id, output=output):
                 self._outputs[node_id] = output
-            case Failed():
-                self.outcome = event.error()
+            case Failed() if self._complete:
+                self.outcome = event.error(self._outputs)
             case Interrupted():
                 self.outcome = RunInterrupted()
             case Succeeded() if self._complete:
                 self.outcome = Finished(self._outputs)
+            case Failed():
+                # What was put out during the gap is in the history only; should that be lost, this is known all the same.
+                self._failed, self.wants_history = event, True
             case Succeeded() | Executing(node_id=None):
                 self.wants_history = True
 
@@ -176,7 +180,7 @@ class RunTracker:
         if entry is not None:
             self.outcome = outcome_of(entry)
         elif not queued:
-            self.outcome = RunLost(self.prompt_id)
+            self.outcome = self._failed.error(self._outputs) if self._failed else RunLost(self.prompt_id)
 
     def end(self, error: EngineError) -> None:
         """The run cannot go on, for a reason outside the protocol: the engine died, the time is up."""
@@ -191,7 +195,7 @@ def outcome_of(entry: Mapping[str, Any]) -> Outcome:
         return Finished(dict(entry.get("outputs") or {}))
     for name, data in status.get("messages") or ():
         if name == "execution_error":
-            return _failure(data).error()
+            return _failure(data).error(dict(entry.get("outputs") or {}))
         if name == "execution_interrupted":
             return RunInterrupted()
     return NodeFailed("?", "?", "ComfyUI's history says the run failed and gives no cause")

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _LAST_LINES = 20
-_LINE_LIMIT_BYTES = 4000
+_LINE_LIMIT_BYTES = 1000
 # Custom nodes run inside ComfyUI and none has a use for these. Tokens for downloads stay: nodes fetch with them.
 _WITHHELD = ("BUCKET_ACCESS_KEY_ID", "BUCKET_SECRET_ACCESS_KEY", "COMFY_ORG_API_KEY", "RUNPOD_AI_API_KEY", "RUNPOD_API_KEY")
 _FAILED_IMPORT = " module for custom nodes: "
@@ -139,6 +139,10 @@ class EngineProcess:
         """The last lines it printed, oldest first."""
         return tuple(self._lines)
 
+    def forget_lines(self) -> None:
+        """Have `last_lines` begin anew: a job begins."""
+        self._lines.clear()
+
     def stop(self, grace_s: float = 5.0) -> Exit:
         """End it and everything it started: ask first, then kill. Returns when it is gone."""
         self._signal(signal.SIGTERM)
@@ -176,8 +180,16 @@ class EngineProcess:
 
 
 def _lines_of(stream: IO[bytes]) -> Iterator[str]:
-    """Decoded lines. Of a line that was redrawn with carriage returns (a progress bar) only its last state."""
+    """Decoded lines. Of a line that was redrawn with carriage returns (a progress bar) only its last state.
+
+    Of one that is very long only the beginning: ComfyUI prints values that it does not take, whole files in base64 among them.
+    """
     while raw := stream.readline(_LINE_LIMIT_BYTES):
-        text = raw.decode("utf-8", "replace").rstrip()
+        left_out = 0
+        while not raw.endswith(b"\n") and (more := stream.readline(_LINE_LIMIT_BYTES)):
+            left_out += len(more)
+            if more.endswith(b"\n"):
+                break
+        text = raw.decode("utf-8", "replace").rstrip().rsplit("\r", 1)[-1]
         if text:
-            yield text.rsplit("\r", 1)[-1]
+            yield f"{text} ... ({left_out} more bytes)" if left_out else text

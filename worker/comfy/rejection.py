@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from worker.comfy.workflow import BrokenLink, ancestry, named_models, needed_nodes
-from worker.errors import ModelMissing, WorkflowInvalid, WorkflowRejected
+from worker.errors import ModelMissing, WorkflowInvalid, WorkflowRejected, shortened
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from worker.errors import RequestError
 
 _SHOWN_CHOICES = 8
+_QUOTED = 300  # characters of a value: some clients put a whole file where its name belongs
 
 
 def rejection(graph: Graph, body: object) -> RequestError:
@@ -105,7 +106,7 @@ def _missing_model(graph: Graph, node_id: str, error: Mapping[str, Any]) -> str 
     name, input_name = extra.get("received_value"), extra.get("input_name")
     for model in named_models(graph):
         if (model.node_id, model.input_name) == (node_id, input_name):
-            return missing_model(model, str(name), _choices(extra))
+            return missing_model(model, shortened(str(name), _QUOTED), _choices(extra))
     return None
 
 
@@ -125,13 +126,13 @@ def _node_problem(node_id: str, class_type: str, error: Mapping[str, Any]) -> st
     where = f"node {node_id} ({class_type})"
     if error.get("type") == "value_not_in_list":
         choices = _choices(extra)
-        near = (
-            _similar(str(extra.get("received_value")), choices) or ", ".join(map(repr, choices[:_SHOWN_CHOICES])) or "nothing"
-        )
-        return f"{where}: '{extra.get('received_value')}' is no choice for '{extra.get('input_name')}', which takes {near}"
+        value = shortened(str(extra.get("received_value")), _QUOTED)
+        near = _similar(value, choices) or ", ".join(map(repr, choices[:_SHOWN_CHOICES])) or "nothing"
+        return f"{where}: '{value}' is no choice for '{extra.get('input_name')}', which takes {near}"
+    details = shortened(str(error.get("details") or ""), _QUOTED)
     if str(error.get("type", "")).startswith("exception_during"):
-        return f"{where}: a link into it is bad ({error.get('details')}); check the slot number of its inputs"
-    message, details = str(error.get("message") or "invalid").rstrip("."), error.get("details")
+        return f"{where}: a link into it is bad ({details}); check the slot number of its inputs"
+    message = shortened(str(error.get("message") or "invalid"), _QUOTED).rstrip(".")
     return f"{where}: {message}: {details}" if details else f"{where}: {message}"
 
 

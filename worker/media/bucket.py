@@ -228,9 +228,12 @@ def job_target(config: object) -> S3Target | None:
     if missing := [name for name in names if not values[name]]:
         raise S3ConfigInvalid(f"lacks {' and '.join(missing)}")
     try:
-        return S3Target.at(values["endpointUrl"], values["accessId"], values["accessSecret"], bucket=values["bucketName"])
+        target = S3Target.at(values["endpointUrl"], values["accessId"], values["accessSecret"], bucket=values["bucketName"])
     except ValueError as exc:
         raise S3ConfigInvalid(f"has an endpointUrl that cannot be used: it {exc}") from exc
+    if not target.signs_addresses:
+        raise S3ConfigInvalid("has the address of a RunPod volume, which gives no signed addresses for results")
+    return target
 
 
 def _text(config: Mapping[str, object], name: str) -> str:

@@ -25,6 +25,7 @@ from worker.media.keep import KeptOutputs
 from worker.media.outputs import Output, OutputFiles, clean, unanswered
 from worker.media.s3 import S3Target
 from worker.media.spill import Copies, Copy
+from worker.volume import is_volume
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -151,14 +152,18 @@ class Delivery:
             result = await _Job(self, clean_id(job_id), self._limit_bytes(job_id), bucket or self._bucket).deliver(found, said)
         # The next job may be running by now, and some nodes write over a file of a fixed name.
         self._outputs.check_same(found)
+        return result
+
+    def job_ended(self) -> None:
+        """However it ended, it may have left files: the oldest are removed, in a thread, when it is time."""
+        self._kept.count_job()
         if self._kept.due():
             threading.Thread(target=self._kept.sweep, name="keep-outputs", daemon=True).start()
-        return result
 
     @property
     def volume(self) -> Path | None:
         """The network volume's root, where there is one."""
-        return self._volume if self._volume and self._volume.is_dir() else None
+        return self._volume if self._volume and is_volume(self._volume) else None
 
     def no_volume(self) -> str:
         """Why there is no volume, for a sentence."""

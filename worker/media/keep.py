@@ -94,7 +94,11 @@ class KeptOutputs:
                 self._bytes += sum(size for path, size in files.items() if str(path) not in self._delivered)
                 self._delivered.update(dict.fromkeys(names, time.time()))
                 self._latest = names
-                self._jobs += 1
+
+    def count_job(self) -> None:
+        """A job has run. What it left may be in no delivery: it failed, or nobody could take its files."""
+        with self._lock:
+            self._jobs += 1
 
     def due(self) -> bool:
         """Whether `sweep` could have something to do, and is not at it; costs nothing."""

@@ -75,6 +75,11 @@ class S3Target:
         return cls(service, access_key_id, secret_access_key, bucket, region or _region(host), _addressing(parts, host, bucket))
 
     @property
+    def signs_addresses(self) -> bool:
+        """Whether what it holds can be had through a signed address: RunPod's volumes have none (facts of their S3 API)."""
+        return _RUNPOD.fullmatch(urlsplit(self.endpoint_url).hostname or "") is None
+
+    @property
     def host(self) -> str:
         """The service's host and port, for people."""
         return urlsplit(self.endpoint_url).netloc

@@ -1,0 +1,49 @@
+"""What a client is told when its job fails: short enough to arrive, without secrets. Pure.
+
+RunPod refuses a result above 10 or 20 MB, an error's as well, and the client then sees a job that completed with nothing. A
+sentence may quote what the client sent (a picture in base64 where its name belongs), and ComfyUI's own lines may show what its
+custom nodes print.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+from worker.errors import StartError, shortened
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from worker.errors import WorkerError
+
+SENTENCE_CHARACTERS: Final = 4_000
+DETAIL_CHARACTERS: Final = 2_000
+DETAILS: Final = 50
+
+
+def sentence(text: str, redact: Callable[[str], str], most: int = SENTENCE_CHARACTERS) -> str:
+    """A text as a client may see it: without secrets, of bounded length, and nothing in it that UTF-8 cannot carry.
+
+    Half a character comes from a request that quotes one, or from a file's name; the SDK fails on it and loses the result.
+    """
+    # Redacted first: half of a secret is not recognised.
+    return shortened(redact(text.encode("utf-8", "replace").decode("utf-8")), most)
+
+
+def sentences(texts: Sequence[str], redact: Callable[[str], str]) -> list[str]:
+    """As `sentence`, for the first of many; the last then says how many there are."""
+    shown = [sentence(text, redact, DETAIL_CHARACTERS) for text in texts[:DETAILS]]
+    return [*shown, f"... and {len(texts) - DETAILS} more"] if len(texts) > DETAILS else shown
+
+
+def failure(error: WorkerError, redact: Callable[[str], str]) -> dict[str, Any]:
+    """What the client gets for an error. RunPod shows `error` beside status FAILED, the rest as the job's output.
+
+    A worker whose engine does not come back asks to be replaced instead of failing every job in the queue.
+    """
+    result: dict[str, Any] = {"error": sentence(str(error), redact), "code": error.code, "retryable": error.retryable}
+    if details := sentences(error.details(), redact):
+        result["details"] = details
+    if isinstance(error, StartError):
+        result["refresh_worker"] = True
+    return result
