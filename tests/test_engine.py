@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -160,6 +161,24 @@ def test_silence_is_broken_by_asking(address: str, workflow: Load, run_async: Ru
             await started.event.wait()
             proxy.hold_websockets()
             assert len((await run).outputs) == 1
+
+    run_async(scenario())
+
+
+def test_a_websocket_that_went_deaf_is_replaced_before_the_next_run(address: str, run_async: Run) -> None:
+    """A half-open socket ends late on ComfyUI's side and takes the name of the newer one with it, which then hears nothing."""
+
+    async def scenario() -> None:
+        async with proxied(address, silence_s=0.2) as (proxy, client):
+            old = client._client_id
+            other = await client._http.ws_connect(f"/ws?clientId={old}", max_msg_size=0)
+            await other.close()  # ComfyUI forgets the name
+            assert len((await client.run(tiny(60), timeout_s=TIMEOUT_S)).outputs) == 1, "from the history"
+            result = await client.run(tiny(61), timeout_s=TIMEOUT_S)
+            assert len(result.outputs) == 1
+            assert set(result.node_s) == {"1", "2"}, "the websocket says again what happens"
+            assert client._client_id != old
+            assert proxy.connections > 1
 
     run_async(scenario())
 
@@ -340,6 +359,52 @@ def test_after_a_gpu_fault_the_process_is_replaced(settings: Settings, tmp_path:
         with pytest.raises(GpuFault, match="illegal memory access"):
             await engine.run(tiny(1), timeout_s=TIMEOUT_S)
         assert process.exited.done()
+
+    run_async(scenario())
+
+
+class HoldingClient:
+    """One whose ComfyUI does not let go of what was given up."""
+
+    holds_prompt = True
+
+    async def run(self, *_: object, **__: object) -> None:
+        raise RunTimedOut(1.0)
+
+    def fail_all(self, _: object) -> None:
+        """No run is open."""
+
+    async def close(self) -> None:
+        """No connection is."""
+
+
+def another(engine: Engine, process: EngineProcess) -> bool:
+    return engine._process is not process
+
+
+def test_engines_that_are_replaced_for_a_job_that_was_given_up_are_no_deaths(
+    settings: Settings, tmp_path: Path, run_async: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = EngineCommand((sys.executable, "-c", "import time; time.sleep(60)"), tmp_path, dict(os.environ))
+
+    async def ready(self: Engine) -> None:
+        self._up.set()
+
+    monkeypatch.setattr(Engine, "_await_ready", ready)
+    monkeypatch.setattr(Engine, "_new_client", lambda _: HoldingClient())
+    gone: list[bool] = []
+
+    async def scenario() -> None:
+        engine = Engine(settings, own, EngineProcess.spawn(own), lambda: gone.append(True))
+        await engine.start()
+        for _ in range(5):
+            process = engine._process
+            with pytest.raises(RunTimedOut):
+                await engine.run(tiny(1), timeout_s=TIMEOUT_S)
+            await _until(partial(another, engine, process))
+        assert not gone
+        assert engine._deaths == 0
+        await engine.stop()
 
     run_async(scenario())
 

@@ -149,6 +149,7 @@ def test_a_jobs_own_bucket_is_read_and_its_key_shown_nowhere() -> None:
         ({"endpointUrl": "https://user:name@s3.example.com"}, "without a user"),
         ({"endpointUrl": "https://s3.example.com:port"}, "with a valid host and port"),
         ({"endpointUrl": "s3.example.com"}, "must be an address that begins with"),
+        ({"endpointUrl": "https://s3api-eu-ro-1.runpod.io/"}, "a RunPod volume, which gives no signed addresses"),
     ],
 )
 def test_half_a_bucket_is_one_sentence_without_the_key(change: dict[str, object], text: str) -> None:

@@ -71,3 +71,9 @@ def test_a_secret_is_never_in_a_repr_nor_in_an_error() -> None:
 
 def test_the_readme_shows_the_settings_that_exist() -> None:
     assert markdown_table() in (PROJECT / "README.md").read_text("utf-8")
+
+
+def test_a_volumes_own_s3_api_is_no_bucket_for_results() -> None:
+    keys = {"BUCKET_ACCESS_KEY_ID": "user_1", "BUCKET_SECRET_ACCESS_KEY": "rps_1", "BUCKET_NAME": "volume"}
+    with pytest.raises(SettingsError, match="BUCKET_ENDPOINT_URL must be a store that signs addresses"):
+        Settings.from_env({"BUCKET_ENDPOINT_URL": "https://s3api-eu-ro-1.runpod.io/", **keys})

@@ -29,6 +29,7 @@ from worker.models.layout import Layout
 from worker.models.links import ModelLinks
 from worker.models.nearer import lay_out
 from worker.models.supply import Supply
+from worker.volume import is_volume
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -205,7 +206,7 @@ def _nearer(settings: Settings) -> Path:
 
 def _log_volume(settings: Settings) -> None:
     root = settings.volume_path / "models"
-    if not settings.volume_path.is_dir():
+    if not is_volume(settings.volume_path):
         log.warning("there is no %s: models are kept on the container's disk; attach a network volume", settings.volume_path)
     elif not root.is_dir():
         log.info("there is no %s yet: it is made with the first model that is fetched", root)
@@ -233,7 +234,7 @@ def build_store(settings: Settings) -> Stores:
     hub = Hub(settings.hf_endpoint, network)
     tuning = Tuning(connections=settings.download_connections)
     volume = Layout(settings.volume_path)
-    mounted = settings.volume_path.is_dir()
+    mounted = is_volume(settings.volume_path)
     worker = settings.runpod_pod_id or socket.gethostname()
     local = Store(Layout(settings.local_store), hub, worker, tuning=tuning, host_cache=volume)
     shared = Store(volume, hub, worker, tuning=tuning) if mounted else None

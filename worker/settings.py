@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import ipaddress
+import re
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 
+_RUNPOD_VOLUME = re.compile(r"s3api-[a-z0-9-]+\.runpod\.io")
 _HOST_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-.:")
 
 
@@ -359,6 +361,11 @@ def _bucket_problems(values: Mapping[str, Any]) -> list[str]:
     if len(path) == 1 and bucket and path[0] != bucket:
         problems.append(
             f"BUCKET_NAME must be the bucket that BUCKET_ENDPOINT_URL names, '{path[0]}', or be left out, not '{bucket}'"
+        )
+    if _RUNPOD_VOLUME.fullmatch(urlsplit(values.get("bucket_endpoint_url") or "").hostname or ""):
+        problems.append(
+            "BUCKET_ENDPOINT_URL must be a store that signs addresses, not a RunPod volume's S3 API, which does not: "
+            "leave the BUCKET_ variables out, and results too large to send are written to the volume"
         )
     if len(path) > 1 and not bucket:
         problems.append("BUCKET_NAME must be set, because BUCKET_ENDPOINT_URL has a path of several parts")

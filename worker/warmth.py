@@ -23,6 +23,7 @@ from worker.models.memory import free_memory_bytes
 from worker.models.nearer import cached_copies
 from worker.models.used import UsedModels
 from worker.models.warm import Warmer
+from worker.volume import is_volume
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -196,7 +197,7 @@ class Warmth:
 def _record(settings: Settings) -> UsedModels | None:
     """The endpoint's record; None without a volume, or where nothing would read it."""
     reads_it = settings.warm_models is None or settings.warmup_workflow == "auto"
-    if not (reads_it and settings.volume_path.is_dir()):
+    if not (reads_it and is_volume(settings.volume_path)):
         return None
     try:
         path = Layout(settings.volume_path).used(settings.runpod_endpoint_id or _NO_ENDPOINT)

@@ -47,6 +47,7 @@ _WITHDRAW_S = 15.0
 _LEAVING_POLL_S = 0.02
 # A request for each run would cost a millisecond each; so few graphs cost little memory.
 _REMEMBERED = 20
+_CLOSE_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +104,7 @@ class ComfyClient:
         self.holds_prompt = False
         """Whether a prompt that was given up is still in ComfyUI: a node that looks for no interruption."""
         self._client_id = uuid.uuid4().hex
+        self._deaf = False
         self._reconnect = reconnect
         self._silence_s = silence_s
         self._hang_s = hang_s
@@ -128,6 +130,18 @@ class ComfyClient:
         except (aiohttp.ClientError, TimeoutError) as exc:
             raise EngineUnreachable(self.address, _reason(exc)) from exc
         self._listener = asyncio.create_task(self._listen(socket), name="comfyui-websocket")
+
+    async def _reopen(self) -> None:
+        """A new websocket under a name that ComfyUI does not know yet, when no run is open.
+
+        ComfyUI keeps one socket for a name. When an earlier one ends late, as a half-open one does, it forgets the newer one
+        with it (server.py, `self.sockets.pop(sid)`): that one stays open and says nothing any more.
+        """
+        if self._listener:
+            self._listener.cancel()
+            await asyncio.gather(self._listener, return_exceptions=True)
+        self._client_id, self._deaf = uuid.uuid4().hex, False
+        await self.open()
 
     async def close(self) -> None:
         """Let go of every connection; runs that are still open end as unreachable."""
@@ -175,8 +189,8 @@ class ComfyClient:
         the next job finds it idle; where it does not let go, `holds_prompt` is true from then on. Raises `EngineHung` when
         it neither sends events nor answers.
         """
-        if self._listener is None or self._listener.done():
-            await self.open()
+        if self._listener is None or self._listener.done() or (self._deaf and not self._runs):
+            await self._reopen()
         tracker = RunTracker(uuid.uuid4().hex)
         run = self._runs[tracker.prompt_id] = _Run(tracker, on_progress)
         queueing = asyncio.create_task(self._queue(graph, tracker, extra_data or {}))
@@ -239,6 +253,7 @@ class ComfyClient:
                     await run.news.wait()
             except TimeoutError:
                 await self._consult_history(run.tracker)
+                self._deaf = self._deaf or run.tracker.outcome is not None  # it ended, and nobody said so
             run.news.clear()
             if run.tracker.wants_history:
                 await self._consult_history(run.tracker)
@@ -316,12 +331,17 @@ class ComfyClient:
 
     async def _listen(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         while True:
-            async for message in socket:  # ends when the connection does, however that comes
-                self._heard_at = time.monotonic()
-                event = decode(message.data)
-                if event is not None:
-                    self._dispatch(event)
+            try:
+                async for message in socket:  # ends when the connection does, however that comes
+                    self._heard_at = time.monotonic()
+                    event = decode(message.data)
+                    if event is not None:
+                        self._dispatch(event)
+            finally:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(socket.close(), _CLOSE_S)  # a peer that is gone does not answer
             log.warning("the websocket to ComfyUI closed; connecting again")
+            self._deaf = True  # perhaps, once ComfyUI notices the end of the old one
             for run in self._runs.values():
                 run.tracker.gap()
             again = await self._connect_again()

@@ -48,7 +48,8 @@ _DEATHS_IN_A_ROW = 3
 class Engine:
     """A supervised ComfyUI. `start` once on the event loop, then `run` graphs, then `stop`.
 
-    `on_gone` is called, on the loop, when it died for good: a restart failed, or three deaths came in a row.
+    `on_gone` is called, on the loop, when it died for good: a restart failed, or three deaths came in a row. A process that is
+    replaced because a job was given up counts as none.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Engine:
         self._up = asyncio.Event()
         self._failure: StartError | None = None
         self._deaths = 0
+        self._replaced: EngineProcess | None = None
         self._on_gone = on_gone
         self._watcher: asyncio.Task[None] | None = None
 
@@ -85,10 +87,12 @@ class Engine:
         """
         client = await self._ready()
         process = self._process
+        process.forget_lines()  # what it printed for another client is none of this one's business
         try:
             result = await client.run(graph, timeout_s=timeout_s, extra_data=extra_data, on_progress=on_progress)
         except NodeFailed as exc:
             if not is_gpu_fault(exc.message):
+                self._deaths = 0  # it lives, and does what it is told
                 raise
             await self._replace(process, f"the GPU's context is broken: {exc.message}")
             raise GpuFault(" ".join(exc.message.split())) from exc
@@ -107,6 +111,7 @@ class Engine:
             raise
         except (RunTimedOut, asyncio.CancelledError):
             if client.holds_prompt:
+                self._replaced = process  # no fault of its own
                 await self._replace(process, "it does not let go of a prompt that was given up")
             raise
         self._deaths = 0
@@ -140,6 +145,8 @@ class Engine:
 
     async def _ready(self) -> ComfyClient:
         """The client of the engine, once a restart that is under way is over. Raises a `StartError` when there will be none."""
+        if self._process.exited.done() and not self._failure:
+            self._up.clear()  # its death is known here before `_watch` gets its turn
         await self._up.wait()
         if self._failure:
             raise self._failure
@@ -181,10 +188,11 @@ class Engine:
             await asyncio.shield(asyncio.wrap_future(self._process.exited))
             self._up.clear()
             error = _died(self._process)
-            self._deaths += 1
-            if self._deaths == _DEATHS_IN_A_ROW:
+            replaced = self._process is self._replaced
+            self._deaths += not replaced
+            if self._deaths >= _DEATHS_IN_A_ROW:
                 self._failure = EngineGaveUp(self._deaths, error.cause, error.last_lines)
-            else:
+            elif not replaced:
                 log.error("ComfyUI %s; starting it again", error.cause)
             self._client.fail_all(error)
             await self._client.close()
