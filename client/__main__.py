@@ -1,9 +1,11 @@
 """`python -m client`: composition root, reads argv and the environment."""
 
-from __future__ import annotations
-
 import os
 import sys
+
+# Above everything that an older Python cannot read, so that it gets as far as this sentence.
+if sys.version_info < (3, 10):  # noqa: UP036 - this runs with whatever Python somebody has
+    sys.exit("The client needs Python 3.10 or newer; this is Python %d.%d." % sys.version_info[:2])  # noqa: UP031 - as above
 
 from client.command import run
 

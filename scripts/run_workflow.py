@@ -1,10 +1,13 @@
 # ruff: noqa: INP001 - run as a file; scripts is a folder of programs, no package
 """Send a workflow to an endpoint or a local worker: `python scripts/run_workflow.py --help`. The work is in client/."""
 
-from __future__ import annotations
-
 import os
 import sys
+
+# Above everything that an older Python cannot read, so that it gets as far as this sentence.
+if sys.version_info < (3, 10):  # noqa: UP036 - this runs with whatever Python somebody has
+    sys.exit("run_workflow.py needs Python 3.10 or newer; this is Python %d.%d." % sys.version_info[:2])  # noqa: UP031 - as above
+
 from pathlib import Path
 
 if __name__ == "__main__":
