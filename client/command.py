@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import os
+import shlex
 import signal
 import sys
 import textwrap
+import traceback
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final
 
 from client.errors import (
     DONE,
     INTERRUPTED,
+    ClientDefect,
     ClientError,
     JobCancelled,
     JobFailed,
     JobTimedOut,
     OutputNotSaved,
     ResultLost,
-    ServiceError,
     UsageError,
 )
+from client.plain import one_line, printable
 from client.progress import size
 from client.request import Wishes, build, node_names
-from client.save import Saved, save_outputs
+from client.save import Saved, check_folder, save_outputs
 from client.screen import Screen
 from client.service import Endpoint, LocalWorkerApi
 from client.wire import Wire
@@ -35,8 +40,11 @@ if TYPE_CHECKING:
     from client.service import Service
 
 _TEXT_LINES: Final = 20
+_VOLUME_KEYS: Final = """\
+  (Put in the volume's id and data centre. The keys are those of RunPod's S3 API, from Settings > S3 API Keys:
+  export AWS_ACCESS_KEY_ID=$RUNPOD_S3_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY=$RUNPOD_S3_SECRET_ACCESS_KEY)"""
 _EXIT = """\
-exit status: 0 done; 1 the job failed, or an output could not be saved; 2 the command line or a file it names is wrong;
+exit status: 0 done; 1 the job failed, or an output could not be saved; 2 the command line, the key or a file is wrong;
 3 the endpoint or worker cannot be reached or refuses; 130 interrupted (Ctrl-C cancels the job).
 
 examples:
@@ -82,7 +90,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="FOLDER/NAME=SOURCE",
         help="where a model comes from: hf://org/repo/path",
     )
-    what.add_argument("--seed", metavar="random|next|N", help="other seeds than the saved ones")
+    what.add_argument("--seed", metavar="random|next|N", help="other seeds than the saved ones; -1 is random")
     what.add_argument("--previews", action="store_true", help="return what preview nodes made, too")
     what.add_argument("--timeout", type=_seconds, metavar="S", help="cancel the job when it is not done after S seconds")
     what.add_argument("--job", metavar="ID", help="send nothing: wait for this job of the endpoint and save its result")
@@ -95,7 +103,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(argv: Sequence[str], environ: Mapping[str, str]) -> int:
-    """Do what `argv` says; returns the exit status, see `--help`. Never raises but for defects."""
+    """Do what `argv` says; returns the exit status, see `--help`. Raises nothing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name in a result may hold what this terminal's encoding lacks
     try:
         options = parser().parse_args(list(argv))
     except SystemExit as exc:
@@ -107,27 +118,43 @@ def run(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         return INTERRUPTED
     except ClientError as exc:
         return tell_failure(exc, sys.stderr)
+    except Exception as exc:  # noqa: BLE001 - the command's edge; a traceback's last line would show values, a key among them
+        return tell_failure(_defect(exc), sys.stderr)
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
 def _run(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     if (options.workflow is None) == (options.job is None):
-        raise UsageError("give either a workflow or --job ID")
-    if options.job and not options.endpoint:
+        raise UsageError("Give either a workflow or --job ID")
+    if options.job is not None and options.endpoint is None:
         raise UsageError("--job goes with --endpoint: a local worker keeps no results")
-    job: dict[str, Any] = {} if options.job else build(_wishes(options))
+    job: dict[str, Any] = {} if options.job is not None else build(_wishes(options))
     service = endpoint_or_worker(options, environ)
+    folder = options.output or (None if options.json else Path("outputs"))
+    if folder is not None:
+        check_folder(folder)
     answer = watched(service, job, options.timeout)
     if answer is None:
         return INTERRUPTED
     if options.json:
-        say(json.dumps(answer, ensure_ascii=False, indent=2))
+        _print(as_json(answer, sys.stdout.encoding), sys.stdout)
     check(answer)
-    if options.json and options.output is None:
+    if folder is None:
         return DONE
-    folder = options.output or Path("outputs")
-    return tell_outputs(answer["output"], folder, sys.stderr if options.json else sys.stdout)
+    job_id = service.job_id if isinstance(service, Endpoint) else None
+    return tell_outputs(answer["output"], folder, sys.stderr if options.json else sys.stdout, job_id)
+
+
+def as_json(value: object, encoding: str) -> str:
+    """JSON that reads well, or in ASCII where a terminal would obey some of it or `encoding` lacks some; always whole."""
+    text = json.dumps(value, ensure_ascii=False, indent=2)
+    try:
+        text.encode(encoding)
+        shows = text.replace("\n", "").isprintable()
+    except UnicodeEncodeError:
+        shows = False
+    return text if shows else json.dumps(value, indent=2)
 
 
 def _wishes(options: argparse.Namespace) -> Wishes:
@@ -145,7 +172,7 @@ def _wishes(options: argparse.Namespace) -> Wishes:
 
 def endpoint_or_worker(options: argparse.Namespace, environ: Mapping[str, str]) -> Service:
     """Who is to run the job."""
-    if options.endpoint:
+    if options.endpoint is not None:
         return Endpoint.of(options.endpoint, environ, options.job)
     return LocalWorkerApi(Wire(options.url.rstrip("/")))
 
@@ -160,9 +187,9 @@ def watched(
     except KeyboardInterrupt:
         screen.say(f"interrupted: {service.abandon()}")
         return None
-    except ServiceError:
-        if isinstance(service, Endpoint) and service.job_id:
-            screen.say(f"the job may still run; take it up again with --job {service.job_id}")
+    except Exception as exc:
+        if note := service.aftermath(exc):
+            screen.say(note)
         raise
     finally:
         screen.end()
@@ -196,23 +223,29 @@ def _sentence(error: object) -> str:
     """The worker's sentence, also from the report that the SDK makes of a worker that broke: JSON with `error_message`."""
     try:
         report = json.loads(error) if isinstance(error, str) else error
-    except ValueError:
+    except (ValueError, RecursionError):
         report = None
     if isinstance(report, dict) and report.get("error_message"):
         return f"The worker broke: {str(report['error_message']).strip()}; its log has more."
     return str(error) if error else "The job failed, and RunPod says no more; look at the worker's log in its console."
 
 
-def tell_outputs(output: Mapping[str, Any], folder: Path, stream: IO[str]) -> int:
-    """Save a result's outputs and print a line for each; the exit status."""
-    status, count = DONE, 0
+def tell_outputs(output: Mapping[str, Any], folder: Path, stream: IO[str], job_id: str | None = None) -> int:
+    """Save a result's outputs and print a line for each; the exit status. `job_id` is set where the result can be had again."""
+    status, count, on_volume = DONE, 0, False
     for saved in save_outputs(output, folder):
         count += 1
         if isinstance(saved, OutputNotSaved):
             status = tell_failure(saved, sys.stderr)
         else:
             say(saved_line(saved), stream)
-    for warning in output.get("errors") or ():
+            on_volume = on_volume or saved.volume_path is not None
+    if on_volume:
+        say(_VOLUME_KEYS, stream)
+    if status != DONE and job_id is not None:
+        say(f"The result can be fetched again with --job {job_id} within 30 minutes.", sys.stderr)
+    warnings = output.get("errors") or []
+    for warning in warnings if isinstance(warnings, list) else [warnings]:
         say(f"warning: {warning}", sys.stderr)
     if not count:
         say(
@@ -226,14 +259,15 @@ def saved_line(saved: Saved) -> str:
     """What became of one output, for people."""
     facts = ", ".join(filter(None, (saved.media_type, size(saved.size_bytes))))
     if saved.volume_path is not None:
+        path = one_line(saved.volume_path)
         return (
-            f"on the volume  {saved.volume_path}  ({facts})\n"
-            f"  aws s3 cp s3://VOLUME_ID/{saved.volume_path} . --region DATACENTER --endpoint-url https://s3api-DATACENTER.runpod.io/"
+            f"on the volume  {path}  ({facts})\n  aws s3 cp {shlex.quote(f's3://VOLUME_ID/{path}')} . "
+            "--region DATACENTER --endpoint-url https://s3api-DATACENTER.runpod.io/"
         )
     line = f"saved  {saved.path}  ({facts})"
     if saved.text is None:
         return line
-    lines = _printable(saved.text).splitlines()
+    lines = saved.text.splitlines()
     shown = [*lines[:_TEXT_LINES], *(["..."] if len(lines) > _TEXT_LINES else [])]
     return line + "\n" + textwrap.indent("\n".join(shown), "  ")
 
@@ -241,30 +275,43 @@ def saved_line(saved: Saved) -> str:
 def tell_failure(error: ClientError, stream: IO[str]) -> int:
     """Print an error as a sentence, its details, and whether trying again can help; its exit status."""
     code = error.worker_code or error.code if isinstance(error, JobFailed) else error.code
-    say(f"error: {_printable(str(error))} [{code}]", stream)
+    say(f"error: {error} [{code}]", stream)
     if isinstance(error, JobFailed):
         for detail in error.details:
             if detail not in str(error):
-                say(f"  {_printable(detail)}", stream)
+                say(f"  {detail}", stream)
         if error.may_pass:
             say("This may pass: the same command again can succeed.", stream)
     return error.exit_status
 
 
 def say(text: str, stream: IO[str] | None = None) -> None:
-    """One line for people, or for a program that reads standard output."""
-    print(text, file=stream or sys.stdout, flush=True)
+    """Text for people, without what a terminal would obey."""
+    _print(printable(text), stream or sys.stdout)
 
 
-def _printable(text: str) -> str:
-    """Text from the other side without what a terminal would obey."""
-    return "".join(char if char.isprintable() or char in "\n\t" else "?" for char in text)
+def _print(text: str, stream: IO[str]) -> None:
+    try:
+        print(text, file=stream, flush=True)
+    except BrokenPipeError:  # as with `| head`: nobody reads any more, and what is left to do is still wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _defect(error: Exception) -> ClientDefect:
+    """What was not foreseen, by its kind and the line of ours that met it."""
+    frames = [
+        frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).parent == Path(__file__).parent
+    ]
+    return ClientDefect(type(error).__name__, f"client/{Path(frames[-1].filename).name}, line {frames[-1].lineno}")
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
     if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError("must be more than 0")
+        raise argparse.ArgumentTypeError("must be a number of seconds, more than 0")
     return value
 
 

@@ -5,6 +5,7 @@ ClientError
 ├── UsageError           status 2: the command line, or a file that it names
 │   └── FileUnreadable, SetInvalid
 ├── KeyMissing           status 2
+├── ClientDefect         status 1
 ├── JobError             status 1: the job has no result, or its result is not on this disk
 │   └── JobFailed, JobCancelled, JobOverdue, JobTimedOut, JobUnknown, ResultLost, OutputNotSaved
 └── ServiceError         status 3: the endpoint or the worker cannot be reached, or refuses
@@ -84,6 +85,18 @@ class KeyMissing(ClientError):
             "RUNPOD_API_KEY is not set: make a key in RunPod's console (Settings > API Keys) and export it, "
             "or use --url for a local worker."
         )
+
+
+@dataclass(eq=False)
+class ClientDefect(ClientError):
+    """A defect of the client itself. `kind` and `place` say what and where, and nothing of any value."""
+
+    kind: str
+    place: str
+    code = "client_defect"
+
+    def __str__(self) -> str:
+        return f"The client met what it did not foresee ({self.kind} in {self.place}): please report it, without any key."
 
 
 # --- the job ------------------------------------------------------------------------------------
@@ -197,6 +210,11 @@ class ServiceError(ClientError):
     code = "service_failed"
     exit_status = UNREACHABLE
 
+    @property
+    def may_have_arrived(self) -> bool:
+        """Whether the other side may have taken the request all the same."""
+        return False
+
 
 @dataclass(eq=False)
 class KeyRefused(ServiceError):
@@ -270,6 +288,7 @@ class ServiceFailed(ServiceError):
     reason: str
     code = "service_failed"
     retryable = True
+    may_have_arrived = True
 
     def __str__(self) -> str:
         return f"{self.where} failed (status {self.status}: {self.reason}): try again in a minute."
@@ -282,8 +301,14 @@ class Unreachable(ServiceError):
     where: str
     reason: str
     advice: str = "check the address and the network"
+    was_sent: bool = False
     code = "unreachable"
     retryable = True
+
+    @property
+    def may_have_arrived(self) -> bool:
+        """Where the connection broke only after the request."""
+        return self.was_sent
 
     def __str__(self) -> str:
         return f"{self.where} cannot be reached ({self.reason}): {self.advice}."
@@ -296,6 +321,7 @@ class AnswerUnreadable(ServiceError):
     where: str
     found: str
     code = "answer_unreadable"
+    may_have_arrived = True
 
     def __str__(self) -> str:
         return f"{self.where} answered with {self.found}, which no endpoint does: check the address, and proxies on the way."

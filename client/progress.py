@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, Final
 
+from client.plain import one_line
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -14,6 +16,7 @@ _BAR_WIDTH: Final = 24
 _MINUTE_S: Final = 60
 _HOUR_S: Final = 3600
 _KB: Final = 1000
+_NAME_CHARS: Final = 80
 _UNITS: Final = ("kB", "MB", "GB", "TB")
 _STEPS: Final = " ▏▎▍▌▋▊▉"
 _WORDS: Final = {"SENDING": "sending", "IN_QUEUE": "queued", "IN_PROGRESS": "running"}
@@ -85,8 +88,8 @@ def _number(value: object) -> float:
 
 
 def _safe(value: object) -> str:
-    """A name from the other side without what a terminal would obey."""
-    return "".join(char if char.isprintable() else "?" for char in str(value))[:80]
+    """A name from the other side, not too long."""
+    return one_line(str(value))[:_NAME_CHARS]
 
 
 def _bar(share: float) -> str:

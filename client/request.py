@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +13,17 @@ from typing import TYPE_CHECKING, Any, Final
 from client.errors import FileUnreadable, SetInvalid
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 _CARRIERS: Final = {
     b"\x89PNG": "workflow.png",
     b"RIFF": "workflow.webp",
     b"\x1a\x45\xdf\xa3": "workflow.webm",
 }
+_OPTIONS: Final = {"images": "--image", "files": "--file", "models": "--model", "set": "--set"}
+_SEED: Final = re.compile(r"-1|[0-9]{1,20}")
+_LARGEST_SEED: Final = 2**64 - 1
+_SHOWN_CHARS: Final = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +56,7 @@ def build(wishes: Wishes) -> dict[str, Any]:
     }
     for name, value in more.items():
         if value:
-            before = given.get(name) or type(value)()
-            given[name] = {**before, **value} if isinstance(value, dict) else [*before, *value]
+            given[name] = _joined(given.get(name), value, name, wishes.workflow)
     if wishes.seed is not None:
         given["seed"] = _seed(wishes.seed)
     if wishes.timeout_s is not None:
@@ -60,6 +64,18 @@ def build(wishes: Wishes) -> dict[str, Any]:
     if wishes.previews:
         given["previews"] = True
     return job
+
+
+def _joined(before: object, more: dict[str, Any] | list[Any], name: str, file: str) -> dict[str, Any] | list[Any]:
+    """What a request's file has under `name`, and the options' values after it."""
+    if not before:
+        return more
+    if isinstance(before, dict) and isinstance(more, dict):
+        return {**before, **more}
+    if isinstance(before, list) and isinstance(more, list):
+        return [*before, *more]
+    kind = "object" if isinstance(more, dict) else "list"
+    raise FileUnreadable(f"has '{name}' that is no {kind}: correct it, or leave out {_OPTIONS[name]}", _shown(file))
 
 
 def node_names(job: dict[str, Any]) -> dict[str, str]:
@@ -72,8 +88,13 @@ def node_names(job: dict[str, Any]) -> dict[str, str]:
         nodes = [(node.get("id"), node.get("title"), node.get("type")) for node in saved if isinstance(node, dict)]
     else:
         found = [(node_id, node) for node_id, node in graph.items() if isinstance(node, dict)]
-        nodes = [(node_id, (node.get("_meta") or {}).get("title"), node.get("class_type")) for node_id, node in found]
+        nodes = [(node_id, _title(node), node.get("class_type")) for node_id, node in found]
     return {str(node_id): str(title or kind) for node_id, title, kind in nodes if title or kind}
+
+
+def _title(node: Mapping[str, Any]) -> object:
+    meta = node.get("_meta")
+    return meta.get("title") if isinstance(meta, dict) else None
 
 
 def _workflow(name: str) -> dict[str, Any]:
@@ -109,6 +130,8 @@ def _read(path: str) -> bytes:
         return Path(path).expanduser().read_bytes()
     except OSError as exc:
         raise FileUnreadable(f"cannot be read ({exc.strerror})", path) from None
+    except RuntimeError:  # expanduser: ~name of nobody
+        raise FileUnreadable("begins with a home folder that is not known; write it out", path) from None
 
 
 def _file(option: str, pair: str, data_key: str) -> dict[str, str]:
@@ -153,6 +176,7 @@ def _model(pair: str) -> dict[str, str]:
 def _seed(text: str) -> str | int:
     if text in {"random", "next"}:
         return text
-    if not (text.isascii() and text.isdigit()):
-        raise SetInvalid(f"takes random, next or a whole number, not '{text}'", "--seed")
+    if not _SEED.fullmatch(text) or int(text) > _LARGEST_SEED:
+        shown = text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}..."
+        raise SetInvalid(f"takes random, next, -1 or a whole number up to {_LARGEST_SEED}, not '{shown}'", "--seed")
     return int(text)

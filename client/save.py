@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import http.client
 import itertools
+import os
 import shutil
+import sys
+import tempfile
 import time
 import urllib.error
 import urllib.parse
@@ -14,7 +16,8 @@ import urllib.request
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any, Final
 
-from client.errors import OutputNotSaved
+from client.errors import OutputNotSaved, UsageError
+from client.plain import fits_a_header
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -40,14 +43,24 @@ class Saved:
     text: str | None = None
 
 
+def check_folder(folder: Path) -> None:
+    """Outputs can be saved there; looks before the job is paid for, and leaves nothing behind. Raises `UsageError`."""
+    whole = folder.absolute()
+    there = next(each for each in (whole, *whole.parents) if os.path.lexists(each))
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as exc:
+        raise UsageError(f"{folder} cannot be written ({exc.strerror}): give another folder with --output") from None
+
+
 def save_outputs(output: Mapping[str, Any], folder: Path) -> Iterator[Saved | OutputNotSaved]:
     """Save each output of a job's result; one that cannot be saved is yielded as the reason, and the rest goes on."""
     for kind in KINDS:
-        for item in output.get(kind) or ():
-            if not isinstance(item, dict):
-                continue
+        items = output.get(kind) or []
+        for item in items if isinstance(items, list) else [items]:
             try:
-                yield _save(item, folder)
+                yield _save(item, folder) if isinstance(item, dict) else OutputNotSaved(kind, "it is not told as an output is")
             except OutputNotSaved as exc:
                 yield exc
 
@@ -64,7 +77,7 @@ def _save(item: Mapping[str, Any], folder: Path) -> Saved:
         case "s3_url":
             path = _place(folder, item, name, lambda file: _download(data, file, name))
         case "text":
-            path = _place(folder, item, name, lambda file: _write(file, data.encode()))
+            path = _place(folder, item, name, lambda file: _write(file, data.encode("utf-8", "backslashreplace")))
             return Saved(name, media_type, path.stat().st_size, path, text=data)
         case "base64":
             content = _decoded(data, name)
@@ -116,6 +129,8 @@ def _folder(folder: Path, subfolder: str) -> Path:
 
 
 def _create(folder: Path, name: str) -> tuple[Path, IO[bytes]]:
+    encoding = sys.getfilesystemencoding()  # of a system that does not speak UTF-8; "?" is in no clean name
+    name = name.encode(encoding, "replace").decode(encoding).replace("?", "_")
     stem, dot, suffix = name.rpartition(".")
     for number in itertools.count(1):
         path = folder / (name if number == 1 else f"{stem}-{number}.{suffix}" if dot and stem else f"{name}-{number}")
@@ -129,7 +144,7 @@ def _create(folder: Path, name: str) -> tuple[Path, IO[bytes]]:
 def _decoded(data: str, name: str) -> bytes:
     try:
         return base64.b64decode(data, validate=True)
-    except binascii.Error:
+    except ValueError:
         raise OutputNotSaved(name, "its data is not base64") from None
 
 
@@ -137,11 +152,20 @@ def _write(file: IO[bytes], data: bytes) -> None:
     file.write(data)
 
 
+def _host(address: str, name: str) -> str:
+    """The host of an address that can be asked; raises `OutputNotSaved` for any other."""
+    try:
+        parts = urllib.parse.urlsplit(address)
+    except ValueError:
+        parts = urllib.parse.urlsplit("")
+    if parts.scheme not in {"http", "https"} or not parts.hostname or not fits_a_header(address):
+        raise OutputNotSaved(name, "what should be its address is no https:// address")
+    return parts.hostname
+
+
 def _download(address: str, file: IO[bytes], name: str) -> None:
     """Fetch a signed address, three attempts. It is a secret of its own: only its host is ever said."""
-    parts = urllib.parse.urlsplit(address)
-    if parts.scheme not in {"http", "https"}:
-        raise OutputNotSaved(name, f"its address begins with '{parts.scheme}:', not https:")
+    host = _host(address, name)
     reason = ""
     for attempt in range(_ATTEMPTS):
         if attempt:
@@ -159,7 +183,7 @@ def _download(address: str, file: IO[bytes], name: str) -> None:
         except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as exc:
             reason = str(getattr(exc, "reason", exc)) or type(exc).__name__
         else:
-            if length is None or file.tell() == int(length):
+            if length is None or str(file.tell()) == length.strip():
                 return
             reason = f"{file.tell()} of {length} bytes came"
-    raise OutputNotSaved(name, f"{parts.hostname} did not give it ({reason}); its address is in the answer (--json)")
+    raise OutputNotSaved(name, f"{host} did not give it ({reason}); its address is in the answer (--json)")

@@ -6,6 +6,7 @@ import shutil
 import time
 from typing import IO, TYPE_CHECKING, Final
 
+from client.plain import one_line, printable
 from client.progress import bar_line, plain_line, subject
 
 if TYPE_CHECKING:
@@ -35,18 +36,18 @@ class Screen:
             self.say(f"job {news.job_id}")
         if self._live:
             width = shutil.get_terminal_size((80, 24)).columns - 1
-            self._write(_CLEAR + bar_line(news, self._names, width))
+            self._write(_CLEAR + one_line(bar_line(news, self._names, width)))
             return
         now = time.monotonic()
         if subject(news) == self._subject and (news.progress is None or now - self._said_at < _SAME_EVERY_S):
             return
         self._subject, self._said_at = subject(news), now
-        self._write(plain_line(news, self._names) + "\n")
+        self._write(one_line(plain_line(news, self._names)) + "\n")
 
     def say(self, text: str) -> None:
         """One line that stays."""
         self.end()
-        self._write(text + "\n")
+        self._write(printable(text) + "\n")
 
     def end(self) -> None:
         """Nothing is going on any more."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
+import urllib.parse
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from client.errors import (
     AnswerUnreadable,
     EndpointUnknown,
+    JobError,
     JobOverdue,
     JobUnknown,
     KeyMissing,
@@ -18,7 +21,9 @@ from client.errors import (
     ServiceFailed,
     TooManyRequests,
     Unreachable,
+    UsageError,
 )
+from client.plain import fits_a_header
 from client.wire import Wire
 
 if TYPE_CHECKING:
@@ -36,6 +41,7 @@ _SLOWER: Final = 1.3
 _TICK_S: Final = 0.5
 _FOREVER_S: Final = 24 * 3600.0  # RunPod itself keeps no job longer
 _CAPACITY_AFTER_S: Final = 20.0
+_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +74,10 @@ class Service(Protocol):
         """Stop the job if that can be done; says what was done, as the middle of a sentence. Raises nothing."""
         ...
 
+    def aftermath(self, error: Exception) -> str | None:
+        """What may still go on after `error` ended `run`, as a sentence; None for nothing that the error does not say."""
+        ...
+
 
 @dataclass(slots=True)
 class Endpoint:
@@ -82,13 +92,19 @@ class Endpoint:
     def of(cls, endpoint_id: str, environ: Mapping[str, str], job_id: str | None = None) -> Endpoint:
         """The endpoint of this id, key and base address from the environment, as RunPod's own client has them.
 
-        Raises `KeyMissing`.
+        Raises `KeyMissing`, and `UsageError` for an id or a key that cannot be one.
         """
+        name = _checked_id(endpoint_id, "--endpoint")
+        job = None if job_id is None else _checked_id(job_id, "--job")
         key = environ.get("RUNPOD_API_KEY", "").strip()
         if not key:
             raise KeyMissing
+        if not fits_a_header(key):
+            raise UsageError(
+                "RUNPOD_API_KEY has a blank, a line break or another character in it that no key has: copy it again"
+            )
         base = environ.get("RUNPOD_ENDPOINT_BASE_URL") or ENDPOINTS
-        return cls(Wire(f"{base.rstrip('/')}/{endpoint_id.strip('/')}", key), job_id)
+        return cls(Wire(f"{base.rstrip('/')}/{name}", key), job)
 
     def run(self, job: Mapping[str, Any], watch: Watch, timeout_s: float | None) -> dict[str, Any]:
         """Send the job, or take up the one whose id is set, and follow it."""
@@ -114,10 +130,9 @@ class Endpoint:
                 watch(News("SENDING", waited_s, trouble="too many requests, trying again"))
                 time.sleep(pause_s)
                 pause_s = min(pause_s * 2, 10.0)
-        self._sending = False
         if not isinstance(answer.get("id"), str):
             raise AnswerUnreadable(self.wire.base, "no job's id")
-        self.job_id = answer["id"]
+        self.job_id, self._sending = answer["id"], False
         return answer
 
     def _follow(self, answer: dict[str, Any], watch: Watch, began: float, timeout_s: float) -> dict[str, Any]:
@@ -131,7 +146,7 @@ class Endpoint:
                 queue = self._capacity() or queue
             self._wait(pause_s, lambda: self._news(answer, began, queue, trouble), watch)  # noqa: B023 - called before the next turn
             try:
-                found = self.wire.get(f"/status/{self.job_id}", _REQUEST_TIMEOUT_S)
+                found = self.wire.get(f"/status/{self._job}", _REQUEST_TIMEOUT_S)
             except EndpointUnknown:
                 self._over = True
                 raise JobUnknown(str(self.job_id)) from None
@@ -180,9 +195,9 @@ class Endpoint:
                 if self._sending
                 else "it was not sent"
             )
-        cancel = f'curl -X POST -H "Authorization: Bearer $RUNPOD_API_KEY" {self.wire.base}/cancel/{self.job_id}'
+        cancel = f'curl -X POST -H "Authorization: Bearer $RUNPOD_API_KEY" {self.wire.base}/cancel/{self._job}'
         try:
-            answer = self.wire.post(f"/cancel/{self.job_id}", None, _CANCEL_TIMEOUT_S)
+            answer = self.wire.post(f"/cancel/{self._job}", None, _CANCEL_TIMEOUT_S)
         except ServiceError as exc:
             return f"it could not be cancelled and may still run ({exc}): {cancel}"
         except KeyboardInterrupt:
@@ -191,6 +206,30 @@ class Endpoint:
         if answer.get("status") in FINAL - {"CANCELLED"}:
             return "it had already ended"
         return "it was cancelled"
+
+    def aftermath(self, error: Exception) -> str | None:
+        """How to take up the job again; or that it may be one although nothing says so, which costs money unseen."""
+        if self._over or isinstance(error, JobError):
+            return None
+        if self.job_id is not None:
+            return f"The job may still run: take it up again with --job {self.job_id}"
+        if self._sending and not (isinstance(error, ServiceError) and not error.may_have_arrived):
+            return "The request may have arrived: look at the endpoint's requests before you send it again."
+        return None
+
+    @property
+    def _job(self) -> str:
+        """The job's id as a part of a path."""
+        return urllib.parse.quote(str(self.job_id), safe="")
+
+
+def _checked_id(text: str, option: str) -> str:
+    """An id as a part of a path. Raises `UsageError`, without the text: somebody may have pasted a key."""
+    if not text.strip("/ "):
+        raise UsageError(f"{option} is empty: copy the id from RunPod's console")
+    if not _ID.fullmatch(text.strip("/")):
+        raise UsageError(f"{option} takes an id alone, such as abc123def456: copy it from RunPod's console")
+    return text.strip("/")
 
 
 def _moved(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
@@ -233,3 +272,7 @@ class LocalWorkerApi:
     def abandon(self) -> str:
         """Nothing can be done: the SDK's local API has no way to cancel."""
         return "the worker still runs it, because its local API cannot cancel" if self._sent else "it had already ended"
+
+    def aftermath(self, error: Exception) -> str | None:  # noqa: ARG002 - of the Service
+        """Nothing that costs money: whoever serves the API sees what it does."""
+        return None

@@ -19,7 +19,9 @@ from client.errors import (
     ServiceFailed,
     TooManyRequests,
     Unreachable,
+    UsageError,
 )
+from client.plain import fits_a_header
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -46,9 +48,16 @@ class Wire:
     key: str | None = None
 
     def __post_init__(self) -> None:
-        parts = urllib.parse.urlsplit(self.base)
-        if parts.scheme not in {"http", "https"} or not parts.hostname:
-            raise Unreachable(self.base, "it is no http:// or https:// address")
+        """Raises `UsageError` where it is no address."""
+        if "://" not in self.base and fits_a_header(self.base):
+            raise UsageError(f"'{self.base}' is no whole address: write http://{self.base}, or https://")
+        try:
+            parts = urllib.parse.urlsplit(self.base)
+            usable = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+        except ValueError:
+            usable = False
+        if not (usable and fits_a_header(self.base)):
+            raise UsageError(f"'{self.base}' is no http:// or https:// address: write one such as http://127.0.0.1:8000")
 
     @property
     def is_local(self) -> bool:
@@ -77,16 +86,16 @@ class Wire:
         except urllib.error.HTTPError as exc:
             with exc:
                 raise self._refusal(exc, len(request.data or b"")) from None  # type: ignore[arg-type]  # bytes, made above
-        except urllib.error.URLError as exc:
+        except urllib.error.URLError as exc:  # urllib's word for whatever fails before all of the request is out
             raise self.unreachable(exc.reason) from None
         except (OSError, http.client.HTTPException) as exc:
-            raise self.unreachable(exc) from None
+            raise self.unreachable(exc, was_sent=True) from None
         return self._object(data)
 
     def _object(self, data: bytes) -> dict[str, Any]:
         try:
             answer = json.loads(data)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise AnswerUnreadable(self.base, f"{_words(data) or 'nothing'!r}") from None
         if not isinstance(answer, dict):
             raise AnswerUnreadable(self.base, f"the JSON of a {type(answer).__name__}")
@@ -110,15 +119,15 @@ class Wire:
             return AnswerUnreadable(self.base, f"a redirect (status {status})")
         return RequestRefused(self.base, status, reason, size_bytes)
 
-    def unreachable(self, reason: object) -> Unreachable:
-        """The error for a connection that failed with `reason`."""
+    def unreachable(self, reason: object, *, was_sent: bool = False) -> Unreachable:
+        """The error for a connection that failed with `reason`, `was_sent` saying whether the request had gone out before."""
         text = (reason.strerror or str(reason)) if isinstance(reason, OSError) else str(reason)
         if isinstance(reason, TimeoutError):
             text = "no answer in time"
         if isinstance(reason, socket.gaierror):
             text = "its name cannot be looked up"
         advice = "is the worker running? `make serve` starts one" if self.is_local else "check the address and the network"
-        return Unreachable(self.base, text or type(reason).__name__, advice)
+        return Unreachable(self.base, text or type(reason).__name__, advice, was_sent)
 
 
 def _words(data: bytes) -> str:
@@ -126,7 +135,7 @@ def _words(data: bytes) -> str:
     text = data.decode("utf-8", "replace")
     try:
         body = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         body = None
     if isinstance(body, dict):
         found = next((body[key] for key in ("error", "detail", "message", "title") if body.get(key)), body)

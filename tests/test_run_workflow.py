@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import base64
 import json
 import os
 import pty
+import re
 import shutil
 import signal
 import subprocess
@@ -13,10 +15,12 @@ import sys
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import pytest
 
+from client import command
 from client.errors import OutputNotSaved
 from client.progress import bar_line, plain_line, size
 from client.save import Saved, file_name, save_outputs
@@ -30,7 +34,6 @@ from devkit.local_worker import PROJECT, free_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
-    from pathlib import Path
 
     from devkit.engine.build import Engine
     from devkit.local_worker import LocalWorker
@@ -69,17 +72,19 @@ def pod(engine: Engine, hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> I
         yield worker
 
 
-def environ(base_url: str, key: str = "rpa_user") -> dict[str, str]:
+def environ(base_url: str, key: str = "rpa_user", **more: str) -> dict[str, str]:
     mine = {name: value for name, value in os.environ.items() if not name.startswith("RUNPOD_")}
-    return {**mine, "RUNPOD_ENDPOINT_BASE_URL": base_url, "RUNPOD_API_KEY": key}
+    return {**mine, "RUNPOD_ENDPOINT_BASE_URL": base_url, "RUNPOD_API_KEY": key, **more}
 
 
-def client(*arguments: str, cwd: Path, base_url: str = "", key: str = "rpa_user") -> subprocess.CompletedProcess[str]:
-    """Run the client to its end."""
+def client(
+    *arguments: str, cwd: Path, base_url: str = "", key: str = "rpa_user", **more: str
+) -> subprocess.CompletedProcess[str]:
+    """Run the client to its end, `more` being variables of its environment."""
     return subprocess.run(
         [sys.executable, SCRIPT, *arguments],
         cwd=cwd,
-        env=environ(base_url, key),
+        env=environ(base_url, key, **more),
         capture_output=True,
         text=True,
         timeout=120,
@@ -394,6 +399,30 @@ def test_a_key_refused_while_the_job_runs_leaves_its_id_to_take_it_up_again(tmp_
     assert "take it up again with --job j-1" in done.stderr
 
 
+def test_an_answer_that_is_lost_may_have_left_a_job(tmp_path: Path) -> None:
+    note = "The request may have arrived: look at the endpoint's requests before you send it again."
+    cut = (200, {"content-length": "10"}, b"{")
+    for answer, noted in ((cut, True), (said({}, 504), True), (said({"no": "id"}), True), (said({}, 401), False)):
+        with Scripted([answer]) as server:
+            done = client(EMPTY, "--endpoint", "ep", base_url=server.url, cwd=tmp_path)
+        assert (done.returncode, len(server.requests), note in done.stderr) == (3, 1, noted), done.stderr
+    for nobody in (f"http://127.0.0.1:{free_port()}", "http://nobody.invalid"):
+        done = client(EMPTY, "--endpoint", "ep", base_url=nobody, cwd=tmp_path, NO_PROXY="*")
+        assert (done.returncode, note in done.stderr) == (3, False), done.stderr
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_the_job_is_sent(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with Scripted([said({"id": "j", "status": "COMPLETED", "output": {}})]) as server:
+        for output in ("file", "file/below", "/proc/outputs"):
+            done = client(EMPTY, "--endpoint", "ep", "--output", output, base_url=server.url, cwd=tmp_path)
+            assert (done.returncode, "give another folder with --output" in done.stderr) == (2, True), done.stderr
+        assert server.requests == []
+        done = client(EMPTY, "--endpoint", "ep", "--output", "new/folder", base_url=server.url, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_nobody_there_and_no_key(tmp_path: Path) -> None:
     nobody = f"http://127.0.0.1:{free_port()}"
     done = client(EMPTY, "--endpoint", "ep", base_url=nobody, cwd=tmp_path)
@@ -408,7 +437,7 @@ def test_nobody_there_and_no_key(tmp_path: Path) -> None:
     ("arguments", "words"),
     [
         ([], "one of the arguments --endpoint --url is required"),
-        (["--url", "http://127.0.0.1:1"], "give either a workflow or --job ID"),
+        (["--url", "http://127.0.0.1:1"], "Give either a workflow or --job ID"),
         (["--url", "http://127.0.0.1:1", "--job", "x"], "--job goes with --endpoint"),
         (["missing.json", "--url", "http://127.0.0.1:1"], "missing.json cannot be read (No such file or directory)"),
         ([SCRIPT, "--url", "http://127.0.0.1:1"], "is neither JSON"),
@@ -416,8 +445,21 @@ def test_nobody_there_and_no_key(tmp_path: Path) -> None:
         ([EMPTY, "--url", "http://127.0.0.1:1", "--image", "a.png=gone.png"], "gone.png cannot be read"),
         ([EMPTY, "--url", "http://127.0.0.1:1", "--image", "=x"], "--image takes NAME=PATH"),
         ([EMPTY, "--url", "http://127.0.0.1:1", "--model", "x=y"], "--model takes FOLDER/NAME=SOURCE"),
-        ([EMPTY, "--url", "http://127.0.0.1:1", "--seed", "often"], "--seed takes random, next or a whole number"),
-        ([EMPTY, "--url", "http://127.0.0.1:1", "--timeout", "0"], "must be more than 0"),
+        ([EMPTY, "--url", "http://127.0.0.1:1", "--seed", "often"], "--seed takes random, next, -1 or a whole number"),
+        ([EMPTY, "--url", "http://127.0.0.1:1", "--seed", "9" * 5000], "not '9999"),
+        ([EMPTY, "--url", "http://127.0.0.1:1", "--seed", str(2**64)], "--seed takes random, next, -1 or a whole number up to"),
+        ([EMPTY, "--url", "http://127.0.0.1:1", "--timeout", "0"], "must be a number of seconds, more than 0"),
+        ([EMPTY, "--url", "http://127.0.0.1:1", "--timeout", "abc"], "must be a number of seconds, more than 0"),
+        ([EMPTY, "--url", "http://127.0.0.1:1", "--image", "a.png=~nobody-of-this-name/a.png"], "a home folder"),
+        ([EMPTY, "--url", "127.0.0.1:8000"], "is no whole address: write http://127.0.0.1:8000"),
+        ([EMPTY, "--url", "http://[::1"], "is no http:// or https:// address"),
+        ([EMPTY, "--url", "http://127.0.0.1:port"], "is no http:// or https:// address"),
+        ([EMPTY, "--url", "http://127.0.0.1/ä"], "is no http:// or https:// address"),
+        ([EMPTY, "--endpoint", ""], "--endpoint is empty"),
+        ([EMPTY, "--endpoint", "ä"], "--endpoint takes an id alone"),
+        ([EMPTY, "--endpoint", "https://api.runpod.ai/v2/abc/run"], "--endpoint takes an id alone"),
+        (["--job", "", "--endpoint", "ep"], "--job is empty"),
+        (["--job", "\n", "--endpoint", "ep"], "--job takes an id alone"),
     ],
 )
 def test_a_wrong_command_line_is_status_2_and_a_sentence(arguments: list[str], words: str, tmp_path: Path) -> None:
@@ -425,6 +467,61 @@ def test_a_wrong_command_line_is_status_2_and_a_sentence(arguments: list[str], w
     assert done.returncode == 2
     assert words in done.stderr
     assert "Traceback" not in done.stderr
+    assert "9" * 100 not in done.stderr
+
+
+@pytest.mark.parametrize("key", ["rpa_first\nsecond", "rpa_first second", "rpa_first\N{LATIN SMALL LETTER A WITH DIAERESIS}"])
+def test_a_key_that_cannot_be_one_is_said_to_be_and_not_shown(key: str, tmp_path: Path) -> None:
+    done = client(EMPTY, "--endpoint", "ep", base_url="http://127.0.0.1:1", key=key, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "RUNPOD_API_KEY has a blank, a line break or another character" in done.stderr
+    assert "first" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "option", "words"),
+    [
+        ({"set": ["a"]}, ("--set", "1.a=1"), "has 'set' that is no object: correct it, or leave out --set"),
+        ({"images": {"a": 1}}, ("--image", "a.png=https://example.com/a.png"), "has 'images' that is no list"),
+        ({"models": "x"}, ("--model", "vae/a=hf://o/r/a"), "has 'models' that is no list: correct it, or leave out --model"),
+    ],
+)
+def test_what_cannot_be_added_to_a_request_is_said(
+    given: dict[str, Any], option: tuple[str, str], words: str, tmp_path: Path
+) -> None:
+    request = written(tmp_path / "r.json", {"input": {"workflow": {"1": {}}, **given}})
+    done = client(request, "--url", "http://127.0.0.1:1", *option, cwd=tmp_path)
+    assert (done.returncode, words in done.stderr) == (2, True), done.stderr
+
+
+def test_an_older_python_says_which_one_is_needed(tmp_path: Path) -> None:
+    """With its grammar, and a version that says so: there is none on this machine."""
+    for script, needed in ((SCRIPT, "3.10"), (str(PROJECT / "scripts/seed_volume.py"), "3.11")):
+        text = Path(script).read_text("utf-8")
+        ast.parse(text, feature_version=(3, 4))
+        code = f"import sys; sys.version_info = (3, 9, 18); exec(compile({text!r}, 'x', 'exec'), {{'__name__': '__main__'}})"
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr == f"{Path(script).name} needs Python {needed} or newer; this is Python 3.9.\n"
+
+
+def test_the_seeder_without_its_packages_says_how_to_have_them(tmp_path: Path) -> None:
+    script = str(PROJECT / "scripts/seed_volume.py")
+    done = subprocess.run([sys.executable, "-S", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert ".venv/bin/pip install --no-deps -r requirements.lock" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_defect_is_a_sentence_without_values(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def broken(_: object) -> dict[str, Any]:
+        raise KeyError("rpa_secret")
+
+    monkeypatch.setattr(command, "build", broken)
+    assert command.run([EMPTY, "--endpoint", "ep"], {"RUNPOD_API_KEY": "rpa_secret"}) == 1
+    said = capsys.readouterr().err
+    assert re.fullmatch(r"error: The client met .* \(KeyError in client/command\.py, line \d+\): .* \[client_defect\]\n", said)
+    assert "rpa_secret" not in said
 
 
 def test_the_request_holds_what_was_asked_for(tmp_path: Path) -> None:
@@ -534,11 +631,14 @@ def test_what_cannot_be_saved_is_said_and_the_rest_goes_on(tmp_path: Path) -> No
             item("a.png", "!!"),
             item("b.png", f"{refusing.url}/secret?sig=abc", "s3_url"),
             item("c.png", "file:///etc/passwd", "s3_url"),
+            item("f.png", f"{refusing.url}/two words?sig=abc", "s3_url"),
+            item("g.png", "https://[::1?sig=abc", "s3_url"),
+            item("h.png", "\N{SNOWMAN}"),
             item("d.png", kind="carrier_pigeon"),
             {"filename": "e.png", "type": "base64"},
             item("good.png"),
         )
-    assert [type(each) for each in found] == [OutputNotSaved] * 5 + [Saved]
+    assert [type(each) for each in found] == [OutputNotSaved] * 8 + [Saved]
     assert [path.name for path in tmp_path.iterdir()] == ["good.png"]
     assert not any("sig=abc" in str(each) for each in found)
     assert "status 403" in str(found[1])
@@ -559,7 +659,72 @@ def test_a_file_on_the_volume_is_told_with_the_way_to_get_it(tmp_path: Path) -> 
     assert done.returncode == 0
     assert "on the volume  outputs/job/v.mp4" in done.stdout
     assert "aws s3 cp s3://VOLUME_ID/outputs/job/v.mp4" in done.stdout
+    assert "export AWS_ACCESS_KEY_ID=$RUNPOD_S3_ACCESS_KEY_ID" in done.stdout
     assert "warning: one is missing" in done.stderr
+
+
+def answered(result: object, *arguments: str, tmp_path: Path, **more: str) -> subprocess.CompletedProcess[str]:
+    """The client, told that its job is done with this result."""
+    with Scripted([said({"id": "j", "status": "COMPLETED", "output": result})]) as server:
+        return client(EMPTY, "--endpoint", "ep", *arguments, base_url=server.url, cwd=tmp_path, **more)
+
+
+def test_a_terminal_is_given_nothing_to_obey(tmp_path: Path) -> None:
+    evil = "\x1b[2J\x9b31m\x07"
+    on_volume = {**item("v.mp4", f"outputs/a'; b {evil}/v.mp4", "volume_path"), "media_type": evil}
+    shown = {**item("t.txt", f"a\N{IDEOGRAPHIC SPACE}b{evil}", "text"), "media_type": evil}
+    answer = {"id": f"j{evil}", "status": "COMPLETED", "output": {"videos": [on_volume], "text": [shown], "errors": [evil]}}
+    with Scripted([said(answer)]) as server:
+        done = client(EMPTY, "--endpoint", "ep", base_url=server.url, cwd=tmp_path)
+        whole = client(EMPTY, "--endpoint", "ep", "--json", base_url=server.url, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for text in (done.stdout, done.stderr, whole.stdout, whole.stderr):
+        assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f]", text), text
+    assert """aws s3 cp 's3://VOLUME_ID/outputs/a'"'"'; b ?[2J?31m?/v.mp4' . --region""" in done.stdout
+    assert "a\N{IDEOGRAPHIC SPACE}b?[2J?31m?" in done.stdout
+    assert "warning: ?[2J?31m?" in done.stderr
+    assert json.loads(whole.stdout) == answer
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_what_an_encoding_lacks_stops_nothing(encoding: str, tmp_path: Path) -> None:
+    result = {"images": [item("\N{SNOWMAN}.png")], "text": [item("t.txt", "\N{SNOWMAN}\ud800", "text")]}
+    done = answered(result, tmp_path=tmp_path, PYTHONIOENCODING=encoding)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in (tmp_path / "outputs").iterdir()) == ["t.txt", "\N{SNOWMAN}.png"]
+    assert (tmp_path / "outputs/t.txt").read_text("utf-8") == "\N{SNOWMAN}\\ud800"
+    whole = answered(result, "--json", tmp_path=tmp_path, PYTHONIOENCODING=encoding)
+    assert json.loads(whole.stdout)["output"] == result
+
+
+def test_a_result_of_another_shape_is_said_and_ends_nothing(tmp_path: Path) -> None:
+    odd = {"images": 5, "videos": {"filename": "v"}, "audio": [item("a.mp3"), "b.mp3"], "errors": "one", "text": None}
+    done = answered(odd, tmp_path=tmp_path)
+    assert done.returncode == 1
+    assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["a.mp3"]
+    assert done.stderr.count("is not saved: ") == 3
+    assert "warning: one\n" in done.stderr
+    assert "The result can be fetched again with --job j within 30 minutes." in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_reader_that_leaves_costs_no_output(tmp_path: Path) -> None:
+    ours, theirs = os.pipe()
+    os.close(ours)
+    with Scripted([said({"id": "j", "status": "COMPLETED", "output": {"images": [item("a.png"), item("b.png")]}})]) as server:
+        done = subprocess.run(
+            [sys.executable, SCRIPT, EMPTY, "--endpoint", "ep"],
+            cwd=tmp_path,
+            env=environ(server.url),
+            stdout=theirs,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    os.close(theirs)
+    assert (done.returncode, "Error" in done.stderr) == (0, False), done.stderr
+    assert sorted(path.name for path in (tmp_path / "outputs").iterdir()) == ["a.png", "b.png"]
 
 
 # --- lines --------------------------------------------------------------------------------------
