@@ -28,7 +28,8 @@ import yaml  # type: ignore[import-untyped]  # it ships no types
 from client import errors as client_errors
 from devkit.hub import Hub as StandIn
 from devkit.local_worker import PROJECT
-from worker import errors
+from worker import __version__, errors
+from worker.__main__ import _COMMANDS, main
 from worker.settings import Settings
 
 if TYPE_CHECKING:
@@ -369,6 +370,22 @@ def quoted_codes(page: str) -> Iterator[tuple[int, str]]:
 def test_every_error_code_on_a_page_exists(page: str) -> None:
     wrong = [f"{page}:{number}: {code}" for number, code in quoted_codes(page) if code not in codes()]
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("word", ["help", "--help", "-h"])
+def test_help_names_every_command_also_where_a_worker_would_start(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([word], {"RUNPOD_WEBHOOK_GET_JOB": "http://127.0.0.1:1"}) == 0
+    named = re.findall(r"^  (\w+)", capsys.readouterr().out, re.MULTILINE)
+    assert sorted(named) == sorted([*_COMMANDS, "help"])
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    """In the package, and in the images that the pages name."""
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
+    named = {
+        tag for page in PAGES for tag in re.findall(r"comfyui-volume-worker:(\d[\w.]*)", (PROJECT / page).read_text("utf-8"))
+    }
+    assert {project["version"], *named} == {__version__}
 
 
 # --- these tests can fail -----------------------------------------------------------------------

@@ -1,3 +1,3 @@
 """A RunPod serverless worker for ComfyUI whose image holds no weights."""
 
-__version__ = "0.1.0"
+__version__ = "1.0.0"

@@ -6,19 +6,21 @@
     python -m worker convert WORKFLOW.json  a workflow as the editor saves it, as the graph that runs
     python -m worker seed WHAT ...          models onto a volume before the first job
     python -m worker settings               the table of settings
+    python -m worker help                   this list, for people
 
 Only what spawning ComfyUI needs is imported at the top: each import before the spawn is added to every cold start.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from worker import logs
+from worker import __version__, logs
 from worker.comfy.process import EngineCommand, EngineProcess, prepare_base_dir
 from worker.errors import CommandUnknown, WorkerError
 from worker.serve import import_sdk, prepare_environ, sdk_arguments, serve
@@ -29,10 +31,29 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
 
+_HELP = """\
+usage: python -m worker [COMMAND] ...        (in the image: worker [COMMAND] ...)
+
+  plan WORKFLOW      what a workflow needs, what of it is there, where the rest would come from
+  doctor             examine the volume
+  seed WHAT ...      fill a volume with models before the first job
+  convert WORKFLOW   a workflow as the editor saves it, as the graph that runs
+  settings           the table of settings, which are environment variables
+  help               this
+
+plan, doctor, seed and convert have a --help of their own. Without a command the worker itself starts: on RunPod it takes
+jobs; elsewhere it wants --rp_serve_api for a local API (with --rp_api_host and --rp_api_port), or a job to run, in
+./test_input.json or --test_input.
+"""
+
+
 def main(argv: Sequence[str], environ: MutableMapping[str, str]) -> int:
     """Run a command, or the worker; returns the exit status. A failure to start is one line and status 1."""
     command, rest = (argv[0], argv[1:]) if argv else ("", argv)
     try:
+        if command in {"-h", "--help", "help"}:
+            print(_HELP, end="")  # noqa: T201 - the command's output
+            return 0
         if command in _COMMANDS:
             return _COMMANDS[command](rest, environ)
         if command and not command.startswith("-"):
@@ -53,6 +74,7 @@ def run_worker(argv: Sequence[str], environ: MutableMapping[str, str]) -> int:
     prepare_base_dir(settings)
     if (settings.volume_path / "custom_nodes").is_dir():  # one look where there are none
         command = with_custom_nodes(settings, command)
+    logging.getLogger("worker").info("comfyui-volume-worker %s", __version__)
     process = EngineProcess.spawn(command)
 
     from worker.warmth import Warmth  # noqa: PLC0415 - after the spawn: ComfyUI boots meanwhile
