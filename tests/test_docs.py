@@ -21,6 +21,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
+from xml.etree import ElementTree as ET
 
 import pytest
 import yaml  # type: ignore[import-untyped]  # it ships no types
@@ -141,6 +142,14 @@ def test_every_link_leads_somewhere(page: str) -> None:
         ):
             lost.append(f"{page}:{number}: {target}: no such heading")
     assert not lost, "\n".join(lost)
+
+
+@pytest.mark.parametrize("picture", sorted(PROJECT.glob("docs/*.svg")), ids=lambda path: path.name)
+def test_a_picture_refers_to_nothing_that_it_lacks(picture: Path) -> None:
+    text = picture.read_text("utf-8")
+    names = {element.get("id") for element in ET.fromstring(text).iter()}
+    assert set(re.findall(r"url\(#([^)]+)\)", text)) | {"title", "desc"} <= names
+    assert not re.search(r"url\((?!#)|(?:href|src)=", text), "a page shows it without what it would fetch"
 
 
 # --- blocks that are data -----------------------------------------------------------------------

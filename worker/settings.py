@@ -208,7 +208,7 @@ class Settings:
     warm_memory_share: float = _setting(
         _number(0, 1),
         "0.5",
-        "How much of the container's free memory may be filled so; ComfyUI needs the rest for its own copy of the weights.",
+        "How much of the container's free memory may be used for this; ComfyUI needs the rest for its own copy of the weights.",
     )
     warmup_workflow: Path | Literal["auto"] | None = _setting(
         _workflow_file,
@@ -217,7 +217,9 @@ class Settings:
         "format, or `auto`: the loaders and one step of the last job, remembered on the volume without its texts, seeds and "
         "files. It makes each start longer; use it where workers wait for jobs.",
     )
-    warmup_timeout_s: float = _setting(_number(1, 3600), "120", "When that run is given up, and jobs are taken without it.")
+    warmup_timeout_s: float = _setting(
+        _number(1, 3600), "120", "How long the warm-up run may take; jobs are then taken without it."
+    )
     comfyui_dir: Path = _setting(_path, "/comfyui", "The folder that holds ComfyUI's `main.py`.")
     comfyui_base_dir: Path | None = _setting(
         lambda text: _path(text) if text else None,
@@ -242,7 +244,9 @@ class Settings:
         "A workflow that runs longer is interrupted; a request can ask for less, and RunPod's own limit applies as well.",
     )
     comfy_hang_timeout_s: float = _setting(
-        _number(1, 86400), "180", "A ComfyUI that has a job and for so long neither reports nor answers anything is replaced."
+        _number(1, 86400),
+        "180",
+        "ComfyUI is replaced when it has a job and has sent nothing and answered nothing for this long.",
     )
     input_url_hosts: tuple[str, ...] | None = _setting(
         _input_hosts,
