@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
-import os
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -19,6 +16,7 @@ from hypothesis import strategies as st
 from devkit.editor import INFO, LOADER, inner, node, outer, subgraph, ui, with_instance
 from devkit.engine.cache import cache_root
 from devkit.local_worker import PROJECT
+from devkit.recorded import recorded_pairs, recording
 from scripts.make_catalog import fetch_wheel, templates
 from worker.comfy.convert import classes, convert, is_ui
 from worker.comfy.workflow import parse_graph
@@ -26,6 +24,7 @@ from worker.errors import RequestError, UiWorkflowInvalid, UnknownNodes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+    from pathlib import Path
 
 FOLDER = PROJECT / "tests/ui"
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
@@ -626,18 +625,6 @@ def test_official_templates_become_what_comfyuis_own_frontend_makes_of_them(
     assert len(expected) == count
 
 
-def pairs() -> list[Any]:
-    folder = os.environ.get("WORKFLOW_PAIRS")
-    paths = sorted(Path(folder).glob("pairs*/*.json")) if folder else []
-    return [pytest.param(path, id=f"{path.parent.name}/{path.stem}") for path in paths]
-
-
-@cache
-def object_info(path: Path) -> dict[str, Any]:
-    info: dict[str, Any] = json.loads(gzip.decompress(path.read_bytes()))
-    return info
-
-
 # A link that the frontend loses, a node without a class, a file list that only the server of that day had.
 DIFFERENT_PAIRS = {
     (CLASSIC, "node_without_inputs_key"),
@@ -648,12 +635,11 @@ DIFFERENT_PAIRS = {
 }
 
 
-@pytest.mark.parametrize("path", pairs())
+@pytest.mark.parametrize("path", recorded_pairs().values(), ids=list(recorded_pairs()))
 def test_a_recorded_pair(path: Path) -> None:
-    """Run with WORKFLOW_PAIRS=FOLDER: `pairs*/*.json` as {ui, api, frontend, object_info}, beside the latter's files."""
-    pair = json.loads(path.read_text(encoding="utf-8"))
+    """Run with WORKFLOW_PAIRS=FOLDER, see devkit/recorded.py."""
+    pair, info = recording(path)
     name = path.stem.partition("__")[2].removesuffix("__fe158")
-    info = object_info(path.parent.parent / pair["object_info"])
     if name in NEEDS_BROWSER:
         with pytest.raises(UiWorkflowInvalid, match="from the browser"):
             convert(pair["ui"], info, frontend=pair["frontend"])

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import gzip
 import json
-import os
 import struct
 import threading
-from functools import cache
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from devkit.editor import node, subgraph, ui
 from devkit.engine.cache import cache_root
 from devkit.local_worker import PROJECT
+from devkit.recorded import recorded_pairs, recording
 from scripts.make_catalog import fetch_wheel, templates
 from worker.comfy.convert import convert
 from worker.comfy.workflow import named_models, needed_nodes, parse_graph
@@ -26,6 +23,9 @@ from worker.models.wire import Network
 from worker.plan.document import Unreadable, Wanted, read_document
 from worker.plan.editor import naming_graph
 from worker.seed.wants import Wants
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 CLASSIC, MODERN = "1.32.9", "1.58.1"
 
@@ -251,23 +251,10 @@ def test_official_templates_name_what_their_converted_graphs_name() -> None:
     assert compared > 400
 
 
-def pairs() -> list[Any]:
-    folder = os.environ.get("WORKFLOW_PAIRS")
-    paths = sorted(Path(folder).glob("pairs*/*.json")) if folder else []
-    return [pytest.param(path, id=f"{path.parent.name}/{path.stem}") for path in paths]
-
-
-@cache
-def object_info(path: Path) -> dict[str, Any]:
-    info: dict[str, Any] = json.loads(gzip.decompress(path.read_bytes()))
-    return info
-
-
-@pytest.mark.parametrize("path", pairs())
+@pytest.mark.parametrize("path", recorded_pairs().values(), ids=list(recorded_pairs()))
 def test_a_recorded_pair_wants_what_its_job_needs(path: Path) -> None:
-    """Run with WORKFLOW_PAIRS=FOLDER, as in test_convert.py: nothing that the outputs of the recorded graph need is missed."""
-    pair = json.loads(path.read_text(encoding="utf-8"))
-    info = object_info(path.parent.parent / pair["object_info"])
+    """Nothing that the outputs of the recorded graph need is missed. Run with WORKFLOW_PAIRS=FOLDER, see devkit/recorded.py."""
+    pair, info = recording(path)
     try:
         graph = parse_graph(pair["api"])
     except RequestError:
