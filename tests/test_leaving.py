@@ -121,8 +121,9 @@ def test_what_was_saved_before_a_node_failed_is_delivered(start: Start) -> None:
     job = tiny(1)
     job["workflow"]["3"] = {"class_type": "FaultDie", "inputs": {"image": ["1", 0], "seed": 1, "signal": -1}}
     job["workflow"]["4"] = {"class_type": "SaveImage", "inputs": {"images": ["3", 0], "filename_prefix": "never"}}
-    result = plane.submit(job).result(30)
+    result = plane.submit({**job, "return_timings": True}).result(30)
     assert result["status"] == "COMPLETED"
+    assert result["output"]["timings"]["running_s"] > 0
     assert [item["node_id"] for item in result["output"]["images"]] == ["2"]
     (error,) = result["output"]["errors"]
     assert error.startswith("Workflow execution error: Node Type: FaultDie, Node ID: 3, Message: Allocation on device")

@@ -15,7 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 from worker.comfy.rejection import missing_model
 from worker.comfy.workflow import check_paths, named_models, needed_nodes, with_slashes
-from worker.errors import FieldInvalid, FileIncomplete, InternalError, ModelMissing, NodeFailed, OutputGone, WorkerError
+from worker.errors import (
+    DeliveryError,
+    FieldInvalid,
+    FileIncomplete,
+    InternalError,
+    ModelMissing,
+    NodeFailed,
+    OutputGone,
+    WorkerError,
+)
 from worker.failure import failure, sentence, sentences
 from worker.graphs import Workflows
 from worker.job import Request
@@ -131,7 +140,7 @@ class JobHandler:
         try:
             run = await self._run_graph(graph, request, files, around)
         except NodeFailed as exc:
-            return await self._what_there_is(exc, deliver, job_id, around)
+            return timed(await self._what_there_is(exc, deliver, job_id, around), request, around)
         self._warmth.ran(graph, models)
         if not self.refreshes:
             around.engine_free()
@@ -144,14 +153,14 @@ class JobHandler:
             run = await self._run_graph(made_again(graph, run.outputs, job_id), request, files, around)
             with around.laps.step("delivering"):
                 result = await deliver(run.outputs, warnings=warnings)
-        return replace(result, timings=around.laps.to_dict(run.queued_s, run.node_s)) if request.return_timings else result
+        return timed(result, request, around, run.queued_s, run.node_s)
 
     async def _what_there_is(
         self, error: NodeFailed, deliver: Callable[..., Awaitable[Result]], job_id: str, around: Around
     ) -> Result:
         """What other nodes had saved before one failed, with the failure beside it, as worker-comfyui has it.
 
-        Raises the failure where there is nothing to deliver.
+        Raises the failure where there is nothing to deliver, or no place for it.
         """
         if not error.outputs:
             raise error
@@ -160,8 +169,8 @@ class JobHandler:
         try:
             with around.laps.step("delivering"):
                 result = await deliver(error.outputs, warnings=[sentence(str(error), self._redact)])
-        except OutputGone:
-            raise error from None
+        except (OutputGone, DeliveryError) as exc:
+            raise error from exc
         if result.is_empty:
             raise error
         log.warning("job %s: %s; delivering what there is", job_id, result.warnings[0])
@@ -265,6 +274,13 @@ class JobHandler:
                 await asyncio.to_thread(self._supply.fetch, specs, cancel, on_progress)
         finally:
             cancel.set()
+
+
+def timed(
+    result: Result, request: Request, around: Around, queued_s: float = 0.0, node_s: Mapping[str, float] | None = None
+) -> Result:
+    """The result with where its time went, if the client asked for that."""
+    return replace(result, timings=around.laps.to_dict(queued_s, node_s or {})) if request.return_timings else result
 
 
 def check_outputs(graph: Graph, node_ids: Collection[str] | None) -> None:
