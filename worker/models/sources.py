@@ -20,7 +20,7 @@ import re
 import tomllib
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -378,7 +378,7 @@ def _parse(text: str, title: str) -> SpecList:
 
 def _checked(entries: Sequence[_Entry]) -> tuple[list[ModelSpec], list[str]]:
     problems: list[str] = []
-    placed: dict[str, tuple[ModelSpec, str]] = {}
+    placed: dict[str, tuple[ModelSpec, _Entry]] = {}
     specs: list[ModelSpec] = []
     for entry in entries:
         spec, wrong = check_spec(**_known_values(entry.values))
@@ -388,9 +388,10 @@ def _checked(entries: Sequence[_Entry]) -> tuple[list[ModelSpec], list[str]]:
         if spec is None:
             continue
         path = f"{spec.folder}/{spec.name}"
-        before, where = placed.setdefault(path, (spec, entry.where("name")))
+        before, first = placed.setdefault(path, (spec, entry))
         if entry.strict and not _is_same_file(before, spec):
-            problems.append(f"{entry.where('source')}: {path} has another source than at {where}; keep one of the two")
+            place = first.where("name")
+            problems.append(f"{entry.where('source')}: {path} has another source than at {place}; keep one of the two")
         elif before is spec or not entry.strict:
             specs.append(spec)
     return specs, problems
@@ -492,16 +493,17 @@ def _toml_entries(text: str) -> list[_Entry]:
         if key not in {"model", "models"}:
             raise _Malformed(f"'{key}' is not known; each model is a [[model]] with source and folder")
         models += _list_of(value, key)
-    headers = [number for number, line in enumerate(text.splitlines(), 1) if _TOML_HEADER.match(line)]
+    lines = text.splitlines()
+    headers = [number for number, line in enumerate(lines, 1) if _TOML_HEADER.match(line)]
     if len(headers) != len(models):
         return _numbered(models)  # written as an inline array: there are no blocks to count
-    return [_Entry(model, _toml_place(text.splitlines(), line)) for model, line in zip(models, headers, strict=True)]
+    return [_Entry(model, _toml_place(lines, line)) for model, line in zip(models, headers, strict=True)]
 
 
 def _toml_place(lines: Sequence[str], header: int) -> Callable[[str], str]:
     def where(name: str) -> str:
         words = {name, *(other for other, word in _OTHER_WORDS.items() if word == name)}
-        for number, line in enumerate(lines[header:], header + 1):
+        for number, line in enumerate(islice(lines, header, None), header + 1):
             if line.lstrip().startswith("["):
                 break
             if line.partition("=")[0].strip().strip("\"'") in words:
