@@ -26,12 +26,16 @@ from devkit.hub import hub_process
 from devkit.local_worker import PROJECT
 from devkit.moosefs import MooseFS, available
 from worker.models.layout import Layout
+from worker.models.links import ModelLinks
 from worker.models.seals import Seal, write_seal
+from worker.models.sources import Sources
+from worker.models.supply import Supply
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from devkit.hub import RemoteHub
+    from worker.models.provision import Ensurer
 
 REPO, FILE = "org/large", "large.safetensors"
 SIZE_BYTES, SHORT_BYTES = 3 * 10**9, 3 * 10**8
@@ -174,29 +178,36 @@ def _run(code: str, target: Path, endpoint: str, size_bytes: int) -> dict[str, A
 
 
 def _ready(where: str, folder: Path, options: Options) -> Figure:
-    """How long it takes to decide that a volume full of sealed models is ready; no network is asked."""
-    from worker.models.hub import Hub  # noqa: PLC0415 - its import is no part of the figures above
-    from worker.models.store import Store  # noqa: PLC0415 - as above
-    from worker.models.wire import Network  # noqa: PLC0415 - as above
-
+    """How long the worker takes from a manifest to the decision that all of it is there: no network, nothing that fetches."""
     layout = Layout(folder / "full")
-    names = [("loras", f"model_{number:04}.safetensors") for number in range(READY_COUNT)]
-    for folder_name, name in names:
-        path = layout.model(folder_name, name)
+    lines = []
+    for number in range(READY_COUNT):
+        name = f"model_{number:04}.safetensors"
+        path = layout.model("loras", name)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-        write_seal(layout.seal(folder_name, name), Seal(size=0, mtime=int(path.stat().st_mtime), sha256=None))
-    store = Store(layout, Hub("http://127.0.0.1:9", Network()), "bench")
+        write_seal(layout.seal("loras", name), Seal(size=0, mtime=int(path.stat().st_mtime), sha256=None))
+        lines.append(f'[[model]]\nsource = "hf://org/repo/{name}"\nfolder = "loras"\n')
+    layout.manifest.write_text("\n".join(lines))
     samples = []
-    for _ in range(options.samples):
+    for number in range(options.samples):
+        base = folder / f"base-{number}"
+        links = ModelLinks(base / "models", [layout.models])
+        places = [layout, Layout(base / "container-volume")]
+        supply = Supply(links, places, base / "nearer", lambda: Sources.read(volume_manifest=layout.manifest), _no_store)
         began = time.perf_counter()
-        found = store.ready_many(names)
+        wanted = supply.manifest()
+        supply.fetch_behind(wanted)
         samples.append((time.perf_counter() - began) * 1000)
-        if len(found) != READY_COUNT:
-            raise RuntimeError(f"{len(found)} of {READY_COUNT} are ready")
+        if len(wanted) != READY_COUNT:
+            raise RuntimeError(f"{len(wanted)} of {READY_COUNT} are named")
     with contextlib.suppress(OSError):
         shutil.rmtree(layout.root)
     return Figure.of(f"{where}_ready_{READY_COUNT}_ms", samples, "ms", READY_BOUNDS_MS[where])
+
+
+def _no_store() -> Ensurer:
+    raise RuntimeError("something is to be fetched where everything is there")
 
 
 def _takeover(volume: MooseFS, hub: RemoteHub, count: int) -> list[Figure]:

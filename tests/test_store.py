@@ -33,6 +33,7 @@ from worker.errors import (
 )
 from worker.models.hub import Hub, credentials
 from worker.models.layout import Layout
+from worker.models.ready import lacking
 from worker.models.seals import Seal, read_seal, whole_mtime, write_seal
 from worker.models.spec import HubFile, ModelSpec, Url
 from worker.models.store import Hooks, Store, Stores, Timing, Tuning
@@ -439,10 +440,44 @@ def test_a_link_out_of_the_volume_is_not_followed(setup: Setup, tmp_path: Path, 
         setup.store().ensure(SPEC)
 
 
-def test_many_are_asked_for_at_once(setup: Setup) -> None:
+def test_nothing_is_left_to_do_for_what_is_sealed_or_put_there_by_hand(setup: Setup, tmp_path: Path) -> None:
     setup.store().ensure(SPEC)
-    asked = [("checkpoints", SPEC.name), ("checkpoints", "missing.safetensors"), ("loras", SPEC.name)]
-    assert setup.store().ready_many(asked) == {("checkpoints", SPEC.name): setup.final}
+    loose, cut, linked = (ModelSpec("loras", f"{name}.safetensors", SOURCE) for name in ("loose", "cut", "linked"))
+    for spec, content in ((loose, WEIGHTS), (cut, WEIGHTS[:-1])):
+        path = setup.layout.model(spec.folder, spec.name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    (tmp_path / "outside.safetensors").write_bytes(WEIGHTS)
+    setup.layout.model(linked.folder, linked.name).symlink_to(tmp_path / "outside.safetensors")
+    left = [
+        ModelSpec(SPEC.folder, SPEC.name, SOURCE, OTHER_SHA256),
+        ModelSpec(SPEC.folder, "missing.safetensors", SOURCE),
+        ModelSpec("loras", SPEC.name, SOURCE),
+        ModelSpec(loose.folder, loose.name, SOURCE, SHA256),
+        cut,
+        linked,
+    ]
+    assert lacking([setup.layout], [SPEC, PINNED, loose, *left]) == left
+    os.utime(setup.final, (1, 1))
+    assert lacking([setup.layout], [SPEC]) == [SPEC], "a record of ours says what it should hash to"
+
+
+def test_what_lies_on_the_containers_disk_is_there_too(setup: Setup, tmp_path: Path) -> None:
+    local = Layout(tmp_path / "container")
+    setup.store(layout=local).ensure(SPEC)
+    assert lacking([setup.layout], [SPEC]) == [SPEC]
+    assert lacking([setup.layout, local], [SPEC]) == []
+
+
+def test_many_models_are_looked_at_in_their_order_also_where_a_look_is_slow(setup: Setup) -> None:
+    specs = [ModelSpec("loras", f"{number}.safetensors", SOURCE) for number in range(100)]
+    for spec in specs[::2]:
+        path = setup.layout.model(spec.folder, spec.name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(WEIGHTS)
+    assert lacking([setup.layout], specs) == specs[1::2]
+    with mock.patch("worker.models.ready._SLOW_LOOK_S", 0.0):
+        assert lacking([setup.layout], specs) == specs[1::2]
 
 
 # --- RunPod's host cache ------------------------------------------------------------------------
@@ -569,7 +604,6 @@ def test_a_read_only_volume_serves_what_it_has(setup: Setup, local: Store, caplo
         stores = Stores(setup.volume, setup.store(), local)
         assert stores.ensure(missing).path.is_relative_to(local.layout.root)
         assert stores.ensure(missing).how == "ready"
-        assert stores.ready("loras", "x.safetensors")
 
 
 def test_a_worker_without_a_volume_uses_its_own_disk_and_says_so_once(
@@ -600,4 +634,3 @@ def test_the_volume_comes_first(setup: Setup, local: Store) -> None:
     assert stores.ensure(SPEC).path == setup.final
     local.ensure(SPEC)
     assert stores.ensure(SPEC).path == setup.final
-    assert stores.ready_many([(SPEC.folder, SPEC.name)]) == {(SPEC.folder, SPEC.name): setup.final}

@@ -107,7 +107,12 @@ class Worker:
         roots = [settings.volume_path / "models", settings.local_store / "models"]
         self._links = ModelLinks(models, roots, within=[settings.volume_path], nearer=_nearer(settings))
         self._supply = Supply(
-            models, self._links, lambda: read_sources(settings), lambda: build_store(settings), settings.model_hosts
+            self._links,
+            [Layout(settings.volume_path), Layout(settings.local_store)],
+            _nearer(settings),
+            lambda: read_sources(settings),
+            lambda: build_store(settings),
+            hosts=settings.model_hosts,
         )
         self.failed = False
         self._engine = Engine(settings, command, process, self._give_up)

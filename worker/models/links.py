@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
-__all__ = ["LARGE_FOLDER", "LinkProblem", "LinkReport", "ModelLinks", "ProblemKind"]
+__all__ = ["LARGE_FOLDER", "Found", "LinkProblem", "LinkReport", "ModelLinks", "ProblemKind"]
 
 LARGE_FOLDER = 64
 """From how many files on (here and below) a folder is one link.
@@ -69,6 +69,14 @@ class LinkReport:
     removed: int
     problems: tuple[LinkProblem, ...]
     seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A file or folder that ComfyUI sees: its path below ComfyUI's models folder, and what stat says of what that leads to."""
+
+    path: str
+    info: os.stat_result
 
 
 class ModelLinks:
@@ -132,31 +140,33 @@ class ModelLinks:
             return report
 
     def has(self, folders: Sequence[str], name: str) -> bool:
-        """Whether ComfyUI would find `name` alive under any of these folders (none given: under any folder at all).
-
-        A few stat calls. True needs no refresh. False may also mean that the file came after the last refresh: refresh, then
-        ask again. A folder counts as well, for the loaders that take one (diffusers).
-        """
+        """Whether ComfyUI would find `name`; see `find`."""
         return self.find(folders, name) is not None
 
-    def find(self, folders: Sequence[str], name: str) -> str | None:
-        """As `has`: where ComfyUI would find it."""
+    def find(self, folders: Sequence[str], name: str) -> Found | None:
+        """Where ComfyUI would find `name` alive under one of these folders (none given: under any folder at all).
+
+        One stat call for each folder up to that one. What is found needs no refresh. None may also mean that the file came
+        after the last refresh: refresh, then ask again. A folder counts as well, for the loaders that take one (diffusers).
+        """
         if not _is_plain(name):
             return None
         view = self._view
         places = (f"{folder}/{name}" for folder in _with_aliases(folders or sorted(view.tops())))
-        return next((f"{self._models}/{place}" for place in places if self._is_live(view, place)), None)
+        return next((found for place in places if (found := self._live(view, place))), None)
 
-    def _is_live(self, view: View, relative: str) -> bool:
+    def _live(self, view: View, relative: str) -> Found | None:
+        path = f"{self._models}/{relative}"
         try:
-            mode = os.stat(f"{self._models}/{relative}").st_mode
+            found = os.stat(path)
         except (OSError, ValueError):
-            return False
-        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-            return False
+            return None
+        if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
+            return None
         # What a folder link shows beyond the last refresh is in flight, or newer than ComfyUI's listing (see _move_clocks).
         folder, _, last = relative.rpartition("/")
-        return not under(view.linked, relative) or view.holds(folder, last) or relative in view.sources
+        is_shown = not under(view.linked, relative) or view.holds(folder, last) or relative in view.sources
+        return Found(path, found) if is_shown else None
 
     def _log(self, report: LinkReport) -> None:
         if report.made or report.removed:

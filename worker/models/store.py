@@ -10,14 +10,12 @@ import logging
 import re
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from worker.errors import (
     ContentMismatch,
     FileIncomplete,
-    UnsafePath,
     UnsealedMismatch,
     VolumeFailed,
     VolumeFull,
@@ -29,12 +27,12 @@ from worker.models.download import Download, Hooks, Origin, Ready, Task, Tools, 
 from worker.models.locks import Locks, Timing
 from worker.models.partial import DiskFailed, sweep
 from worker.models.ranges import Tuning
-from worker.models.seals import Seal, now, read_seal, stat_file, whole_mtime, write_seal
+from worker.models.ready import path_of, record, sealed
+from worker.models.seals import Seal, now, stat_file, whole_mtime
 from worker.models.spec import HubFile
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable
     from pathlib import Path
 
     from worker.models.hub import Hub, Remote
@@ -48,9 +46,6 @@ log = logging.getLogger(__name__)
 
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
-_LOOKERS: Final = 8
-_PROBED: Final = 16
-_SLOW_LOOK_S: Final = 0.0003  # a look at a network file system takes about a millisecond, at a disk a tenth of this
 
 
 def _ignore(_: Progress) -> None:
@@ -101,30 +96,8 @@ class Store:
 
     def ready(self, folder: str, name: str) -> Path | None:
         """The file, if its size and whole-second mtime are those of its seal: one stat, one small read, no network, no lock."""
-        path = self.layout.model(folder, name)
-        found = stat_file(path)
-        if found is None:
-            return None
-        seal = read_seal(self.layout.seal(folder, name))
-        if seal is None:
-            return None
-        if seal.mtime is None and seal.size == found.st_size:
-            return path if self._fill_in(folder, name, seal, path, found) else None
-        return path if seal.fits(found) else None
-
-    def ready_many(self, models: Iterable[tuple[str, str]]) -> dict[tuple[str, str], Path]:
-        """Those of the (folder, name) pairs that are ready, with their files."""
-        wanted = list(dict.fromkeys(models))
-        first, rest = wanted[:_PROBED], wanted[_PROBED:]
-        began_s = time.monotonic()
-        paths = [self.ready(*pair) for pair in first]
-        if time.monotonic() - began_s < _SLOW_LOOK_S * len(first):
-            # Threads on a local disk wait for each other's interpreter lock, not for the disk: 1,000 models take 30 ms, not 80.
-            paths += [self.ready(*pair) for pair in rest]
-        else:
-            with ThreadPoolExecutor(_LOOKERS, thread_name_prefix="ready") as pool:
-                paths += pool.map(lambda pair: self.ready(*pair), rest, chunksize=32)
-        return {pair: path for pair, path in zip(wanted, paths, strict=True) if path is not None}
+        there = sealed(self.layout, folder, name)
+        return there[0] if there else None
 
     def ensure(self, spec: ModelSpec, progress: Listener = _ignore, cancel: CancelToken | None = None) -> Ready:
         """Return when the model is there to be used; `progress` hears of it several times a second.
@@ -134,7 +107,7 @@ class Store:
         `EnsureCancelled` within a second, with a partial that the next attempt goes on with.
         """
         began_s = time.monotonic()
-        path = self._path(spec)
+        path = path_of(self.layout, spec)
         task = Task(spec, path, progress, cancel or threading.Event())
         try:
             found = self._look(task)
@@ -145,13 +118,6 @@ class Store:
         except OSError as exc:
             raise volume_error(self.layout.root, exc, task.needed_bytes) from exc
         return replace(found, bytes_fetched=task.fetched_bytes, seconds=time.monotonic() - began_s)
-
-    def _path(self, spec: ModelSpec) -> Path:
-        path = self.layout.model(spec.folder, spec.name)
-        root = self.layout.root.resolve()
-        if not (path.parent.resolve().is_relative_to(root) and path.resolve().is_relative_to(root)):
-            raise UnsafePath("The model's name", f"{spec.folder}/{spec.name}")
-        return path
 
     # --- what is there already
 
@@ -172,40 +138,33 @@ class Store:
     def _is_ready(self, task: Task) -> bool:
         """Whether the file is sealed; raises `UnsealedMismatch` when it is sealed as another one than is wanted now."""
         spec = task.spec
-        if self.ready(spec.folder, spec.name) is None:
+        there = sealed(self.layout, spec.folder, spec.name)
+        if there is None:
             return False
-        seal = read_seal(self.layout.seal(spec.folder, spec.name))
-        if spec.sha256 and seal and seal.sha256 and seal.sha256 != spec.sha256:
-            raise UnsealedMismatch(task.path, spec.sha256, seal.sha256)
+        sha256 = there[1].sha256
+        if spec.sha256 and sha256 and sha256 != spec.sha256:
+            raise UnsealedMismatch(task.path, spec.sha256, sha256)
         return True
 
     def _sha256_to_have(self, spec: ModelSpec, found: os.stat_result) -> str | None:
         """What a file that is not ready should hash to, if anybody says so: the model, or a record of ours about this file."""
-        record = self._record(spec, found)
-        return spec.sha256 or (record.sha256 if record else None)
-
-    def _record(self, spec: ModelSpec, found: os.stat_result) -> Seal | None:
-        """What was written down about a file of this size: by a publication that was cut short, or before it was touched."""
-        pending = read_seal(self.layout.pending_seal(spec.folder, spec.name))
-        if pending and pending.fits(found):
-            return pending
-        seal = read_seal(self.layout.seal(spec.folder, spec.name))
-        return seal if seal and seal.size == found.st_size else None
+        known = record(self.layout, spec, found)
+        return spec.sha256 or (known.sha256 if known else None)
 
     def _adopt(self, task: Task, found: os.stat_result, report: Listener) -> Ready:
         """Use a file that has no seal, and seal it when it is what it should be."""
         spec, path = task.spec, task.path
         check_whole(path, found.st_size)
-        record, expected = self._record(spec, found), self._sha256_to_have(spec, found)
+        known, expected = record(self.layout, spec, found), self._sha256_to_have(spec, found)
         if expected is None:
             return Ready(path, "by_hand")
         actual = self._hash(path, found, task, report)
         if actual != expected:
             return self._not_as_recorded(spec, path, actual)
         origin = Origin.of(spec)
-        if record is None or record.sha256 != actual:
-            record = Seal(size=0, mtime=0, sha256=actual, repo=origin.repo, file=origin.file, by=self._tools.worker, at=now())
-        write_own_seal(self.layout, spec, replace(record, size=found.st_size, mtime=whole_mtime(found)))
+        if known is None or known.sha256 != actual:
+            known = Seal(size=0, mtime=0, sha256=actual, repo=origin.repo, file=origin.file, by=self._tools.worker, at=now())
+        write_own_seal(self.layout, spec, replace(known, size=found.st_size, mtime=whole_mtime(found)))
         log.info("adopted %s, whose sha256 is right", path)
         return Ready(path, "adopted")
 
@@ -284,42 +243,15 @@ class Store:
         task.needed_bytes = remote.size_bytes
         return replace(remote, sha256=remote.sha256 or spec.sha256)
 
-    def _fill_in(self, folder: str, name: str, seal: Seal, path: Path, found: os.stat_result) -> bool:
-        """Complete the seal of an uploaded file, whose mtime nobody knew, once its header agrees with its size."""
-        try:
-            check_whole(path, found.st_size)
-        except (FileIncomplete, OSError):
-            return False
-        with contextlib.suppress(OSError):
-            write_seal(self.layout.seal(folder, name), replace(seal, mtime=whole_mtime(found)))
-        return True
-
 
 class Stores:
-    """The volume, and the container's own disk for what the volume cannot take. The same two questions as to a `Store`."""
+    """The volume, and the container's own disk for what the volume cannot take."""
 
     def __init__(self, volume_path: Path, volume: Store | None, local: Store | None, *, require_volume: bool = False) -> None:
         self._volume_path = volume_path
         self._volume = volume
         self._local = None if require_volume else local
         self._said = False
-
-    @property
-    def all(self) -> tuple[Store, ...]:
-        """Those there are, in the order they are asked."""
-        return tuple(store for store in (self._volume, self._local) if store is not None)
-
-    def ready(self, folder: str, name: str) -> Path | None:
-        """As `Store.ready`, the volume first."""
-        return next((path for store in self.all if (path := store.ready(folder, name))), None)
-
-    def ready_many(self, models: Iterable[tuple[str, str]]) -> dict[tuple[str, str], Path]:
-        """As `Store.ready_many`, the volume first."""
-        found: dict[tuple[str, str], Path] = {}
-        wanted = list(models)
-        for store in self.all:
-            found |= store.ready_many(pair for pair in wanted if pair not in found)
-        return found
 
     def ensure(self, spec: ModelSpec, progress: Listener = _ignore, cancel: CancelToken | None = None) -> Ready:
         """As `Store.ensure`. A volume that is missing, full or read-only is no error while the container's disk can serve."""

@@ -12,14 +12,16 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from worker.models.disk import check_whole
+from worker.models.disk import check_whole, volume_error
 from worker.models.provision import Provisioner
+from worker.models.ready import lacking
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Sequence
 
     from worker.models.download import Ready
-    from worker.models.links import ModelLinks
+    from worker.models.layout import Layout
+    from worker.models.links import Found, ModelLinks
     from worker.models.progress import CancelToken
     from worker.models.provision import Ensurer, Waiting
     from worker.models.sources import Sources
@@ -32,24 +34,31 @@ Name = tuple[tuple[str, ...], tuple[str, ...]]
 
 
 class Supply:
-    """Joins what is on the volume, who knows where a model comes from, and the fetching of it. Safe to use from any thread."""
+    """Joins what is on the volume, who knows where a model comes from, and the fetching of it. Safe to use from any thread.
+
+    `places` are where models may lie, in the order they are asked. `nearer` is the root that `links` has before all others:
+    this container's own, for what lies outside the places.
+    """
 
     def __init__(
         self,
-        models_dir: Path,
         links: ModelLinks,
+        places: Sequence[Layout],
+        nearer: Path,
         read_sources: Callable[[], Sources],
         build_store: Callable[[], Ensurer],
-        hosts: Collection[str],
+        *,
+        hosts: Collection[str] = (),
     ) -> None:
-        self._models_dir = models_dir
         self._links = links
+        self._places = places
+        self._nearer = nearer
         self._read_sources = read_sources
         self._build_store = build_store
         self._hosts = hosts
         self._lock = threading.Lock()
         self._sources: Sources | None = None
-        self._whole: dict[Path, tuple[int, int]] = {}
+        self._whole: dict[str, tuple[int, int]] = {}
         self._provisioner: Provisioner | None = None
 
     def missing(self, names: Sequence[Name]) -> list[Name]:
@@ -58,17 +67,18 @@ class Supply:
         Raises `FileIncomplete` for one that is there and shorter than its own header says: somebody's copy that is under way
         or was cut off, which ComfyUI would report as a defect of the node.
         """
-        absent = [name for name in names if not self._is_there(name)]
-        if absent:
+        found = {name: self._find(name) for name in names}
+        if None in found.values():
             self._links.refresh()
-        for path in self.located(names):
-            self._check_whole(path)
-        return [name for name in absent if not self._is_there(name)]
+            found = {name: there or self._find(name) for name, there in found.items()}
+        for there in found.values():
+            if there:
+                self._check_whole(there)
+        return [name for name, there in found.items() if there is None]
 
     def located(self, names: Iterable[Name]) -> list[Path]:
         """The files that ComfyUI would read for these names, in their order; names that no folder has are left out."""
-        found = (next((path for file in files if (path := self._links.find(folders, file))), None) for folders, files in names)
-        return [Path(path) for path in found if path]
+        return [Path(there.path) for name in names if (there := self._find(name))]
 
     def specs(self, names: Sequence[Name], request: object, embedded: object) -> dict[Name, ModelSpec | None]:
         """What each name means: to this job's `models`, its workflow's metadata, the manifests, the catalogue, in that order.
@@ -95,31 +105,32 @@ class Supply:
         """What the operator's manifests name. Raises `ManifestInvalid`."""
         return self._current_sources().manifest()
 
-    def fetch_behind(self, specs: Sequence[ModelSpec]) -> None:
-        """Have these fetched while jobs run."""
-        self._fetcher().want(specs)
+    def fetch_behind(self, specs: Iterable[ModelSpec]) -> None:
+        """Have those of these that are not there fetched while jobs run."""
+        if left := lacking(self._places, specs):
+            self._fetcher().want(left)
 
-    def fetch_first(self, specs: Sequence[ModelSpec]) -> None:
+    def fetch_first(self, specs: Iterable[ModelSpec]) -> None:
         """Return when all of them are there. Raises the first `ModelError`."""
-        self._fetcher().settle(specs)
+        if left := lacking(self._places, specs):
+            self._fetcher().settle(left)
 
     def stop(self) -> None:
         """End all fetching; what is half there is gone on with by the next worker."""
         if self._provisioner:
             self._provisioner.stop()
 
-    def _check_whole(self, path: Path) -> None:
-        """Once for each file that was found whole, while it stays the same: under a millisecond on a disk."""
-        with contextlib.suppress(OSError):  # ComfyUI will say what it cannot read
-            found = path.stat()
-            seen = found.st_size, found.st_mtime_ns
-            if self._whole.get(path) != seen and stat.S_ISREG(found.st_mode):
-                check_whole(path.resolve(), found.st_size)
-                self._whole[path] = seen
-
-    def _is_there(self, name: Name) -> bool:
+    def _find(self, name: Name) -> Found | None:
         folders, files = name
-        return any(self._links.has(folders, file) for file in files)
+        return next((there for file in files if (there := self._links.find(folders, file))), None)
+
+    def _check_whole(self, there: Found) -> None:
+        """Once for each file that was found whole, while it stays the same: under a millisecond on a disk."""
+        seen = there.info.st_size, there.info.st_mtime_ns
+        if self._whole.get(there.path) != seen and stat.S_ISREG(there.info.st_mode):
+            with contextlib.suppress(OSError):  # ComfyUI will say what it cannot read
+                check_whole(Path(there.path).resolve(), there.info.st_size)
+                self._whole[there.path] = seen
 
     def _current_sources(self) -> Sources:
         with self._lock:
@@ -133,11 +144,19 @@ class Supply:
             return self._provisioner
 
     def _on_ready(self, spec: ModelSpec, ready: Ready) -> None:
-        """Show ComfyUI what lies outside the folders that are linked as a whole: RunPod's cache on the host."""
-        if ready.how != "host_cache":
-            self._links.refresh()
+        """Show ComfyUI what it does not see yet; a look at all folders for each file that is there would be one too many."""
+        if ready.how == "host_cache":
+            self._show(spec, ready.path)
+        elif ready.how != "downloaded" and self._links.has((spec.folder,), spec.name):
             return
-        link = self._models_dir / spec.folder / spec.name
-        link.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileExistsError):
-            link.symlink_to(ready.path)
+        self._links.refresh()
+
+    def _show(self, spec: ModelSpec, path: Path) -> None:
+        """Link what lies on this machine alone into the container's own root: on the volume it would be broken for others."""
+        link = self._nearer / spec.folder / spec.name
+        try:
+            link.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileExistsError):
+                link.symlink_to(path)
+        except OSError as exc:
+            raise volume_error(self._nearer, exc) from exc
