@@ -1,7 +1,8 @@
 """WHEN models are fetched: a job's own at once and before all others, the manifests' behind the jobs. Touches threads.
 
-One queue, a few files at a time. While any job waits for a model, nothing else is fetched: background downloads stand back at
-once and go on later from what they have. A download that nobody waits for any more, and no manifest names, stops.
+One queue, a few files at a time whoever wants them: each takes memory and connections. While any job waits for a model, nothing
+else is fetched: background downloads stand back at once and go on later from what they have. A download that nobody waits for
+any more, and no manifest names, stops.
 """
 
 from __future__ import annotations
@@ -74,6 +75,11 @@ class _Fetch:
         """Smaller goes first: what jobs wait for, then the order of asking."""
         return (self.jobs == 0, self.order)
 
+    @property
+    def place(self) -> tuple[str, str]:
+        """Where its file belongs. Two that differ in source or pin may belong to one place."""
+        return (self.spec.folder, self.spec.name)
+
 
 class Provisioner:
     """Fetches models in the right order. Safe to use from any thread; its own threads end by themselves when there is no work.
@@ -89,7 +95,7 @@ class Provisioner:
         self._slots = files_at_once
         self._numbers = itertools.count()
         self._changed = threading.Condition()
-        self._fetches: dict[tuple[str, str], _Fetch] = {}
+        self._fetches: dict[ModelSpec, _Fetch] = {}
         self._stopped = threading.Event()
 
     def want(self, specs: Iterable[ModelSpec]) -> None:
@@ -105,26 +111,19 @@ class Provisioner:
         """Return when all are there; they go before everything that no job waits for.
 
         `on_progress` is called about twice a second. Raises the first model's error, whatever becomes of the others;
-        `EnsureCancelled` soon after `cancel` is set.
+        `EnsureCancelled` soon after `cancel` is set, and at once after `stop`.
         """
         with self._changed:
-            fetches = [self._fetch_of(spec) for spec in specs]
-            for fetch in fetches:
-                fetch.jobs += 1
-            self._schedule()
-        try:
-            self._await(fetches, cancel, on_progress)
-        finally:
-            with self._changed:
-                for fetch in fetches:
-                    fetch.jobs -= 1
-                self._drop_unwanted()
-                self._schedule()
+            fetches = self._joined(specs)
+        self._finish(fetches, cancel, on_progress)
 
     def settle(self, specs: Sequence[ModelSpec]) -> None:
         """Want these and return when each is there or has failed. Raises the first error; `EnsureCancelled` after `stop`."""
-        self.want(specs)
-        self.wait(specs, self._stopped)
+        with self._changed:
+            fetches = self._joined(specs)
+            for fetch in fetches:
+                fetch.wanted = True
+        self._finish(fetches, threading.Event(), None)
 
     def stop(self) -> None:
         """End every download, and start none any more; each can be gone on with by any worker."""
@@ -136,6 +135,23 @@ class Provisioner:
             self._drop_unwanted()
             self._changed.notify_all()
 
+    def _joined(self, specs: Iterable[ModelSpec]) -> list[_Fetch]:
+        fetches = [self._fetch_of(spec) for spec in specs]
+        for fetch in fetches:
+            fetch.jobs += 1
+        self._schedule()
+        return fetches
+
+    def _finish(self, fetches: Sequence[_Fetch], cancel: CancelToken, on_progress: Callable[[Waiting], None] | None) -> None:
+        try:
+            self._await(fetches, cancel, on_progress)
+        finally:
+            with self._changed:
+                for fetch in fetches:
+                    fetch.jobs -= 1
+                self._drop_unwanted()
+                self._schedule()
+
     def _await(self, fetches: Sequence[_Fetch], cancel: CancelToken, on_progress: Callable[[Waiting], None] | None) -> None:
         while True:
             with self._changed:
@@ -145,19 +161,21 @@ class Provisioner:
                 waiting = _waiting(fetches)
                 if not waiting.models:
                     return
-                if not cancel.is_set():
+                if not self._is_over(cancel):
                     self._changed.wait(_TELL_EVERY_S)
-            if cancel.is_set():
+            if self._is_over(cancel):
                 raise EnsureCancelled(waiting.models[0][0])
             if on_progress:
                 on_progress(waiting)
 
+    def _is_over(self, cancel: CancelToken) -> bool:
+        return cancel.is_set() or self._stopped.is_set()
+
     def _fetch_of(self, spec: ModelSpec) -> _Fetch:
-        """The fetch of this model that is under way, or a new one; one that has ended is looked at afresh."""
-        key = (spec.folder, spec.name)
-        fetch = self._fetches.get(key)
-        if fetch is None or fetch.ended or fetch.spec != spec:
-            fetch = self._fetches[key] = _Fetch(spec, next(self._numbers))
+        """The fetch of this very model that is under way, or a new one; one that has ended is looked at afresh."""
+        fetch = self._fetches.get(spec)
+        if fetch is None or fetch.ended:
+            fetch = self._fetches[spec] = _Fetch(spec, next(self._numbers))
         return fetch
 
     def _schedule(self) -> None:
@@ -169,23 +187,32 @@ class Provisioner:
         for fetch in open_:
             if jobs_wait and not fetch.jobs:
                 fetch.stop.set()
-        running = sum(fetch.running for fetch in open_)
+        running = [fetch for fetch in open_ if fetch.running]
+        # A job does not wait until what stands back for it is gone; the next in the background does.
+        staying = [fetch for fetch in running if not fetch.stop.is_set()]
         for fetch in open_:
-            if running >= self._slots and not fetch.jobs:
+            if len(staying if fetch.jobs else running) >= self._slots:
                 break
-            if not fetch.running and (fetch.jobs or (fetch.wanted and not jobs_wait)):
-                fetch.running = True
-                fetch.stop = threading.Event()
-                running += 1
-                threading.Thread(target=self._run, args=(fetch,), name=f"fetch-{fetch.spec.name}", daemon=True).start()
+            if fetch.running or not (fetch.jobs or (fetch.wanted and not jobs_wait)):
+                continue
+            if any(other.place == fetch.place for other in staying):
+                continue  # two would fetch it all, and one of them for nothing
+            self._start(fetch)
+            running.append(fetch)
+            staying.append(fetch)
+
+    def _start(self, fetch: _Fetch) -> None:
+        fetch.running = True
+        fetch.stop = threading.Event()
+        threading.Thread(target=self._run, args=(fetch,), name=f"fetch-{fetch.spec.name}", daemon=True).start()
 
     def _drop_unwanted(self) -> None:
         for fetch in self._fetches.values():
             if not (fetch.wanted or fetch.jobs):
                 fetch.stop.set()
         self._fetches = {
-            key: fetch
-            for key, fetch in self._fetches.items()
+            spec: fetch
+            for spec, fetch in self._fetches.items()
             if fetch.running or ((fetch.wanted or fetch.jobs) and not fetch.ended)
         }
 
