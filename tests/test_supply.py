@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 
 from devkit.local_worker import PROJECT
-from worker.errors import FileIncomplete, ModelError, VolumeFailed
+from worker.errors import EnsureCancelled, FileIncomplete, ModelError, VolumeFailed
 from worker.models.download import Ready
 from worker.models.layout import Layout
 from worker.models.links import LARGE_FOLDER, LinkReport, ModelLinks
@@ -158,6 +158,13 @@ print(len(wanted), [name for name in ("huggingface_hub", "worker.models.store", 
         check=True,
     )
     assert done.stdout == "1 []\n"
+
+
+def test_a_worker_that_leaves_before_it_fetched_anything_begins_nothing(desk: Desk) -> None:
+    desk.supply.stop()
+    with pytest.raises(EnsureCancelled):
+        desk.supply.fetch_first([spec("a.safetensors")])
+    assert desk.built == 0
 
 
 # --- what a job names ---------------------------------------------------------------------------

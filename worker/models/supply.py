@@ -12,6 +12,7 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from worker.errors import EnsureCancelled
 from worker.models.disk import check_whole, volume_error
 from worker.models.provision import Provisioner
 from worker.models.ready import lacking
@@ -60,6 +61,7 @@ class Supply:
         self._sources: Sources | None = None
         self._whole: dict[str, tuple[int, int]] = {}
         self._provisioner: Provisioner | None = None
+        self._stopped = False
 
     def missing(self, names: Sequence[Name]) -> list[Name]:
         """Those of the names that no folder has, also not after a fresh look at the volume.
@@ -98,7 +100,7 @@ class Supply:
 
     def fetch(self, specs: Sequence[ModelSpec], cancel: CancelToken, on_progress: Callable[[Waiting], None]) -> None:
         """Return when all of them are there and linked. Raises a `ModelError`, or `EnsureCancelled`."""
-        self._fetcher().wait(specs, cancel, on_progress)
+        self._fetcher(specs).wait(specs, cancel, on_progress)
         self._links.refresh()
 
     def manifest(self) -> tuple[ModelSpec, ...]:
@@ -108,17 +110,19 @@ class Supply:
     def fetch_behind(self, specs: Iterable[ModelSpec]) -> None:
         """Have those of these that are not there fetched while jobs run."""
         if left := lacking(self._places, specs):
-            self._fetcher().want(left)
+            self._fetcher(left).want(left)
 
     def fetch_first(self, specs: Iterable[ModelSpec]) -> None:
         """Return when all of them are there. Raises the first `ModelError`."""
         if left := lacking(self._places, specs):
-            self._fetcher().settle(left)
+            self._fetcher(left).settle(left)
 
     def stop(self) -> None:
-        """End all fetching; what is half there is gone on with by the next worker."""
-        if self._provisioner:
-            self._provisioner.stop()
+        """End all fetching and begin none; what is half there is gone on with by the next worker."""
+        with self._lock:
+            self._stopped = True
+            if self._provisioner:
+                self._provisioner.stop()
 
     def _find(self, name: Name) -> Found | None:
         folders, files = name
@@ -137,8 +141,10 @@ class Supply:
             self._sources = self._sources.refreshed() if self._sources else self._read_sources()
             return self._sources
 
-    def _fetcher(self) -> Provisioner:
+    def _fetcher(self, specs: Sequence[ModelSpec]) -> Provisioner:
         with self._lock:
+            if self._stopped:
+                raise EnsureCancelled(specs[0].name)
             if self._provisioner is None:
                 self._provisioner = Provisioner(self._build_store(), self._on_ready)
             return self._provisioner
