@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 from hypothesis import given
@@ -21,9 +24,6 @@ from worker.errors import (
 )
 from worker.models.sources import Sources, embedded_models
 from worker.models.spec import HubFile, ModelSpec, Url, parse_spec
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 HOSTS = ("huggingface.co", "civitai.com")
 SHA = "ab" * 32
@@ -353,9 +353,67 @@ def test_an_edit_is_seen_and_a_broken_one_changes_nothing(catalog: Path, tmp_pat
     assert repo_of(sources.find("x.gguf", ("vae",))) == "two/x"
     assert sources.find("r.gguf", ("vae",))
     path.write_text("[[model]]\nfolder = 1\n")
-    with pytest.raises(ManifestInvalid, match="line 1: source is missing"):
-        sources.refreshed()
-    assert repo_of(sources.find("x.gguf", ("vae",))) == "two/x"
+    broken = sources.refreshed()
+    assert broken.refreshed() is broken
+    assert [error.problems[0] for error in broken.errors] == [
+        "line 1: source is missing; write hf://org/repo/path or https://..."
+    ]
+    assert repo_of(broken.find("x.gguf", ("vae",))) == "two/x"
+    assert [spec.name for spec in broken.manifest()] == ["x.gguf"]
+    path.write_text(toml(model("vae", "x.gguf", "three/x")))
+    mended = broken.refreshed()
+    assert mended.errors == ()
+    assert repo_of(mended.find("x.gguf", ("vae",))) == "three/x"
+
+
+def test_a_mistake_matters_only_for_a_model_that_no_other_list_knows(catalog: Path, tmp_path: Path) -> None:
+    path = tmp_path / "models.toml"
+    path.write_text("[[model]]\nfolder = 1\n")
+    metadata = ui(embedded("vae", "m.gguf"), embedded("vae", "refused.ckpt"))
+    sources = Sources.gather(catalog=catalog, volume_manifest=path, models="vae=hf://o/r/e.gguf")
+    sources = sources.with_request([model("vae", "r.gguf")], HOSTS).with_workflow(metadata, HOSTS)
+    for name in ("r.gguf", "m.gguf", "e.gguf", "a.safetensors"):
+        assert sources.find(name, ("vae",)), name
+    for name in ("nobody.gguf", "refused.ckpt"):
+        with pytest.raises(ManifestInvalid, match=r"models\.toml is wrong: line 1: source is missing"):
+            sources.find(name, ("vae",))
+    with pytest.raises(ManifestInvalid):
+        sources.find("twice.safetensors")
+    twice = sources.with_request([model("vae", "t.gguf"), model("loras", "t.gguf", "other/repo")], HOSTS)
+    with pytest.raises(AmbiguousModel):
+        twice.find("t.gguf")
+
+
+@pytest.mark.parametrize("lists", [{"models": "nowhere"}, {"manifest": "/absent/models.toml"}])
+def test_a_mistake_in_the_environment_is_kept_beside_what_is_right(
+    catalog: Path, tmp_path: Path, lists: dict[str, str]
+) -> None:
+    path = tmp_path / "models.toml"
+    path.write_text(toml(model("vae", "x.gguf")))
+    sources = Sources.gather(catalog=catalog, volume_manifest=path, **lists)
+    assert len(sources.errors) == 1
+    assert [spec.name for spec in sources.manifest()] == ["x.gguf"]
+    assert sources.find("a.safetensors", ("vae",))
+    with pytest.raises(ManifestInvalid):
+        sources.find("nobody.gguf")
+
+
+def test_a_manifest_that_could_not_be_read_is_tried_again_without_another_error(catalog: Path, tmp_path: Path) -> None:
+    path = tmp_path / "models.toml"
+    path.write_text(toml(model("vae", "x.gguf", "one/x")))
+    sources = read(catalog, volume_manifest=path)
+    path.write_text(toml(model("vae", "x.gguf", "two/x-longer")))
+    with mock.patch.object(Path, "read_bytes", side_effect=OSError(errno.EIO, "Input/output error")):
+        failed = sources.refreshed()
+        assert failed.refreshed() is failed
+    assert [error.problems for error in failed.errors] == [["it cannot be read: Input/output error"]]
+    assert repo_of(failed.find("x.gguf", ("vae",))) == "one/x"
+    again = failed.refreshed()
+    assert again.errors == ()
+    assert repo_of(again.find("x.gguf", ("vae",))) == "two/x-longer"
+    path.write_text("nonsense")
+    path.unlink()
+    assert again.refreshed().refreshed().manifest() == ()
 
 
 # --- the environment ----------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 
 from devkit.local_worker import PROJECT
-from worker.errors import EnsureCancelled, FileIncomplete, ModelError, VolumeFailed
+from worker.errors import EnsureCancelled, FileIncomplete, ManifestInvalid, ModelError, VolumeFailed
 from worker.models.download import Ready
 from worker.models.layout import Layout
 from worker.models.links import LARGE_FOLDER, LinkReport, ModelLinks
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from worker.models.download import How
     from worker.models.progress import CancelToken, Listener
+    from worker.models.supply import Name
 
 DEADLINE_S = 10.0
 WHOLE = b"\2\0\0\0\0\0\0\0{}"
@@ -80,7 +81,7 @@ class Desk:
             self.links,
             [self.volume, Layout(folder / "container")],
             self.nearer,
-            lambda: Sources.read(volume_manifest=self.volume.manifest),
+            lambda: Sources.gather(volume_manifest=self.volume.manifest),
             self._build,
             hosts=("huggingface.co",),
         )
@@ -200,6 +201,52 @@ def test_a_copy_that_is_cut_off_is_named_until_it_is_whole(desk: Desk) -> None:
             desk.supply.missing([name])
     desk.put("a.safetensors")
     assert desk.supply.missing([name]) == []
+
+
+# --- what the names mean ------------------------------------------------------------------------
+
+
+def name(file: str, folder: str = "loras") -> Name:
+    return (folder,), (file,)
+
+
+RIGHT = '[[model]]\nsource = "hf://org/repo/{}"\nfolder = "loras"\n'
+
+
+def test_a_typo_in_the_manifest_costs_only_jobs_that_need_what_nobody_else_knows(
+    desk: Desk, caplog: pytest.LogCaptureFixture
+) -> None:
+    desk.volume.manifest.write_text("[[model]]\nfolder = 1\n")
+    given = [{"folder": "loras", "name": "mine.safetensors", "source": "hf://org/repo/mine.safetensors"}]
+    desk.supply.check_request(given)
+    known = [name("mine.safetensors"), name("ae.safetensors", "vae")]
+    assert None not in desk.supply.specs(known, given, None).values()
+    for _ in range(2):
+        with pytest.raises(ManifestInvalid):
+            desk.supply.specs([name("nobody.safetensors")], given, None)
+    assert desk.supply.specs([name("nobody.safetensors")], given, None, optional=[name("nobody.safetensors")]) == {
+        name("nobody.safetensors"): None
+    }
+    spellings = (("vae",), ("ae", "ae.safetensors"))
+    assert desk.supply.specs([spellings], None, None)[spellings], "a later spelling is asked for as well"
+    with pytest.raises(ManifestInvalid):
+        desk.supply.check_manifests()
+    assert caplog.text.count("is wrong") == 1
+
+
+def test_the_last_manifest_that_was_right_holds_and_each_mistake_is_logged_once(
+    desk: Desk, caplog: pytest.LogCaptureFixture
+) -> None:
+    desk.volume.manifest.write_text(RIGHT.format("a.safetensors"))
+    assert [spec.name for spec in desk.supply.manifest()] == ["a.safetensors"]
+    for text in ("folder = 1", "folder = 12", RIGHT.format("a.safetensors"), "folder = 1"):
+        desk.volume.manifest.write_text(text)
+        for _ in range(2):
+            assert [spec.name for spec in desk.supply.manifest()] == ["a.safetensors"]
+    assert caplog.text.count("is wrong") == 3
+    desk.volume.manifest.unlink()
+    assert desk.supply.manifest() == ()
+    desk.supply.check_manifests()
 
 
 # --- shown to ComfyUI ---------------------------------------------------------------------------

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from worker.comfy.engine import Engine
-from worker.errors import ManifestInvalid
 from worker.handler import JobHandler
 from worker.loop import LoopThread
 from worker.media.delivery import Delivery
@@ -188,19 +187,15 @@ class Worker:
         _log_volume(settings)
         if settings.model_loading == "eager":
             with timeline.step("models") as step:
+                self._supply.check_manifests()
                 wanted = self._supply.manifest()
                 step.note = f"{len(wanted)} in the manifests"
                 self._supply.fetch_first(wanted)
             return
         if not (settings.models_manifest or settings.models or Layout(settings.volume_path).manifest.is_file()):
             return
-        try:
-            wanted = self._supply.manifest()
-        except ManifestInvalid as exc:
-            # Jobs whose models are there run all the same; those that need the manifest get this sentence.
-            log.error("%s", exc)  # noqa: TRY400 - a traceback says nothing more
-            return
-        if wanted and settings.model_loading == "background":
+        wanted = self._supply.manifest()
+        if settings.model_loading == "background":
             self._supply.fetch_behind(wanted)
 
 
@@ -222,11 +217,11 @@ def _log_volume(settings: Settings) -> None:
 
 
 def read_sources(settings: Settings) -> Sources:
-    """Every list of models that these settings name. Raises `ManifestInvalid`."""
+    """Every list of models that these settings name."""
     from worker.models.sources import Sources  # noqa: PLC0415 - 50 ms that a worker without missing models never spends
 
     manifest = Layout(settings.volume_path).manifest
-    return Sources.read(volume_manifest=manifest, manifest=settings.models_manifest, models=settings.models)
+    return Sources.gather(volume_manifest=manifest, manifest=settings.models_manifest, models=settings.models)
 
 
 def build_store(settings: Settings) -> Stores:

@@ -10,6 +10,9 @@ In this order, the first that knows (folder, name) decides:
 
 A manifest (3 and 4) is TOML, or JSON with the same keys, or one of three formats that people have: ComfyUI-Manager's
 `model-list.json`, comfy-cli's `comfy-lock.yaml`, comfyui-api's manifest (JSON or YAML). Which one, its content says.
+
+A manifest with a mistake says nothing, and one that was right before says what it said then: the other lists decide, and a
+model that none of them knows fails with the mistake.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from itertools import chain, islice
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol
 
-from worker.errors import AmbiguousModel, ManifestInvalid, ModelsInvalid, RequestError
+from worker.errors import AmbiguousModel, ManifestInvalid, ModelsInvalid, RequestError, WorkerError
 from worker.models.spec import ModelSpec, check_from_request, check_spec, parse_spec
 
 if TYPE_CHECKING:
@@ -57,6 +60,11 @@ class ModelList(Protocol):
         """Whether it decides on its own; see `SpecList`."""
         ...
 
+    @property
+    def error(self) -> ManifestInvalid | None:
+        """What is wrong with it; then it may not have all that it should."""
+        ...
+
     def find(self, name: str, folders: Collection[str]) -> Sequence[ModelSpec]:
         """Its models of this name in one of the folders, in its own order; no folders: in any."""
         ...
@@ -73,6 +81,7 @@ class SpecList:
     title: str
     specs: tuple[ModelSpec, ...] = ()
     deliberate: bool = True
+    error: ManifestInvalid | None = None
 
     @property
     def paths(self) -> Iterable[str]:
@@ -105,7 +114,7 @@ class Sources:
     refused: tuple[_Refused, ...] = ()
 
     @classmethod
-    def read(
+    def gather(
         cls,
         *,
         volume_manifest: Path | None = None,
@@ -113,27 +122,37 @@ class Sources:
         models: str | None = None,
         catalog: Path = CATALOG,
     ) -> Sources:
-        """The lists that hold for every job.
+        """The lists that hold for every job; what is wrong with them is in `errors`.
 
         `volume_manifest` need not exist; `manifest` and `models` are the values of `MODELS_MANIFEST` and `MODELS`.
+        """
+        manifests = []
+        if manifest and manifest.strip():
+            manifests.append(_or_wrong("MODELS_MANIFEST", lambda: _environment_manifest(manifest)))
+        if models and models.strip():
+            manifests.append(_or_wrong("MODELS", lambda: _short_lines(models)))
+        volume = _VolumeFile(volume_manifest).reread() if volume_manifest else None
+        return cls(tuple(manifests), Catalog(catalog), volume)
+
+    @classmethod
+    def read(cls, **lists: Any) -> Sources:  # noqa: ANN401 - what `gather` takes
+        """As `gather`, for those who want all lists to be right.
 
         Raises:
             ManifestInvalid: with everything that is wrong in the first list that has something wrong.
         """
-        manifests = []
-        if manifest and manifest.strip():
-            manifests.append(_environment_manifest(manifest))
-        if models and models.strip():
-            manifests.append(_short_lines(models))
-        volume = _VolumeFile(volume_manifest).reread() if volume_manifest else None
-        return cls(tuple(manifests), Catalog(catalog), volume)
+        sources = cls.gather(**lists)
+        for error in sources.errors:
+            raise error
+        return sources
+
+    @property
+    def errors(self) -> tuple[ManifestInvalid, ...]:
+        """What is wrong with the manifests, one error for each that is."""
+        return tuple(models.error for models in self._manifests() if models.error)
 
     def refreshed(self) -> Sources:
-        """These with `models.toml` as it is now; the same object when the file did not change, which costs one stat.
-
-        Raises:
-            ManifestInvalid: it changed and is wrong now; this object keeps what it was.
-        """
+        """These with `models.toml` as it is now; the same object when nothing changed, which costs one stat."""
         now = self.volume.reread() if self.volume else None
         return self if now is self.volume else replace(self, volume=now)
 
@@ -176,23 +195,32 @@ class Sources:
 
         Raises:
             AmbiguousModel: a list has different files for the name, and it is a deliberate one or no later list knows better.
+            ManifestInvalid: no list knows the name, but there is a manifest with a mistake, which may.
             HostNotAllowed, SuffixNotAllowed, SpecInvalid: only the workflow's metadata knows it, with an entry that is refused.
         """
+        problem: WorkerError | None
         problem = next((entry.error for entry in self.refused if _is_meant(entry.path, name, folders)), None)
+        wrong: ManifestInvalid | None = None
         for models in self._lists():
             found = _distinct(models.find(name, folders))
             if len(found) == 1:
                 return found[0]
+            wrong = wrong or models.error
             if found:
                 problem = AmbiguousModel(name, models.title, [str(spec) for spec in found])
                 if models.deliberate:
                     break
+        if wrong:
+            raise replace(wrong)  # one of its own for each job: the list keeps this one
         if problem:
             raise problem
         return None
 
     def manifest(self) -> tuple[ModelSpec, ...]:
-        """What the operator wants on the volume: every model of the manifests, once for each path, first list first."""
+        """What the operator wants on the volume: every model of the manifests, once for each path, first list first.
+
+        What is wrong with one of them does not matter here; see `errors`.
+        """
         wanted = (spec for models in self._manifests() if models.deliberate for spec in models.specs)
         found: dict[str, ModelSpec] = {}
         for spec in wanted:
@@ -247,6 +275,7 @@ class Catalog:
 
     title = "the official catalogue"
     deliberate = False
+    error = None
 
     def __init__(self, path: Path = CATALOG) -> None:
         self._path = path
@@ -324,36 +353,58 @@ class _Entry:
 
 @dataclass(frozen=True, slots=True)
 class _VolumeFile:
-    """`models.toml` as it was when it was read; an empty list while there is no such file."""
+    """`models.toml` as it was when it was read last and was right; an empty list while there is no such file."""
 
     path: Path
     models: SpecList = field(default_factory=lambda: SpecList("models.toml"))
-    stamp: tuple[int, int, int] | None = None
+    stamp: tuple[int, ...] | None = None
+    """None while there is no file, and while it cannot be read: then it is tried again."""
 
     def reread(self) -> _VolumeFile:
-        """The same object when the file did not change."""
+        """The same object when there is nothing new."""
+        title = str(self.path)
         try:
             stamp = _stamp(self.path.stat())
+            if stamp == self.stamp:
+                return self
+            data = self.path.read_bytes()
         except FileNotFoundError:
-            return self if self.stamp is None else _VolumeFile(self.path)
+            return self if self.stamp is None and self.models.error is None else _VolumeFile(self.path)
         except OSError as exc:
-            raise ManifestInvalid(str(self.path), [f"it cannot be read: {exc.strerror}"]) from exc
-        if stamp == self.stamp:
+            return self._wrong(None, _unreadable(title, exc))
+        try:
+            return _VolumeFile(self.path, _parse(_decoded(data, title), title), stamp)
+        except ManifestInvalid as error:
+            return self._wrong(stamp, error)
+
+    def _wrong(self, stamp: tuple[int, ...] | None, error: ManifestInvalid) -> _VolumeFile:
+        known = self.models.error
+        if known and (stamp, error.problems) == (self.stamp, known.problems):
             return self
-        return _VolumeFile(self.path, _parse(_text_of(self.path), str(self.path)), stamp)
+        return replace(self, models=replace(self.models, error=error), stamp=stamp)
 
 
-def _stamp(found: os.stat_result) -> tuple[int, int, int]:
-    return found.st_mtime_ns, found.st_size, found.st_ino
+def _stamp(found: os.stat_result) -> tuple[int, ...]:
+    return found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino
 
 
-def _text_of(path: Path) -> str:
+def _unreadable(title: str, exc: OSError) -> ManifestInvalid:
+    return ManifestInvalid(title, [f"it cannot be read: {exc.strerror}"])
+
+
+def _decoded(data: bytes, title: str) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except OSError as exc:
-        raise ManifestInvalid(str(path), [f"it cannot be read: {exc.strerror}"]) from exc
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as exc:
-        raise ManifestInvalid(str(path), [f"it is no UTF-8 text (byte {exc.start})"]) from exc
+        raise ManifestInvalid(title, [f"it is no UTF-8 text (byte {exc.start})"]) from exc
+
+
+def _or_wrong(title: str, parse: Callable[[], SpecList]) -> SpecList:
+    """What the environment says, or an empty list with the error: nobody can correct it while the worker runs."""
+    try:
+        return parse()
+    except ManifestInvalid as error:
+        return SpecList(title, error=error)
 
 
 def _environment_manifest(value: str) -> SpecList:
@@ -361,7 +412,11 @@ def _environment_manifest(value: str) -> SpecList:
     value = value.strip()
     if "\n" in value or re.match(r"[{\[]|models?\s*[=:]", value):
         return _parse(value, "MODELS_MANIFEST")
-    return _parse(_text_of(Path(value)), f"{value} (MODELS_MANIFEST)")
+    title = f"{value} (MODELS_MANIFEST)"
+    try:
+        return _parse(_decoded(Path(value).read_bytes(), title), title)
+    except OSError as exc:
+        raise _unreadable(title, exc) from exc
 
 
 def _parse(text: str, title: str) -> SpecList:

@@ -9,10 +9,11 @@ import contextlib
 import logging
 import stat
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from worker.errors import EnsureCancelled
+from worker.errors import EnsureCancelled, ManifestInvalid
 from worker.models.disk import check_whole, volume_error
 from worker.models.provision import Provisioner
 from worker.models.ready import lacking
@@ -82,17 +83,16 @@ class Supply:
         """The files that ComfyUI would read for these names, in their order; names that no folder has are left out."""
         return [Path(there.path) for name in names if (there := self._find(name))]
 
-    def specs(self, names: Sequence[Name], request: object, embedded: object) -> dict[Name, ModelSpec | None]:
+    def specs(
+        self, names: Sequence[Name], request: object, embedded: object, *, optional: Collection[Name] = ()
+    ) -> dict[Name, ModelSpec | None]:
         """What each name means: to this job's `models`, its workflow's metadata, the manifests, the catalogue, in that order.
 
         None for a name that nobody knows. Raises a `RequestError` for models that the request may not ask for,
-        `AmbiguousModel`, and `ManifestInvalid` when models.toml changed and is wrong.
+        `AmbiguousModel`, and `ManifestInvalid` for a name that only a manifest with a mistake may know, unless it is optional.
         """
         sources = self._current_sources().with_request(request, self._hosts).with_workflow(embedded, self._hosts)
-        return {
-            (folders, files): next((spec for file in files if (spec := sources.find(file, folders))), None)
-            for folders, files in names
-        }
+        return {name: _meaning(sources, name, needed=name not in optional) for name in names}
 
     def check_request(self, request: object) -> None:
         """Refuse a request's `models` that are wrong, whether or not they are needed. Raises a `RequestError`."""
@@ -104,8 +104,13 @@ class Supply:
         self._links.refresh()
 
     def manifest(self) -> tuple[ModelSpec, ...]:
-        """What the operator's manifests name. Raises `ManifestInvalid`."""
+        """What the operator's manifests name; a mistake in one of them is in the log, once, and costs what that one names."""
         return self._current_sources().manifest()
+
+    def check_manifests(self) -> None:
+        """Raises `ManifestInvalid` when there is a mistake in a manifest."""
+        for error in self._current_sources().errors:
+            raise replace(error)
 
     def fetch_behind(self, specs: Iterable[ModelSpec]) -> None:
         """Have those of these that are not there fetched while jobs run."""
@@ -138,7 +143,11 @@ class Supply:
 
     def _current_sources(self) -> Sources:
         with self._lock:
+            known = self._sources.errors if self._sources else ()
             self._sources = self._sources.refreshed() if self._sources else self._read_sources()
+            for error in self._sources.errors:
+                if error not in known:
+                    log.error("%s", error)
             return self._sources
 
     def _fetcher(self, specs: Sequence[ModelSpec]) -> Provisioner:
@@ -166,3 +175,17 @@ class Supply:
                 link.symlink_to(path)
         except OSError as exc:
             raise volume_error(self._nearer, exc) from exc
+
+
+def _meaning(sources: Sources, name: Name, *, needed: bool) -> ModelSpec | None:
+    folders, files = name
+    wrong: ManifestInvalid | None = None
+    for file in files:
+        try:
+            if spec := sources.find(file, folders):
+                return spec
+        except ManifestInvalid as error:  # another spelling may be known to a list that is right
+            wrong = error
+    if wrong and needed:
+        raise wrong
+    return None
