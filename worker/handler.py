@@ -210,7 +210,8 @@ class JobHandler:
         models, absent = await self._absent(graph, named)
         if not absent:
             return
-        specs = await asyncio.to_thread(self._supply.specs, absent, request.models, request.extra_pnginfo)
+        optional = [name for name in absent if models[name].optional]
+        specs = await asyncio.to_thread(self._supply.specs, absent, request.models, request.extra_pnginfo, optional=optional)
         known = [spec for spec in specs.values() if spec]
         if not known:
             return
