@@ -128,6 +128,7 @@ EXAMPLES: Final[Mapping[str, Any]] = {
         "vae/ae.safetensors from hf://org/one/ae.safetensors",
         "vae/ae.safetensors from hf://org/two/ae.safetensors",
     ),
+    "container": None,
     "ContentMismatch.what": "sha256",
     "ConvertUsage.reason": "flux.json cannot be read (No such file or directory).",
     "DatacenterUnknown.name": "EU-XX-1",

@@ -214,8 +214,21 @@ def test_without_a_volume_the_containers_disk_serves_and_the_log_says_so(
     with LocalWorker(engine, tmp_path, tmp_path / "no-volume", environ) as local:
         local.wait_ready()
         assert picture(local.runsync({"workflow": workflow("text_to_image")}))
+        assert local.log().count("There is no network volume at") in {1, 2}, "at the start, and with the first model"
         assert "are gone with it" in local.log()
     assert not (tmp_path / "no-volume").exists()
+
+
+def test_a_required_volume_that_is_not_there_ends_the_start(engine: Engine, tmp_path: Path) -> None:
+    environ = {"REQUIRE_VOLUME": "true", "MODEL_LOADING": "on_demand"}
+    with LocalWorker(engine, tmp_path, tmp_path / "no-volume", environ) as local:
+        with pytest.raises(WorkerExitedError):
+            local.wait_ready()
+        last = local.log().splitlines()[-1]
+        assert last.startswith(f"error: There is no network volume at {tmp_path / 'no-volume'}: attach one")
+        assert last.endswith("[volume_missing]")
+        assert "container's disk" not in local.log()
+        assert "Traceback" not in local.log()
 
 
 @pytest.mark.parametrize(
@@ -253,6 +266,8 @@ def test_a_wrong_manifest_on_the_volume_is_said_at_start_and_to_the_job_that_nee
         error = local.runsync({"workflow": graph})["error"]
         assert "models.toml" in error
         assert "line 2" in error
+        given = {"models": [entry_for("absent.safetensors")]}
+        assert picture(local.runsync({"workflow": graph, **given})), "the request says where it is from"
 
 
 TINY: dict[str, Any] = {

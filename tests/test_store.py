@@ -623,10 +623,35 @@ def test_a_required_volume_is_required(setup: Setup, local: Store) -> None:
         Stores(setup.volume, setup.store(), local, require_volume=True).ensure(SPEC)
 
 
-def test_both_full_is_one_sentence_with_what_is_needed(setup: Setup, local: Store) -> None:
-    with mock.patch("worker.models.download.free_bytes", return_value=1000), pytest.raises(VolumeFull) as caught:
+def test_both_full_is_a_sentence_about_the_volume_with_the_containers_figures(setup: Setup, local: Store) -> None:
+    free = {setup.volume: 1000, local.layout.root: 2_000_000}
+
+    def free_bytes(path: Path) -> int:
+        return next(size for root, size in free.items() if path.is_relative_to(root))
+
+    with mock.patch("worker.models.download.free_bytes", free_bytes), pytest.raises(VolumeFull) as caught:
         Stores(setup.volume, setup.store(), local).ensure(SPEC)
-    assert f"{len(WEIGHTS) / 1e6:.2f} MB are needed" in str(caught.value)
+    needed = f"{len(WEIGHTS) / 1e6:.2f} MB are needed"
+    assert str(caught.value) == (
+        f"{setup.volume} has no room: {needed}, 0.00 MB are free (less if there is a quota; "
+        f"on this container's disk {needed}, 2.00 MB are free); enlarge it or remove models."
+    )
+
+
+@pytest.mark.parametrize(
+    "trouble", [VolumeFull(Path("/disk"), 10**9, 10**6), VolumeReadOnly(Path("/disk"), "Permission denied")]
+)
+def test_a_container_that_cannot_step_in_for_a_read_only_volume_is_said_beside_it(
+    setup: Setup, local: Store, trouble: VolumeFull | VolumeReadOnly
+) -> None:
+    with (
+        mock.patch("os.open", read_only(setup.volume)),
+        mock.patch.object(local, "ensure", side_effect=trouble),
+        pytest.raises(VolumeReadOnly) as caught,
+    ):
+        Stores(setup.volume, setup.store(), local).ensure(SPEC)
+    assert str(caught.value).startswith(f"{setup.volume} cannot be written (Read-only file system; ")
+    assert ("1.00 GB are needed" in str(caught.value)) or ("Permission denied" in str(caught.value))
 
 
 def test_the_volume_comes_first(setup: Setup, local: Store) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from worker.comfy.engine import Engine
+from worker.errors import VolumeMissing, no_volume
 from worker.handler import JobHandler
 from worker.loop import LoopThread
 from worker.media.delivery import Delivery
@@ -125,8 +126,11 @@ class Worker:
     def start(self, import_sdk: Callable[[], object], began: float) -> None:
         """Do everything that must be done before the first job, at once.
 
-        Raises `StartError` when ComfyUI does not come up; with MODEL_LOADING=eager also `ManifestInvalid` and any `ModelError`.
+        Raises `StartError` when ComfyUI does not come up, or where a volume is required and there is none; with
+        MODEL_LOADING=eager also `ManifestInvalid` and any `ModelError`.
         """
+        if self._settings.require_volume and not is_volume(self._settings.volume_path):
+            raise VolumeMissing(self._settings.volume_path)
         timeline = Timeline(began)
         up = self.loop.submit(self._start_engine(timeline))
         with ThreadPoolExecutor(1, thread_name_prefix="models") as pool:
@@ -207,7 +211,7 @@ def _nearer(settings: Settings) -> Path:
 def _log_volume(settings: Settings) -> None:
     root = settings.volume_path / "models"
     if not is_volume(settings.volume_path):
-        log.warning("there is no %s: models are kept on the container's disk; attach a network volume", settings.volume_path)
+        log.warning("%s. Models are kept on this container's disk and are gone with it.", no_volume(settings.volume_path))
     elif not root.is_dir():
         log.info("there is no %s yet: it is made with the first model that is fetched", root)
     elif settings.network_volume_debug:

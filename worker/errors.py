@@ -190,6 +190,22 @@ class EngineGaveUp(StartError):
 
 
 @dataclass(eq=False)
+class VolumeMissing(StartError):
+    """There is no network volume and REQUIRE_VOLUME asks for one."""
+
+    path: Path
+    code = "volume_missing"
+
+    def __str__(self) -> str:
+        return f"{no_volume(self.path)}: attach one to the endpoint, or unset REQUIRE_VOLUME."
+
+
+def no_volume(path: Path) -> str:
+    """The beginning of every sentence that says so."""
+    return f"There is no network volume at {path}"
+
+
+@dataclass(eq=False)
 class NothingToServe(StartError):
     """Outside RunPod, with no local API asked for and no test input."""
 
@@ -967,42 +983,50 @@ class FileIncomplete(ModelError):
 
 
 @dataclass(eq=False)
-class VolumeMissing(ModelError):
-    """There is no network volume and REQUIRE_VOLUME asks for one."""
-
-    path: Path
-    code = "volume_missing"
-
-    def __str__(self) -> str:
-        return f"There is no network volume at {self.path}: attach one to the endpoint, or unset REQUIRE_VOLUME."
-
-
-@dataclass(eq=False)
 class VolumeReadOnly(ModelError):
-    """The volume refuses to be written."""
+    """The volume refuses to be written. `container` is the error of this container's disk, which could not take its place."""
 
     path: Path
     reason: str
+    container: VolumeFull | VolumeReadOnly | None = None
     code = "volume_read_only"
 
     def __str__(self) -> str:
-        return f"{self.path} cannot be written ({self.reason}): mount it writable, or put the model there by hand."
+        return (
+            f"{self.path} cannot be written ({self.reason}{_nor_container(self.container)}): "
+            "mount it writable, or put the model there by hand."
+        )
 
 
 @dataclass(eq=False)
 class VolumeFull(ModelError):
-    """There is no room for a model. `free_bytes` is what the file system says, which knows nothing of a quota."""
+    """There is no room for a model. `free_bytes` is what the file system says, which knows nothing of a quota.
+
+    `container` is the error of this container's disk, which could not take the volume's place.
+    """
 
     path: Path
     needed_bytes: int
     free_bytes: int
+    container: VolumeFull | VolumeReadOnly | None = None
     code = "volume_full"
 
     def __str__(self) -> str:
         return (
             f"{self.path} has no room: {_size(self.needed_bytes)} are needed, {_size(self.free_bytes)} are free "
-            "(less if there is a quota); enlarge it or remove models."
+            f"(less if there is a quota{_nor_container(self.container)}); enlarge it or remove models."
         )
+
+
+def _nor_container(error: VolumeFull | VolumeReadOnly | None) -> str:
+    match error:
+        case VolumeFull():
+            needed, free = _size(error.needed_bytes), _size(error.free_bytes)
+            return f"; on this container's disk {needed} are needed, {free} are free"
+        case VolumeReadOnly():
+            return f"; nor can this container's disk: {error.reason}"
+        case None:
+            return ""
 
 
 @dataclass(eq=False)

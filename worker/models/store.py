@@ -21,6 +21,7 @@ from worker.errors import (
     VolumeFull,
     VolumeMissing,
     VolumeReadOnly,
+    no_volume,
 )
 from worker.models.disk import check_whole, sha256_of, volume_error
 from worker.models.download import Download, Hooks, Origin, Ready, Task, Tools, both, write_own_seal
@@ -259,7 +260,7 @@ class Stores:
         if self._volume is None:
             if local is None:
                 raise VolumeMissing(self._volume_path)
-            self._say(f"There is no network volume at {self._volume_path}.")
+            self._say(no_volume(self._volume_path))
             return local.ensure(spec, progress, cancel)
         if local and local.ready(spec.folder, spec.name) and not self._volume.ready(spec.folder, spec.name):
             return local.ensure(spec, progress, cancel)
@@ -268,11 +269,16 @@ class Stores:
         except (VolumeFull, VolumeReadOnly) as exc:
             if local is None:
                 raise
-            self._say(str(exc))
-        return local.ensure(spec, progress, cancel)
+            refused = exc
+        self._say(str(refused).removesuffix("."))
+        try:
+            return local.ensure(spec, progress, cancel)
+        except (VolumeFull, VolumeReadOnly) as exc:
+            # The volume is what people can enlarge or mount in another way.
+            raise replace(refused, container=exc) from exc
 
     def _say(self, reason: str) -> None:
         """Once: a log is not the place to repeat with each model what one look at the volume says."""
         if not self._said:
             self._said = True
-            log.warning("%s Models are kept on this container's disk and are gone with it.", reason)
+            log.warning("%s. Models are kept on this container's disk and are gone with it.", reason)

@@ -6,7 +6,7 @@ import os
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from worker.errors import VolumeFull, VolumeMissing, VolumeReadOnly
+from worker.errors import VolumeFull, VolumeMissing, VolumeReadOnly, no_volume
 from worker.models.disk import free_bytes
 from worker.models.progress import size_text
 
@@ -50,7 +50,7 @@ def _no_room(plan: Plan, place: Path) -> VolumeMissing | VolumeReadOnly | Volume
 def _reason(problem: VolumeMissing | VolumeReadOnly | VolumeFull) -> str:
     match problem:
         case VolumeMissing():
-            return f"There is no network volume at {problem.path}"
+            return no_volume(problem.path)
         case VolumeReadOnly():
             return f"{problem.path} cannot be written"
         case VolumeFull():
