@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -36,7 +37,7 @@ from worker.models.layout import Layout
 from worker.models.ready import lacking
 from worker.models.seals import Seal, read_seal, whole_mtime, write_seal
 from worker.models.spec import HubFile, ModelSpec, Url
-from worker.models.store import Hooks, Store, Stores, Timing, Tuning
+from worker.models.store import Hooks, Ready, Store, Stores, Timing, Tuning
 from worker.models.wire import Network
 
 if TYPE_CHECKING:
@@ -284,6 +285,84 @@ def test_threads_that_want_one_model_fetch_it_once(setup: Setup, stand_in: Stand
         thread.join()
     assert sorted(found) == ["downloaded", "ready", "ready", "ready"]
     assert stand_in.bytes_sent() == len(WEIGHTS)
+
+
+# --- one content, two names ---------------------------------------------------------------------
+
+TWIN = ModelSpec("text_encoders", "twin.safetensors", SOURCE)
+
+
+def test_one_content_under_two_names_is_fetched_once(setup_everywhere: Setup, stand_in: StandIn) -> None:
+    setup = setup_everywhere
+    found: list[Ready] = []
+    threads = [
+        threading.Thread(target=lambda spec=spec: found.append(setup.store().ensure(spec))) for spec in (SPEC, TWIN, PINNED)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert stand_in.bytes_sent() == len(WEIGHTS)
+    assert sum(ready.bytes_fetched for ready in found) == len(WEIGHTS)
+    for spec in (SPEC, TWIN):
+        path, seal = setup.layout.model(spec.folder, spec.name), read_seal(setup.layout.seal(spec.folder, spec.name))
+        assert path.read_bytes() == WEIGHTS
+        assert seal is not None
+        assert seal.fits(path.stat())
+        assert (seal.sha256, seal.repo) == (SHA256, "org/repo")
+        assert setup.store().ensure(spec).how == "ready"
+    assert setup.litter() == []
+
+
+def refuse_links(_setup: Setup) -> Any:
+    return mock.patch.object(Path, "hardlink_to", side_effect=OSError(errno.EPERM, "Operation not permitted"))
+
+
+def remove(setup: Setup) -> Any:
+    setup.final.unlink()
+    return contextlib.nullcontext()
+
+
+def exchange(setup: Setup) -> Any:
+    setup.put(OTHER)
+    os.utime(setup.final, (1, 1))
+    return contextlib.nullcontext()
+
+
+def exchange_just_now(setup: Setup) -> Any:
+    real = Path.hardlink_to
+
+    def link(path: Path, target: Path) -> None:
+        exchange(setup)
+        real(path, target)
+
+    return mock.patch.object(Path, "hardlink_to", link)
+
+
+def name_badly(setup: Setup) -> Any:
+    path = setup.layout.lock_progress(SHA256)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"name": "../../etc/passwd"}))
+    return contextlib.nullcontext()
+
+
+@pytest.mark.parametrize("spoil", [refuse_links, remove, exchange, exchange_just_now, name_badly])
+def test_a_content_that_has_no_other_name_any_more_is_fetched(setup: Setup, spoil: Callable[[Setup], Any]) -> None:
+    setup.store().ensure(SPEC)
+    with spoil(setup):
+        found = setup.store().ensure(TWIN)
+    assert (found.how, found.bytes_fetched) == ("downloaded", len(WEIGHTS))
+    assert found.path.read_bytes() == WEIGHTS
+    assert setup.litter() == []
+
+
+def test_a_link_whose_worker_died_before_the_seal_is_adopted(setup: Setup, stand_in: StandIn) -> None:
+    setup.store().ensure(SPEC)
+    with mock.patch("worker.models.store.write_own_seal", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        setup.store().ensure(TWIN)
+    stand_in.clear_log()
+    assert setup.store().ensure(ModelSpec(TWIN.folder, TWIN.name, SOURCE, SHA256)).how == "adopted"
+    assert stand_in.requests == []
+    assert setup.litter() == []
 
 
 # --- there already ------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 from worker.errors import (
     ContentMismatch,
     FileIncomplete,
+    UnsafePath,
     UnsealedMismatch,
     VolumeFailed,
     VolumeFull,
@@ -23,13 +24,13 @@ from worker.errors import (
     VolumeReadOnly,
     no_volume,
 )
-from worker.models.disk import check_whole, sha256_of, volume_error
+from worker.models.disk import check_whole, patiently, sha256_of, sync_folder, volume_error
 from worker.models.download import Download, Hooks, Origin, Ready, Task, Tools, both, write_own_seal
 from worker.models.locks import Locks, Timing
 from worker.models.partial import DiskFailed, sweep
 from worker.models.ranges import Tuning
 from worker.models.ready import path_of, record, sealed
-from worker.models.seals import Seal, now, stat_file, whole_mtime
+from worker.models.seals import Seal, now, stat_file, whole_mtime, write_seal
 from worker.models.spec import HubFile
 
 if TYPE_CHECKING:
@@ -103,9 +104,10 @@ class Store:
     def ensure(self, spec: ModelSpec, progress: Listener = _ignore, cancel: CancelToken | None = None) -> Ready:
         """Return when the model is there to be used; `progress` hears of it several times a second.
 
-        The order: a sealed file; a file without a seal, which is never overwritten or removed; RunPod's host cache; a download,
-        by this worker or by the one it waits for. Raises a `ModelError` (or `UnsafePath`) that says what to do;
-        `EnsureCancelled` within a second, with a partial that the next attempt goes on with.
+        The order: a sealed file; a file without a seal, which is never overwritten or removed; RunPod's host cache; a file of
+        the same content that was fetched under another name; a download, by this worker or by the one it waits for. Raises a
+        `ModelError` (or `UnsafePath`) that says what to do; `EnsureCancelled` within a second, with a partial that the next
+        attempt goes on with.
         """
         began_s = time.monotonic()
         path = path_of(self.layout, spec)
@@ -227,11 +229,52 @@ class Store:
             if self._is_ready(task):
                 return Ready(task.path, "ready")
             if (found := stat_file(task.path)) is not None:
-                adopted = self._adopt(task, found, both(task.progress, hold.report))
-                if hold.state == "held":
-                    sweep(self.layout.partial(key))
-                return adopted
-            return Download(self._tools, task, remote, hold).run() if remote else None
+                there: Ready | None = self._adopt(task, found, both(task.progress, hold.report))
+            else:
+                there = self._linked(task, remote) if remote else None
+            if there and hold.state == "held":
+                sweep(self.layout.partial(key))
+            return there or (Download(self._tools, task, remote, hold).run() if remote else None)
+
+    def _linked(self, task: Task, remote: Remote) -> Ready | None:
+        """Give this name to a file of the same content that has another one already; None where there is none.
+
+        Whoever fetched the content last left that name beside its lock. A hard link moves no byte; where the file system has
+        none the content is fetched once more, which costs no more than a copy would.
+        """
+        spec, holder = task.spec, self._locks.holder(remote.key)
+        folder, _, name = holder.name.partition("/") if holder else ("", "", "")
+        try:
+            there = sealed(self.layout, folder, name)
+        except UnsafePath:
+            return None
+        if there is None or remote.sha256 is None or there[1].sha256 != remote.sha256 or there[0].is_symlink():
+            return None
+        origin = Origin.of(spec)
+        seal = replace(there[1], etag=remote.etag, repo=origin.repo, file=origin.file, commit=remote.commit)
+        seal = replace(seal, by=self._tools.worker, at=now())
+        if not self._link(there[0], task.path, self.layout.pending_seal(spec.folder, spec.name), seal):
+            return None
+        write_own_seal(self.layout, spec, seal)
+        log.info("%s has the content of %s: linked", task.path, there[0])
+        return Ready(task.path, "adopted")
+
+    @staticmethod
+    def _link(old: Path, new: Path, pending: Path, seal: Seal) -> bool:
+        """Whether the sealed file has the new name too, which nobody else had."""
+        try:
+            write_seal(pending, seal)
+            new.parent.mkdir(parents=True, exist_ok=True)
+            patiently(lambda: new.hardlink_to(old))
+            sync_folder(new.parent)
+            if seal.fits(new.stat()):
+                return True
+            new.unlink()  # another file had come under the old name
+        except OSError as exc:
+            log.info("%s cannot be linked to %s (%s)", new, old, exc.strerror)
+        with contextlib.suppress(OSError):
+            pending.unlink(missing_ok=True)
+        return False
 
     def _look_up(self, task: Task) -> Remote:
         """What the source holds; raises `ContentMismatch` when that is not what the model says it is."""
