@@ -708,7 +708,9 @@ def test_every_suffix_that_loaders_read() -> None:
         ("output_name", "x.safetensors"),
         ("save_path", "x.safetensors"),
         ("text", "buy it at shop.pt"),
-        ("positive_prompt", "a.safetensors"),
+        ("positive_prompt", "a cat.safetensors"),
+        ("style", "two\nlines.safetensors"),
+        ("prompt", "https://example.com/a.safetensors"),
         ("value", "https://huggingface.co/a/b/resolve/main/c.safetensors"),
         ("value", "two\nlines.safetensors"),
         ("value", ".safetensors"),
@@ -726,6 +728,42 @@ def test_every_suffix_that_loaders_read() -> None:
 )
 def test_what_is_no_model_name(name: str, value: object) -> None:
     assert named_models(node("LoadImage", **{name: value})) == ()
+
+
+TEXT_INPUTS = ["clip_l", "clip_g", "t5xxl", "style", "lora_style", "text", "prompt", "llama", "description"]
+
+
+@pytest.mark.parametrize("name", TEXT_INPUTS)
+@pytest.mark.parametrize("class_type", ["SomebodysLoader", "LoadWanVideoT5TextEncoder", "Lora Style Stack"])
+def test_one_word_that_ends_like_a_model_is_one_whatever_its_input_is_called(class_type: str, name: str) -> None:
+    assert [model.name for model in named_models(node(class_type, **{name: "sub/x.safetensors"}))] == ["sub/x.safetensors"]
+    with pytest.raises(UnsafePath):
+        check_paths(node(class_type, **{name: "../x.safetensors"}))
+    assert named_models(node(class_type, **{name: "in the style of x.safetensors"})) == ()
+    check_paths(node(class_type, **{name: "in the style of ../x.safetensors"}))
+
+
+@pytest.mark.parametrize("name", TEXT_INPUTS)
+@pytest.mark.parametrize(
+    "class_type",
+    [
+        "CLIPTextEncode",
+        "CLIPTextEncodeFlux",
+        "CLIPTextEncodeRegional",
+        "BNK_CLIPTextEncodeAdvanced",
+        "smZ CLIPTextEncode",
+        "WanVideoTextEncode",
+        "Text Encode",
+    ],
+)
+def test_a_prompt_that_is_encoded_is_never_a_model(class_type: str, name: str) -> None:
+    assert named_models(node(class_type, **{name: "x.safetensors"})) == ()
+    check_paths(node(class_type, **{name: "../x.safetensors"}))
+
+
+@pytest.mark.parametrize("name", ["text", "value"])
+def test_an_embedding_by_its_files_name_is_no_other_model(name: str) -> None:
+    assert [model.name for model in named_models(node("X", **{name: "embedding:a.pt"}))] == ["a.pt"]
 
 
 def test_a_windows_name_is_told_with_slashes() -> None:

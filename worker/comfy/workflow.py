@@ -276,7 +276,7 @@ def _strings(name: str, value: object) -> Iterator[tuple[str, str]]:
             stack.extend((key, inner) for inner in reversed(item))
 
 
-# Inputs that hold words for a model or a program and never a file: prompts may begin with "/" and end in ".pt".
+# Inputs that by their name hold words for a model or a program: prompts may begin with "/" and end in ".pt".
 _TEXT_INPUT = re.compile(
     r"(.*_)?(text|texts|prompt|prompts|positive|negative|caption|captions|tags|lyrics|instruction|instructions|query|question"
     r"|message|messages|expression|regex|pattern|find|replace|replacement|search|code|script|json|description|title|delimiter"
@@ -291,8 +291,20 @@ _PATH_INPUT = re.compile(
 )
 
 
-def _is_text_input(name: str) -> bool:
-    return _TEXT_INPUT.fullmatch(name.rpartition(".")[2].lower()) is not None
+# Nodes that encode a prompt; not the loaders of text encoders. CLIPTextEncodeFlux calls its two prompts clip_l and t5xxl.
+_ENCODES_TEXT = re.compile(r"[Tt]ext[ _]?[Ee]ncode(?!r)")
+
+
+def _is_prompt(class_type: str, key: str, text: str) -> bool:
+    """Whether an input's value is words, going by the input's name.
+
+    One word that ends like a model file is a file's name unless the node encodes text: loaders too have inputs such as
+    `clip_l`, `t5xxl` and `lora_style`.
+    """
+    if not _TEXT_INPUT.fullmatch(key.rpartition(".")[2].lower()):
+        return False
+    one_word = not any(char.isspace() for char in text)
+    return not (one_word and text.lower().endswith(WEIGHT_SUFFIXES)) or _ENCODES_TEXT.search(class_type) is not None
 
 
 def _is_path_input(name: str) -> bool:
@@ -322,10 +334,10 @@ def check_paths(graph: Graph) -> None:
 
     ComfyUI's LoadImage and its kin join the value to the input folder unchecked, so an absolute path or a `..` reads any file
     of the container; custom nodes do the same for writing. In an input that by its name holds a path (or that ends like a model
-    file) every way out is refused: absolute, `..`, `~`, a drive letter, backslashes, NUL, with or without ComfyUI's
-    ` [input]`, ` [output]` and ` [temp]`. Elsewhere only what is nothing but a path out (`../x`, `/etc/x`) is refused, and a
-    prompt is not looked at unless its node feeds an input that holds a path. A web address is no path. Out of reach: a path
-    that nodes put together while the graph runs.
+    file) every way out is refused: absolute, also behind a backslash, `..` between slashes of either kind, `~`, a drive letter,
+    NUL, with or without ComfyUI's ` [input]`, ` [output]` and ` [temp]`. Elsewhere only what is nothing but a path out (`../x`,
+    `/etc/x`) is refused, and a prompt is not looked at unless its node feeds an input that holds a path. A web address is no
+    path. Out of reach: a path that nodes put together while the graph runs.
 
     Raises:
         UnsafePath: naming node, input and value.
@@ -336,7 +348,7 @@ def check_paths(graph: Graph) -> None:
             if is_link(graph, value):
                 continue
             for key, text in _strings(name, value):
-                if _leaves_folder(key, text, feeds_path=node_id in feeders):
+                if _leaves_folder(node["class_type"], key, text, feeds_path=node_id in feeders):
                     what = f"Input '{name}' of node {node_id} ({node['class_type']})"
                     raise UnsafePath(what=what, value=_shown(text))
 
@@ -347,8 +359,8 @@ def _feeders_of_paths(graph: Graph) -> frozenset[str]:
     return frozenset(value[0] for name, value in inputs if is_link(graph, value) and _is_path_input(name))
 
 
-def _leaves_folder(key: str, text: str, *, feeds_path: bool) -> bool:
-    if _is_text_input(key):
+def _leaves_folder(class_type: str, key: str, text: str, *, feeds_path: bool) -> bool:
+    if _is_prompt(class_type, key, text):
         return feeds_path and _is_plainly_foreign(text)
     if _is_path_input(key) or (text.lower().endswith(WEIGHT_SUFFIXES) and not _URL.match(text)):
         return any(_escapes(form) for form in _readings(text))
@@ -514,8 +526,8 @@ def named_models(graph: Graph) -> tuple[NamedModel, ...]:
     """Every model file that the graph names, once for each input that names it, in the order of nodes and inputs.
 
     A name is any string that ends like a weights file, in any node; an `embedding:name` in any text; a VAELoader's short name.
-    Not: what an input's name says is media or an output, prompts that merely end so, web addresses, a lora row that is off, and
-    names that leave their folder (`check_paths` refuses those).
+    Not: what an input's name says is media or an output, prompts that merely end so (several words, or what a node encodes),
+    web addresses, a lora row that is off, and names that leave their folder (`check_paths` refuses those).
     """
     models = (model for node_id, node in graph.items() for model in _models_of_node(graph, node_id, node))
     return tuple(dict.fromkeys(models))
@@ -578,17 +590,18 @@ def _names_in(class_type: str, key: str, text: str) -> Iterator[tuple[str, tuple
         for part in ("encoder", "decoder"):
             stem = f"{text}_{part}"
             yield stem, ("vae_approx",), tuple(stem + suffix for suffix in _TAE_SUFFIXES)
-    elif _is_model_name(key, text):
+    elif _is_model_name(class_type, key, text):
         name = text.replace("\\", "/")
         yield name, _folders_of(class_type, leaf, name), None
 
 
-def _is_model_name(key: str, text: str) -> bool:
+def _is_model_name(class_type: str, key: str, text: str) -> bool:
     return (
         text.lower().endswith(WEIGHT_SUFFIXES)
         and text.isprintable()
         and "://" not in text
-        and not _is_text_input(key)
+        and "embedding:" not in text
+        and not _is_prompt(class_type, key, text)
         and not any(_MEDIA_INPUT.fullmatch(part) for part in key.lower().split("."))
         and _is_plain_name(text)
     )
