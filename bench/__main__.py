@@ -4,7 +4,7 @@
     python -m bench --short              the quick form: fails only beyond twice a bound
     python -m bench first_job fleet      these
 
-The exit status is 1 when a bound is missed or a benchmark ends without its figures.
+The exit status is 1 when a bound is missed or a benchmark fails. What this machine cannot measure is named, and misses nothing.
 """
 
 from __future__ import annotations
@@ -14,20 +14,24 @@ import json
 import math
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import IO, TYPE_CHECKING, Any, Final
 
-from bench.report import SHORT_FORGIVES, Figure, machine, table
+from bench.report import SHORT_FORGIVES, Figure, left_out, machine, table
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 HERE: Final = Path(__file__).parent
-PARTS: Final = frozenset({"__init__", "__main__", "bare", "report"})
+PARTS: Final = frozenset({"__init__", "__main__", "bare", "fleet_part", "report"})
 """What is not a benchmark here."""
 
 _TIMEOUT_S: Final = 3600.0
+_LAST_WORDS_S: Final = 5.0
 
 
 def benchmarks() -> list[str]:
@@ -35,22 +39,72 @@ def benchmarks() -> list[str]:
     return sorted(path.stem for path in HERE.glob("*.py") if path.stem not in PARTS)
 
 
-def run(name: str, *, short: bool, timeout_s: float = _TIMEOUT_S) -> tuple[list[Figure], str]:
-    """One benchmark's figures, and what was wrong with it: empty when each figure is within its bound."""
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a benchmark."""
+
+    figures: Sequence[Figure] = ()
+    trouble: str = ""
+    """What was wrong with it; empty when each figure is within its bound."""
+    left_out: Sequence[tuple[str, str]] = ()
+    """What this machine could not measure, the benchmark or a part of it, and the reason."""
+
+
+def run(name: str, *, short: bool, timeout_s: float = _TIMEOUT_S) -> Outcome:
+    """Run one benchmark to its end; what it says on standard error is shown as it comes."""
     command = [sys.executable, "-m", f"bench.{name}", "--json", *(["--short"] if short else [])]
-    try:
-        done = subprocess.run(command, cwd=HERE.parent, stdout=subprocess.PIPE, text=True, check=False, timeout=timeout_s)
-    except subprocess.TimeoutExpired:
-        return [], f"took longer than {timeout_s:g} s"
-    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    said: list[str] = []
+    with tempfile.TemporaryFile("w+") as printed:
+        process = subprocess.Popen(command, cwd=HERE.parent, stdout=printed, stderr=subprocess.PIPE, text=True)
+        # Not closed here: what the benchmark started may outlive it for a moment, with this end of the pipe in its hands.
+        listener = threading.Thread(target=_pass_on, args=(process.stderr, said), daemon=True)
+        listener.start()
+        try:
+            status = process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            return Outcome(trouble=f"took longer than {timeout_s:g} s")
+        listener.join(_LAST_WORDS_S)
+        printed.seek(0)
+        rows = [json.loads(line) for line in printed if line.startswith("{")]
+    return _outcome(name, rows, status, said)
+
+
+def _pass_on(stream: IO[str], said: list[str]) -> None:
+    for line in stream:
+        said.append(line)
+        print(line, end="", file=sys.stderr, flush=True)
+
+
+def _outcome(name: str, rows: Sequence[dict[str, Any]], status: int, said: Sequence[str]) -> Outcome:
     figures = [
         Figure(row["name"], math.nan if row["value"] is None else row["value"], row["unit"], row["bound"], row["samples"])
         for row in rows
     ]
-    missed = [row["name"] for row in rows if not row["ok"]]
-    if missed:
-        return figures, f"missed {', '.join(missed)}"
-    return figures, f"ended with status {done.returncode}" if done.returncode else ""
+    parts = [(name + part[0], part[1]) for line in said if (part := left_out(line))]
+    trouble = ""
+    if missed := [row["name"] for row in rows if not row["ok"]]:
+        trouble = f"missed {', '.join(missed)}"
+    elif status:
+        trouble = f"ended with status {status}"
+    elif not (figures or parts):
+        trouble = "gave neither figures nor a reason"
+    return Outcome(figures, trouble, parts)
+
+
+def summary(outcomes: Mapping[str, Outcome]) -> str:
+    """What all of them came to: what was not measured and why, what was wrong, and whether that is all."""
+    troubles = [f"{name}: {outcome.trouble}" for name, outcome in outcomes.items() if outcome.trouble]
+    left: dict[str, list[str]] = {}
+    for what, reason in (part for outcome in outcomes.values() for part in outcome.left_out):
+        left.setdefault(reason, []).append(what)
+    lines = [f"not measured here: {', '.join(parts)} ({reason})" for reason, parts in left.items()]
+    if troubles:
+        lines += [*troubles, f"{len(troubles)} of the benchmarks missed"]
+    else:
+        lines.append("every bound that was measured is kept" if left else "every bound is kept")
+    return "\n".join(lines)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -63,20 +117,17 @@ def main(argv: Sequence[str]) -> int:
     chosen = parser.parse_args(argv)
     if unknown := set(chosen.names) - set(benchmarks()):
         parser.error(f"there is no benchmark {', '.join(sorted(unknown))}")
-    troubles: dict[str, str] = {}
+    outcomes: dict[str, Outcome] = {}
     for name in chosen.names or benchmarks():
         began = time.monotonic()
         print(f"== {name}", flush=True)
-        figures, trouble = run(name, short=chosen.short)
-        print(table(figures, SHORT_FORGIVES if chosen.short else 1.0), flush=True)
-        print(f"   {time.monotonic() - began:.0f} s{': ' + trouble if trouble else ''}\n", flush=True)
-        if trouble:
-            troubles[name] = trouble
+        outcome = outcomes[name] = run(name, short=chosen.short)
+        if outcome.figures:
+            print(table(outcome.figures, SHORT_FORGIVES if chosen.short else 1.0), flush=True)
+        print(f"   {time.monotonic() - began:.0f} s{': ' + outcome.trouble if outcome.trouble else ''}\n", flush=True)
     print(machine())
-    for name, trouble in troubles.items():
-        print(f"{name}: {trouble}")
-    print("every bound is kept" if not troubles else f"{len(troubles)} of the benchmarks missed")
-    return 1 if troubles else 0
+    print(summary(outcomes))
+    return 1 if any(outcome.trouble for outcome in outcomes.values()) else 0
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from bench.bare import BareEngine
-from bench.report import Figure, median, parse_args, report
+from bench.report import Figure, leave_out, median, parse_args, report
 from devkit.engine.build import ensure_engine
 from devkit.local_worker import LocalWorker
 from devkit.moosefs import MooseFS, available
@@ -162,7 +162,7 @@ def main() -> int:
     """Measure and report."""
     options = parse_args(__doc__, samples=5, short_samples=1, add=_arguments)
     if reason := available():
-        print(f"nothing is measured: {reason}", file=sys.stderr)
+        leave_out(reason)
         return report([], options)
     engine = ensure_engine()
     with ExitStack() as stack:

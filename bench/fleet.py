@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from bench.bare import BareEngine
-from bench.report import Figure, median, parse_args, report
+from bench.report import Figure, leave_out, median, parse_args, report
 from devkit.engine.build import ensure_engine
 from devkit.local_worker import PROJECT
 from devkit.moosefs import MooseFS, available
@@ -131,7 +131,7 @@ def main() -> int:
     """Measure and report."""
     options = parse_args(__doc__, samples=5, short_samples=2)
     if reason := available():
-        print(f"nothing is measured: {reason}", file=sys.stderr)
+        leave_out(reason)
         return report([], options)
     with ExitStack() as stack:
         root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-fleet-")))

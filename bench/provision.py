@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.report import Figure, Options, parse_args, report
+from bench.report import Figure, Options, leave_out, parse_args, report
 from devkit.fleet import Fleet, Worker
 from devkit.hub import hub_process
 from devkit.local_worker import PROJECT
@@ -113,7 +113,7 @@ def _volumes(root: Path) -> Iterator[tuple[str, Path, MooseFS | None]]:
     yield "ext4", root / "ext4", None
     reason = available()
     if reason:
-        print(f"no figures for MooseFS: {reason}", file=sys.stderr)
+        leave_out(reason, "MooseFS")
         return
     with MooseFS(root / "moosefs") as volume:
         yield "moosefs", volume.mounts[0], volume

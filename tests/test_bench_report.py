@@ -79,6 +79,14 @@ sys.exit(report([Figure("ratio", {value}, "x", bound=1.0)], parse_args("")) or {
 """
 
 
+def make_benchmark(folder: Path, code: str) -> None:
+    """A package `bench` with one benchmark in it, `mine`."""
+    (folder / "bench").mkdir()
+    for name in ("__init__", "report"):
+        (folder / f"bench/{name}.py").write_text((PROJECT / f"bench/{name}.py").read_text())
+    (folder / "bench/mine.py").write_text(code)
+
+
 @pytest.mark.parametrize(
     ("value", "status", "form", "trouble"),
     [
@@ -92,22 +100,78 @@ sys.exit(report([Figure("ratio", {value}, "x", bound=1.0)], parse_args("")) or {
 def test_the_runner_sums_up_what_each_benchmark_said(
     value: float, status: int, form: str, trouble: str, *, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "bench").mkdir()
-    for name in ("__init__", "report"):
-        (tmp_path / f"bench/{name}.py").write_text((PROJECT / f"bench/{name}.py").read_text())
-    (tmp_path / "bench/mine.py").write_text(BENCHMARK.format(value=value, status=status))
+    make_benchmark(tmp_path, BENCHMARK.format(value=value, status=status))
     monkeypatch.setattr(runner, "HERE", tmp_path / "bench")
     assert runner.benchmarks() == ["mine"]
-    figures, said = runner.run("mine", short=form == "short")
-    assert ([(figure.name, figure.value) for figure in figures], said) == ([("ratio", value)], trouble)
+    outcome = runner.run("mine", short=form == "short")
+    assert [(figure.name, figure.value) for figure in outcome.figures] == [("ratio", value)]
+    assert (outcome.trouble, list(outcome.left_out)) == (trouble, [])
 
 
 def test_a_benchmark_that_does_not_end_is_trouble(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "bench").mkdir()
-    (tmp_path / "bench/__init__.py").touch()
-    (tmp_path / "bench/mine.py").write_text("import threading; threading.Event().wait()")
+    make_benchmark(tmp_path, "import threading; threading.Event().wait()")
     monkeypatch.setattr(runner, "HERE", tmp_path / "bench")
-    assert runner.run("mine", short=False, timeout_s=0.5) == ([], "took longer than 0.5 s")
+    assert runner.run("mine", short=False, timeout_s=0.5) == runner.Outcome(trouble="took longer than 0.5 s")
+
+
+LEAVES_OUT = """
+import sys
+from bench.report import Figure, leave_out, parse_args, report
+leave_out("it needs root: to mount", {place!r})
+sys.exit(report({figures}, parse_args("")))
+"""
+FIGURE = Figure("ratio", 1.0, "x", 2.0)
+
+
+@pytest.mark.parametrize(
+    ("place", "figures", "left_out"),
+    [
+        (None, "[]", "mine"),
+        ("MooseFS", "[Figure('ratio', 1.0, 'x', 2.0)]", "mine on MooseFS"),
+    ],
+)
+def test_what_a_machine_cannot_measure_is_named_and_misses_nothing(
+    place: str | None,
+    figures: str,
+    left_out: str,
+    *,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    make_benchmark(tmp_path, LEAVES_OUT.format(place=place, figures=figures))
+    monkeypatch.setattr(runner, "HERE", tmp_path / "bench")
+    outcome = runner.run("mine", short=False)
+    assert (outcome.trouble, list(outcome.left_out)) == ("", [(left_out, "it needs root: to mount")])
+    assert runner.main(["mine"]) == 0
+    out, err = capfd.readouterr()
+    assert out.splitlines()[-2:] == [
+        f"not measured here: {left_out} (it needs root: to mount)",
+        "every bound that was measured is kept",
+    ]
+    assert err.count("nothing is measured") == 2  # shown as it comes, in both runs
+
+
+def test_a_benchmark_with_neither_figures_nor_a_reason_is_trouble(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_benchmark(tmp_path, "")
+    monkeypatch.setattr(runner, "HERE", tmp_path / "bench")
+    assert runner.run("mine", short=False) == runner.Outcome([], "gave neither figures nor a reason", [])
+
+
+def test_the_summary_says_what_was_missed_beside_what_was_not_measured() -> None:
+    outcomes = {
+        "links": runner.Outcome([FIGURE], "", [("links on MooseFS", "no root")]),
+        "gpu": runner.Outcome([], "", [("gpu", "no GPU")]),
+        "fleet": runner.Outcome([], "", [("fleet", "no root")]),
+        "soak": runner.Outcome([FIGURE], "missed ratio"),
+    }
+    assert runner.summary(outcomes).splitlines() == [
+        "not measured here: links on MooseFS, fleet (no root)",
+        "not measured here: gpu (no GPU)",
+        "soak: missed ratio",
+        "1 of the benchmarks missed",
+    ]
+    assert runner.summary({"soak": runner.Outcome([FIGURE])}) == "every bound is kept"
 
 
 def test_an_unknown_name_is_refused() -> None:
