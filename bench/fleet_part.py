@@ -1,0 +1,97 @@
+"""One cold worker's part with the volume: the worker's own code, with ComfyUI left out. `bench/fleet.py` starts it many times.
+
+    python -m bench.fleet_part BASE_DIR VOLUME
+
+Says how long its imports took, waits for a line, does what `worker/__main__.py` and `worker/boot.py` do with a volume before
+the first job, and says when that is done; then when what goes on behind it is done as well. Lives until it is killed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from worker.__main__ import with_custom_nodes
+from worker.comfy.process import EngineCommand, EngineProcess, prepare_base_dir
+from worker.settings import Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from worker.warmth import Warmth
+
+ENDPOINT = "bench"
+_NO_HUB = "http://127.0.0.1:9"
+"""Nothing listens there: a model that is not found ready is not fetched, and fails."""
+_STAND_IN = ("sleep", "3600")
+_SETTLE_S = 60.0
+_POLL_S = 0.02
+
+
+def main(argv: Sequence[str]) -> None:
+    """Print `{"imports_s"}`; after a line on standard input `{"links"}`, then `{"read_bytes"}`. Raises what goes wrong."""
+    base_dir, volume = argv
+    environ = {"COMFYUI_BASE_DIR": base_dir, "VOLUME_PATH": volume, "RUNPOD_ENDPOINT_ID": ENDPOINT, "HF_ENDPOINT": _NO_HUB}
+    settings = Settings.from_env({**environ, "COMFYUI_PYTHON": sys.executable})
+    _say(imports_s=import_all())
+    imported = set(sys.modules)
+    sys.stdin.readline()
+    run(settings)
+    if late := sorted(name for name in set(sys.modules) - imported if name.startswith("worker.")):
+        raise RuntimeError(f"imported while it was measured: {', '.join(late)}")
+    sys.stdin.readline()
+
+
+def import_all() -> float:
+    """Import what the worker imports on its way to its models; seconds since the process began."""
+    import worker.comfy.custom_nodes  # noqa: PLC0415 - in the order in which the worker does
+    import worker.models.hub  # noqa: PLC0415 - as above
+    import worker.models.locks  # noqa: PLC0415 - as above
+    import worker.models.sources  # noqa: PLC0415 - as above
+    import worker.models.store  # noqa: PLC0415 - as above
+    import worker.models.wire  # noqa: PLC0415 - as above
+    import worker.warmth  # noqa: F401, PLC0415 - as above
+    from worker.boot import process_start  # noqa: PLC0415 - as above
+
+    return time.monotonic() - process_start()
+
+
+def run(settings: Settings) -> None:
+    """As `run_worker` does around the spawn, and as `Worker.start` does in its thread for the models."""
+    from worker.boot import Timeline, Worker  # noqa: PLC0415 - imported by import_all
+    from worker.warmth import Warmth  # noqa: PLC0415 - as above
+
+    prepare_base_dir(settings)
+    command = EngineCommand(_STAND_IN, settings.base_dir, os.environ)
+    if (settings.volume_path / "custom_nodes").is_dir():
+        command = with_custom_nodes(settings, command)
+    process = EngineProcess.spawn(command)
+    warmth = Warmth(settings)
+    warmth.begin()
+    worker, timeline = Worker(settings, command, process, warmth), Timeline(time.monotonic())
+    worker._supply_models(timeline)  # noqa: SLF001 - the part of `Worker.start` that is measured
+    _say(links=timeline.summary())
+    supply = worker._supply  # noqa: SLF001 - what it does behind the first job has no end that others could see
+    supply.fetch_first(supply.manifest())
+    _say(read_bytes=_read_ahead(warmth))
+
+
+def _read_ahead(warmth: Warmth) -> int:
+    """How much is in memory of what the endpoint's last jobs used, once that has been read."""
+    deadline = time.monotonic() + _SETTLE_S
+    while (warmed := warmth.warmed()) is None or warmed.running:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not read within {_SETTLE_S:g} s: {warmed}")
+        time.sleep(_POLL_S)
+    return warmed.read_bytes + warmed.cached_bytes
+
+
+def _say(**value: object) -> None:
+    print(json.dumps(value), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
