@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from bench.bare import BareEngine
-from bench.report import Figure, leave_out, median, parse_args, report
+from bench.report import Figure, leave_out, parse_args, report
 from devkit.engine.build import ensure_engine
 from devkit.local_worker import LocalWorker
 from devkit.moosefs import MooseFS, available
@@ -182,7 +182,7 @@ def main() -> int:
             ahead_s = scene.worker_s(f"ahead-{number}", RUNPOD_ENDPOINT_ID="bench")
             rows.append((read_s, boot_s, warm_s, cold_s, ahead_s))
     read, boot, warm, cold, ahead = (tuple(column) for column in zip(*rows, strict=True))
-    bare = max(median(boot), median(read)) + median(warm)
+    parts = [max(boot_s, read_s) + warm_s for read_s, boot_s, warm_s, _, _ in rows]
     return report(
         [
             Figure.of("line_mb_per_s", [size_bytes / 1e6 / seconds for seconds in read], "MB/s"),
@@ -191,8 +191,10 @@ def main() -> int:
             Figure.of("warm_job_s", warm, "s"),
             Figure.of("first_job_cold_s", cold, "s"),
             Figure.of("first_job_read_ahead_s", ahead, "s"),
-            Figure("first_job_cold_ratio", median(cold) / bare, "x"),
-            Figure("first_job_read_ahead_ratio", median(ahead) / bare, "x", BOUND),
+            Figure.of("first_job_cold_ratio", [ours / theirs for ours, theirs in zip(cold, parts, strict=True)], "x"),
+            Figure.of(
+                "first_job_read_ahead_ratio", [ours / theirs for ours, theirs in zip(ahead, parts, strict=True)], "x", BOUND
+            ),
         ],
         options,
         data=root,
