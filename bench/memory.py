@@ -1,8 +1,10 @@
-"""What the worker itself holds in memory: idle, and at most while a gigabyte goes to a bucket, to the volume, or nowhere.
+"""What the worker itself holds in memory: idle, and at most while a file goes to a bucket, the volume, nowhere, or back.
 
-The real worker and ComfyUI in production mode, in front of a stand-in of RunPod; ComfyUI writes a file of 1 GB, as a long
-video is. The peak is what the kernel counts (VmHWM, begun anew before each job). Limits: 90 MB idle and 80 MB more at the peak,
-so that a result is never in memory as a whole. With a bucket boto3 and its client add 24 MB when idle; that is for information.
+The real worker and ComfyUI in production mode, in front of a stand-in of RunPod; ComfyUI writes a file of 1 GB, as a long video
+is, or of 14 MB, about the largest that comes back as base64. Each sample is a worker of its own: what it holds when it has
+started, and how much more at the peak of its first job, which the kernel counts (VmHWM, begun anew before the job). Limits:
+90 MB idle, with a bucket or without one, and 80 MB more at the peak, so that a result is never in memory as a whole. As base64
+it is, as text and as JSON around that: for information.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -24,14 +27,36 @@ from devkit.engine.models import make_volume
 from devkit.s3 import S3Server
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
     from devkit.engine.build import Engine
-    from devkit.local_worker import LocalWorker
 
 IDLE_BOUND_MB: Final = 90.0
 RISE_BOUND_MB: Final = 80.0
-FULL_BYTES, SHORT_BYTES = 1_000_000_000, 200_000_000
+FULL_BYTES, SHORT_BYTES, BASE64_BYTES = 1_000_000_000, 200_000_000, 14_000_000
 JOB_TIMEOUT_S: Final = 600.0
 SETTLE_S: Final = 2.0  # what a start leaves to its threads, the import of boto3 among it, is over by then
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One place for a result: the settings that lead there, and the type of its item; `refused` for no place."""
+
+    name: str
+    expected: str
+    size_bytes: int
+    volume: Path
+    environ: Mapping[str, str]
+    bound_mb: float | None = RISE_BOUND_MB
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One worker: idle, how much more at the peak of its job, and how fast that was."""
+
+    idle_mb: float
+    rise_mb: float
+    mb_per_s: float
 
 
 def status_mb(pid: int, field: str) -> float:
@@ -41,22 +66,29 @@ def status_mb(pid: int, field: str) -> float:
     return int(found[1]) * 1024 / 1e6
 
 
-def rise_mb(plane: ControlPlane, worker: LocalWorker, filename: str, size_bytes: int) -> tuple[float, dict[str, Any]]:
-    """By how much a job with such an output raised the worker's memory at its peak, and the answer."""
-    before = status_mb(worker.pid, "VmRSS")
-    Path(f"/proc/{worker.pid}/clear_refs").write_text("5")  # the peak counts from here (proc_pid_clear_refs(5))
-    graph = {"1": {"class_type": "FaultFile", "inputs": {"key": "gifs", "filename": filename, "size_bytes": size_bytes}}}
-    answer = plane.submit({"workflow": graph}).result(JOB_TIMEOUT_S)
-    return status_mb(worker.pid, "VmHWM") - before, answer
-
-
-def made(plane: ControlPlane, engine: Engine, folder: Path, volume: Path, **environ: str) -> ProductionWorker:
-    """A worker with the node that writes large files."""
+def measure(way: Way, engine: Engine, folder: Path) -> Sample:
+    """Start a worker and send it one job. Raises RuntimeError when its result does not go that way."""
     folder.mkdir()
     flags = shlex.join([*engine_args(engine), *nodes.FLAGS])
-    worker = ProductionWorker(plane, engine, folder, volume, {"COMFY_ARGS": flags, **environ})
-    nodes.install(worker.base_dir)
-    return worker
+    with ControlPlane(poll_s=20) as plane:
+        worker = ProductionWorker(plane, engine, folder, way.volume, {"COMFY_ARGS": flags, **way.environ})
+        nodes.install(worker.base_dir)
+        with worker:
+            worker.wait_ready()
+            threading.Event().wait(SETTLE_S)
+            idle_mb = status_mb(worker.pid, "VmRSS")
+            Path(f"/proc/{worker.pid}/clear_refs").write_text("5")  # the peak counts from here (proc_pid_clear_refs(5))
+            began = time.perf_counter()
+            answer = plane.submit({"workflow": graph(way.size_bytes)}, via="runsync").result(JOB_TIMEOUT_S)
+            took_s = time.perf_counter() - began
+            if item_type(answer) != way.expected:
+                raise RuntimeError(f"expected {way.expected}: {str(answer)[:500]}\n{worker.log_tail()}")
+            return Sample(idle_mb, status_mb(worker.pid, "VmHWM") - idle_mb, way.size_bytes / 1e6 / took_s)
+
+
+def graph(size_bytes: int) -> dict[str, Any]:
+    """A node that writes a file of this size."""
+    return {"1": {"class_type": "FaultFile", "inputs": {"key": "gifs", "filename": "1.mp4", "size_bytes": size_bytes}}}
 
 
 def item_type(answer: dict[str, Any]) -> str:
@@ -69,10 +101,9 @@ def item_type(answer: dict[str, Any]) -> str:
 
 def main() -> int:
     """Measure and report."""
-    options = parse_args(__doc__, samples=3, short_samples=1)
+    options = parse_args(__doc__, samples=5, short_samples=1)
     size_bytes = SHORT_BYTES if options.short else FULL_BYTES
     engine = ensure_engine()
-    figures: list[Figure] = []
     with tempfile.TemporaryDirectory(prefix="bench-memory-") as name, S3Server(folder=Path(name)) as s3:
         root = Path(name)
         make_volume(engine, root / "volume")
@@ -83,29 +114,29 @@ def main() -> int:
             "BUCKET_SECRET_ACCESS_KEY": s3.secret_access_key,
             "BUCKET_REGION": s3.region,
         }
-        ways = {
-            "s3": (root / "volume", bucket, "s3_url"),
-            "volume": (root / "volume", {}, "volume_path"),
-            "refused": (root / "none", {}, "refused"),
-        }
-        for way, (volume, environ, expected) in ways.items():
-            with ControlPlane(poll_s=20) as plane, made(plane, engine, root / f"worker-{way}", volume, **environ) as worker:
-                worker.wait_ready()
-                threading.Event().wait(SETTLE_S)
-                idle_bound_mb = None if environ else IDLE_BOUND_MB
-                figures.append(Figure(f"idle_before_{way}_mb", status_mb(worker.pid, "VmRSS"), "MB", idle_bound_mb))
-                rises, took = [], []
-                for number in range(options.samples):
-                    began = time.perf_counter()
-                    rise, answer = rise_mb(plane, worker, f"{number}.mp4", size_bytes)
-                    took.append(size_bytes / 1e6 / (time.perf_counter() - began))
-                    rises.append(rise)
-                    if item_type(answer) != expected:
-                        raise RuntimeError(f"expected {expected}: {str(answer)[:500]}\n{worker.log_tail()}")
-                figures.append(Figure(f"{way}_rise_mb", max(rises), "MB", RISE_BOUND_MB, tuple(rises)))
-                if way != "refused":
-                    figures.append(Figure.of(f"{way}_mb_per_s", took, "MB/s"))
-    return report(figures, options)
+        ways = [
+            Way("s3", "s3_url", size_bytes, root / "volume", bucket),
+            Way("volume", "volume_path", size_bytes, root / "volume", {}),
+            Way("refused", "refused", size_bytes, root / "none", {}),
+            Way("base64", "base64", BASE64_BYTES, root / "none", {}, None),
+        ]
+        taken = [
+            (way, [measure(way, engine, root / f"worker-{way.name}-{number}") for number in range(options.samples)])
+            for way in ways
+        ]
+    return report(list(figures(taken)), options)
+
+
+def figures(taken: Sequence[tuple[Way, Sequence[Sample]]]) -> Iterator[Figure]:
+    """What is held idle, by whether there is a bucket, and the highest of the peaks."""
+    for name, with_bucket in (("idle_mb", False), ("idle_with_bucket_mb", True)):
+        idle = [each.idle_mb for way, samples in taken if bool(way.environ) is with_bucket for each in samples]
+        yield Figure.of(name, idle, "MB", IDLE_BOUND_MB)
+    for way, samples in taken:
+        rises = [each.rise_mb for each in samples]
+        yield Figure(f"{way.name}_rise_at_most_mb", max(rises), "MB", way.bound_mb, rises)
+        if way.expected != "refused":
+            yield Figure.of(f"{way.name}_mb_per_s", [each.mb_per_s for each in samples], "MB/s")
 
 
 if __name__ == "__main__":
