@@ -29,6 +29,7 @@ AT_ONCE = 20
 WORKFLOWS = PROJECT / "devkit/workflows"
 PICTURE = base64.b64encode((WORKFLOWS / "in.png").read_bytes()).decode()
 KEEP_MB = 1
+WRONG_BOUND, FILES_BOUND, THREADS_BOUND, MEMORY_BOUND_MB, DISK_BOUND_MB = 0, 3, 3, 10.0, KEEP_MB + 4.0
 REFUSED, TOO_LONG, CANCELLED = 28, 35, 42
 
 
@@ -53,6 +54,16 @@ class Usage:
             rss_mb(own),
             rss_mb(engine),
             sum(path.stat().st_size for path in files) / 1e6,
+        )
+
+    def more_than(self, before: Usage) -> Usage:
+        """What has come since then."""
+        return Usage(
+            self.files - before.files,
+            self.threads - before.threads,
+            self.rss_mb - before.rss_mb,
+            self.engine_rss_mb - before.engine_rss_mb,
+            self.disk_mb - before.disk_mb,
         )
 
 
@@ -127,22 +138,16 @@ def main() -> int:
                 right += send(plane, range(first, WARM_UP + (tenth + 1) * jobs // options.samples))
                 usage.append(Usage.of(worker))
             took_s = time.monotonic() - began
-    first_usage, last = usage[0], usage[-1]
+    more = [each.more_than(usage[0]) for each in usage[1:]]
     return report(
         [
-            Figure("soak_jobs_wrong", jobs - right, "jobs", 0),
+            Figure("soak_jobs_wrong", jobs - right, "jobs", WRONG_BOUND),
             Figure("soak_jobs_per_s", jobs / took_s, "1/s"),
-            Figure("soak_open_files_more", last.files - first_usage.files, "", 3),
-            Figure("soak_threads_more", last.threads - first_usage.threads, "", 3),
-            Figure("soak_rss_more_mb", last.rss_mb - first_usage.rss_mb, "MB", 10, [each.rss_mb for each in usage]),
-            Figure(
-                "soak_engine_rss_more_mb",
-                last.engine_rss_mb - first_usage.engine_rss_mb,
-                "MB",
-                None,
-                [each.engine_rss_mb for each in usage],
-            ),
-            Figure("soak_disk_mb", last.disk_mb, "MB", KEEP_MB + 4, [each.disk_mb for each in usage]),
+            Figure("soak_open_files_more", more[-1].files, "", FILES_BOUND),
+            Figure("soak_threads_more", more[-1].threads, "", THREADS_BOUND),
+            Figure("soak_rss_more_at_end_mb", more[-1].rss_mb, "MB", MEMORY_BOUND_MB, [each.rss_mb for each in more]),
+            Figure("soak_engine_rss_more_at_end_mb", more[-1].engine_rss_mb, "MB", None, [each.engine_rss_mb for each in more]),
+            Figure("soak_disk_at_end_mb", usage[-1].disk_mb, "MB", DISK_BOUND_MB, [each.disk_mb for each in usage]),
         ],
         options,
     )
