@@ -30,7 +30,7 @@ from bench.bare import BareEngine
 from bench.report import Figure, leave_out, parse_args, report
 from devkit.engine.build import ensure_engine
 from devkit.local_worker import LocalWorker
-from devkit.moosefs import MooseFS, available
+from devkit.moosefs import MooseFS, MooseFSError, available
 
 if TYPE_CHECKING:
     import argparse
@@ -170,7 +170,11 @@ def main() -> int:
         volume = stack.enter_context(MooseFS(root / "volume", mounts=1))
         scene = Scene(engine, volume, root)
         size_bytes = write_weights(engine, scene.weights, SHORT_DEPTH if options.short else FULL_DEPTH)
-        volume.limit_line(LINE_BYTES_PER_S)
+        try:
+            volume.limit_line(LINE_BYTES_PER_S)
+        except MooseFSError as exc:
+            leave_out(str(exc))
+            return report([], options)
         scene.bare_s()  # ComfyUI's own files come into memory
         rows = []
         for number in range(options.samples):

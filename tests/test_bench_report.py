@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import json
 import math
 from pathlib import Path
@@ -69,6 +71,50 @@ def test_every_benchmark_is_in_the_list_of_them() -> None:
     text = (PROJECT / "bench/README.md").read_text("utf-8")
     assert [name for name in runner.benchmarks() if f"| `{name}` |" not in text] == []
     assert text.count("\n| `") == len(runner.benchmarks())
+
+
+UNITS = {"_MS": "ms", "_S": "s", "_MB": "MB"}
+
+
+def bounds_in_code(name: str) -> set[tuple[float, str]]:
+    """The values of a benchmark's constants with BOUND in their names, with the unit that the name ends with."""
+    constants = {key: value for key, value in vars(importlib.import_module(f"bench.{name}")).items() if "BOUND" in key}
+    found = set()
+    for key, value in constants.items():
+        unit = next((unit for ending, unit in UNITS.items() if key.endswith(ending)), "")
+        found |= {(float(each), unit) for each in (value.values() if isinstance(value, dict) else [value])}
+    return found
+
+
+def bounds_in_table(name: str) -> set[tuple[float, str]]:
+    """The last cell of a benchmark's row: `NUMBER [UNIT] words; NUMBER ...`, where a number may be a fraction."""
+    rows = (PROJECT / "bench/README.md").read_text("utf-8").splitlines()
+    cell = next(row for row in rows if row.startswith(f"| `{name}` |")).rstrip("| ").rpartition("|")[2]
+    found = set()
+    for entry in cell.split(";"):
+        number, unit = (*entry.split(), "")[:2]
+        top, _, bottom = number.partition("/")
+        found.add((float(top) / float(bottom or 1), unit if unit in UNITS.values() else ""))
+    return found
+
+
+@pytest.mark.parametrize("name", runner.benchmarks())
+def test_the_table_has_exactly_the_bounds_that_the_code_has(name: str) -> None:
+    assert bounds_in_table(name) == bounds_in_code(name)
+
+
+@pytest.mark.parametrize("name", runner.benchmarks())
+def test_no_bound_is_written_where_it_is_used(name: str) -> None:
+    tree = ast.parse((PROJECT / f"bench/{name}.py").read_text("utf-8"))
+    calls = [
+        node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) in {"Figure", "Figure.of"}
+    ]
+    bounds = [call.args[3] for call in calls if len(call.args) > 3]
+    bounds += [keyword.value for call in calls for keyword in call.keywords if keyword.arg == "bound"]
+    assert calls
+    parts = [part for bound in bounds for part in ([bound.body, bound.orelse] if isinstance(bound, ast.IfExp) else [bound])]
+    literal = [ast.unparse(part) for part in parts if isinstance(part, ast.Constant) and part.value is not None]
+    assert literal == []
 
 
 BENCHMARK = """
