@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from worker.errors import VolumeFull, VolumeMissing, VolumeReadOnly, no_volume
 from worker.models.disk import free_bytes
 from worker.models.progress import size_text
+from worker.volume import is_volume
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
 def with_room(plan: Plan, settings: Settings, places: Places) -> Plan:
     """The plan with where its files would go, and whether they fit there: on the volume, else on the container's disk."""
     volume = places.volume.root
-    plan = replace(plan, target=volume, free_bytes=free_bytes(volume) if volume.is_dir() else None)
-    problem = _no_room(plan, volume)
+    plan = replace(plan, target=volume, free_bytes=free_bytes(volume) if is_volume(volume) else None)
+    problem = _no_room(plan, volume) if is_volume(volume) else VolumeMissing(volume)
     if problem is None:
         return plan
     if not plan.to_fetch:
@@ -37,9 +38,7 @@ def with_room(plan: Plan, settings: Settings, places: Places) -> Plan:
     return replace(there, notes=(*plan.notes, note))
 
 
-def _no_room(plan: Plan, place: Path) -> VolumeMissing | VolumeReadOnly | VolumeFull | None:
-    if not place.is_dir():
-        return VolumeMissing(place)
+def _no_room(plan: Plan, place: Path) -> VolumeReadOnly | VolumeFull | None:
     if not os.access(place, os.W_OK):
         return VolumeReadOnly(place, "it is read-only")
     if plan.free_bytes is not None and plan.fetch_bytes > plan.free_bytes:
