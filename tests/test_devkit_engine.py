@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -35,6 +36,53 @@ lock_file, pipe = map(Path, sys.argv[1:])
 with exclusive(lock_file, 0, sys.stderr) as lock:
     run((sys.executable, "-c", "import sys; open(sys.argv[1]).read()", pipe), output=Path("/dev/null"), timeout_s=60, lock=lock)
 """
+# What ComfyUI's own classes make of a prompt, as JSON: name to [the ids, the text that they stand for]. FLUX.2's vocabulary
+# comes with its weights, so a small one of the same form stands in for it.
+TOKENIZERS = """
+import base64, json, sys
+sys.path.insert(0, "")
+import comfy.options
+comfy.options.enable_args_parsing()
+import torch
+from comfy.sd1_clip import SDTokenizer
+from comfy.text_encoders.flux import Mistral3Tokenizer
+from comfy.text_encoders.hunyuan_image import ByT5SmallTokenizer
+from comfy.text_encoders.hunyuan_video import LLAMA3Tokenizer
+from comfy.text_encoders.hydit import HyditBertTokenizer
+from comfy.text_encoders.qwen_image import Qwen25_7BVLITokenizer
+from comfy.text_encoders.sd3_clip import T5XXLTokenizer
+
+words = [bytes([byte]) for byte in range(256)] + [b" a", b"re", b" re", b" red"]
+special = ["<unk>", "<s>", "</s>"]
+tekken = {
+    "config": {"default_vocab_size": len(words) + len(special)},
+    "vocab": [{"rank": rank, "token_bytes": base64.b64encode(word).decode()} for rank, word in enumerate(words)],
+    "special_tokens": [{"rank": rank, "token_str": text} for rank, text in enumerate(special)],
+}
+tokenizers = {
+    "clip": SDTokenizer(),
+    "t5": T5XXLTokenizer(),
+    "byt5": ByT5SmallTokenizer(),
+    "bert": HyditBertTokenizer(),
+    "llama": LLAMA3Tokenizer(min_length=1),
+    "qwen": Qwen25_7BVLITokenizer(),
+    "mistral": Mistral3Tokenizer(tokenizer_data={"tekken_model": torch.ByteTensor(list(json.dumps(tekken).encode()))}),
+}
+made = {}
+for name, tokenizer in tokenizers.items():
+    ids = [token for token, _ in tokenizer.tokenize_with_weights("a photo of a red cat")[0]]
+    made[name] = [ids, tokenizer.tokenizer.decode(ids, skip_special_tokens=True)]
+print(json.dumps(made))
+"""
+# As their models were trained with them: the first ids of the prompt above.
+IDS = {
+    "clip": [49406, 320, 1125, 539, 320, 736, 2368, 49407],
+    "t5": [3, 9, 1202, 13, 3, 9, 1131, 1712, 1, 0],
+    "byt5": [*(byte + 3 for byte in b"a photo of a red cat"), 1],
+    "bert": [101, 143, 9020, 8205, 143, 9276, 10165, 102, 0],
+    "llama": [128000, 64, 6685, 315, 264, 2579, 8415],
+    "qwen": [64, 6548, 315, 264, 2518, 8251],
+}
 
 
 def test_the_workflows_are_what_the_generator_writes() -> None:
@@ -102,6 +150,15 @@ def test_check_names_each_file_that_is_not_what_was_unpacked(tmp_path: Path) -> 
 
 def test_the_engine_is_what_was_unpacked(engine: Engine) -> None:
     assert build.check(engine) == []
+
+
+def test_comfyuis_tokenizers_give_a_prompts_text_back(engine: Engine) -> None:
+    """Another transformers can change what they make of a text without a word: version 5 drops each space for Llama."""
+    command = [str(engine.python), "-c", TOKENIZERS, "--cpu"]
+    done = subprocess.run(command, cwd=engine.comfyui_dir, check=True, capture_output=True, text=True)
+    made: dict[str, tuple[list[int], str]] = json.loads(done.stdout.splitlines()[-1])
+    assert {name: text for name, (_, text) in made.items()} == dict.fromkeys([*IDS, "mistral"], "a photo of a red cat")
+    assert {name: made[name][0][: len(ids)] for name, ids in IDS.items()} == IDS
 
 
 def test_the_weights_are_the_pinned_bytes_whenever_they_are_made(engine: Engine, tmp_path: Path) -> None:
