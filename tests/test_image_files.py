@@ -92,6 +92,17 @@ def test_the_same_versions_everywhere() -> None:
     assert pins["COMFYUI_REF"] == re.search(r"v[\d.]+\d", "v" + text("devkit/engine/comfyui.lock").partition("ComfyUI ")[2])[0]  # type: ignore[index]
 
 
+def test_comfyuis_packages_in_the_image_are_those_of_the_tests_and_all_but_one_the_workers() -> None:
+    def pins(path: str) -> dict[str, str]:
+        return dict(re.findall(r"^([a-z0-9-]+)==([\w.]+)", text(path), re.MULTILINE))
+
+    image, engine, worker = pins("image/constraints.txt"), pins("devkit/engine/requirements.lock"), pins("requirements.lock")
+    assert {"transformers", "tokenizers", "huggingface-hub"} <= image.keys() & engine.keys()
+    assert [name for name in image.keys() & engine.keys() if image[name] != engine[name]] == []
+    # What both venvs want is in the image once, as long as it is the same version.
+    assert [name for name in image.keys() & worker.keys() if image[name] != worker[name]] == ["huggingface-hub"]
+
+
 def test_compose_and_workflows_are_yaml_and_every_action_is_pinned() -> None:
     services = yaml.safe_load(text("docker-compose.yml"))["services"]
     assert all("./volume:/runpod-volume" in service["volumes"] for service in services.values())
