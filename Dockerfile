@@ -97,7 +97,7 @@ COPY --from=comfyui-ready /comfyui /comfyui
 COPY --from=worker-packages /usr/local/bin/uv /usr/local/bin/uv
 COPY image/bin/ /usr/local/bin/
 COPY image/start.sh handler.py /
-COPY image/comfyui_only.py /opt/
+COPY image/comfyui_only.py image/fetch_source.py /opt/
 
 # As in worker-comfyui, `pip install` and `uv pip install` in a child image reach ComfyUI's packages.
 ENV PATH=/opt/venv/bin:${PATH} \

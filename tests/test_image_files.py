@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import http.server
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 import tarfile
+import threading
+import urllib.error
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 import yaml  # type: ignore[import-untyped]  # types-PyYAML is no dependency
@@ -171,20 +175,95 @@ def test_the_mirror_is_read_from_either_format_of_apts_sources(tmp_path: Path) -
         mirror("sid", tmp_path)
 
 
-def test_the_source_archive_is_unpacked_without_its_top_folder(tmp_path: Path) -> None:
+# Debian 12's first Python 3.11 has no filters for archives; deleting them is as near as another Python comes.
+FETCH = """
+import runpy, sys, tarfile
+if sys.argv[1] == "without":
+    del tarfile.data_filter
+sys.argv[:2] = []
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def fetched(archive: Path, out: Path, filters: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", FETCH, filters, str(PROJECT / "image/fetch_source.py"), archive.as_uri(), str(out)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("filters", ["with", "without"])
+def test_the_source_archive_is_unpacked_without_its_top_folder(filters: str, tmp_path: Path) -> None:
     tree = tmp_path / "ComfyUI-0.3.75"
     (tree / "comfy").mkdir(parents=True)
     (tree / "main.py").write_text("1")
     (tree / "comfy/a.py").write_text("2")
+    (tree / "comfy/linked.py").symlink_to("../main.py")
+    (tree / "comfy/hard.py").hardlink_to(tree / "comfy/a.py")
     with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as tar:
         tar.add(tree, tree.name)
-    fetch, address = str(PROJECT / "image/fetch_source.py"), (tmp_path / "a.tar.gz").as_uri()
-    command = [sys.executable, fetch, address, str(tmp_path / "out")]
-    subprocess.run(command, check=True)
-    assert sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.py")) == [
-        "comfy/a.py",
-        "main.py",
-    ]
+    out = tmp_path / "out"
+    done = fetched(tmp_path / "a.tar.gz", out, filters)
+    assert done.returncode == 0, done.stderr
+    assert {str(path.relative_to(out)): path.read_text() for path in out.rglob("*.py")} == {
+        "main.py": "1",
+        "comfy/a.py": "2",
+        "comfy/linked.py": "1",
+        "comfy/hard.py": "2",
+    }
+
+
+@pytest.mark.parametrize("filters", ["with", "without"])
+@pytest.mark.parametrize(
+    "members",
+    [
+        [("top/../../out.py", tarfile.REGTYPE, "")],
+        [("top/link", tarfile.SYMTYPE, "/etc")],
+        [("top/link", tarfile.SYMTYPE, "../..")],
+        [("top/a", tarfile.SYMTYPE, "b"), ("top/b", tarfile.SYMTYPE, ".."), ("top/a/out.py", tarfile.REGTYPE, "")],
+        [("top/hard", tarfile.LNKTYPE, "top/../../secret")],
+        [("top/pipe", tarfile.FIFOTYPE, "")],
+    ],
+)
+def test_an_archive_that_leaves_its_folder_is_refused(
+    members: list[tuple[str, bytes, str]], filters: str, tmp_path: Path
+) -> None:
+    (tmp_path / "secret").write_text("secret")
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, kind, target in members:
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, target
+            tar.addfile(member)
+    done = fetched(tmp_path / "a.tar", tmp_path / "in/out", filters)
+    assert done.returncode != 0
+    assert "tarfile." in done.stderr.splitlines()[-1], "refused, not failed by chance"
+    assert not list(tmp_path.rglob("out.py"))
+
+
+class Unsteady(http.server.BaseHTTPRequestHandler):
+    """Busy, then broken off, then whole."""
+
+    agents: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        self.agents.append(self.headers["User-Agent"])
+        self.send_response(404 if self.path == "/nowhere" else 503 if len(self.agents) == 1 else 200)
+        self.send_header("Content-Length", "4")
+        self.end_headers()
+        self.wfile.write(b"wh" if len(self.agents) == 2 else b"whol")
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_busy_host_and_a_broken_connection_are_asked_again_by_a_name_and_a_refusal_is_final() -> None:
+    fetch = runpy.run_path(str(PROJECT / "image/fetch_source.py"))["fetch"]
+    with http.server.HTTPServer(("127.0.0.1", 0), Unsteady) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        assert fetch(f"{address}/file", pause_s=0.0) == b"whol"
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            fetch(f"{address}/nowhere", pause_s=0.0)
+        server.shutdown()
+    assert Unsteady.agents == ["comfyui-volume-worker"] * 4
 
 
 @pytest.mark.parametrize(

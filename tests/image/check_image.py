@@ -12,13 +12,14 @@ import signal
 import statistics
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 import urllib.error
 import urllib.request
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 
@@ -26,7 +27,7 @@ from devkit.control_plane import ControlPlane
 from devkit.engine.cache import cache_root, step
 from devkit.engine.models import make_volume
 from devkit.hub import hub_process
-from devkit.image.build import IMAGE, ImageBuilder, own_bytes, report
+from devkit.image.build import BASE, IMAGE, ImageBuilder, own_bytes, report
 from devkit.image.buildah import Buildah, BuildahFailed, Running, gone
 from devkit.local_worker import PROJECT, free_port
 
@@ -307,7 +308,7 @@ def test_a_node_is_installed_by_its_id_in_the_registry(builder: ImageBuilder, co
     (tmp_path / "nodes/some-nodes").mkdir(parents=True)
     with zipfile.ZipFile(tmp_path / "nodes.zip", "w") as archive:
         archive.writestr("__init__.py", "NODE_CLASS_MAPPINGS = {}\n")
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    handler = functools.partial(_Registry, directory=str(tmp_path))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_port}"
@@ -317,7 +318,20 @@ def test_a_node_is_installed_by_its_id_in_the_registry(builder: ImageBuilder, co
         with pytest.raises(BuildahFailed, match="other-nodes failed: the registry knows no such node or version"):
             builder.buildah("run", *environ, container, "--", "comfy-node-install", "other-nodes")
         server.shutdown()
+    assert _Registry.asked.count("/nodes.zip") == 2
     assert "__init__.py" in builder.buildah("run", container, "--", "ls", "/comfyui/custom_nodes/some-nodes")
+
+
+def test_the_bases_own_python_unpacks_comfyuis_source(builder: ImageBuilder, tmp_path: Path) -> None:
+    (tmp_path / "ComfyUI").mkdir()
+    (tmp_path / "ComfyUI/main.py").write_text("1\n")
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as tar:
+        tar.add(tmp_path / "ComfyUI", "ComfyUI-0.3.75")
+    mounts = ("-v", f"{tmp_path}:/check", "-v", f"{PROJECT / 'image'}:/image:ro")
+    with builder.buildah.container(BASE) as name:
+        fetch = ("python3", "/image/fetch_source.py", "file:///check/a.tar.gz", "/source")
+        builder.buildah("run", *mounts, name, "--", *fetch)
+        assert builder.buildah("run", name, "--", "cat", "/source/main.py") == "1"
 
 
 def test_a_changed_line_of_the_worker_changes_one_small_layer(builder: ImageBuilder, container: str) -> None:
@@ -360,6 +374,24 @@ def test_how_long_the_first_result_takes_and_the_engine_alone(
     ratio = statistics.median(ours) / statistics.median(alone)
     samples = [[round(taken_s, 1) for taken_s in taken] for taken in (ours, alone)]
     print(f"\nfirst result: {ratio:.2f} times the engine alone; seconds {samples[0]} and {samples[1]}")  # noqa: T201 - as above
+
+
+class _Registry(http.server.SimpleHTTPRequestHandler):
+    """Files, for those that give a name; busy when the archive is asked for first."""
+
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        if self.headers["User-Agent"] != "comfyui-volume-worker":
+            self.send_error(403)
+        elif self.path == "/nodes.zip" and self.asked.count(self.path) == 1:
+            self.send_error(503)
+        else:
+            super().do_GET()
+
+    def log_message(self, *_: object) -> None:
+        pass
 
 
 def _make_repository(folder: Path, requirements: str = "torch>=1\nhumanize\n") -> None:
