@@ -76,12 +76,16 @@ COPY image/install_packages.sh /
 RUN bash /install_packages.sh && rm /install_packages.sh
 
 # The largest layer, and the one that changes least. CUDA comes in these wheels; another copy of it in the base image would
-# double the size. An empty TORCH_INDEX_URL means pip's own index.
+# double the size. An empty TORCH_INDEX_URL means pip's own index. The three versions go together: torchvision and torchaudio are
+# built for one torch, and load beside no other.
 ARG TORCH_VERSION=2.11.0
+ARG TORCHVISION_VERSION=0.26.0
+ARG TORCHAUDIO_VERSION=2.11.0
 ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cu128
 RUN python3 -m venv /opt/venv \
     && /opt/venv/bin/pip install --no-cache-dir --no-compile \
-        ${TORCH_INDEX_URL:+--index-url "${TORCH_INDEX_URL}"} "torch==${TORCH_VERSION}" torchvision torchaudio \
+        ${TORCH_INDEX_URL:+--index-url "${TORCH_INDEX_URL}"} \
+        "torch==${TORCH_VERSION}" "torchvision==${TORCHVISION_VERSION}" "torchaudio==${TORCHAUDIO_VERSION}" \
     && { /opt/venv/bin/python -m compileall -q -j 0 /opt/venv/lib > /dev/null || true; } \
     && sed -n "s/^cuda.*= *'\([0-9.]*\)'.*/\1/p" /opt/venv/lib/python3*/site-packages/torch/version.py > /opt/venv/cuda-version
 

@@ -1,11 +1,18 @@
 # docker buildx bake            the GPU images
-# docker buildx bake cpu        one for a laptop: docker run -p 8000:8000 IMAGE:cpu
+# docker buildx bake cpu        one for a laptop: docker run -p 8000:8000 docker.io/library/comfyui-volume-worker:dev-cpu
 # docker buildx bake --push     with REGISTRY=docker.io/you VERSION=1.2.3 in the environment
 
 variable "REGISTRY" { default = "docker.io/library" }
 variable "VERSION" { default = "dev" }
+# With a digest (python:3.12-slim-bookworm@sha256:...) a newer base does not change the layers above it.
+variable "BASE_IMAGE" { default = "python:3.12-slim-bookworm" }
+# These three go together.
 variable "TORCH_VERSION" { default = "2.11.0" }
+variable "TORCHVISION_VERSION" { default = "0.26.0" }
+variable "TORCHAUDIO_VERSION" { default = "2.11.0" }
 variable "COMFYUI_REF" { default = "v0.3.75" }
+# The repository's address: GitHub shows the package beside it, and gives it the repository's rights.
+variable "SOURCE" { default = "" }
 
 function "tags" {
   params = [flavour]
@@ -19,9 +26,13 @@ group "default" {
 target "common" {
   context   = "."
   platforms = ["linux/amd64"]
+  labels    = { "org.opencontainers.image.source" = SOURCE == "" ? null : SOURCE }
   args = {
-    TORCH_VERSION = TORCH_VERSION
-    COMFYUI_REF   = COMFYUI_REF
+    BASE_IMAGE          = BASE_IMAGE
+    TORCH_VERSION       = TORCH_VERSION
+    TORCHVISION_VERSION = TORCHVISION_VERSION
+    TORCHAUDIO_VERSION  = TORCHAUDIO_VERSION
+    COMFYUI_REF         = COMFYUI_REF
   }
 }
 

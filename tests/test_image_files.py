@@ -90,7 +90,7 @@ def test_what_is_left_out_is_in_the_lock_and_the_worker_asks_for_none_of_it() ->
 
 def test_the_same_versions_everywhere() -> None:
     pins = dict(re.findall(r"^ARG (\w+)=(\S+)$", text("Dockerfile"), re.MULTILINE))
-    for name in ("TORCH_VERSION", "COMFYUI_REF"):
+    for name in ("BASE_IMAGE", "TORCH_VERSION", "TORCHVISION_VERSION", "TORCHAUDIO_VERSION", "COMFYUI_REF"):
         assert f'variable "{name}" {{ default = "{pins[name]}" }}' in text("docker-bake.hcl")
     assert pins["TORCH_INDEX_URL"].endswith("/cu128")
     assert pins["COMFYUI_REF"] == re.search(r"v[\d.]+\d", "v" + text("devkit/engine/comfyui.lock").partition("ComfyUI ")[2])[0]  # type: ignore[index]

@@ -5,6 +5,7 @@ python -m devkit.image.build     builds it and prints its layers; the storage st
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -22,7 +23,7 @@ BASE = "localhost/debian-python"
 IMAGE = "localhost/comfyui-volume-worker"
 CONTEXT = ("Dockerfile", ".dockerignore", "requirements.lock", "handler.py", "image", "worker")
 
-# Above every real version, so that pip prefers them: on a CPU there are no real ones beside exactly their own torch. What they
+# No real version, so that pip takes these: on a CPU there are no real ones beside exactly their own torch. What they
 # need is what the real ones need, so that the layers are those of a real build.
 _STUB_VERSION = "999"
 _STUB_NEEDS = {"torchvision": ("torch", "numpy", "pillow"), "torchaudio": ("torch",)}
@@ -43,6 +44,7 @@ class ImageBuilder:
         self._comfyui = folder / "comfyui"
         self._wheels = folder / "wheels"
         self._pip_conf = folder / "pip.conf"
+        self._local: list[Path] = []
 
     def prepare(self) -> None:
         """Make the base image and everything that is handed in."""
@@ -66,7 +68,12 @@ class ImageBuilder:
 
     def build(self, tag: str, target: str = "cpu") -> str:
         """Build the context as it is now; returns the log."""
-        args = {"BASE_IMAGE": BASE, "TORCH_VERSION": TORCH.partition("==")[2], "TORCH_INDEX_URL": ""}
+        args = {
+            "BASE_IMAGE": BASE,
+            "TORCH_VERSION": TORCH.partition("==")[2],
+            **{f"{name.upper()}_VERSION": _STUB_VERSION for name in _STUB_NEEDS},
+            "TORCH_INDEX_URL": os.environ.get("ENGINE_TORCH_INDEX_URL", ""),  # the same torch as the engine's
+        }
         return self.buildah.build(
             self.context, tag, target=target, args=args, contexts={"comfyui": self._comfyui}, volumes=self.volumes()
         )
