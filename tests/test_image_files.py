@@ -21,6 +21,7 @@ import yaml  # type: ignore[import-untyped]  # types-PyYAML is no dependency
 
 from devkit.engine.cache import BuildFailed
 from devkit.image.base import mirror
+from devkit.image.build import ImageBuilder
 from devkit.local_worker import PROJECT
 from worker.settings import Settings
 
@@ -116,6 +117,56 @@ def test_compose_and_workflows_are_yaml_and_every_action_is_pinned() -> None:
         assert used
         assert [action for action in used if not re.fullmatch(r"[\w./-]+@[0-9a-f]{40}", action)] == []
     assert ".ci/run" in text(".github/workflows/ci.yml")
+
+
+def workflow_file(name: str) -> dict[str, Any]:
+    read: dict[str, Any] = yaml.safe_load(text(f".github/workflows/{name}.yml"))
+    return read
+
+
+@pytest.mark.parametrize("name", ["ci", "release"])
+def test_shellcheck_has_nothing_to_say_of_the_workflows_commands(name: str) -> None:
+    commands = [step["run"] for job in workflow_file(name)["jobs"].values() for step in job["steps"] if "run" in step]
+    assert commands
+    for command in commands:
+        done = subprocess.run(
+            [tool("shellcheck"), "--shell=bash", "-"], input=command, capture_output=True, text=True, check=False
+        )
+        assert done.stdout == ""
+
+
+def test_a_release_takes_what_did_not_change_from_the_last_ones_cache_and_each_job_may_do_what_it_must() -> None:
+    release = workflow_file("release")
+    image, github = release["jobs"]["image"], release["jobs"]["release"]
+    assert release["permissions"] == {"contents": "read"}
+    assert image["permissions"] == {"contents": "read", "packages": "write"}
+    assert (github["permissions"], github["needs"]) == ({"contents": "write"}, "image")
+    bake = image["steps"][-1]["run"]
+    assert 'cache="type=registry,ref=$REGISTRY/comfyui-volume-worker:cache-$FLAVOUR"' in bake
+    assert re.search(r"cache-from=\$cache\".*cache-to=\$cache,mode=max", bake)
+    given = {*re.findall(r"\b([A-Z_]+)=", bake), *image["steps"][-1]["env"]}
+    assert set(re.findall(r'^variable "(\w+)"', text("docker-bake.hcl"), re.MULTILINE)) & given == {
+        "REGISTRY",
+        "VERSION",
+        "SOURCE",
+        "BASE_IMAGE",
+    }
+
+
+def test_the_build_of_the_tests_takes_torch_from_where_the_engine_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built: dict[str, str] = {}
+
+    class Recorder:
+        def build(self, *_: object, args: dict[str, str], **__: object) -> str:
+            built.update(args)
+            return ""
+
+    monkeypatch.setenv("ENGINE_TORCH_INDEX_URL", "https://torch.example/cpu")
+    builder = ImageBuilder(Recorder(), tmp_path)  # type: ignore[arg-type]  # only builds
+    builder.build("tag")
+    assert built["TORCH_INDEX_URL"] == "https://torch.example/cpu"
+    # Every version that the Dockerfile has for torch's packages is one that the build hands in.
+    assert set(re.findall(r"^ARG (TORCH\w*)=", text("Dockerfile"), re.MULTILINE)) <= built.keys()
 
 
 def hub() -> dict[str, Any]:
