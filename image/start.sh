@@ -46,7 +46,7 @@ if [[ -n ${PUBLIC_KEY:-} ]]; then start_sshd & fi
 
 # Nothing that a job does may have ComfyUI-Manager fetch and install things, whatever a child image set for its own build.
 shopt -s nullglob nocaseglob
-managers=({/comfyui,"${COMFYUI_BASE_DIR:-/comfyui}","${VOLUME_PATH:-/runpod-volume}"}/custom_nodes/comfyui-manager*)
+managers=({/comfyui,"${COMFYUI_BASE_DIR:-/comfyui}","${VOLUME_PATH:-/runpod-volume}",/workspace}/custom_nodes/comfyui-manager*)
 shopt -u nullglob nocaseglob
 if ((${#managers[@]})); then
     comfy-manager-set-mode offline || echo "worker-comfyui: ComfyUI-Manager could not be set offline" >&2

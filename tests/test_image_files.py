@@ -226,6 +226,39 @@ def test_the_mirror_is_read_from_either_format_of_apts_sources(tmp_path: Path) -
         mirror("sid", tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("manager", "environ"),
+    [
+        ("comfyui", {}),
+        ("runpod-volume", {}),
+        ("workspace", {}),
+        ("elsewhere", {"VOLUME_PATH": "elsewhere"}),
+        ("base", {"COMFYUI_BASE_DIR": "base"}),
+        (None, {}),
+    ],
+)
+def test_a_manager_is_set_offline_before_the_first_start_wherever_it_is(
+    manager: str | None, environ: dict[str, str], tmp_path: Path
+) -> None:
+    if manager:
+        (tmp_path / manager / "custom_nodes/ComfyUI-Manager").mkdir(parents=True)
+    for command in ("tini", "setpriv", "comfy-manager-set-mode"):
+        (tmp_path / command).write_text('#!/bin/sh\necho "${0##*/} $*"\n')
+        (tmp_path / command).chmod(0o755)
+    # The same script with the container's folders below this test's.
+    script = re.sub(r"(?<=[{,-])/(?=(comfyui|runpod-volume|workspace)[,}])", f"{tmp_path}/", text("image/start.sh"))
+    (tmp_path / "start.sh").write_text(script)
+    done = subprocess.run(
+        ["bash", tmp_path / "start.sh"],
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}", **{name: str(tmp_path / path) for name, path in environ.items()}},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "tini -s" in done.stdout, done.stderr
+    assert ("comfy-manager-set-mode offline" in done.stdout) == bool(manager)
+
+
 # Debian 12's first Python 3.11 has no filters for archives; deleting them is as near as another Python comes.
 FETCH = """
 import runpy, sys, tarfile
