@@ -40,7 +40,8 @@ CHANGED = f"{IMAGE}:changed"
 CHILD = f"{IMAGE}:child"
 READY_S = 180.0
 STARTS = 3
-OWN_MB = 650  # unpacked
+FIRST_RESULT_BOUND = 1.15  # container start to first result, over the engine alone; what a quiet machine shows is printed
+OWN_MB = 560  # unpacked
 CODE_LAYER_MB = 2  # as it is pushed, which is compressed
 
 
@@ -374,6 +375,7 @@ def test_how_long_the_first_result_takes_and_the_engine_alone(
     ratio = statistics.median(ours) / statistics.median(alone)
     samples = [[round(taken_s, 1) for taken_s in taken] for taken in (ours, alone)]
     print(f"\nfirst result: {ratio:.2f} times the engine alone; seconds {samples[0]} and {samples[1]}")  # noqa: T201 - as above
+    assert ratio < 1 + 2 * (FIRST_RESULT_BOUND - 1), "twice the excess: a busy machine passes, a step in a start's way does not"
 
 
 class _Registry(http.server.SimpleHTTPRequestHandler):
