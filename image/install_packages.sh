@@ -30,7 +30,9 @@ for package in ./*.deb; do
         --exclude='./usr/share/man' --exclude='./usr/share/perl5' --exclude='./usr/share/gitweb'
 done
 ldconfig
-(cd /usr/lib/git-core && rm -f git-daemon git-http-backend git-http-push git-imap-send git-shell scalar)
+# What serves and sends repositories, and the second copy of git itself.
+(cd /usr/lib/git-core && rm -f git-daemon git-http-backend git-http-push git-imap-send git-shell scalar ../../bin/{git-shell,scalar})
+[[ -h /usr/lib/git-core/git ]] || ln -sf ../../bin/git /usr/lib/git-core/git
 
 cd /
 apt-get clean
