@@ -6,11 +6,14 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 import shlex
 import subprocess
 import sys
 import threading
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,9 +31,11 @@ from worker.comfy.custom_nodes import (
     node_packages,
     read_failures,
     record_failures,
+    report_failures,
 )
 from worker.models.layout import Layout
 from worker.models.locks import Locks
+from worker.settings import Settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -49,6 +54,7 @@ class Fleet:
         self.wheels = folder / "wheels"
         self.wheels.mkdir()
         self.engine = engine
+        self.python = engine.python
         self.environ = {
             "PIP_NO_INDEX": "1",
             "PIP_FIND_LINKS": str(self.wheels),
@@ -80,7 +86,7 @@ class Fleet:
     def folders(self, worker: str = "a") -> NodeFolders:
         base = self._folder / worker
         (base / "custom_nodes").mkdir(parents=True, exist_ok=True)
-        return NodeFolders.below(self.volume, base, str(self.engine.python))
+        return NodeFolders.below(self.volume, base, str(self.python))
 
     def start(self, worker: str = "a") -> Path | None:
         """What the worker adds to PYTHONPATH."""
@@ -89,7 +95,7 @@ class Fleet:
             self.held.append(worker)
             return Locks(Layout(self.volume), worker).hold(key, published=done, cancel=threading.Event())
 
-        environ = node_packages(self.folders(worker), once, self.environ)
+        environ = node_packages(self.folders(worker), once, {**self.environ, "RUNPOD_POD_ID": worker})
         return Path(environ["PYTHONPATH"]) if "PYTHONPATH" in environ else None
 
 
@@ -216,6 +222,39 @@ def test_a_volume_that_cannot_be_written_leaves_the_packages_in_the_container(
     assert "the packages stay in this container" in caplog.text
 
 
+# A Python that installs when it is told to.
+_SLOW_PYTHON = """#!/bin/sh
+read -r _ < {pipe}
+exec {python} "$@"
+"""
+
+
+def test_a_worker_that_waits_for_anothers_installation_says_whose_it_is(
+    fleet: Fleet, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    fleet.wheel("nodepack", "1.5")
+    fleet.node("one", "", "nodepack\n")
+    pipe, fleet.python = tmp_path / "pipe", tmp_path / "venv/bin/python"
+    os.mkfifo(pipe)
+    fleet.python.parent.mkdir(parents=True)
+    (tmp_path / "venv/lib").symlink_to(fleet.engine.python.parent.parent / "lib")
+    fleet.python.write_text(_SLOW_PYTHON.format(pipe=pipe, python=fleet.engine.python))
+    fleet.python.chmod(0o755)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(fleet.start, "worker-a")
+        with pipe.open("w") as told:  # returns when worker-a's pip waits to be told
+            second = pool.submit(fleet.start, "worker-b")
+            while "waiting for the custom nodes' packages, which worker worker-a installs since " not in caplog.text:
+                assert not second.done()
+                time.sleep(0.01)
+            told.write("install\n")
+        site = first.result(60)
+        assert site == second.result(60)
+    assert site is not None
+    assert list((fleet.volume / ".worker/nodes").iterdir()) == [site.parent], "no note is left behind"
+
+
 def test_two_workers_without_a_lock_end_with_one_whole_layer(fleet: Fleet) -> None:
     fleet.wheel("nodepack", "1.5")
     fleet.node("one", "", "nodepack\n")
@@ -262,6 +301,20 @@ def test_a_record_of_failures_goes_when_they_are_gone(fleet: Fleet, caplog: pyte
     assert read_failures(fleet.volume) == []
     (fleet.volume / ".worker/nodes/failed.json").write_text("not json")
     assert read_failures(fleet.volume) == []
+
+
+def test_comfyui_that_was_told_to_be_silent_says_nothing_about_its_nodes_either_way(fleet: Fleet) -> None:
+    fleet.node("bad", "")
+    line = "Cannot import /c/bad module for custom nodes: boom"
+    for level, lines, known in (
+        ("WARNING", [line], ["bad"]),
+        ("ERROR", [], ["bad"]),
+        ("CRITICAL", [], ["bad"]),
+        ("INFO", [], []),
+    ):
+        environ = {"VOLUME_PATH": str(fleet.volume), "COMFY_LOG_LEVEL": level}
+        report_failures(Settings.from_env(environ), lines)
+        assert [failed.name for failed in read_failures(fleet.volume)] == known, level
 
 
 _GOOD = """

@@ -2,6 +2,7 @@
 
     VOLUME/custom_nodes/<name>                  the nodes, as somebody put them there
     VOLUME/.worker/nodes/<layer>/               what their requirements.txt ask for, beside what ComfyUI has
+    VOLUME/.worker/nodes/<layer>.installing     who installs that, for those who wait for it
     VOLUME/.worker/nodes/failed.json            nodes that could not be imported at the last start that saw them
 
 Everything here happens before ComfyUI is spawned, because it imports its nodes first thing. So it must cost next to nothing: a
@@ -22,6 +23,7 @@ import logging
 import os
 import re
 import shutil
+import socket
 import subprocess
 import tempfile
 import time
@@ -30,16 +32,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
+
+    from worker.settings import Settings
 
 log = logging.getLogger(__name__)
 
 INSTALL_TIMEOUT_S = 900.0
+_SAY_AFTER_S = 1.0
+_SAY_EVERY_S = 10.0
 _COMPLETE = "layer.json"
 _WHAT = ("-r", "--requirement", "-e", "--editable")  # also with the value joined on
 _PIP_OPTIONS = ("--disable-pip-version-check", "--no-input", "--no-warn-script-location")
 _NETWORK = ("Retrying (Retry(", "Temporary failure in name resolution", "ReadTimeoutError", "No space left")
+# At these levels ComfyUI prints no warnings, and a node that cannot be imported is one.
+_SILENT = ("ERROR", "CRITICAL")
 _CANNOT_IMPORT = re.compile(r"Cannot import (.+) module for custom nodes: (.*)")
 
 
@@ -174,16 +182,55 @@ def _site(
     engine = EnginePackages.of(folders.python)
     layer = folders.layers / engine.layer_name(wanted)
 
-    def done() -> bool:
-        return _failed_in(layer) is not None
-
-    if not done():
-        with once(f"nodes-{layer.name}", done):
-            if not done():
-                return _install(folders, wanted, engine, layer, environ)
+    if _failed_in(layer) is None:
+        with once(f"nodes-{layer.name}", _Wait(layer).over):
+            if _failed_in(layer) is None:
+                with _announced(layer, environ):
+                    return _install(folders, wanted, engine, layer, environ)
     for name, reasons in (_failed_in(layer) or {}).items():
         _say_failed(name, reasons)
     return layer / "packages"
+
+
+class _Wait:
+    """Another worker's installation, as the log of a worker that waits for it shows it."""
+
+    def __init__(self, layer: Path) -> None:
+        self._layer = layer
+        self._next_s = time.monotonic() + _SAY_AFTER_S
+
+    def over(self) -> bool:
+        """Whether the layer is whole; asked again and again. Every ten seconds the log says who is at it."""
+        if _failed_in(self._layer) is not None:
+            return True
+        now_s = time.monotonic()
+        if now_s >= self._next_s:
+            self._next_s = now_s + _SAY_EVERY_S
+            log.info("waiting for the custom nodes' packages, which %s", _who_installs(self._layer))
+        return False
+
+
+@contextlib.contextmanager
+def _announced(layer: Path, environ: Mapping[str, str]) -> Iterator[None]:
+    """Let those who wait know who installs; never a reason to fail."""
+    note = layer.with_name(f"{layer.name}.installing")
+    with contextlib.suppress(OSError):
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(json.dumps({"by": environ.get("RUNPOD_POD_ID") or socket.gethostname(), "since": time.time()}))
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            note.unlink(missing_ok=True)
+
+
+def _who_installs(layer: Path) -> str:
+    """The rest of a sentence. Hosts' clocks differ by a little, so it is a time of day and no duration."""
+    try:
+        note = json.loads(layer.with_name(f"{layer.name}.installing").read_text("utf-8"))
+        return f"worker {note['by']} installs since {time.strftime('%H:%M:%S', time.localtime(note['since']))}"
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
+        return "another worker installs"
 
 
 def _failed_in(layer: Path) -> dict[str, list[str]] | None:
@@ -359,8 +406,17 @@ def failed_import(line: str) -> FailedNode | None:
     return FailedNode(Path(found[1]).name, found[2]) if found else None
 
 
+def report_failures(settings: Settings, lines: Sequence[str]) -> None:
+    """As `record_failures`; nothing is said or recorded where ComfyUI was told to be silent about it."""
+    if settings.comfy_log_level not in _SILENT:
+        record_failures(NodeFolders.below(settings.volume_path, settings.base_dir, settings.comfyui_python), lines)
+
+
 def record_failures(folders: NodeFolders, lines: Sequence[str]) -> None:
-    """Say in the log which nodes failed by these lines of ComfyUI's output, and on the volume for `doctor`; the others run."""
+    """Say in the log which nodes failed by these lines of ComfyUI's output, and on the volume for `doctor`; the others run.
+
+    The volume is written to only where it has a folder of nodes.
+    """
     failures = [failure for line in lines if (failure := failed_import(line))]
     for failure in failures:
         log.warning(
