@@ -357,3 +357,16 @@ def test_a_worker_runs_a_node_of_the_volume_and_names_one_that_fails(
     done = subprocess.run(command, env={"VOLUME_PATH": str(fleet.volume)}, capture_output=True, text=True, check=False)
     assert "The custom node 'broken' could not be imported" in " ".join(done.stdout.split())
     assert done.returncode == doctor.PROBLEM_FOUND
+
+
+def test_a_node_of_the_image_that_fails_is_named_and_a_volume_without_nodes_is_left_alone(fleet: Fleet, tmp_path: Path) -> None:
+    volume = make_volume(fleet.engine, tmp_path / "another")
+    args = [argument for argument in engine_args(fleet.engine) if argument != "--disable-all-custom-nodes"]
+    local = LocalWorker(fleet.engine, tmp_path, volume, {"COMFY_ARGS": shlex.join(args)})
+    broken = local.base_dir / "custom_nodes/broken"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text("import nothing_of_that_name\n")
+    with local:
+        local.wait_ready()
+        assert "custom node 'broken' could not be imported (No module named 'nothing_of_that_name')" in local.log()
+    assert not (volume / ".worker/nodes").exists()

@@ -166,13 +166,12 @@ class Worker:
         self.loop.stop()
 
     def _report_custom_nodes(self) -> None:
-        """Name the custom nodes that ComfyUI started without, in the log and for `doctor`."""
-        if (self._settings.volume_path / "custom_nodes").is_dir():
-            from worker.comfy import custom_nodes  # noqa: PLC0415 - only where a volume has custom nodes
+        """Name the custom nodes that ComfyUI started without, the image's too, in the log and for `doctor`."""
+        failed = self._process.failed_imports
+        if failed or (self._settings.volume_path / "custom_nodes").is_dir():
+            from worker.comfy.custom_nodes import report_failures  # noqa: PLC0415 - only where there are any
 
-            settings = self._settings
-            folders = custom_nodes.NodeFolders.below(settings.volume_path, settings.base_dir, settings.comfyui_python)
-            custom_nodes.record_failures(folders, self._process.failed_imports)
+            report_failures(self._settings, failed)
 
     def _give_up(self) -> None:
         """Leave as if RunPod had said so: the jobs that were taken get the engine's failure, no more are taken."""
