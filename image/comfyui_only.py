@@ -6,8 +6,10 @@ Started by start.sh when /handler.py does not use the worker. Ends with ComfyUI,
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
+import socket
 import sys
 from typing import TYPE_CHECKING
 
@@ -20,11 +22,11 @@ from worker.settings import Settings
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-_LOOK_EVERY_S = 10.0
+_LOOK_EVERY = 10  # seconds
 
 
 def run(environ: Mapping[str, str]) -> int:
-    """Start ComfyUI, link the volume's models while it boots, and return its exit status once it has ended."""
+    """Start ComfyUI, link the volume's models while it boots, name the nodes that failed; return its exit status in the end."""
     settings = Settings.from_env(environ)
     logs.configure(settings.worker_log_level, settings.secrets())
     prepare_base_dir(settings)
@@ -34,16 +36,28 @@ def run(environ: Mapping[str, str]) -> int:
     process = EngineProcess.spawn(command)
     signal.signal(signal.SIGTERM, lambda *_: process.stop())
 
-    from worker.models.links import ModelLinks  # noqa: PLC0415 - after the spawn: ComfyUI boots meanwhile
+    from worker.comfy.custom_nodes import report_failures  # noqa: PLC0415 - after the spawn: ComfyUI boots meanwhile
+    from worker.models.links import ModelLinks  # noqa: PLC0415 - as above
 
     links = ModelLinks(settings.base_dir / "models", [settings.volume_path / "models"], within=[settings.volume_path])
-    ended = None
-    while ended is None:
-        links.refresh()  # again and again: nobody here says which files a job wants, and some come while ComfyUI runs
+    reported = False
+    for second in itertools.count():
+        if second % _LOOK_EVERY == 0:
+            links.refresh()  # again and again: nobody here says which files a job wants, and some come while ComfyUI runs
+        if not reported and _answers(settings.comfyui_port):  # it has imported its nodes
+            report_failures(settings, process.failed_imports)
+            reported = True
         with contextlib.suppress(TimeoutError):
-            ended = process.exited.result(_LOOK_EVERY_S)
+            ended = process.exited.result(1.0)
+            break
     print(f"ComfyUI {ended}", file=sys.stderr)  # noqa: T201 - the last line of the container's log
     return ended.returncode if ended.returncode >= 0 else 128 - ended.returncode
+
+
+def _answers(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1.0):
+        return True
+    return False
 
 
 if __name__ == "__main__":

@@ -286,6 +286,7 @@ def test_a_child_image_with_a_node_from_git_and_a_handler_of_its_own(builder: Im
     (child / "Dockerfile").write_text(
         f"FROM {IMAGE}\nCOPY greeting-nodes /src/greeting-nodes\n"
         "RUN comfy-node-install file:///src/greeting-nodes@v1 && rm -rf /src\nCOPY handler.py /handler.py\n"
+        "RUN echo 'import nothing_of_that_name' > /comfyui/custom_nodes/broken.py\n"
     )
     builder.build_child(child, CHILD)
     ports = Ports()
@@ -296,6 +297,7 @@ def test_a_child_image_with_a_node_from_git_and_a_handler_of_its_own(builder: Im
         graph = {"1": {"class_type": "Greeting", "inputs": {"name": "Ada"}}}
         answer = runsync(ports, running, graph)
         inside = running.processes()
+        until(lambda: "custom node 'broken.py' could not be imported (No module named" in running.log(), running)
     assert answer["output"] == {"mine": {"1": {"text": ["hello Ada"]}}}, running.log()
     assert gone(list(inside))
 
