@@ -14,7 +14,7 @@ import zipfile
 from pathlib import Path
 
 from devkit.engine.build import STUBS, TORCH, ensure_engine
-from devkit.engine.cache import cache_root, step
+from devkit.engine.cache import cache_root, digest_of, step
 from devkit.image.base import ensure_base
 from devkit.image.buildah import Buildah, Layer
 
@@ -23,9 +23,10 @@ BASE = "localhost/debian-python"
 IMAGE = "localhost/comfyui-volume-worker"
 CONTEXT = ("Dockerfile", ".dockerignore", "requirements.lock", "handler.py", "image", "worker")
 
-# No real version, so that pip takes these: on a CPU there are no real ones beside exactly their own torch. What they
-# need is what the real ones need, so that the layers are those of a real build.
-_STUB_VERSION = "999"
+# No real version, so that pip takes these: on a CPU there are no real ones beside exactly their own torch. It changes with
+# them, because a cached layer knows its arguments and not the wheels that were handed in. What they need is what the real ones
+# need, so that the layers are those of a real build.
+_STUB_VERSION = f"999.{int(digest_of((), sorted(STUBS.rglob('*.py'))), 16)}"
 _STUB_NEEDS = {"torchvision": ("torch", "numpy", "pillow"), "torchaudio": ("torch",)}
 
 # Pip's options for how it gets at packages. What else a machine tells it, such as which versions it likes, is not the image's.
