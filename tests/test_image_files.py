@@ -119,6 +119,10 @@ def test_compose_and_workflows_are_yaml_and_every_action_is_pinned() -> None:
     assert ".ci/run" in text(".github/workflows/ci.yml")
 
 
+def test_the_handler_on_the_page_is_the_images() -> None:
+    assert f"```python\n{text('handler.py')}```" in text("docs/customization.md")
+
+
 def workflow_file(name: str) -> dict[str, Any]:
     read: dict[str, Any] = yaml.safe_load(text(f".github/workflows/{name}.yml"))
     return read
