@@ -460,8 +460,11 @@ for path in packages.rglob("*.so"):
 print(json.dumps({"loaded": loaded, "failed": failed}))
 """
 
-# The stand-in for torchvision is too little of one for them.
+# The stand-in for torchvision is too little of one for models.
 _TRANSFORMERS = """
+import sys
+from transformers import CLIPTokenizer
+assert "torch.distributed.tensor" not in sys.modules, "half a second of each start"
 import transformers.utils.import_utils
 transformers.utils.import_utils._torchvision_available = False
 from transformers import AutoModel, CLIPVisionModel, LlamaForCausalLM, Qwen2_5_VLModel, T5EncoderModel
