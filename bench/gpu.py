@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from bench.bare import BareEngine
 from bench.first_job import evict
-from bench.report import Figure, median, parse_args, report
+from bench.report import Figure, leave_out, median, parse_args, report
 from devkit import nodes
 from devkit.engine.build import Engine, ensure_engine
 from devkit.local_worker import PROJECT, LocalWorker
@@ -193,7 +193,7 @@ def main() -> int:
         engine = find_engine(root)
         asked = subprocess.run([engine.python, "-c", _ASK], capture_output=True, text=True, check=False).stdout.strip()
         if asked in {"", "False"} and not options.extra.cpu:
-            print(f"nothing is measured: {engine.python} finds no GPU", file=sys.stderr)
+            leave_out(f"{engine.python} finds no GPU")
             return report([], options)
         print(f"{asked}, ComfyUI at {engine.comfyui_dir}", file=sys.stderr)
         volume = (options.extra.data or root) / "volume"
@@ -223,14 +223,11 @@ def measure(scene: Scene, samples: int, chosen: argparse.Namespace) -> list[Figu
         Figure("weights_gb", sum(path.stat().st_size for path in scene.weights()) / GB, "GB"),
         Figure.of("gpu_bare_first_result_s", [first for first, _ in bare], "s"),
         Figure.of("gpu_worker_first_result_s", [first for first, _ in worker], "s"),
-        Figure("gpu_first_result_ratio", median(s for s, _ in worker) / median(s for s, _ in bare), "x", BOUND),
+        Figure.of("gpu_first_result_ratio", [w / b for (w, _), (b, _) in zip(worker, bare, strict=True)], "x", BOUND),
         Figure.of("gpu_bare_warm_job_s", [each for _, warm in bare for each in warm], "s"),
         Figure.of("gpu_worker_warm_job_s", [each for _, warm in worker for each in warm], "s"),
-        Figure(
-            "gpu_warm_job_ratio",
-            median(s for _, warm in worker for s in warm) / median(s for _, warm in bare for s in warm),
-            "x",
-            BOUND,
+        Figure.of(
+            "gpu_warm_job_ratio", [median(w) / median(b) for (_, w), (_, b) in zip(worker, bare, strict=True)], "x", BOUND
         ),
     ]
     for name, pairs in (("not_read_ahead", unread), ("read_ahead", ahead), ("run_once", warmed)):
