@@ -338,8 +338,9 @@ class ComfyClient:
                     if event is not None:
                         self._dispatch(event)
             finally:
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(socket.close(), _CLOSE_S)  # a peer that is gone does not answer
+                if not socket.closed:
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(socket.close(), _CLOSE_S)  # a peer that is gone does not answer
             log.warning("the websocket to ComfyUI closed; connecting again")
             self._deaf = True  # perhaps, once ComfyUI notices the end of the old one
             for run in self._runs.values():

@@ -195,13 +195,15 @@ class Engine:
             elif not replaced:
                 log.error("ComfyUI %s; starting it again", error.cause)
             self._client.fail_all(error)
-            await self._client.close()
             if not self._failure:
+                await self._client.close()
                 await self._restart()
             if self._failure:
+                # At once: a job that was told so may be what the worker waits for before it ends.
+                self._on_gone()
                 log.error("%s", self._failure)
                 self._up.set()
-                self._on_gone()
+                await self._client.close()
                 return
             log.info("ComfyUI is back (pid %d)", self._process.pid)
 
