@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as NotYetError
+from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from worker.errors import EnsureCancelled
@@ -35,10 +34,8 @@ def abandonable(work: Callable[[], T], name: str, cancel: CancelToken) -> T:
 
     threading.Thread(target=run, name="abandonable", daemon=True).start()
     while not cancel.is_set():
-        try:
-            return future.result(timeout=_TICK_S)
-        except NotYetError:
-            # A timeout of the work's own is of the same class.
-            if future.done():
-                raise
+        # Not `result(timeout=...)`: its TimeoutError cannot be told from one of the work's own.
+        wait([future], _TICK_S)
+        if future.done():
+            return future.result()
     raise EnsureCancelled(name)
