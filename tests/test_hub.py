@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import hashlib
+import http.client
 import http.server
 import random
 import ssl
@@ -37,7 +38,7 @@ from worker.models.hub import Backoff, Hub, Remote, credentials
 from worker.models.partial import Partial, Taken
 from worker.models.ranges import Fetch, Tuning
 from worker.models.spec import HubFile, Source, Url
-from worker.models.wire import Credential, Network, origin, retry_after_s, shown
+from worker.models.wire import Credential, Network, origin, retry_after_s, sendable, shown, what_failed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -381,6 +382,67 @@ def test_a_proxy_is_used_but_not_where_it_is_excepted() -> None:
 def test_addresses_are_shown_without_their_secrets() -> None:
     assert shown("https://user:pw@host/a/b?token=x#y") == "https://host/a/b"
     assert origin("https://Host/x") == origin("https://host:443/y") != origin("http://host/x")
+
+
+@pytest.mark.parametrize(
+    ("written", "sent"),
+    [
+        ("https://h/моё.safetensors", "https://h/%D0%BC%D0%BE%D1%91.safetensors"),
+        ("https://h/a b?q=ü ß", "https://h/a%20b?q=%C3%BC%20%C3%9F"),
+        ("https://h/%D0%BC/a%20b%2Fc?X=a%2Bb+c/d~e|f", "https://h/%D0%BC/a%20b%2Fc?X=a%2Bb+c/d~e|f"),
+        ("https://h:8/100%/[x]{y}?a='b'#part", "https://h:8/100%/[x]{y}?a='b'"),
+        ("https://h/\udce9", "https://h/%E9"),
+        ("http://пример.example:8080/x", "http://xn--e1afmkfd.example:8080/x"),
+        ("http://[::1]:80/ы", "http://[::1]:80/%D1%8B"),
+    ],
+)
+def test_what_may_not_be_sent_is_escaped_and_nothing_else_is_touched(written: str, sent: str) -> None:
+    assert sendable(written) == sent
+    assert sendable(sent) == sent
+
+
+@pytest.mark.parametrize(
+    "written", ["https:///x", "https://h:port/x", "https://[::1/x", "https://a b/x", f"https://{'ы' * 70}/"]
+)
+def test_what_is_no_address_is_not_sent(written: str) -> None:
+    with pytest.raises(ValueError):  # noqa: PT011 - three modules of Python's own say it, each in its way
+        sendable(written)
+
+
+def test_an_address_in_any_script_is_fetched(root: Path, tmp_path: Path, stand_in: StandIn) -> None:
+    (root / "моё имя.safetensors").write_bytes(WEIGHTS)
+    for route in ("files", "redirect"):
+        source = Url(f"{stand_in.endpoint}/{route}/моё имя.safetensors")
+        assert fetch_all(hub_of(stand_in, patience_s=0), tmp_path / route, source) == WEIGHTS
+
+
+@pytest.mark.parametrize("name", ["a b", "моё".encode().decode("latin-1"), "a%20b", "\xe9"])
+def test_a_redirect_is_followed_as_it_is_written(name: str, tmp_path: Path) -> None:
+    seen = "/" + {"a b": "a%20b", "a%20b": "a%20b", "\xe9": "%E9"}.get(name, "%D0%BC%D0%BE%D1%91")
+    answers = {"/file": moved(f"/{name}?X-Signature=a+b%2Fc"), f"{seen}?X-Signature=a+b%2Fc": whole(b"abc")}
+    with scripted(answers) as (address, _):
+        assert fetch_all(plain_hub(address), tmp_path, Url(f"{address}/file")) == b"abc"
+
+
+@pytest.mark.parametrize("target", ["http://[::1/x?X-Signature=secret", "http://h:port/?X-Signature=secret"])
+def test_a_redirect_to_what_is_no_address_is_said_at_once(target: str) -> None:
+    with scripted({"/file": moved(target)}) as (address, asked):
+        with pytest.raises(NotAFile, match="a redirect to what is no address") as caught:
+            Hub(address, Network(), patience_s=60).look_up(Url(f"{address}/file"), NEVER)
+        assert "secret" not in str(caught.value)
+        assert len(asked) == 1
+
+
+def test_an_address_whose_host_cannot_be_written_is_said_at_once() -> None:
+    with pytest.raises(NotAFile, match="no address that can be asked"):
+        plain_hub("http://h").look_up(Url(f"https://{'ы' * 70}/file.safetensors"), NEVER)
+
+
+def test_what_failed_is_said_without_the_address_s_query() -> None:
+    with contextlib.closing(http.client.HTTPConnection("h")) as connection, pytest.raises(http.client.InvalidURL) as caught:
+        connection.putrequest("GET", "/a b?X-Signature=secret more")
+    assert what_failed(caught.value) == "InvalidURL"
+    assert what_failed(OSError("no route to http://h/a?X-Signature=secret at all")) == "OSError: no route to http://h/a at all"
 
 
 def test_a_server_may_name_a_time_in_three_ways() -> None:

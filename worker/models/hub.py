@@ -55,6 +55,7 @@ from worker.models.wire import (
     retry_after_s,
     shown,
     token_refused,
+    what_failed,
 )
 
 if TYPE_CHECKING:
@@ -182,7 +183,7 @@ class Hub:
             except _Busy as exc:
                 reason, named_s = str(exc), exc.named_s
             except (OSError, http.client.HTTPException, httpx2.HTTPError) as exc:
-                reason, named_s = f"{type(exc).__name__}: {exc}", None
+                reason, named_s = what_failed(exc), None
             if cancel.wait(backoff.failed(reason, named_s)):
                 raise EnsureCancelled(where)
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final, NoReturn, Protocol
 
 from worker.errors import ContentMismatch, EnsureCancelled, SourceChanged, SourceRefused
 from worker.models.hub import Backoff
-from worker.models.wire import OK, PARTIAL, TRANSIENT, UNSATISFIABLE, Channel, bare_etag, retry_after_s
+from worker.models.wire import OK, PARTIAL, TRANSIENT, UNSATISFIABLE, Channel, bare_etag, retry_after_s, what_failed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -241,9 +241,7 @@ class Fetch:
                 channel.close()  # the server sends more than was asked for; a kept connection would go on with that
         except (_Retry, http.client.HTTPException, OSError) as exc:
             channel.close()
-            delay_s = self._backoff.failed(
-                f"{type(exc).__name__}: {exc}".removeprefix("_Retry: "), getattr(exc, "named_s", None)
-            )
+            delay_s = self._backoff.failed(what_failed(exc).removeprefix("_Retry: "), getattr(exc, "named_s", None))
             self._stop.wait(delay_s)
         finally:
             self._give_back(at, end)

@@ -15,7 +15,7 @@ import ssl
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import quote, urljoin, urlsplit, urlunsplit
 
 from worker.errors import NotAFile, TokenRefused
 
@@ -27,6 +27,8 @@ _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 _MAX_HOPS: Final = 10
 _PORTS: Final = {"http": 80, "https": 443}
 _AGENT: Final = "comfyui-volume-worker"
+_PRINTABLE: Final = "".join(map(chr, range(0x21, 0x7F)))
+_QUERY: Final = re.compile(r"\?\S*")
 
 OK: Final = 200
 PARTIAL: Final = 206
@@ -80,6 +82,29 @@ def shown(url: str) -> str:
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
+def sendable(url: str) -> str:
+    """An address as it goes over the wire: in ASCII, without its fragment.
+
+    In the path and the query only what is no printable ASCII is escaped: a signature may cover the rest as it is, `%` escapes
+    included. A host is written by IDNA. Raises ValueError for what is no address.
+    """
+    parts = urlsplit(url)
+    host, port = parts.hostname or "", parts.port
+    if not host or not host.isprintable() or " " in host:
+        raise ValueError("an address without a host")
+    netloc = parts.netloc
+    if not netloc.isascii():
+        netloc = host.encode("idna").decode() + (f":{port}" if port else "")
+    path, query = (quote(text, _PRINTABLE, errors="surrogateescape") for text in (parts.path, parts.query))
+    return urlunsplit((parts.scheme, netloc, path, query, ""))
+
+
+def what_failed(exc: Exception) -> str:
+    """The network's error in a few words, for logs and errors: without any address's query, where signatures and tokens are."""
+    text = "" if isinstance(exc, http.client.InvalidURL) else _QUERY.sub("", str(exc))
+    return f"{type(exc).__name__}: {text}".removesuffix(": ")
+
+
 def bare_etag(etag: str | None) -> str | None:
     """An ETag without its quotes and its mark of weakness, as huggingface_hub has it."""
     return etag.removeprefix("W/").strip('"') if etag else None
@@ -121,16 +146,25 @@ class Channel:
         `TokenRefused` or `NotAFile` for redirects that lead nowhere.
         """
         start = url
+        try:
+            url = sendable(url)
+        except ValueError:
+            raise NotAFile(shown(start), "no address that can be asked") from None
         for _ in range(_MAX_HOPS):
             response = self._request(url, headers)
             target = response.getheader("Location")
             if response.status not in _REDIRECTS or not target:
                 return response, url
             self.close()
-            url = self._next(start, url, urljoin(url, target), response.status)
+            url = self._next(start, url, target, response.status)
         raise NotAFile(shown(start), "a circle of redirects")
 
-    def _next(self, start: str, url: str, target: str, status: int) -> str:
+    def _next(self, start: str, url: str, location: str, status: int) -> str:
+        try:
+            # Headers come as latin-1, and what servers write there is UTF-8, if it is not ASCII.
+            target = sendable(urljoin(url, location.encode("latin-1").decode("utf-8", "surrogateescape")))
+        except ValueError:
+            raise NotAFile(shown(start), "a redirect to what is no address") from None
         parts = urlsplit(target)
         if parts.path.rstrip("/") == "/login":
             # Civitai sends those who need a token to a page for people.
