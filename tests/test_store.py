@@ -227,7 +227,7 @@ def test_what_is_permanent_leaves_nothing_behind(setup: Setup) -> None:
 def test_what_was_cut_off_is_continued(setup: Setup, stand_in: StandIn) -> None:
     # One connection sends a part and then nothing; the other gets nothing at all.
     stand_in.fault("stall", after_bytes=200_000, count=None, route="cdn")
-    impatient = Tuning(connections=1, request_bytes=4 * MIB, smallest_bytes=4 * MIB, buffer_bytes=50_000, patience_s=-1)
+    impatient = Tuning(connections=1, request_bytes=4 * MIB, smallest_bytes=4 * MIB, buffer_bytes=50_000, patience_s=0.1)
     with pytest.raises(SourceUnreachable, match="what came is kept"):
         setup.store(tuning=impatient).ensure(SPEC)
     stand_in.reset()
@@ -643,7 +643,7 @@ def test_a_quota_reached_in_the_middle_leaves_no_partial_in_the_way(
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-@pytest.mark.parametrize("call", ["os.pwrite", "os.fsync", "os.ftruncate"])
+@pytest.mark.parametrize("call", ["os.pwrite", "os.fdatasync", "os.ftruncate"])
 def test_a_full_disk_is_said_with_the_bytes_needed(setup: Setup, number: int, call: str) -> None:
     real = getattr(os, call.removeprefix("os."))
 
