@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from worker.errors import EnsureCancelled
 from worker.models.ahead import Ahead
 from worker.models.hashed import HashedPartial
-from worker.models.partial import Partial, Taken
+from worker.models.partial import DiskFailed, Partial, Taken
 from worker.models.ranges import Tuning
 
 if TYPE_CHECKING:
@@ -169,6 +169,25 @@ def test_a_cancelled_wait_for_the_hash_ends(tmp_path: Path) -> None:
     with pytest.raises(EnsureCancelled):
         sink.sha256(cancel, lambda _: None)
     sink.stop()
+
+
+def test_a_disk_that_gives_nothing_back_is_not_waited_for_for_ever(tmp_path: Path) -> None:
+    partial = Partial.begin(tmp_path, len(CONTENT))
+    put(partial, 0, len(CONTENT))
+    go_on = threading.Event()
+
+    def keep(*_: object) -> int:
+        assert go_on.wait(60)
+        return 0
+
+    with mock.patch("os.preadv", keep):
+        sink = HashedPartial(partial, Tuning(ahead_bytes=0, patience_s=0.3))
+        try:
+            with pytest.raises(DiskFailed, match="did not answer"):
+                sink.sha256(NEVER, lambda _: None)
+        finally:
+            go_on.set()
+            sink.stop()
 
 
 def test_nothing_is_written_after_the_file_was_judged(tmp_path: Path) -> None:

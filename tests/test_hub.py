@@ -631,7 +631,7 @@ def test_no_byte_for_too_long_ends_it_and_keeps_what_came(stand_in: StandIn, tmp
             hub,
             remote,
             tmp_path,
-            Tuning(connections=1, request_bytes=4 * MIB, smallest_bytes=4 * MIB, buffer_bytes=1000, patience_s=-1),
+            Tuning(connections=1, request_bytes=4 * MIB, smallest_bytes=4 * MIB, buffer_bytes=1000, patience_s=0.1),
         )
     assert caught.value.retryable
     assert Partial.claim(tmp_path, len(WEIGHTS)).done_bytes >= 290_000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import shutil
@@ -213,15 +214,38 @@ def test_a_holder_without_progress_is_not_waited_for_for_ever(tmp_path: Path) ->
         assert hold_now(tmp_path, timing=impatient) == "unlocked"
 
 
-def test_a_holder_that_moves_is_waited_for_beyond_any_patience(tmp_path: Path) -> None:
+def test_a_holder_that_reports_the_same_again_and_again_lives_and_does_not_get_on(tmp_path: Path) -> None:
+    """Its disk is stuck, and the thread that reports goes on."""
+    impatient = Timing(**{**json.loads(timing_json(QUICK)), "patience_s": 0.5})
+    holder = Locks(Layout(tmp_path), "stuck", QUICK)
+    beats: set[int] = set()
+
+    def reports_on_and_on() -> bool:
+        hold.report(Progress("downloading", 5, 100, float(len(beats))))
+        found = holder.holder(KEY)
+        assert found is not None
+        beats.add(found.beat)
+        return False
+
+    with holder.hold(KEY, published=lambda: False, cancel=threading.Event()) as hold:
+        assert hold_now(tmp_path, timing=impatient, published=reports_on_and_on) == "unlocked"
+    assert len(beats) > 1
+
+
+@pytest.mark.parametrize("what", ["phase", "bytes"])
+def test_a_holder_that_moves_is_waited_for_beyond_any_patience(tmp_path: Path, what: str) -> None:
     impatient = Timing(**{**json.loads(timing_json(QUICK)), "patience_s": 0.5})
     began = time.monotonic()
-    locks = Locks(Layout(tmp_path), "mover", QUICK)
-    with locks.hold(KEY, published=lambda: False, cancel=threading.Event()) as hold:
-        done = iter(range(1_000_000))
+    with Locks(Layout(tmp_path), "mover", QUICK).hold(KEY, published=lambda: False, cancel=threading.Event()) as hold:
+        moves = itertools.count()
 
         def moves_until_published() -> bool:
-            hold.report(Progress("downloading", next(done), 1_000_000))
+            move = next(moves)
+            hold.report(
+                Progress("downloading", move, 10**9)
+                if what == "bytes"
+                else Progress("downloading" if move % 2 else "checking", 5, 10**9)
+            )
             return time.monotonic() - began > 1.5
 
         assert hold_now(tmp_path, timing=impatient, published=moves_until_published) == "published"

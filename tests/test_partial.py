@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import itertools
@@ -11,7 +12,7 @@ import random
 import subprocess
 import sys
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import pytest
@@ -20,10 +21,10 @@ from hypothesis import strategies as st
 
 from worker.errors import FileIncomplete, VolumeFailed, VolumeFull, VolumeReadOnly
 from worker.models import disk
-from worker.models.partial import DiskFailed, Partial, Ranges, Taken, sweep
+from worker.models.partial import MIB, DiskFailed, Partial, Ranges, Stuck, Taken, sweep
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 SIZE = 10_000
@@ -165,6 +166,98 @@ def test_a_short_write_is_continued(tmp_path: Path) -> None:
     assert partial.path.read_bytes()[:100] == CONTENT[:100]
 
 
+# --- a disk that does not answer ----------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def stuck(call: str) -> Iterator[threading.Event]:
+    """The file system keeps the call until the block ends; set once it has one."""
+    kept, go_on = threading.Event(), threading.Event()
+    real = getattr(os, call)
+
+    def keep(*args: Any) -> Any:
+        kept.set()
+        assert go_on.wait(60)
+        return real(*args)
+
+    with mock.patch(f"os.{call}", keep):
+        try:
+            yield kept
+        finally:
+            go_on.set()
+
+
+def inherit(folder: Path) -> Partial:
+    first = Partial.claim(folder, SIZE)
+    put(first, 0, 1000)
+    first._save(first._fd)
+    return Partial.claim(folder, SIZE)
+
+
+@pytest.mark.parametrize("call", ["fdatasync", "fsync"])
+@pytest.mark.parametrize("journalled", [True, False])
+def test_a_flush_that_never_ends_is_an_error_of_the_disk(tmp_path: Path, call: str, *, journalled: bool) -> None:
+    """`fdatasync` is the content's, `fsync` the journal's."""
+    partial = Partial.claim(tmp_path, SIZE)
+    put_all(partial)
+    with stuck(call):
+        if journalled:
+            partial.keep_journal(SIZE)
+        with pytest.raises(DiskFailed, match="did not answer"):
+            partial.settle(patience_s=0.2)
+    partial.discard()
+
+
+def test_in_a_file_of_another_worker_it_is_somebody_else_s_lock_and_soon_so(tmp_path: Path) -> None:
+    heir = inherit(tmp_path)
+    with stuck("fdatasync"), pytest.raises(Stuck):
+        heir.settle(patience_s=60, stuck_s=0.2)
+    heir.discard()
+
+
+def test_a_flush_behind_the_writers_is_watched_as_well(tmp_path: Path) -> None:
+    partial = Partial.claim(tmp_path, SIZE)
+    with stuck("fdatasync") as flushing:
+        partial.keep_journal(100)
+        writer = threading.Thread(target=put, args=(partial, 0, 5000))
+        writer.start()
+        assert flushing.wait(30)
+        with pytest.raises(DiskFailed, match="did not answer"):
+            partial.check(patience_s=0)
+        partial.check(patience_s=60)
+    writer.join(30)
+    partial.settle()
+    partial.check(patience_s=0)
+
+
+def test_a_flush_of_much_is_given_the_time_of_a_slow_volume(tmp_path: Path) -> None:
+    heir = inherit(tmp_path)
+    heir._unsaved_bytes = 1000 * MIB
+    with stuck("fdatasync") as flushing:
+        heir.keep_journal(1)
+        assert flushing.wait(30)
+        heir.check(stuck_s=0)
+        heir._flushing_bytes = 0
+        with pytest.raises(Stuck):
+            heir.check(stuck_s=0)
+    heir.discard()
+
+
+def test_who_gave_a_file_up_does_not_journal_it_later(tmp_path: Path) -> None:
+    partial = Partial.claim(tmp_path, SIZE)
+    put_all(partial)
+    with stuck("fdatasync") as flushing:
+        partial.keep_journal(SIZE)
+        with pytest.raises(DiskFailed):
+            partial.settle(patience_s=0.1)
+        assert flushing.is_set()
+        journalist = partial._journalist
+        assert journalist
+        partial.discard()
+    journalist.join(30)
+    assert not tmp_path.exists() or list(tmp_path.iterdir()) == []
+
+
 # --- whose it is --------------------------------------------------------------------------------
 
 
@@ -184,17 +277,19 @@ def test_whoever_claims_a_partial_stops_the_one_who_had_it(tmp_path: Path) -> No
     assert journals(tmp_path)[heir.path.stem] == [[0, 3000]]
 
 
-def test_a_late_journal_of_the_dead_is_not_believed(tmp_path: Path) -> None:
-    """A worker that was evicted while its disk was slow journals after its file was taken and thrown away."""
+def test_the_dead_leave_no_late_journal(tmp_path: Path) -> None:
+    """A worker that was evicted while its disk was slow would journal after its file was taken and thrown away."""
     zombie = Partial.claim(tmp_path, SIZE)
     put(zombie, 0, 1000)
     zombie._save(zombie._fd)
     put(zombie, 1000, 3000)
     heir = Partial.claim(tmp_path, SIZE)
     assert heir.done_bytes == 1000
+    zombie._save(zombie._fd)
+    assert journals(tmp_path) == {heir.path.stem: [[0, 1000]]}
     heir.discard()
     zombie._save(zombie._fd)
-    assert Partial.claim(tmp_path, SIZE).done_bytes == 0
+    assert not tmp_path.exists()
 
 
 def test_two_who_claim_at_once_never_share_a_file(tmp_path: Path) -> None:

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import shutil
 import signal
 import threading
 from typing import TYPE_CHECKING, Any, Self
+from unittest import mock
 
 import pytest
 
-from devkit.fleet import MIB, SMALL, Fleet, Worker
+from devkit.fleet import FAST, MIB, SMALL, Fleet, Worker
 from devkit.hub import Hub as StandIn
 from devkit.moosefs import LOCAL_FLOCK
+from worker.errors import VolumeFailed
 from worker.models.hub import Hub
 from worker.models.layout import Layout
-from worker.models.store import Store
+from worker.models.ranges import Tuning
+from worker.models.spec import HubFile, ModelSpec
+from worker.models.store import Store, Timing
 from worker.models.wire import Network
 
 if TYPE_CHECKING:
@@ -30,6 +35,7 @@ SIZE = 12 * MIB
 _HEADER = json.dumps({"t": {"dtype": "U8", "shape": [SIZE], "data_offsets": [0, SIZE]}}).encode()
 WEIGHTS = len(_HEADER).to_bytes(8, "little") + _HEADER + random.Random(1).randbytes(SIZE)
 SHA256 = hashlib.sha256(WEIGHTS).hexdigest()
+SPEC = ModelSpec("checkpoints", "model.safetensors", HubFile("org/repo", "model.safetensors"))
 # What a killed worker may cost, as the default tuning's 64 MiB for each connection scaled to this file: what was not journalled
 # yet, a buffer, and what lay in the sockets.
 LOST_AT_MOST = 2 * (2 * MIB + 128 * 1024 + 2 * MIB)
@@ -310,3 +316,24 @@ def test_a_disk_that_dies_under_a_download_is_an_error_not_a_hang(
         moosefs.kill_mount(len(moosefs.mounts) - 1)
         (end,) = fleet.wait_ended()
     assert (end["event"], end["code"]) == ("error", "volume_failed")
+
+
+def test_a_flush_that_never_ends_is_an_error_and_the_next_one_finishes(tmp_path: Path, stand_in: StandIn) -> None:
+    go_on = threading.Event()
+    real = os.fdatasync
+
+    def keep(fd: int) -> None:
+        assert go_on.wait(60)
+        real(fd)
+
+    hub = Hub(stand_in.endpoint, Network())
+    tuning, timing = Tuning(**{**SMALL, "patience_s": 1.0}), Timing(**FAST)  # type: ignore[arg-type] # as in devkit.fleet
+    with mock.patch("os.fdatasync", keep):
+        try:
+            with pytest.raises(VolumeFailed, match="did not answer"):
+                Store(Layout(tmp_path), hub, "w1", tuning=tuning, timing=timing).ensure(SPEC)
+            with mock.patch("os.fdatasync", real):
+                assert Store(Layout(tmp_path), hub, "w2", tuning=tuning, timing=timing).ensure(SPEC).how == "downloaded"
+        finally:
+            go_on.set()
+    check_ready(tmp_path)

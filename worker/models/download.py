@@ -185,7 +185,7 @@ class Download:
         try:
             self._receive(sink, partial.done_bytes)
             self._at("fetched")
-            abandonable(partial.settle, self._remote.where, self._task.cancel)
+            abandonable(lambda: partial.settle(tuning.patience_s, tuning.stuck_s), self._remote.where, self._task.cancel)
             self._at("settled")
             sha256 = sink.sha256(self._task.cancel, self._meter("checking"))
         except SourceRefused:

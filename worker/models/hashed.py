@@ -5,7 +5,7 @@ bytes from memory on their way to the disk, where that is as good as reading the
 
 - The file carried a name that only this worker knew from its first byte on, so nobody else ever had it open for writing; one
   that lost its name is `Taken` and never published. Its length is looked at again before it is.
-- Every byte was written once, and nothing was published before each write, the fsync after them and the close said that they
+- Every byte was written once, and nothing was published before each write, the flush after them and the close said that they
   went well. A lost write is reported there; the page cache, which is what a read back shows, would have hidden it.
 - What came too far ahead of its turn to be kept in memory is read back.
 
@@ -17,12 +17,13 @@ its beginning again) the disk may hold other bytes than those that were hashed.
 from __future__ import annotations
 
 import threading
+import time
 from typing import TYPE_CHECKING, Final
 
 from worker.errors import EnsureCancelled
 from worker.models.ahead import Ahead
 from worker.models.disk import sha256_of
-from worker.models.partial import Taken
+from worker.models.partial import Taken, silent
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -92,13 +93,19 @@ class HashedPartial:
     def sha256(self, cancel: CancelToken, on_bytes: Callable[[int], None]) -> str:
         """The sha256 of the file, which must be complete and settled by now.
 
-        Raises `EnsureCancelled`, `Taken`, and what the file system says.
+        Raises `EnsureCancelled`, `Taken`, what the file system says, and `DiskFailed` when that gives no byte for `patience_s`.
         """
+        seen_bytes, moved_s = -1, time.monotonic()
         while self._thread.is_alive():
             self._thread.join(_TICK_S)
             on_bytes(self._hashed_bytes)
             if cancel.is_set():
                 raise EnsureCancelled(self._partial.path.parent.name)
+            now_s = time.monotonic()
+            if self._hashed_bytes != seen_bytes:
+                seen_bytes, moved_s = self._hashed_bytes, now_s
+            if now_s - moved_s > self._tuning.patience_s:
+                raise silent(self._tuning.patience_s)
         if self._sha256 is None:
             raise self._error or Taken
         if self._partial.rewritten:

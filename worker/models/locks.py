@@ -39,8 +39,9 @@ _CANNOT_WRITE: Final = READ_ONLY | FULL
 class Timing:
     """How the lock waits. A dead holder is succeeded after `stale_s` and two polls, so 45 s are ample with the defaults.
 
-    `attempt_s` bounds how long a cancelled waiter stays. `patience_s` is how long a holder may show no progress before a
-    waiter goes on without the lock; `lone_patience_s` is the same where the file system has no such locks.
+    `attempt_s` bounds how long a cancelled waiter stays. `patience_s` is how long a holder's phase and count of bytes may stay
+    what they are before a waiter goes on without the lock, each waiter after one to two times that: that a holder still reports
+    says only that it lives. `lone_patience_s` is the same where the file system has no such locks.
     """
 
     heartbeat_s: float = 5.0
@@ -55,7 +56,10 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """What the downloader of a content says about itself, once a second, for those who wait for it."""
+    """What the downloader of a content says about itself, once a second, for those who wait for it.
+
+    `beat` counts what it has said: that it lives, not that it gets on.
+    """
 
     by: str
     phase: Literal["downloading", "checking"]
@@ -165,6 +169,7 @@ class _Waiter:
         # A fleet that loses patience together would download together: whoever is first shows progress to the others.
         self._haste = random.uniform(1.0, 2.0)  # noqa: S311 - no secret
         self._seen: Holder | None = None
+        self._progress: tuple[str, str, int] | None = None
         self._moved_s = time.monotonic()
         self._trouble_since_s: float | None = None
         self._works = True
@@ -218,9 +223,10 @@ class _Waiter:
 
     def _out_of_patience(self) -> bool:
         now_s = time.monotonic()
-        holder = self._locks.holder(self._key)
-        if holder != self._seen:
-            self._seen, self._moved_s = holder, now_s
+        self._seen = holder = self._locks.holder(self._key)
+        progress = (holder.by, holder.phase, holder.done_bytes) if holder else None
+        if progress != self._progress:
+            self._progress, self._moved_s = progress, now_s
         self._on_wait(holder.as_progress() if holder else Progress("waiting"))
         return now_s - self._moved_s >= self._patience_s * self._haste
 

@@ -36,6 +36,7 @@ _OWNED_EVERY_S: Final = 0.25
 _HASH_BYTES: Final = 4 * MIB
 _PATIENCE_S: Final = 120.0
 _STUCK_S: Final = 8.0
+_SLOWEST_BYTES_PER_S: Final = 16 * MIB  # a flush may take as long as a volume of this rate takes for it
 _GONE: Final = frozenset({errno.ENOENT, errno.ESTALE})
 
 
@@ -44,7 +45,7 @@ class Taken(Exception):  # noqa: N818 - it is no error: somebody else goes on wi
 
 
 class Stuck(Exception):  # noqa: N818 - as above
-    """The file system keeps a write to a partial that another worker began."""
+    """The file system keeps a write to, or a flush of, a partial that another worker began."""
 
 
 class DiskFailed(Exception):  # noqa: N818 - named for what happened, as all errors here
@@ -53,6 +54,11 @@ class DiskFailed(Exception):  # noqa: N818 - named for what happened, as all err
     def __init__(self, error: OSError) -> None:
         super().__init__(str(error))
         self.error = error
+
+
+def silent(for_s: float) -> DiskFailed:
+    """What to raise when the file system has not answered for that long."""
+    return DiskFailed(TimeoutError(errno.ETIMEDOUT, f"it did not answer for {for_s:.0f} s"))
 
 
 class Ranges:
@@ -109,14 +115,16 @@ class Partial:
         self._done = done
         self._changed = threading.Condition()
         self._unsaved_bytes = 0
+        self._flushing_bytes = 0
         self._limit_bytes = 0
         self._broken: OSError | None = None
         self._closing = False
         self._closed = False
+        self._given_up = False
         self._journalist: threading.Thread | None = None
         self._owned_until_s = 0.0
         self._users = 0
-        self._writing: dict[int, float] = {}
+        self._pending: dict[object, float] = {}
 
     @classmethod
     def claim(cls, folder: Path, size_bytes: int, idle_s: float = 0.0) -> Partial:
@@ -171,29 +179,43 @@ class Partial:
 
     @property
     def stuck_s(self) -> float:
-        """For how long the file system has kept the oldest write that it has not finished; 0 when there is none.
+        """For how long the file system has kept the oldest write or flush that it has not finished; 0 when there is none.
 
         MooseFS keeps the parts of a file that a host was writing when it died locked against everybody, for two minutes.
         """
         with self._changed:
-            return time.monotonic() - min(self._writing.values()) if self._writing else 0.0
+            return time.monotonic() - min(self._pending.values()) if self._pending else 0.0
+
+    @contextlib.contextmanager
+    def _pended(self) -> Iterator[None]:
+        """What is done inside waits for the file system, which may never answer: `stuck_s` knows of it."""
+        mine = object()
+        with self._changed:
+            self._pending[mine] = time.monotonic()
+        try:
+            yield
+        finally:
+            with self._changed:
+                del self._pending[mine]
+                self._changed.notify_all()
 
     def reach(self) -> int:
         """Everything: the bytes of a file may land in any order."""
         return self.size_bytes
 
     def check(self, patience_s: float = _PATIENCE_S, stuck_s: float = _STUCK_S) -> None:
-        """Raise `Stuck` or `DiskFailed` when a write takes too long: on a network volume it may not end at all.
+        """Raise `Stuck` or `DiskFailed` when a write or a flush takes too long: on a network volume it may not end at all.
 
         `stuck_s` is for a file that another worker began, which a dead host may have left locked; `patience_s` for our own.
+        A flush of much, for which writes wait as well, is given the time that a slow volume takes.
         """
         waited_s = self.stuck_s
         if not waited_s:
             return
-        if self.inherited and waited_s > stuck_s:
+        if self.inherited and waited_s > max(stuck_s, self._flushing_bytes / _SLOWEST_BYTES_PER_S):
             raise Stuck
         if waited_s > patience_s:
-            raise DiskFailed(TimeoutError(errno.ETIMEDOUT, f"it took no byte for {patience_s:.0f} s"))
+            raise silent(patience_s)
 
     @contextlib.contextmanager
     def _using(self) -> Iterator[int]:
@@ -216,22 +238,21 @@ class Partial:
         if self._journalist:
             return
         self._limit_bytes = limit_bytes
+        self._start_journalist()
+
+    def _start_journalist(self) -> threading.Thread:
         self._journalist = threading.Thread(target=self._journal_often, name="journal", daemon=True)
         self._journalist.start()
+        return self._journalist
 
     def write(self, offset: int, view: memoryview) -> None:
         """Put bytes where they belong; raises `Taken`, or `DiskFailed`, also for what the journal met meanwhile."""
-        with self._using() as fd:
-            with self._changed:
-                self._writing[threading.get_ident()] = time.monotonic()
+        with self._using() as fd, self._pended():
             try:
                 self._check_ours()
                 write_at(fd, view, offset)
             except OSError as exc:
                 raise DiskFailed(exc) from exc
-            finally:
-                with self._changed:
-                    del self._writing[threading.get_ident()]
         with self._changed:
             before = self._done.total
             self._done.add(offset, offset + len(view))
@@ -264,9 +285,14 @@ class Partial:
         """Make what is there safe, then say so in the journal: a host that dies leaves no journal of bytes it lost."""
         with self._changed:
             done, unsaved = Ranges(self._done.as_list()), self._unsaved_bytes
-        os.fdatasync(fd)
-        write_atomically(self.path.with_suffix(".journal"), _encode(self.size_bytes, done))
+            self._flushing_bytes = unsaved
+        with self._pended():
+            os.fdatasync(fd)
+            # Nobody would ever remove a journal that comes after its file has gone to somebody else.
+            if not self._given_up and self.is_ours():
+                write_atomically(self.path.with_suffix(".journal"), _encode(self.size_bytes, done))
         with self._changed:
+            self._flushing_bytes = 0
             self._unsaved_bytes -= unsaved
             self._changed.notify_all()
 
@@ -342,21 +368,27 @@ class Partial:
                 self._changed.wait(_OWNED_EVERY_S)
             return until - offset if self._done.first_gap >= until and not kept.has(offset) else 0
 
-    def settle(self) -> None:
-        """Everything is safe and journalled when this returns; raises `Taken`, `Stuck`, `DiskFailed` and what the disk says."""
-        self._wait_for_writers()
-        self._stop_journalist(None)
-        self._raise_broken()
-        with self._using() as fd:
-            os.fsync(fd)
-            self._save(fd)
+    def settle(self, patience_s: float = _PATIENCE_S, stuck_s: float = _STUCK_S) -> None:
+        """Everything is safe and journalled when this returns.
 
-    def _wait_for_writers(self) -> None:
-        """A connection that was given up can still be in a write: nothing may land after the file was judged."""
+        Raises `Taken`, what the disk says, and as `check` does when that does not answer.
+        """
+        # A connection that was given up can still be in a write: nothing may land after the file was judged.
         while self.stuck_s:
-            self.check()
+            self.check(patience_s, stuck_s)
             with self._changed:
                 self._changed.wait(_OWNED_EVERY_S / 10)
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        # The last flush is the journalist's as well: it may never end, and this thread has to see that.
+        journalist = self._journalist or self._start_journalist()
+        while journalist.is_alive():
+            self.check(patience_s, stuck_s)
+            journalist.join(_OWNED_EVERY_S / 10)
+        self._raise_broken()
+        if self._closed:
+            raise Taken
 
     def close(self, wait_s: float = 0.5) -> None:
         """Let go of the file, keeping it for the next one. A disk slower than `wait_s` journals later."""
@@ -367,7 +399,7 @@ class Partial:
         if last:
             os.close(self._fd)
 
-    def _stop_journalist(self, wait_s: float | None) -> None:
+    def _stop_journalist(self, wait_s: float) -> None:
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -388,6 +420,7 @@ class Partial:
 
     def disown(self) -> None:
         """Nobody shall go on with it, but the file stays for now: see `discard_later`."""
+        self._given_up = True
         self.path.with_suffix(".journal").unlink(missing_ok=True)
 
     def discard_later(self) -> None:
@@ -399,6 +432,7 @@ class Partial:
 
     def discard(self) -> None:
         """Throw it away. It is unlinked, never truncated: another worker may just have published this very inode."""
+        self._given_up = True
         self.close()
         if self.is_ours():
             self.path.unlink(missing_ok=True)
