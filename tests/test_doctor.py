@@ -570,6 +570,26 @@ def test_a_download_under_way_is_told_with_who_fetches_it_and_one_that_broke_off
     )
 
 
+def test_what_is_left_of_a_model_that_is_there_can_go(patient: Patient) -> None:
+    key = "c0ffee" * 10 + "0000"
+    patient.put(f".worker/partial/{key}/1.part", bytes(10))
+    patient.put(f".worker/partial/{key}/1.journal", b'{"v": 1, "size": 10, "ranges": [[0, 4]]}')
+    write_seal(patient.layout.seal("loras", "x.safetensors"), Seal(size=10, mtime=1, sha256=key))
+    for path in patient.layout.partial(key).iterdir():
+        os.utime(path, (time.time() - 3 * HOUR_S,) * 2)
+    assert "broke off 3 h ago, and the model is there since: remove" in patient.only("downloads").message
+
+
+def test_a_record_without_its_file_is_told(patient: Patient) -> None:
+    young = patient.put(".worker/partial/abc/1.journal")
+    old = patient.put(".worker/partial/abc/2.journal")
+    os.utime(old, (0, 0))
+    (found,) = [found for found in patient.look("downloads") if found.severity is Severity.NOTE]
+    assert found.message.startswith("1 record of downloads that are gone")
+    assert found.paths == (str(old),)
+    assert young.exists()
+
+
 def test_leftovers_that_nobody_can_go_on_with_are_told(patient: Patient) -> None:
     patient.put(".worker/partial/abc/1.part")
     patient.put(".s3compat_uploads/upload-1/part.1")

@@ -326,6 +326,26 @@ def test_without_a_lock_only_what_lies_idle_is_taken(tmp_path: Path) -> None:
     assert not living.is_ours()
 
 
+def test_a_claim_that_finds_all_busy_leaves_nothing_behind(tmp_path: Path) -> None:
+    """What it dated them by is the journal of the partial that it begins."""
+    living = Partial.claim(tmp_path, SIZE)
+    put(living, 0, 3000)
+    living._save(living._fd)
+    other = Partial.claim(tmp_path, SIZE, idle_s=60)
+    assert set(journals(tmp_path)) == {living.path.stem, other.path.stem}
+    other.discard()
+    assert {path.stem for path in tmp_path.iterdir()} == {living.path.stem}
+
+
+def test_a_partial_that_cannot_be_made_leaves_no_journal(tmp_path: Path) -> None:
+    with (
+        mock.patch("worker.models.partial.create", side_effect=OSError(errno.ENOSPC, "full")),
+        pytest.raises(OSError, match="full"),
+    ):
+        Partial.begin(tmp_path, SIZE)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_discarded_partial_is_unlinked_and_never_cut_short(tmp_path: Path) -> None:
     partial = Partial.claim(tmp_path, SIZE)
     put(partial, 0, SIZE)

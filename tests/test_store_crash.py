@@ -298,12 +298,23 @@ def test_with_no_lock_at_all_the_file_is_right(folders: list[Path], stand_in: St
         ends = fleet.wait_ended()
     assert {end["event"] for end in ends} == {"done"}, ends
     assert {end["how"] for end in ends} <= {"downloaded", "ready", "adopted"}
-    layout = Layout(folders[0])
-    final = layout.model("checkpoints", "model.safetensors")
-    assert final.read_bytes() == WEIGHTS
+    assert Layout(folders[0]).model("checkpoints", "model.safetensors").read_bytes() == WEIGHTS
     with Fleet(worker("last", folders[1], stand_in)) as fleet:
         (end,) = fleet.wait_ended()
     assert end["how"] in {"ready", "adopted"}
+    check_ready(folders[0])
+
+
+def test_without_a_lock_too_nothing_is_left_of_a_worker_that_died(tmp_path: Path, stand_in: StandIn) -> None:
+    """Its bytes are not idle for long enough to be gone on with, and after the publication nobody would look there again."""
+    with Fleet(worker("victim", tmp_path, stand_in, die_at="settled")) as fleet:
+        assert fleet.wait_ended() == []
+    shutil.rmtree(Layout(tmp_path).locks)
+    Layout(tmp_path).locks.write_bytes(b"in the way")
+    with Watcher(tmp_path), Fleet(worker("heir", tmp_path, stand_in)) as fleet:
+        (end,) = fleet.wait_ended()
+    assert end["bytes_fetched"] == len(WEIGHTS)
+    check_ready(tmp_path)
 
 
 def test_a_disk_that_dies_under_a_download_is_an_error_not_a_hang(

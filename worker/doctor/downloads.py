@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
+import os
 import secrets
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from worker.doctor.exclusion import LOCK
@@ -14,10 +17,10 @@ from worker.doctor.folders import entries
 from worker.models.locks import Locks
 from worker.models.partial import Ranges
 from worker.models.progress import size_text
+from worker.models.seals import read_seal
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from worker.doctor.findings import Finding
     from worker.models.layout import Layout
@@ -28,12 +31,15 @@ _ACTIVE_S: Final = 60.0
 def downloads(layout: Layout) -> Iterator[Finding]:
     """What is half there: how far it is, who fetches it, or how long ago it broke off."""
     now_s = _now_s(layout)
-    parts = [part for folder in entries(layout.partials) for part in sorted(folder.glob("*.part"))]
+    files = [path for folder in entries(layout.partials) for path in entries(folder)]
+    parts = [path for path in files if path.suffix == ".part"]
     if not parts:
         yield ok("none under way, none broken off")
+    sealed = _sealed(layout) if parts else set()
     for part in parts:
         with contextlib.suppress(FileNotFoundError):  # published meanwhile
-            yield _partial(layout, part, now_s)
+            yield _partial(layout, part, now_s, there=part.parent.name in sealed)
+    yield from _strays(files, now_s)
     holders = [holder for lock in entries(layout.locks) for holder in entries(lock / "holders")]
     stale = [str(holder) for holder in holders if _age_s(holder, now_s) > _ACTIVE_S]
     if stale:
@@ -45,7 +51,21 @@ def downloads(layout: Layout) -> Iterator[Finding]:
         yield listing(Severity.NOTE, text, uploads)
 
 
-def _partial(layout: Layout, part: Path, now_s: float) -> Finding:
+def _sealed(layout: Layout) -> set[str]:
+    """The contents that are there: what their partials' folders are called."""
+    seals = (read_seal(Path(folder, name)) for folder, _, names in os.walk(layout.seals) for name in names)
+    return {seal.sha256 for seal in seals if seal and seal.sha256}
+
+
+def _strays(files: list[Path], now_s: float) -> Iterator[Finding]:
+    """Records without their file: a worker was killed between the two."""
+    there = {path.with_suffix("") for path in files if path.suffix == ".part"}
+    strays = [str(path) for path in files if path.with_suffix("") not in there and _ACTIVE_S < _age_s(path, now_s) < math.inf]
+    if strays:
+        yield listing(Severity.NOTE, f"{count(strays, 'record')} of downloads that are gone; remove what is named", strays)
+
+
+def _partial(layout: Layout, part: Path, now_s: float, *, there: bool) -> Finding:
     journal, key = part.with_suffix(".journal"), part.parent.name
     size_bytes = part.stat().st_size
     try:
@@ -60,8 +80,8 @@ def _partial(layout: Layout, part: Path, now_s: float) -> Finding:
         rate = f" at {size_text(int(holder.bytes_per_s))}/s" if holder else ""
         return ok(f"{amount}: {by} fetches it{rate}")
     folder = part.parent.with_name(f"{key[:12]}*")
-    text = f"{amount}: {by} broke off {_duration(age_s)} ago, the next one goes on from there. If nobody will, remove {folder}"
-    return note(text, [part])
+    then = "and the model is there since: remove" if there else "the next one goes on from there. If nobody will, remove"
+    return note(f"{amount}: {by} broke off {_duration(age_s)} ago, {then} {folder}", [part])
 
 
 def _now_s(layout: Layout) -> float:
@@ -84,7 +104,7 @@ def _age_s(path: Path, now_s: float) -> float:
     try:
         return max(0.0, now_s - path.stat().st_mtime)
     except OSError:
-        return float("inf")
+        return math.inf
 
 
 def _duration(age_s: float) -> str:

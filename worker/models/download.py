@@ -252,13 +252,20 @@ class Download:
         self._at("replaced")
         sync_folder(path.parent)
         if self._hold.state == "held":
-            sweep(self._folder, {partial.path for partial in self._left})
-        for left in self._left:
-            threading.Thread(target=left.discard_later, name="clear-away", daemon=True).start()
+            self._clear_away()
         write_own_seal(layout, spec, seal, lambda: self._at("seal_half_written"))
+        if self._hold.state != "held":
+            # Others may be fetching it as well. They stop now, and have only to look: without the seal they would have to hash.
+            self._clear_away()
         self._at("sealed")
         log.debug("published %s", path)
         return Ready(path, "downloaded")
+
+    def _clear_away(self) -> None:
+        """Remove what other workers, dead ones above all, left of this content: once it is sealed nobody looks there again."""
+        sweep(self._folder, {partial.path for partial in self._left})
+        for left in self._left:
+            threading.Thread(target=left.discard_later, name="clear-away", daemon=True).start()
 
     def _seal(self, partial: Partial, sha256: str) -> Seal:
         if not partial.is_ours():

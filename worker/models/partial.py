@@ -140,14 +140,23 @@ class Partial:
         for journal, done in candidates:
             with contextlib.suppress(FileNotFoundError):
                 return cls._take(journal, path, size_bytes, done)
-        return cls.begin(folder, size_bytes)
+        return cls._begin_as(path, size_bytes)
 
     @classmethod
     def begin(cls, folder: Path, size_bytes: int) -> Partial:
         """A new one, with nothing in it."""
-        path = folder / f"{secrets.token_hex(8)}.part"
-        write_atomically(path.with_suffix(".journal"), _encode(size_bytes, Ranges()))
-        partial = cls(path, create(path), size_bytes, Ranges())
+        return cls._begin_as(folder / f"{secrets.token_hex(8)}.part", size_bytes)
+
+    @classmethod
+    def _begin_as(cls, path: Path, size_bytes: int) -> Partial:
+        """Under this name, whose journal may be there already from a claim that found nothing to go on with."""
+        journal = path.with_suffix(".journal")
+        write_atomically(journal, _encode(size_bytes, Ranges()))
+        try:
+            partial = cls(path, create(path), size_bytes, Ranges())
+        except OSError:
+            journal.unlink(missing_ok=True)
+            raise
         try:
             # The length first: a sparse file of the final size is where ranges can land in any order, and a quota that
             # counts lengths says no before anything is downloaded.
