@@ -41,7 +41,7 @@ SMALL = {
     "request_bytes": MIB,
     "smallest_bytes": MIB // 2,
     "buffer_bytes": 128 * 1024,
-    "unsaved_bytes": 2 * MIB,
+    "unsaved_bytes": MIB,
     "patience_s": 60.0,
     "handover_s": 0.0,
     "stuck_s": 5.0,
