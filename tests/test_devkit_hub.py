@@ -137,6 +137,26 @@ def test_the_client_describes_a_repo(hub: Hub, tmp_path: Path) -> None:
     assert said["who"] == "stand-in"
 
 
+def test_the_real_hf_xet_downloads_what_is_on_xet(root: Path, tmp_path: Path) -> None:
+    weights = random.Random(3).randbytes(3_000_001)
+    (root / "org/repo/sub/model.safetensors").write_bytes(weights)
+    code = """
+        import hashlib
+        path = hf_hub_download("org/repo", "sub/model.safetensors", token="hf_all")
+        print(json.dumps(hashlib.sha256(open(path, "rb").read()).hexdigest()))
+        """
+    with hub_process(root, "--xet", "org/*", "--token", "hf_all") as hub:
+        assert client(hub, tmp_path, code, HF_XET_TELEMETRY_ENABLED="false") == hashlib.sha256(weights).hexdigest()
+        asked, leaks = hub.requests, hub.leaks
+    by_route = {route: [request for request in asked if request.route == route] for route in {one.route for one in asked}}
+    assert {"resolve", "xet/token", "xet/reconstruction", "xet/piece"} <= set(by_route)
+    assert "cdn" not in by_route
+    assert sum(request.bytes_sent for request in by_route["xet/piece"]) >= len(weights)
+    assert {request.file for request in by_route["xet/piece"]} == {"org/repo/sub/model.safetensors"}
+    assert all(request.had_auth for request in by_route["xet/token"])
+    assert not leaks
+
+
 def test_the_client_downloads_files_and_snapshots(hub: Hub, tmp_path: Path) -> None:
     said = client(
         hub,
@@ -245,6 +265,21 @@ def test_no_answer_speaks_of_xet(hub: Hub, signed: str) -> None:
         answer = ask(address)
         assert not any("xet" in f"{name}: {value}".lower() for name, value in answer.headers.items())
         assert b"xet" not in answer.body[:1000] or answer.body == WEIGHTS
+
+
+def test_xet_s_storage_takes_its_own_token_only(root: Path) -> None:
+    with Hub(root, xet=["org/repo"], gated=["org/gated"]) as hub:
+        name = ask(hub.endpoint + WEIGHTS_ADDRESS).headers["X-Xet-Hash"]
+        assert "X-Xet-Hash" not in ask(f"{hub.endpoint}/org/gated/resolve/main/config.json").headers
+        access = ask(f"{hub.endpoint}/api/models/org/repo/xet-read-token/main").headers
+        address, token = f"{access['X-Xet-Cas-Url']}/v2/reconstructions/{name}", access["X-Xet-Access-Token"]
+        assert ask(address, authorization=f"Bearer {token}").status == 200
+        assert ask(address, authorization="Bearer hf_all").status == 401
+        assert ask(address).status == 401
+        assert ask(address.replace(name, "0" * 64), authorization=f"Bearer {token}").status == 404
+        assert ask(f"{hub.endpoint}/api/models/org/gated/xet-read-token/main").status == 401
+        hub.expire_urls()
+        assert ask(address, authorization=f"Bearer {token}").status == 401
 
 
 def test_weights_are_redirected_and_small_files_are_not(hub: Hub) -> None:

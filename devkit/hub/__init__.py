@@ -7,7 +7,8 @@
 
 Two origins, as in production: the hub (`http://127.0.0.1:A`) answers metadata and redirects weights to the CDN
 (`http://localhost:B`) with a signed, expiring address. The CDN needs no token, and every one that reaches it is remembered
-(`hub.leaks`). There are no Xet headers, so clients use plain HTTP.
+(`hub.leaks`). There are no Xet headers, so that clients use plain HTTP, unless a repo is said to be on Xet: the real hf_xet
+downloads its files too, from a storage on the CDN's origin.
 
 A folder `<repo>@<revision>` beside `<repo>` is that revision of it; `Hub.commit` makes more. Commit ids follow from content.
 

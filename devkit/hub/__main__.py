@@ -31,6 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--civitai", action="append", default=[], metavar="ID=PATH", help="a model version, and its file")
     parser.add_argument("--civitai-token")
+    parser.add_argument("--xet", action="append", default=[], metavar="REPO", help="a glob over org/repo: on Xet as well")
     parser.add_argument("--lfs-above-bytes", type=int, default=10 * MIB)
     parser.add_argument("--url-life-s", type=float, default=3600)
     parser.add_argument("--until-stdin-closes", action="store_true", help="end when whoever started this ends")
@@ -69,6 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         civitai_token=given.civitai_token,
         lfs_above_bytes=given.lfs_above_bytes,
         url_life_s=given.url_life_s,
+        xet=given.xet,
     ) as hub:
         print(hub.endpoint, flush=True)
         if given.until_stdin_closes:

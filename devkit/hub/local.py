@@ -10,6 +10,7 @@ from devkit.hub.faults import MIB, Book, Fault, FaultKind
 from devkit.hub.log import Ledger, Origin, Reading, Request
 from devkit.hub.server import Server
 from devkit.hub.shelf import Shelf
+from devkit.hub.xet import Xet
 
 if TYPE_CHECKING:
     import socket
@@ -24,6 +25,7 @@ class Hub(Reading):
     `private`, `gated`: globs over `org/repo`. `tokens`: for each token, globs over the repos it opens; a token that is not here
     is refused everywhere. `civitai`: model version id to a path under the root. Files with a weight's suffix, and those above
     `lfs_above_bytes`, are served by the CDN from addresses valid for `url_life_s`. `page_size`: entries of a tree per answer.
+    `xet`: globs over the repos whose weights are on Xet as well.
     For throughput use `hub_process`: here the server shares this interpreter's lock with the client.
     """
 
@@ -41,6 +43,7 @@ class Hub(Reading):
         lfs_above_bytes: int = 10 * MIB,
         url_life_s: float = 3600,
         page_size: int = 1000,
+        xet: Sequence[str] = (),
     ) -> None:
         self.shelf = Shelf(root, lfs_above_bytes)
         self.access = Access(private, gated, tokens or {})
@@ -49,6 +52,7 @@ class Hub(Reading):
         self.ledger = Ledger()
         self.civitai = dict(civitai or {})
         self.civitai_token = civitai_token
+        self.xet = Xet(xet)
         self.page_size = page_size
         self._url_life_s = url_life_s
         for repo in self.shelf.repos():
@@ -73,6 +77,7 @@ class Hub(Reading):
         for origin in get_args(Origin):
             self.refuse(origin)
         self.shelf.close()
+        self.xet.close()
 
     @property
     def endpoint(self) -> str:
@@ -141,8 +146,9 @@ class Hub(Reading):
                 raise TimeoutError(f"it did not happen within {timeout_s} s")
 
     def expire_urls(self, life_s: float | None = None) -> None:
-        """Refuse every CDN address given out so far; `life_s`: how long those given from now on live."""
+        """Refuse every CDN address and every token for Xet given out so far; `life_s`: how long addresses live from now on."""
         self.signer.expire()
+        self.xet.expire()
         self.signer.life_s = self.signer.life_s if life_s is None else life_s
 
     def refuse(self, origin: Origin, for_s: float | None = None, *, keep: socket.socket | None = None) -> None:

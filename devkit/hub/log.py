@@ -21,7 +21,8 @@ TICK_S: Final = 0.05
 class Request:
     """One request as the server saw it.
 
-    `route` is one of resolve, cdn, files, redirect, civitai, civitai-info, whoami, api/info, api/tree, api/paths-info, unknown.
+    `route` is one of resolve, cdn, files, redirect, civitai, civitai-info, whoami, api/info, api/tree, api/paths-info,
+    xet/token, xet/reconstruction, xet/piece, unknown.
     `file` is `org/repo/path`, `org/repo`, or a plain source's path under the root. `bytes_sent` counts the file's own bytes
     handed to the kernel: a client that dies leaves a few MiB of them unread in socket buffers. `outcome`: open, done, cut (by a
     fault), gone (the client went away); it follows the last byte by a moment. `faults` are the kinds that were applied. Times
@@ -131,8 +132,12 @@ class Reading:
 
     @property
     def leaks(self) -> list[Request]:
-        """Requests that brought a token to the CDN, which is another host: each one is the client's defect."""
-        return [r for r in self.requests if r.origin == "cdn" and (r.had_auth or r.had_query_token)]
+        """Requests that brought a token to the CDN, which is another host: each one is the client's defect.
+
+        Those to Xet's storage bring one of its own, and are refused with any other.
+        """
+        there = [r for r in self.requests if r.origin == "cdn"]
+        return [r for r in there if r.had_query_token or (r.had_auth and r.route != "xet/reconstruction")]
 
     def bytes_sent(self, file: str = "*") -> int:
         """Bytes of matching files' content (a glob as in Request.is_about) handed to clients, those on their way included."""

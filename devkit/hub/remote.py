@@ -87,7 +87,7 @@ class RemoteHub(Reading):
             time.sleep(TICK_S)
 
     def expire_urls(self, life_s: float | None = None) -> None:
-        """Refuse every CDN address given out so far; `life_s`: how long those given from now on live."""
+        """Refuse every CDN address and every token for Xet given out so far; `life_s`: how long addresses live from now on."""
         self._call("expire", {"life_s": life_s})
 
     def refuse(self, origin: Origin, for_s: float | None = None) -> None:

@@ -11,6 +11,7 @@ from urllib.parse import parse_qs, quote, urlencode
 from devkit.hub.answers import RefusedError
 from devkit.hub.body import send_file
 from devkit.hub.shelf import lfs_pointer
+from devkit.hub.xet import answer_access
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -35,6 +36,9 @@ def answer_repo(wire: Wire, target: Target) -> None:
         case "resolve":
             access.check_gate(target.repo, token)
             _resolve(wire, target, snapshot)
+        case "xet/token":
+            access.check_gate(target.repo, token)
+            answer_access(wire)
         case "api/info":
             _info(wire, snapshot)
         case "api/tree":
@@ -66,6 +70,9 @@ def _resolve(wire: Wire, target: Target, snapshot: Snapshot) -> None:
         send_file(wire, blob.source, {**headers, "ETag": f'"{etag}"', "Content-Disposition": disposition})
         return
     headers |= {"X-Linked-Etag": f'"{shown.sha256}"', "X-Linked-Size": str(shown.size), "Accept-Ranges": "bytes"}
+    if xet := wire.hub.xet.hash_of(target.repo, target.path, blob):
+        route = f"{wire.hub.endpoint}/api/models/{target.repo}/xet-read-token/{snapshot.commit}"
+        headers |= {"X-Xet-Hash": xet, "X-Xet-Refresh-Route": route}
     path = f"/cdn/repo/{target.repo}/{snapshot.commit}/{quote(target.path)}"
     wire.redirect(302, wire.hub.signer.sign(path, disposition), headers)
 

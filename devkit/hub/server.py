@@ -14,6 +14,7 @@ from devkit.hub.control import answer_control
 from devkit.hub.repos import answer_repo, answer_whoami
 from devkit.hub.sources import answer_cdn, answer_civitai, answer_plain
 from devkit.hub.wire import Wire
+from devkit.hub.xet import answer_xet
 
 if TYPE_CHECKING:
     from devkit.hub.faults import Fault
@@ -96,9 +97,11 @@ class Handler(Wire):
         match target.route, self.server.origin:
             case "cdn", "cdn":
                 answer_cdn(self, target)
+            case (("xet/reconstruction" | "xet/piece"), "cdn"):
+                answer_xet(self, target)
             case "files", _:
                 answer_plain(self, target)
-            case ("unknown", _) | (_, "cdn") | ("cdn", _):
+            case ("unknown", _) | (_, "cdn") | (("cdn" | "xet/reconstruction" | "xet/piece"), _):
                 raise not_found()
             case "redirect", _:
                 answer_plain(self, target)

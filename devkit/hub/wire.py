@@ -94,13 +94,20 @@ class Wire(BaseHTTPRequestHandler):
             path=path,
             query=query,
             route=target.route,
-            file=self.hub.civitai.get(target.path, target.path) if target.route.startswith("civitai") else target.file,
+            file=self._file(target),
             range=self.headers.get("Range"),
             had_auth="Authorization" in self.headers,
             had_query_token="token" in self.query,
             user_agent=self.headers.get("User-Agent", ""),
             started_s=time.monotonic(),
         )
+
+    def _file(self, target: Target) -> str:
+        if target.route.startswith("civitai"):
+            return self.hub.civitai.get(target.path, target.path)
+        if target.route in {"xet/reconstruction", "xet/piece"}:
+            return self.hub.xet.file(target.path.partition("/")[0])
+        return target.file
 
     # --- what is known of the request
 
