@@ -253,26 +253,11 @@ def test_cancelling_leaves_what_the_next_one_goes_on_with(setup: Setup, stand_in
     assert 0 < setup.store().ensure(SPEC).bytes_fetched < len(WEIGHTS)
 
 
-def test_where_plain_http_is_refused_xet_takes_over(setup: Setup, stand_in: StandIn) -> None:
-    """hf_xet itself is not here: what is shown is that its file is checked and published like any other."""
+def test_where_plain_http_is_refused_and_there_is_no_xet_it_is_said(setup: Setup, stand_in: StandIn) -> None:
+    """Where there is: tests/test_xet.py."""
     stand_in.fault("expired", route="cdn", count=None)
-
-    def xet(_remote: object, path: Path, _cancel: object) -> None:
-        path.write_bytes(WEIGHTS)
-
-    store = setup.store()
-    hub = store._tools.hub
-    real = hub.look_up
     with pytest.raises(SourceRefused):
-        store.ensure(SPEC)
-    with mock.patch.object(hub, "look_up", lambda *args: mock_xet(real(*args))), mock.patch.object(hub, "fetch_by_xet", xet):
-        found = store.ensure(SPEC)
-    assert (found.how, found.bytes_fetched) == ("downloaded", len(WEIGHTS))
-    assert setup.final.read_bytes() == WEIGHTS
-
-
-def mock_xet(remote: Any) -> Any:
-    return type(remote)(**{name: getattr(remote, name) for name in type(remote).__dataclass_fields__} | {"xet": object()})
+        setup.store().ensure(SPEC)
 
 
 def test_threads_that_want_one_model_fetch_it_once(setup: Setup, stand_in: StandIn) -> None:

@@ -96,15 +96,6 @@ def write_at(fd: int, view: memoryview, offset: int) -> None:
         view, offset = view[written:], offset + written
 
 
-def sync_file(path: Path) -> None:
-    """Make what somebody else wrote into a file survive a crash."""
-    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 def sync_folder(folder: Path) -> None:
     """Make a rename inside it survive a crash; file systems that cannot sync a folder are left to their own ways."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from worker.errors import ContentMismatch, EnsureCancelled, SourceRefused, VolumeFull
 from worker.models.abandon import abandonable
-from worker.models.disk import FULL, free_bytes, patiently, sha256_of, stated_bytes, sync_file, sync_folder
+from worker.models.disk import FULL, free_bytes, patiently, stated_bytes, sync_folder
 from worker.models.hashed import HashedPartial
 from worker.models.partial import DiskFailed, Partial, Stuck, Taken, sweep
 from worker.models.progress import Meter, Progress
 from worker.models.ranges import Fetch, Tuning
 from worker.models.seals import Seal, now, stat_file, whole_mtime, write_seal
 from worker.models.spec import HubFile
+from worker.models.xet import XetFetch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -188,11 +189,6 @@ class Download:
             abandonable(lambda: partial.settle(tuning.patience_s, tuning.stuck_s), self._remote.where, self._task.cancel)
             self._at("settled")
             sha256 = sink.sha256(self._task.cancel, self._meter("checking"))
-        except SourceRefused:
-            if self._remote.xet is None:
-                raise
-            sink.stop()
-            sha256 = self._receive_by_xet(partial)
         finally:
             sink.stop()
         self._at("hashed")
@@ -200,24 +196,25 @@ class Download:
 
     def _receive(self, sink: Sink, done_bytes: int) -> None:
         meter = self._meter("downloading", done_bytes)
-        fetch = Fetch(self._tools.hub, self._remote, sink, self._tools.tuning, self._task.cancel)
 
         def on_bytes(done_bytes: int) -> None:
             meter(done_bytes)
             self._at("bytes")
 
         try:
+            self._run(Fetch, sink, on_bytes)
+        except SourceRefused:
+            if self._remote.xet is None:
+                raise
+            log.warning("%s is refused over plain HTTP: going on through Xet", self._remote.where)
+            self._run(XetFetch, sink, on_bytes)
+
+    def _run(self, way: type[Fetch | XetFetch], sink: Sink, on_bytes: Callable[[int], None]) -> None:
+        fetch = way(self._tools.hub, self._remote, sink, self._tools.tuning, self._task.cancel)
+        try:
             fetch.run(on_bytes)
         finally:
             self._task.fetched_bytes += fetch.fetched_bytes
-
-    def _receive_by_xet(self, partial: Partial) -> str:
-        """The same by Hugging Face's other way, which writes the file itself: no ranges, no resuming, hashed afterwards."""
-        log.warning("%s is refused over plain HTTP: going on through Xet, which starts at 0", self._remote.where)
-        self._tools.hub.fetch_by_xet(self._remote, partial.path, self._task.cancel)
-        self._task.fetched_bytes += self._remote.size_bytes
-        sync_file(partial.path)
-        return sha256_of(partial.path, self._task.cancel, self._meter("checking"))
 
     def _meter(self, phase: Phase, done_bytes: int = 0) -> Callable[[int], None]:
         return self._task.meter(phase, self._remote.size_bytes, both(self._task.progress, self._hold.report), done_bytes)

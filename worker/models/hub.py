@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import json
 import logging
 import random
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -27,7 +28,6 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.file_download import xet_get
 
 from worker.errors import (
     EnsureCancelled,
@@ -59,8 +59,6 @@ from worker.models.wire import (
 )
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from worker.models.progress import CancelToken
 
 log = logging.getLogger(__name__)
@@ -74,6 +72,7 @@ _CIVITAI: Final = "https://civitai.com"
 _SHA256: Final = re.compile(r"[0-9a-fA-F]{64}")
 _LONGEST_WAIT_S: Final = 900.0
 _LONGEST_PAUSE_S: Final = 20.0
+_MOST_SAID_BYTES: Final = 64 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +104,17 @@ class Remote:
         if self.sha256 and other.sha256:
             return self.sha256 == other.sha256
         return (self.etag, self.size_bytes) == (other.etag, other.size_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class XetAccess:
+    """What opens a repository's files in Xet's storage until `expires_s` (Unix time), and where to get the next such."""
+
+    endpoint: str
+    token: str = field(repr=False)
+    expires_s: int
+    refresh_url: str
+    refresh_headers: Mapping[str, str] = field(repr=False)
 
 
 def credentials(endpoint: str, hf_token: str | None, civitai_token: str | None) -> tuple[Credential, ...]:
@@ -264,17 +274,29 @@ class Hub:
             return replace(fresh, source=source)
         return self.look_up(source, cancel)
 
-    def fetch_by_xet(self, remote: Remote, path: Path, cancel: CancelToken) -> None:
-        """The whole file through hf_xet into `path`, for what plain HTTP refuses: no resume, and up to 1.7 GiB of memory."""
-        if remote.xet is None:
-            raise NotAFile(remote.where, "not on Xet")
-        token = self._hub_token()
-        headers = {"authorization": f"Bearer {token}"} if token else {}
-        abandonable(
-            lambda: xet_get(incomplete_path=path, xet_file_data=remote.xet, headers=headers, expected_size=remote.size_bytes),
-            remote.where,
-            cancel,
-        )
+    def xet_access(self, remote: Remote, cancel: CancelToken) -> XetAccess:
+        """A way into Xet's storage for a file that is there (`Remote.xet`), with a token for an hour or so. As `look_up`."""
+        return self._asked(lambda: self._ask_xet(remote), remote.where, cancel)
+
+    def _ask_xet(self, remote: Remote) -> XetAccess:
+        address = remote.xet.refresh_route
+        credential = self.network.credential(address)
+        with contextlib.closing(Channel(self.network)) as channel:
+            response, _ = channel.get(address, {})
+            status = response.status
+            if status in TRANSIENT:
+                raise _Busy(f"status {status}", retry_after_s(response.headers))
+            if status in UNAUTHORISED:
+                raise token_refused(address, status, credential)
+            if status != OK:
+                raise SourceRefused(remote.where, status)
+            said = response.read(_MOST_SAID_BYTES)
+        headers = {"Authorization": f"Bearer {credential.token}"} if credential and credential.token else {}
+        try:
+            found = json.loads(said)
+            return XetAccess(str(found["casUrl"]), str(found["accessToken"]), int(found["exp"]), address, headers)
+        except (ValueError, TypeError, KeyError):
+            raise _Busy("no access to Xet was given", None) from None
 
 
 class _Busy(Exception):  # noqa: N818 - never leaves this module

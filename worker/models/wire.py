@@ -101,8 +101,13 @@ def sendable(url: str) -> str:
 
 def what_failed(exc: Exception) -> str:
     """The network's error in a few words, for logs and errors: without any address's query, where signatures and tokens are."""
-    text = "" if isinstance(exc, http.client.InvalidURL) else _QUERY.sub("", str(exc))
+    text = "" if isinstance(exc, http.client.InvalidURL) else without_query(str(exc))
     return f"{type(exc).__name__}: {text}".removesuffix(": ")
+
+
+def without_query(text: str) -> str:
+    """A text without the queries of the addresses in it."""
+    return _QUERY.sub("", text)
 
 
 def bare_etag(etag: str | None) -> str | None:
