@@ -15,7 +15,8 @@ see of the other workers, and is put on top of what one takes.
 
     ready_32_over_1_ratio            one's volume part + what the volume adds for 32     bound 1.3
     ready_32_over_1_on_these_cores   the volume's part of 32 as it was                   informs
-    volume_part_of_32_over_disk      the volume's part of 32 / the same on the disk      bound 2
+    volume_part_of_32_over_boot      the volume's part of 32 / the engine's boot         bound 1: the boot hides it
+    volume_part_of_32_over_disk      the volume's part of 32 / the same on the disk      informs
 
 What goes on behind the first job is timed as well, for information: until each has read ahead, and has looked at each of the
 manifest's models. Not shown is what 32 hosts do to the line and the servers of a real volume: the servers are here, and share
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 BOUND: Final = 1.3
-OVER_DISK_BOUND: Final = 2.0
+HIDDEN_BOUND: Final = 1.0
 WORKERS: Final = 32
 MOUNTS: Final = 4
 MODELS: Final = 100
@@ -225,11 +226,9 @@ def figures(rounds: Sequence[Round]) -> list[Figure]:
         Figure.of("settled_1_s", [each.one.settled_s for each in rounds], "s"),
         Figure.of(f"settled_{WORKERS}_s", [each.many.settled_s for each in rounds], "s"),
         Figure.of(f"settled_{WORKERS}_on_disk_s", [each.on_disk.settled_s for each in rounds], "s"),
+        Figure.of(f"volume_part_of_{WORKERS}_over_disk", [each.many.volume_s / each.on_disk.volume_s for each in rounds], "x"),
         Figure.of(
-            f"volume_part_of_{WORKERS}_over_disk",
-            [each.many.volume_s / each.on_disk.volume_s for each in rounds],
-            "x",
-            OVER_DISK_BOUND,
+            f"volume_part_of_{WORKERS}_over_boot", [each.many.volume_s / each.boot_s for each in rounds], "x", HIDDEN_BOUND
         ),
         Figure.of(f"ready_{WORKERS}_over_1_on_these_cores", [each.ready_ratio(each.many.volume_s) for each in rounds], "x"),
         Figure.of(f"ready_{WORKERS}_over_1_ratio", [each.ready_ratio(each.without_cores_s) for each in rounds], "x", BOUND),
