@@ -389,8 +389,10 @@ def test_the_wait_for_a_silent_storage_ends_with_the_patience_and_keeps_what_cam
     partial = Partial.claim(tmp_path / "partial", remote.size_bytes)
     began = time.monotonic()
     with pytest.raises(SourceUnreachable, match="what came is kept"):
-        XetFetch(hub, remote, partial, Tuning(buffer_bytes=256 * 1024, patience_s=1.0), NEVER).run()
-    assert time.monotonic() - began >= 1.0
+        XetFetch(hub, remote, partial, Tuning(buffer_bytes=256 * 1024, patience_s=5.0), NEVER).run()
+    assert time.monotonic() - began >= 5.0
+    came = partial.done_bytes
+    assert came > 0
     partial.settle()
     partial.close()
-    assert Partial.claim(tmp_path / "partial", remote.size_bytes).done_bytes > 2 * MIB
+    assert Partial.claim(tmp_path / "partial", remote.size_bytes).done_bytes == came
