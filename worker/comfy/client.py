@@ -191,7 +191,8 @@ class ComfyClient:
         """
         if self._listener is None or self._listener.done() or (self._deaf and not self._runs):
             await self._reopen()
-        tracker = RunTracker(uuid.uuid4().hex)
+        # Newer releases of ComfyUI (0.33.0, for one) refuse any id but a UUID in canonical form: lower case, with hyphens.
+        tracker = RunTracker(str(uuid.uuid4()))
         run = self._runs[tracker.prompt_id] = _Run(tracker, on_progress)
         queueing = asyncio.create_task(self._queue(graph, tracker, extra_data or {}))
         try:
