@@ -12,6 +12,7 @@ import random
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -25,7 +26,6 @@ from worker.models.partial import MIB, DiskFailed, Partial, Ranges, Stuck, Taken
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
 SIZE = 10_000
 CONTENT = random.Random(1).randbytes(SIZE)
@@ -354,6 +354,46 @@ def test_a_discarded_partial_is_unlinked_and_never_cut_short(tmp_path: Path) -> 
     partial.discard()
     assert published.read_bytes() == CONTENT
     assert list(tmp_path.iterdir()) == [published]
+
+
+@pytest.mark.parametrize("refused", [None, errno.EPERM, errno.EOPNOTSUPP])
+def test_a_name_that_a_file_has_is_left_to_it(tmp_path: Path, refused: int | None) -> None:
+    """With hard links and, on a file system that has none, with a look and a rename."""
+    partial = Partial.claim(tmp_path / "partial", SIZE)
+    put(partial, 0, SIZE)
+    target = tmp_path / "models/a.safetensors"
+    target.parent.mkdir()
+    with mock.patch.object(Path, "hardlink_to", side_effect=OSError(refused, "no")) if refused else contextlib.nullcontext():
+        target.write_bytes(b"somebody's")
+        assert not partial.publish(target)
+        assert target.read_bytes() == b"somebody's"
+        target.unlink()
+        target.symlink_to(tmp_path / "gone")
+        assert partial.publish(target)
+    assert (target.read_bytes(), target.is_symlink(), target.stat().st_nlink) == (CONTENT, False, 1)
+    assert list((tmp_path / "partial").iterdir()) == []
+
+
+def test_a_file_that_is_to_be_replaced_is_replaced_by_a_rename(tmp_path: Path) -> None:
+    partial = Partial.claim(tmp_path / "partial", SIZE)
+    put(partial, 0, SIZE)
+    target = tmp_path / "a.safetensors"
+    target.write_bytes(b"damaged")
+    assert partial.publish(target, over=True)
+    assert target.read_bytes() == CONTENT
+
+
+def test_a_partial_that_has_its_final_name_is_nobody_elses_to_write_into(tmp_path: Path) -> None:
+    """A worker that died between the link and the removal of the partial's own name leaves both."""
+    partial = Partial.claim(tmp_path / "partial", SIZE)
+    partial.keep_journal(SIZE)
+    put(partial, 0, SIZE)
+    partial.close()
+    os.link(partial.path, tmp_path / "published")
+    heir = Partial.claim(tmp_path / "partial", SIZE)
+    assert heir.done_bytes == 0
+    os.ftruncate(heir._fd, 0)
+    assert (tmp_path / "published").read_bytes() == CONTENT
 
 
 def test_closing_waits_for_nobody_and_its_descriptor_is_not_reused_under_a_writer(tmp_path: Path) -> None:

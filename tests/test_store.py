@@ -33,8 +33,8 @@ from worker.errors import (
     VolumeReadOnly,
 )
 from worker.models.hub import Hub, credentials
+from worker.models.inventory import lacking
 from worker.models.layout import Layout
-from worker.models.ready import lacking
 from worker.models.seals import Seal, read_seal, whole_mtime, write_seal
 from worker.models.spec import HubFile, ModelSpec, Url
 from worker.models.store import Hooks, Ready, Store, Stores, Timing, Tuning
@@ -479,6 +479,17 @@ def test_a_file_that_appears_while_the_download_runs_is_never_overwritten(setup:
     assert setup.litter() == []
 
 
+def test_nor_one_that_appears_at_the_very_last_moment(setup: Setup) -> None:
+    class Meddler(Hooks):
+        def at(self, step: str) -> None:
+            if step == "replacing":
+                setup.put(OTHER)
+
+    assert setup.store(hooks=Meddler()).ensure(SPEC).how == "by_hand"
+    assert setup.final.read_bytes() == OTHER
+    assert setup.litter() == []
+
+
 def test_a_broken_link_in_its_place_is_replaced_by_the_file(setup: Setup) -> None:
     setup.final.parent.mkdir(parents=True)
     setup.final.symlink_to(setup.volume / "gone")
@@ -540,7 +551,7 @@ def test_many_models_are_looked_at_in_their_order_also_where_a_look_is_slow(setu
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(WEIGHTS)
     assert lacking([setup.layout], specs) == specs[1::2]
-    with mock.patch("worker.models.ready._SLOW_LOOK_S", 0.0):
+    with mock.patch("worker.models.inventory._SLOW_LOOK_S", 0.0):
         assert lacking([setup.layout], specs) == specs[1::2]
 
 

@@ -9,11 +9,9 @@ from typing import TYPE_CHECKING, Final
 
 from worker.doctor.findings import FolderCount, Severity, capped, count, listing, note, ok, problem
 from worker.doctor.folders import FOLDERS
-from worker.errors import FileIncomplete
-from worker.models.disk import check_whole
+from worker.models.inventory import Standing, look_at
 from worker.models.links import ALIASES
 from worker.models.names import IN_FLIGHT, Scan
-from worker.models.seals import read_seal, stat_file
 from worker.models.spec import WEIGHT_SUFFIXES
 
 if TYPE_CHECKING:
@@ -21,6 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from worker.doctor.findings import Finding
+    from worker.models.inventory import Look
     from worker.models.layout import Layout
     from worker.models.names import Folder
 
@@ -52,10 +51,10 @@ def models(layout: Layout, counted: Callable[[Iterable[FolderCount]], None]) -> 
 
 def _of_files(layout: Layout, files: Sequence[_File]) -> Iterator[Finding]:
     yield from capped([(file.trouble, str(layout.models / file.path)) for file in files if file.trouble])
-    by_hand = [file.path for file in files if file.sealed is False and not (file.changed or file.trouble)]
+    by_hand = [file.path for file in files if file.standing is Standing.BY_HAND and not file.trouble]
     if by_hand:
         yield listing(Severity.NOTE, f"{count(by_hand, 'file')} put there by hand, used as is, never checked", by_hand)
-    changed = [file.path for file in files if file.changed and not file.trouble]
+    changed = [file.path for file in files if file.standing is Standing.REPLACED and not file.trouble]
     if changed:
         yield listing(Severity.NOTE, f"{count(changed, 'file')} changed after being sealed, to be checked again", changed)
 
@@ -93,29 +92,24 @@ def _twins(tree: Folder) -> Iterator[Finding]:
 
 @dataclass(slots=True)
 class _File:
-    """A file under `models/`. `sealed` is None until somebody looked; `trouble` is why it cannot be loaded."""
+    """A file under `models/`. `standing` is None until somebody looked; `trouble` is why it cannot be loaded."""
 
     path: str
     size_bytes: int = 0
-    sealed: bool | None = None
-    changed: bool = False
+    standing: Standing | None = None
     trouble: str | None = None
 
     def look(self, layout: Layout) -> None:
-        """Compare it with its seal; without a fitting one, see that it is whole as far as its header tells."""
-        path = layout.models / self.path
-        found = stat_file(path)
-        if found is None:
+        """See how it stands; without a fitting seal, that it is whole as far as its first bytes tell."""
+        there = look_at(layout.models / self.path, layout.seals / f"{self.path}.json")
+        if there.standing is Standing.ABSENT:
             return
-        self.size_bytes = found.st_size
-        seal = read_seal(layout.seals / f"{self.path}.json")
-        self.sealed = seal is not None and seal.size == found.st_size and (seal.mtime is None or seal.fits(found))
-        self.changed = seal is not None and not self.sealed
-        if not self.sealed and self.path.lower().endswith(WEIGHT_SUFFIXES):
-            self.trouble = _trouble(path, found.st_size)
+        self.size_bytes, self.standing = there.size_bytes, there.standing
+        if self.standing is not Standing.READY and self.path.lower().endswith(WEIGHT_SUFFIXES):
+            self.trouble = _trouble(layout.models / self.path, there)
 
 
-def _trouble(path: Path, size_bytes: int) -> str | None:
+def _trouble(path: Path, there: Look) -> str | None:
     try:
         with path.open("rb") as stream:
             head = stream.read(64).lstrip().lower()
@@ -123,14 +117,11 @@ def _trouble(path: Path, size_bytes: int) -> str | None:
             return f"{path} is a Git LFS pointer, not the weights: fetch the file itself in its place."
         if head.startswith((b"<!doctype", b"<html", b"<?xml")):
             return f"{path} is a web page, not weights: its download needed a login; remove it and fetch it again."
-        if not size_bytes:
+        if not there.size_bytes:
             return f"{path} is empty: wait for the copy to finish, or remove it to have it fetched."
-        check_whole(path, size_bytes)
-    except FileIncomplete as exc:
-        return str(exc)
     except OSError as exc:
         return f"{path} cannot be read ({exc.strerror}): look at its permissions."
-    return None
+    return str(there.error) if there.error else None
 
 
 def _files_of(tree: Folder) -> Iterator[_File]:
@@ -144,7 +135,7 @@ def _counts(tree: Folder, files: Sequence[_File]) -> Iterator[FolderCount]:
     for top in sorted(tree.folders):
         here = [file for file in files if file.path.startswith(f"{top}/")]
         if here:
-            size_bytes, sealed = sum(file.size_bytes for file in here), sum(bool(file.sealed) for file in here)
+            size_bytes, sealed = sum(file.size_bytes for file in here), sum(file.standing is Standing.READY for file in here)
             yield FolderCount(top, len(here), size_bytes if looked else None, sealed if looked else None)
 
 

@@ -1,6 +1,7 @@
 """What a source holds -> a checked file under its final name, sealed. Touches the disk and, through `ranges`, the network.
 
-A final name appears only by `os.replace` from a file whose bytes were checked and are safe on the disk. The seal comes last.
+A final name appears only by a hard link to a file whose bytes were checked and are safe on the disk, so that it never takes the
+place of another file; by a rename where the file system has no links. The seal comes last.
 """
 
 from __future__ import annotations
@@ -239,13 +240,12 @@ class Download:
         pending = layout.pending_seal(spec.folder, spec.name)
         write_seal(pending, seal)
         if stat_file(path) is not None:
-            partial.discard()
-            pending.unlink(missing_ok=True)
-            return None
+            return self._yielded(partial, pending)
         if path.is_symlink():
             log.warning("replacing the broken link %s -> %s", path, path.readlink())
         self._at("replacing")
-        patiently(lambda: partial.publish(path))
+        if not patiently(lambda: partial.publish(path)):
+            return self._yielded(partial, pending)
         self._at("replaced")
         sync_folder(path.parent)
         if self._hold.state == "held":
@@ -257,6 +257,12 @@ class Download:
         self._at("sealed")
         log.debug("published %s", path)
         return Ready(path, "downloaded")
+
+    @staticmethod
+    def _yielded(partial: Partial, pending: Path) -> None:
+        """Leave the name to a file that has come there meanwhile."""
+        partial.discard()
+        pending.unlink(missing_ok=True)
 
     def _clear_away(self) -> None:
         """Remove what other workers, dead ones above all, left of this content: once it is sealed nobody looks there again."""

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_NO_LINKS: Final = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
+
 MIB: Final = 1024 * 1024
 _VERSION: Final = 1
 _FLUSH_EVERY_S: Final = 1.0
@@ -173,6 +175,12 @@ class Partial:
         old_journal.with_suffix(".part").rename(path)
         old_journal.unlink(missing_ok=True)
         fd = patiently(lambda: os.open(path, os.O_RDWR | os.O_CLOEXEC))
+        if os.fstat(fd).st_nlink > 1:
+            # It was published under its final name while it was taken: that file is not for us to write into.
+            os.close(fd)
+            path.unlink(missing_ok=True)
+            path.with_suffix(".journal").unlink(missing_ok=True)
+            raise FileNotFoundError(path)
         return cls(path, fd, size_bytes, done, inherited=True)
 
     @property
@@ -416,16 +424,40 @@ class Partial:
             self._journalist.join(wait_s)
         self._journalist = None
 
-    def publish(self, target: Path) -> None:
-        """Give the file its final name and forget the partial; raises `Taken` when somebody else has it."""
+    def publish(self, target: Path, *, over: bool = False) -> bool:
+        """Give the file its final name and forget the partial; False where another file has that name, and keeps it.
+
+        `over` replaces that file. Raises `Taken` when another worker has this partial.
+        """
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self.path.replace(target)
+            if over or not self._link(target):
+                self.path.replace(target)
+        except FileExistsError:
+            return False
         except FileNotFoundError:
             if not self.is_ours():
                 raise Taken from None
             raise
         self.path.with_suffix(".journal").unlink(missing_ok=True)
+        self.path.unlink(missing_ok=True)
+        return True
+
+    def _link(self, target: Path) -> bool:
+        """Give the file this name too; False where only a rename can. Raises `FileExistsError` when a file has the name."""
+        try:
+            target.hardlink_to(self.path)
+        except FileExistsError:
+            if target.exists():
+                raise
+            return False  # a broken link
+        except OSError as exc:
+            if exc.errno not in _NO_LINKS:
+                raise
+            if target.exists():
+                raise FileExistsError(target) from None
+            return False
+        return True
 
     def disown(self) -> None:
         """Nobody shall go on with it, but the file stays for now: see `discard_later`."""

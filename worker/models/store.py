@@ -26,10 +26,10 @@ from worker.errors import (
 )
 from worker.models.disk import check_whole, patiently, sha256_of, sync_folder, volume_error
 from worker.models.download import Download, Hooks, Origin, Ready, Task, Tools, both, write_own_seal
+from worker.models.inventory import path_of, record, sealed
 from worker.models.locks import Locks, Timing
 from worker.models.partial import DiskFailed, sweep
 from worker.models.ranges import Tuning
-from worker.models.ready import path_of, record, sealed
 from worker.models.seals import Seal, now, stat_file, whole_mtime, write_seal
 from worker.models.spec import HubFile
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 from worker.errors import EnsureCancelled, ManifestInvalid
 from worker.models.disk import check_whole, volume_error
+from worker.models.inventory import lacking
 from worker.models.provision import Provisioner
-from worker.models.ready import lacking
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Sequence

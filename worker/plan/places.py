@@ -8,11 +8,10 @@ import os
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from worker.errors import FileIncomplete
-from worker.models.disk import check_whole
+from worker.models.inventory import Standing, look
 from worker.models.layout import Layout
 from worker.models.partial import Ranges
-from worker.models.seals import read_seal, stat_file
+from worker.models.seals import stat_file
 from worker.models.store import cached_file
 from worker.plan.items import Item, State
 
@@ -40,33 +39,28 @@ class Places:
 
     def find(self, folders: Sequence[str], files: Sequence[str]) -> Item | None:
         """The first of these files that is there; no folders: in any."""
-        for root, look in (
+        for root, find in (
             (self.volume.models, lambda folder, file: self._in_store(self.volume, folder, file)),
             (self.local.models, lambda folder, file: self._in_store(self.local, folder, file)),
             (self.image, self._in_image),
         ):
             for folder in folders or _folders_of(root):
-                found = next((item for file in files if (item := look(folder, file))), None)
+                found = next((item for file in files if (item := find(folder, file))), None)
                 if found:
                     return found
         return None
 
     def _in_store(self, layout: Layout, folder: str, file: str) -> Item | None:
-        path = layout.model(folder, file)
-        found = stat_file(path)
-        if found is None:
+        there = look(layout, folder, file)
+        if there.standing is Standing.ABSENT:
             return None
-        item = Item(file, folder, State.VOLUME if layout is self.volume else State.CONTAINER, found.st_size, path=path)
-        seal = read_seal(layout.seal(folder, file))
-        if seal and seal.size == found.st_size and (seal.mtime is None or seal.fits(found)):
-            return replace(item, sha256=seal.sha256)
-        try:
-            check_whole(path, found.st_size)
-        except FileIncomplete as exc:
-            return replace(item, state=State.INCOMPLETE, message=str(exc), code=exc.code)
-        except OSError as exc:
-            return replace(item, state=State.INCOMPLETE, message=f"{path} cannot be read ({exc.strerror}): look at the volume.")
-        return replace(item, state=State.BY_HAND) if layout is self.volume else item
+        path, on_volume = layout.model(folder, file), layout is self.volume
+        item = Item(file, folder, State.VOLUME if on_volume else State.CONTAINER, there.size_bytes, path=path)
+        if there.standing is Standing.READY and there.seal:
+            return replace(item, sha256=there.seal.sha256)
+        if there.error:
+            return replace(item, state=State.INCOMPLETE, message=str(there.error), code=there.error.code)
+        return replace(item, state=State.BY_HAND) if on_volume else item
 
     def _in_image(self, folder: str, file: str) -> Item | None:
         path = self.image / folder / file

@@ -1,15 +1,16 @@
-"""Which models are there to be used: a look at each, without a lock, the network or what fetches. Touches the disk."""
+"""How a model's file stands, by one look without a lock or the network: every command asks here. Touches the disk."""
 
 from __future__ import annotations
 
 import contextlib
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from enum import StrEnum
 from functools import partial
 from typing import TYPE_CHECKING, Final, TypeVar
 
-from worker.errors import FileIncomplete, UnsafePath
+from worker.errors import FileIncomplete, ModelError, UnsafePath, VolumeFailed
 from worker.models.disk import check_whole
 from worker.models.seals import read_seal, stat_file, whole_mtime, write_seal
 
@@ -30,6 +31,73 @@ _PROBED: Final = 16
 _SLOW_LOOK_S: Final = 0.0003  # a look at a network file system takes about a millisecond, at a disk a tenth of this
 
 
+class Standing(StrEnum):
+    """How a file stands. No look finds `DAMAGED`: the file has to be read for it."""
+
+    READY = "ready"  # its size and time are those of its seal
+    BY_HAND = "by hand"  # there without a seal
+    REPLACED = "replaced by hand"  # sealed once, with another size or time
+    INCOMPLETE = "incomplete"  # neither, and its own header says another length
+    ABSENT = "absent"
+    DAMAGED = "damaged"  # size and time are those of its seal, the content is not
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """One file as a look found it.
+
+    `seal` is its seal, whether or not it fits. `stamp` differs once the file is another one or was written to. `error` is why
+    an incomplete file cannot be used.
+    """
+
+    standing: Standing
+    size_bytes: int = 0
+    seal: Seal | None = None
+    stamp: object = None
+    error: ModelError | None = None
+
+
+def look(layout: Layout, folder: str, name: str) -> Look:
+    """Say how a model's file stands. Nothing is written."""
+    return look_at(layout.model(folder, name), layout.seal(folder, name))
+
+
+def look_at(path: Path, seal_path: Path) -> Look:
+    """As `look`, of a file and its seal."""
+    found = stat_file(path)
+    if found is None:
+        return Look(Standing.ABSENT)
+    size_bytes, seal = found.st_size, read_seal(seal_path)
+    if seal and _fits(seal, path, found):
+        return Look(Standing.READY, size_bytes, seal, stamp_of(found))
+    error = trouble_of(path, size_bytes)
+    standing = Standing.INCOMPLETE if error else Standing.REPLACED if seal else Standing.BY_HAND
+    return Look(standing, size_bytes, seal, stamp_of(found), error)
+
+
+def stamp_of(found: os.stat_result) -> tuple[int, ...]:
+    """What another file under this name would have otherwise, and this one too once it was written to."""
+    return found.st_size, found.st_mtime_ns, found.st_ino
+
+
+def trouble_of(path: Path, size_bytes: int) -> ModelError | None:
+    """Why a file without a fitting seal cannot be used, as far as that can be told without reading all of it."""
+    try:
+        check_whole(path, size_bytes)
+    except FileIncomplete as exc:
+        return exc
+    except OSError as exc:
+        return VolumeFailed(path, f"it cannot be read ({exc.strerror})")
+    return None
+
+
+def _fits(seal: Seal, path: Path, found: os.stat_result) -> bool:
+    """Whether the seal is about this file. One that was uploaded has no time yet: its header has to agree with its size."""
+    if seal.mtime is None:
+        return seal.size == found.st_size and trouble_of(path, found.st_size) is None
+    return seal.fits(found)
+
+
 def path_of(layout: Layout, spec: ModelSpec) -> Path:
     """The model's final path; raises `UnsafePath` where links lead out of the layout's root."""
     path = layout.model(spec.folder, spec.name)
@@ -40,15 +108,16 @@ def path_of(layout: Layout, spec: ModelSpec) -> Path:
 
 
 def sealed(layout: Layout, folder: str, name: str) -> tuple[Path, Seal] | None:
-    """The file and its seal, if the file's size and whole-second mtime are those of the seal: one stat, one small read."""
+    """The file and its seal, if it is ready: one stat, one small read. A seal without a time gets the file's."""
     path = layout.model(folder, name)
     found = stat_file(path)
     seal = read_seal(layout.seal(folder, name)) if found else None
-    if found is None or seal is None:
+    if found is None or seal is None or not _fits(seal, path, found):
         return None
-    if seal.mtime is None and seal.size == found.st_size:
-        return (path, seal) if _fill_in(layout.seal(folder, name), seal, path, found) else None
-    return (path, seal) if seal.fits(found) else None
+    if seal.mtime is None:
+        with contextlib.suppress(OSError):
+            write_seal(layout.seal(folder, name), replace(seal, mtime=whole_mtime(found)))
+    return path, seal
 
 
 def lacking(layouts: Iterable[Layout], specs: Iterable[ModelSpec]) -> list[ModelSpec]:
@@ -82,24 +151,13 @@ def _is_settled(layout: Layout, spec: ModelSpec) -> bool:
 
 
 def _is_by_hand(layout: Layout, spec: ModelSpec) -> bool:
+    """Whether it is a file that is used as it is, because nobody says what it should hash to."""
     found = stat_file(layout.model(spec.folder, spec.name))
     if found is None or record(layout, spec, found):
         return False
-    with contextlib.suppress(UnsafePath, FileIncomplete, OSError):
-        check_whole(path_of(layout, spec), found.st_size)
-        return True
+    with contextlib.suppress(UnsafePath):
+        return trouble_of(path_of(layout, spec), found.st_size) is None
     return False
-
-
-def _fill_in(place: Path, seal: Seal, path: Path, found: os.stat_result) -> bool:
-    """Complete the seal of an uploaded file, whose mtime nobody knew, once its header agrees with its size."""
-    try:
-        check_whole(path, found.st_size)
-    except (FileIncomplete, OSError):
-        return False
-    with contextlib.suppress(OSError):
-        write_seal(place, replace(seal, mtime=whole_mtime(found)))
-    return True
 
 
 def _each(look: Callable[[_T], _R], items: Sequence[_T]) -> list[_R]:
