@@ -48,7 +48,7 @@ if [[ -n ${PUBLIC_KEY:-} ]]; then start_sshd & fi
 shopt -s nullglob nocaseglob
 managers=({/comfyui,"${COMFYUI_BASE_DIR:-/comfyui}","${VOLUME_PATH:-/runpod-volume}",/workspace}/custom_nodes/comfyui-manager*)
 shopt -u nullglob nocaseglob
-if ((${#managers[@]})); then
+if ((${#managers[@]})) || [[ ${COMFY_ARGS:-} == *--enable-manager* ]]; then # the one that ComfyUI brings
     comfy-manager-set-mode offline || echo "worker-comfyui: ComfyUI-Manager could not be set offline" >&2
 fi
 

@@ -285,7 +285,8 @@ MORE: Final[Mapping[str, str]] = {
     "file_incomplete": "Somebody is copying it there by hand, or a copy broke off.",
     "volume_full": "`python scripts/seed_volume.py --list` shows what is there, `--prune` removes what no list names.",
     "node_failed": "The message is the node's own; its traceback is in the worker's log.",
-    "out_of_memory": "`COMFY_ARGS=--lowvram` needs less of the GPU's memory and takes longer.",
+    "out_of_memory": "`COMFY_ARGS=--novram` needs less of the GPU's memory and takes longer; "
+    "`--lowvram` does nothing in newer releases of ComfyUI.",
     "gpu_fault": "Where every job of one worker ends so, its GPU is broken: stop that worker, RunPod starts another.",
     "job_timeout": "The fetching of models and input files does not count. RunPod's own limit (600 s unless changed) counts "
     "all of the job, and ends it without this sentence.",

@@ -238,6 +238,7 @@ def test_the_mirror_is_read_from_either_format_of_apts_sources(tmp_path: Path) -
         ("workspace", {}),
         ("elsewhere", {"VOLUME_PATH": "elsewhere"}),
         ("base", {"COMFYUI_BASE_DIR": "base"}),
+        ("nowhere", {"COMFY_ARGS": "--enable-manager"}),
         (None, {}),
     ],
 )

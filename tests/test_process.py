@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from worker.comfy.custom_nodes import FailedNode, failed_import
 from worker.comfy.process import EngineCommand, EngineProcess, Exit, gpu_visible, prepare_base_dir
 from worker.errors import EngineNotFound, NoGpu
 from worker.settings import Settings
@@ -54,6 +55,32 @@ def test_only_the_last_state_of_a_progress_bar_is_kept_and_bytes_that_are_no_tex
     process = spawn(r"import sys; sys.stdout.buffer.write(b' 10%|\r 50%|\r100%|\n\xff\xfe\n\n')", tmp_path)
     process.exited.result(10)
     assert process.last_lines == ("100%|", "\ufffd\ufffd")
+
+
+@pytest.mark.parametrize(
+    ("printed", "kept"),
+    [
+        (r"\x1b[32m[INFO]\x1b[0m got prompt\n", ("got prompt",)),
+        (r"\x1b[32m[INFO]\x1b[0m \x1b[32mPrompt executed in 0.01 seconds\x1b[0m\n", ("Prompt executed in 0.01 seconds",)),
+        (r"\x1b[1m\x1b[31m[ERROR]\x1b[0m   - Value not in list\n", ("[ERROR]   - Value not in list",)),
+        (r"\x1b[32m[INFO]\x1b[0m \n\x1b[32m[INFO]\x1b[0m\n", ()),
+        (r"\x1b]0;a title\x07\x1b[2Ktext\n", ("text",)),
+        (r"[info] as it is\n", ("[info] as it is",)),
+    ],
+)
+def test_a_line_is_kept_without_colours_and_without_an_ordinary_level(
+    printed: str, kept: tuple[str, ...], tmp_path: Path
+) -> None:
+    process = spawn(f"import sys; sys.stdout.buffer.write(b'{printed}')", tmp_path)
+    process.exited.result(60)
+    assert process.last_lines == kept
+
+
+def test_a_failed_import_is_known_in_colour_too(tmp_path: Path) -> None:
+    line = r"\x1b[1m\x1b[33m[WARNING]\x1b[0m Cannot import /a/odd module for custom nodes: No module named \'x\'\n"
+    process = spawn(f"import sys; sys.stdout.buffer.write(b'{line}')", tmp_path)
+    process.exited.result(60)
+    assert [failed_import(each) for each in process.failed_imports] == [FailedNode("odd", "No module named 'x'")]
 
 
 def test_stopping_asks_first(tmp_path: Path) -> None:
@@ -162,3 +189,18 @@ def test_comfyui_is_not_told_the_secrets_that_no_node_needs(tmp_path: Path) -> N
     command = EngineCommand.of(Settings.from_env(environ), {**environ, **secret, "HF_TOKEN": "hf_for_nodes"})
     assert "secret" not in command.environ.values()
     assert command.environ["HF_TOKEN"] == "hf_for_nodes"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "in_memory"),
+    [
+        ("", True),
+        ("--disable-metadata", True),
+        ("--database-url sqlite:////data/comfyui.db", False),
+        ("--database-url=sqlite:////data/comfyui.db", False),
+        ("--enable-assets", False),
+    ],
+)
+def test_comfyuis_database_stays_in_memory_unless_somebody_wants_it(arguments: str, *, in_memory: bool, tmp_path: Path) -> None:
+    command = EngineCommand.of(comfyui(tmp_path, COMFY_ARGS=f"--cpu {arguments}"), dict(os.environ))
+    assert ("sqlite:///:memory:" in command.argv) == in_memory

@@ -74,11 +74,14 @@ def _definitions(ui: object, settings: Settings, path: Path | None) -> tuple[dic
 async def _ask(ui: object, address: str) -> tuple[dict[str, Any], str | None]:
     client = ComfyClient(address)
     try:
-        return await client.object_info(classes(ui)), await client.frontend_version()
+        definitions = await client.object_info(classes(ui))
+        await client.answers()
     except EngineUnreachable as exc:
         raise ConvertUsage(
             f"No ComfyUI answers at {address}: start one, set COMFYUI_PORT, or give --object-info FILE "
             "(curl http://HOST:8188/object_info > FILE)."
         ) from exc
+    else:
+        return definitions, client.versions.frontend
     finally:
         await client.close()

@@ -67,11 +67,11 @@ class Workflows:
 
     async def _converted(self, ui: Any) -> tuple[Graph, Sequence[Control]]:  # noqa: ANN401 - what the editor saved
         needed = classes(ui)
-        info, frontend = await asyncio.gather(self._engine.object_info(needed), self._engine.frontend_version())
+        info, versions = await asyncio.gather(self._engine.object_info(needed), self._engine.versions())
         if len(needed) > _IN_A_THREAD_NODES:
-            converted = await asyncio.to_thread(convert, ui, info, frontend=frontend)
+            converted = await asyncio.to_thread(convert, ui, info, frontend=versions.frontend)
         else:
-            converted = convert(ui, info, frontend=frontend)
+            converted = convert(ui, info, frontend=versions.frontend)
         return parse_graph(converted.graph), converted.controls
 
 

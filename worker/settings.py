@@ -229,7 +229,7 @@ class Settings:
     comfyui_python: str = _setting(str, "python3", "The Python that runs ComfyUI: a path or a name on `PATH`.")
     comfyui_port: int = _setting(_whole(1, 65535), "8188", "The port ComfyUI listens on, inside the container.")
     comfy_args: tuple[str, ...] = _setting(
-        _arguments, "", "More flags for ComfyUI, as on a command line: `--cpu`, `--disable-metadata`, `--lowvram`."
+        _arguments, "", "More flags for ComfyUI, as on a command line: `--cpu`, `--disable-metadata`, `--novram`."
     )
     comfy_log_level: str = _setting(_choice("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"), "INFO", "How much ComfyUI logs.")
     comfy_start_timeout_s: float = _setting(

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import re
 import time
 import uuid
 from dataclasses import dataclass, field
@@ -48,6 +49,30 @@ _LEAVING_POLL_S = 0.02
 # A request for each run would cost a millisecond each; so few graphs cost little memory.
 _REMEMBERED = 20
 _CLOSE_S = 0.5
+OLDEST = (0, 3, 75)
+"""The oldest ComfyUI that the worker is tested on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Versions:
+    """What a ComfyUI says of itself: its own version, and that of the editor it asks for. None where it does not say."""
+
+    comfyui: str | None = None
+    frontend: str | None = None
+
+    @classmethod
+    def of(cls, system_stats: object) -> Versions:
+        """Return the versions in an answer of /system_stats; an answer of another shape has none."""
+        system = system_stats.get("system") if isinstance(system_stats, dict) else None
+        told = system if isinstance(system, dict) else {}
+        comfyui, frontend = (told.get(key) for key in ("comfyui_version", "required_frontend_version"))
+        return cls(str(comfyui) if comfyui else None, str(frontend) if frontend else None)
+
+    @property
+    def too_old(self) -> bool:
+        """Whether this is a ComfyUI from before the oldest one that the worker is tested on."""
+        numbers = re.match(r"v?(\d+)\.(\d+)(?:\.(\d+))?", self.comfyui or "")
+        return numbers is not None and tuple(int(number or 0) for number in numbers.groups()) < OLDEST
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +128,8 @@ class ComfyClient:
         self.address = address
         self.holds_prompt = False
         """Whether a prompt that was given up is still in ComfyUI: a node that looks for no interruption."""
+        self.versions = Versions()
+        """What this ComfyUI is; known once it has answered."""
         self._client_id = uuid.uuid4().hex
         self._deaf = False
         self._reconnect = reconnect
@@ -116,12 +143,15 @@ class ComfyClient:
         self._session: aiohttp.ClientSession | None = None
 
     async def answers(self) -> bool:
-        """Whether ComfyUI answers requests by now."""
+        """Return whether ComfyUI answers requests by now. Once it does, `versions` says what it is."""
         try:
             async with self._http.get("/system_stats", timeout=_PROBE_TIMEOUT) as response:
-                return response.status == HTTPStatus.OK
+                if response.status != HTTPStatus.OK:
+                    return False
+                self.versions = Versions.of(_decoded(await response.read()))
         except (aiohttp.ClientError, TimeoutError):
             return False
+        return True
 
     async def open(self) -> None:
         """Connect the websocket. Raises `EngineUnreachable`."""
@@ -162,12 +192,6 @@ class ComfyClient:
         """ComfyUI's definitions of these node classes; those it does not have are missing."""
         answers = await asyncio.gather(*(self._ask("GET", f"/object_info/{quote(name, safe='')}") for name in class_types))
         return {name: entry for _, body in answers for name, entry in (body or {}).items()}
-
-    async def frontend_version(self) -> str | None:
-        """The version of the editor that this ComfyUI asks for; None where it does not say."""
-        _, body = await self._ask("GET", "/system_stats")
-        version = ((body or {}).get("system") or {}).get("required_frontend_version")
-        return str(version) if version else None
 
     def fail_all(self, error: EngineError) -> None:
         """End every open run with `error`: the engine is gone, or cannot be reached any more."""

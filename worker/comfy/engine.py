@@ -11,7 +11,7 @@ import contextlib
 import logging
 from typing import TYPE_CHECKING, Any
 
-from worker.comfy.client import ComfyClient, Reconnect
+from worker.comfy.client import OLDEST, ComfyClient, Reconnect
 from worker.comfy.process import EngineProcess
 from worker.errors import (
     EngineDied,
@@ -29,7 +29,7 @@ from worker.errors import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
 
-    from worker.comfy.client import RunResult
+    from worker.comfy.client import RunResult, Versions
     from worker.comfy.events import Progress
     from worker.comfy.process import EngineCommand
     from worker.comfy.workflow import Graph
@@ -66,6 +66,7 @@ class Engine:
         self._replaced: EngineProcess | None = None
         self._on_gone = on_gone
         self._watcher: asyncio.Task[None] | None = None
+        self._told: Versions | None = None
 
     async def start(self) -> None:
         """Wait until the spawned process answers and the websocket is open. Raises `EngineStartFailed`."""
@@ -139,9 +140,9 @@ class Engine:
         """As `ComfyClient.object_info`; waits and raises as `run` does for an engine that is not there."""
         return await (await self._ready()).object_info(class_types)
 
-    async def frontend_version(self) -> str | None:
-        """As `ComfyClient.frontend_version`; waits and raises as `run` does for an engine that is not there."""
-        return await (await self._ready()).frontend_version()
+    async def versions(self) -> Versions:
+        """Return what the engine is; waits and raises as `run` does for an engine that is not there."""
+        return (await self._ready()).versions
 
     async def _ready(self) -> ComfyClient:
         """The client of the engine, once a restart that is under way is over. Raises a `StartError` when there will be none."""
@@ -180,7 +181,24 @@ class Engine:
             raise EngineStartFailed(f"it gave no answer within {limit}", self._process.last_lines) from None
         except EngineError as exc:
             raise EngineStartFailed(str(exc), self._process.last_lines) from exc
+        self._log_versions()
         self._up.set()
+
+    def _log_versions(self) -> None:
+        versions = self._client.versions
+        if versions == self._told:
+            return
+        self._told = versions
+        log.info(
+            "ComfyUI %s (editor %s)", versions.comfyui or "of a version that it does not tell", versions.frontend or "unknown"
+        )
+        if versions.too_old:
+            oldest = ".".join(map(str, OLDEST))
+            log.warning(
+                "ComfyUI %s is older than %s, the oldest that this worker is tested on: take an image with a newer one",
+                versions.comfyui,
+                oldest,
+            )
 
     async def _watch(self) -> None:
         """Turn each death into errors for its runs and a new process, until a restart fails or too many died in a row."""

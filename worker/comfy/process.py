@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -32,6 +33,8 @@ _LAST_LINES = 20
 _LINE_LIMIT_BYTES = 1000
 # Custom nodes run inside ComfyUI and none has a use for these. Tokens for downloads stay: nodes fetch with them.
 _WITHHELD = ("BUCKET_ACCESS_KEY_ID", "BUCKET_SECRET_ACCESS_KEY", "COMFY_ORG_API_KEY", "RUNPOD_AI_API_KEY", "RUNPOD_API_KEY")
+_TERMINAL_CODE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-_])")
+_ORDINARY = "[INFO]"
 _FAILED_IMPORT = " module for custom nodes: "
 # What a container sees of NVIDIA cards, of WSL's and of AMD's. Looking costs nothing; asking the driver takes 0.1-1 s.
 _GPU_DEVICES = ("nvidia[0-9]*", "dxg", "kfd")
@@ -65,6 +68,10 @@ class EngineCommand:
         argv += ["--verbose", settings.comfy_log_level]
         if settings.comfyui_base_dir:
             argv += ["--base-directory", str(settings.comfyui_base_dir)]
+        # Newer releases keep a database in their user folder, which a fresh container would make at each start, and which only
+        # one process at a time can have. Only --enable-assets reads it.
+        if not any(argument.startswith(("--database-url", "--enable-assets")) for argument in settings.comfy_args):
+            argv += ["--database-url", "sqlite:///:memory:"]
         argv += settings.comfy_args
         shown = {name: value for name, value in environ.items() if name not in _WITHHELD}
         return cls(tuple(argv), settings.comfyui_dir, {**shown, "PYTHONUNBUFFERED": "1"})
@@ -180,9 +187,11 @@ class EngineProcess:
 
 
 def _lines_of(stream: IO[bytes]) -> Iterator[str]:
-    """Decoded lines. Of a line that was redrawn with carriage returns (a progress bar) only its last state.
+    """Yield decoded lines that say something, without terminal codes.
 
-    Of one that is very long only the beginning: ComfyUI prints values that it does not take, whole files in base64 among them.
+    A line that was redrawn with carriage returns (a progress bar) is cut to its last state. Newer releases of ComfyUI begin a
+    line with its level in colour: `[INFO]` is left out, other levels stay. A very long line is cut to its beginning: ComfyUI
+    prints values that it does not take, whole files in base64 among them.
     """
     while raw := stream.readline(_LINE_LIMIT_BYTES):
         left_out = 0
@@ -190,6 +199,7 @@ def _lines_of(stream: IO[bytes]) -> Iterator[str]:
             left_out += len(more)
             if more.endswith(b"\n"):
                 break
-        text = raw.decode("utf-8", "replace").rstrip().rsplit("\r", 1)[-1]
+        text = _TERMINAL_CODE.sub("", raw.decode("utf-8", "replace")).rstrip().rsplit("\r", 1)[-1]
+        text = text.removeprefix(_ORDINARY).removeprefix(" ")
         if text:
             yield f"{text} ... ({left_out} more bytes)" if left_out else text
