@@ -64,3 +64,10 @@ def run_async() -> Callable[[Coroutine[Any, Any, Any]], Any]:
         return asyncio.run(with_deadline())
 
     return run
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how many of the cases in tests/cases were held."""
+    held = sum("::test_a_case[" in report.nodeid for report in terminalreporter.getreports("passed"))
+    if held:
+        terminalreporter.write_line(f"{held} cases of real requests held")
