@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -9,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -311,6 +313,131 @@ def test_verify_finds_a_damaged_byte_and_repairs_it(desk: Desk) -> None:
     assert desk.run("--verify")[0] == 0
 
 
+def damage(path: Path) -> None:
+    """Another byte, and a time as before."""
+    before = path.stat().st_mtime_ns
+    with path.open("r+b") as file:
+        file.seek(1000)
+        file.write(b"x")
+    os.utime(path, ns=(before, before))
+
+
+def verdicts_of(desk: Desk, *argv: str) -> dict[str, str]:
+    _, events = desk.events("--verify", *argv)
+    (verified,) = (event for event in events if event["event"] == "verified")
+    return {model["model"]: model["verdict"] for model in verified["models"]}
+
+
+def test_repair_removes_nothing_that_it_cannot_put_back(desk: Desk) -> None:
+    seeded(desk)
+    path = desk.layout.model("vae", "b.safetensors")
+    damage(path)
+    damaged = path.read_bytes()
+    desk.stand_in.fault("status", status=404, file="*b.safetensors", count=None)
+    code, text = desk.run("--verify", "--repair")
+    assert code == FAILED
+    assert path.read_bytes() == damaged
+    assert "Traceback" not in text
+    desk.stand_in.clear_faults()
+    assert desk.run("--verify", "--repair")[0] == 0
+    assert (path.read_bytes(), desk.is_ready("vae/b.safetensors")) == (weights(2), True)
+    assert not list(desk.layout.seals.rglob("*.pending"))
+
+
+def test_repair_fetches_first_and_yields_to_a_file_that_comes_meanwhile(desk: Desk) -> None:
+    seeded(desk)
+    path = desk.layout.model("vae", "b.safetensors")
+    damage(path)
+    damaged = path.read_bytes()
+    desk.stand_in.fault("stall", file="*b.safetensors", after_bytes=1000, count=None)
+    results: list[int] = []
+    run = threading.Thread(target=lambda: results.append(desk.run("--verify", "--repair")[0]))
+    run.start()
+    desk.stand_in.wait_stalled(1)
+    assert path.read_bytes() == damaged, "it stays until there is something to put in its place"
+    mine = path.with_suffix(".mine")
+    mine.write_bytes(weights(9))
+    mine.replace(path)
+    desk.stand_in.clear_faults()
+    run.join(60)
+    assert path.read_bytes() == weights(9)
+    assert results == [FAILED]
+
+
+def test_a_file_that_a_person_put_over_a_sealed_one_is_named_and_left_alone(desk: Desk) -> None:
+    seeded(desk)
+    longer, other = desk.layout.model("loras", "a.safetensors"), desk.layout.model("vae", "b.safetensors")
+    longer.write_bytes(weights(7, SIZE + 5))
+    other.write_bytes(weights(8))
+    os.utime(other, (1, 1))
+    assert verdicts_of(desk) == {"loras/a.safetensors": "replaced", "vae/b.safetensors": "replaced"}
+    for source_is_away in (False, True):
+        if source_is_away:
+            desk.stand_in.fault("status", status=404, count=None)
+        code, text = desk.run("--verify", "--repair", *["--yes"] * source_is_away)
+        assert code == FAILED
+        assert "replaced by hand" in text
+        assert (longer.read_bytes(), other.read_bytes()) == (weights(7, SIZE + 5), weights(8))
+    desk.stand_in.clear_faults()
+    assert desk.run("--verify", "--repair", "--yes")[0] == 0
+    assert (longer.read_bytes(), other.read_bytes()) == (weights(1), weights(2))
+
+
+def test_repair_brings_the_commit_that_was_sealed_where_the_list_has_no_pin(desk: Desk) -> None:
+    desk.layout.manifest.write_text(MANIFEST)
+    assert desk.run()[0] == 0
+    path = desk.layout.model("loras", "a.safetensors")
+    seal = read_seal(desk.layout.seal("loras", "a.safetensors"))
+    assert seal is not None
+    damage(path)
+    desk.stand_in.clear_log()
+    assert desk.run("--verify", "--repair")[0] == 0
+    asked = {request.path.split("/")[4] for request in desk.stand_in.requests if request.route == "resolve"}
+    assert asked == {seal.commit}
+
+
+WRONG = "ab" * 32
+
+
+@pytest.mark.parametrize(
+    ("there", "pin", "foretold"),
+    [
+        ("sealed", "", "there"),
+        ("sealed", f'sha256 = "{WRONG}"', "there, but with the sha256"),
+        ("touched", "", "there, replaced by hand"),
+        ("same length", "", "there, replaced by hand"),
+        ("same length", "own", "there, replaced by hand, its sha256 yet to be checked"),
+        ("longer", "", "there, replaced by hand"),
+        ("longer", "own", f"there, replaced by hand, with {SIZE + 5} bytes, not {SIZE}"),
+        ("cut off", "", "wait for the copy to finish"),
+        ("by hand", "", "there, put by hand"),
+        ("by hand", "own", "there, put by hand, its sha256 yet to be checked"),
+    ],
+)
+def test_the_dry_run_promises_nothing_that_the_run_does_not_keep(desk: Desk, there: str, pin: str, foretold: str) -> None:
+    path = desk.layout.model("loras", "a.safetensors")
+    if there != "by hand":
+        assert desk.run(desk.write("first.toml", MANIFEST))[0] == 0
+    content = {"same length": weights(6), "longer": weights(6, SIZE + 5), "cut off": weights(6)[:-1], "by hand": weights(6)}
+    if there in content:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content[there])
+    if there != "sealed":
+        os.utime(path, (1, 1))
+    pin = f'sha256 = "{hashlib.sha256(weights(1)).hexdigest()}"' if pin == "own" else pin
+    # The hub would refuse a pin that its file does not have before anything is looked at: this source tells no sha256.
+    source = "hf://org/open/a.safetensors" if WRONG not in pin else f"{desk.stand_in.endpoint}/files/org/open/a.safetensors"
+    manifest = desk.write("m.toml", MANIFEST.replace("hf://org/open/a.safetensors", source) + pin)
+    code, [dry] = desk.events(manifest, "--dry-run")
+    (line,) = dry["models"]
+    assert foretold in line["state"]
+    before = path.read_bytes()
+    ran = desk.run(manifest)[0]
+    assert path.read_bytes() == before
+    if "yet to be checked" not in foretold:
+        assert ran == code
+
+
 def test_verify_seals_a_touched_file_anew_and_finds_a_missing_one(desk: Desk) -> None:
     seeded(desk)
     os.utime(desk.layout.model("loras", "a.safetensors"), (1, 1))
@@ -370,6 +497,19 @@ class Cloud:
         desk.environ |= {"RUNPOD_S3_ACCESS_KEY_ID": server.access_key_id, "RUNPOD_S3_SECRET_ACCESS_KEY": "rps_x"}
         self.where = ("--endpoint", proxy.endpoint_url, "--s3", "vol1")
 
+    def put(self, model: str, data: bytes, volume: str = "vol1") -> None:
+        self.server.client.put_object(Bucket=volume, Key=f"models/{model}", Body=data)
+
+    def read(self, model: str, volume: str = "vol1") -> bytes:
+        data: bytes = self.server.client.get_object(Bucket=volume, Key=f"models/{model}")["Body"].read()
+        return data
+
+    def reseal(self, model: str, volume: str = "vol1", mtime: int | None = None) -> None:
+        """Write the seal again, after the file: with a time that is not the file's, the file is another one than was sealed."""
+        key = f".worker/seals/{model}.json"
+        seal = json.loads(self.server.client.get_object(Bucket=volume, Key=key)["Body"].read())
+        self.server.client.put_object(Bucket=volume, Key=key, Body=json.dumps(seal | {"mtime": mtime}).encode())
+
     def files(self, volume: str = "vol1") -> list[str]:
         return [entry["Key"] for entry in self.server.client.list_objects_v2(Bucket=volume).get("Contents", ())]
 
@@ -392,13 +532,67 @@ def test_two_volumes_are_seeded_listed_verified_and_pruned_through_s3(cloud: Clo
         "models/loras/a.safetensors",
         "models/vae/b.safetensors",
     ]
-    cloud.server.client.put_object(Bucket="vol2", Key="models/vae/b.safetensors", Body=weights(5))
+    cloud.put("vae/b.safetensors", weights(5), "vol2")
+    cloud.reseal("vae/b.safetensors", "vol2")
     assert desk.run("--verify", *cloud.where)[0] == 0
     assert desk.run("--verify", *both)[0] == FAILED
     assert desk.run("--verify", "--repair", *both)[0] == 0
     assert desk.run("--prune", "--yes", *both)[0] == 0
     assert cloud.files("vol2") == [".worker/seals/loras/a.safetensors.json", "models/loras/a.safetensors"]
     assert cloud.proxy.count("DeleteObjects", answered=False) == 0
+
+
+def test_over_s3_a_damaged_file_stays_until_the_new_one_is_whole(cloud: Cloud) -> None:
+    desk = cloud.desk
+    assert desk.run("vae=hf://org/open/b.safetensors", *cloud.where)[0] == 0
+    cloud.put("vae/b.safetensors", weights(5))
+    cloud.reseal("vae/b.safetensors")
+    assert verdicts_of(desk, *cloud.where) == {"vae/b.safetensors": "damaged"}
+    desk.stand_in.fault("status", status=404, file="*b.safetensors", count=None)
+    assert desk.run("--verify", "--repair", *cloud.where)[0] == FAILED
+    assert cloud.read("vae/b.safetensors") == weights(5)
+    desk.stand_in.clear_faults()
+    assert desk.run("--verify", "--repair", *cloud.where)[0] == 0
+    assert cloud.read("vae/b.safetensors") == weights(2)
+    assert verdicts_of(desk, *cloud.where) == {"vae/b.safetensors": "whole"}
+    assert cloud.proxy.count("DeleteObject") == 2, "the two records of publications, no model"
+
+
+@pytest.mark.parametrize("data", [weights(5), weights(5, SIZE + 5)])
+def test_over_s3_a_file_that_a_person_put_over_a_sealed_one_is_left_alone(cloud: Cloud, data: bytes) -> None:
+    desk = cloud.desk
+    assert desk.run("vae=hf://org/open/b.safetensors", *cloud.where)[0] == 0
+    cloud.put("vae/b.safetensors", data)
+    cloud.reseal("vae/b.safetensors", mtime=2_000_000_000)  # a worker had seen the file with this time
+    assert verdicts_of(desk, *cloud.where) == {"vae/b.safetensors": "replaced"}
+    code, text = desk.run("--verify", "--repair", *cloud.where)
+    assert code == FAILED
+    assert "vae/b.safetensors was replaced by hand and is left alone" in text
+    assert desk.run("--prune", "loras=hf://org/open/a.safetensors", "--yes", *cloud.where)[0] == 0
+    assert cloud.read("vae/b.safetensors") == data
+    assert desk.run("--verify", "--repair", "--yes", *cloud.where)[0] == 0
+    assert cloud.read("vae/b.safetensors") == weights(2)
+
+
+def test_a_region_that_is_away_leaves_the_others_alone(cloud: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.seed.bucket._ATTEMPTS", 2)
+    desk, both = cloud.desk, (*cloud.where, "--s3", "vol2")
+    for away, there in (("vol1", "vol2"), ("vol2", "vol1")):
+        cloud.proxy.fault("*", "502", times=1_000, volume=away)
+        code, [*_, summary] = desk.events("vae=hf://org/open/b.safetensors", *both)
+        assert code == FAILED
+        hows = {outcome["volume"]: (outcome["how"], outcome["code"]) for outcome in summary["outcomes"]}
+        assert hows == {there: ("sent", None), away: ("failed", "s3_unreachable")}
+        for action in ("--list", "--verify"):
+            code, text = desk.run(action, *both)
+            assert code == FAILED
+            assert f"The volume {away} could not be reached" in text
+            assert "vae/b.safetensors" in text
+        cloud.proxy.clear_faults()
+    cloud.proxy.fault("*", "502", times=1_000)
+    code, text = desk.run("vae=hf://org/open/b.safetensors", *both)
+    assert code == FAILED
+    assert "could not be reached" in text
 
 
 def test_wrong_keys_and_volumes_are_one_sentence(cloud: Cloud) -> None:

@@ -363,6 +363,29 @@ def test_a_run_that_died_before_the_seal_is_finished_without_reading_or_sending(
     desk.check_seeded()
 
 
+def test_a_source_that_moved_on_is_mentioned_where_nothing_is_pinned(desk: Desk, stand_in: StandIn) -> None:
+    desk.seed("vol1", "vol2")
+    desk.server.client.delete_object(Bucket="vol2", Key=KEY)
+    stand_in.fault("sha256", value="ab" * 32, count=None)
+    stand_in.fault("size", value=12345, count=None)
+    [there] = desk.seed("vol1")
+    assert (there.how, there.size_bytes) == ("ready", len(DATA))
+    assert there.note
+    assert "newer" in there.note
+    assert [outcome.how for outcome in desk.seed("vol1", spec=desk.spec(SHA256))] == ["failed"]
+    stand_in.clear_faults()
+    assert [outcome.how for outcome in desk.seed("vol1", "vol2")] == ["ready", "sent"]
+    assert desk.seed("vol1")[0].note is None
+
+
+def test_another_pin_than_what_is_there_decides(desk: Desk, stand_in: StandIn) -> None:
+    desk.seed()
+    stand_in.fault("sha256", value="ab" * 32, count=None)
+    [outcome] = desk.seed(spec=desk.spec("ab" * 32))
+    assert isinstance(outcome.error, S3FileDiffers)
+    assert desk.read() == DATA
+
+
 # --- what people put there ----------------------------------------------------------------------
 
 

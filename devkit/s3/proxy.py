@@ -62,6 +62,7 @@ class _Fault:
     after: int
     seconds: float
     key: str | None
+    volume: str | None
 
 
 class _Gone(Exception):  # noqa: N818 - never leaves this module
@@ -123,11 +124,15 @@ class RunPodProxy:
         after: int = 0,
         seconds: float = 0.0,
         key: str | None = None,
+        volume: str | None = None,
     ) -> None:
-        """Let the next `times` calls of an operation (on keys that contain `key`) go wrong, after `after` that do not."""
+        """Let the next `times` calls of an operation ("*": of any) go wrong, after `after` that do not.
+
+        `key` and `volume` choose among them: keys that contain it, one volume.
+        """
         self._released.clear()
         with self._changed:
-            self._faults.append(_Fault(operation, kind, times, after, seconds, key))
+            self._faults.append(_Fault(operation, kind, times, after, seconds, key, volume))
 
     def release(self) -> None:
         """Let what is held go on; returns when it does."""
@@ -175,10 +180,12 @@ class RunPodProxy:
 
     # --- for the handlers
 
-    def _due(self, operation: str, key: str) -> _Fault | None:
+    def _due(self, operation: str, volume: str, key: str) -> _Fault | None:
         with self._changed:
             for fault in self._faults:
-                if fault.operation != operation or (fault.key and fault.key not in key):
+                if fault.operation not in {operation, "*"} or (fault.key and fault.key not in key):
+                    continue
+                if fault.volume not in {None, volume}:
                     continue
                 if fault.after:
                     fault.after -= 1
@@ -234,9 +241,9 @@ class _Handler(BaseHTTPRequestHandler):
         parts = urlsplit(self.path)
         query = parse_qs(parts.query, keep_blank_values=True)
         operation = operation_of(self.command, parts.path, query)
-        key = unquote(parts.path.strip("/").partition("/")[2])
+        volume, _, key = unquote(parts.path.strip("/")).partition("/")
         part, length = int(query.get("partNumber", ["0"])[0]), int(self.headers.get("Content-Length") or 0)
-        fault = proxy._due(operation, key)  # noqa: SLF001 - of this module
+        fault = proxy._due(operation, volume, key)  # noqa: SLF001 - of this module
         status = 0
         try:
             status = self._answer(proxy, operation, query, length, fault)

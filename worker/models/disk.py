@@ -22,6 +22,7 @@ T = TypeVar("T")
 
 FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 READ_ONLY: Final = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
+SAFETENSORS: Final = (".safetensors", ".sft")
 _NOT_THERE_YET: Final = frozenset({errno.ENOENT, errno.ESTALE})
 _SETTLE_S: Final = 3.0
 _BUFFER_BYTES: Final = 4 * 1024 * 1024
@@ -128,7 +129,7 @@ def check_whole(path: Path, size_bytes: int) -> None:
 
     This finds a truncated copy in under a millisecond; it cannot find a wrong byte.
     """
-    if path.suffix not in {".safetensors", ".sft"}:
+    if not path.name.endswith(SAFETENSORS):
         return
     whole = stated_bytes(path, size_bytes)
     if whole != size_bytes:

@@ -1,7 +1,7 @@
 """What a source holds -> a checked file under its final name, sealed. Touches the disk and, through `ranges`, the network.
 
 A final name appears only by a hard link to a file whose bytes were checked and are safe on the disk, so that it never takes the
-place of another file; by a rename where the file system has no links. The seal comes last.
+place of another file; by a rename where the file system has no links, or where a damaged file is replaced. The seal comes last.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from worker.errors import ContentMismatch, EnsureCancelled, SourceRefused, Volum
 from worker.models.abandon import abandonable
 from worker.models.disk import FULL, free_bytes, patiently, stated_bytes, sync_folder
 from worker.models.hashed import HashedPartial
+from worker.models.inventory import stamp_of
 from worker.models.partial import DiskFailed, Partial, Stuck, Taken, sweep
 from worker.models.progress import Meter, Progress
 from worker.models.ranges import Fetch, Tuning
@@ -81,6 +82,8 @@ class Task:
     path: Path
     progress: Listener
     cancel: CancelToken
+    replaces: object = None
+    """The stamp of the file that is to be replaced, where there is one."""
     needed_bytes: int = 0
     fetched_bytes: int = 0
 
@@ -239,12 +242,14 @@ class Download:
         # If this worker dies between name and seal, the next one finds here what the file should hash to.
         pending = layout.pending_seal(spec.folder, spec.name)
         write_seal(pending, seal)
-        if stat_file(path) is not None:
+        there = stat_file(path)
+        over = there is not None and stamp_of(there) == self._task.replaces
+        if there is not None and not over:
             return self._yielded(partial, pending)
         if path.is_symlink():
             log.warning("replacing the broken link %s -> %s", path, path.readlink())
         self._at("replacing")
-        if not patiently(lambda: partial.publish(path)):
+        if not patiently(lambda: partial.publish(path, over=over)):
             return self._yielded(partial, pending)
         self._at("replaced")
         sync_folder(path.parent)

@@ -47,7 +47,7 @@ class Look:
     """One file as a look found it.
 
     `seal` is its seal, whether or not it fits. `stamp` differs once the file is another one or was written to. `error` is why
-    an incomplete file cannot be used.
+    an incomplete file cannot be used. `record` is what a seeder wrote down before an upload that it did not get to seal.
     """
 
     standing: Standing
@@ -55,6 +55,7 @@ class Look:
     seal: Seal | None = None
     stamp: object = None
     error: ModelError | None = None
+    record: Seal | None = None
 
 
 def look(layout: Layout, folder: str, name: str) -> Look:

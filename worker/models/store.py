@@ -26,7 +26,7 @@ from worker.errors import (
 )
 from worker.models.disk import check_whole, patiently, sha256_of, sync_folder, volume_error
 from worker.models.download import Download, Hooks, Origin, Ready, Task, Tools, both, write_own_seal
-from worker.models.inventory import path_of, record, sealed
+from worker.models.inventory import path_of, record, sealed, stamp_of
 from worker.models.locks import Locks, Timing
 from worker.models.partial import DiskFailed, sweep
 from worker.models.ranges import Tuning
@@ -121,6 +121,30 @@ class Store:
         except OSError as exc:
             raise volume_error(self.layout.root, exc, task.needed_bytes) from exc
         return replace(found, bytes_fetched=task.fetched_bytes, seconds=time.monotonic() - began_s)
+
+    def replace(self, spec: ModelSpec, stamp: object, progress: Listener = _ignore, cancel: CancelToken | None = None) -> Ready:
+        """Fetch the model again, and put it in the place of the file with this stamp once it was checked.
+
+        Until then the old file stays, and for good when the source cannot be had. A file that changed meanwhile is left alone:
+        then this is `ensure`. Raises as that does.
+        """
+        began_s = time.monotonic()
+        task = Task(spec, path_of(self.layout, spec), progress, cancel or threading.Event(), replaces=stamp)
+        name = f"{spec.folder}/{spec.name}"
+        try:
+            remote = self._look_up(task)
+            while (found := stat_file(task.path)) is not None and stamp_of(found) == stamp:
+                with self._locks.hold(
+                    remote.key, published=lambda: False, cancel=task.cancel, on_wait=progress, name=name
+                ) as hold:
+                    ready = Download(self._tools, task, remote, hold).run()
+                if ready:
+                    return replace(ready, bytes_fetched=task.fetched_bytes, seconds=time.monotonic() - began_s)
+        except DiskFailed as exc:
+            raise volume_error(self.layout.root, exc.error, task.needed_bytes) from exc
+        except OSError as exc:
+            raise volume_error(self.layout.root, exc, task.needed_bytes) from exc
+        return self.ensure(spec, progress, cancel)
 
     # --- what is there already
 

@@ -96,6 +96,15 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
+class Head:
+    """A file as the server tells of it: another one, or one that was written to, has another `Head`."""
+
+    size_bytes: int
+    modified_s: int
+    etag: str
+
+
+@dataclass(frozen=True, slots=True)
 class SentPart:
     """A part that the server has."""
 
@@ -136,15 +145,16 @@ class Bucket:
 
     # --- files
 
-    def size_bytes(self, key: str) -> int | None:
-        """How long a file is; None when there is none."""
+    def head(self, key: str) -> Head | None:
+        """What the server says of a file; None when there is none."""
         with self._saying("HeadObject", key):
             try:
-                return int(self._client.head_object(Bucket=self.place.volume, Key=key)["ContentLength"])
+                said = self._client.head_object(Bucket=self.place.volume, Key=key)
             except ClientError as exc:
                 if _code(exc) in _NOT_FOUND:
                     return None
                 raise
+        return Head(int(said["ContentLength"]), int(said["LastModified"].timestamp()), str(said.get("ETag", "")))
 
     def read(self, key: str, start: int = 0, length: int = 1 << 16) -> bytes | None:
         """Some bytes of a file; None when there is none. Fewer than asked for at its end."""
@@ -218,7 +228,7 @@ class Bucket:
             raise S3Failed(self.place.title, f"UploadPart {number} of {key}", f"the server has the MD5 {etag}, not {md5.hex()}")
 
     def complete(self, key: str, upload_id: str, etags: Sequence[str]) -> None:
-        """Ask the server to make the file of its parts. Whether it did, `size_bytes` says; raises `UploadGone` as well."""
+        """Ask the server to make the file of its parts. Whether it did, `head` says; raises `UploadGone` as well."""
         parts = [{"PartNumber": number, "ETag": f'"{etag}"'} for number, etag in enumerate(etags, 1)]
         with self._saying("CompleteMultipartUpload", key):
             self._client.complete_multipart_upload(

@@ -12,7 +12,7 @@ from worker.plan.screen import count
 from worker.seed import tables
 from worker.seed.outcome import Outcome
 from worker.seed.seeding import FAILED, code_of, fill
-from worker.seed.upkeep import Checked, repair_spec, unnamed, verify
+from worker.seed.upkeep import Checked, is_as_sealed, repair_spec, unnamed, verify
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -30,7 +30,7 @@ def list_sealed(desk: Desk, place: Place) -> int:
     """Show what is sealed on each volume; 0."""
     for volume in place.volumes:
         found = sorted(volume.sealed(), key=lambda sealed: sealed.title)
-        fits = [volume.fits(sealed) for sealed in found]
+        fits = [is_as_sealed(volume, sealed) for sealed in found]
         models = [_listed(sealed, good=good) for sealed, good in zip(found, fits, strict=True)]
         if not desk.options.json:
             total = size_text(sum(sealed.seal.size for sealed in found))
@@ -68,21 +68,22 @@ def _check(desk: Desk, volume: Volume, sealed: Sealed, screen: Screen) -> Checke
 
 
 def _repair(desk: Desk, volume: Volume, bad: Sequence[Checked], place: Place, known: Mapping[str, ModelSpec]) -> int:
-    """Remove what is not what its own seal says, and fetch it again."""
-    specs: list[ModelSpec] = []
-    code = 0
+    """Fetch what is wrong again. A file is replaced once the new one was checked; one that a person put there, with --yes."""
+    wanted: list[tuple[ModelSpec, object]] = []
     for item in bad:
-        spec = repair_spec(item.sealed, known)
-        if spec is None or item.verdict == "unreadable":
-            desk.tell(f"{item.sealed.title} cannot be repaired: name its source in a manifest.")
-            code = FAILED
-            continue
-        volume.remove(item.sealed.folder, item.sealed.name)
-        specs.append(spec)
+        title, spec = item.sealed.title, repair_spec(item.sealed, known)
+        if item.verdict == "replaced" and not desk.options.yes:
+            desk.tell(f"{title} was replaced by hand and is left alone: --yes fetches the one that was sealed in its place.")
+        elif item.verdict == "unreadable":
+            desk.tell(f"{title} cannot be read and was left alone: {item.error}")
+        elif spec is None:
+            desk.tell(f"{title} cannot be repaired and was left alone: name its source in a manifest.")
+        else:
+            wanted.append((spec, item.stamp))
     with desk.screen() as screen:
-        outcomes = fill(desk, specs, place.filler, screen)
+        outcomes = fill(desk, wanted, place.filler.on(volume), screen)
     desk.show("repaired", partial(tables.summary, outcomes, 0.0), outcomes=[outcome.to_dict() for outcome in outcomes])
-    return code_of(desk, outcomes) or code
+    return code_of(desk, outcomes) or (FAILED if len(wanted) < len(bad) else 0)
 
 
 def _named(desk: Desk, sources: Sources) -> dict[str, ModelSpec]:
@@ -114,9 +115,17 @@ def prune(desk: Desk, place: Place, sources: Sources) -> int:
         desk.show("prune", partial(tables.listing, gone, [True] * len(gone)), volume=volume.title, models=models)
         if gone and _agreed(desk, f"Remove {count(len(gone), 'model')}, {total}, from {volume.title}?"):
             for sealed in gone:
-                volume.remove(sealed.folder, sealed.name)
+                _remove(desk, volume, sealed)
             desk.tell(f"removed {count(len(gone), 'model')}, {total}")
     return 0
+
+
+def _remove(desk: Desk, volume: Volume, sealed: Sealed) -> None:
+    """Remove a model, unless somebody put another file there while the question stood."""
+    if is_as_sealed(volume, sealed):
+        volume.remove(sealed.folder, sealed.name)
+    else:
+        desk.tell(f"{sealed.title} changed meanwhile and was left alone")
 
 
 def _agreed(desk: Desk, question: str) -> bool:

@@ -61,10 +61,11 @@ def run(argv: Sequence[str], environ: Mapping[str, str], out: IO[str] | None = N
 def _act(desk: Desk) -> int:
     place = desk.place()
     if desk.options.action == "list":
-        return care.list_sealed(desk, place)
-    sources = desk.sources(place)
-    actions = {"seed": seeding.seed, "dry_run": seeding.dry_run, "verify": care.verify_all, "prune": care.prune}
-    return actions[desk.options.action](desk, place, sources)
+        code = care.list_sealed(desk, place)
+    else:
+        actions = {"seed": seeding.seed, "dry_run": seeding.dry_run, "verify": care.verify_all, "prune": care.prune}
+        code = actions[desk.options.action](desk, place, desk.sources(place))
+    return code or (FAILED if place.away else 0)
 
 
 @contextlib.contextmanager

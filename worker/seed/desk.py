@@ -5,12 +5,13 @@ from __future__ import annotations
 import socket
 import sys
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import IO, TYPE_CHECKING, Any, Final
 
 from rich.console import Console
 
-from worker.errors import ManifestInvalid, SeedUsage
+from worker.errors import ManifestInvalid, S3Unreachable, SeedUsage
 from worker.models.hub import Hub, credentials
 from worker.models.layout import Layout
 from worker.models.ranges import Tuning
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     import threading
     from collections.abc import Callable, Mapping
 
+    from worker.errors import SeedError
+    from worker.seed.bucket import Bucket
     from worker.seed.fill import Filler
     from worker.seed.options import Options
     from worker.seed.screen import Screen
@@ -48,6 +51,8 @@ class Place:
     volumes: tuple[Volume, ...]
     manifests: tuple[str, ...]
     """The text of `models.toml` on each volume that has one."""
+    away: tuple[SeedError, ...] = ()
+    """Why a volume could not be reached, for each that could not be."""
 
 
 class Desk:
@@ -80,13 +85,27 @@ class Desk:
         return Place(MountedFiller(store), (MountedVolume(layout),), manifests)
 
     def _over_s3(self) -> Place:
+        """All volumes that can be reached; raises what else is the matter with one, and when none can be."""
         keys, load = keys_from(self._environ), Load()
         buckets = [bucket_at(place, keys, load.uploads + _S3_CALLS) for place in self.options.places]
-        for bucket in buckets:
-            bucket.check()
-        volumes = tuple(S3Volume(bucket) for bucket in buckets)
-        manifests = tuple(found.decode("utf-8-sig") for volume in volumes if (found := volume.manifest()))
-        return Place(S3Filler(self.hub, volumes, load), volumes, manifests)
+        volumes: list[S3Volume] = []
+        manifests: list[str] = []
+        away: dict[str, SeedError] = {}
+        # At once: a data centre that is away takes minutes to be believed so.
+        with ThreadPoolExecutor(len(buckets), thread_name_prefix="reach") as pool:
+            for bucket, asked in [(bucket, pool.submit(_reach, bucket)) for bucket in buckets]:
+                try:
+                    manifest = asked.result()
+                except S3Unreachable as exc:
+                    away[bucket.place.title] = exc
+                    continue
+                volumes.append(S3Volume(bucket))
+                manifests += [manifest.decode("utf-8-sig")] if manifest else []
+        for error in away.values():
+            if not volumes:
+                raise error
+            self.tell(f"warning: {error}")
+        return Place(S3Filler(self.hub, volumes, load, away), tuple(volumes), tuple(manifests), tuple(away.values()))
 
     def sources(self, place: Place) -> Sources:
         """The lists of models as workers on these volumes have them."""
@@ -132,3 +151,9 @@ def tell(text: str, stream: IO[str], *, as_json: bool) -> None:
 def _hub(settings: Settings) -> Hub:
     tokens = credentials(settings.hf_endpoint, settings.hf_token, settings.civitai_token)
     return Hub(settings.hf_endpoint, Network(tokens, urllib.request.getproxies()))
+
+
+def _reach(bucket: Bucket) -> bytes | None:
+    """Check that a volume is there and the keys are good for it; its `models.toml`."""
+    bucket.check()
+    return S3Volume(bucket).manifest()

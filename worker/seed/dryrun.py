@@ -7,13 +7,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from worker.errors import WorkerError
+from worker.models.inventory import Standing
 from worker.models.progress import size_text
 from worker.plan.items import State
+from worker.seed.outcome import NEWER
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from worker.models.hub import Hub
+    from worker.models.inventory import Look
     from worker.models.progress import CancelToken
     from worker.plan.items import Item
     from worker.seed.upkeep import Volume
@@ -56,20 +59,38 @@ def _line(item: Item, volumes: Sequence[Volume], hub: Hub, cancel: CancelToken) 
         return Line(item.title, item.size_bytes, item.message or str(item.state), source, good=item.optional)
     states: list[str] = []
     send_bytes = 0
+    good = True
     try:
         for volume in volumes:
-            how = volume.look(spec, item.sha256, item.size_bytes)
-            state = {"ready": "there", "by_hand": "there, put by hand"}.get(how or "", "")
-            if not state:
+            found = volume.look(spec.folder, spec.name)
+            if found.standing is Standing.ABSENT:
                 # A second look-up costs one small request, and tells which partial would be gone on with.
                 begun = volume.begun_bytes(spec, hub.look_up(spec.source, cancel))
                 send_bytes += max(0, (item.size_bytes or 0) - begun)
-                state = f"to send, {size_text(begun)} are there" if begun else "to send"
-            states.append(state)
+                states.append(f"to send, {size_text(begun)} are there" if begun else "to send")
+            else:
+                state, is_good = _there(found, item, volume.expected(spec, item.sha256))
+                states.append(state)
+                good = good and is_good
     except WorkerError as exc:
         return Line(item.title, item.size_bytes, str(exc), source, good=False)
     if len(set(states)) == 1:
         states = states[:1]
     else:
         states = [f"{state} ({volume.title})" for state, volume in zip(states, volumes, strict=True)]
-    return Line(item.title, item.size_bytes, "; ".join(states), source, good=True, send_bytes=send_bytes)
+    return Line(item.title, item.size_bytes, "; ".join(states), source, good=good, send_bytes=send_bytes)
+
+
+def _there(found: Look, item: Item, expected: str | None) -> tuple[str, bool]:
+    """What seeding would make of a file that is there, and whether that is as wanted. `expected` is what it has to hash to."""
+    pinned, sealed = item.spec.sha256 if item.spec else None, found.seal.sha256 if found.seal else None
+    if found.standing is Standing.READY:
+        if pinned and sealed and pinned != sealed:
+            return f"there, but with the sha256 {sealed}: remove it to have the right one sent", False
+        return ("there", True) if None in {sealed, item.sha256} or sealed == item.sha256 else (f"there; {NEWER}", True)
+    if found.error:
+        return str(found.error), False
+    state = "there, replaced by hand" if found.standing is Standing.REPLACED else "there, put by hand"
+    if expected and item.size_bytes not in {None, found.size_bytes}:
+        return f"{state}, with {found.size_bytes} bytes, not {item.size_bytes}: remove it to have the right one sent", False
+    return (f"{state}, its sha256 yet to be checked" if expected else state), True

@@ -10,21 +10,23 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Protocol
 
 from worker.errors import ContentMismatch, EnsureCancelled, S3Failed, SeedError, WorkerError
+from worker.models.inventory import Standing
 from worker.models.progress import Meter, Progress
 from worker.plan.lookup import check_promises
 from worker.seed.bucket import UploadGone
-from worker.seed.outcome import Outcome
+from worker.seed.outcome import NEWER, Outcome
 from worker.seed.relay import Load, Relay, Upload
 from worker.seed.s3volume import S3Volume, new_seal
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from worker.models.hub import Hub, Remote
     from worker.models.progress import CancelToken, Listener, Phase
     from worker.models.spec import ModelSpec
     from worker.models.store import Store
     from worker.seed.outcome import How
+    from worker.seed.upkeep import Volume
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +44,15 @@ class Filler(Protocol):
         """The volumes."""
         ...
 
-    def ensure(self, spec: ModelSpec, progress: Listener, cancel: CancelToken) -> list[Outcome]:
-        """Return when it is there, or why not, for each volume; raises nothing but defects."""
+    def on(self, volume: Volume) -> Filler:
+        """The same for one of the volumes alone."""
+        ...
+
+    def ensure(self, spec: ModelSpec, progress: Listener, cancel: CancelToken, *, replaces: object = None) -> list[Outcome]:
+        """Return when it is there, or why not, for each volume; raises nothing but defects.
+
+        `replaces` is the stamp of a file that gives way to it, once it was checked; any other file that is there stays.
+        """
         ...
 
 
@@ -58,11 +67,19 @@ class MountedFiller:
         """The volume."""
         return (str(self._store.layout.root),)
 
-    def ensure(self, spec: ModelSpec, progress: Listener, cancel: CancelToken) -> list[Outcome]:
+    def on(self, volume: Volume) -> MountedFiller:
+        """As `Filler.on`."""
+        del volume
+        return self
+
+    def ensure(self, spec: ModelSpec, progress: Listener, cancel: CancelToken, *, replaces: object = None) -> list[Outcome]:
         """As `Filler.ensure`."""
         model, volume, began_s = f"{spec.folder}/{spec.name}", self.titles[0], time.monotonic()
         try:
-            found = self._store.ensure(spec, progress, cancel)
+            if replaces is None:
+                found = self._store.ensure(spec, progress, cancel)
+            else:
+                found = self._store.replace(spec, replaces, progress, cancel)
         except WorkerError as exc:
             return [_failed(model, volume, exc, began_s)]
         how: dict[str, How] = {"downloaded": "sent", "host_cache": "ready", "adopted": "adopted", "by_hand": "by_hand"}
@@ -84,6 +101,7 @@ class _Job:
     progress: Listener
     cancel: CancelToken
     began_s: float
+    replaces: object = None
 
     @property
     def model(self) -> str:
@@ -102,9 +120,9 @@ class _Job:
 
         return on_bytes
 
-    def outcome(self, volume: S3Volume, how: How, moved_bytes: int = 0) -> Outcome:
+    def outcome(self, volume: S3Volume, how: How, moved_bytes: int = 0, note: str | None = None) -> Outcome:
         size_bytes, seconds = self.remote.size_bytes, time.monotonic() - self.began_s
-        return Outcome(self.model, volume.title, how, size_bytes, moved_bytes, seconds)
+        return Outcome(self.model, volume.title, how, size_bytes, moved_bytes, seconds, note=note)
 
     def failed(self, volume: S3Volume, error: WorkerError, moved_bytes: int = 0) -> Outcome:
         outcome = _failed(self.model, volume.title, error, self.began_s)
@@ -118,9 +136,13 @@ class S3Filler:
     parts of the last one together.
     """
 
-    def __init__(self, hub: Hub, volumes: Sequence[S3Volume], load: Load | None = None) -> None:
+    def __init__(
+        self, hub: Hub, volumes: Sequence[S3Volume], load: Load | None = None, away: Mapping[str, SeedError] | None = None
+    ) -> None:
+        """`away` are the titles of volumes that could not be reached, and why: each of its models failed."""
         self._hub = hub
         self._volumes = volumes
+        self._away = away or {}
         self._load = load or Load()
         self._streaming = threading.Lock()
         self._spare: list[bytearray] = []  # belongs to whoever streams
@@ -128,36 +150,56 @@ class S3Filler:
     @property
     def titles(self) -> Sequence[str]:
         """The volumes."""
-        return tuple(volume.title for volume in self._volumes)
+        return (*(volume.title for volume in self._volumes), *self._away)
 
-    def ensure(self, spec: ModelSpec, progress: Listener, cancel: CancelToken) -> list[Outcome]:
+    def on(self, volume: Volume) -> S3Filler:
+        """As `Filler.on`."""
+        return S3Filler(self._hub, [found for found in self._volumes if found is volume], self._load)
+
+    def ensure(self, spec: ModelSpec, progress: Listener, cancel: CancelToken, *, replaces: object = None) -> list[Outcome]:
         """As `Filler.ensure`."""
+        away = [_failed(f"{spec.folder}/{spec.name}", title, error, time.monotonic()) for title, error in self._away.items()]
+        return self._ensure(spec, progress, cancel, replaces) + away
+
+    def _ensure(self, spec: ModelSpec, progress: Listener, cancel: CancelToken, replaces: object) -> list[Outcome]:
         began_s = time.monotonic()
         try:
             remote = self._hub.look_up(spec.source, cancel)
             check_promises(spec, remote)
         except WorkerError as exc:
             return [_failed(f"{spec.folder}/{spec.name}", volume.title, exc, began_s) for volume in self._volumes]
-        job = _Job(spec, replace(remote, sha256=remote.sha256 or spec.sha256), progress, cancel, began_s)
+        job = _Job(spec, replace(remote, sha256=remote.sha256 or spec.sha256), progress, cancel, began_s, replaces)
         found: dict[S3Volume, Outcome] = {}
         missing: list[S3Volume] = []
         for volume in self._volumes:
             try:
-                how = self._there(job, volume)
+                there = self._there(job, volume)
             except WorkerError as exc:
                 found[volume] = job.failed(volume, exc)
             else:
-                if how:
-                    found[volume] = job.outcome(volume, how)
+                if there:
+                    found[volume] = there
                 else:
                     missing.append(volume)
         if missing:
             found |= self._send(job, missing)
         return [found[volume] for volume in self._volumes]
 
-    def _there(self, job: _Job, volume: S3Volume) -> How | None:
-        how = volume.look(job.spec, job.remote.sha256, job.remote.size_bytes)
-        return volume.adopt(job.spec, job.remote, job.meter("checking"), job.cancel) if how == "by_hand" else how
+    def _there(self, job: _Job, volume: S3Volume) -> Outcome | None:
+        """What becomes of a file that is there; None when there is none, or one that gives way.
+
+        Of a sealed one only the model's own pin decides: a source without one may have moved on.
+        """
+        found = volume.look(job.spec.folder, job.spec.name)
+        if found.standing is Standing.ABSENT or (job.replaces is not None and found.stamp == job.replaces):
+            return None
+        if found.standing is Standing.READY:
+            sha256 = found.seal.sha256 if found.seal else None
+            volume.check(job.spec, "sha256", job.spec.sha256, sha256)
+            moved_on = None not in {sha256, job.remote.sha256} and sha256 != job.remote.sha256
+            outcome = job.outcome(volume, "ready", note=NEWER if moved_on else None)
+            return replace(outcome, size_bytes=found.size_bytes)
+        return job.outcome(volume, volume.adopt(job.spec, found, job.remote, job.meter("checking"), job.cancel))
 
     # --- sending
 
@@ -230,7 +272,7 @@ class S3Filler:
             try:
                 if upload.error:
                     raise upload.error
-                how = self._publish(job, volume, upload, sha256)
+                outcome = self._publish(job, volume, upload, sha256)
             except UploadGone:
                 log.info("the upload of %s to %s is gone: beginning anew", job.model, volume.title)
             except WorkerError as exc:
@@ -238,22 +280,22 @@ class S3Filler:
                     upload.abort()
                 outcomes[volume] = job.failed(volume, exc, upload.all_sent_bytes)
             else:
-                outcomes[volume] = job.outcome(volume, how, upload.all_sent_bytes)
+                outcomes[volume] = replace(outcome, moved_bytes=upload.all_sent_bytes)
 
         with ThreadPoolExecutor(_FINISHERS, thread_name_prefix="finish") as pool:
             list(pool.map(finish, uploads, uploads.values()))
         return outcomes
 
-    def _publish(self, job: _Job, volume: S3Volume, upload: Upload, sha256: str) -> How:
+    def _publish(self, job: _Job, volume: S3Volume, upload: Upload, sha256: str) -> Outcome:
         """Announce, complete, look, seal. Who dies in between leaves a record that the next run believes."""
         job.progress(Progress("checking", job.remote.size_bytes, job.remote.size_bytes))
         spec = job.spec
-        if how := self._there(job, volume):
+        if there := self._there(job, volume):
             upload.abort()  # a worker, another seeder or a person was faster: what is there is never overwritten
-            return how
+            return there
         seal = new_seal(spec, job.remote, sha256, _BY)
         volume.announce(spec.folder, spec.name, seal)
         upload.complete(job.remote.size_bytes, self._load, job.cancel)
         volume.seal(spec.folder, spec.name, seal)
         upload.sweep()
-        return "sent"
+        return job.outcome(volume, "sent")

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from worker.errors import UnsafePath, VolumeFailed
 from worker.models.disk import free_bytes, sha256_of, volume_error
+from worker.models.inventory import Look, look
 from worker.models.seals import Seal, read_seal, stat_file, whole_mtime, write_seal
-from worker.plan.items import THERE
 from worker.plan.places import Places
 from worker.seed.s3volume import Sealed, sealed_at
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from worker.models.layout import Layout
     from worker.models.progress import CancelToken
     from worker.models.spec import ModelSpec
-    from worker.seed.outcome import How
 
 
 class MountedVolume:
@@ -41,24 +40,20 @@ class MountedVolume:
         """What the file system says is free; a quota does not show."""
         return free_bytes(self._layout.root)
 
-    def look(self, spec: ModelSpec, sha256: str | None, size_bytes: int | None) -> How | None:
-        """Whether the model is there to be used, by its seal or as somebody put it there; None when it is to be fetched."""
-        del sha256, size_bytes  # the store hashes what it has to when it comes to it
-        found = self._places.find((spec.folder,), (spec.name,))
-        if found is None or found.state not in THERE:
-            return None
-        seal = read_seal(self._layout.seal(spec.folder, spec.name))
-        return "ready" if seal and seal.size == found.size_bytes else "by_hand"
+    def look(self, folder: str, name: str) -> Look:
+        """Say how a model's file stands."""
+        return look(self._layout, folder, name)
+
+    @staticmethod
+    def expected(spec: ModelSpec, sha256: str | None) -> str | None:
+        """What a file without a fitting seal has to hash to: what the model itself says, as in the worker's store."""
+        del sha256
+        return spec.sha256
 
     def begun_bytes(self, spec: ModelSpec, remote: Remote) -> int:
         """How much of it a download that ended left behind."""
         del spec
         return self._places.begun_bytes(remote)
-
-    def size_bytes(self, folder: str, name: str) -> int | None:
-        """The file's length; None when it is not there."""
-        found = stat_file(self._layout.model(folder, name))
-        return found.st_size if found else None
 
     def hash(self, folder: str, name: str, size_bytes: int, on_bytes: Callable[[int], None], cancel: CancelToken) -> str:
         """The sha256 of a file."""
@@ -79,13 +74,6 @@ class MountedVolume:
                 with contextlib.suppress(UnsafePath):
                     if found and self._layout.model(found.folder, found.name):
                         yield found
-
-    def fits(self, found: Sealed) -> bool:
-        """Whether the file still is as its seal says."""
-        there = stat_file(self._layout.model(found.folder, found.name))
-        if there is None:
-            return False
-        return found.seal.fits(there) or (found.seal.mtime is None and found.seal.size == there.st_size)
 
     def seal(self, folder: str, name: str, seal: Seal) -> None:
         """Seal a file as it is now."""

@@ -76,8 +76,14 @@ def parser() -> argparse.ArgumentParser:
     action.add_argument("--list", action="store_true", help="what is sealed on the volume")
     action.add_argument("--verify", action="store_true", help="read everything that is sealed and check its sha256")
     action.add_argument("--prune", action="store_true", help="remove sealed models that no manifest and no WHAT names; asks")
-    found.add_argument("--repair", action="store_true", help="with --verify: fetch what is damaged or missing again")
-    found.add_argument("--yes", action="store_true", help="with --prune: do not ask")
+    found.add_argument(
+        "--repair",
+        action="store_true",
+        help="with --verify: fetch what is damaged or missing again",
+    )
+    found.add_argument(
+        "--yes", action="store_true", help="with --prune: do not ask; with --repair: also what was replaced by hand"
+    )
     found.add_argument("--json", action="store_true", help="one JSON object a line, for programs")
     return found
 
@@ -105,7 +111,7 @@ def _check(given: argparse.Namespace, action: Action) -> None:
         (given.volume and given.s3, "Give --volume or --s3, not both."),
         ((given.datacenter or given.endpoint) and not given.s3, "--datacenter and --endpoint belong to --s3 VOLUME_ID."),
         (given.repair and action != "verify", "--repair belongs to --verify."),
-        (given.yes and action != "prune", "--yes belongs to --prune."),
+        (given.yes and action != "prune" and not given.repair, "--yes belongs to --prune and --repair."),
         (action == "list" and given.what, "--list shows what is on the volume; it takes no WHAT."),
     )
     for wrong, reason in rules:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from worker.errors import ModelUnavailable
 
@@ -26,6 +26,10 @@ WORDS: dict[How, str] = {
 """How people read it."""
 
 
+NEWER: Final = "its source has a newer one by now, which needs another name or a pin to be fetched"
+"""Of a file that is there and that its list does not pin."""
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """How it went with one model. `moved_bytes` went to the volume in this run."""
@@ -37,6 +41,7 @@ class Outcome:
     moved_bytes: int = 0
     seconds: float = 0.0
     error: WorkerError | None = None
+    note: str | None = None
 
     @property
     def good(self) -> bool:
@@ -59,4 +64,5 @@ class Outcome:
             "seconds": round(self.seconds, 3),
             "error": str(self.error) if self.error else None,
             "code": self._code(),
+            "note": self.note,
         }

@@ -28,7 +28,7 @@ from worker.errors import (
     SourceRefused,
     SourceUnreachable,
 )
-from worker.models.disk import stated_in
+from worker.models.disk import SAFETENSORS, stated_in
 from worker.models.ranges import Fetch, Tuning
 from worker.seed.bucket import UploadGone
 from worker.seed.window import Window, WindowClosed
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from worker.models.hub import Hub, Remote
     from worker.models.progress import CancelToken
-    from worker.seed.bucket import Bucket, SentPart
+    from worker.seed.bucket import Bucket, Head, SentPart
     from worker.seed.window import Part
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,6 @@ log = logging.getLogger(__name__)
 MIB: Final = 1024 * 1024
 _MOST_PARTS: Final = 9_500  # S3 takes 10,000
 _TICK_S: Final = 0.2
-_SAFETENSORS: Final = (".safetensors", ".sft")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +97,8 @@ class Upload:
     kept_bytes: int = 0
     error: SeedError | UploadGone | None = None
     others: list[str] = field(default_factory=list)
+    before: Head | None = None
+    """The file that this one replaces."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def open(self, size_bytes: int, part_bytes: int) -> None:
@@ -115,6 +116,7 @@ class Upload:
             log.info("%s: going on, %d parts are there", self.key, len(self.there))
         else:
             self.upload_id = self.bucket.begin(self.key)
+        self.before = self.bucket.head(self.key)
 
     def take(self, part: Part, md5: bytes) -> None:
         """Have this part on the server."""
@@ -179,7 +181,8 @@ class Upload:
         """Whether the file is there, looking again while the server may still be at it: its upload is gone, the file late."""
         while True:
             with contextlib.suppress(S3Unreachable):
-                if self.bucket.size_bytes(self.key) == size_bytes:
+                found = self.bucket.head(self.key)
+                if found and found.size_bytes == size_bytes and found != self.before:
                     return True
                 if self._is_open():
                     return False  # it did not begin: ask again
@@ -354,7 +357,7 @@ class Relay:
             self._stated_bytes = stated_in(io.BytesIO(head), self._remote.size_bytes)
 
     def _named_safetensors(self) -> bool:
-        return any(upload.key.endswith(_SAFETENSORS) for upload in self._uploads)
+        return any(upload.key.endswith(SAFETENSORS) for upload in self._uploads)
 
     def _send(self, upload: Upload) -> None:
         waiting = self._queues[upload]

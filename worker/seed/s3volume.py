@@ -14,8 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from worker.errors import EnsureCancelled, S3Failed, S3FileDiffers
+from worker.errors import EnsureCancelled, FileIncomplete, S3Failed, S3FileDiffers
+from worker.models.disk import SAFETENSORS, stated_in
 from worker.models.download import Origin
+from worker.models.inventory import Look, Standing
 from worker.models.layout import Layout
 from worker.models.seals import Seal, decode_seal, encode_seal, now
 
@@ -25,13 +27,14 @@ if TYPE_CHECKING:
     from worker.models.hub import Remote
     from worker.models.progress import CancelToken
     from worker.models.spec import ModelSpec
-    from worker.seed.bucket import Bucket
+    from worker.seed.bucket import Bucket, Head
     from worker.seed.outcome import How
 
 log = logging.getLogger(__name__)
 
 _READ_BYTES: Final = 8 * 1024 * 1024
 _SEAL_BYTES: Final = 64 * 1024
+_HEADER_BYTES: Final = 256 * 1024
 _LAYOUT: Final = Layout(Path())
 
 
@@ -77,45 +80,71 @@ class S3Volume:
 
     # --- what is there
 
-    def look(self, spec: ModelSpec, sha256: str | None, size_bytes: int | None) -> How | None:
-        """Whether the model is there to be used: `ready`, `by_hand`, or None when it is not there at all.
-
-        `by_hand` is also what has to be hashed before it can be sealed: see `adopt`. Raises `S3FileDiffers` when the file is
-        another one than this sha256 or length.
-        """
-        found = self.size_bytes(spec.folder, spec.name)
+    def look(self, folder: str, name: str) -> Look:
+        """Say how a model's file stands, as the worker's inventory does for a mounted volume."""
+        found = self.bucket.head(self.key(folder, name))
         if found is None:
-            return None
-        seal = self._seal(_LAYOUT.seal(spec.folder, spec.name))
-        if seal and seal.size == found:
-            self._check(spec, "sha256", sha256, seal.sha256)
-            return "ready"
-        if size_bytes is not None and sha256 is not None:
-            self._check(spec, "size", str(size_bytes), str(found))
-        return "by_hand"
+            return Look(Standing.ABSENT)
+        seal_key = _LAYOUT.seal(folder, name).as_posix()
+        seal = self._seal(Path(seal_key))
+        if seal and seal.size == found.size_bytes and self._unchanged(found, seal, seal_key):
+            return Look(Standing.READY, found.size_bytes, seal, found)
+        record = self._seal(_LAYOUT.pending_seal(folder, name))
+        if record and (record.size != found.size_bytes or record.sha256 is None):
+            record = None
+        error = None if record else self._trouble(folder, name, found.size_bytes)
+        standing = Standing.INCOMPLETE if error else Standing.REPLACED if seal else Standing.BY_HAND
+        return Look(standing, found.size_bytes, seal, found, error, record)
 
-    def _check(self, spec: ModelSpec, what: str, expected: str | None, actual: str | None) -> None:
+    def _unchanged(self, found: Head, seal: Seal, seal_key: str) -> bool:
+        """Whether the file is no younger than its seal, and no older than the time that a worker wrote into it.
+
+        Only the server's own times are compared with each other.
+        """
+        sealed = self.bucket.head(seal_key)
+        return sealed is not None and (seal.mtime or 0) <= found.modified_s <= sealed.modified_s
+
+    def _trouble(self, folder: str, name: str, size_bytes: int) -> FileIncomplete | None:
+        """Why the file cannot be used, if it is one of safetensors and its header says another length."""
+        key = self.key(folder, name)
+        if not key.endswith(SAFETENSORS):
+            return None
+        head = self.bucket.read(key, 0, _HEADER_BYTES) or b""
+        length = 8 + int.from_bytes(head[:8], "little")
+        if _READ_BYTES < length <= size_bytes:
+            return None  # so long a header is not worth its reading
+        if len(head) < length <= size_bytes:
+            head = self.bucket.read(key, 0, length) or b""
+        whole = stated_in(io.BytesIO(head), size_bytes)
+        return None if whole == size_bytes else FileIncomplete(Path(key), size_bytes, whole)
+
+    @staticmethod
+    def expected(spec: ModelSpec, sha256: str | None) -> str | None:
+        """What a file without a fitting seal has to hash to, if its source says `sha256`: see `adopt`."""
+        return spec.sha256 or sha256
+
+    def check(self, spec: ModelSpec, what: str, expected: str | None, actual: str | None) -> None:
+        """Raise `S3FileDiffers` where both are known and differ."""
         if expected and actual and expected != actual:
             raise S3FileDiffers(self.key(spec.folder, spec.name), what, expected, actual)
 
-    def size_bytes(self, folder: str, name: str) -> int | None:
-        """The file's length; None when it is not there."""
-        return self.bucket.size_bytes(self.key(folder, name))
-
-    def adopt(self, spec: ModelSpec, remote: Remote, on_bytes: Callable[[int], None], cancel: CancelToken) -> How:
+    def adopt(self, spec: ModelSpec, found: Look, remote: Remote, on_bytes: Callable[[int], None], cancel: CancelToken) -> How:
         """Seal a file that has no seal, if it is what it should be; one that nobody knows the sha256 of is left as it is.
 
         A run that died between Complete and seal left its record: it is believed. Any other file is read over the network.
+        Raises `S3FileDiffers` when it is another file, and why it is of no use.
         """
-        found = self.size_bytes(spec.folder, spec.name) or 0
-        record = self._seal(_LAYOUT.pending_seal(spec.folder, spec.name))
-        if record and record.size == found and record.sha256 and remote.sha256 in {None, record.sha256}:
-            self.seal(spec.folder, spec.name, record)
+        if remote.sha256:
+            self.check(spec, "size", str(remote.size_bytes), str(found.size_bytes))
+        if found.record and remote.sha256 in {None, found.record.sha256}:
+            self.seal(spec.folder, spec.name, found.record)
             return "adopted"
+        if found.error:
+            raise found.error
         if remote.sha256 is None:
             return "by_hand"
-        actual = self.hash(spec.folder, spec.name, found, on_bytes, cancel)
-        self._check(spec, "sha256", remote.sha256, actual)
+        actual = self.hash(spec.folder, spec.name, found.size_bytes, on_bytes, cancel)
+        self.check(spec, "sha256", remote.sha256, actual)
         self.seal(spec.folder, spec.name, new_seal(spec, remote, actual, "seeder"))
         return "adopted"
 
@@ -160,10 +189,6 @@ class S3Volume:
         for key in self.bucket.keys(prefix):
             if found := sealed_at(key.removeprefix(prefix), self._seal(Path(key))):
                 yield found
-
-    def fits(self, found: Sealed) -> bool:
-        """Whether the file is still as long as its seal says; its mtime does not show here."""
-        return self.size_bytes(found.folder, found.name) == found.seal.size
 
     def announce(self, folder: str, name: str, seal: Seal) -> None:
         """Write down what a file should be, before it gets its name."""

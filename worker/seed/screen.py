@@ -169,7 +169,8 @@ def text_of(outcome: Outcome) -> str:
     """An outcome without the model's name: `seeded, 11.9 GB in 50 s, 240 MB/s`."""
     text = WORDS[outcome.how]
     if outcome.how != "sent":
-        return text + (f", {size_text(outcome.size_bytes)}" if outcome.size_bytes else "")
+        size = f", {size_text(outcome.size_bytes)}" if outcome.size_bytes else ""
+        return text + size + (f" ({outcome.note})" if outcome.note else "")
     rate = f", {size_text(int(outcome.moved_bytes / outcome.seconds))}/s" if outcome.seconds and outcome.moved_bytes else ""
     resumed = outcome.size_bytes - outcome.moved_bytes
     kept = f", {size_text(resumed)} of it from an earlier run" if resumed > 0 else ""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from rich.text import Text
 
 from worker.errors import EnsureCancelled, ModelUnavailable, SeedUsage, VolumeFull
+from worker.models.inventory import Standing
 from worker.models.progress import Progress, size_text
 from worker.plan.items import State
 from worker.plan.lookup import ask
@@ -48,7 +49,7 @@ def seed(desk: Desk, place: Place, sources: Sources) -> int:
                 screen.say(f"{item.title}: {item.message}")
             else:
                 screen.ended(item.title, [outcome for outcome in outcomes if outcome.model == item.title])
-        outcomes += fill(desk, [item.spec for item in wanted if item.spec], place.filler, screen)
+        outcomes += fill(desk, [(item.spec, None) for item in wanted if item.spec], place.filler, screen)
     took_s = time.monotonic() - began_s
     values = [outcome.to_dict() for outcome in outcomes]
     desk.show("summary", partial(tables.summary, outcomes, took_s), seconds=round(took_s, 3), outcomes=values)
@@ -80,20 +81,23 @@ def _items(desk: Desk, sources: Sources) -> tuple[Item, ...]:
     return asked
 
 
-def fill(desk: Desk, specs: Sequence[ModelSpec], filler: Filler, screen: Screen) -> list[Outcome]:
-    """Three at a time: while one or two are put together at their end, the next is on its way."""
+def fill(desk: Desk, wanted: Sequence[tuple[ModelSpec, object]], filler: Filler, screen: Screen) -> list[Outcome]:
+    """Bring models onto the volumes, each with the stamp of the file that it is to replace (None: it replaces none).
+
+    Three at a time: while one or two are put together at their end, the next is on its way.
+    """
     with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="seed") as pool:
-        futures = [pool.submit(_one, desk, spec, filler, screen) for spec in specs]
+        futures = [pool.submit(_one, desk, spec, stamp, filler, screen) for spec, stamp in wanted]
         _wait_all(futures)
         return [outcome for future in futures for outcome in future.result()]
 
 
-def _one(desk: Desk, spec: ModelSpec, filler: Filler, screen: Screen) -> list[Outcome]:
+def _one(desk: Desk, spec: ModelSpec, stamp: object, filler: Filler, screen: Screen) -> list[Outcome]:
     model = f"{spec.folder}/{spec.name}"
     if desk.cancel.is_set():
         return [Outcome(model, title, "cancelled") for title in filler.titles]
     screen.moved(model, Progress("waiting"))
-    outcomes = filler.ensure(spec, partial(screen.moved, model), desk.cancel)
+    outcomes = filler.ensure(spec, partial(screen.moved, model), desk.cancel, replaces=stamp)
     screen.ended(model, outcomes)
     return outcomes
 
@@ -115,7 +119,9 @@ def _warn_of_room(items: Sequence[Item], place: Place, screen: Screen) -> None:
     for volume in place.volumes:
         if (free := volume.free_bytes) is None:
             continue
-        needed = sum(item.size_bytes or 0 for item in items if item.spec and not volume.look(item.spec, None, None))
+        specs = [(item.spec, item.size_bytes or 0) for item in items if item.spec]
+        absent = [size for spec, size in specs if volume.look(spec.folder, spec.name).standing is Standing.ABSENT]
+        needed = sum(absent)
         if needed > free:
             screen.say(f"warning: {volume.title} has {size_text(free)} free, {size_text(needed)} are to be fetched.")
 

@@ -70,7 +70,8 @@ def verification(checked: Sequence[Checked]) -> Table:
     table = _table("model", "size", "state", "", numbers=frozenset({"size"}))
     for item in checked:
         note = str(item.error) if item.error else ""
-        if item.verdict == "damaged":
+        if item.verdict in {"damaged", "replaced"} and item.actual:
             note = f"it has {item.actual}, not {item.sealed.seal.sha256}"
-        table.add_row(item.sealed.title, size_text(item.sealed.seal.size), Text(item.verdict, _STYLES[item.good]), note)
+        word = Text("replaced by hand" if item.verdict == "replaced" else item.verdict, _STYLES[item.good])
+        table.add_row(item.sealed.title, size_text(item.sealed.seal.size), word, note)
     return table

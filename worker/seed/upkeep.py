@@ -6,18 +6,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from worker.errors import EnsureCancelled, SpecInvalid, WorkerError
+from worker.models.inventory import Standing
 from worker.models.spec import HubFile, ModelSpec, parse_source
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping
 
     from worker.models.hub import Remote
+    from worker.models.inventory import Look
     from worker.models.progress import CancelToken
     from worker.models.seals import Seal
-    from worker.seed.outcome import How
     from worker.seed.s3volume import Sealed
 
-Verdict = Literal["whole", "touched", "damaged", "missing", "unhashed", "unreadable"]
+Verdict = Literal["whole", "touched", "damaged", "replaced", "missing", "unhashed", "unreadable"]
 
 
 class Volume(Protocol):
@@ -33,16 +34,16 @@ class Volume(Protocol):
         """What is free, where that can be known."""
         ...
 
-    def look(self, spec: ModelSpec, sha256: str | None, size_bytes: int | None) -> How | None:
-        """Whether the model is there to be used."""
+    def look(self, folder: str, name: str) -> Look:
+        """Say how a model's file stands."""
+        ...
+
+    def expected(self, spec: ModelSpec, sha256: str | None) -> str | None:
+        """What a file without a fitting seal has to hash to, if its source says `sha256`; None when any file will do."""
         ...
 
     def begun_bytes(self, spec: ModelSpec, remote: Remote) -> int:
         """How much of it is there of a run that ended."""
-        ...
-
-    def size_bytes(self, folder: str, name: str) -> int | None:
-        """A file's length; None when it is not there."""
         ...
 
     def hash(self, folder: str, name: str, size_bytes: int, on_bytes: Callable[[int], None], cancel: CancelToken) -> str:
@@ -51,10 +52,6 @@ class Volume(Protocol):
 
     def sealed(self) -> Iterator[Sealed]:
         """Every model that has a seal."""
-        ...
-
-    def fits(self, found: Sealed) -> bool:
-        """Whether its seal still is about the file."""
         ...
 
     def seal(self, folder: str, name: str, seal: Seal) -> None:
@@ -70,13 +67,16 @@ class Volume(Protocol):
 class Checked:
     """What one sealed model turned out to be.
 
-    `touched`: its mtime is another one, its content is not; it was sealed anew. `unhashed`: its seal knows no sha256.
+    `touched`: its mtime is another one, its content is not; it was sealed anew. `damaged`: size and time are those of its seal,
+    the content is not. `replaced`: size or time are others, and so is the content: somebody put it there. `unhashed`: its
+    seal knows no sha256. `stamp` is that of the file that was read.
     """
 
     sealed: Sealed
     verdict: Verdict
     actual: str | None = None
     error: WorkerError | None = None
+    stamp: object = None
 
     @property
     def good(self) -> bool:
@@ -99,34 +99,50 @@ class Checked:
 def verify(volume: Volume, found: Sealed, on_bytes: Callable[[int], None], cancel: CancelToken) -> Checked:
     """Read the file and compare; only a seal is written, and only for a file that is right. Raises `EnsureCancelled`."""
     try:
-        size_bytes = volume.size_bytes(found.folder, found.name)
-        if size_bytes is None:
+        there = volume.look(found.folder, found.name)
+        if there.standing is Standing.ABSENT:
             return Checked(found, "missing")
-        if size_bytes != found.seal.size:
-            return Checked(found, "damaged", f"{size_bytes} bytes")
+        if there.size_bytes != found.seal.size:
+            return Checked(found, "replaced", f"{there.size_bytes} bytes", stamp=there.stamp)
         if found.seal.sha256 is None:
-            return Checked(found, "unhashed")
-        return _compare(volume, found, on_bytes, cancel)
+            return Checked(found, "unhashed" if there.standing is Standing.READY else "replaced", stamp=there.stamp)
+        return _compare(volume, found, there, on_bytes, cancel)
     except EnsureCancelled:
         raise
     except WorkerError as exc:
         return Checked(found, "unreadable", error=exc)
 
 
-def _compare(volume: Volume, found: Sealed, on_bytes: Callable[[int], None], cancel: CancelToken) -> Checked:
+def _compare(volume: Volume, found: Sealed, there: Look, on_bytes: Callable[[int], None], cancel: CancelToken) -> Checked:
     actual = volume.hash(found.folder, found.name, found.seal.size, on_bytes, cancel)
-    if actual != found.seal.sha256:
-        return Checked(found, "damaged", actual)
-    if volume.fits(found):
-        return Checked(found, "whole", actual)
-    volume.seal(found.folder, found.name, found.seal)
-    return Checked(found, "touched", actual)
+    is_ready = there.standing is Standing.READY
+    if actual == found.seal.sha256:
+        if not is_ready:
+            volume.seal(found.folder, found.name, found.seal)
+        return Checked(found, "whole" if is_ready else "touched", actual)
+    changed = volume.look(found.folder, found.name).stamp != there.stamp  # while it was read
+    return Checked(found, "damaged" if is_ready and not changed else "replaced", actual, stamp=there.stamp)
 
 
 def repair_spec(found: Sealed, known: Mapping[str, ModelSpec]) -> ModelSpec | None:
-    """Where to fetch a damaged model from: what a list says, else what its seal does; None when neither knows."""
-    if spec := known.get(found.title):
-        return spec
+    """Where to fetch a damaged model from: the commit that its seal names, a list, any address in its seal; None without one.
+
+    The commit comes first because a list without a pin may mean a newer file by now; not where the list has another source.
+    """
+    own, listed = _sealed_spec(found), known.get(found.title)
+    if listed is None or (own and found.seal.commit and _is_same_origin(own, listed)):
+        return own
+    return listed
+
+
+def _is_same_origin(own: ModelSpec, listed: ModelSpec) -> bool:
+    """Whether a list means the file that was sealed, at whichever revision."""
+    if not (isinstance(own.source, HubFile) and isinstance(listed.source, HubFile)) or listed.sha256 not in {None, own.sha256}:
+        return False
+    return (own.source.repo, own.source.path) == (listed.source.repo, listed.source.path)
+
+
+def _sealed_spec(found: Sealed) -> ModelSpec | None:
     seal = found.seal
     try:
         if seal.repo and seal.file:
@@ -145,4 +161,9 @@ def unnamed(volume: Volume, named: Collection[str]) -> list[Sealed]:
     `?/name` is a name that may be in any folder.
     """
     sealed = [found for found in volume.sealed() if not {found.title, f"?/{found.name}"} & set(named)]
-    return [found for found in sealed if volume.fits(found)]
+    return [found for found in sealed if is_as_sealed(volume, found)]
+
+
+def is_as_sealed(volume: Volume, found: Sealed) -> bool:
+    """Whether the file still is the one that was sealed."""
+    return volume.look(found.folder, found.name).standing is Standing.READY
