@@ -332,6 +332,7 @@ def test_parts_of_another_content_are_sent_again(desk: Desk, stand_in: StandIn) 
     for number in (1, 2):
         old = bytearray(os.urandom(PART))
         volume.bucket.send(KEY, upload, number, old, hashlib.md5(old, usedforsecurity=False).digest())
+    desk.proxy.wait_for("UploadPart", 2)  # a call is recorded once it was answered
     desk.proxy.reset()
     assert stand_in.endpoint
     assert [outcome.how for outcome in desk.seed()] == ["sent"]
