@@ -21,7 +21,7 @@ HALL = [
     ["graphs"],
     ["loop", "logs", "progress", "laps"],
     ["job", "settings", "failure", "volume"],
-    ["errors"],
+    ["errors", "clock"],
 ]
 WINGS = ["models", "comfy", "media"]
 EDITOR = [

@@ -1,0 +1,121 @@
+"""Time that passed for this worker: a clock that stands still while the process is frozen. Touches threads.
+
+RunPod's FlashBoot freezes idle workers and thaws them later. A deadline on the system's clock is over then, although nobody has
+had a chance to answer, and connections to other machines are dead without a word.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+log = logging.getLogger(__name__)
+
+_TICK_S = 0.5
+# A machine that is busy, or a library that holds the interpreter, makes ticks late by a second or two.
+_LATE_S = 4.0
+
+
+class RunningClock:
+    """Seconds that this process was able to run. Call it like `time.monotonic`, from any thread.
+
+    Once started, it ticks. A gap of more than `late_s` between two ticks is a freeze. It does not count, and the functions
+    given to `on_thaw` are called with its length in seconds, on the clock's own thread. A wall clock that jumps ahead tells of
+    a freeze, too: the monotonic clock of a machine that was thawed may have stood still.
+    """
+
+    def __init__(
+        self,
+        late_s: float = _LATE_S,
+        monotonic: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self._late_s = late_s
+        self._monotonic = monotonic
+        self._wall = wall
+        self._lock = threading.Lock()
+        self._seen_s = monotonic()
+        self._offset_s = wall() - self._seen_s
+        self._frozen_s = 0.0
+        self._thawed_s: float | None = None
+        self._on_thaw: list[Callable[[float], None]] = []
+        self._ticking = False
+        self._stopped = threading.Event()
+
+    def __call__(self) -> float:
+        """Return the seconds; the difference of two answers is what passed while the process ran."""
+        with self._lock:
+            return self._look() - self._frozen_s
+
+    def on_thaw(self, tell: Callable[[float], None]) -> None:
+        """Have a function called after each freeze. It runs on the clock's thread and returns at once."""
+        self._on_thaw.append(tell)
+
+    def start(self) -> RunningClock:
+        """Begin to tick; return this clock."""
+        with self._lock:
+            self._look()
+            self._ticking = True
+        threading.Thread(target=self._tick, name="clock", daemon=True).start()
+        return self
+
+    def stop(self) -> None:
+        """End the ticks; freezes are not noticed any more."""
+        self._stopped.set()
+
+    def _tick(self) -> None:
+        while not self._stopped.wait(_TICK_S):
+            self.notice()
+
+    def notice(self) -> None:
+        """Look whether there was a freeze, and tell those who want to know."""
+        with self._lock:
+            self._look()
+            thawed_s, self._thawed_s = self._thawed_s, None
+        if thawed_s is None:
+            return
+        log.info("this worker was frozen for %.1f s; its connections are made anew", thawed_s)
+        for tell in self._on_thaw:
+            tell(thawed_s)
+
+    def _look(self) -> float:
+        """Return the monotonic time, after a gap since the last look was taken for what it is. The lock is held."""
+        now_s = self._monotonic()
+        offset_s = self._wall() - now_s
+        gap_s, jump_s = now_s - self._seen_s, offset_s - self._offset_s
+        if self._ticking and gap_s > self._late_s:
+            self._frozen_s += gap_s
+        if self._ticking and max(gap_s, jump_s) > self._late_s:
+            self._thawed_s = (self._thawed_s or 0.0) + gap_s + max(0.0, jump_s)
+        self._seen_s, self._offset_s = now_s, offset_s
+        return now_s
+
+
+@contextlib.asynccontextmanager
+async def within(seconds: float, clock: Callable[[], float]) -> AsyncIterator[None]:
+    """Raise `TimeoutError` in the body after `seconds` by this clock, as `asyncio.timeout` does by the loop's."""
+    loop = asyncio.get_running_loop()
+    until_s = clock() + seconds
+    timer: asyncio.TimerHandle
+
+    def look() -> None:
+        nonlocal timer
+        left_s = until_s - clock()
+        if left_s > 0:
+            timer = loop.call_later(left_s, look)
+        else:
+            limit.reschedule(loop.time())
+
+    timer = loop.call_later(seconds, look)
+    try:
+        async with asyncio.timeout(None) as limit:
+            yield
+    finally:
+        timer.cancel()
