@@ -84,6 +84,7 @@ class BareEngine:
     def __init__(self, engine: Engine, base_dir: Path, args: Sequence[str] | None = None) -> None:
         base_dir.mkdir(parents=True, exist_ok=True)
         self._port = free_port()
+        self.address = f"127.0.0.1:{self._port}"
         self._client_id = uuid.uuid4().hex
         argv = [engine.python, "main.py", "--listen", "127.0.0.1", "--port", str(self._port), "--disable-auto-launch"]
         self._process = subprocess.Popen(

@@ -12,6 +12,7 @@ from worker.comfy.embedded import embedded_workflow
 from worker.comfy.overrides import apply_overrides, next_values
 from worker.comfy.workflow import parse_graph
 from worker.errors import FieldInvalid, NoWorkflowInFile
+from worker.known import known
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -21,8 +22,7 @@ if TYPE_CHECKING:
     from worker.job import Request
     from worker.media.inputs import JobFiles
 
-# What saved seeds are called. 32 bits: some nodes take no more, and nobody draws so many pictures.
-_SEEDS = frozenset({"seed", "noise_seed"})
+# 32 bits: some nodes take no more, and nobody draws so many pictures.
 _SEED_RANGE = 1 << 32
 # A large workflow is converted for tens of milliseconds; the loop has other things to do.
 _IN_A_THREAD_NODES = 50
@@ -102,6 +102,6 @@ def _with_seeds(node_id: str, node: dict[str, Any], marked: set[tuple[str, str]]
     values = {
         name: random.randrange(_SEED_RANGE) if seed == "random" else seed  # noqa: S311 - a picture's seed, no secret
         for name, value in node["inputs"].items()
-        if isinstance(value, int) and ((node_id, name) in marked if marked else name in _SEEDS)
+        if isinstance(value, int) and ((node_id, name) in marked if marked else name in known().editor.seeds)
     }
     return {**node, "inputs": {**node["inputs"], **values}} if values else node

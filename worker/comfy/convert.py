@@ -12,15 +12,16 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from worker.comfy.parts import BROADCASTERS, FOREIGN_VIRTUAL, GROUP_PREFIXES, VIRTUAL, describe
+from worker.comfy.parts import GROUP_PREFIXES, describe
 from worker.comfy.primitives import apply_primitives
 from worker.comfy.resolve import Resolver, Value, flatten
-from worker.comfy.sheets import ALIASES, load
+from worker.comfy.sheets import load
 from worker.comfy.ui_graph import BYPASSED, MUTED, Budget, is_ui, read_ui, shown
 from worker.comfy.ui_text import choose, fill_tokens
 from worker.comfy.ui_values import plain, text_of
 from worker.comfy.widgets import UNSET, Dialect, dialect_of, uploaded
 from worker.errors import UiWorkflowInvalid, UnknownNodes
+from worker.known import known
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -64,8 +65,9 @@ def classes(ui: object) -> frozenset[str]:
     graph = read_ui(ui)
     scopes = [graph.root, *graph.definitions.values()]
     found = frozenset(node.type for scope in scopes for node in scope.nodes.values())
-    renamed = {ALIASES[name] for name in found if name in ALIASES}
-    return (found | renamed) - VIRTUAL - FOREIGN_VIRTUAL - graph.definitions.keys()
+    aliases = known().editor.aliases
+    renamed = {aliases[name] for name in found if name in aliases}
+    return (found | renamed) - known().editor.virtual - graph.definitions.keys()
 
 
 def convert(
@@ -98,67 +100,6 @@ def convert(
 
 
 # --- the graph ----------------------------------------------------------------------------------
-
-# Classes whose `filename_prefix` may hold %...%.
-_SAVERS = frozenset(
-    {
-        "CLIPSave",
-        "LoraSave",
-        "ModelSave",
-        "SaveAnimatedPNG",
-        "SaveAnimatedWEBP",
-        "SaveAudio",
-        "SaveGLB",
-        "SaveImage",
-        "SaveLatent",
-        "SaveVideo",
-        "SaveWEBM",
-        "VAESave",
-    }
-)
-_MODERN_SAVERS = _SAVERS | {
-    "Save3DAdvanced",
-    "SaveAudioAdvanced",
-    "SaveAudioMP3",
-    "SaveAudioOpus",
-    "SaveGaussianSplat",
-    "SaveImageAdvanced",
-    "SavePointCloud",
-    "SaveSVGNode",
-}
-_MADE_BY_BROWSER = frozenset({"AUDIO_RECORD", "LOAD_3D", "WEBCAM"})
-# Where the editor's 3D view stands before it has drawn anything.
-_CAMERA = {
-    "position": {"x": 10, "y": 10, "z": 10.000000000000002},
-    "target": {"x": 0, "y": 0, "z": 0},
-    "zoom": 1,
-    "cameraType": "perspective",
-    "quaternion": {"x": -0.2798481423331213, "y": 0.3647051996310008, "z": 0.11591689595929511, "w": 0.8804762392171493},
-    "fov": 35,
-    "aspect": 1,
-    "near": 0.01,
-    "far": 10000,
-    "frustum": {"left": -5, "right": 5, "top": 5, "bottom": -5},
-}
-# The editor's own English names where /object_info of the engine has another or none.
-_CLASSIC_TITLES = {
-    "EmptyHunyuanLatentVideo": "EmptyHunyuanLatentVideo",
-    "Preview3D": "Preview 3D",
-    "PreviewAny": "Preview Any",
-}
-_MODERN_TITLES = {
-    "EmptyCosmosLatentVideo": "Empty Cosmos Latent Video",
-    "EmptyHunyuanImageLatent": "Empty Hunyuan Image Latent",
-    "EmptyLTXVLatentVideo": "Empty LTXV Latent Video",
-    "EmptyLatentHunyuan3Dv2": "Empty Hunyuan 3D v2 Latent",
-    "LTXVConcatAVLatent": "Concat AV Latent",
-    "LTXVSeparateAVLatent": "Separate AV Latent",
-    "StableCascade_EmptyLatentImage": "Empty Stable Cascade Latent Image",
-    "StableCascade_StageC_VAEEncode": "Stable Cascade Stage C VAE Encode",
-    "TextEncodeQwenImageEdit": "Text Encode Qwen Image Edit",
-    "TextEncodeQwenImageEditPlus": "Text Encode Qwen Image Edit Plus",
-    "VAEDecodeHunyuan3D": "Hunyuan 3D VAE Decode",
-}
 
 
 @dataclass(slots=True)
@@ -198,7 +139,7 @@ class _Writer:
     def _refuse_unknown(self, running: list[tuple[Frame, Part]]) -> None:
         unknown: dict[str, Part] = {}
         for _, part in running:
-            if part.node.type in BROADCASTERS:
+            if part.node.type in known().editor.broadcasters:
                 raise UiWorkflowInvalid(f"node {part.node} feeds other nodes without links; replace it by links")
             if part.kind == "unknown" and part.node.type.startswith(GROUP_PREFIXES):
                 raise UiWorkflowInvalid(f"node {part.node} is a group node; convert it to nodes or to a subgraph in the editor")
@@ -221,8 +162,8 @@ class _Writer:
     def _class_title(self, class_type: str) -> str:
         name = self.object_info[class_type].get("display_name")
         if self.dialect is Dialect.CLASSIC:
-            return _CLASSIC_TITLES.get(class_type) or name or class_type
-        return name or _MODERN_TITLES.get(class_type, class_type)
+            return known().editor.classic_titles.get(class_type) or name or class_type
+        return name or known().editor.modern_titles.get(class_type, class_type)
 
     def _inputs(self, frame: Frame, part: Part, resolver: Resolver) -> dict[str, object]:
         inputs: dict[str, object] = {}
@@ -268,7 +209,8 @@ class _Writer:
 
     def _sent(self, part: Part, widget: Widget) -> object:
         value = plain(
-            _without_browser(part, widget) if widget.spec.widget_type in _MADE_BY_BROWSER else widget.value, self.budget
+            _without_browser(part, widget) if widget.spec.widget_type in known().editor.made_by_browser else widget.value,
+            self.budget,
         )
         if widget.multiline and not isinstance(value, str):
             value = text_of(value)
@@ -280,7 +222,7 @@ class _Writer:
         if isinstance(value, str):
             if widget.spec.options.get("dynamicPrompts"):
                 value = choose(value, self.random)
-            if widget.name == "filename_prefix" and part.node.type in (_SAVERS if classic else _MODERN_SAVERS):
+            if widget.name == "filename_prefix" and part.node.type in _savers(self.dialect):
                 value = self._filled(part, value)
         return _wrapped(value, "" if classic else widget.spec.widget_type)
 
@@ -322,12 +264,17 @@ def _without_browser(part: Part, widget: Widget) -> object:
     camera = part.node.properties.get("Camera Config")
     state = camera.get("state") if isinstance(camera, dict) else None
     view = {"image": "", "mask": "", "normal": "", "recording": "", "model_3d_info": []}
-    return {**view, "camera_info": state if isinstance(state, dict) else _CAMERA}
+    return {**view, "camera_info": state if isinstance(state, dict) else known().editor.camera}
 
 
 def _search_name(part: Part) -> object:
     saved = part.node.properties.get("Node name for S&R")
-    return part.node.type if saved is None and part.node.type not in _SAVERS else saved
+    return part.node.type if saved is None and part.node.type not in known().editor.classic_savers else saved
+
+
+def _savers(dialect: Dialect) -> frozenset[str]:
+    editor = known().editor
+    return editor.classic_savers if dialect is Dialect.CLASSIC else editor.modern_savers
 
 
 def _wrapped(value: object, kind: str = "") -> object:

@@ -12,36 +12,6 @@ if TYPE_CHECKING:
     from worker.comfy.widgets import Widget
 
 PRIMITIVE, SETTER, GETTER = "PrimitiveNode", "SetNode", "GetNode"
-REROUTES = frozenset({"Reroute", "Reroute (rgthree)", SETTER})
-"""Nodes whose output is their input."""
-
-VIRTUAL = frozenset({"Reroute", "Note", "MarkdownNote", PRIMITIVE})
-"""Nodes that exist in the editor only."""
-
-FOREIGN_VIRTUAL = frozenset(
-    {
-        SETTER,
-        GETTER,
-        "Bookmark (rgthree)",
-        "Fast Actions Button (rgthree)",
-        "Fast Bypasser (rgthree)",
-        "Fast Groups Bypasser (rgthree)",
-        "Fast Groups Muter (rgthree)",
-        "Fast Muter (rgthree)",
-        "Label (rgthree)",
-        "Mute / Bypass Relay (rgthree)",
-        "Mute / Bypass Repeater (rgthree)",
-        "Node Collector (rgthree)",
-        "Reroute (rgthree)",
-    }
-)
-"""Nodes of two widespread packs that exist in the editor only too; what they switch is in the modes of other nodes."""
-
-BROADCASTERS = frozenset(
-    {"Anything Everywhere", "Anything Everywhere3", "Anything Everywhere?", "Prompts Everywhere", "Seed Everywhere"}
-)
-"""Nodes of a widespread pack that feed inputs without a link; only its code in the editor knows which."""
-
 GROUP_PREFIXES = ("workflow>", "workflow/")
 """How the class of a group node begins, the editor's older kind of subgraph."""
 

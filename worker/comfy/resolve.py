@@ -9,10 +9,11 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from worker.comfy.parts import FOREIGN_VIRTUAL, GETTER, HIDDEN, REROUTES, VIRTUAL, setter_of
+from worker.comfy.parts import GETTER, HIDDEN, setter_of
 from worker.comfy.ui_graph import BYPASSED, INPUT_NODE, MAX_NODES, MUTED, shown
 from worker.comfy.widgets import Dialect
 from worker.errors import UiWorkflowInvalid
+from worker.known import known
 
 if TYPE_CHECKING:
     from worker.comfy.parts import Part, Sheet
@@ -147,12 +148,12 @@ class Resolver:
             return None if past is None else _Step(frame, part, past, None, incoming=True)
         if part.inner is not None:
             return self._inside(frame, part, at, kind)
-        if part.kind in VIRTUAL or part.kind in FOREIGN_VIRTUAL:
+        if part.kind in known().editor.virtual:
             return self._virtual(frame, part, at, kind)
         return f"{frame.prefix}{part.node.id}", at
 
     def _virtual(self, frame: Frame, part: Part, at: int, kind: str) -> _Step | None:
-        if part.kind in REROUTES:
+        if part.kind in known().editor.reroutes:
             return _Step(frame, part, at, kind, incoming=True)
         if part.kind == GETTER:
             self.budget.step(len(part.sheet.parts))

@@ -11,25 +11,17 @@ from dataclasses import dataclass, field, replace
 from graphlib import CycleError, TopologicalSorter
 from typing import TYPE_CHECKING, Any
 
-from worker.comfy.parts import FOREIGN_VIRTUAL, VIRTUAL, Part, PartSlot, Sheet
+from worker.comfy.parts import Part, PartSlot, Sheet
 from worker.comfy.promoted import Instance, find_promoted
 from worker.comfy.widgets import DYNAMIC_COMBO, Dialect, ShapeSlot, read_specs, shape_of
 from worker.errors import UiWorkflowInvalid
+from worker.known import known
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
     from worker.comfy.ui_graph import Budget, Link, Node, Scope, UiGraph
     from worker.comfy.widgets import InputSpec, Shape
-
-ALIASES: Mapping[str, str] = {
-    "T2IAdapterLoader": "ControlNetLoader",
-    "ConditioningAverage ": "ConditioningAverage",
-    "SDV_img2vid_Conditioning": "SVD_img2vid_Conditioning",
-    "Load3DAnimation": "Load3D",
-    "Preview3DAnimation": "Preview3D",
-}
-"""Classes that were renamed, as the classic frontend knew them."""
 
 
 def load(ui: UiGraph, object_info: Mapping[str, Any], dialect: Dialect, budget: Budget) -> Sheet:
@@ -147,12 +139,12 @@ class _Loader:
         if node.type in self.sheets:
             return self._instance(node, sheet, links, by_target)
         definition = self._definition(node)
-        if node.type in VIRTUAL or definition is None:
+        if node.type in known().editor.own_virtual or definition is None:
             slots = [PartSlot(slot.name, slot.type, link, slot.widget) for slot, link in zip(node.slots, links, strict=True)]
-            kind = node.type if node.type in VIRTUAL | FOREIGN_VIRTUAL else "unknown"
+            kind = node.type if node.type in known().editor.virtual else "unknown"
             return Part(node, sheet, kind, slots, list(node.outputs), [])
         if node.type not in self.object_info:
-            node = replace(node, type=ALIASES[node.type])
+            node = replace(node, type=known().editor.aliases[node.type])
         if node.type not in self.specs:
             self.specs[node.type] = read_specs(definition)
         shape = shape_of(node, self.specs[node.type], self.dialect)
@@ -162,7 +154,7 @@ class _Loader:
         return part
 
     def _definition(self, node: Node) -> Mapping[str, Any] | None:
-        found = self.object_info.get(node.type) or self.object_info.get(ALIASES.get(node.type, ""))
+        found = self.object_info.get(node.type) or self.object_info.get(known().editor.aliases.get(node.type, ""))
         return found if isinstance(found, dict) else None
 
     def _instance(

@@ -10,55 +10,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 from worker.comfy.workflow import is_link, named_models
+from worker.known import known
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from worker.comfy.workflow import Graph
 
-_KEPT: Final[Mapping[str, frozenset[str]]] = {
-    "CheckpointLoaderSimple": frozenset({"ckpt_name"}),
-    "UNETLoader": frozenset({"unet_name", "weight_dtype"}),
-    "CLIPLoader": frozenset({"clip_name", "type", "device"}),
-    "DualCLIPLoader": frozenset({"clip_name1", "clip_name2", "type", "device"}),
-    "TripleCLIPLoader": frozenset({"clip_name1", "clip_name2", "clip_name3"}),
-    "QuadrupleCLIPLoader": frozenset({"clip_name1", "clip_name2", "clip_name3", "clip_name4"}),
-    "VAELoader": frozenset({"vae_name"}),
-    "LoraLoader": frozenset({"lora_name", "strength_model", "strength_clip"}),
-    "LoraLoaderModelOnly": frozenset({"lora_name", "strength_model"}),
-    "CLIPSetLastLayer": frozenset({"stop_at_clip_layer"}),
-    "ModelSamplingAuraFlow": frozenset({"shift"}),
-    "ModelSamplingFlux": frozenset({"max_shift", "base_shift", "width", "height"}),
-    "ModelSamplingSD3": frozenset({"shift"}),
-    "CLIPTextEncode": frozenset({"text"}),
-    "CLIPTextEncodeFlux": frozenset({"clip_l", "t5xxl", "guidance"}),
-    "ConditioningZeroOut": frozenset(),
-    "FluxGuidance": frozenset({"guidance"}),
-    "EmptyLatentImage": frozenset({"width", "height", "batch_size"}),
-    "EmptySD3LatentImage": frozenset({"width", "height", "batch_size"}),
-    "EmptyHunyuanLatentVideo": frozenset({"width", "height", "length", "batch_size"}),
-    "KSampler": frozenset({"seed", "steps", "cfg", "sampler_name", "scheduler", "denoise"}),
-    "KSamplerSelect": frozenset({"sampler_name"}),
-    "BasicScheduler": frozenset({"scheduler", "steps", "denoise"}),
-    "BasicGuider": frozenset(),
-    "CFGGuider": frozenset({"cfg"}),
-    "RandomNoise": frozenset({"noise_seed"}),
-    "SamplerCustomAdvanced": frozenset(),
-    "VAEDecode": frozenset(),
-}
-# What these inputs become, whatever the job had: nothing of its text, and the least work that touches all weights. One image,
-# one frame and one step, in the job's own width and height, for which kernels are chosen.
-_FIXED: Final[Mapping[str, object]] = {
-    "text": "",
-    "clip_l": "",
-    "t5xxl": "",
-    "seed": 0,
-    "noise_seed": 0,
-    "steps": 1,
-    "denoise": 1.0,
-    "batch_size": 1,
-    "length": 1,
-}
 _SINK: Final = "PreviewAny"  # takes an output of any type, and writes no file
 
 
@@ -68,7 +26,7 @@ def loading_part(graph: Graph) -> Graph | None:
     Its node ids are new. Applied to its own result it changes nothing, so that a graph which lay on a volume can be put
     through it again.
     """
-    kept = {node_id: node for node_id, node in graph.items() if node["class_type"] in _KEPT}
+    kept = {node_id: node for node_id, node in graph.items() if node["class_type"] in known().warmup_kept}
     while lost := [node_id for node_id, node in kept.items() if not _is_fed(graph, kept, node)]:
         for node_id in lost:
             del kept[node_id]
@@ -86,7 +44,7 @@ def runnable(part: Graph) -> Graph:
 
 def _is_fed(graph: Graph, kept: Graph, node: dict[str, Any]) -> bool:
     """Whether everything that the node takes from other nodes still comes; what is fixed need not."""
-    fixed = _KEPT[node["class_type"]] & _FIXED.keys()
+    fixed = known().warmup_kept[node["class_type"]] & known().warmup_fixed.keys()
     links = ((name, value) for name, value in node["inputs"].items() if is_link(graph, value))
     return all(value[0] in kept or name in fixed for name, value in links)
 
@@ -94,10 +52,10 @@ def _is_fed(graph: Graph, kept: Graph, node: dict[str, Any]) -> bool:
 def _bare(graph: Graph, node: dict[str, Any], numbers: Mapping[str, str]) -> dict[str, Any]:
     inputs: dict[str, Any] = {}
     for name, value in node["inputs"].items():
-        if name in _KEPT[node["class_type"]] and name in _FIXED:
-            inputs[name] = _FIXED[name]
+        if name in known().warmup_kept[node["class_type"]] and name in known().warmup_fixed:
+            inputs[name] = known().warmup_fixed[name]
         elif is_link(graph, value):
             inputs[name] = [numbers[value[0]], value[1]]
-        elif name in _KEPT[node["class_type"]] and isinstance(value, (str, int, float)):
+        elif name in known().warmup_kept[node["class_type"]] and isinstance(value, (str, int, float)):
             inputs[name] = value
     return {"class_type": node["class_type"], "inputs": inputs}

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from worker.comfy.ui_values import text_of
 from worker.errors import UiWorkflowInvalid
+from worker.known import known
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -48,19 +49,9 @@ def dialect_of(frontend: str | None, object_info: Mapping[str, Any]) -> Dialect:
 
 # --- what a class declares ----------------------------------------------------------------------
 
-_CLASSIC_WIDGETS = frozenset(
-    ("INT", "FLOAT", "BOOLEAN", "STRING", "MARKDOWN", "COMBO", "IMAGEUPLOAD", "COLOR", "IMAGECOMPARE", "CHART", "GALLERIA")
-).union(("TEXTAREA", "AUDIO_UI", "AUDIOUPLOAD", "AUDIO_RECORD", "WEBCAM", "LOAD_3D", "PREVIEW_3D"))
 DYNAMIC_COMBO, _DYNAMIC_GROUP = "COMFY_DYNAMICCOMBO_V3", "COMFY_DYNAMICGROUP_V3"
 """An input whose options bring inputs of their own."""
 _AUTOGROW, _MATCH_TYPE = "COMFY_AUTOGROW_V3", "COMFY_MATCHTYPE_V3"
-_MODERN_WIDGETS = _CLASSIC_WIDGETS.union(
-    ["BOUNDING_BOX", "PAINTER", "COMPOSITOR", "CURVE", "RANGE", "VIDEO_EDIT", "RESOLUTION_PREVIEW", "BOUNDING_BOXES"],
-    ["LIGHT_INFO_PREVIEW", "COLORS", DYNAMIC_COMBO, _DYNAMIC_GROUP],
-)
-_NOT_SAVED = frozenset({"AUDIO_UI", "IMAGECOMPARE", "RESOLUTION_PREVIEW"})  # no place in widgets_values
-_SEEDS = frozenset({"seed", "noise_seed"})
-_UPLOADS = ("image_upload", "video_upload", "animated_image_upload")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,14 +71,15 @@ class InputSpec:
 
     def is_widget(self, dialect: Dialect) -> bool:
         """Whether the editor shows a widget for it."""
-        known = _MODERN_WIDGETS if dialect is Dialect.MODERN else _CLASSIC_WIDGETS
-        return self.widget_type in known and not self.options.get("forceInput")
+        editor = known().editor
+        widgets = editor.modern_widgets if dialect is Dialect.MODERN else editor.classic_widgets
+        return self.widget_type in widgets and not self.options.get("forceInput")
 
     def has_control(self) -> bool:
         """Whether a `control_after_generate` follows it: asked for, or a seed by its name that does not refuse it."""
         asked = self.options.get("control_after_generate")
         if self.widget_type == "INT" and asked is None:
-            return self.name in _SEEDS
+            return self.name in known().editor.seeds
         return self.widget_type in {"INT", "COMBO"} and bool(asked)
 
     def default(self) -> object:
@@ -105,21 +97,11 @@ class InputSpec:
             case "COLOR":
                 return "#000000" if given is None else given
             case _:
-                return _DEFAULTS.get(self.widget_type, "") if given is None else given
+                return known().editor.defaults.get(self.widget_type, "") if given is None else given
 
 
 UNSET = object()
 """A widget without a value: its input is absent from the prompt."""
-
-_DEFAULTS: Mapping[str, object] = {
-    "BOUNDING_BOX": {"x": 0, "y": 0, "width": 512, "height": 512},
-    "BOUNDING_BOXES": [],
-    "COLORS": [],
-    "CURVE": {"points": [[0, 0], [1, 1]], "interpolation": "monotone_cubic"},
-    "RANGE": {"min": 0, "max": 1},
-    "RESOLUTION_PREVIEW": None,
-    "IMAGECOMPARE": ["", ""],
-}
 
 
 def read_spec(name: str, raw: object) -> InputSpec:
@@ -238,7 +220,9 @@ def _without_forced(values: list[Any], specs: Sequence[InputSpec], dialect: Dial
     for spec in specs:
         is_forced = bool(spec.options.get("forceInput"))
         if is_forced or spec.is_widget(dialect):
-            counted = spec.options.get("control_after_generate") or (spec.widget_type == "INT" and spec.name in _SEEDS)
+            counted = spec.options.get("control_after_generate") or (
+                spec.widget_type == "INT" and spec.name in known().editor.seeds
+            )
             forced.extend([is_forced, False] if counted else [is_forced])
     if not any(forced) or len(forced) != len(values):
         return values
@@ -283,7 +267,7 @@ class _Shaper:
             self._dynamic_combo(spec)
             return
         widget = Widget(spec, spec.name, spec.default())
-        if spec.widget_type not in _NOT_SAVED:
+        if spec.widget_type not in known().editor.not_saved:
             widget.value = self._saved(spec, widget.value)
         widget.in_prompt = spec.widget_type not in {"IMAGEUPLOAD", "RESOLUTION_PREVIEW"}
         self.made.widgets.append(widget)
@@ -386,12 +370,11 @@ def _match_type(spec: InputSpec) -> str:
 # --- what the editor's own extensions add to a class --------------------------------------------
 
 _MAX_OPTIONS = 1_000
-_AUDIO_PLAYERS = frozenset({"LoadAudio", "SaveAudio", "PreviewAudio", "SaveAudioMP3", "SaveAudioOpus"})
 
 
 def _add_extras(node: Node, made: Shape, values: _Values, dialect: Dialect) -> None:
     # Classic frontends send these along; they are no inputs of the class, and ComfyUI passes over them.
-    if dialect is Dialect.CLASSIC and node.type in _AUDIO_PLAYERS:
+    if dialect is Dialect.CLASSIC and node.type in known().editor.audio_players:
         _extra(made, "audioUI", "")
     if dialect is Dialect.CLASSIC and node.type == "PreviewAny":
         _extra(made, "preview", "")
@@ -422,7 +405,7 @@ def _add_custom_combo(made: Shape, values: _Values) -> None:
 
 def uploaded(spec: InputSpec, value: object) -> object:
     """What a classic frontend makes of the value of a file chooser: a path, in the output folder said so."""
-    if spec.widget_type != "COMBO" or not any(spec.options.get(key) for key in _UPLOADS):
+    if spec.widget_type != "COMBO" or not any(spec.options.get(key) for key in known().editor.uploads):
         return value
     if isinstance(value, list):
         value = value[0] if value else None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from worker.errors import (
@@ -20,6 +21,7 @@ from worker.errors import (
     WorkflowNotFinite,
     WorkflowUiFormat,
 )
+from worker.known import known
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -416,82 +418,6 @@ def _shown(text: str) -> str:
 WEIGHT_SUFFIXES = (".safetensors", ".sft", ".gguf", ".ckpt", ".pt", ".pt2", ".bin", ".pth", ".pkl", ".onnx")
 """What ComfyUI's folder_paths.supported_pt_extensions lists, and the two that custom loaders add."""
 
-# Folders that ComfyUI reads as one, the one that new files go to first (folder_paths.folder_names_and_paths, map_legacy).
-_SAME_FOLDER: Mapping[str, tuple[str, ...]] = {
-    "diffusion_models": ("diffusion_models", "unet"),
-    "text_encoders": ("text_encoders", "clip"),
-    "controlnet": ("controlnet", "t2i_adapter"),
-}
-
-# Loaders whose input's name does not tell the folder, or tells a wrong one. Core first, then custom nodes.
-_FOLDER_OF_CLASS: Mapping[str, str] = {
-    "CLIPVisionLoader": "clip_vision",
-    "ConditioningLoader": "embeddings",
-    "FrameInterpolationModelLoader": "frame_interpolation",
-    "LatentUpscaleModelLoader": "latent_upscale_models",
-    "LoadBackgroundRemovalModel": "background_removal",
-    "LoadDA3Model": "geometry_estimation",
-    "LoadMediaPipeFaceLandmarker": "detection",
-    "LoadMoGeModel": "geometry_estimation",
-    "ModelPatchLoader": "model_patches",
-    "OpticalFlowLoader": "optical_flow",
-    "SAM3DBody_Loader": "detection",
-    "UpscaleModelLoader": "upscale_models",
-    "ADE_AnimateDiffLoRALoader": "animatediff_motion_lora",
-    "ADE_AnimateDiffLoaderGen1": "animatediff_models",
-    "ADE_AnimateDiffLoaderWithContext": "animatediff_models",
-    "ADE_LoadAnimateDiffModel": "animatediff_models",
-    "BrushNetLoader": "inpaint",
-    "FaceRestoreModelLoader": "facerestore_models",
-    "HyVideoModelLoader": "diffusion_models",
-    "HyVideoVAELoader": "vae",
-    "INPAINT_LoadFooocusInpaint": "inpaint",
-    "INPAINT_LoadInpaintModel": "inpaint",
-    "LoadWanVideoT5TextEncoder": "text_encoders",
-    "NunchakuFluxDiTLoader": "diffusion_models",
-    "NunchakuQwenImageDiTLoader": "diffusion_models",
-    "OnnxDetectionModelLoader": "detection",
-    "SAMLoader": "sams",
-    "UltralyticsDetectorProvider": "ultralytics",
-    "WanVideoModelLoader": "diffusion_models",
-    "WanVideoVACEModelSelect": "diffusion_models",
-    "WanVideoVAELoader": "vae",
-}
-
-# An input's name, where it tells the folder whatever the class.
-_FOLDER_OF_INPUT: tuple[tuple[re.Pattern[str], str], ...] = tuple(
-    (re.compile(pattern), folder)
-    for pattern, folder in (
-        (r"(.*_)?clip_?vision(_model)?(_name)?_?\d*", "clip_vision"),
-        (r"(.*_)?(ckpt|checkpoint)(_name)?_?\d*", "checkpoints"),
-        (r"(.*_)?lora(_name)?_?\d*(_name)?", "loras"),
-        (r"(.*_)?vae(_name)?_?\d*", "vae"),
-        (r"(.*_)?(unet|diffusion_model)(_name)?_?\d*", "diffusion_models"),
-        (r"(.*_)?(clip_name|text_encoder(_name)?)_?\d*", "text_encoders"),
-        (r"(.*_)?control_?net(_model)?(_name)?_?\d*", "controlnet"),
-        (r"(.*_)?upscale(r|_model)(_name)?_?\d*", "upscale_models"),
-        (r"style_model(_name)?", "style_models"),
-        (r"gligen(_name|_textbox_model)?", "gligen"),
-        (r"hypernetwork(_name)?", "hypernetworks"),
-        (r"photomaker(_model)?(_name)?", "photomaker"),
-        (r"audio_encoder(_name)?", "audio_encoders"),
-        (r"bg_removal(_name)?", "background_removal"),
-        (r"model_patch(_name)?", "model_patches"),
-        (r"embedding(_name)?", "embeddings"),
-        (r"ip_?adapter(_name|_file)?", "ipadapter"),
-        (r"instantid_file", "instantid"),
-        (r"pulid_file", "pulid"),
-        (r"sam_model(_name)?", "sams"),
-    )
-)
-
-# nodes.VAELoader: names that stand for an encoder and a decoder in vae_approx, and files that it takes from there.
-_IMAGE_TAES = frozenset({"taesd", "taesdxl", "taesd3", "taef1", "taef2"})
-_VIDEO_TAES = frozenset({"taehv", "lighttaew2_2", "lighttaew2_1", "lighttaehy1_5", "taeltx_2", "taeh3"})
-_TAE_SUFFIXES = (".safetensors", ".pth", ".pt")
-
-_EMBEDDING_SUFFIXES = (".safetensors", ".pt", ".bin")  # in the order that comfy.sd1_clip.load_embed tries them
-
 # Inputs whose files are what the job works on or writes, whatever they end in.
 _MEDIA_INPUT = re.compile(
     r"(.*_)?(image|images|mask|masks|video|videos|audio|audios|latent|upload)(_?\d+)?"
@@ -586,10 +512,10 @@ def _names_in(class_type: str, key: str, text: str) -> Iterator[tuple[str, tuple
         for name in _embeddings(text):
             yield name, ("embeddings",), _embedding_spellings(name)
     leaf = key.rpartition(".")[2]
-    if text in _IMAGE_TAES and leaf == "vae_name":
+    if text in known().image_taes and leaf == "vae_name":
         for part in ("encoder", "decoder"):
             stem = f"{text}_{part}"
-            yield stem, ("vae_approx",), tuple(stem + suffix for suffix in _TAE_SUFFIXES)
+            yield stem, ("vae_approx",), tuple(stem + suffix for suffix in known().tae_suffixes)
     elif _is_model_name(class_type, key, text):
         name = text.replace("\\", "/")
         yield name, _folders_of(class_type, leaf, name), None
@@ -613,16 +539,22 @@ def _is_plain_name(name: str) -> bool:
 
 
 def _folders_of(class_type: str, leaf: str, name: str) -> tuple[str, ...]:
-    folder = _FOLDER_OF_CLASS.get(class_type) or _folder_of_input(leaf.lower())
+    folder = known().folder_of(class_type, leaf) or _folder_of_input(leaf.lower())
     if folder == "text_encoders" and "clipvision" in class_type.lower():
         folder = "clip_vision"  # CLIPVisionLoader's many descendants keep its input's name, clip_name
-    if folder == "vae" and name.rpartition(".")[0] in _VIDEO_TAES:
+    if folder == "vae" and name.rpartition(".")[0] in known().video_taes:
         folder = "vae_approx"
-    return _SAME_FOLDER.get(folder, (folder,)) if folder else ()
+    return known().one_folder.get(folder, (folder,)) if folder else ()
 
 
 def _folder_of_input(leaf: str) -> str | None:
-    return next((folder for pattern, folder in _FOLDER_OF_INPUT if pattern.fullmatch(leaf)), None)
+    """Return the folder that an input's name tells, whatever the class."""
+    return next((folder for pattern, folder in _input_folders() if pattern.fullmatch(leaf)), None)
+
+
+@cache
+def _input_folders() -> tuple[tuple[re.Pattern[str], str], ...]:
+    return tuple((re.compile(pattern), folder) for pattern, folder in known().input_folders)
 
 
 # --- embeddings in a prompt ---------------------------------------------------------------------
@@ -690,4 +622,4 @@ def _is_number(text: str) -> bool:
 def _embedding_spellings(name: str) -> tuple[str, ...]:
     if name.lower().endswith(WEIGHT_SUFFIXES):
         return (name,)
-    return (name, *(name + suffix for suffix in _EMBEDDING_SUFFIXES))
+    return (name, *(name + suffix for suffix in known().embedding_suffixes))

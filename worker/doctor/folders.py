@@ -4,20 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-FOLDERS: Final = frozenset(
-    {
-        *("audio_encoders", "background_removal", "checkpoints", "classifiers", "clip", "clip_vision", "configs", "controlnet"),
-        *("detection", "diffusers", "diffusion_models", "embeddings", "frame_interpolation", "geometry_estimation", "gligen"),
-        *("hypernetworks", "latent_upscale_models", "loras", "model_patches", "optical_flow", "photomaker", "style_models"),
-        *("t2i_adapter", "text_encoders", "unet", "upscale_models", "vae", "vae_approx"),
-    }
-)
-"""The folders that ComfyUI's own loaders read. Custom nodes add more, so that another name is no mistake by itself."""
 
 
 def entries(folder: Path) -> list[Path]:

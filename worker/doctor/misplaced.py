@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from worker.doctor.findings import Severity, count, listing, note, ok, problem
-from worker.doctor.folders import FOLDERS, names_in
+from worker.doctor.folders import names_in
+from worker.known import known
 from worker.models.spec import WEIGHT_SUFFIXES
 
 if TYPE_CHECKING:
@@ -24,12 +25,12 @@ _SURE_SUFFIXES: Final = (".safetensors", ".sft", ".gguf", ".ckpt")
 
 def misplaced(layout: Layout, comfyui_models: Path) -> Iterator[Finding]:
     """Weights where people put them and no worker looks."""
-    known = FOLDERS.union(names_in(layout.models), names_in(comfyui_models))
+    ours = known().folders.union(names_in(layout.models), names_in(comfyui_models))
     groups: dict[tuple[str, str], list[str]] = {}
     stray: list[str] = []
     walk = _Walk(layout)
     for parts, names in walk:
-        if belongs := _belongs(parts, known):
+        if belongs := _belongs(parts, ours):
             found = groups.setdefault(belongs, [])
             found += ["/".join((*parts, name)) for name in names if name.lower().endswith(WEIGHT_SUFFIXES)]
         else:

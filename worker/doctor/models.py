@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from worker.doctor.findings import FolderCount, Severity, capped, count, listing, note, ok, problem
-from worker.doctor.folders import FOLDERS
+from worker.known import known
 from worker.models.inventory import Standing, look_at
-from worker.models.links import ALIASES
 from worker.models.names import IN_FLIGHT, Scan
 from worker.models.spec import WEIGHT_SUFFIXES
 
@@ -64,12 +63,12 @@ def _of_folders(tree: Folder) -> Iterator[Finding]:
     if loose:
         text = f"{count(loose, 'file')} directly in models/, where ComfyUI does not look; move each into its folder"
         yield listing(Severity.PROBLEM, text, loose)
-    for top in sorted(tree.folders.keys() - FOLDERS):
+    for top in sorted(tree.folders.keys() - known().folders):
         if meant := _meant(top):
             yield note(f"models/{top} is no folder of ComfyUI's own loaders, models/{meant} is: rename it if that was meant.")
         for relative, folder in tree.folders[top].below(top):
             *_, above, kind = "/", *relative.split("/")
-            if above == "models" and kind in FOLDERS and folder.count:
+            if above == "models" and kind in known().folders and folder.count:
                 yield problem(
                     f"models/{relative}/ lies too deep: move its {folder.count} files to models/{kind}/.", [folder.path]
                 )
@@ -83,7 +82,7 @@ def _hidden(tree: Folder) -> Iterator[Finding]:
 
 
 def _twins(tree: Folder) -> Iterator[Finding]:
-    for first, second in ALIASES:
+    for first, second in known().same_folders:
         ours, theirs = _names_below(tree, first), _names_below(tree, second)
         if twins := sorted(name for name in ours.keys() & theirs.keys() if ours[name] != theirs[name]):
             text = f"{count(twins, 'name')} both in models/{first}, from where it is loaded, and in models/{second}"
@@ -154,4 +153,4 @@ def _meant(name: str) -> str | None:
     """The folder of ComfyUI's that only spelling keeps this one from being."""
     plain = name.lower().replace("-", "_").replace(" ", "_")
     spelled = (plain, f"{plain}s", plain.removesuffix("s"), f"{plain}_models")
-    return next((folder for folder in spelled if folder in FOLDERS), None)
+    return next((folder for folder in spelled if folder in known().folders), None)

@@ -19,13 +19,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from worker.known import known
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 log = logging.getLogger(__name__)
 
-# ComfyUI's folder_paths adds these below its output folder to the folders it loads models from.
-_MODEL_FOLDERS: Final = frozenset({"checkpoints", "clip", "vae", "diffusion_models", "loras"})
 _MARKER: Final = ".kept-by-worker"
 _PLACEHOLDER: Final = "_output_images_will_be_put_here"
 # Files that no node lists are found by a walk only; one every so many jobs finds them at no cost that shows.
@@ -217,7 +217,7 @@ def _files(folder: str, *, spare_models: bool = False) -> Iterable[tuple[str, os
     for entry in entries:
         try:
             if entry.is_dir(follow_symlinks=False):
-                if not (spare_models and entry.name in _MODEL_FOLDERS):
+                if not (spare_models and entry.name in known().output_model_folders):
                     yield from _files(entry.path)
             elif entry.is_file(follow_symlinks=False) and entry.name not in {_MARKER, _PLACEHOLDER}:
                 yield entry.path, entry.stat(follow_symlinks=False)

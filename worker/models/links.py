@@ -25,6 +25,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from worker.known import known
 from worker.models.names import LinkProblem, ProblemKind, Scan
 from worker.models.relink import Pass, View, under
 
@@ -47,9 +48,6 @@ So each file link adds 0.1-0.2 ms on a network volume (0.006 on a disk): below 6
 that takes seconds to start: less than a folder link's risks are worth. Making 10,000 file links takes 0.3-1.1 s, the one link
 and the look at what it shows 10-13 ms.
 """
-
-ALIASES = (("text_encoders", "clip"), ("unet", "diffusion_models"), ("controlnet", "t2i_adapter"))
-"""Folders that ComfyUI reads as one, in its order: where both have a name, the first one's file is loaded (folder_paths.py)."""
 
 _SECOND_NS = 1_000_000_000
 _SHOWN = 5
@@ -187,7 +185,7 @@ class ModelLinks:
 
 def _aliased(models: str, view: View) -> Iterator[LinkProblem]:
     """Names that lie in both of two folders which ComfyUI reads as one, unless they are one file."""
-    for first, second in ALIASES:
+    for first, second in known().same_folders:
         for folder in view.folders():
             if not under((second,), folder):
                 continue
@@ -228,7 +226,7 @@ def _move_clocks(before: View, after: View) -> None:
 def _with_aliases(folders: Iterable[str]) -> dict[str, None]:
     found: dict[str, None] = {}
     for folder in folders:
-        for name in next((pair for pair in ALIASES if folder in pair), (folder,)):
+        for name in next((pair for pair in known().same_folders if folder in pair), (folder,)):
             found[name] = None
     return found
 

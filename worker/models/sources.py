@@ -28,6 +28,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol
 
 from worker.errors import AmbiguousModel, ManifestInvalid, ModelsInvalid, RequestError, WorkerError
+from worker.known import known
 from worker.models.spec import ModelSpec, check_from_request, check_spec, parse_spec
 
 if TYPE_CHECKING:
@@ -605,33 +606,12 @@ def _short_line(text: str) -> dict[str, object]:
 
 # --- other people's formats ---------------------------------------------------------------------
 
-# ComfyUI-Manager's own table for `save_path: "default"`.
-_FOLDER_OF_TYPE = {
-    "checkpoint": "checkpoints",
-    "checkpoints": "checkpoints",
-    "clip": "text_encoders",
-    "clip_vision": "clip_vision",
-    "controlnet": "controlnet",
-    "diffusion_model": "diffusion_models",
-    "embedding": "embeddings",
-    "embeddings": "embeddings",
-    "gligen": "gligen",
-    "lora": "loras",
-    "t2i-adapter": "controlnet",
-    "t2i-style": "controlnet",
-    "text_encoders": "text_encoders",
-    "unclip": "checkpoints",
-    "unet": "diffusion_models",
-    "upscale": "upscale_models",
-    "vae": "vae",
-}
-
 
 def _from_manager(model: Mapping[str, Any]) -> dict[str, object] | None:
     """ComfyUI-Manager's `model-list.json`; None for what is no file of a model folder (whole repositories, custom nodes)."""
     save_path, file_name = str(model.get("save_path", "")), str(model.get("filename", ""))
     if save_path == "default":
-        save_path = _FOLDER_OF_TYPE.get(str(model.get("type", "")).lower(), "")
+        save_path = known().manager_folders.get(str(model.get("type", "")).lower(), "")
     folder, _, below = save_path.strip("/").partition("/")
     if not folder or folder == "custom_nodes" or not file_name or file_name.startswith("<"):
         return None
@@ -647,7 +627,7 @@ def _from_comfy_lock(model: Mapping[str, Any]) -> Iterator[dict[str, object]]:
     for path in paths:
         yield _place(path) | common
     if not paths:
-        yield {"folder": _FOLDER_OF_TYPE.get(str(model.get("type", "")).lower())} | common
+        yield {"folder": known().manager_folders.get(str(model.get("type", "")).lower())} | common
 
 
 def _from_comfyui_api(model: Mapping[str, Any]) -> dict[str, object]:

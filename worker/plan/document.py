@@ -13,6 +13,7 @@ from worker.comfy.convert import is_ui
 from worker.comfy.embedded import embedded_workflow
 from worker.comfy.workflow import check_paths, named_models, needed_nodes, parse_graph
 from worker.job import Request
+from worker.known import known
 from worker.models.sources import embedded_models
 from worker.plan.editor import naming_graphs
 
@@ -97,38 +98,6 @@ class Wanted:
         return [tuple(nodes) for nodes in found.values()]
 
 
-# Classes of ComfyUI that are no outputs: what a workflow often ends in where somebody muted, bypassed or unplugged the rest.
-_NO_OUTPUTS: Final = frozenset(
-    {
-        "BasicGuider",
-        "BasicScheduler",
-        "CFGGuider",
-        "CLIPSetLastLayer",
-        "CLIPTextEncode",
-        "CLIPTextEncodeFlux",
-        "CLIPVisionEncode",
-        "ConditioningCombine",
-        "ConditioningZeroOut",
-        "ControlNetApply",
-        "ControlNetApplyAdvanced",
-        "CreateVideo",
-        "FluxGuidance",
-        "KSampler",
-        "KSamplerAdvanced",
-        "ModelSamplingAuraFlow",
-        "ModelSamplingDiscrete",
-        "ModelSamplingFlux",
-        "ModelSamplingSD3",
-        "SamplerCustom",
-        "SamplerCustomAdvanced",
-        "USOStyleReference",
-        "VAEDecode",
-        "VAEDecodeTiled",
-        "VAEEncode",
-        "VAEEncodeForInpaint",
-    }
-)
-
 _LOADER: Final = re.compile(r"(?<!up)(?<!down)loader", re.IGNORECASE)
 
 
@@ -144,7 +113,7 @@ def _may_run(graph: Graph) -> frozenset[str]:
 def _is_no_output(class_type: str) -> bool:
     # None of the 57 outputs among the 849 classes of ComfyUI 0.3.75 and 0.29 is called a loader. In packs, uploaders and
     # downloaders are outputs.
-    return class_type in _NO_OUTPUTS or _LOADER.search(class_type) is not None
+    return known().is_no_output(class_type) or _LOADER.search(class_type) is not None
 
 
 def _wraps(document: dict[str, Any], key: str) -> bool:

@@ -15,39 +15,13 @@ from worker.comfy.convert import classes, convert
 from worker.comfy.ui_graph import read_ui
 from worker.comfy.workflow import WEIGHT_SUFFIXES
 from worker.errors import UiWorkflowInvalid
+from worker.known import known
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from worker.comfy.ui_graph import Node, UiGraph
     from worker.comfy.workflow import Graph
-
-# Loaders of ComfyUI itself whose first widgets are the files: old files name no widgets at all.
-_FIRST_WIDGETS: Final[Mapping[str, tuple[str, ...]]] = {
-    "AudioEncoderLoader": ("audio_encoder_name",),
-    "CLIPLoader": ("clip_name",),
-    "CLIPVisionLoader": ("clip_name",),
-    "CheckpointLoader": ("config_name", "ckpt_name"),
-    "CheckpointLoaderSimple": ("ckpt_name",),
-    "ControlNetLoader": ("control_net_name",),
-    "DiffControlNetLoader": ("control_net_name",),
-    "DualCLIPLoader": ("clip_name1", "clip_name2"),
-    "GLIGENLoader": ("gligen_name",),
-    "HypernetworkLoader": ("hypernetwork_name",),
-    "ImageOnlyCheckpointLoader": ("ckpt_name",),
-    "LTXAVTextEncoderLoader": ("text_encoder", "ckpt_name"),
-    "LTXVAudioVAELoader": ("ckpt_name",),
-    "LoraLoader": ("lora_name",),
-    "LoraLoaderModelOnly": ("lora_name",),
-    "PhotoMakerLoader": ("photomaker_model_name",),
-    "QuadrupleCLIPLoader": ("clip_name1", "clip_name2", "clip_name3", "clip_name4"),
-    "StyleModelLoader": ("style_model_name",),
-    "TripleCLIPLoader": ("clip_name1", "clip_name2", "clip_name3"),
-    "UNETLoader": ("unet_name",),
-    "UpscaleModelLoader": ("model_name",),
-    "VAELoader": ("vae_name",),
-    "unCLIPCheckpointLoader": ("ckpt_name",),
-}
 
 
 _FRONTENDS: Final = ("1.58.1", "1.32.9")
@@ -109,7 +83,7 @@ def _promoted(graph: UiGraph) -> Mapping[tuple[str | None, str], list[str]]:
 
 def _definition(class_type: str, nodes: Sequence[tuple[Node, list[str]]]) -> dict[str, Any]:
     """A class as /object_info might describe it, by what the workflow says of all its nodes."""
-    first = _FIRST_WIDGETS.get(class_type, ())
+    first = known().first_widgets.get(class_type, ())
     saved = [[slot.widget for slot in node.slots if slot.widget] for node, _ in nodes]
     # What takes links only is no widget, whatever its type: it has no place among the values.
     sockets = {slot.name: [slot.type, {"forceInput": True}] for node, _ in nodes for slot in node.slots if slot.widget is None}

@@ -1,0 +1,132 @@
+"""Load data/comfyui.json: the node classes, model folders and editor rules of the ComfyUI releases that were looked at.
+
+`scripts/make_comfyui.py` generates the file from recorded engines and from scripts/comfyui.toml, which has the reasons.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+KNOWN = Path(__file__).parent / "data" / "comfyui.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Editor:
+    """The rules of ComfyUI's frontend. `modern` sets and tables hold for version 1.58, `classic` ones for 1.32.
+
+    `virtual` classes exist in the editor only; `own_virtual` are those of them that are no custom nodes.
+    """
+
+    aliases: Mapping[str, str]
+    audio_players: frozenset[str]
+    broadcasters: frozenset[str]
+    camera: Mapping[str, Any]
+    classic_savers: frozenset[str]
+    classic_titles: Mapping[str, str]
+    classic_widgets: frozenset[str]
+    defaults: Mapping[str, Any]
+    made_by_browser: frozenset[str]
+    modern_savers: frozenset[str]
+    modern_titles: Mapping[str, str]
+    modern_widgets: frozenset[str]
+    not_saved: frozenset[str]
+    reroutes: frozenset[str]
+    seeds: frozenset[str]
+    own_virtual: frozenset[str]
+    uploads: frozenset[str]
+    virtual: frozenset[str]
+
+    @classmethod
+    def of(cls, raw: Mapping[str, Any]) -> Editor:
+        """Return the rules; what 1.32 knows, 1.58 knows as well."""
+        savers, widgets, titles = raw["savers"], raw["widgets"], raw["titles"]
+        names = ("audio_players", "broadcasters", "reroutes", "seeds", "uploads")
+        return cls(
+            aliases=raw["aliases"],
+            camera=raw["camera"],
+            classic_savers=frozenset(savers["classic"]),
+            classic_titles=titles["classic"],
+            classic_widgets=frozenset(widgets["classic"]),
+            defaults=raw["defaults"],
+            made_by_browser=frozenset(widgets["made_by_browser"]),
+            modern_savers=frozenset(savers["classic"]).union(savers["modern"]),
+            modern_titles=titles["modern"],
+            modern_widgets=frozenset(widgets["classic"]).union(widgets["modern"]),
+            not_saved=frozenset(widgets["not_saved"]),
+            own_virtual=frozenset(raw["virtual"]),
+            virtual=frozenset(raw["virtual"]).union(raw["foreign_virtual"]),
+            **{name: frozenset(raw[name]) for name in names},
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What is known of ComfyUI without asking one.
+
+    `same_folders` are those that ComfyUI reads as one, in its order: where both have a name, the first one's file is loaded.
+    `one_folder` has them by the folder that new files go to, that one first.
+    """
+
+    class_folders: Mapping[str, str | Mapping[str, str]]
+    classes: frozenset[str]
+    editor: Editor
+    embedding_suffixes: tuple[str, ...]
+    first_widgets: Mapping[str, list[str]]
+    folders: frozenset[str]
+    image_taes: frozenset[str]
+    input_folders: tuple[tuple[str, str], ...]
+    manager_folders: Mapping[str, str]
+    one_folder: Mapping[str, tuple[str, ...]]
+    output_model_folders: frozenset[str]
+    outputs: frozenset[str]
+    same_folders: tuple[tuple[str, ...], ...]
+    tae_suffixes: tuple[str, ...]
+    video_taes: frozenset[str]
+    warmup_fixed: Mapping[str, Any]
+    warmup_kept: Mapping[str, frozenset[str]]
+
+    @classmethod
+    def of(cls, raw: Mapping[str, Any]) -> Known:
+        """Return what the file's JSON says."""
+        same, taes = raw["same_folders"], raw["vae_approx"]
+        return cls(
+            class_folders=raw["class_folders"],
+            classes=frozenset().union(*raw["classes"].values()),
+            editor=Editor.of(raw["editor"]),
+            embedding_suffixes=tuple(raw["embeddings"]["suffixes"]),
+            first_widgets=raw["first_widgets"],
+            folders=frozenset(raw["folders"]),
+            image_taes=frozenset(taes["image"]),
+            input_folders=tuple((pattern, folder) for pattern, folder in raw["input_folders"]),
+            manager_folders=raw["manager_folders"],
+            one_folder={folder: (folder, *(name for name in names if name != folder)) for folder, names in same.items()},
+            output_model_folders=frozenset(raw["output_model_folders"]),
+            outputs=frozenset(raw["outputs"]),
+            same_folders=tuple(map(tuple, same.values())),
+            tae_suffixes=tuple(taes["suffixes"]),
+            video_taes=frozenset(taes["video"]),
+            warmup_fixed=raw["warmup"]["fixed"],
+            warmup_kept={name: frozenset(inputs) for name, inputs in raw["warmup"]["kept"].items()},
+        )
+
+    def folder_of(self, class_type: str, input_name: str) -> str | None:
+        """Return the folder that a class's input reads, where the class is known for it."""
+        found = self.class_folders.get(class_type)
+        return found if isinstance(found, str) or found is None else found.get(input_name)
+
+    def is_no_output(self, class_type: str) -> bool:
+        """Return whether it is a class of ComfyUI that is no output."""
+        return class_type in self.classes and class_type not in self.outputs
+
+
+@cache
+def known() -> Known:
+    """Return what the file says. The first call reads it."""
+    return Known.of(json.loads(KNOWN.read_bytes()))
