@@ -137,6 +137,8 @@ EXAMPLES: Final[Mapping[str, Any]] = {
     "EngineGaveUp.cause": "exited with code 1",
     "EngineStartFailed.cause": "it exited with code 1",
     "EngineUnreachable.reason": "no answer within 30 s on POST /prompt",
+    "EngineAnswerInvalid.request": "POST /prompt",
+    "EngineAnswerInvalid.status": 500,
     "expected": "9a41c07b...",
     "field": "timeout_s",
     "file": "flux1-dev.safetensors",
@@ -155,6 +157,7 @@ EXAMPLES: Final[Mapping[str, Any]] = {
     "InputNotServed.reason": "it answered with status 404",
     "InputNotStored.reason": "No space left on device",
     "InputUnreachable.reason": "the connection was cut",
+    "InputTooDeep.what": "The input",
     "InputUrlRefused.reason": "it leads into a private or reserved network, which requests must not reach; "
     "the operator can allow a host with INPUT_URL_ALLOW_PRIVATE",
     "job_id": "5d0c1c1e-e1",
@@ -170,7 +173,10 @@ EXAMPLES: Final[Mapping[str, Any]] = {
     "ManifestInvalid.problems": ("line 4: folder is missing", "line 9: sourc is no field of a model; write source"),
     "ManifestInvalid.where": "/runpod-volume/models.toml",
     "max_bytes": 512_000_000,
+    "PromptFatal.cause": "RecursionError: maximum recursion depth exceeded",
+    "stalled_s": 12.0,
     "memory": "GPU",
+    "most": 100,
     "message": "Allocation on device",
     "model": "x.safetensors",
     "ModelMissing.problems": (

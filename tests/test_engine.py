@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import signal
 import sys
 from contextlib import asynccontextmanager
@@ -21,10 +22,13 @@ from worker.comfy.engine import Engine, is_gpu_fault
 from worker.comfy.process import EngineCommand, EngineProcess
 from worker.errors import (
     EngineDied,
+    EngineHung,
+    EngineStalled,
     EngineStartFailed,
     EngineUnreachable,
     GpuFault,
     NodeFailed,
+    PromptFatal,
     RunLost,
     RunTimedOut,
     WorkflowRejected,
@@ -191,7 +195,7 @@ def test_a_prompt_that_comfyui_forgot_is_lost_not_awaited_for_ever(address: str,
             await started.event.wait()
             waiting = asyncio.create_task(client.run(tiny(1), timeout_s=TIMEOUT_S))
             (prompt_id,) = await _until(lambda: list(client._runs))
-            while not await client._queued(prompt_id):
+            while not await client._place(prompt_id):
                 await asyncio.sleep(0.01)
             await client._ask("POST", "/queue", {"delete": [prompt_id]})
             with pytest.raises(RunLost):
@@ -236,7 +240,7 @@ def test_a_queued_job_that_is_given_up_leaves_the_queue(address: str, workflow: 
             waiting = asyncio.create_task(client.run(tiny(2), timeout_s=TIMEOUT_S))
             await _until(lambda: len(client._runs) == 2)
             prompt_id = list(client._runs)[1]
-            while not await client._queued(prompt_id):
+            while not await client._place(prompt_id):
                 await asyncio.sleep(0.01)
             waiting.cancel()
             with pytest.raises(asyncio.CancelledError):
@@ -326,6 +330,107 @@ def test_a_killed_engine_ends_its_run_with_the_cause_and_comes_back(
         run_async(scenario())
     assert "ComfyUI was killed by SIGSEGV" in caplog.text
     assert "ComfyUI is back" in caplog.text
+
+
+@asynccontextmanager
+async def supervised(settings: Settings, command: EngineCommand, environ: dict[str, str]) -> AsyncIterator[Engine]:
+    """An engine of the test's own, with these settings beside its port."""
+    port = free_port()
+    argv = tuple(str(port) if part == str(settings.comfyui_port) else part for part in command.argv)
+    own = EngineCommand(argv, command.cwd, command.environ)
+    engine = Engine(Settings.from_env({"COMFYUI_PORT": str(port), **environ}), own, EngineProcess.spawn(own))
+    await engine.start()
+    try:
+        yield engine
+    finally:
+        await engine.stop()
+
+
+def nested(levels: int) -> Any:
+    value: Any = "end"
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize("levels", [490, 900])  # dies while it runs; dies before the queue says that it runs
+def test_a_workflow_that_ends_the_thread_that_runs_workflows_costs_one_job(
+    levels: int, settings: Settings, command: EngineCommand, run_async: Run
+) -> None:
+    """What the worker refuses, handed to ComfyUI as it is: a kilobyte that its copying does not survive."""
+    deep = tiny(60)
+    deep["2"]["inputs"]["more"] = nested(levels)
+
+    async def scenario() -> None:
+        async with supervised(settings, command, {}) as engine:
+            for _ in range(2):
+                process = engine._process
+                with pytest.raises(PromptFatal, match="RecursionError") as caught:
+                    await engine.run(deep, timeout_s=TIMEOUT_S)
+                assert not caught.value.retryable
+                assert engine._deaths == 0  # no fault of the engine's
+                assert len((await engine.run(tiny(61), timeout_s=TIMEOUT_S)).outputs) == 1
+                assert engine._process is not process
+
+    run_async(scenario())
+
+
+def test_an_engine_that_queues_and_runs_nothing_is_replaced_whatever_ended_its_thread(
+    settings: Settings, command: EngineCommand, run_async: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.comfy.process._PROMPTS_ENDED", re.compile("a thread that ends without a word"))
+
+    async def scenario() -> None:
+        async with supervised(settings, command, {}) as engine:
+            engine._client._silence_s = 0.5
+            graph = tiny(62)
+            graph["2"]["inputs"]["more"] = nested(900)
+            other = ComfyClient(engine.address)
+            await other._ask("POST", "/prompt", {"prompt": graph, "client_id": "another"})
+            await other.close()
+            with pytest.raises(EngineStalled) as caught:
+                await engine.run(tiny(63), timeout_s=TIMEOUT_S)
+            assert caught.value.retryable
+            assert len((await engine.run(tiny(63), timeout_s=TIMEOUT_S)).outputs) == 1
+
+    run_async(scenario())
+
+
+def test_a_prompt_that_a_living_engine_lost_has_it_replaced(
+    settings: Settings, command: EngineCommand, run_async: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.comfy.process._PROMPTS_ENDED", re.compile("a thread that ends without a word"))
+
+    async def scenario() -> None:
+        async with supervised(settings, command, {}) as engine:
+            engine._client._silence_s = 0.5
+            graph = tiny(64)
+            graph["2"]["inputs"]["more"] = nested(900)
+            with pytest.raises(RunLost):
+                await engine.run(graph, timeout_s=TIMEOUT_S)
+            assert len((await engine.run(tiny(65), timeout_s=TIMEOUT_S)).outputs) == 1
+
+    run_async(scenario())
+
+
+@pytest.mark.parametrize("question", ["choices", "object_info"])
+def test_an_engine_that_answers_no_question_is_replaced(
+    question: str, settings: Settings, command: EngineCommand, run_async: Run
+) -> None:
+    async def scenario() -> None:
+        async with supervised(settings, command, {"COMFY_HANG_TIMEOUT_S": "2"}) as engine:
+            ask: Callable[[], Coroutine[Any, Any, Any]] = {
+                "choices": lambda: engine.choices("KSampler", "sampler_name"),
+                "object_info": lambda: engine.object_info({"KSampler", "SaveImage"}),
+            }[question]
+            stopped = engine._process
+            os.kill(stopped.pid, signal.SIGSTOP)
+            with pytest.raises(EngineHung):
+                await ask()
+            assert stopped.exited.done()
+            assert await ask()
+
+    run_async(scenario())
 
 
 @pytest.mark.parametrize(

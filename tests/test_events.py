@@ -77,6 +77,12 @@ def test_messages_as_the_engine_sends_them(text: str, event: Event) -> None:
         message("progress_state", prompt_id=RUN, nodes={}),
         message("progress", value="?", max=None, prompt_id=RUN, node="1"),
         message("a kind of next year", prompt_id=RUN),
+        message("executing", prompt_id=["x"], node="1"),
+        message("executed", prompt_id=RUN, node={"a": 1}, output={}),
+        message("executed", prompt_id=RUN, node="1", output=["x"]),
+        message("progress", value=float("nan"), max=1, prompt_id=RUN, node="1"),
+        message("progress", value=10**400, max=1, prompt_id=RUN, node="1"),
+        "[" * 100_000,
     ],
 )
 def test_what_nobody_needs_or_understands_is_no_event(text: str | bytes) -> None:
@@ -95,6 +101,26 @@ def test_a_run_without_gap_ends_with_the_outputs_of_its_events() -> None:
     assert tracker.outcome is None
     tracker.feed(Succeeded(RUN))
     assert tracker.outcome == Finished({"9": IMAGE})
+
+
+def test_success_without_outputs_is_looked_up_in_the_history() -> None:
+    """An `executed` that is late or missing: the picture is there all the same."""
+    tracker = RunTracker(RUN)
+    tracker.feed(Succeeded(RUN))
+    assert tracker.outcome is None
+    assert tracker.wants_history
+    tracker.reconcile(None, queued=True)  # the success is told before the history is written
+    tracker.feed(Executing(RUN, None))
+    assert tracker.wants_history
+    tracker.reconcile({"outputs": {"9": IMAGE}, "status": {"status_str": "success"}}, queued=False)
+    assert tracker.outcome == Finished({"9": IMAGE})
+
+
+def test_success_without_outputs_is_no_lost_run_when_the_history_is_gone() -> None:
+    tracker = RunTracker(RUN)
+    tracker.feed(Succeeded(RUN))
+    tracker.reconcile(None, queued=False)
+    assert tracker.outcome == Finished({})
 
 
 def test_after_a_gap_only_the_history_can_say_that_a_run_succeeded() -> None:
@@ -183,6 +209,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.tracker = RunTracker(RUN)
         self.first: Outcome | None = None
         self.gapped = False
+        self.put_out = False
 
     @rule(run=RUNS, node=st.none() | NODES)
     def executing(self, run: str, node: str | None) -> None:
@@ -191,6 +218,7 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(run=RUNS, node=NODES)
     def output(self, run: str, node: str) -> None:
         self.tracker.feed(NodeOutput(run, node, IMAGE))
+        self.put_out = self.put_out or run == RUN
 
     @rule(run=RUNS)
     def progress(self, run: str) -> None:
@@ -199,8 +227,9 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(run=RUNS)
     def succeeded(self, run: str) -> None:
         self.tracker.feed(Succeeded(run))
-        if run == RUN and not self.gapped:
+        if run == RUN and not self.gapped and self.put_out:
             assert self.tracker.outcome is not None
+        assert run == OTHER or self.tracker.outcome is not None or self.tracker.wants_history
 
     @rule(run=RUNS)
     def failed(self, run: str) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from worker.errors import FieldInvalid, ImagesInvalid, InputMissing, InputNotJson, RequestError, WorkflowMissing
+from worker.errors import FieldInvalid, ImagesInvalid, InputMissing, InputNotJson, InputTooDeep, RequestError, WorkflowMissing
 from worker.handler import check_outputs
 from worker.job import InputFile, OutputItem, Request, Result
 
@@ -46,6 +46,32 @@ def test_bad_requests_get_the_sentence_that_clients_match_on(value: Any, error: 
     with pytest.raises(error) as caught:
         Request.parse(value)
     assert str(caught.value).startswith(text)
+
+
+def nested(levels: int, kind: type) -> Any:
+    value: Any = 1
+    for _ in range(levels):
+        value = [value] if kind is list else {"a": value}
+    return value
+
+
+@pytest.mark.parametrize("kind", [list, dict])
+@pytest.mark.parametrize(
+    "place",
+    [
+        lambda deep: {"workflow": {"1": {"class_type": "X", "inputs": {"undeclared": deep}}}},
+        lambda deep: {"workflow": {"1": {"class_type": "X", "inputs": {}, "more": deep}}},
+        lambda deep: {"workflow": {"nodes": [], "extra": deep}},
+        lambda deep: {"workflow": GRAPH, "extra_pnginfo": {"workflow": deep}},
+        lambda deep: {"workflow": GRAPH, "set": {"1.a": deep}},
+    ],
+)
+def test_what_is_nested_deeper_than_comfyui_survives_is_refused(place: Any, kind: type) -> None:
+    assert Request.parse(place(nested(90, kind)))
+    for levels in (101, 500, 100_000):
+        with pytest.raises(InputTooDeep) as caught:
+            Request.parse(place(nested(levels, kind)))
+        assert str(caught.value).startswith("The input has lists or objects nested more than 100 deep")
 
 
 ITEM = OutputItem("a.png", "base64", "QQ==", "9", "sub", "image/png", 1)

@@ -9,7 +9,7 @@
     │   ├── EngineStartFailed, EngineGaveUp
     │   └── NothingToServe
     ├── RequestError             the client's request is wrong; a retry cannot help
-    │   ├── InputMissing, InputNotJson, WorkflowMissing, WorkflowInvalid, WorkflowEmpty
+    │   ├── InputMissing, InputNotJson, InputTooDeep, WorkflowMissing, WorkflowInvalid, WorkflowEmpty
     │   ├── WorkflowUiFormat, WorkflowNotFinite, NoWorkflowInFile
     │   ├── UiWorkflowInvalid, UnknownNodes, OverrideInvalid
     │   ├── ImagesInvalid, FieldInvalid, ImageNotBase64, UnsafePath
@@ -33,8 +33,8 @@
     ├── InputError               an input file cannot be had
     │   └── InputNotServed, InputUnreachable, InputTimedOut, InputNotStored
     └── EngineError              ComfyUI failed while it had the job
-        ├── NodeFailed, OutOfMemory, GpuFault, RunInterrupted, RunTimedOut, RunLost, OutputGone
-        └── EngineDied, EngineUnreachable, EngineHung
+        ├── NodeFailed, OutOfMemory, GpuFault, RunInterrupted, RunTimedOut, RunLost, OutputGone, PromptFatal
+        └── EngineDied, EngineUnreachable, EngineHung, EngineStalled, EngineAnswerInvalid
 
 Each class has a stable `code`, says whether sending the same job again can help (`retryable`), keeps what it is about as
 fields, and builds one sentence from them: what happened and what to do. Clients of worker-comfyui match on the beginnings of
@@ -245,6 +245,18 @@ class InputNotJson(RequestError):
 
     def __str__(self) -> str:
         return f"Invalid JSON format in input: {self.reason}; send an object, or a string that holds the JSON of one."
+
+
+@dataclass(eq=False)
+class InputTooDeep(RequestError):
+    """The input, or a workflow that a file carries, has lists and objects nested deeper than ComfyUI survives."""
+
+    most: int
+    what: str = "The input"
+    code = "input_too_deep"
+
+    def __str__(self) -> str:
+        return f"{self.what} has lists or objects nested more than {self.most} deep; send it flatter, no workflow needs that."
 
 
 class WorkflowMissing(RequestError):
@@ -740,7 +752,59 @@ class RunLost(EngineError):
     retryable = True
 
     def __str__(self) -> str:
-        return f"ComfyUI lost the prompt {self.prompt_id}: it is neither in its queue nor in its history; send the job again."
+        return (
+            f"ComfyUI lost the prompt {self.prompt_id}: it is neither in its queue nor in its history; ComfyUI is being "
+            "restarted, send the job again."
+        )
+
+
+@dataclass(eq=False)
+class PromptFatal(EngineError):
+    """The workflow ended the thread of ComfyUI that runs workflows; the process lives on, and would run nothing any more."""
+
+    cause: str
+    last_lines: Sequence[str] = ()
+    code = "prompt_fatal"
+
+    def __str__(self) -> str:
+        return (
+            f"The workflow ended ComfyUI's thread that runs workflows ({self.cause}); ComfyUI is being restarted. "
+            "Send a changed workflow: the same one would do it again."
+        )
+
+    def details(self) -> list[str]:
+        return list(self.last_lines)
+
+
+@dataclass(eq=False)
+class EngineStalled(EngineError):
+    """ComfyUI answers requests and has the prompt in its queue, but runs nothing."""
+
+    stalled_s: float
+    code = "engine_stalled"
+    retryable = True
+
+    def __str__(self) -> str:
+        return (
+            f"ComfyUI had the workflow in its queue for {self.stalled_s:.0f} s and ran nothing, although it answers; "
+            "it is being restarted, send the job again."
+        )
+
+
+@dataclass(eq=False)
+class EngineAnswerInvalid(EngineError):
+    """ComfyUI answered a request with a status or a body that no ComfyUI should send."""
+
+    request: str
+    status: int
+    code = "engine_answer_invalid"
+    retryable = True
+
+    def __str__(self) -> str:
+        return (
+            f"ComfyUI answered {self.request} with status {self.status} and nothing that the worker understands; send the job "
+            "again, and look in the worker's log for a custom node that fails or changes ComfyUI's server."
+        )
 
 
 @dataclass(eq=False)

@@ -12,6 +12,7 @@ from worker.comfy.embedded import embedded_workflow
 from worker.comfy.overrides import apply_overrides, next_values
 from worker.comfy.workflow import parse_graph
 from worker.errors import FieldInvalid, NoWorkflowInFile
+from worker.job import check_depth
 from worker.known import known
 
 if TYPE_CHECKING:
@@ -81,6 +82,8 @@ async def _carried(request: Request, name: str, files: JobFiles) -> tuple[object
     found = await files.look_into(name, embedded_workflow)
     if found is None:
         raise NoWorkflowInFile(name)
+    for value in (found.prompt, found.workflow):
+        check_depth(value, f"The workflow in '{name}'")
     return found.best, found.workflow
 
 

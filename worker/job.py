@@ -11,13 +11,15 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from worker.errors import FieldInvalid, ImagesInvalid, InputMissing, InputNotJson, WorkflowMissing
+from worker.errors import FieldInvalid, ImagesInvalid, InputMissing, InputNotJson, InputTooDeep, WorkflowMissing
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 # The largest seed of ComfyUI's samplers; it refuses a larger one, but only once the job's models are there.
 _LARGEST_SEED = (1 << 64) - 1
+# Saved workflows with subgraphs in subgraphs are some 20 deep.
+_DEEPEST = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,7 @@ class Request:
         Raises a `RequestError` that says what to send instead.
         """
         fields = _object(value)
+        check_depth(fields)
         carrier = fields.get("workflow_from")
         if carrier is not None and (not isinstance(carrier, str) or not carrier or fields.get("workflow") is not None):
             raise FieldInvalid("workflow_from", "must be the name of a file, in place of 'workflow'")
@@ -86,6 +89,25 @@ class Request:
             previews=_flag("previews", fields.get("previews")),
             return_timings=_flag("return_timings", fields.get("return_timings")),
         )
+
+
+def check_depth(value: object, what: str = "The input") -> None:
+    """Refuse what is nested deeper than anybody needs. Raises `InputTooDeep`.
+
+    ComfyUI copies a graph and what comes with it by recursion: a value of some 500 levels ends its thread that runs prompts.
+    """
+    level = [value]
+    for _ in range(_DEEPEST + 1):
+        level = [
+            inner
+            for item in level
+            if isinstance(item, (dict, list))
+            for inner in (item.values() if isinstance(item, dict) else item)
+            if isinstance(inner, (dict, list))
+        ]
+        if not level:
+            return
+    raise InputTooDeep(_DEEPEST, what)
 
 
 def _object(value: object) -> dict[str, Any]:

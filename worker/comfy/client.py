@@ -17,17 +17,26 @@ import time
 import uuid
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote
 
 import aiohttp
 
 from worker.comfy.events import Executing, Finished, Progress, RunTracker, decode
 from worker.comfy.rejection import dropped_outputs, options_of, rejection
-from worker.errors import EngineError, EngineHung, EngineUnreachable, RequestError, RunTimedOut, WorkerError
+from worker.errors import (
+    EngineAnswerInvalid,
+    EngineError,
+    EngineHung,
+    EngineStalled,
+    EngineUnreachable,
+    RequestError,
+    RunTimedOut,
+    WorkerError,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
     from worker.comfy.events import Event, Outputs
     from worker.comfy.workflow import Graph
@@ -41,6 +50,8 @@ _KEEPALIVE_S = 60.0
 _JSON = {"content-type": "application/json"}
 # ComfyUI loads weights and runs nodes beside its server thread, so seconds of silence are normal; asking costs 1 ms.
 _SILENCE_S = 5.0
+# Between two prompts ComfyUI unloads models and collects garbage, for seconds; after so many silences its thread is gone.
+_STALLED_SILENCES = 2
 # A node that sends nothing and a server thread that does not get the interpreter look like this for a while, too.
 _HANG_S = 180.0
 # Sampling stops within a step, and a step of a large video model takes seconds.
@@ -49,6 +60,8 @@ _LEAVING_POLL_S = 0.02
 # A request for each run would cost a millisecond each; so few graphs cost little memory.
 _REMEMBERED = 20
 _CLOSE_S = 0.5
+# Each open question is a connection; a workflow may name thousands of classes.
+_QUESTIONS_AT_ONCE = 16
 OLDEST = (0, 3, 75)
 """The oldest ComfyUI that the worker is tested on."""
 
@@ -95,6 +108,7 @@ class _Run:
     news: asyncio.Event = field(default_factory=asyncio.Event)
     began_at: float = field(default_factory=time.monotonic)
     nodes: list[tuple[str | None, float]] = field(default_factory=list)
+    stalled_at: float | None = None
 
     def result(self, outputs: Outputs, dropped: tuple[str, ...]) -> RunResult:
         """The run's result, with its times."""
@@ -184,14 +198,23 @@ class ComfyClient:
 
     async def choices(self, class_type: str, input_name: str) -> Sequence[str] | None:
         """What a node's input may be, as ComfyUI lists it now: for a loader, the files it sees. None for what is no list."""
-        _, body = await self._ask("GET", f"/object_info/{quote(class_type, safe='')}")
-        inputs = ((body or {}).get(class_type) or {}).get("input") or {}
-        return next((options_of(group[input_name]) for group in inputs.values() if input_name in group), None)
+        info = await self.object_info([class_type])
+        with _understood(f"GET /object_info/{class_type}", HTTPStatus.OK):
+            inputs = (info.get(class_type) or {}).get("input") or {}
+            return next((options_of(group[input_name]) for group in inputs.values() if input_name in group), None)
 
     async def object_info(self, class_types: Collection[str]) -> dict[str, Any]:
         """ComfyUI's definitions of these node classes; those it does not have are missing."""
-        answers = await asyncio.gather(*(self._ask("GET", f"/object_info/{quote(name, safe='')}") for name in class_types))
-        return {name: entry for _, body in answers for name, entry in (body or {}).items()}
+        few = asyncio.Semaphore(_QUESTIONS_AT_ONCE)
+
+        async def ask(name: str) -> dict[str, Any]:
+            async with few:
+                status, body = await self._wait_for("GET", f"/object_info/{quote(name, safe='')}")
+            with _understood(f"GET /object_info/{name}", status):
+                return dict(body or {})
+
+        answers = await asyncio.gather(*(ask(name) for name in class_types))
+        return {name: entry for answer in answers for name, entry in answer.items()}
 
     def fail_all(self, error: EngineError) -> None:
         """End every open run with `error`: the engine is gone, or cannot be reached any more."""
@@ -226,7 +249,7 @@ class ComfyClient:
         except TimeoutError:
             await self._withdraw(run, queueing)
             raise RunTimedOut(timeout_s) from None
-        except asyncio.CancelledError:
+        except (EngineAnswerInvalid, asyncio.CancelledError):
             await self._withdraw(run, queueing)
             raise
         finally:
@@ -255,19 +278,20 @@ class ComfyClient:
         for last in (False, False, True):
             try:
                 # Validation lists folders, which a cold volume may take its time for; only a hang is a hang.
-                status, body = await self._ask("POST", "/prompt", prompt, self._hang_s)
-            except EngineUnreachable as exc:
-                if isinstance(exc.__cause__, TimeoutError):
-                    raise EngineHung(self._hang_s) from exc
+                status, body = await self._wait_for("POST", "/prompt", prompt)
+            except EngineUnreachable:
                 if last:
                     raise
-                if await self._history(prompt_id) is not None or await self._queued(prompt_id):
+                if await self._history(prompt_id) is not None or await self._place(prompt_id):
                     tracker.gap()
                     return ()
                 continue
-            if status == HTTPStatus.OK:
-                return dropped_outputs(graph, body)
-            raise rejection(graph, body)
+            with _understood("POST /prompt", status):
+                if status == HTTPStatus.OK:
+                    return dropped_outputs(graph, body)
+                if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+                    raise EngineAnswerInvalid("POST /prompt", status)
+                raise rejection(graph, body)
         raise AssertionError("the last attempt returns or raises")
 
     async def _follow(self, run: _Run) -> None:
@@ -277,18 +301,22 @@ class ComfyClient:
                 async with asyncio.timeout(self._silence_s):
                     await run.news.wait()
             except TimeoutError:
-                await self._consult_history(run.tracker)
+                await self._consult_history(run)
                 self._deaf = self._deaf or run.tracker.outcome is not None  # it ended, and nobody said so
             run.news.clear()
             if run.tracker.wants_history:
-                await self._consult_history(run.tracker)
+                await self._consult_history(run)
 
-    async def _consult_history(self, tracker: RunTracker) -> None:
-        """Ask ComfyUI what it knows of the prompt. Silence on its side is not an answer: the caller asks again."""
+    async def _consult_history(self, run: _Run) -> None:
+        """Ask ComfyUI what it knows of the prompt. Silence on its side is not an answer: the caller asks again.
+
+        Raises `EngineStalled` when the prompt waits again and again while nothing runs: the thread that runs prompts is gone.
+        """
+        tracker = run.tracker
         try:
             entry = await self._history(tracker.prompt_id)
-            queued = entry is None and await self._queued(tracker.prompt_id)
-            if entry is None and not queued:
+            place = None if entry is not None else await self._place(tracker.prompt_id)
+            if entry is None and place is None:
                 # It may have moved from the queue to the history between the two questions.
                 entry = await self._history(tracker.prompt_id)
         except EngineUnreachable as exc:
@@ -297,15 +325,31 @@ class ComfyClient:
                 raise EngineHung(silent_s) from exc
             log.warning("%s", exc)
             return
-        tracker.reconcile(entry, queued=queued)
+        with _understood(f"GET /history/{tracker.prompt_id}", HTTPStatus.OK):
+            tracker.reconcile(entry, queued=place is not None)
+        now = time.monotonic()
+        if place != "stalled":
+            run.stalled_at = None
+        elif run.stalled_at is None:
+            run.stalled_at = now
+        elif now - run.stalled_at >= _STALLED_SILENCES * self._silence_s:
+            raise EngineStalled(now - run.stalled_at)
 
     async def _history(self, prompt_id: str) -> Mapping[str, Any] | None:
-        _, body = await self._ask("GET", f"/history/{prompt_id}")
-        return body.get(prompt_id)  # type: ignore[no-any-return]  # ComfyUI's JSON
+        status, body = await self._ask("GET", f"/history/{prompt_id}")
+        with _understood(f"GET /history/{prompt_id}", status):
+            return body.get(prompt_id)  # type: ignore[no-any-return]  # ComfyUI's JSON
 
-    async def _queued(self, prompt_id: str) -> bool:
-        _, body = await self._ask("GET", "/queue")
-        return any(item[1] == prompt_id for key in ("queue_running", "queue_pending") for item in body[key])
+    async def _place(self, prompt_id: str) -> Literal["running", "waiting", "stalled"] | None:
+        """Where the prompt is in ComfyUI's queue, if it is there. `stalled`: it waits, and nothing runs."""
+        status, body = await self._ask("GET", "/queue")
+        with _understood("GET /queue", status):
+            running = [item[1] for item in body["queue_running"]]
+            if prompt_id in running:
+                return "running"
+            if any(item[1] == prompt_id for item in body["queue_pending"]):
+                return "waiting" if running else "stalled"
+            return None
 
     async def _withdraw(self, run: _Run, queueing: asyncio.Task[tuple[str, ...]]) -> None:
         """Take the prompt out of ComfyUI, running or queued, and wait until it has let go."""
@@ -318,10 +362,12 @@ class ComfyClient:
                 except RequestError:
                     self.holds_prompt = False  # refused
                     return
+                except EngineAnswerInvalid as exc:
+                    log.debug("%s; is it queued?", exc)
                 await self._ask("POST", "/queue", {"delete": [prompt_id]})
                 await self._ask("POST", "/interrupt", {"prompt_id": prompt_id})
                 # The news of the interruption comes before the prompt has left the queue.
-                while await self._queued(prompt_id):  # noqa: ASYNC110 - ComfyUI tells nobody when a prompt leaves its queue
+                while await self._place(prompt_id):  # noqa: ASYNC110 - ComfyUI tells nobody when a prompt leaves its queue
                     await asyncio.sleep(_LEAVING_POLL_S)
                 self.holds_prompt = False
 
@@ -349,6 +395,15 @@ class ComfyClient:
         except (aiohttp.ClientError, TimeoutError) as exc:
             raise EngineUnreachable(self.address, f"{_reason(exc)} on {method} {path}") from exc
 
+    async def _wait_for(self, method: str, path: str, body: object = None) -> tuple[int, Any]:
+        """As `_ask`, for as long as a busy ComfyUI may take. Raises `EngineHung` when that is over."""
+        try:
+            return await self._ask(method, path, body, self._hang_s)
+        except EngineUnreachable as exc:
+            if isinstance(exc.__cause__, TimeoutError):
+                raise EngineHung(self._hang_s) from exc
+            raise
+
     async def _connect(self) -> aiohttp.ClientWebSocketResponse:
         # No heartbeat: a node that holds the interpreter for a minute is busy, not gone; a dead process closes the socket.
         # No compression and no size limit: both ends are on this machine, and previews can be large.
@@ -359,8 +414,7 @@ class ComfyClient:
             try:
                 async for message in socket:  # ends when the connection does, however that comes
                     self._heard_at = time.monotonic()
-                    event = decode(message.data)
-                    if event is not None:
+                    if (event := decode(message.data)) is not None:
                         self._dispatch(event)
             finally:
                 if not socket.closed:
@@ -396,7 +450,10 @@ class ComfyClient:
             return
         if isinstance(event, Progress):
             if run.on_progress:
-                run.on_progress(event)
+                try:
+                    run.on_progress(event)
+                except Exception:
+                    log.exception("progress could not be passed on")  # the listener serves every run, and goes on
             return
         if isinstance(event, Executing):
             run.nodes.append((event.node_id, time.monotonic()))
@@ -405,10 +462,19 @@ class ComfyClient:
             run.news.set()
 
 
+@contextlib.contextmanager
+def _understood(request: str, status: int) -> Iterator[None]:
+    """Read an answer of ComfyUI. What has another shape than its answers have raises `EngineAnswerInvalid`."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as exc:
+        raise EngineAnswerInvalid(request, status) from exc
+
+
 def _decoded(content: bytes) -> Any:  # noqa: ANN401 - ComfyUI's JSON
     try:
         return json.loads(content) if content else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 

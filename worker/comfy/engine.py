@@ -9,25 +9,29 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from worker.comfy.client import OLDEST, ComfyClient, Reconnect
 from worker.comfy.process import EngineProcess
 from worker.errors import (
+    EngineAnswerInvalid,
     EngineDied,
     EngineError,
     EngineGaveUp,
     EngineHung,
+    EngineStalled,
     EngineStartFailed,
     EngineUnreachable,
     GpuFault,
     NodeFailed,
+    PromptFatal,
+    RunLost,
     RunTimedOut,
     StartError,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 
     from worker.comfy.client import RunResult, Versions
     from worker.comfy.events import Progress
@@ -36,6 +40,8 @@ if TYPE_CHECKING:
     from worker.settings import Settings
 
 log = logging.getLogger(__name__)
+
+Answer = TypeVar("Answer")
 
 # A refused connection costs 0.1 ms, so asking often costs nothing and a cold start loses 10 ms on average, not 500.
 _PROBE_INTERVAL_S = 0.02
@@ -66,6 +72,7 @@ class Engine:
         self._replaced: EngineProcess | None = None
         self._on_gone = on_gone
         self._watcher: asyncio.Task[None] | None = None
+        self._prompts_watcher: asyncio.Task[None] | None = None
         self._told: Versions | None = None
 
     async def start(self) -> None:
@@ -97,26 +104,33 @@ class Engine:
                 raise
             await self._replace(process, f"the GPU's context is broken: {exc.message}")
             raise GpuFault(" ".join(exc.message.split())) from exc
-        except EngineHung as exc:
+        except RunLost as exc:
+            if process.prompts_ended.done():
+                raise PromptFatal(process.prompts_ended.result(), process.last_lines) from exc
+            self._replaced = process
             await self._replace(process, str(exc))
             raise
-        except EngineUnreachable as exc:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(process.exited)), _DEATH_NEWS_S)
-                raise self._failure or _died(process) from exc
-            await self._replace(process, str(exc))
+        except (EngineHung, EngineStalled, EngineUnreachable, EngineDied) as exc:
+            await self._give_up(process, exc)
             raise
-        except EngineDied as exc:
-            if self._failure:
-                raise self._failure from exc
-            raise
-        except (RunTimedOut, asyncio.CancelledError):
+        except (RunTimedOut, EngineAnswerInvalid, asyncio.CancelledError):
             if client.holds_prompt:
                 self._replaced = process  # no fault of its own
                 await self._replace(process, "it does not let go of a prompt that was given up")
             raise
         self._deaths = 0
         return result
+
+    async def _give_up(self, process: EngineProcess, error: EngineError) -> None:
+        """Replace a process that lives and does not serve. Raises what is known better: that it died, or will not come back."""
+        if isinstance(error, EngineUnreachable):
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(process.exited)), _DEATH_NEWS_S)
+                raise self._failure or _died(process) from error
+        if not isinstance(error, EngineDied):
+            await self._replace(process, str(error))
+        elif self._failure:
+            raise self._failure from error
 
     async def _replace(self, process: EngineProcess, reason: str) -> None:
         """End this process; `_watch` starts the next one, for which the next run waits."""
@@ -133,16 +147,25 @@ class Engine:
             raise self._failure from None
 
     async def choices(self, class_type: str, input_name: str) -> Sequence[str] | None:
-        """As `ComfyClient.choices`; waits and raises as `run` does for an engine that is not there."""
-        return await (await self._ready()).choices(class_type, input_name)
+        """As `ComfyClient.choices`; waits, replaces and raises as `run` does for an engine that does not answer."""
+        return await self._answered(lambda client: client.choices(class_type, input_name))
 
     async def object_info(self, class_types: Collection[str]) -> dict[str, Any]:
-        """As `ComfyClient.object_info`; waits and raises as `run` does for an engine that is not there."""
-        return await (await self._ready()).object_info(class_types)
+        """As `ComfyClient.object_info`; waits, replaces and raises as `run` does for an engine that does not answer."""
+        return await self._answered(lambda client: client.object_info(class_types))
 
     async def versions(self) -> Versions:
         """Return what the engine is; waits and raises as `run` does for an engine that is not there."""
         return (await self._ready()).versions
+
+    async def _answered(self, ask: Callable[[ComfyClient], Awaitable[Answer]]) -> Answer:
+        client = await self._ready()
+        process = self._process
+        try:
+            return await ask(client)
+        except (EngineHung, EngineUnreachable) as exc:
+            await self._give_up(process, exc)
+            raise
 
     async def _ready(self) -> ComfyClient:
         """The client of the engine, once a restart that is under way is over. Raises a `StartError` when there will be none."""
@@ -155,9 +178,10 @@ class Engine:
 
     async def stop(self) -> None:
         """End ComfyUI; nothing restarts it."""
-        if self._watcher:
-            self._watcher.cancel()
-            await asyncio.gather(self._watcher, return_exceptions=True)
+        watchers = [watcher for watcher in (self._watcher, self._prompts_watcher) if watcher]
+        for watcher in watchers:
+            watcher.cancel()
+        await asyncio.gather(*watchers, return_exceptions=True)
         await self._client.close()
         with contextlib.suppress(TimeoutError):
             await asyncio.to_thread(self._process.stop)
@@ -183,6 +207,8 @@ class Engine:
             raise EngineStartFailed(str(exc), self._process.last_lines) from exc
         self._log_versions()
         self._up.set()
+        watching = self._watch_prompts(self._process, self._client)
+        self._prompts_watcher = asyncio.create_task(watching, name="comfyui-watch-prompts")
 
     def _log_versions(self) -> None:
         versions = self._client.versions
@@ -225,13 +251,35 @@ class Engine:
                 return
             log.info("ComfyUI is back (pid %d)", self._process.pid)
 
+    async def _watch_prompts(self, process: EngineProcess, client: ComfyClient) -> None:
+        """Replace the process when its thread that runs prompts ends: it answers, and would never run anything again."""
+        ended, exited = asyncio.wrap_future(process.prompts_ended), asyncio.wrap_future(process.exited)
+        await asyncio.wait((ended, exited), return_when=asyncio.FIRST_COMPLETED)
+        if exited.done():
+            return
+        self._replaced = process  # a workflow's fault: three of them in a row say nothing about this machine
+        self._up.clear()
+        client.fail_all(PromptFatal(ended.result(), process.last_lines))
+        with contextlib.suppress(StartError):
+            await self._replace(process, f"its thread that runs workflows ended ({ended.result()})")
+
     async def _restart(self) -> None:
-        self._client = self._new_client()
-        try:
-            self._process = EngineProcess.spawn(self._command)
-            await self._await_ready()
-        except (StartError, OSError) as exc:
-            self._failure = exc if isinstance(exc, StartError) else EngineStartFailed(str(exc))
+        """Start ComfyUI until it answers. A death on the way there counts as one of the deaths in a row."""
+        while True:
+            self._client = self._new_client()
+            try:
+                self._process = EngineProcess.spawn(self._command)
+                await self._await_ready()
+            except (StartError, OSError) as exc:
+                self._failure = exc if isinstance(exc, StartError) else EngineStartFailed(str(exc))
+            else:
+                return
+            self._deaths += 1
+            if not self._process.exited.done() or self._deaths >= _DEATHS_IN_A_ROW:
+                return
+            log.error("%s; starting it again", self._failure)
+            self._failure = None
+            await self._client.close()
 
 
 def is_gpu_fault(message: str) -> bool:

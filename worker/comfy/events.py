@@ -8,6 +8,7 @@ executing with no node. After a gap nothing is replayed, so from then on only /h
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -92,7 +93,7 @@ def decode(message: object) -> Event | None:
         value = json.loads(message)
         decoder = _DECODERS.get(value["type"])
         return decoder(value["data"]) if decoder else None
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         return None
 
 
@@ -114,13 +115,32 @@ def _exhausted(kind: str, message: str) -> Literal["GPU", "host"] | None:
     return "host" if kind == "MemoryError" or "DefaultCPUAllocator" in message else None
 
 
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    return value
+
+
+def _node(value: object) -> str | None:
+    return None if value is None else _text(value)
+
+
+def _count(value: Any) -> float:  # noqa: ANN401 - ComfyUI's JSON
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError
+    return number
+
+
 _DECODERS: Mapping[str, Callable[[Mapping[str, Any]], Event]] = {
-    "executing": lambda data: Executing(data["prompt_id"], data.get("node")),
-    "executed": lambda data: NodeOutput(data["prompt_id"], data["node"], dict(data["output"] or {})),
-    "progress": lambda data: Progress(data["prompt_id"], data.get("node"), float(data["value"]), float(data["max"])),
-    "execution_success": lambda data: Succeeded(data["prompt_id"]),
+    "executing": lambda data: Executing(_text(data["prompt_id"]), _node(data.get("node"))),
+    "executed": lambda data: NodeOutput(_text(data["prompt_id"]), _text(data["node"]), dict(data["output"] or {})),
+    "progress": lambda data: Progress(
+        _text(data["prompt_id"]), _node(data.get("node")), _count(data["value"]), _count(data["max"])
+    ),
+    "execution_success": lambda data: Succeeded(_text(data["prompt_id"])),
     "execution_error": _failure,
-    "execution_interrupted": lambda data: Interrupted(data["prompt_id"]),
+    "execution_interrupted": lambda data: Interrupted(_text(data["prompt_id"])),
 }
 
 
@@ -147,6 +167,7 @@ class RunTracker:
     _outputs: Outputs = field(default_factory=dict)
     _complete: bool = True
     _failed: Failed | None = None
+    _succeeded: bool = False
 
     def feed(self, event: Event) -> None:
         """Take one websocket event; those of other prompts are ignored."""
@@ -159,12 +180,14 @@ class RunTracker:
                 self.outcome = event.error(self._outputs)
             case Interrupted():
                 self.outcome = RunInterrupted()
-            case Succeeded() if self._complete:
+            case Succeeded() if self._complete and self._outputs:
                 self.outcome = Finished(self._outputs)
             case Failed():
                 # What was put out during the gap is in the history only; should that be lost, this is known all the same.
                 self._failed, self.wants_history = event, True
             case Succeeded() | Executing(node_id=None):
+                # Without outputs too: an `executed` that is late or missing is in the history.
+                self._succeeded = self._succeeded or isinstance(event, Succeeded)
                 self.wants_history = True
 
     def gap(self) -> None:
@@ -179,8 +202,10 @@ class RunTracker:
         self.wants_history = False
         if entry is not None:
             self.outcome = outcome_of(entry)
+        elif not queued and self._failed:
+            self.outcome = self._failed.error(self._outputs)
         elif not queued:
-            self.outcome = self._failed.error(self._outputs) if self._failed else RunLost(self.prompt_id)
+            self.outcome = Finished(self._outputs) if self._succeeded else RunLost(self.prompt_id)
 
     def end(self, error: EngineError) -> None:
         """The run cannot go on, for a reason outside the protocol: the engine died, the time is up."""

@@ -36,6 +36,9 @@ _WITHHELD = ("BUCKET_ACCESS_KEY_ID", "BUCKET_SECRET_ACCESS_KEY", "COMFY_ORG_API_
 _TERMINAL_CODE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-_])")
 _ORDINARY = "[INFO]"
 _FAILED_IMPORT = " module for custom nodes: "
+# What Python prints when an exception ends ComfyUI's one thread that runs prompts, and the last line of the traceback.
+_PROMPTS_ENDED = re.compile(r"Exception in thread .*\(prompt_worker\)")
+_RAISED = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Interrupt)\b.*")
 # What a container sees of NVIDIA cards, of WSL's and of AMD's. Looking costs nothing; asking the driver takes 0.1-1 s.
 _GPU_DEVICES = ("nvidia[0-9]*", "dxg", "kfd")
 
@@ -113,6 +116,7 @@ class EngineProcess:
         self.pid = popen.pid
         self.spawned_at = time.monotonic()
         self.exited: Future[Exit] = Future()
+        self.prompts_ended: Future[str] = Future()  # the exception in which its thread that runs prompts ended, if it did
         self._popen = popen
         self.failed_imports: list[str] = []  # what it printed of custom nodes that it starts without
         self._lines: deque[str] = deque(maxlen=_LAST_LINES)
@@ -179,8 +183,12 @@ class EngineProcess:
     def _read_output(self) -> None:
         stream = self._popen.stdout
         assert stream is not None  # noqa: S101 - spawn asks for a pipe
+        ending = False
         for line in _lines_of(stream):
             self._lines.append(line)
+            ending = ending or _PROMPTS_ENDED.match(line) is not None
+            if ending and not self.prompts_ended.done() and _RAISED.match(line):
+                self.prompts_ended.set_result(line)
             if _FAILED_IMPORT in line:
                 self.failed_imports.append(line)
             log.info("comfyui: %s", line)
