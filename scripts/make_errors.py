@@ -257,6 +257,7 @@ there is 'fox_v2.safetensors'; correct the name, put the file on the volume, or 
     "VolumeFailed.reason": "Input/output error",
     "VolumeReadOnly.reason": "Read-only file system",
     "waited_s": 62.0,
+    "came_bytes": 480,
     "WhatUnknown.what": "flux_dev",
     "where": "https://huggingface.co/org/repo/resolve/main/x.safetensors",
     "InputNotServed.where": "https://example.com/clip.mp4",

@@ -7,10 +7,12 @@ import datetime as dt
 import hashlib
 import http.client
 import http.server
+import os
 import random
 import ssl
 import threading
 import time
+from dataclasses import replace
 from email.utils import format_datetime
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -21,6 +23,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from devkit.hub import Hub as StandIn
+from devkit.hub.shelf import git_oid
 from worker.errors import (
     ContentMismatch,
     EnsureCancelled,
@@ -651,6 +654,128 @@ def test_a_cancelled_fetch_ends_at_once_and_is_continued(stand_in: StandIn, tmp_
     partial, work = fetch(hub, remote, tmp_path)
     assert partial.path.read_bytes() == WEIGHTS
     assert work.fetched_bytes < len(WEIGHTS)
+
+
+def test_one_slow_connection_is_relieved_by_the_others(stand_in: StandIn, tmp_path: Path) -> None:
+    """At 20 KB/s its range alone would take 25 s."""
+    hub = hub_of(stand_in)
+    remote = hub.look_up(FILE, NEVER)
+    stand_in.fault("slow", bytes_per_s=20_000, shared=False, sticky=True, count=1, route="cdn")
+    began_s = time.monotonic()
+    partial, work = fetch(hub, remote, tmp_path)
+    assert time.monotonic() - began_s < 12
+    assert partial.path.read_bytes() == WEIGHTS
+    assert work.fetched_bytes == len(WEIGHTS)
+    assert not partial.rewritten, "no byte came twice"
+
+
+@pytest.mark.parametrize("fault", [{"kind": "stall", "after_bytes": 10}, {"kind": "hang"}])
+def test_a_connection_that_says_nothing_is_relieved_too(stand_in: StandIn, tmp_path: Path, fault: dict[str, Any]) -> None:
+    hub = hub_of(stand_in, read_timeout_s=60)
+    remote = hub.look_up(FILE, NEVER)
+    stand_in.fault(**fault, count=1, route="cdn")
+    partial, _ = fetch(hub, remote, tmp_path)
+    assert partial.path.read_bytes() == WEIGHTS
+
+
+def test_a_source_that_drips_is_given_up_after_the_patience_with_what_came(stand_in: StandIn, tmp_path: Path) -> None:
+    hub = hub_of(stand_in, read_timeout_s=60)
+    remote = hub.look_up(FILE, NEVER)
+    stand_in.fault("slow", bytes_per_s=20, shared=False, count=None, route="cdn")
+    began_s = time.monotonic()
+    with pytest.raises(SourceUnreachable, match="bytes in") as caught:
+        fetch(hub, remote, tmp_path, replace(SMALL, patience_s=3))
+    assert 2 < time.monotonic() - began_s < 20
+    assert caught.value.retryable
+
+
+# --- versions that no hash tells apart ----------------------------------------------------------
+
+
+def put(root: Path, content: bytes, modified_s: int) -> None:
+    """Another version under the same name: whoever reads the old one goes on with it."""
+    path = root / "org/repo/sub/model.safetensors"
+    new = path.with_suffix(".new")
+    new.write_bytes(content)
+    os.utime(new, (modified_s, modified_s))
+    new.replace(path)
+
+
+def change_under_way(stand_in: StandIn, root: Path) -> threading.Thread:
+    """Put the newer version there once a third has been sent."""
+
+    def run() -> None:
+        stand_in.wait_until(lambda: stand_in.bytes_sent() > MIB)
+        put(root, NEWER, 1_700_000_009)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread
+
+
+VALIDATORS: dict[str, list[dict[str, Any]]] = {
+    "etag": [],
+    "etag-ignored": [{"kind": "ignore_if_range"}],
+    "weak": [{"kind": "without", "value": "Last-Modified"}, {"kind": "weak"}],
+    "modified": [{"kind": "without", "value": "ETag"}],
+    "modified-ignored": [{"kind": "without", "value": "ETag"}, {"kind": "ignore_if_range"}],
+}
+
+
+@pytest.mark.parametrize("faults", VALIDATORS.values(), ids=VALIDATORS)
+def test_bytes_of_two_versions_are_never_in_one_file(
+    stand_in: StandIn, root: Path, tmp_path: Path, faults: list[dict[str, Any]]
+) -> None:
+    put(root, WEIGHTS, 1_700_000_000)
+    for fault in faults:
+        stand_in.fault(**fault, count=None)
+    hub = hub_of(stand_in)
+    remote = hub.look_up(Url(f"{stand_in.endpoint}/files/org/repo/sub/model.safetensors"), NEVER)
+    assert remote.has_ranges
+    stand_in.fault("slow", bytes_per_s=2 * MIB, count=None)
+    change = change_under_way(stand_in, root)
+    with pytest.raises(SourceChanged):
+        fetch(hub, remote, tmp_path)
+    change.join()
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_source_that_tells_no_version_is_fetched_with_one_answer(
+    stand_in: StandIn, root: Path, tmp_path: Path, *, cut: bool
+) -> None:
+    for name in ("ETag", "Last-Modified"):
+        stand_in.fault("without", value=name, count=None)
+    hub = hub_of(stand_in)
+    remote = hub.look_up(Url(f"{stand_in.endpoint}/files/org/repo/sub/model.safetensors"), NEVER)
+    if cut:
+        stand_in.fault("cut", after_bytes=2 * MIB, count=1)
+    stand_in.fault("slow", bytes_per_s=4 * MIB, count=None)
+    change = change_under_way(stand_in, root)
+    partial, _ = fetch(hub, remote, tmp_path)
+    change.join()
+    assert partial.path.read_bytes() == (NEWER if cut else WEIGHTS)
+
+
+def test_a_file_that_changed_a_moment_ago_is_not_known_by_its_second(stand_in: StandIn, root: Path) -> None:
+    stand_in.fault("without", value="ETag", count=None)
+    put(root, WEIGHTS, int(time.time()))
+    source = Url(f"{stand_in.endpoint}/files/org/repo/sub/model.safetensors")
+    assert not hub_of(stand_in).look_up(source, NEVER).has_validator
+    put(root, WEIGHTS, int(time.time()) - 60)
+    assert hub_of(stand_in).look_up(source, NEVER).has_validator
+
+
+def test_what_a_mirror_says_of_the_hubs_file_is_used(stand_in: StandIn) -> None:
+    mirror = hub_of(stand_in).look_up(Url(f"{stand_in.endpoint}/org/repo/resolve/main/sub/model.safetensors"), NEVER)
+    assert mirror.sha256 == SHA256
+    small = hub_of(stand_in).look_up(HubFile("org/repo", "sub/config.json"), NEVER)
+    assert small.git_sha1 == git_oid(b"{}\n")
+
+
+def test_a_compressed_answer_is_not_the_file(stand_in: StandIn) -> None:
+    stand_in.fault("header", value="Content-Encoding: gzip", count=None)
+    with pytest.raises(NotAFile, match="compressed"):
+        hub_of(stand_in).look_up(Url(f"{stand_in.endpoint}/files/org/repo/sub/model.safetensors"), NEVER)
 
 
 def test_a_partial_that_was_taken_ends_the_fetch(stand_in: StandIn, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from worker.errors import (
     EnsureCancelled,
     FileIncomplete,
     RepoNotFound,
+    SourceChanged,
     SourceRefused,
     SourceUnreachable,
     UnsafePath,
@@ -167,6 +168,61 @@ def test_small_files_without_a_hash_are_fetched_too(setup: Setup) -> None:
     seal = read_seal(setup.layout.seal("configs", "notes.txt"))
     assert seal is not None
     assert seal.sha256 == hashlib.sha256(b"hello\n").hexdigest()
+
+
+def test_a_small_file_is_checked_against_what_git_calls_it(setup: Setup, stand_in: StandIn) -> None:
+    stand_in.fault("flip", at_byte=2, count=1)
+    found = setup.store().ensure(ModelSpec("configs", "notes.txt", HubFile("org/repo", "notes.txt")))
+    assert found.path.read_bytes() == b"hello\n"
+    assert found.bytes_fetched == 12
+    stand_in.fault("flip", at_byte=3, count=None)
+    with pytest.raises(ContentMismatch, match="git blob"):
+        setup.store().ensure(ModelSpec("configs", "other.txt", HubFile("org/repo", "notes.txt")))
+    assert not setup.layout.model("configs", "other.txt").exists()
+    assert setup.litter() == []
+
+
+def test_without_a_version_nobody_goes_on_with_what_another_worker_left(setup: Setup, stand_in: StandIn) -> None:
+    for name in ("ETag", "Last-Modified"):
+        stand_in.fault("without", value=name, count=None)
+    spec = ModelSpec("checkpoints", SPEC.name, Url(f"{stand_in.endpoint}/files/org/repo/model.safetensors"))
+    stand_in.fault("stall", after_bytes=MIB, count=1)
+    cancel = threading.Event()
+
+    def stop() -> None:
+        stand_in.wait_stalled(1)
+        cancel.set()
+
+    stopping = threading.Thread(target=stop)
+    stopping.start()
+    with pytest.raises(EnsureCancelled):
+        setup.store().ensure(spec, cancel=cancel)
+    stopping.join()
+    assert setup.litter()
+    found = setup.store().ensure(spec)
+    assert found.bytes_fetched == len(WEIGHTS)
+    assert setup.litter() == []
+
+
+def test_a_version_that_went_leaves_no_partial(setup: Setup, stand_in: StandIn, root: Path) -> None:
+    spec = ModelSpec("checkpoints", SPEC.name, Url(f"{stand_in.endpoint}/files/org/repo/model.safetensors"))
+    stand_in.fault("stall", after_bytes=1000, skip=2, count=1)
+
+    def change() -> None:
+        stand_in.wait_stalled(1)
+        new = root / "org/repo/new"
+        new.write_bytes(OTHER)
+        new.replace(root / "org/repo/model.safetensors")
+        stand_in.release()
+
+    changing = threading.Thread(target=change)
+    changing.start()
+    with pytest.raises(SourceChanged):
+        setup.store().ensure(spec)
+    changing.join()
+    assert setup.litter() == []
+    assert setup.store().ensure(spec).how == "downloaded"
+    assert setup.final.read_bytes() == OTHER
 
 
 def test_a_plain_address_with_a_known_hash_is_checked_against_it(setup: Setup, stand_in: StandIn) -> None:

@@ -352,6 +352,8 @@ def test_a_sink_that_is_full_is_waited_for(stand_in: StandIn) -> None:
 class Window:
     """Takes so many bytes at a time, and no more until somebody has looked."""
 
+    is_rewritable = False
+
     def __init__(self, remote: Remote) -> None:
         self.size_bytes = remote.size_bytes
         self.content = bytearray()

@@ -971,16 +971,18 @@ class NotAFile(ModelError):
 
 @dataclass(eq=False)
 class SourceUnreachable(ModelError):
-    """A model's source sent no byte for too long; the bytes that did come are kept."""
+    """A model's source sent no byte, or hardly any, for too long; the bytes that did come are kept."""
 
     where: str
     reason: str
     waited_s: float
+    came_bytes: int = 0
     code = "source_unreachable"
     retryable = True
 
     def __str__(self) -> str:
-        return f"{self.where} sent nothing for {self.waited_s:.0f} s ({self.reason}); try again: what came is kept."
+        sent = f"{self.came_bytes} bytes in" if self.came_bytes else "nothing for"
+        return f"{self.where} sent {sent} {self.waited_s:.0f} s ({self.reason}); try again: what came is kept."
 
 
 @dataclass(eq=False)

@@ -32,11 +32,12 @@ def parse_range(header: str | None, size: int) -> range | None:
 
 
 def send_file(wire: Wire, source: Path, headers: Mapping[str, str]) -> None:
-    """Answer with a file, or the range of it that was asked for; `headers` hold its ETag."""
+    """Answer with a file, or the range of it that was asked for; `headers` hold what tells its version."""
+    headers = _spoilt(wire, headers)
     with source.open("rb") as stream:
         missing_bytes = sum(rule.fault.missing_bytes for rule in wire.befall("truncate"))
         size = max(0, os.fstat(stream.fileno()).st_size - missing_bytes)
-        wanted = _wanted(wire, size, headers["ETag"])
+        wanted = _wanted(wire, size, headers)
         part = range(size) if wanted is None else wanted
         rules = [] if wire.command == "HEAD" else _rules(wire, part, size)
         about = {"Accept-Ranges": "bytes", "Content-Type": "application/octet-stream", "Content-Length": str(len(part))}
@@ -47,8 +48,18 @@ def send_file(wire: Wire, source: Path, headers: Mapping[str, str]) -> None:
             _Body(wire, stream.fileno(), rules).send(part, size)
 
 
-def _wanted(wire: Wire, size: int, etag: str) -> range | None:
-    if wire.headers.get("If-Range", etag) != etag:
+def _spoilt(wire: Wire, headers: Mapping[str, str]) -> dict[str, str]:
+    gone = {str(rule.fault.value).lower() for rule in wire.befall("without")}
+    more = dict(str(rule.fault.value).split(": ", 1) for rule in wire.befall("header"))
+    weak = {"ETag": f"W/{headers['ETag']}"} if wire.befall("weak") else {}
+    return {**{name: value for name, value in {**headers, **weak}.items() if name.lower() not in gone}, **more}
+
+
+def _wanted(wire: Wire, size: int, headers: Mapping[str, str]) -> range | None:
+    asked = wire.headers.get("If-Range")
+    # A weak ETag never fits If-Range.
+    known = {value for name, value in headers.items() if name in {"ETag", "Last-Modified"} and not value.startswith("W/")}
+    if asked is not None and asked not in known and not wire.befall("ignore_if_range"):
         return None
     wanted = parse_range(wire.headers.get("Range"), size)
     return None if wanted is not None and wire.befall("ignore_range") else wanted

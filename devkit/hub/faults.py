@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from devkit.hub.log import Origin, Request
 
 FaultKind = Literal[
-    "hang", "status", "drop", "expired", "cut", "short", "stall", "flip", "truncate", "ignore_range", "slow", "size", "sha256"
-]
+    "hang", "status", "drop", "expired", "cut", "short", "stall", "flip", "truncate", "ignore_range", "ignore_if_range", "slow",
+    "size", "sha256", "without", "header", "weak",
+]  # fmt: skip
 
 MIB: Final = 1024 * 1024
 
@@ -33,8 +34,11 @@ class Fault:
     cut: the connection closes after `after_bytes` of the body (`reset`: with RST). short: it closes `missing_bytes` before the
     end. stall: silence after `after_bytes`, for `hold_s` (None: until released), then the rest. flip: the byte at `at_byte` of
     the file is wrong. truncate: the file seems `missing_bytes` shorter, headers included. ignore_range: 200 and the whole file.
-    slow: `bytes_per_s`, over all connections together, or each (`shared=False`).
-    size, sha256: metadata names `value` instead of the truth.
+    ignore_if_range: the range comes, whatever version If-Range asks for.
+    slow: `bytes_per_s`, over all connections together, or each (`shared=False`). `sticky`: a connection that was struck once
+    stays so for whatever it asks, and `count` counts connections.
+    size, sha256: metadata names `value` instead of the truth. without: a file's answer lacks the header `value`. header: it has
+    this one more (`Name: value`). weak: its ETag is weak.
     """
 
     kind: FaultKind
@@ -52,14 +56,15 @@ class Fault:
     hold_s: float | None = None
     bytes_per_s: int = MIB
     shared: bool = True
+    sticky: bool = False
     reset: bool = False
     value: str | int | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(FaultKind):
             raise ValueError(f"unknown fault {self.kind!r}: one of {', '.join(get_args(FaultKind))}")
-        if self.kind in {"size", "sha256"} and self.value is None:
-            raise ValueError(f"a {self.kind} fault needs the value that metadata shall name")
+        if self.kind in {"size", "sha256", "without", "header"} and self.value is None:
+            raise ValueError(f"a {self.kind} fault needs the value that shall be named")
         if self.bytes_per_s < 1:
             raise ValueError("bytes_per_s must be at least 1")
 
@@ -103,6 +108,7 @@ class Rule:
         self.fault = fault
         self.seen = 0
         self.fired = 0
+        self._struck: set[int] = set()
         self._pace = Pace(fault.bytes_per_s)
 
     def pace(self) -> Pace:
@@ -119,12 +125,15 @@ class Rule:
             and fault.method in {None, request.method}
         )
 
-    def spend(self) -> bool:
+    def spend(self, request: Request) -> bool:
         """Count one matching request; whether the fault befalls it."""
+        if self.fault.sticky and request.connection in self._struck:
+            return True
         self.seen += 1
         if self.seen <= self.fault.skip or (self.fault.count is not None and self.fired >= self.fault.count):
             return False
         self.fired += 1
+        self._struck.add(request.connection)
         return True
 
 
@@ -158,11 +167,11 @@ class Book:
         wanted = set(kinds)
         with self._lock:
             met = (r for r in self._rules if r.fault.kind in wanted and r.matches(request) and reaches(r.fault))
-            return [rule for rule in met if rule.spend()]
+            return [rule for rule in met if rule.spend(request)]
 
     def take_first(self, request: Request, kinds: Iterable[FaultKind]) -> Rule | None:
         """The first of these kinds that befalls the request; those behind it are not spent."""
         wanted = set(kinds)
         with self._lock:
             met = (r for r in self._rules if r.fault.kind in wanted and r.matches(request))
-            return next((rule for rule in met if rule.spend()), None)
+            return next((rule for rule in met if rule.spend(request)), None)

@@ -124,6 +124,15 @@ def sha256_of(path: Path, cancel: CancelToken, on_bytes: Callable[[int], None]) 
     return digest.hexdigest()
 
 
+def git_sha1_of(path: Path, size_bytes: int) -> str:
+    """What git calls a file of this content, which is small."""
+    digest = hashlib.sha1(b"blob %d\0" % size_bytes, usedforsecurity=False)
+    with path.open("rb", buffering=0) as stream:
+        while block := stream.read(_BUFFER_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def check_whole(path: Path, size_bytes: int) -> None:
     """Raise `FileIncomplete` when a safetensors file's header and size disagree; other formats say nothing to check.
 

@@ -14,9 +14,9 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Literal
 
-from worker.errors import ContentMismatch, EnsureCancelled, SourceRefused, VolumeFull
+from worker.errors import ContentMismatch, EnsureCancelled, SourceChanged, SourceRefused, VolumeFull
 from worker.models.abandon import abandonable
-from worker.models.disk import FULL, free_bytes, patiently, stated_bytes, sync_folder
+from worker.models.disk import FULL, free_bytes, git_sha1_of, patiently, stated_bytes, sync_folder
 from worker.models.hashed import HashedPartial
 from worker.models.inventory import stamp_of
 from worker.models.partial import DiskFailed, Partial, Stuck, Taken, sweep
@@ -137,6 +137,9 @@ class Download:
             partial = patiently(lambda: Partial.begin(self._folder, self._remote.size_bytes))
 
     def _claim(self) -> Partial:
+        if not self._remote.has_validator:
+            # Nobody can tell whether what another worker left is of the version that comes now.
+            return patiently(lambda: Partial.begin(self._folder, self._remote.size_bytes))
         idle_s = 0.0 if self._hold.state == "held" else _IDLE_S
         return patiently(lambda: Partial.claim(self._folder, self._remote.size_bytes, idle_s))
 
@@ -148,7 +151,7 @@ class Download:
             if partial.inherited and partial.gaps() and self._task.cancel.wait(self._tools.tuning.handover_s):
                 raise EnsureCancelled(str(self._task.spec))
             actual = self._fill(partial)
-            if self._remote.sha256 not in {None, actual}:
+            if self._is_wrong(partial, actual):
                 return actual
             self._check_unhashed(partial)
             return self._publish(partial, actual)
@@ -160,16 +163,27 @@ class Download:
         except (DiskFailed, OSError) as exc:
             _make_room(partial, exc)
             raise
+        except SourceChanged:
+            with contextlib.suppress(OSError):
+                partial.discard()
+            raise
         finally:
             with contextlib.suppress(OSError):
                 partial.close()
 
+    def _is_wrong(self, partial: Partial, sha256: str) -> bool:
+        """Whether the file is not the one that the source promised; of a small file the hub tells what git calls it."""
+        if self._remote.sha256 or not self._remote.git_sha1:
+            return self._remote.sha256 not in {None, sha256}
+        return git_sha1_of(partial.path, self._remote.size_bytes) != self._remote.git_sha1
+
     def _judge(self, actual: str, wrong: set[str]) -> None:
         """Whether to try again after a file that was wrong: chance does not make the same one twice."""
         remote = self._remote
-        log.warning("%s came with the sha256 %s, not %s: thrown away", self._task.spec, actual, remote.sha256)
+        promised = remote.sha256 or f"that of the git blob {remote.git_sha1}"
+        log.warning("%s came with the sha256 %s, not %s: thrown away", self._task.spec, actual, promised)
         if actual in wrong or len(wrong) + 1 == _WHOLE_ATTEMPTS:
-            raise ContentMismatch(remote.where, "sha256", str(remote.sha256), actual)
+            raise ContentMismatch(remote.where, "sha256", promised, actual)
         wrong.add(actual)
 
     def _check_room(self, partial: Partial) -> None:

@@ -61,6 +61,11 @@ class HashedPartial:
         """How many bytes are written."""
         return self._partial.done_bytes
 
+    @property
+    def is_rewritable(self) -> bool:
+        """Yes: the whole file is read back then."""
+        return True
+
     def gaps(self) -> list[tuple[int, int]]:
         """What is missing."""
         return self._partial.gaps()

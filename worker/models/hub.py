@@ -7,6 +7,7 @@ refuse HEAD.
 from __future__ import annotations
 
 import contextlib
+import email.utils
 import http.client
 import json
 import logging
@@ -16,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import httpx2
@@ -52,6 +54,8 @@ from worker.models.wire import (
     Channel,
     Credential,
     Network,
+    bare_etag,
+    content_coding,
     retry_after_s,
     shown,
     token_refused,
@@ -59,6 +63,8 @@ from worker.models.wire import (
 )
 
 if TYPE_CHECKING:
+    from email.message import Message
+
     from worker.models.progress import CancelToken
 
 log = logging.getLogger(__name__)
@@ -70,6 +76,8 @@ HF_TOKEN: Final = "HF_TOKEN"  # noqa: S105 - the variable's name
 CIVITAI_TOKEN: Final = "CIVITAI_TOKEN"  # noqa: S105 - the variable's name
 _CIVITAI: Final = "https://civitai.com"
 _SHA256: Final = re.compile(r"[0-9a-fA-F]{64}")
+_SHA1: Final = re.compile(r"[0-9a-f]{40}")
+_SETTLED_S: Final = 2.0
 _LONGEST_WAIT_S: Final = 900.0
 _LONGEST_PAUSE_S: Final = 20.0
 _MOST_SAID_BYTES: Final = 64 * 1024
@@ -87,6 +95,8 @@ class Remote:
     url: str = field(repr=False)
     has_ranges: bool = True
     xet: Any = field(default=None, repr=False)  # huggingface_hub's XetFileData, which it does not export
+    modified: str | None = None
+    git_sha1: str | None = None  # what git calls the content: the hub tells no other hash of a small file
 
     @property
     def where(self) -> str:
@@ -97,13 +107,38 @@ class Remote:
     def key(self) -> str:
         """What its partials and its lock are called."""
         address = self.source.url if isinstance(self.source, Url) else str(self.source)
-        return content_key(self.sha256, address, self.etag, self.size_bytes)
+        return content_key(self.sha256, address, "\n".join(filter(None, (self.etag, self.modified))), self.size_bytes)
+
+    @property
+    def is_verified(self) -> bool:
+        """Whether the source tells a hash of the content."""
+        return bool(self.sha256 or self.git_sha1)
+
+    @property
+    def has_validator(self) -> bool:
+        """Whether two answers of the source can be known to be of one version."""
+        return self.is_verified or bool(self.etag or self.modified)
+
+    @property
+    def strong_etag(self) -> str | None:
+        """The ETag as it goes into a request; a weak one does not promise the same bytes."""
+        return None if not self.etag or self.etag.startswith("W/") else f'"{bare_etag(self.etag)}"'
+
+    def is_version(self, headers: Message) -> bool:
+        """Whether an answer is of the version that was looked up, as far as that can matter: a hash finds any other."""
+        if self.is_verified:
+            return True
+        same_etag = bare_etag(headers.get("ETag")) == bare_etag(self.etag)
+        return same_etag and (bool(self.strong_etag) or self.modified in {None, headers.get("Last-Modified")})
 
     def same_content(self, other: Remote) -> bool:
         """Whether both speak of the same bytes."""
         if self.sha256 and other.sha256:
             return self.sha256 == other.sha256
-        return (self.etag, self.size_bytes) == (other.etag, other.size_bytes)
+        if self.git_sha1 and other.git_sha1:
+            return self.git_sha1 == other.git_sha1
+        same_version = bool(self.strong_etag) or self.modified == other.modified
+        return same_version and (self.etag, self.size_bytes) == (other.etag, other.size_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,39 +158,68 @@ def credentials(endpoint: str, hf_token: str | None, civitai_token: str | None) 
 
 
 class Backoff:
-    """When to try again, and when it has been long enough: no byte for `patience_s`, whatever the number of failures.
+    """When to try again, and when it has been long enough: fewer than `enough_bytes` in `patience_s`, however many failures.
 
     Shared by `width` threads, which meet one bad moment of the server together. A server that names a time is given it, within
-    15 minutes of the last byte.
+    15 minutes of the last progress.
     """
 
-    def __init__(self, where: str, patience_s: float, width: int = 1, clock: Clock = time.monotonic) -> None:
+    def __init__(
+        self, where: str, patience_s: float, width: int = 1, clock: Clock = time.monotonic, *, enough_bytes: int = 0
+    ) -> None:
         self._where = where
         self._patience_s = patience_s
         self._width = width
         self._clock = clock
         self._lock = threading.Lock()
         self._failures = 0
+        self._enough_bytes = enough_bytes
+        self._came_bytes = 0
+        self._reason = "it is too slow"
         self._since_s = clock()
         self._until_s = self._since_s + patience_s
 
-    def progressed(self) -> None:
-        """A byte came: everything starts anew."""
+    def progressed(self, length: int = 0) -> None:
+        """Bytes came: failures count anew, and with enough bytes the patience does."""
         with self._lock:
             self._failures = 0
-            self._since_s = self._clock()
-            self._until_s = self._since_s + self._patience_s
+            self._came_bytes += length
+            if self._came_bytes >= self._enough_bytes:
+                self._came_bytes = 0
+                self._since_s = self._clock()
+                self._until_s = self._since_s + self._patience_s
+
+    def pause(self, for_s: float) -> None:
+        """Leave a time out of account that was not the source's."""
+        with self._lock:
+            self._since_s += for_s
+            self._until_s += for_s
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it has been long enough."""
+        with self._lock:
+            return self._clock() >= self._until_s
+
+    def check(self) -> None:
+        """Raise `SourceUnreachable` when it has been long enough."""
+        with self._lock:
+            self._give_up_after(self._clock())
+
+    def _give_up_after(self, now_s: float) -> None:
+        if now_s >= self._until_s:
+            raise SourceUnreachable(self._where, self._reason, now_s - self._since_s, self._came_bytes)
 
     def failed(self, reason: str, named_s: float | None = None) -> float:
         """How long to wait before the next attempt; raises `SourceUnreachable` when there shall be none."""
         with self._lock:
             now_s = self._clock()
             self._failures += 1
+            self._reason = reason
             if named_s is not None:
                 last_s = self._since_s + max(self._patience_s, _LONGEST_WAIT_S)
                 self._until_s = max(self._until_s, min(now_s + named_s + self._patience_s, last_s))
-            if now_s >= self._until_s:
-                raise SourceUnreachable(self._where, reason, now_s - self._since_s)
+            self._give_up_after(now_s)
             rounds = min((self._failures - 1) // self._width, 10)
             delay_s = min(_LONGEST_PAUSE_S, 0.25 * 2.0**rounds) * random.uniform(0.5, 1.0)  # noqa: S311 - jitter
             return min(max(delay_s, named_s or 0.0), max(0.0, self._until_s - now_s))
@@ -214,8 +278,9 @@ class Hub:
     def _ask_hub(self, source: HubFile) -> Remote:
         token = self._hub_token()
         revision = source.revision or "main"
+        url_at = partial(hf_hub_url, source.repo, source.path, repo_type=source.repo_type, endpoint=self._endpoint)
         try:
-            url = hf_hub_url(source.repo, source.path, revision=revision, repo_type=source.repo_type, endpoint=self._endpoint)
+            url = url_at(revision=revision)
             found = get_hf_file_metadata(url, token=token or False, endpoint=self._endpoint)
         except HFValidationError as exc:
             raise RepoNotFound(source.repo, source.path, has_token=bool(token)) from exc
@@ -225,9 +290,13 @@ class Hub:
             raise
         if found.size is None:
             raise NotAFile(str(source), "of unknown length")
-        etag = found.etag
-        sha256 = etag.lower() if etag and _SHA256.fullmatch(etag) else None
-        return Remote(source, found.size, sha256, etag, found.commit_hash, found.location, xet=found.xet_file_data)
+        sha256, git_sha1 = _hashes(found.etag)
+        location = found.location
+        if location == url and found.commit_hash:
+            # The hub serves a small file itself, at an address that may soon be another commit's.
+            location = url_at(revision=found.commit_hash)
+        remote = Remote(source, found.size, sha256, found.etag, found.commit_hash, location, xet=found.xet_file_data)
+        return replace(remote, git_sha1=git_sha1)
 
     def _hub_token(self) -> str | None:
         credential = self.network.credential(self._endpoint)
@@ -264,7 +333,11 @@ class Hub:
             stated = headers.get("Content-Length") if status == OK else headers.get("Content-Range", "").rpartition("/")[2]
             if not stated or not stated.isdecimal():
                 raise NotAFile(shown(source.url), "of unknown length")
-            return Remote(source, int(stated), None, headers.get("ETag"), None, url, has_ranges=status != OK)
+            if coding := content_coding(headers):
+                raise NotAFile(shown(source.url), f"sent compressed ({coding})")
+            sha256, git_sha1 = _hashes(response.linked_etag)
+            remote = Remote(source, int(stated), sha256, headers.get("ETag"), None, url, modified=_modified(headers))
+            return replace(remote, git_sha1=git_sha1, has_ranges=status != OK)
 
     def renew(self, remote: Remote, cancel: CancelToken) -> Remote:
         """A fresh address for the same file: the commit is pinned, so that what is fetched is what was looked up."""
@@ -297,6 +370,24 @@ class Hub:
             return XetAccess(str(found["casUrl"]), str(found["accessToken"]), int(found["exp"]), address, headers)
         except (ValueError, TypeError, KeyError):
             raise _Busy("no access to Xet was given", None) from None
+
+
+def _hashes(etag: str | None) -> tuple[str | None, str | None]:
+    """What the hub's ETag says of a file: its sha256, or for a small one what git calls it."""
+    found = bare_etag(etag) or ""
+    return (found.lower() if _SHA256.fullmatch(found) else None), (found if _SHA1.fullmatch(found) else None)
+
+
+def _modified(headers: Message) -> str | None:
+    """The Last-Modified that tells versions apart: within its second a file may have changed once more."""
+    text, date = headers.get("Last-Modified"), headers.get("Date")
+    if not text or not date:
+        return text
+    try:
+        age = email.utils.parsedate_to_datetime(date) - email.utils.parsedate_to_datetime(text)
+    except (ValueError, TypeError):
+        return None
+    return text if age.total_seconds() >= _SETTLED_S else None
 
 
 class _Busy(Exception):  # noqa: N818 - never leaves this module

@@ -189,6 +189,11 @@ class Partial:
         with self._changed:
             return self._done.total
 
+    @property
+    def is_rewritable(self) -> bool:
+        """Yes, and `rewritten` tells."""
+        return True
+
     def gaps(self) -> list[tuple[int, int]]:
         """What is missing, in order."""
         with self._changed:

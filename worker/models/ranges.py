@@ -1,13 +1,11 @@
 """The body of a file: parallel byte ranges into a `Sink`, until nothing is missing. Touches the network.
 
-Each thread has a connection and a buffer of its own. Ranges are handed out from the front of the file, and none beyond what
-the sink can take now. A range that fails goes back to the others with what is left of it, so whatever the faults are, bytes
-that came once are not asked for again.
+Each thread has a connection and a buffer of its own; `Spans` hands out the ranges. A range that fails goes back to the others
+with what is left of it, so whatever the faults are, bytes that came once are not asked for again.
 """
 
 from __future__ import annotations
 
-import bisect
 import http.client
 import logging
 import re
@@ -16,21 +14,26 @@ import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, NoReturn, Protocol
 
-from worker.errors import ContentMismatch, EnsureCancelled, SourceChanged, SourceRefused
+from worker.errors import ContentMismatch, EnsureCancelled, NotAFile, SourceChanged, SourceRefused, SourceUnreachable
 from worker.models.hub import Backoff
-from worker.models.wire import OK, PARTIAL, TRANSIENT, UNSATISFIABLE, Channel, bare_etag, retry_after_s, what_failed
+from worker.models.spans import Spans
+from worker.models.wire import OK, PARTIAL, TRANSIENT, UNSATISFIABLE, Channel, content_coding, retry_after_s, what_failed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from worker.models.hub import Hub, Remote
     from worker.models.progress import CancelToken
+    from worker.models.spans import Pull
+    from worker.models.wire import Response
 
 log = logging.getLogger(__name__)
 
 MIB: Final = 1024 * 1024
 _DOUBTS: Final = 3
 _TICK_S: Final = 0.2
+_IDLE_S: Final = 0.1  # how soon an idle connection looks again for one to take over from
+_BATCH_S: Final = 1.0  # how long bytes wait for their buffer to be full
 _FULL_S: Final = 0.02  # how soon to look again whether a full sink takes more
 _CONTENT_RANGE: Final = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
 # What a signed address answers once it has expired, by the name of the store behind it.
@@ -43,10 +46,11 @@ class Tuning:
 
     `unsaved_bytes` bounds, for each connection, what is written and not yet journalled: a killed worker costs that much and
     a buffer. `ahead_bytes` bounds the memory for bytes that wait for their turn to be hashed; `request_bytes` for each
-    connection is how far ahead they come. `patience_s` is how long no byte at all may come. A partial that another worker began
-    is left alone for `handover_s`, so that whoever still writes into it notices: two hosts that write one part of a file keep
-    each other waiting for half a minute on MooseFS. `stuck_s` is how long a write into it may take then: what a host was
-    writing when it died stays locked for two minutes.
+    connection is how far ahead they come. `patience_s` is how long less than `slowest_bytes_per_s` may come.
+
+    A partial that another worker began is left alone for `handover_s`, so that whoever still writes into it notices: two hosts
+    that write one part of a file keep each other waiting for half a minute on MooseFS. `stuck_s` is how long a write into it
+    may take then: what a host was writing when it died stays locked for two minutes.
     """
 
     connections: int = 8
@@ -56,6 +60,7 @@ class Tuning:
     unsaved_bytes: int = 32 * MIB
     ahead_bytes: int = 64 * MIB
     patience_s: float = 120.0
+    slowest_bytes_per_s: int = 8 * 1024
     handover_s: float = 1.5
     stuck_s: float = 8.0
 
@@ -75,6 +80,11 @@ class Sink(Protocol):
     @property
     def done_bytes(self) -> int:
         """How many bytes are there, for the progress."""
+        ...
+
+    @property
+    def is_rewritable(self) -> bool:
+        """Whether bytes that came may come again, and be others."""
         ...
 
     def gaps(self) -> list[tuple[int, int]]:
@@ -114,15 +124,17 @@ class Fetch:
 
     def __init__(self, hub: Hub, remote: Remote, sink: Sink, tuning: Tuning, cancel: CancelToken) -> None:
         self._hub = hub
-        self._remote = remote
+        # Where two answers cannot be told apart, one has to give the whole file.
+        self._remote = remote if remote.has_validator else replace(remote, has_ranges=False)
         self._sink = sink
         self._tuning = tuning
         self._cancel = cancel
         self._lock = threading.Lock()
         self._renewing = threading.Lock()
-        self._backoff = Backoff(remote.where, tuning.patience_s, tuning.connections)
+        enough_bytes = int(tuning.slowest_bytes_per_s * tuning.patience_s)
+        self._backoff = Backoff(remote.where, tuning.patience_s, tuning.connections, enough_bytes=enough_bytes)
         self._doubts = 0
-        self._todo: list[tuple[int, int]] = []
+        self._spans = Spans((), 1, 1, 1)
         self._stop = threading.Event()
         self._error: BaseException | None = None
         self._channels: list[Channel] = []
@@ -145,9 +157,17 @@ class Fetch:
         gaps = self._sink.gaps()
         if not gaps:
             return
-        self._todo = gaps if self._remote.has_ranges else [(gaps[0][0], self._sink.size_bytes)]
-        self._stop, self._error, self._channels = threading.Event(), None, []
-        threads = [threading.Thread(target=self._work, name=f"range-{n}", daemon=True) for n in range(self._width())]
+        if not self._remote.has_validator:
+            self._check_anew(self._sink.done_bytes)
+            gaps = [(0, self._sink.size_bytes)]
+        tuning = self._tuning
+        self._spans = Spans(gaps, tuning.connections, tuning.request_bytes, tuning.smallest_bytes)
+        self._stop, self._error = threading.Event(), None
+        self._channels = [Channel(self._hub.network) for _ in range(self._width(sum(end - start for start, end in gaps)))]
+        threads = [
+            threading.Thread(target=self._work, args=(number, channel), name=f"range-{number}", daemon=True)
+            for number, channel in enumerate(self._channels)
+        ]
         for thread in threads:
             thread.start()
         try:
@@ -157,9 +177,11 @@ class Fetch:
         if self._error:
             raise self._error
 
-    def _width(self) -> int:
-        missing = sum(end - start for start, end in self._todo)
-        return max(1, min(self._tuning.connections, missing // self._tuning.smallest_bytes)) if self._remote.has_ranges else 1
+    def _width(self, missing_bytes: int) -> int:
+        """One connection for each range of a useful size, and a second one in any case, to take over from a slow first."""
+        if not self._remote.has_ranges:
+            return 1
+        return min(self._tuning.connections, max(2, missing_bytes // self._tuning.smallest_bytes))
 
     def _watch(self, threads: list[threading.Thread], on_bytes: Callable[[int], None]) -> None:
         for thread in threads:
@@ -169,12 +191,22 @@ class Fetch:
                 if self._cancel.is_set():
                     raise EnsureCancelled(self._remote.where)
                 self._sink.check()
+                self._judge()
+
+    def _judge(self) -> None:
+        """Give up a source that drips, and the connections that are far slower than the others."""
+        if not self._spans.waits:
+            self._backoff.pause(_TICK_S)  # the disk, or whoever takes the bytes, is what takes so long
+        self._backoff.check()
+        for pull in self._spans.laggards(self._tuning.slowest_bytes_per_s, time.monotonic()):
+            self._channels[pull.owner].hang_up()
 
     def _end(self, threads: list[threading.Thread]) -> None:
         self._stop.set()
-        with self._lock:
-            for channel in self._channels:
-                channel.break_off()
+        for channel in self._channels:
+            channel.break_off()
+        with self._spans.changed:
+            self._spans.changed.notify_all()
         # A thread that is connecting, or that a slow disk holds, ends by itself later: it finds everything stopped.
         until_s = time.monotonic() + _TICK_S
         for thread in threads:
@@ -182,81 +214,89 @@ class Fetch:
 
     # --- in the threads
 
-    def _work(self) -> None:
-        stop = self._stop
-        channel = Channel(self._hub.network)
+    def _work(self, number: int, channel: Channel) -> None:
+        stop, spans = self._stop, self._spans
         buffer = memoryview(bytearray(self._tuning.buffer_bytes))
-        with self._lock:
-            self._channels.append(channel)
         try:
-            while not stop.is_set() and (span := self._take()) is not None:
-                self._pull(channel, span, buffer)
+            while not stop.is_set() and not spans.is_done:
+                if (pull := self._take(number)) is not None:
+                    self._pull(channel, pull, buffer)
+                    continue
+                with spans.changed:
+                    spans.changed.wait(_IDLE_S if self._sink.reach() >= self._sink.size_bytes else _FULL_S)
         except BaseException as exc:  # noqa: BLE001 - handed over to the thread that runs this fetch
-            with self._lock:
-                if not stop.is_set():
-                    self._error = exc
-                stop.set()
+            if not stop.is_set():
+                self._error = exc
+            stop.set()
         finally:
             channel.close()
 
-    def _take(self) -> tuple[int, int] | None:
-        """The next range to ask for: large ones first, small ones at the end, so that all connections finish together."""
-        while (span := self._try_take()) == (0, 0):
-            self._stop.wait(_FULL_S)
-        return span
+    def _take(self, number: int) -> Pull | None:
+        now_s = time.monotonic()
+        if not self._remote.has_ranges:
+            return self._spans.take_whole(number, now_s)
+        return self._spans.take(number, self._sink.reach(), now_s)
 
-    def _try_take(self) -> tuple[int, int] | None:
-        """As `_take`; an empty range when the sink is full for now."""
-        with self._lock:
-            if not self._todo or self._stop.is_set():
-                return None
-            start, end = self._todo[0]
-            reach = self._sink.reach() if self._remote.has_ranges else end
-            if start >= reach:
-                return 0, 0
-            left = sum(stop - begin for begin, stop in self._todo)
-            share = left // (2 * self._tuning.connections)
-            length = max(self._tuning.smallest_bytes, min(share, self._tuning.request_bytes))
-            stop = min(end, reach, start + length) if self._remote.has_ranges else end
-            self._todo[0:1] = [(stop, end)] if stop < end else []
-            return start, stop
-
-    def _give_back(self, start: int, end: int) -> None:
-        """In its place: a full sink waits for the first missing byte, so what is nearest to the front has to go first."""
-        if start < end:
-            with self._lock:
-                bisect.insort(self._todo, (start, end))
-
-    def _pull(self, channel: Channel, span: tuple[int, int], buffer: memoryview) -> None:
+    def _pull(self, channel: Channel, pull: Pull, buffer: memoryview) -> None:
         """Fetch a range, or as much of it as comes; the rest is given back for whoever is next."""
-        at, end = span
+        start = pull.at
         try:
-            response = self._open(channel, at, end, buffer)
-            while at < end:
-                length = _read(response, buffer[: end - at])
-                self._sink.write(at, buffer[:length])
-                at += length
-                self._came(length)
+            response = self._open(channel, pull.at, pull.end, buffer)
+            while pull.at < pull.end and not pull.cut:
+                self._receive(response, pull, buffer)
             if not response.isclosed():
-                channel.close()  # the server sends more than was asked for; a kept connection would go on with that
+                channel.close()  # more comes than is wanted by now; a kept connection would go on with that
         except (_Retry, http.client.HTTPException, OSError) as exc:
             channel.close()
-            delay_s = self._backoff.failed(what_failed(exc).removeprefix("_Retry: "), getattr(exc, "named_s", None))
-            self._stop.wait(delay_s)
+            if not pull.cut:
+                delay_s = self._backoff.failed(what_failed(exc).removeprefix("_Retry: "), getattr(exc, "named_s", None))
+                self._stop.wait(delay_s)
+            if not self._remote.has_validator:
+                self._begin_anew(pull, start)
         finally:
-            self._give_back(at, end)
+            self._spans.end(pull, time.monotonic())
 
-    def _came(self, length: int) -> None:
-        self._backoff.progressed()
+    def _receive(self, response: Response, pull: Pull, buffer: memoryview) -> None:
+        """Read until the buffer is full, the range ends, or a second has passed; then write what came, whatever happened."""
+        at, filled, until_s = pull.at, 0, time.monotonic() + _BATCH_S
+        try:
+            while pull.at < pull.end and filled < len(buffer) and not pull.cut:
+                length = response.readinto1(buffer[filled : filled + pull.left])
+                if not length:
+                    raise _Retry("the connection was closed early")
+                now_s = time.monotonic()
+                filled += self._spans.came(pull, length, now_s)
+                if now_s > until_s:
+                    break
+        finally:
+            if filled:
+                self._write(pull, at, buffer[:filled])
+
+    def _write(self, pull: Pull, at: int, view: memoryview) -> None:
+        pull.pause(time.monotonic())
+        self._sink.write(at, view)
+        pull.resume(time.monotonic())
+        self._backoff.progressed(len(view))
         with self._lock:
             self._doubts = 0
-            self.fetched_bytes += length
+            self.fetched_bytes += len(view)
 
-    def _open(self, channel: Channel, start: int, end: int, buffer: memoryview) -> http.client.HTTPResponse:
+    def _begin_anew(self, pull: Pull, start: int) -> None:
+        """Fetch the whole file again: nothing tells whether the rest would be of the version that the first bytes are of."""
+        self._check_anew(pull.at - start)
+        pull.at = start
+
+    def _check_anew(self, done_bytes: int) -> None:
+        if done_bytes and not self._sink.is_rewritable:
+            raise SourceUnreachable(self._remote.where, "cut off, and it names no version to go on with", 0.0)
+
+    def _open(self, channel: Channel, start: int, end: int, buffer: memoryview) -> Response:
         """An answer whose next byte is the one at `start`."""
         remote = self._remote
         response, _ = channel.get(remote.url, _headers(remote, start, end))
         status = response.status
+        if status in {OK, PARTIAL}:
+            self._check_version(remote, response)
         if status == PARTIAL:
             self._check_range(remote, response, start)
         elif status == OK:
@@ -273,7 +313,14 @@ class Fetch:
             raise SourceRefused(remote.where, status)
         return response
 
-    def _check_range(self, remote: Remote, response: http.client.HTTPResponse, start: int) -> None:
+    def _check_version(self, remote: Remote, response: Response) -> None:
+        """Without a hash, the only bytes taken are those of the version that was looked up."""
+        if not remote.is_version(response.headers):
+            raise SourceChanged(remote.where)
+        if coding := content_coding(response.headers):
+            self._doubt(remote, NotAFile(remote.where, f"sent compressed ({coding})"))
+
+    def _check_range(self, remote: Remote, response: Response, start: int) -> None:
         stated = response.headers.get("Content-Range", "")
         found = _CONTENT_RANGE.fullmatch(stated)
         if found is None or int(found[1]) != start:
@@ -281,9 +328,7 @@ class Fetch:
         if found[2] not in {"*", str(remote.size_bytes)}:
             self._doubt(remote, self._wrong_size(stated))
 
-    def _check_whole(self, remote: Remote, response: http.client.HTTPResponse, start: int) -> None:
-        if remote.sha256 is None and bare_etag(response.headers.get("ETag")) != bare_etag(remote.etag):
-            raise SourceChanged(remote.where)
+    def _check_whole(self, remote: Remote, response: Response, start: int) -> None:
         length = response.headers.get("Content-Length")
         if length not in {None, str(remote.size_bytes)}:
             self._doubt(remote, self._wrong_size(f"/{length}"))
@@ -314,18 +359,14 @@ def _headers(remote: Remote, start: int, end: int) -> dict[str, str]:
         return {}
     asked = {"Range": f"bytes={start}-{end - 1}"}
     # With no hash to find it later, bytes of a changed file must not come in: the server sends the whole new one instead.
-    if remote.sha256 is None and remote.etag and not remote.etag.startswith("W/"):
-        asked["If-Range"] = f'"{bare_etag(remote.etag)}"'
+    if not remote.is_verified and (validator := remote.strong_etag or remote.modified):
+        asked["If-Range"] = validator
     return asked
 
 
-def _skip(response: http.client.HTTPResponse, count: int, buffer: memoryview) -> None:
+def _skip(response: Response, count: int, buffer: memoryview) -> None:
     while count:
-        count -= _read(response, buffer[:count])
-
-
-def _read(response: http.client.HTTPResponse, into: memoryview) -> int:
-    length = response.readinto(into)
-    if not length:
-        raise _Retry("the connection was closed early")
-    return length
+        length = response.readinto1(buffer[:count])
+        if not length:
+            raise _Retry("the connection was closed early")
+        count -= length

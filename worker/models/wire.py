@@ -115,6 +115,12 @@ def bare_etag(etag: str | None) -> str | None:
     return etag.removeprefix("W/").strip('"') if etag else None
 
 
+def content_coding(headers: Message | Mapping[str, str]) -> str | None:
+    """How a body is compressed, though nobody asked for that: its bytes are not the file's."""
+    coding = (headers.get("Content-Encoding") or "").strip().lower()
+    return coding if coding not in {"", "identity"} else None
+
+
 def retry_after_s(headers: Message | Mapping[str, str]) -> float | None:
     """What `Retry-After` (seconds or a date) or an exhausted `RateLimit` asks for; None when neither does."""
     text = headers.get("Retry-After")
@@ -134,6 +140,29 @@ def token_refused(url: str, status: int, credential: Credential | None) -> Token
     return TokenRefused(shown(url), status, credential.variable, has_token=bool(credential.token))
 
 
+class Response(http.client.HTTPResponse):
+    """An answer whose body can be read as it comes. `linked_etag`: what the hub calls the file, also before a redirect."""
+
+    linked_etag: str | None = None
+
+    def readinto1(self, buffer: memoryview) -> int:  # type: ignore[override] # the base class takes any buffer
+        """Read what one receive gives, without waiting until `buffer` is full; 0 at the end of the body."""
+        if self.fp is None or not buffer:
+            return 0
+        if self.chunked:
+            data = self.read1(len(buffer))
+            buffer[: len(data)] = data
+            return len(data)
+        if self.length is not None:
+            buffer = buffer[: self.length]
+        length: int = self.fp.readinto1(buffer)
+        if self.length is not None:
+            self.length -= length
+        if not length or self.length == 0:
+            self.close()
+        return length
+
+
 class Channel:
     """A connection that is kept from one request to the next; one thread uses it, any thread may break it off."""
 
@@ -144,7 +173,7 @@ class Channel:
         self._socket: socket.socket | None = None
         self._broken_off = False
 
-    def get(self, url: str, headers: Mapping[str, str]) -> tuple[http.client.HTTPResponse, str]:
+    def get(self, url: str, headers: Mapping[str, str]) -> tuple[Response, str]:
         """The answer to a GET, and the address it came from after redirects.
 
         A token goes to its own origin only, whatever the redirects are. Raises `OSError`, `http.client.HTTPException`, and
@@ -155,8 +184,10 @@ class Channel:
             url = sendable(url)
         except ValueError:
             raise NotAFile(shown(start), "no address that can be asked") from None
+        linked_etag = None
         for _ in range(_MAX_HOPS):
             response = self._request(url, headers)
+            response.linked_etag = linked_etag = response.getheader("X-Linked-Etag") or linked_etag
             target = response.getheader("Location")
             if response.status not in _REDIRECTS or not target:
                 return response, url
@@ -179,7 +210,7 @@ class Channel:
             raise NotAFile(shown(start), "a redirect away from https")
         return target
 
-    def _request(self, url: str, headers: Mapping[str, str]) -> http.client.HTTPResponse:
+    def _request(self, url: str, headers: Mapping[str, str]) -> Response:
         if self._connection is None or self._origin != origin(url):
             self.close()
             self._connect(url)
@@ -193,7 +224,10 @@ class Channel:
         token = {"Authorization": f"Bearer {credential.token}"} if credential and credential.token else {}
         common = {"User-Agent": _AGENT, "Accept-Encoding": "identity"}
         connection.request("GET", url if through_proxy else path, headers={**common, **headers, **token})
-        return connection.getresponse()
+        response = connection.getresponse()
+        if not isinstance(response, Response):
+            raise TypeError("the connection was made for another kind of answer")
+        return response
 
     def _connect(self, url: str) -> None:
         parts = urlsplit(url)
@@ -207,6 +241,7 @@ class Channel:
                 connection.set_tunnel(parts.hostname or "", parts.port or _PORTS["https"])
         else:
             connection = http.client.HTTPConnection(host, port, timeout=timeout_s)
+        connection.response_class = Response
         connection.connect()
         connection.sock.settimeout(self._network.read_timeout_s)
         self._connection, self._socket, self._origin = connection, connection.sock, origin(url)
@@ -214,6 +249,10 @@ class Channel:
     def break_off(self) -> None:
         """End whatever the using thread waits for, now and from here on."""
         self._broken_off = True
+        self.hang_up()
+
+    def hang_up(self) -> None:
+        """End the request under way; the using thread's next one makes a new connection."""
         if (found := self._socket) is not None:
             with contextlib.suppress(OSError):
                 found.shutdown(socket.SHUT_RDWR)

@@ -74,7 +74,8 @@ class XetFetch:
         self._sink = sink
         self._tuning = tuning
         self._cancel = cancel
-        self._backoff = Backoff(remote.where, tuning.patience_s)
+        enough_bytes = int(tuning.slowest_bytes_per_s * tuning.patience_s)
+        self._backoff = Backoff(remote.where, tuning.patience_s, enough_bytes=enough_bytes)
         self._todo = sink.gaps()
         self._doubts = 0
         self._reason = "Xet ended early"
@@ -110,7 +111,9 @@ class XetFetch:
 
     def _end_silence(self) -> None:
         since_s = self._waits_since_s
-        if since_s is not None and time.monotonic() - since_s > self._tuning.patience_s:
+        if since_s is None:
+            self._backoff.pause(_TICK_S)
+        elif time.monotonic() - since_s > self._tuning.patience_s or self._backoff.is_over:
             self._kill()
 
     def _kill(self) -> None:
@@ -196,7 +199,7 @@ class XetFetch:
             self._sink.write(at, buffer[:length])
             self._todo[0:1] = [(at + length, end)] if at + length < end else []
             self._doubts = 0
-            self._backoff.progressed()
+            self._backoff.progressed(length)
             self.fetched_bytes += length
 
     def _read(self, stream: IO[bytes], into: memoryview) -> int:

@@ -76,6 +76,11 @@ class Window:
         with self._changed:
             return self._came.total
 
+    @property
+    def is_rewritable(self) -> bool:
+        """No: its readers may have passed them on."""
+        return False
+
     def gaps(self) -> list[tuple[int, int]]:
         """What has not come yet, in order."""
         with self._changed:
