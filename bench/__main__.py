@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import subprocess
 import sys
 import tempfile
@@ -22,6 +23,8 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final
 
 from bench.report import SHORT_FORGIVES, Figure, left_out, machine, table
+from devkit.engine.cache import BuildFailed, cache_root
+from devkit.engine.source import chosen_tree
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -117,6 +120,10 @@ def main(argv: Sequence[str]) -> int:
     chosen = parser.parse_args(argv)
     if unknown := set(chosen.names) - set(benchmarks()):
         parser.error(f"there is no benchmark {', '.join(sorted(unknown))}")
+    try:
+        chosen_tree(os.environ, cache_root(), sys.stderr)
+    except BuildFailed as exc:
+        parser.error(str(exc))
     outcomes: dict[str, Outcome] = {}
     for name in chosen.names or benchmarks():
         began = time.monotonic()

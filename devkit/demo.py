@@ -21,6 +21,7 @@ from client.save import Saved, save_outputs
 from client.service import LocalWorkerApi
 from client.wire import Wire
 from devkit.engine.build import ensure_engine
+from devkit.engine.cache import BuildFailed
 from devkit.engine.models import make_volume
 from devkit.hub import hub_process
 from devkit.local_worker import JOB_TIMEOUT_S, PROJECT, LocalWorker, WorkerExitedError
@@ -46,8 +47,12 @@ def main(argv: list[str] | None = None) -> int:
     except ClientError as exc:
         return tell_failure(exc, sys.stderr)
     say("building ComfyUI for the CPU (cached after the first time)")
-    engine = ensure_engine()
-    weights = make_volume(engine, FOLDER / "weights") / "models"
+    try:
+        engine = ensure_engine()
+        weights = make_volume(engine, FOLDER / "weights") / "models"
+    except BuildFailed as exc:
+        print(f"demo: {exc}", file=sys.stderr)
+        return 1
     with hub_process(_publish(weights, FOLDER / "hub")) as hub:
         manifest = _write_manifest(weights, FOLDER / "models.toml")
         say(f"a stand-in of Hugging Face with {_model_count(weights)} tiny models: {hub.endpoint}")

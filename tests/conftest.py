@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from devkit.engine.build import Engine, ensure_engine
+from devkit.engine.cache import BuildFailed, cache_root
 from devkit.engine.models import make_volume
+from devkit.engine.source import chosen_tree
 from devkit.local_worker import PROJECT, LocalWorker
 
 if TYPE_CHECKING:
@@ -17,6 +21,14 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 pytest_plugins = ["devkit.pytest_moosefs"]
+
+
+def pytest_configure() -> None:
+    """Refuse a wrong ENGINE_SOURCE or ENGINE_REF before the first test, in a sentence."""
+    try:
+        chosen_tree(os.environ, cache_root(), sys.stderr)
+    except BuildFailed as exc:
+        raise pytest.UsageError(str(exc)) from None
 
 
 @pytest.fixture(scope="session")

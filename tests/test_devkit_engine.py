@@ -7,11 +7,12 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from typing import TYPE_CHECKING
 
 import pytest
 
-from devkit.engine import build, cache, models
+from devkit.engine import build, cache, models, source
 from devkit.engine.build import Engine, engine_root, ensure_engine
 from devkit.local_worker import PROJECT
 from devkit.workflows import generate
@@ -107,7 +108,7 @@ def test_a_built_engine_is_returned_without_any_work(tmp_path: Path) -> None:
     root.mkdir()
     (root / "complete").touch()
     log = io.StringIO()
-    assert ensure_engine(tmp_path, log=log).root == root
+    assert ensure_engine(tmp_path, log=log, environ={}).root == root
     assert (log.getvalue(), list(tmp_path.iterdir())) == ("", [root])
 
 
@@ -120,6 +121,99 @@ def test_the_remains_of_a_build_are_cleared_and_a_failed_step_names_its_log(tmp_
         ensure_engine(tmp_path, log=io.StringIO(), environ=nowhere)
     assert (root / "venv" / "bin" / "python").exists()
     assert not Engine.at(root).complete
+
+
+def make_tree(path: Path, **files: str) -> Path:
+    """Write a folder that looks like a ComfyUI, with files of a person who uses it."""
+    used = {"models/vae/big.safetensors": "weights", "output/a.png": "", "venv/bin/x": "", ".git/config": "", "comfyui.log": ""}
+    stock = {"main.py": "", "requirements.txt": "", "comfy/a.py": "1", "models/vae/put_vae_here": "", "comfy/models/b.py": ""}
+    for name, text in {**stock, **used, "comfy/__pycache__/a.pyc": "", "tests/test_a.py": "", **files}.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_text(text)
+    return path
+
+
+def test_a_tree_is_its_program_and_neither_weights_nor_outputs(tmp_path: Path) -> None:
+    tree = make_tree(tmp_path / "tree")
+    program = ["comfy/a.py", "comfy/models/b.py", "main.py", "models/vae/put_vae_here", "requirements.txt"]
+    sums = source.tree_sums(tree)
+    assert list(sums) == program
+    source.copy_tree(tree, sums, tmp_path / "copy")
+    assert list(cache.sums_below(tmp_path / "copy")) == program
+    (tree / "comfy/a.py").write_text("2")
+    with pytest.raises(cache.BuildFailed, match=r"changed while it was copied \(changed: comfy/a\.py\)"):
+        source.copy_tree(tree, sums, tmp_path / "copy")
+
+
+def test_an_edited_tree_is_another_engine_and_its_weights_are_not(tmp_path: Path) -> None:
+    tree = make_tree(tmp_path / "tree")
+    first = engine_root(tmp_path, source.tree_sums(tree))
+    make_tree(tree, **{"models/vae/big.safetensors": "other weights", "output/b.png": ""})
+    assert engine_root(tmp_path, source.tree_sums(tree)) == first
+    make_tree(tree, **{"comfy/a.py": "2"})
+    assert engine_root(tmp_path, source.tree_sums(tree)) not in (first, engine_root(tmp_path))
+
+
+def test_a_built_tree_is_returned_without_any_work(tmp_path: Path) -> None:
+    tree = make_tree(tmp_path / "tree")
+    root = engine_root(tmp_path / "cache", source.tree_sums(tree))
+    root.mkdir(parents=True)
+    (root / "complete").touch()
+    log = io.StringIO()
+    assert ensure_engine(tmp_path / "cache", log=log, environ={"ENGINE_SOURCE": str(tree)}).root == root
+    assert log.getvalue() == ""
+
+
+def test_a_tree_that_asks_for_what_there_is_not_fails_and_names_its_log(tmp_path: Path) -> None:
+    tree = make_tree(tmp_path / "tree")
+    environ = {"PATH": "", "PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": "/dev/null", "ENGINE_SOURCE": str(tree)}
+    with pytest.raises(cache.BuildFailed, match=r"torch==[\s\S]*build\.log"):
+        ensure_engine(tmp_path / "cache", log=io.StringIO(), environ=environ)
+    engine = Engine.at(engine_root(tmp_path / "cache", source.tree_sums(tree)))
+    assert (engine.comfyui_dir / "main.py").exists()
+    assert not engine.complete
+
+
+@pytest.mark.parametrize(
+    ("environ", "said"),
+    [
+        ({"ENGINE_SOURCE": "/", "ENGINE_REF": "v0.46.0"}, "ENGINE_SOURCE and ENGINE_REF are both set; unset one of them"),
+        ({"ENGINE_SOURCE": "/absent"}, "ENGINE_SOURCE=/absent is no ComfyUI: it has no main.py; name the folder of a checkout"),
+        (
+            {"ENGINE_REF": "master"},
+            "ENGINE_REF=master is neither a tag such as v0.46.0 nor a whole commit hash; for a branch, give its commit",
+        ),
+    ],
+)
+def test_a_wrong_choice_of_the_engine_is_told_in_a_sentence(environ: dict[str, str], said: str, tmp_path: Path) -> None:
+    with pytest.raises(cache.BuildFailed) as caught:
+        ensure_engine(tmp_path, environ=environ)
+    assert str(caught.value) == said
+    outside = {name: value for name, value in os.environ.items() if name not in ("ENGINE_SOURCE", "ENGINE_REF")}
+    for command in (["-m", "bench", "links"], ["-m", "pytest", "tests/test_layout.py"], ["-m", "devkit.demo"]):
+        done = subprocess.run(
+            [sys.executable, *command], cwd=PROJECT, env={**outside, **environ}, capture_output=True, text=True, check=False
+        )
+        assert done.returncode != 0
+        assert (done.stdout + done.stderr).rstrip().endswith(said)
+        assert "Traceback" not in done.stderr
+
+
+def test_a_release_is_downloaded_once_and_one_that_is_not_there_is_told_in_a_sentence(tmp_path: Path) -> None:
+    make_tree(tmp_path / "ComfyUI-0.46.0")
+    with tarfile.open(tmp_path / "v0.46.0.tar.gz", "w:gz") as archive:
+        archive.add(tmp_path / "ComfyUI-0.46.0", "ComfyUI-0.46.0")
+    log, archives = io.StringIO(), tmp_path.as_uri()
+    tree = source.chosen_tree({"ENGINE_REF": "v0.46.0"}, tmp_path / "cache", log, archives)
+    assert tree == tmp_path / "cache" / "comfyui-v0.46.0"
+    assert source.tree_sums(tree) == source.tree_sums(tmp_path / "ComfyUI-0.46.0")
+    assert "downloading ComfyUI v0.46.0" in log.getvalue()
+    (tmp_path / "v0.46.0.tar.gz").unlink()
+    assert source.chosen_tree({"ENGINE_REF": "v0.46.0"}, tmp_path / "cache", log, archives) == tree
+    with pytest.raises(
+        cache.BuildFailed, match=r"^ENGINE_REF=v0\.47\.0 cannot be downloaded from file:[^\n]*ENGINE_SOURCE to a folder$"
+    ):
+        source.chosen_tree({"ENGINE_REF": "v0.47.0"}, tmp_path / "cache", log, archives)
 
 
 def test_a_lock_is_held_until_the_last_child_of_a_killed_builder_ends(tmp_path: Path) -> None:

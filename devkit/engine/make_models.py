@@ -12,6 +12,7 @@ have the same bytes on every machine, and models.sha256 can pin them.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import sys
@@ -126,33 +127,31 @@ def sd3_unet(name: str, depth: int = 2, positions: int = 32) -> Weights:
 def hunyuan_video_unet() -> Weights:
     """HunyuanVideo's transformer with one block of each kind, taking the context of a CLIP-L."""
     import comfy.ops
-    from comfy.ldm.hunyuan_video.model import HunyuanVideo
+    from comfy.ldm.hunyuan_video.model import HunyuanVideo, HunyuanVideoParams
 
-    network = HunyuanVideo(
-        image_model="hunyuan_video",
-        in_channels=16,
-        patch_size=[1, 2, 2],
-        out_channels=16,
-        vec_in_dim=768,
-        context_in_dim=768,
-        hidden_size=128,
-        mlp_ratio=4.0,
-        num_heads=1,
-        depth=1,
-        depth_single_blocks=1,
-        axes_dim=[16, 56, 56],
-        theta=256,
-        qkv_bias=True,
-        guidance_embed=True,
-        byt5=False,
-        meanflow=False,
-        use_cond_type_embedding=False,
-        vision_in_dim=None,
-        dtype=torch.float32,
-        device="cpu",
-        operations=comfy.ops.disable_weight_init,
-    )
-    return filled("hunyuan video", network)
+    # Later releases of ComfyUI have more switches, for models that came after this one.
+    switches = dict.fromkeys((field.name for field in dataclasses.fields(HunyuanVideoParams)), False)
+    sizes = {
+        "image_model": "hunyuan_video",
+        "in_channels": 16,
+        "patch_size": [1, 2, 2],
+        "out_channels": 16,
+        "vec_in_dim": 768,
+        "context_in_dim": 768,
+        "hidden_size": 128,
+        "mlp_ratio": 4.0,
+        "num_heads": 1,
+        "depth": 1,
+        "depth_single_blocks": 1,
+        "axes_dim": [16, 56, 56],
+        "theta": 256,
+        "qkv_bias": True,
+        "guidance_embed": True,
+        "vision_in_dim": None,
+    }
+    network = HunyuanVideo(**{**switches, **sizes}, dtype=torch.float32, device="cpu", operations=comfy.ops.disable_weight_init)
+    # The published files have the names that ComfyUI had for these when it learned the model.
+    return {key.replace("_norm.weight", "_norm.scale"): value for key, value in filled("hunyuan video", network).items()}
 
 
 def wan_vae() -> Weights:

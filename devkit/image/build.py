@@ -10,11 +10,11 @@ import re
 import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
-from devkit.engine.build import STUBS, TORCH, ensure_engine
-from devkit.engine.cache import cache_root, digest_of, step
+from devkit.engine.build import TORCH, ensure_engine
+from devkit.engine.cache import cache_root, step
+from devkit.engine.standins import ABOVE_ALL, write_wheels
 from devkit.image.base import ensure_base
 from devkit.image.buildah import Buildah, Layer
 
@@ -22,12 +22,6 @@ PROJECT = Path(__file__).resolve().parent.parent.parent
 BASE = "localhost/debian-python"
 IMAGE = "localhost/comfyui-volume-worker"
 CONTEXT = ("Dockerfile", ".dockerignore", "requirements.lock", "handler.py", "image", "worker")
-
-# No real version, so that pip takes these: on a CPU there are no real ones beside exactly their own torch. It changes with
-# them, because a cached layer knows its arguments and not the wheels that were handed in. What they need is what the real ones
-# need, so that the layers are those of a real build.
-_STUB_VERSION = f"999.{int(digest_of((), sorted(STUBS.rglob('*.py'))), 16)}"
-_STUB_NEEDS = {"torchvision": ("torch", "numpy", "pillow"), "torchaudio": ("torch",)}
 
 # Pip's options for how it gets at packages. What else a machine tells it, such as which versions it likes, is not the image's.
 _REACHES = {
@@ -53,8 +47,7 @@ class ImageBuilder:
         archive = ensure_base()
         shutil.copytree(engine.comfyui_dir, self._comfyui, ignore=shutil.ignore_patterns("__pycache__"))
         self._wheels.mkdir()
-        for name in _STUB_NEEDS:
-            _write_wheel(self._wheels, name)
+        write_wheels(self._wheels, ABOVE_ALL)
         self._local = _write_pip_conf(self._pip_conf)
         base = self.context.parent / "base"
         base.mkdir()
@@ -72,7 +65,7 @@ class ImageBuilder:
         args = {
             "BASE_IMAGE": BASE,
             "TORCH_VERSION": TORCH.partition("==")[2],
-            **{f"{name.upper()}_VERSION": _STUB_VERSION for name in _STUB_NEEDS},
+            **{f"{name.upper()}_VERSION": version for name, version in ABOVE_ALL.items()},
             "TORCH_INDEX_URL": os.environ.get("ENGINE_TORCH_INDEX_URL", ""),  # the same torch as the engine's
         }
         return self.buildah.build(
@@ -109,18 +102,6 @@ def shown(layer: Layer) -> str:
 def own_bytes(layers: list[Layer]) -> int:
     """What the project adds: all layers but the base (the first) and torch's."""
     return sum(layer.size_bytes for layer in layers[1:] if "torch==" not in layer.made_by)
-
-
-def _write_wheel(folder: Path, name: str) -> None:
-    info = f"{name}-{_STUB_VERSION}.dist-info"
-    needs = "".join(f"Requires-Dist: {need}\n" for need in _STUB_NEEDS[name])
-    files = {path.relative_to(STUBS).as_posix(): path.read_text() for path in sorted((STUBS / name).rglob("*.py"))}
-    files[f"{info}/METADATA"] = f"Metadata-Version: 2.1\nName: {name}\nVersion: {_STUB_VERSION}\n{needs}"
-    files[f"{info}/WHEEL"] = "Wheel-Version: 1.0\nGenerator: devkit\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-    files[f"{info}/RECORD"] = "".join(f"{path},,\n" for path in [*files, f"{info}/RECORD"])
-    with zipfile.ZipFile(folder / f"{name}-{_STUB_VERSION}-py3-none-any.whl", "w") as wheel:
-        for path, text in files.items():
-            wheel.writestr(path, text)
 
 
 def _write_pip_conf(path: Path) -> list[Path]:

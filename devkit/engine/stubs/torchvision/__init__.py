@@ -1,9 +1,10 @@
-"""Stands in for torchvision: only the names that ComfyUI 0.3.75 and spandrel 0.4.2 import while they start.
+"""Stands in for torchvision: what ComfyUI and spandrel import while they start. Any name is there; few can be used.
 
-ComfyUI: `import torchvision` (Stable Cascade), `from torchvision import transforms` (Cosmos), `import torchvision.transforms as
-transforms` (ACE-Step). spandrel: normalize, rotate and InterpolationMode of torchvision.transforms.functional.
+ComfyUI's own nodes use the real one for a few models (Stable Cascade, SAM 3, RT-DETR, RAFT, BiRefNet), which do not run here.
 """
 
-from . import models, transforms
+from .missing import missing
+from . import models, ops, transforms
 
 __version__ = "0.28.0+stub"
+__getattr__ = missing(__name__)

@@ -1,4 +1,5 @@
 import torch
+from torchvision.missing import missing
 
 
 def resample(waveform, orig_freq, new_freq, **kwargs):
@@ -8,3 +9,6 @@ def resample(waveform, orig_freq, new_freq, **kwargs):
     channels = waveform.reshape(-1, 1, waveform.shape[-1]).float()
     resampled = torch.nn.functional.interpolate(channels, size=length, mode="linear", align_corners=False)
     return resampled.reshape(*waveform.shape[:-1], length).to(waveform.dtype)
+
+
+__getattr__ = missing(__name__)

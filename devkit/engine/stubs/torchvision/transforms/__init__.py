@@ -1,5 +1,6 @@
 import torch
 
+from ..missing import missing
 from . import functional
 from .functional import InterpolationMode
 
@@ -32,3 +33,6 @@ class Resize(torch.nn.Module):
         batch = x[None] if x.ndim == 3 else x
         resized = torch.nn.functional.interpolate(batch, self.size, mode="bilinear", antialias=True)
         return resized[0] if x.ndim == 3 else resized
+
+
+__getattr__ = missing(__name__)

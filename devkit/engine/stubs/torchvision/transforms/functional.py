@@ -2,6 +2,8 @@ import enum
 
 import torch
 
+from ..missing import missing
+
 
 class InterpolationMode(enum.Enum):
     NEAREST = "nearest"
@@ -18,5 +20,4 @@ def normalize(tensor, mean, std, inplace=False):
     return (tensor - mean) / std
 
 
-def rotate(*args, **kwargs):
-    raise NotImplementedError("torchvision is a stand-in here: rotate is not available")
+__getattr__ = missing(__name__)

@@ -1,0 +1,3 @@
+from ..missing import missing
+
+__getattr__ = missing(__name__)
