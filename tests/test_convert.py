@@ -263,6 +263,128 @@ def test_a_primitive_behind_a_reroute_does_nothing() -> None:
     assert graph_of(ui(primitive, reroute, sampler, links=links))["3"]["steps"] == 25
 
 
+@pytest.mark.parametrize("frontend", [CLASSIC, MODERN])
+@pytest.mark.parametrize(("kind", "port", "sampler"), [("In", "steps", "8:20"), ("Out", "count", "8:10:20")])
+def test_a_primitive_that_feeds_a_subgraphs_input_counts(frontend: str, kind: str, port: str, sampler: str) -> None:
+    workflow = with_instance(kind, [44])
+    workflow["nodes"][1]["inputs"].append({"name": port, "type": "INT", "widget": {"name": port}, "link": 7})
+    workflow["nodes"].append(node(5, "PrimitiveNode", [333, "randomize"], outputs=("INT",)))
+    workflow["links"].append([7, 5, 0, 8, 1, "INT"])
+    converted = convert(workflow, INFO, frontend=frontend)
+    assert converted.graph[sampler]["inputs"]["steps"] == 100, "the largest that the inner widget takes"
+    assert (((sampler, "steps"),), "randomize") in [(control.targets, control.mode) for control in converted.controls]
+
+
+# --- values that the code of a node pack saves --------------------------------------------------
+
+PACKS: dict[str, Any] = {
+    "Power Lora Loader (rgthree)": {"input": {"required": {"model": ["MODEL"]}, "optional": {}}, "output": ["MODEL"]},
+    "Lora Loader (LoraManager)": {
+        "input": {"required": {"model": ["MODEL"], "text": ["STRING", {"multiline": True}]}, "optional": {}},
+        "output": ["MODEL"],
+    },
+    "New Lora Loader (LoraManager)": {
+        "input": {"required": {"model": ["MODEL"], "text": ["AUTOCOMPLETE_TEXT_LORAS", {}], "loras": ["LORAS", {}]}},
+        "output": ["MODEL"],
+    },
+    "TriggerWord Toggle (LoraManager)": {
+        "input": {"required": {"group_mode": ["BOOLEAN", {"default": True}]}, "optional": {}},
+        "output": ["STRING"],
+    },
+    "Combine": {
+        "input": {"required": {"images": ["IMAGE"], "format": [["gif", "mp4"]], "save": ["BOOLEAN", {"default": True}]}},
+        "output": [],
+        "output_node": True,
+    },
+    "Show": {"input": {"required": {"text": ["STRING", {"forceInput": True}]}}, "output": ["STRING"], "output_node": True},
+    "Count": {"input": {"required": {"count": ["INT", {"default": 1}]}}, "output": ["INT"]},
+}
+PACKS = INFO | {name: {**definition, "python_module": "custom_nodes.pack"} for name, definition in PACKS.items()}
+ROW = {"on": True, "lora": "a.safetensors", "strength": 0.5, "strengthTwo": None}
+
+
+@pytest.mark.parametrize("frontend", [CLASSIC, MODERN])
+@pytest.mark.parametrize(
+    ("properties", "second"), [({}, {}), ({"Show Strengths": "Separate Model & Clip"}, {"strengthTwo": 1})]
+)
+def test_rows_of_loras_are_sent_by_number(frontend: str, properties: Any, second: dict[str, Any]) -> None:
+    values = [{}, {"type": "PowerLoraLoaderHeaderWidget"}, ROW, {**ROW, "on": False}, {}, ""]
+    power = node(1, "Power Lora Loader (rgthree)", values, properties=properties)
+    row = {"lora": "a.safetensors", "strength": 0.5, **second}
+    assert graph_of(ui(power), frontend, PACKS)["1"] == {"lora_1": {"on": True, **row}, "lora_2": {"on": False, **row}}
+
+
+LORAS = [{"name": "a", "strength": 1, "active": True}]
+WORDS = [{"text": "fox", "active": True}]
+
+
+@pytest.mark.parametrize("frontend", [CLASSIC, MODERN])
+@pytest.mark.parametrize(
+    ("kind", "values", "sent"),
+    [
+        ("Lora Loader (LoraManager)", ["<lora:a:1>", LORAS], {"text": "<lora:a:1>", "loras": {"__value__": LORAS}}),
+        (
+            "New Lora Loader (LoraManager)",
+            [{"version": 1, "textWidgetName": "text"}, "<lora:a:1>", LORAS],
+            {"text": "<lora:a:1>", "loras": {"__value__": LORAS}},
+        ),
+        (
+            "TriggerWord Toggle (LoraManager)",
+            [False, WORDS, "fox"],
+            {"group_mode": False, "toggle_trigger_words": {"__value__": WORDS}, "orinalMessage": "fox"},
+        ),
+    ],
+)
+def test_lists_of_loras_and_words_are_sent_as_lists(frontend: str, kind: str, values: Any, sent: Any) -> None:
+    manager = node(1, kind, values, inputs={"text*": None, "loras*": None})
+    assert graph_of(ui(manager), frontend, PACKS)["1"] == sent
+
+
+@pytest.mark.parametrize("frontend", [CLASSIC, MODERN])
+def test_values_that_were_saved_by_name_are_sent_by_name_also_where_a_link_replaces_them(frontend: str) -> None:
+    values = {"format": "mp4", "save": False, "crf": 8, "audio": None, "videopreview": {"params": {"fullpath": "/x/y.mp4"}}}
+    combine = node(3, "Combine", values, inputs={"depth*": 1})
+    assert graph_of(ui(combine), frontend, PACKS)["3"] == {"format": "mp4", "save": False, "crf": 8}
+    combine = node(3, "Combine", {**values, "depth": 10}, inputs={"depth*": 1})
+    inputs = graph_of(ui(node(1, "Number"), combine, links=[(1, 1, 0, 3, 0)]), frontend, PACKS)["3"]
+    assert (inputs["crf"], inputs["depth"]) == (8, ["1", 0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "named"),
+    [
+        ("Count", [1, "2 more"], "'2 more'"),
+        ("Count", [1, {"on": True, "lora": "x.safetensors"}], "an object with 'on', 'lora'"),
+        ("Count", [1, "", None, [7, 8]], "a list of 2"),
+        ("Combine", ["mp4", True, 17], "17"),
+        ("Power Lora Loader (rgthree)", [ROW, "x"], "'x'"),
+    ],
+)
+def test_a_value_that_nothing_is_known_to_take_is_refused_unless_its_node_does_not_run(
+    kind: str, values: list[Any], named: str
+) -> None:
+    for frontend in (CLASSIC, MODERN):
+        with pytest.raises(UiWorkflowInvalid, match=rf"node 1 \({kind[:5]}") as caught:
+            convert(ui(node(1, kind, values)), PACKS, frontend=frontend)
+        assert f"was saved with {named}, which" in str(caught.value)
+        assert graph_of(ui(node(1, kind, values, mode=2), node(2, "Number")), frontend, PACKS) == {"2": {"value": 1}}
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "sent"),
+    [
+        ("Show", [["what it showed", "last time"]], {}),
+        ("Count", [5, "fixed"], {"count": 5}),
+        ("Count", [5, "image"], {"count": 5}),
+        ("Count", [5, "<tr><td>a text below the node</td></tr>"], {"count": 5}),
+        ("Count", [5, None, "", {}, []], {"count": 5}),
+    ],
+)
+def test_what_a_node_shows_and_its_buttons_are_no_values(kind: str, values: list[Any], sent: Any) -> None:
+    for frontend in (CLASSIC, MODERN):
+        assert graph_of(ui(node(1, kind, values)), frontend, PACKS) == {"1": sent}
+
+
 # --- muted and bypassed -------------------------------------------------------------------------
 
 

@@ -145,6 +145,11 @@ class _Writer:
                 raise UiWorkflowInvalid(f"node {part.node} is a group node; convert it to nodes or to a subgraph in the editor")
             if part.kind == "unknown":
                 unknown.setdefault(part.node.type, part)
+            if part.left:
+                raise UiWorkflowInvalid(
+                    f"node {part.node} was saved with {part.left[0]}, which no input of its class takes: only the code of its "
+                    "pack in the editor knows where it goes"
+                )
         if unknown:
             raise UnknownNodes([describe(part) for part in unknown.values()])
 

@@ -35,7 +35,10 @@ class PartSlot:
 
 @dataclass(slots=True)
 class Part:
-    """A loaded node. `values` are the promoted widgets of a subgraph instance, by input; absent where it has none."""
+    """A loaded node. `values` are the promoted widgets of a subgraph instance, by input; absent where it has none.
+
+    `left` describes the saved values that nothing is known to take.
+    """
 
     node: Node
     sheet: Sheet
@@ -45,6 +48,7 @@ class Part:
     widgets: list[Widget]
     inner: Sheet | None = None
     values: dict[int, object] = field(default_factory=dict)
+    left: tuple[str, ...] = ()
 
     def widget(self, name: str | None) -> Widget | None:
         """Its widget of that name."""

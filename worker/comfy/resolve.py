@@ -9,7 +9,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from worker.comfy.parts import GETTER, HIDDEN, setter_of
+from worker.comfy.parts import GETTER, HIDDEN, PRIMITIVE, setter_of
 from worker.comfy.ui_graph import BYPASSED, INPUT_NODE, MAX_NODES, MUTED, shown
 from worker.comfy.widgets import Dialect
 from worker.errors import UiWorkflowInvalid
@@ -126,6 +126,9 @@ class Resolver:
             raise UiWorkflowInvalid(
                 f"input '{shown(slot.name)}' of node {part.node} is linked to node {slot.link.origin}, which does not exist"
             )
+        # A classic frontend looks for PrimitiveNodes on the root sheet only. Frontends show this value and send the inner one.
+        if origin.kind == PRIMITIVE and part.inner is not None and (self.dialect is Dialect.MODERN or frame.parent is None):
+            return _promoted(part, at)
         return _Step(frame, origin, slot.link.origin_slot, kind or slot.type, incoming=False)
 
     @staticmethod
@@ -133,9 +136,7 @@ class Resolver:
         """Out of a subgraph through its input: on in the sheet around it, or the value of the promoted widget."""
         if at < len(instance.slots) and instance.slots[at].link is not None:
             return _Step(parent, instance, at, None, incoming=True)
-        initial = instance.inner.initial if instance.inner is not None else {}
-        value = instance.values.get(at, initial.get(at, HIDDEN))
-        return None if value is HIDDEN else Value(value, instance, at)
+        return _promoted(instance, at)
 
     def _out_of(self, frame: Frame, part: Part, at: int, kind: str) -> _Step | tuple[str, int] | Value | None:
         """From an output to the node behind it: the node itself, or past it where it is not there when the graph runs."""
@@ -185,6 +186,13 @@ class _Step:
     at: int
     kind: str | None
     incoming: bool
+
+
+def _promoted(instance: Part, at: int) -> Value | None:
+    """The value of the widget that a subgraph instance shows for one of its inputs."""
+    initial = instance.inner.initial if instance.inner is not None else {}
+    value = instance.values.get(at, initial.get(at, HIDDEN))
+    return None if value is HIDDEN else Value(value, instance, at)
 
 
 def _setter(getter: Part) -> Part:

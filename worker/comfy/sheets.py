@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from graphlib import CycleError, TopologicalSorter
 from typing import TYPE_CHECKING, Any
 
+from worker.comfy.leftovers import is_foreign, place
 from worker.comfy.parts import Part, PartSlot, Sheet
 from worker.comfy.promoted import Instance, find_promoted
 from worker.comfy.widgets import DYNAMIC_COMBO, Dialect, ShapeSlot, read_specs, shape_of
@@ -147,9 +148,10 @@ class _Loader:
             node = replace(node, type=known().editor.aliases[node.type])
         if node.type not in self.specs:
             self.specs[node.type] = read_specs(definition)
-        shape = shape_of(node, self.specs[node.type], self.dialect)
+        shape = shape_of(node, self.specs[node.type], self.dialect, foreign=is_foreign(definition))
+        left = place(node, definition, shape)
         slots = _slots_of(node, shape, links, by_target)
-        part = Part(node, sheet, "node", slots, [], shape.widgets)
+        part = Part(node, sheet, "node", slots, [], shape.widgets, left=left)
         part.outputs = _outputs_of(part, definition)
         return part
 

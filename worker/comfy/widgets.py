@@ -82,6 +82,14 @@ class InputSpec:
             return self.name in known().editor.seeds
         return self.widget_type in {"INT", "COMBO"} and bool(asked)
 
+    def refuses_control(self) -> bool:
+        """Whether it is a seed by its name that wants no `control_after_generate`."""
+        return (
+            self.widget_type == "INT"
+            and self.name in known().editor.seeds
+            and self.options.get("control_after_generate") is False
+        )
+
     def default(self) -> object:
         """The value of a new node's widget; `UNSET` where there is none."""
         given = self.options.get("default")
@@ -167,16 +175,24 @@ class ShapeSlot:
 
 @dataclass(slots=True)
 class Shape:
-    """All inputs of a node in the editor's order. A name under one of `closed` that is not among them does not exist."""
+    """All inputs of a node in the editor's order. A name under one of `closed` that is not among them does not exist.
+
+    `left` are the saved values that no widget took, with their names where they were saved by name.
+    """
 
     slots: list[ShapeSlot] = field(default_factory=list)
     widgets: list[Widget] = field(default_factory=list)
     closed: list[str] = field(default_factory=list)
+    left: list[tuple[str | None, object]] = field(default_factory=list)
 
 
-def shape_of(node: Node, specs: Sequence[InputSpec], dialect: Dialect) -> Shape:
-    """The inputs of a node of a class that declares `specs`, its saved values in them."""
-    return _Shaper(node, dialect, _Values.of(node, specs, dialect)).shape(specs)
+def shape_of(node: Node, specs: Sequence[InputSpec], dialect: Dialect, *, foreign: bool = False) -> Shape:
+    """The inputs of a node of a class that declares `specs`, its saved values in them.
+
+    A `foreign` class is a custom node: its pack may show widgets for types of its own, which the saved inputs tell.
+    """
+    own = frozenset(slot.widget for slot in node.slots if slot.widget) if foreign else frozenset()
+    return _Shaper(node, dialect, _Values.of(node, specs, dialect), own).shape(specs)
 
 
 @dataclass(slots=True)
@@ -186,6 +202,7 @@ class _Values:
     items: Sequence[Any] = ()
     named: Mapping[str, Any] | None = None
     taken: int = 0
+    asked: set[str] = field(default_factory=set)
 
     @classmethod
     def of(cls, node: Node, specs: Sequence[InputSpec], dialect: Dialect) -> _Values:
@@ -196,16 +213,29 @@ class _Values:
             return cls(_in_key_order(values))
         if values is None:
             return cls()
-        return cls(_without_forced(values, specs, dialect))
+        return cls(_without_forced([value for value in values if not _is_note(value)], specs, dialect))
 
     def take(self, name: str, default: object) -> object:
         """The value for the next widget, which is called `name`."""
+        self.asked.add(name)
         if self.named is not None:
             return self.named.get(name, default)
         if self.taken < len(self.items):
             self.taken += 1
             return self.items[self.taken - 1]
         return default
+
+    def left(self) -> Iterator[tuple[str | None, object]]:
+        """The values that nothing took, with the names that they were saved by."""
+        if self.named is not None:
+            yield from ((name, value) for name, value in self.named.items() if name not in self.asked)
+        else:
+            yield from ((None, value) for value in self.items[self.taken :])
+
+
+def _is_note(value: object) -> bool:
+    """Whether a saved value is the note that one pack keeps about the text beside it: it takes no widget's place."""
+    return isinstance(value, dict) and "textWidgetName" in value
 
 
 def _in_key_order(values: dict[str, Any]) -> list[Any]:
@@ -234,6 +264,7 @@ class _Shaper:
     node: Node
     dialect: Dialect
     values: _Values
+    own: frozenset[str] = frozenset()
     made: Shape = field(default_factory=Shape)
 
     def shape(self, specs: Sequence[InputSpec]) -> Shape:
@@ -242,10 +273,17 @@ class _Shaper:
         for spec in specs:
             self._widget(spec)
         _add_extras(self.node, self.made, self.values, self.dialect)
+        sockets = {slot.name for slot in self.made.slots}
+        left = [(name, value) for name, value in self.values.left() if name not in sockets]
+        # A file from before a seed refused its control has a value more for it. There the editor shifts the others, too.
+        self.made.left = left[: max(len(left) - sum(spec.refuses_control() for spec in specs), 0)]
         return self.made
 
+    def _is_widget(self, spec: InputSpec) -> bool:
+        return spec.is_widget(self.dialect) or (spec.name in self.own and not spec.options.get("forceInput"))
+
     def _socket(self, spec: InputSpec) -> None:
-        if spec.is_widget(self.dialect):
+        if self._is_widget(spec):
             return
         modern = self.dialect is Dialect.MODERN
         if modern and spec.type == _AUTOGROW:
@@ -254,7 +292,7 @@ class _Shaper:
             self.made.slots.append(ShapeSlot(spec.name, _match_type(spec) if modern else spec.type))
 
     def _widget(self, spec: InputSpec) -> None:
-        if not spec.is_widget(self.dialect):
+        if not self._is_widget(spec):
             return
         if spec.widget_type == _DYNAMIC_GROUP:
             raise UiWorkflowInvalid(
