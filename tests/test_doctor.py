@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import signal
+import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ from worker.doctor import Deadlines, Finding, Probe, Severity, Subject, exclusio
 from worker.doctor.screen import report_lines
 from worker.doctor.volume import find_mount
 from worker.errors import EnsureCancelled
+from worker.models import mounts
 from worker.models.hub import Hub, credentials
 from worker.models.layout import Layout
 from worker.models.seals import Seal, whole_mtime, write_seal
@@ -387,6 +389,29 @@ def test_links_that_lead_nowhere_or_out_of_the_volume_are_problems(patient: Pati
     (patient.layout.models / "loras/inside.safetensors").symlink_to("a.safetensors")
     found = [found for found in patient.look("models") if found.severity is Severity.PROBLEM]
     assert [Path(one.paths[0]).name for one in found] == ["away.safetensors", "broken.safetensors"]
+
+
+@pytest.mark.parametrize("mount", mounts.NAMES)
+def test_links_that_name_the_volume_by_a_mount_are_told_with_the_command_that_mends_them(patient: Patient, mount: str) -> None:
+    there = patient.put("ComfyUI/models/loras/a.safetensors")
+    (patient.volume / "models").symlink_to(f"{mount}/ComfyUI/models")
+    (there.parents[1] / "my vae").symlink_to(f"{mount}/elsewhere")
+    patient.put("elsewhere/v.safetensors")
+    assert "2 files in 2 folders" in str(patient.look("models"))
+    found = [found for found in patient.look("models") if "by its mount" in found.message]
+    assert [one.severity for one in found] == [Severity.NOTE] * 2
+    for one in found:
+        command = one.message.partition(": ")[2]
+        assert subprocess.run(command, shell=True, check=True).returncode == 0
+    assert (patient.volume / "models/my vae/v.safetensors").read_bytes() == WEIGHTS
+    assert not [found for found in patient.look("models") if "by its mount" in found.message]
+
+
+def test_a_models_folder_that_is_a_link_to_nowhere_is_a_problem(patient: Patient) -> None:
+    (patient.volume / "models").symlink_to("/workspace/ComfyUI/models")
+    found = patient.only("models")
+    assert found.severity is Severity.PROBLEM
+    assert f"rm {patient.volume}/models" in found.message
 
 
 def test_a_file_that_changed_after_it_was_sealed_is_told_apart_from_one_put_there_by_hand(patient: Patient) -> None:

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from devkit.listing import ComfyListing, ListingError
-from worker.models import names, relink
+from worker.models import mounts, names, relink
 from worker.models.links import LinkProblem, LinkReport, ModelLinks, ProblemKind
 
 if TYPE_CHECKING:
@@ -762,6 +762,63 @@ def test_has_looks_through_links_that_the_image_brings(rig: Rig) -> None:
     rig.links.refresh()
     assert rig.links.has(["vae"], "x.safetensors")
     assert rig.links.has([], "x.safetensors")
+
+
+# --- links that name the volume by its mount --------------------------------------------------------
+
+
+@pytest.fixture(params=mounts.NAMES)
+def mount(request: pytest.FixtureRequest) -> str:
+    """What the volume is called where the links were made; here it is called otherwise."""
+    name: str = request.param
+    if Path(name).exists():
+        pytest.skip(f"this machine has a {name}")
+    return name
+
+
+def test_links_made_under_the_volumes_other_name_are_read_as_below_it(rig: Rig, mount: str) -> None:
+    rig.put("loras/a.safetensors", *(f"../store/vae/v{number}.safetensors" for number in range(LARGE)))
+    write(rig.volume / "blobs/b1", "a blob")
+    (rig.root / "vae").symlink_to(f"{mount}/store/vae")
+    (rig.root / "loras/sub").symlink_to(f"{mount}/store/vae")
+    (rig.root / "loras/linked.safetensors").symlink_to(f"{mount}/blobs/b1")
+    links = rig.fresh(within=[rig.volume])
+    for _ in range(2):
+        report = links.refresh()
+        assert report.problems == ()
+        assert links.has(["vae"], "v0.safetensors")
+        assert links.has(["loras"], "sub/v0.safetensors")
+        assert (rig.models / "loras/linked.safetensors").read_text() == "a blob"
+        assert (rig.models / "vae/v1.safetensors").read_text() == "volume ../store/vae/v1.safetensors"
+    assert (report.made, report.removed) == (0, 0)
+    (rig.volume / "store/vae/v0.safetensors").unlink()
+    (rig.root / "loras/linked.safetensors").unlink()
+    links.refresh()
+    assert not (rig.models / "vae/v0.safetensors").exists()
+    assert not (rig.models / "loras/sub/v0.safetensors").exists()
+
+
+def test_a_models_folder_that_is_such_a_link_is_read_too(rig: Rig, mount: str) -> None:
+    rig.root.rmdir()
+    write(rig.volume / "ComfyUI/models/loras/a.safetensors", "a")
+    rig.root.symlink_to(f"{mount}/ComfyUI/models")
+    layout = mounts.layout_at(rig.volume)
+    assert layout.models == rig.volume / "ComfyUI/models"
+    links = ModelLinks(rig.models, [layout.models], within=[rig.volume])
+    assert links.refresh().problems == ()
+    assert links.has(["loras"], "a.safetensors")
+
+
+def test_one_that_leads_nowhere_even_so_is_told_with_what_mends_it(rig: Rig, mount: str) -> None:
+    (rig.root / "vae").symlink_to(f"{mount}/gone")
+    (problem,) = rig.fresh(within=[rig.volume]).refresh().problems
+    assert problem.kind is ProblemKind.BROKEN
+    assert f"rm {rig.root}/vae" in str(problem)
+    rig.root.joinpath("vae").unlink()
+    rig.root.rmdir()
+    rig.root.symlink_to(f"{mount}/gone")
+    (problem,) = rig.fresh(within=[rig.volume]).refresh().problems
+    assert f"rm {rig.root}" in str(problem)
 
 
 # --- what people read -----------------------------------------------------------------------------

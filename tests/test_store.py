@@ -22,6 +22,7 @@ from worker.errors import (
     ContentMismatch,
     EnsureCancelled,
     FileIncomplete,
+    LinkAstray,
     RepoNotFound,
     SourceChanged,
     SourceRefused,
@@ -33,6 +34,7 @@ from worker.errors import (
     VolumeMissing,
     VolumeReadOnly,
 )
+from worker.models import mounts
 from worker.models.hub import Hub, credentials
 from worker.models.inventory import lacking
 from worker.models.layout import Layout
@@ -567,8 +569,34 @@ def test_a_link_out_of_the_volume_is_not_followed(setup: Setup, tmp_path: Path, 
     link = setup.final if where == "file" else setup.final.parent
     link.parent.mkdir(parents=True)
     link.symlink_to(outside / "model.safetensors" if where == "file" else outside)
-    with pytest.raises(UnsafePath):
+    with pytest.raises(UnsafePath) as caught:
         setup.store().ensure(SPEC)
+    assert isinstance(caught.value, LinkAstray)
+    assert f"rm {link}" in str(caught.value)
+    assert "'..'" not in str(caught.value)
+
+
+def test_a_folder_that_is_a_link_to_nowhere_is_named(setup: Setup) -> None:
+    setup.layout.models.mkdir(parents=True)
+    for target in ("gone", "/workspace/gone"):
+        (setup.layout.models / "checkpoints").unlink(missing_ok=True)
+        (setup.layout.models / "checkpoints").symlink_to(target)
+        with pytest.raises(LinkAstray, match=f"leads to {target}, which does not exist: remove it"):
+            setup.store().ensure(SPEC)
+
+
+@pytest.mark.parametrize("name", mounts.NAMES)
+def test_links_made_under_the_volumes_other_name_lead_to_its_folders(setup: Setup, name: str) -> None:
+    if Path(name).exists():
+        pytest.skip(f"this machine has a {name}")
+    (setup.volume / "ComfyUI/models").mkdir(parents=True)
+    (setup.volume / "large").mkdir()
+    (setup.volume / "models").symlink_to(f"{name}/ComfyUI/models")
+    (setup.volume / "ComfyUI/models/checkpoints").symlink_to(f"{name}/large")
+    layout = mounts.layout_at(setup.volume)
+    found = setup.store(layout=layout).ensure(SPEC)
+    assert found.path == setup.volume / "large/sub/model.safetensors"
+    assert setup.store(layout=layout).ready(SPEC.folder, SPEC.name) == found.path
 
 
 def test_nothing_is_left_to_do_for_what_is_sealed_or_put_there_by_hand(setup: Setup, tmp_path: Path) -> None:

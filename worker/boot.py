@@ -27,6 +27,7 @@ from worker.media.guard import UrlRules
 from worker.media.inputs import InputFiles, clear_leftovers
 from worker.models.layout import Layout
 from worker.models.links import ModelLinks
+from worker.models.mounts import layout_at
 from worker.models.nearer import lay_out
 from worker.models.supply import Supply
 from worker.volume import is_volume
@@ -104,11 +105,12 @@ class Worker:
         self._spawned_at = process.spawned_at
         self.loop = LoopThread("engine-loop")
         models = settings.base_dir / "models"
-        roots = [settings.volume_path / "models", settings.local_store / "models"]
+        volume, local = layout_at(settings.volume_path), Layout(settings.local_store)
+        roots = [volume.models, local.models]
         self._links = ModelLinks(models, roots, within=[settings.volume_path], nearer=_nearer(settings))
         self._supply = Supply(
             self._links,
-            [Layout(settings.volume_path), Layout(settings.local_store)],
+            [volume, local],
             _nearer(settings),
             lambda: read_sources(settings),
             lambda: build_store(settings),
@@ -208,7 +210,7 @@ def _nearer(settings: Settings) -> Path:
 
 
 def _log_volume(settings: Settings) -> None:
-    root = settings.volume_path / "models"
+    root = layout_at(settings.volume_path).models
     if not is_volume(settings.volume_path):
         log.warning("%s. Models are kept on this container's disk and are gone with it.", no_volume(settings.volume_path))
     elif not root.is_dir():
@@ -236,7 +238,7 @@ def build_store(settings: Settings) -> Stores:
     network = Network(credentials(settings.hf_endpoint, settings.hf_token, settings.civitai_token), urllib.request.getproxies())
     hub = Hub(settings.hf_endpoint, network)
     tuning = Tuning(connections=settings.download_connections)
-    volume = Layout(settings.volume_path)
+    volume = layout_at(settings.volume_path)
     mounted = is_volume(settings.volume_path)
     worker = settings.runpod_pod_id or socket.gethostname()
     local = Store(Layout(settings.local_store), hub, worker, tuning=tuning, host_cache=volume)

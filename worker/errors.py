@@ -12,7 +12,9 @@
     │   ├── InputMissing, InputNotJson, InputTooDeep, WorkflowMissing, WorkflowInvalid, WorkflowEmpty
     │   ├── WorkflowUiFormat, WorkflowNotFinite, NoWorkflowInFile
     │   ├── UiWorkflowInvalid, UnknownNodes, OverrideInvalid
-    │   ├── ImagesInvalid, FieldInvalid, ImageNotBase64, UnsafePath
+    │   ├── ImagesInvalid, FieldInvalid, ImageNotBase64
+    │   ├── UnsafePath
+    │   │   └── LinkAstray       a link on the volume leads out of it, or nowhere
     │   ├── InputUrlRefused, InputNameInvalid, InputTooLarge
     │   ├── ModelsInvalid, SpecInvalid, HostNotAllowed, SuffixNotAllowed, AmbiguousModel
     │   ├── S3ConfigInvalid
@@ -43,6 +45,7 @@ some of these sentences, so those beginnings are part of the interface.
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -422,6 +425,22 @@ class UnsafePath(RequestError):
 
     def __str__(self) -> str:
         return f"{self.what} is '{self.value}', which leaves its folder; use a relative name without '..'."
+
+
+@dataclass(eq=False)
+class LinkAstray(UnsafePath):
+    """A link above a model's place (`value`) leads to `target`: out of the volume, or nowhere."""
+
+    target: str
+    exists: bool
+    code = "link_astray"
+
+    def __str__(self) -> str:
+        leads = "is outside the volume" if self.exists else "does not exist"
+        return (
+            f"{self.what} {self.value} leads to {self.target}, which {leads}: remove it (rm {shlex.quote(self.value)}) and put the "
+            "files themselves there, or link it to a folder of the volume by a relative path."
+        )
 
 
 # --- the files that come with a job --------------------------------------------------------------

@@ -90,12 +90,12 @@ def listing(severity: Severity, text: str, names: Sequence[str]) -> Finding:
     return Finding(severity, f"{text}: {some(names)}", tuple(names))
 
 
-def capped(troubles: Sequence[tuple[str, str]]) -> Iterator[Finding]:
+def capped(troubles: Sequence[tuple[str, str]], severity: Severity = Severity.PROBLEM) -> Iterator[Finding]:
     """A problem for each sentence and its path; a volume full of them must not hide the rest."""
     for text, path in troubles[:_SHOWN_PROBLEMS]:
-        yield problem(text, [path])
+        yield Finding(severity, text, (path,))
     if rest := [path for _, path in troubles[_SHOWN_PROBLEMS:]]:
-        yield listing(Severity.PROBLEM, f"{len(rest)} more like these (--json names all)", rest)
+        yield listing(severity, f"{len(rest)} more like these (--json names all)", rest)
 
 
 def some(names: Sequence[str]) -> str:

@@ -36,7 +36,7 @@ def manifests(layout: Layout, subject: Subject) -> Iterator[Finding]:
             for text in exc.problems:
                 yield problem(f"{exc.where}: {text}", [exc.where])
     names = {f"{spec.folder}/{spec.name}" for spec in specs}
-    missing = sorted(name for name in names if stat_file(layout.models / name) is None)
+    missing = sorted(name for name in names if stat_file(layout.listed(name)) is None)
     if missing:
         yield ok(f"{count(names, 'model')}, {len(missing)} still to be fetched: {some(missing)}")
     elif names:

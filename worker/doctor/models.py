@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 from worker.doctor.findings import FolderCount, Severity, capped, count, listing, note, ok, problem
 from worker.known import known
 from worker.models.inventory import Standing, look_at
+from worker.models.mounts import is_absolute, mending
 from worker.models.names import IN_FLIGHT, Scan
 from worker.models.spec import WEIGHT_SUFFIXES
 
@@ -28,6 +29,11 @@ _LOOKED_AT: Final = 5_000  # files: a stat and a seal for each cost some ms on a
 def models(layout: Layout, counted: Callable[[Iterable[FolderCount]], None]) -> Iterator[Finding]:
     """What lies under `models/`, and what of it ComfyUI does not see or cannot load; `counted` hears what each folder holds."""
     root = layout.models
+    link = layout.root / "models"
+    if link.is_symlink() and not root.is_dir():
+        told = f"{link} is a link to {link.readlink()}, which does not exist: no worker sees a model; rm {link}"
+        yield problem(f"{told}, or link it to where the models are.", [str(link)])
+        return
     if not root.is_dir():
         yield note(f"There is no {root} yet: it comes with the first download, or put files under models/<folder>/.")
         return
@@ -42,14 +48,31 @@ def models(layout: Layout, counted: Callable[[Iterable[FolderCount]], None]) -> 
     counted(folders)
     yield ok(f"{count(files, 'file')} in {count(folders, 'folder')}{'' if looked else ', too many to look at each'}")
     yield from capped([(str(found), found.path) for found in sorted(scan.problems, key=lambda found: found.path)])
+    yield from _absolute(layout, scan)
     yield from _of_files(layout, files)
     yield from _of_folders(tree)
     yield from _hidden(tree)
     yield from _twins(tree)
 
 
+def _absolute(layout: Layout, scan: Scan) -> Iterator[Finding]:
+    """Links that name the volume by its mount: a worker reads them as below the volume, other programs do not."""
+    link = str(layout.root / "models")
+    found = scan.absolute | ({link: os.path.realpath(layout.models)} if is_absolute(link) else {})
+    yield from capped(
+        [
+            (
+                f"{path} names the volume by its mount, called otherwise in a Pod than in a worker: {mending(path, real)}",
+                path,
+            )
+            for path, real in sorted(found.items())
+        ],
+        Severity.NOTE,
+    )
+
+
 def _of_files(layout: Layout, files: Sequence[_File]) -> Iterator[Finding]:
-    yield from capped([(file.trouble, str(layout.models / file.path)) for file in files if file.trouble])
+    yield from capped([(file.trouble, str(layout.listed(file.path))) for file in files if file.trouble])
     by_hand = [file.path for file in files if file.standing is Standing.BY_HAND and not file.trouble]
     if by_hand:
         yield listing(Severity.NOTE, f"{count(by_hand, 'file')} put there by hand, used as is, never checked", by_hand)
@@ -100,12 +123,12 @@ class _File:
 
     def look(self, layout: Layout) -> None:
         """See how it stands; without a fitting seal, that it is whole as far as its first bytes tell."""
-        there = look_at(layout.models / self.path, layout.seals / f"{self.path}.json")
+        there = look_at(layout.listed(self.path), layout.seals / f"{self.path}.json")
         if there.standing is Standing.ABSENT:
             return
         self.size_bytes, self.standing = there.size_bytes, there.standing
         if self.standing is not Standing.READY and self.path.lower().endswith(WEIGHT_SUFFIXES):
-            self.trouble = _trouble(layout.models / self.path, there)
+            self.trouble = _trouble(layout.listed(self.path), there)
 
 
 def _trouble(path: Path, there: Look) -> str | None:

@@ -13,7 +13,7 @@ from worker.doctor.misplaced import misplaced
 from worker.doctor.models import models
 from worker.doctor.seals import seals
 from worker.doctor.volume import silence, space, where, writable
-from worker.models.layout import Layout
+from worker.models.mounts import layout_at
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -26,7 +26,7 @@ class Probe:
 
     def __init__(self, subject: Subject) -> None:
         self.subject = subject
-        self.layout = Layout(Path(subject.volume))
+        self.layout = layout_at(Path(subject.volume))
         self.answers = False
         self.folders: list[FolderCount] = []
 

@@ -21,7 +21,7 @@ def seals(layout: Layout) -> Iterator[Finding]:
     paths = [Path(folder, name) for folder, _, names in os.walk(layout.seals) for name in names if name[0] != "."]
     sealed = [seal for seal in paths if seal.suffix == ".json"]
     yield ok(count(sealed, "seal") if sealed else "none yet")
-    gone = [name for seal in sealed if stat_file(layout.models / (name := _sealed_by(layout, seal))) is None]
+    gone = [name for seal in sealed if stat_file(layout.listed(name := _sealed_by(layout, seal))) is None]
     if gone:
         text = f"{count(gone, 'seal')} whose file somebody removed; fetched again when wanted"
         yield listing(Severity.NOTE, text, gone)

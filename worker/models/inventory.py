@@ -10,7 +10,7 @@ from enum import StrEnum
 from functools import partial
 from typing import TYPE_CHECKING, Final, TypeVar
 
-from worker.errors import FileIncomplete, ModelError, UnsafePath, VolumeFailed
+from worker.errors import FileIncomplete, LinkAstray, ModelError, UnsafePath, VolumeFailed
 from worker.models.disk import check_whole
 from worker.models.seals import read_seal, stat_file, whole_mtime, write_seal
 
@@ -100,11 +100,15 @@ def _fits(seal: Seal, path: Path, found: os.stat_result) -> bool:
 
 
 def path_of(layout: Layout, spec: ModelSpec) -> Path:
-    """The model's final path; raises `UnsafePath` where links lead out of the layout's root."""
+    """The model's final path; raises `LinkAstray` for a link above it that leads nowhere, or out of the layout's root."""
     path = layout.model(spec.folder, spec.name)
     root = layout.root.resolve()
-    if not (path.parent.resolve().is_relative_to(root) and path.resolve().is_relative_to(root)):
-        raise UnsafePath("The model's name", f"{spec.folder}/{spec.name}")
+    if path.parent.resolve().is_relative_to(root) and path.resolve().is_relative_to(root) and path.parent.exists():
+        return path
+    for place in (*reversed(path.relative_to(layout.root).parents), path.relative_to(layout.root)):
+        link = layout.root / place
+        if link.is_symlink() and not (link.resolve().is_relative_to(root) and (link.exists() or link == path)):
+            raise LinkAstray("The link", str(link), str(link.readlink()), link.exists())
     return path
 
 

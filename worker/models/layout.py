@@ -19,14 +19,18 @@ _REPO_KINDS = {"model": "models", "dataset": "datasets", "space": "spaces"}
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Every path below one root. Each method refuses a name that would leave its folder with `UnsafePath`."""
+    """Every path below one root. Each method refuses a name that would leave its folder with `UnsafePath`.
+
+    `moved` is where `models` ("") and folders in it really are, where links lead there that only `mounts` can follow.
+    """
 
     root: Path
+    moved: tuple[tuple[str, Path], ...] = ()
 
     @property
     def models(self) -> Path:
         """The weights, by folder, as ComfyUI names its folders."""
-        return self.root / "models"
+        return dict(self.moved).get("") or self.root / "models"
 
     @property
     def manifest(self) -> Path:
@@ -64,7 +68,14 @@ class Layout:
 
     def model(self, folder: str, name: str) -> Path:
         """The final path of a model."""
-        return self.models.joinpath(*safe_parts("The folder", folder), *safe_parts("The model's name", name))
+        return self._placed(*safe_parts("The folder", folder), *safe_parts("The model's name", name))
+
+    def listed(self, path: str) -> Path:
+        """As `model`, of `folder/name` as a listing has it, without its checks."""
+        return self._placed(*path.split("/"))
+
+    def _placed(self, top: str, *below: str) -> Path:
+        return (dict(self.moved).get(top) or self.models / top).joinpath(*below)
 
     def seal(self, folder: str, name: str) -> Path:
         """The record that the model's file is whole."""

@@ -4,18 +4,21 @@
 for one stat each. Only symbolic links cost a look at their target, and there are few.
 """
 
-# ruff: noqa: PTH115, PTH116
+# ruff: noqa: PTH110, PTH114, PTH115, PTH116
 # No Path objects: one for each of 10,000 names costs more than the system calls do.
 
 from __future__ import annotations
 
 import errno
 import os
+import shlex
 import stat
 import time
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
+
+from worker.models.mounts import is_absolute, real_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -36,7 +39,7 @@ class ProblemKind(Enum):
     """Why a name on the volume is not what ComfyUI shows; the value is the sentence."""
 
     LEAVES_VOLUME = "{path} leads to {other}, outside the volume, and is not followed: put the file itself on the volume."
-    BROKEN = "{path} is a link to {other}, which does not exist: remove the link or put the file there."
+    BROKEN = "{path} is a link to {other}, which does not exist: rm {quoted}, or put the file there."
     LOOP = "{path} leads back to a folder that it lies in and is not followed: remove the link."
     UNREADABLE = "{path} cannot be read ({other}): the links into it stay as they were."
     HIDDEN = "{path} is not used, because the image has a file of its own at {other}: rename or remove one of the two."
@@ -58,7 +61,8 @@ class LinkProblem:
     other: str = ""
 
     def __str__(self) -> str:
-        return self.kind.value.format(path=printable(self.path), other=printable(self.other))
+        path, other = printable(self.path), printable(self.other)
+        return self.kind.value.format(path=path, other=other, quoted=shlex.quote(path))
 
 
 @dataclass(slots=True)
@@ -73,6 +77,8 @@ class Folder:
     folders: dict[str, Folder] = field(default_factory=dict)
     resolved: dict[str, str] = field(default_factory=dict)
     """Real paths of the files that are symbolic links."""
+    moved: dict[str, str] = field(default_factory=dict)
+    """Of these, where files really are whose links the file system does not follow (see `mounts`)."""
     known: bool = True
     """Everything here and below could be read."""
     whole: bool = True
@@ -84,6 +90,10 @@ class Folder:
         """Where the bytes of this folder's file `name` are; tells two names of one file from two files."""
         return self.resolved.get(name) or f"{self.real}/{name}"
 
+    def spelled(self, name: str) -> str:
+        """Where a link to this folder's file `name` leads."""
+        return self.moved.get(name) or f"{self.path}/{name}"
+
     def below(self, relative: str) -> Iterator[tuple[str, Folder]]:
         """This folder as `relative`, and every folder under it."""
         yield relative, self
@@ -92,12 +102,18 @@ class Folder:
 
 
 class Scan:
-    """One look at the roots. `problems` and `unreadable` (folder paths) are filled as it goes."""
+    """One look at the roots. `problems` and `unreadable` (folder paths) are filled as it goes.
+
+    So are `moved`, the real paths behind links that the file system does not follow, and `absolute`: where each link leads
+    that names the volume by its mount.
+    """
 
     def __init__(self, within: Iterable[str], leave_out: str) -> None:
         """Links may lead into `within` and nowhere else; the folder `leave_out` is not entered. Both are real paths."""
         self.problems: list[LinkProblem] = []
         self.unreadable: list[str] = []
+        self.moved: set[str] = set()
+        self.absolute: dict[str, str] = {}
         self._within = tuple(within)
         self._leave_out = leave_out
         self._patient_until = time.monotonic() + _LAG_S
@@ -105,6 +121,8 @@ class Scan:
     def root(self, path: str) -> Folder:
         """Everything under `path`; empty when there is no such folder, which is how an endpoint without models looks."""
         folder = Folder(path, os.path.realpath(path))
+        if os.path.islink(path) and not os.path.exists(path):
+            self._report(folder, ProblemKind.BROKEN, path, _target(path))
         self._fill(folder, frozenset({folder.real}))
         return folder
 
@@ -145,10 +163,10 @@ class Scan:
             if name.endswith(_CONTROL):
                 files.discard(name.removesuffix(_CONTROL))
 
-    def _enter(self, folder: Folder, name: str, real: str, above: frozenset[str]) -> None:
+    def _enter(self, folder: Folder, name: str, real: str, above: frozenset[str], path: str | None = None) -> None:
         if real == self._leave_out:
             return
-        child = Folder(f"{folder.path}/{name}", real)
+        child = Folder(path or f"{folder.path}/{name}", real)
         if real in above:
             self._report(folder, ProblemKind.LOOP, child.path)
         elif self._fill(child, above | {real}):
@@ -156,18 +174,26 @@ class Scan:
 
     def _follow(self, folder: Folder, entry: os.DirEntry[str], above: frozenset[str]) -> None:
         try:
-            real = os.path.realpath(entry.path, strict=True)
+            real = real_path(entry.path, self._within)
             mode = os.stat(real).st_mode
         except OSError:
             self._report(folder, ProblemKind.BROKEN, entry.path, _target(entry.path))
             return
+        if is_absolute(entry.path):
+            self.absolute[entry.path] = real
+        moved = not os.path.exists(entry.path)
         if not any(real == top or real.startswith(f"{top}/") for top in self._within):
             self._report(folder, ProblemKind.LEAVES_VOLUME, entry.path, real)
         elif stat.S_ISDIR(mode):
-            self._enter(folder, entry.name, real, above)
+            self._enter(folder, entry.name, real, above, real if moved else None)
         elif stat.S_ISREG(mode):
             folder.files.add(entry.name)
             folder.resolved[entry.name] = real
+            if moved:
+                folder.moved[entry.name] = real
+        if moved:
+            self.moved.add(real)
+            folder.whole = False  # through one link to this folder nobody could follow it
 
     def _report(self, folder: Folder, kind: ProblemKind, path: str, other: str = "") -> None:
         folder.whole = False

@@ -169,7 +169,7 @@ class Pass:
         for name in links:
             target = _read_link(name, folder)
             home, _, last = target.removesuffix("/").rpartition("/")
-            if last == name and home in homes:
+            if (last == name and home in homes) or under(self._scan.moved, target.removesuffix("/")):
                 place.own[name] = target
             else:
                 place.foreign.add(name)
@@ -186,7 +186,7 @@ class Pass:
                     self._report(ProblemKind.TWICE, f"{source.path}/{name}", wanted[name])
             for name in groups.keys() & source.files:
                 self._report(ProblemKind.SHAPE, f"{source.path}/{name}", groups[name][0].path)
-            wanted = {name: f"{source.path}/{name}" for name in source.files if name not in groups} | wanted
+            wanted = {name: source.spelled(name) for name in source.files if name not in groups} | wanted
             for name, child in source.folders.items():
                 if name in wanted:
                     self._report(ProblemKind.SHAPE, child.path, wanted[name])

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from worker.models.inventory import Standing, look
 from worker.models.layout import Layout
+from worker.models.mounts import layout_at
 from worker.models.partial import Ranges
 from worker.models.seals import stat_file
 from worker.models.store import cached_file
@@ -35,7 +36,7 @@ class Places:
     @classmethod
     def of(cls, settings: Settings) -> Places:
         """As the worker has them."""
-        return cls(Layout(settings.volume_path), Layout(settings.local_store), settings.base_dir / "models")
+        return cls(layout_at(settings.volume_path), Layout(settings.local_store), settings.base_dir / "models")
 
     def find(self, folders: Sequence[str], files: Sequence[str]) -> Item | None:
         """The first of these files that is there; no folders: in any."""

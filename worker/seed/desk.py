@@ -13,7 +13,7 @@ from rich.console import Console
 
 from worker.errors import ManifestInvalid, S3Unreachable, SeedUsage
 from worker.models.hub import Hub, credentials
-from worker.models.layout import Layout
+from worker.models.mounts import layout_at
 from worker.models.ranges import Tuning
 from worker.models.sources import Sources, SpecList
 from worker.models.store import Store
@@ -78,7 +78,7 @@ class Desk:
         root = (self.options.volume or self.settings.volume_path).absolute()
         if not root.is_dir():
             raise SeedUsage(f"There is no folder {root}: say with --volume where the volume is mounted, or use --s3.")
-        layout = Layout(root)
+        layout = layout_at(root)
         tuning = Tuning(connections=self.settings.download_connections)
         store = Store(layout, self.hub, f"seeder-{socket.gethostname()}", tuning=tuning)
         manifests = (layout.manifest.read_text("utf-8-sig"),) if layout.manifest.is_file() else ()
