@@ -102,6 +102,8 @@ def kitchen(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     volume = make_volume(engine, folder / "volume")
     lora = volume / "models/loras/tiny_sd3_lora.safetensors"
     fill(volume, lora)
+    # ComfyUI's own, which it looks for in its base folder.
+    shutil.copy(engine.comfyui_dir / "custom_nodes/websocket_image_save.py", volume / "custom_nodes")
     for _, name, size in MANIFEST:
         target = folder / "hub/org/cases" / name
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from worker.comfy import events
 from worker.comfy.events import (
+    Cached,
     Event,
     Executing,
     Failed,
@@ -20,15 +22,20 @@ from worker.comfy.events import (
     Outcome,
     Progress,
     RunTracker,
+    Sent,
     Succeeded,
     decode,
     outcome_of,
+    sent_png,
 )
 from worker.errors import EngineDied, NodeFailed, RunInterrupted, RunLost
 
 RUN = "run-1"
 OTHER = "run-2"
 IMAGE = {"images": [{"filename": "a_00001_.png", "subfolder": "", "type": "output"}]}
+
+
+PNG = b"\x89PNG\r\n\x1a\n and more"
 
 
 def message(kind: str, **data: Any) -> str:
@@ -43,6 +50,7 @@ def message(kind: str, **data: Any) -> str:
         (message("executed", node="9", display_node="9", output=IMAGE, prompt_id=RUN), NodeOutput(RUN, "9", IMAGE)),
         (message("executed", node="9", output=None, prompt_id=RUN), NodeOutput(RUN, "9", {})),
         (message("progress", value=2, max=20, prompt_id=RUN, node="7"), Progress(RUN, "7", 2.0, 20.0)),
+        (message("execution_cached", nodes=["1", "9"], prompt_id=RUN), Cached(RUN, frozenset({"1", "9"}))),
         (message("execution_success", prompt_id=RUN, timestamp=1), Succeeded(RUN)),
         (message("execution_interrupted", prompt_id=RUN, node_id="7"), Interrupted(RUN)),
         (
@@ -195,6 +203,64 @@ ERROR = ["execution_error", {"node_id": "7", "node_type": "KSampler", "exception
 )
 def test_histories(entry: dict[str, Any], kind: type) -> None:
     assert isinstance(outcome_of(entry), kind)
+
+
+PNG_HEADER = b"\x00\x00\x00\x01\x00\x00\x00\x02"
+
+
+@pytest.mark.parametrize(
+    ("message", "png"),
+    [
+        (PNG_HEADER + PNG, PNG),
+        (PNG_HEADER, None),
+        (PNG_HEADER + b"no picture", None),
+        (b"\x00\x00\x00\x01\x00\x00\x00\x01\xff\xd8\xff", None),  # a preview of sampling, as JPEG
+        (b"\x00\x00\x00\x04\x00\x00\x00\x02" + PNG, None),  # a preview with metadata, which has to be asked for
+        (b"", None),
+    ],
+)
+def test_only_a_png_that_comes_through_the_websocket_is_a_picture_to_keep(message: bytes, png: bytes | None) -> None:
+    assert sent_png(message) == png
+
+
+def sent(node_id: str, *pngs: bytes) -> list[dict[str, Any]]:
+    return [{"filename": f"websocket_{node_id}_{at}.png", "type": "websocket", "data": png} for at, png in enumerate(pngs)]
+
+
+def test_pictures_that_a_node_sends_are_its_output_however_the_run_ends() -> None:
+    tracker = RunTracker(RUN)
+    for event in (Sent(RUN, "5", b"one"), Sent(RUN, "5", b"two"), Sent(RUN, "9", b"three"), NodeOutput(RUN, "9", IMAGE)):
+        tracker.feed(event)
+    tracker.feed(Cached(RUN, frozenset({"1"})))
+    tracker.feed(Succeeded(RUN))
+    outputs = {"9": {"images": [*IMAGE["images"], *sent("9", b"three")]}, "5": {"images": sent("5", b"one", b"two")}}
+    assert tracker.outcome == Finished(outputs, frozenset({"1"}))
+
+    tracker = RunTracker(RUN)
+    tracker.feed(Sent(RUN, "5:1", b"one"))
+    tracker.feed(Failed(RUN, "7", "KSampler", "boom"))
+    assert isinstance(tracker.outcome, NodeFailed)
+    assert tracker.outcome.outputs == {"5:1": {"images": sent("5-1", b"one")}}
+
+    tracker = RunTracker(RUN)
+    tracker.feed(Sent(RUN, "5", b"one"))
+    tracker.gap()
+    messages = [["execution_start", {}], ["execution_cached", {"nodes": ["1"]}], ["execution_success", {}]]
+    tracker.reconcile(
+        {"outputs": {"9": IMAGE}, "status": {"status_str": "success", "messages": messages}},
+        queued=False,
+    )
+    assert tracker.outcome == Finished({"9": IMAGE, "5": {"images": sent("5", b"one")}}, frozenset({"1"}))
+
+
+def test_pictures_beyond_what_is_kept_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(events, "_SENT_LIMIT_BYTES", 5)
+    tracker = RunTracker(RUN)
+    for png in (b"abc", b"def", b"gh"):
+        tracker.feed(Sent(RUN, "5", png))
+    tracker.feed(Succeeded(RUN))
+    assert tracker.outcome == Finished({"5": {"images": sent("5", b"abc", b"gh")}})
+    assert tracker.lost_pictures == 1
 
 
 NODES = st.sampled_from(["1", "2", "3"])

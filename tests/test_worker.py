@@ -81,6 +81,21 @@ def test_the_same_seed_gives_the_same_file_in_another_worker(
         assert pictures(other.runsync({"workflow": graph})) == pictures(worker.runsync({"workflow": graph}))
 
 
+def test_of_cached_outputs_only_the_one_whose_file_is_gone_is_made_again(worker: LocalWorker) -> None:
+    saved = {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "kept"}}
+    graph = {**TINY, "2": saved, "3": {**saved, "inputs": {"images": ["1", 0], "filename_prefix": "lost"}}}
+    first = worker.runsync({"workflow": graph})["output"]
+    kept, lost = (worker.base_dir / "output" / item["filename"] for item in first["images"])
+    written_at = kept.stat().st_mtime_ns
+    lost.unlink()
+    again = worker.runsync({"workflow": graph})["output"]
+    assert [item["node_id"] for item in again["images"]] == ["2", "3"]
+    assert "errors" not in again
+    assert lost.exists()
+    assert kept.stat().st_mtime_ns == written_at
+    assert len(list(kept.parent.glob("kept_*"))) == 1
+
+
 def test_a_picture_in_a_picture_out(worker: LocalWorker, workflow: Load) -> None:
     job = {"workflow": workflow("scale_image"), "images": [{"name": "in.png", "image": input_picture()}]}
     (picture,) = pictures(worker.runsync(job))

@@ -35,7 +35,8 @@
     ├── InputError               an input file cannot be had
     │   └── InputNotServed, InputUnreachable, InputTimedOut, InputNotStored
     └── EngineError              ComfyUI failed while it had the job
-        ├── NodeFailed, OutOfMemory, GpuFault, RunInterrupted, RunTimedOut, RunLost, OutputGone, PromptFatal
+        ├── NodeFailed, OutOfMemory, GpuFault, RunInterrupted, RunTimedOut, RunLost, OutputGone, OutputElsewhere
+        ├── PromptFatal
         └── EngineDied, EngineUnreachable, EngineHung, EngineStalled, EngineAnswerInvalid
 
 Each class has a stable `code`, says whether sending the same job again can help (`retryable`), keeps what it is about as
@@ -828,14 +829,36 @@ class EngineAnswerInvalid(EngineError):
 
 @dataclass(eq=False)
 class OutputGone(EngineError):
-    """The history names an output file that is not on the disk."""
+    """The history names an output file that is not on the disk. `nodes` list it, as far as that is known."""
 
     filename: str
+    nodes: frozenset[str] = frozenset()
     code = "output_gone"
     retryable = True
 
     def __str__(self) -> str:
         return f"ComfyUI reported the output '{self.filename}', but the file is not there; send the job again."
+
+
+@dataclass(eq=False)
+class OutputElsewhere(OutputGone):
+    """Every output that a run names is somewhere else: a node that uploads what it makes, or saves it to a folder of its own.
+
+    `missing` has a sentence for each file.
+    """
+
+    missing: Sequence[str] = ()
+    code = "output_elsewhere"
+    retryable = False
+
+    def details(self) -> list[str]:
+        return list(self.missing)
+
+    def __str__(self) -> str:
+        return (
+            f"The workflow ran, but its output '{shortened(self.filename, 200)}' is not in ComfyUI's output folder, and there "
+            "is nothing else to return; add a SaveImage where the node is not meant to keep its files elsewhere."
+        )
 
 
 @dataclass(eq=False)

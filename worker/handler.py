@@ -8,6 +8,7 @@ import logging
 import math
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -144,15 +145,17 @@ class JobHandler:
         self._warmth.ran(graph, models)
         if not self.refreshes:
             around.engine_free()
-        warnings = sentences(run.dropped, self._redact)
+        deliver = partial(deliver, warnings=sentences(run.dropped, self._redact), silent=run.silent)
         try:
             with around.laps.step("delivering"):
-                result = await deliver(run.outputs, warnings=warnings)
+                result = await deliver(run.outputs, cached=run.cached)
         except OutputGone as exc:
-            log.info("job %s: %s was cached, but its file is gone; running its output nodes again", job_id, exc.filename)
-            run = await self._run_graph(made_again(graph, run.outputs, job_id), request, files, around)
+            if not exc.retryable:
+                raise
+            log.info("job %s: %s was cached, but its file is gone; running its node again", job_id, exc.filename)
+            again = await self._run_again(graph, request, files, around, exc.nodes or frozenset(run.outputs))
             with around.laps.step("delivering"):
-                result = await deliver(run.outputs, warnings=warnings)
+                result = await deliver(run.outputs | again.outputs)
         return timed(result, request, around, run.queued_s, run.node_s)
 
     async def _what_there_is(
@@ -176,8 +179,17 @@ class JobHandler:
         log.warning("job %s: %s; delivering what there is", job_id, result.warnings[0])
         return result
 
-    async def _run_graph(self, graph: Graph, request: Request, files: JobFiles, around: Around) -> RunResult:
-        """Run the graph with the job's files in place, when it is this job's turn."""
+    async def _run_again(
+        self, graph: Graph, request: Request, files: JobFiles, around: Around, nodes: Collection[str]
+    ) -> RunResult:
+        """Run these output nodes again, and no others."""
+        roots = {node_id if node_id in graph else node_id.partition(".")[0] for node_id in nodes}
+        return await self._run_graph(made_again(graph, roots, uuid.uuid4().hex), request, files, around, targets=roots)
+
+    async def _run_graph(
+        self, graph: Graph, request: Request, files: JobFiles, around: Around, targets: Collection[str] | None = None
+    ) -> RunResult:
+        """Run the graph, or only these of its outputs, with the job's files in place, when it is this job's turn."""
         key = request.comfy_org_api_key or self._settings.comfy_org_api_key
         extra_data: dict[str, Any] = {"api_key_comfy_org": key} if key else {}
         if request.extra_pnginfo is not None:
@@ -195,6 +207,7 @@ class JobHandler:
                             graph,
                             timeout_s=timeout_s,
                             extra_data=extra_data,
+                            targets=targets,
                             on_progress=lambda step: around.tell(sampling_progress(step)),
                         )
 

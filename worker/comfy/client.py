@@ -22,8 +22,9 @@ from urllib.parse import quote
 
 import aiohttp
 
-from worker.comfy.events import Executing, Finished, Progress, RunTracker, decode
+from worker.comfy.events import Executing, Finished, Progress, RunTracker, Sent, decode, sent_png
 from worker.comfy.rejection import dropped_outputs, options_of, rejection
+from worker.comfy.workflow import last_nodes
 from worker.errors import (
     EngineAnswerInvalid,
     EngineError,
@@ -92,11 +93,14 @@ class Versions:
 class RunResult:
     """A finished run: its outputs by node id, and a sentence for each output that ComfyUI refused to run.
 
+    `cached` are the nodes that did not run again, `silent` the output nodes that put out nothing, with their classes.
     `queued_s` passed until its first node began, `node_s` in each node that ran; without a gap, they are measured here.
     """
 
     outputs: Outputs
     dropped: tuple[str, ...] = ()
+    cached: frozenset[str] = field(default=frozenset(), compare=False)
+    silent: Mapping[str, str] = field(default_factory=dict, compare=False)
     queued_s: float = field(default=0.0, compare=False)
     node_s: Mapping[str, float] = field(default_factory=dict, compare=False)
 
@@ -104,22 +108,34 @@ class RunResult:
 @dataclass(slots=True)
 class _Run:
     tracker: RunTracker
+    graph: Graph
     on_progress: Callable[[Progress], None] | None = None
     news: asyncio.Event = field(default_factory=asyncio.Event)
     began_at: float = field(default_factory=time.monotonic)
     nodes: list[tuple[str | None, float]] = field(default_factory=list)
     stalled_at: float | None = None
 
-    def result(self, outputs: Outputs, dropped: tuple[str, ...]) -> RunResult:
+    def result(self, finished: Finished, dropped: tuple[str, ...]) -> RunResult:
         """The run's result, with its times."""
+        outputs, cached = finished.outputs, finished.cached
+        if self.tracker.lost_pictures:
+            lost = self.tracker.lost_pictures
+            dropped += (f"Too many pictures came through ComfyUI's websocket, {lost} of them are missing: use SaveImage.",)
+        ran = cached.union(node_id for node_id, _ in self.nodes if node_id is not None)
+        last = last_nodes(self.graph)
+        silent = {node_id: name for node_id, name in last.items() if node_id in ran and not outputs.get(node_id)}
         if not self.nodes:
-            return RunResult(outputs, dropped)
+            return RunResult(outputs, dropped, cached, silent)
         ended = [*(at for _, at in self.nodes[1:]), time.monotonic()]
         node_s: dict[str, float] = {}
         for (node_id, at), end in zip(self.nodes, ended, strict=True):
             if node_id is not None:
                 node_s[node_id] = node_s.get(node_id, 0.0) + end - at
-        return RunResult(outputs, dropped, self.nodes[0][1] - self.began_at, node_s)
+        return RunResult(outputs, dropped, cached, silent, self.nodes[0][1] - self.began_at, node_s)
+
+    def sends(self, node_id: str) -> bool:
+        """Whether pictures of this node are outputs: nothing else could be done with them."""
+        return not last_nodes(self.graph).keys().isdisjoint({node_id, node_id.partition(".")[0]})
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +167,7 @@ class ComfyClient:
         self._hang_s = hang_s
         self._heard_at = time.monotonic()
         self._runs: dict[str, _Run] = {}
+        self._at: tuple[str, str | None] = ("", None)
         self._ended: list[str] = []
         self._forgetting: asyncio.Task[None] | None = None
         self._listener: asyncio.Task[None] | None = None
@@ -228,9 +245,10 @@ class ComfyClient:
         *,
         timeout_s: float,
         extra_data: Mapping[str, Any] | None = None,
+        targets: Collection[str] | None = None,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> RunResult:
-        """Queue a graph and wait for its end.
+        """Queue a graph and wait for its end. `targets` are the output nodes to run; all of them where it is None.
 
         On cancellation and after `timeout_s` (`RunTimedOut`) the prompt is taken out of ComfyUI before this returns, so that
         the next job finds it idle; where it does not let go, `holds_prompt` is true from then on. Raises `EngineHung` when
@@ -240,8 +258,9 @@ class ComfyClient:
             await self._reopen()
         # Newer releases of ComfyUI (0.33.0, for one) refuse any id but a UUID in canonical form: lower case, with hyphens.
         tracker = RunTracker(str(uuid.uuid4()))
-        run = self._runs[tracker.prompt_id] = _Run(tracker, on_progress)
-        queueing = asyncio.create_task(self._queue(graph, tracker, extra_data or {}))
+        run = self._runs[tracker.prompt_id] = _Run(tracker, graph, on_progress)
+        more = {"extra_data": extra_data or {}} | ({} if targets is None else {"partial_execution_targets": sorted(targets)})
+        queueing = asyncio.create_task(self._queue(graph, tracker, more))
         try:
             async with asyncio.timeout(timeout_s):
                 dropped = await asyncio.shield(queueing)
@@ -256,7 +275,7 @@ class ComfyClient:
             del self._runs[tracker.prompt_id]
             self._forget_later(tracker.prompt_id)
         if isinstance(tracker.outcome, Finished):
-            return run.result(tracker.outcome.outputs, dropped)
+            return run.result(tracker.outcome, dropped)
         assert tracker.outcome is not None  # noqa: S101 - _follow returns at the outcome
         raise tracker.outcome
 
@@ -271,10 +290,10 @@ class ComfyClient:
         with contextlib.suppress(EngineUnreachable):  # it will be restarted, and has forgotten then
             await self._ask("POST", "/history", {"delete": prompt_ids})
 
-    async def _queue(self, graph: Graph, tracker: RunTracker, extra_data: Mapping[str, Any]) -> tuple[str, ...]:
+    async def _queue(self, graph: Graph, tracker: RunTracker, more: Mapping[str, Any]) -> tuple[str, ...]:
         """Hand the graph in, once: when the answer is lost, ComfyUI is asked whether it has it before it is sent again."""
         prompt_id = tracker.prompt_id
-        prompt = {"prompt": graph, "client_id": self._client_id, "prompt_id": prompt_id, "extra_data": extra_data}
+        prompt = {"prompt": graph, "client_id": self._client_id, "prompt_id": prompt_id, **more}
         for last in (False, False, True):
             try:
                 # Validation lists folders, which a cold volume may take its time for; only a hang is a hang.
@@ -414,7 +433,9 @@ class ComfyClient:
             try:
                 async for message in socket:  # ends when the connection does, however that comes
                     self._heard_at = time.monotonic()
-                    if (event := decode(message.data)) is not None:
+                    if isinstance(message.data, bytes):
+                        self._take(sent_png(message.data))
+                    elif (event := decode(message.data)) is not None:
                         self._dispatch(event)
             finally:
                 if not socket.closed:
@@ -444,11 +465,18 @@ class ComfyClient:
         self.fail_all(EngineUnreachable(self.address, reason))
         return None
 
+    def _take(self, png: bytes | None) -> None:
+        prompt_id, node_id = self._at
+        run = self._runs.get(prompt_id)
+        if png is not None and run and node_id is not None and run.sends(node_id):
+            run.tracker.feed(Sent(prompt_id, node_id, png))
+
     def _dispatch(self, event: Event) -> None:
         run = self._runs.get(event.prompt_id)
         if run is None:
             return
         if isinstance(event, Progress):
+            self._at = (event.prompt_id, event.node_id)
             if run.on_progress:
                 try:
                     run.on_progress(event)
@@ -456,6 +484,7 @@ class ComfyClient:
                     log.exception("progress could not be passed on")  # the listener serves every run, and goes on
             return
         if isinstance(event, Executing):
+            self._at = (event.prompt_id, event.node_id)
             run.nodes.append((event.node_id, time.monotonic()))
         run.tracker.feed(event)
         if run.tracker.outcome is not None or run.tracker.wants_history:

@@ -86,6 +86,7 @@ class Engine:
         *,
         timeout_s: float,
         extra_data: Mapping[str, Any] | None = None,
+        targets: Collection[str] | None = None,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> RunResult:
         """Run a graph, as `ComfyClient.run`; waits for a restart that is under way.
@@ -97,7 +98,9 @@ class Engine:
         process = self._process
         process.forget_lines()  # what it printed for another client is none of this one's business
         try:
-            result = await client.run(graph, timeout_s=timeout_s, extra_data=extra_data, on_progress=on_progress)
+            result = await client.run(
+                graph, timeout_s=timeout_s, extra_data=extra_data, targets=targets, on_progress=on_progress
+            )
         except NodeFailed as exc:
             if not is_gpu_fault(exc.message):
                 self._deaths = 0  # it lives, and does what it is told

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import struct
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from worker.errors import EngineError, NodeFailed, OutOfMemory, RunInterrupted, RunLost
 
@@ -19,6 +21,12 @@ if TYPE_CHECKING:
 
 # progress_state repeats the state of every node so far, twice a node: not decoding it keeps a run linear in its nodes.
 _PROGRESS_STATE = '{"type": "progress_state"'
+# A binary message begins with two numbers: its kind (1, a picture) and the picture's format (1 JPEG, 2 PNG).
+_PICTURE_HEADER: Final = struct.Struct(">II")
+_PNG_PICTURE: Final = (1, 2)
+_PNG: Final = b"\x89PNG\r\n\x1a\n"
+# Pictures that a run sends are kept in memory until they are delivered.
+_SENT_LIMIT_BYTES: Final = 512_000_000
 
 Outputs = dict[str, dict[str, Any]]
 
@@ -38,6 +46,23 @@ class NodeOutput:
     prompt_id: str
     node_id: str
     output: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Cached:
+    """The nodes that will not run, because ComfyUI still has what they gave."""
+
+    prompt_id: str
+    node_ids: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """A picture that a node sends as its output, as SaveImageWebsocket does."""
+
+    prompt_id: str
+    node_id: str
+    png: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +107,11 @@ class Interrupted:
     prompt_id: str
 
 
-Event = Executing | NodeOutput | Progress | Succeeded | Failed | Interrupted
+Event = Executing | NodeOutput | Cached | Sent | Progress | Succeeded | Failed | Interrupted
 
 
 def decode(message: object) -> Event | None:
-    """The event in one websocket message; None for previews (binary), kinds nobody needs, and anything malformed."""
+    """The event in one websocket message; None for pictures (binary), kinds nobody needs, and anything malformed."""
     if not isinstance(message, str) or message.startswith(_PROGRESS_STATE):
         return None
     try:
@@ -95,6 +120,17 @@ def decode(message: object) -> Event | None:
         return decoder(value["data"]) if decoder else None
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         return None
+
+
+def sent_png(message: bytes) -> bytes | None:
+    """The picture in a binary message, where it is a PNG: previews of sampling are JPEG.
+
+    It says neither of which prompt nor of which node it is. ComfyUI sends it right after naming both.
+    """
+    if len(message) < _PICTURE_HEADER.size or _PICTURE_HEADER.unpack_from(message) != _PNG_PICTURE:
+        return None
+    png = message[_PICTURE_HEADER.size :]
+    return png if png.startswith(_PNG) else None
 
 
 def _failure(data: Mapping[str, Any]) -> Failed:
@@ -135,6 +171,7 @@ def _count(value: Any) -> float:  # noqa: ANN401 - ComfyUI's JSON
 _DECODERS: Mapping[str, Callable[[Mapping[str, Any]], Event]] = {
     "executing": lambda data: Executing(_text(data["prompt_id"]), _node(data.get("node"))),
     "executed": lambda data: NodeOutput(_text(data["prompt_id"]), _text(data["node"]), dict(data["output"] or {})),
+    "execution_cached": lambda data: Cached(_text(data["prompt_id"]), frozenset(map(_text, data["nodes"]))),
     "progress": lambda data: Progress(
         _text(data["prompt_id"]), _node(data.get("node")), _count(data["value"]), _count(data["max"])
     ),
@@ -146,9 +183,13 @@ _DECODERS: Mapping[str, Callable[[Mapping[str, Any]], Event]] = {
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A run's success: the outputs of its output nodes, by node id, in the order they were produced."""
+    """A run's success: the outputs of its output nodes, by node id, in the order they were produced.
+
+    `cached` are the nodes that did not run again.
+    """
 
     outputs: Outputs
+    cached: frozenset[str] = frozenset()
 
 
 Outcome = Finished | EngineError
@@ -164,7 +205,12 @@ class RunTracker:
     prompt_id: str
     outcome: Outcome | None = None
     wants_history: bool = False
+    lost_pictures: int = 0
+    """Pictures that nodes sent through the websocket and that were too many to keep."""
     _outputs: Outputs = field(default_factory=dict)
+    _cached: frozenset[str] = frozenset()
+    _sent: dict[str, list[bytes]] = field(default_factory=dict)
+    _sent_bytes: int = 0
     _complete: bool = True
     _failed: Failed | None = None
     _succeeded: bool = False
@@ -176,12 +222,16 @@ class RunTracker:
         match event:
             case NodeOutput(node_id=node_id, output=output):
                 self._outputs[node_id] = output
+            case Cached(node_ids=node_ids):
+                self._cached = node_ids
+            case Sent(node_id=node_id, png=png):
+                self._keep(node_id, png)
             case Failed() if self._complete:
-                self.outcome = event.error(self._outputs)
+                self.outcome = event.error(self._with_sent(self._outputs))
             case Interrupted():
                 self.outcome = RunInterrupted()
-            case Succeeded() if self._complete and self._outputs:
-                self.outcome = Finished(self._outputs)
+            case Succeeded() if self._complete and (self._outputs or self._sent):
+                self.outcome = Finished(self._with_sent(self._outputs), self._cached)
             case Failed():
                 # What was put out during the gap is in the history only; should that be lost, this is known all the same.
                 self._failed, self.wants_history = event, True
@@ -201,26 +251,48 @@ class RunTracker:
             return
         self.wants_history = False
         if entry is not None:
-            self.outcome = outcome_of(entry)
+            self.outcome = outcome_of(entry, self._with_sent)
         elif not queued and self._failed:
-            self.outcome = self._failed.error(self._outputs)
+            self.outcome = self._failed.error(self._with_sent(self._outputs))
         elif not queued:
-            self.outcome = Finished(self._outputs) if self._succeeded else RunLost(self.prompt_id)
+            done = Finished(self._with_sent(self._outputs), self._cached)
+            self.outcome = done if self._succeeded else RunLost(self.prompt_id)
 
     def end(self, error: EngineError) -> None:
         """The run cannot go on, for a reason outside the protocol: the engine died, the time is up."""
         if self.outcome is None:
             self.outcome = error
 
+    def _keep(self, node_id: str, png: bytes) -> None:
+        if self._sent_bytes + len(png) > _SENT_LIMIT_BYTES:
+            self.lost_pictures += 1
+            return
+        self._sent_bytes += len(png)
+        self._sent.setdefault(node_id, []).append(png)
 
-def outcome_of(entry: Mapping[str, Any]) -> Outcome:
-    """How a run ended, from its entry in /history."""
+    def _with_sent(self, outputs: Outputs) -> Outputs:
+        """The outputs, and the pictures that came through the websocket: as files whose bytes are `data`."""
+        joined = dict(outputs)
+        for node_id, pngs in self._sent.items():
+            name = re.sub(r"[^A-Za-z0-9._-]", "-", node_id)
+            sent = [{"filename": f"websocket_{name}_{at}.png", "type": "websocket", "data": png} for at, png in enumerate(pngs)]
+            output = joined.get(node_id) or {}
+            listed = output.get("images")
+            joined[node_id] = {**output, "images": [*(listed if isinstance(listed, list) else ()), *sent]}
+        return joined
+
+
+def outcome_of(entry: Mapping[str, Any], joined: Callable[[Outputs], Outputs] = dict) -> Outcome:
+    """How a run ended, from its entry in /history; `joined` adds to its outputs what the history does not hold."""
     status = entry.get("status") or {}
+    outputs = joined(dict(entry.get("outputs") or {}))
+    messages = status.get("messages") or ()
     if status.get("status_str", "success") == "success":
-        return Finished(dict(entry.get("outputs") or {}))
-    for name, data in status.get("messages") or ():
+        cached = (data.get("nodes") or () for name, data in messages if name == "execution_cached")
+        return Finished(outputs, frozenset(str(node_id) for nodes in cached for node_id in nodes))
+    for name, data in messages:
         if name == "execution_error":
-            return _failure(data).error(dict(entry.get("outputs") or {}))
+            return _failure(data).error(outputs)
         if name == "execution_interrupted":
             return RunInterrupted()
     return NodeFailed("?", "?", "ComfyUI's history says the run failed and gives no cause")

@@ -470,6 +470,12 @@ def needed_nodes(graph: Graph, outputs: Collection[str]) -> frozenset[str]:
     return ancestry(graph, *(node_id for node_id in outputs if node_id not in spoiled))
 
 
+def last_nodes(graph: Graph) -> dict[str, str]:
+    """The nodes that no other takes from, and their classes. One of them that runs is an output."""
+    taken = {source for node_id in graph for _, source in _links_into(graph, node_id)}
+    return {node_id: node["class_type"] for node_id, node in graph.items() if node_id not in taken}
+
+
 def ancestry(graph: Graph, *node_ids: str) -> frozenset[str]:
     """These nodes and all that they take from."""
     return _reached(node_ids, {node_id: [source for _, source in _links_into(graph, node_id)] for node_id in graph})

@@ -15,14 +15,15 @@ import threading
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
-from worker.errors import BucketFailed, OutputGone, ResultTooLarge
+from worker.errors import BucketFailed, OutputElsewhere, OutputGone, ResultTooLarge
 from worker.job import OutputItem, Result
 from worker.media.bucket import Bucket, Upload, Uploads, clean_id, job_target
 from worker.media.guard import UrlRules
 from worker.media.keep import KeptOutputs
-from worker.media.outputs import Output, OutputFiles, clean, unanswered
+from worker.media.outputs import Collected, Missing, Output, OutputFiles, clean, unanswered
 from worker.media.s3 import S3Target
 from worker.media.spill import Copies, Copy
 from worker.volume import is_volume
@@ -132,27 +133,50 @@ class Delivery:
         previews: bool = False,
         bucket: Bucket | None = None,
         warnings: Sequence[str] = (),
+        silent: Mapping[str, str] = MappingProxyType({}),
+        cached: Collection[str] = (),
     ) -> Result:
         """The result of a run: everything to the bucket (the job's own, or the settings'), or else into the result itself.
 
         What a bucket does not take comes in the result, or on the volume when that is too large, with a sentence in `warnings`;
-        without a bucket the largest files go to the volume until the rest fits. On cancellation uploads and copies are stopped
-        before this returns, and leave nothing unfinished.
+        without a bucket the largest files go to the volume until the rest fits. A listed file that is not there has a sentence,
+        and so has a node that gave nothing; `silent` are output nodes that are not in `outputs`, with their classes. On
+        cancellation uploads and copies are stopped before this returns, and leave nothing unfinished.
 
-        Raises `OutputGone` for a file that is not there; `ResultTooLarge`, or the `BucketFailed` that led to it, when there is
-        no place for a file; `S3ConfigInvalid` for a bucket at an address that jobs must not reach; `UnsafePath`.
+        Raises `OutputGone` for a file of one of the `cached` nodes that is not there, and for one that goes meanwhile;
+        `OutputElsewhere` when files are missing and nothing else is left; `ResultTooLarge`, or the `BucketFailed` that led to
+        it, when there is no place for a file; `S3ConfigInvalid` for a bucket at an address that jobs must not reach.
         """
-        found = self._outputs.collect(outputs, nodes=nodes, previews=previews)
-        said = [clean(text) for text in (*warnings, *unanswered(nodes, found))]
+        collected = self._collect(outputs, nodes, previews=previews)
+        found, missing = collected.outputs, collected.missing
+        again = [
+            item for item in missing if not (item.outside or {item.node_id, item.node_id.partition(".")[0]}.isdisjoint(cached))
+        ]
+        if again:
+            raise OutputGone(again[0].path, frozenset(item.node_id for item in again))
+        if missing and not found:
+            raise OutputElsewhere(missing[0].path, missing=[str(item) for item in missing])
+        said = [clean(text) for text in (*warnings, *unanswered(nodes, collected, silent))]
         files = {item.source: item.size_bytes for item in found if isinstance(item.source, Path)}
-        for path, size_bytes in files.items():
-            if self._kept.is_gone(path, size_bytes):
-                raise OutputGone(path.name)
         with self._kept.using(files):
             result = await _Job(self, clean_id(job_id), self._limit_bytes(job_id), bucket or self._bucket).deliver(found, said)
         # The next job may be running by now, and some nodes write over a file of a fixed name.
         self._outputs.check_same(found)
         return result
+
+    def _collect(self, outputs: Mapping[str, Mapping[str, Any]], nodes: Collection[str] | None, *, previews: bool) -> Collected:
+        """The outputs; a file that was removed to make room, and whose number an empty one holds, is missing."""
+        collected = self._outputs.collect(outputs, nodes=nodes, previews=previews)
+        held = [
+            item
+            for item in collected.outputs
+            if isinstance(item.source, Path) and self._kept.is_gone(item.source, item.size_bytes)
+        ]
+        if not held:
+            return collected
+        missing = [Missing(item.node_id, item.filename, "output", outside=False) for item in held]
+        left = tuple(item for item in collected.outputs if item not in held)
+        return replace(collected, outputs=left, missing=(*collected.missing, *missing))
 
     def job_ended(self) -> None:
         """However it ended, it may have left files: the oldest are removed, in a thread, when it is time."""
@@ -210,7 +234,7 @@ class _Job:
 
     async def _upload(self, bucket: Bucket, planned: list[_Planned]) -> tuple[list[_Planned], BucketFailed | None]:
         """Files and large texts become addresses. The second value is the first failure."""
-        files = [each for each in planned if isinstance(each.output.source, Path) or each.output.size_bytes > _LARGE_TEXT_BYTES]
+        files = [each for each in planned if each.item.type != "text" or each.output.size_bytes > _LARGE_TEXT_BYTES]
         if not files:
             return planned, None
         began = time.monotonic()
@@ -333,10 +357,10 @@ def _base64(output: Output) -> str:
                 at += len(encoded)
             length = stream.tell()
     except FileNotFoundError as exc:
-        raise OutputGone(output.filename) from exc
+        raise OutputGone(output.filename, frozenset({output.node_id})) from exc
     if length != output.size_bytes:
         # Somebody writes it at this moment; its size was the base of the measuring.
-        raise OutputGone(output.filename)
+        raise OutputGone(output.filename, frozenset({output.node_id}))
     return text.decode("ascii")
 
 

@@ -1,20 +1,21 @@
-"""What a run produced, sorted: history -> files and texts, each checked to be there. Touches disk; reads no file's content."""
+"""What a run produced, sorted: history -> files and texts, and what of it cannot be returned. Touches disk; reads no file."""
 
 from __future__ import annotations
 
+import errno
 import json
 import mimetypes
+import os
 import re
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from worker.errors import OutputGone, UnsafePath
+from worker.errors import OutputGone, shortened
 
 if TYPE_CHECKING:
-    import os
-    from collections.abc import Collection, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 # Not in every Debian's mime.types, and Python's own table lacks them before 3.13.
 _MEDIA_TYPES: Final = {
@@ -42,9 +43,12 @@ _KINDS: Final = {
     "video": "videos",
     "audio": "audio",
 }
+# Under these keys anything is a text; under others, strings and numbers are.
 _TEXT_KEYS: Final = ("text", "string")
 # Preview3D names its model by a path in the output folder, beside values that are none.
 _PATH_KEYS: Final = ("result",)
+_SHOWN_CHARACTERS: Final = 200
+_LONGEST_PATH: Final = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +61,42 @@ class Output:
     subfolder: str
     media_type: str
     size_bytes: int
-    source: Path | str
-    """Where the file is, or the text itself."""
+    source: Path | str | bytes
+    """Where the file is, the text itself, or the bytes of a picture that was never a file."""
     stamp: tuple[int, int] = (0, 0)
     """Inode and time of change: a node may write another job's file under the same name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """A file that a node lists and that is not in the folder that ComfyUI keeps such files in."""
+
+    node_id: str
+    path: str
+    folder: str
+    outside: bool
+    """The node says itself that it is elsewhere, so that running it again changes nothing."""
+
+    def __str__(self) -> str:
+        where = "is outside of" if self.outside else "is not in"
+        return (
+            f"Node {self.node_id} lists the file '{shortened(self.path, _SHOWN_CHARACTERS)}', which {where} "
+            f"ComfyUI's {self.folder} folder: it is not returned."
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """A run's outputs, sorted: what can be returned, which listed files are missing, and which nodes gave nothing."""
+
+    outputs: tuple[Output, ...] = ()
+    missing: tuple[Missing, ...] = ()
+    empty: tuple[str, ...] = ()
+    """Nodes that list no files although they have a list for them."""
+    passed_over: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """By node id, the keys with values that are neither files nor texts, where a node has nothing else."""
+    silent: tuple[str, ...] = ()
+    """Nodes that put out nothing at all."""
 
 
 class OutputFiles:
@@ -71,41 +107,74 @@ class OutputFiles:
 
     def collect(
         self, outputs: Mapping[str, Mapping[str, Any]], *, nodes: Collection[str] | None = None, previews: bool = False
-    ) -> tuple[Output, ...]:
+    ) -> Collected:
         """Everything that the history lists and that is a file or a text: by node id (9 before 10), then as produced.
 
         The order in which nodes ran depends on what ComfyUI had cached, so it is not kept. `nodes` limits whose outputs are
-        returned; `previews` adds the files of preview nodes. A file that is listed twice by a node comes once. Raises
-        `OutputGone` for a file that is not there, `UnsafePath` for one that is elsewhere.
+        returned; `previews` adds the files of preview nodes. A file that is listed twice by a node comes once.
         """
         found: dict[tuple[str, object], Output] = {}
+        missing: dict[Missing, None] = {}
+        empty, passed_over, silent = [], {}, []
         for node_id in sorted(outputs, key=node_order):
-            if nodes is None or node_id in nodes:
-                for item in self._of_node(node_id, outputs[node_id], previews=previews):
+            if nodes is not None and node_id not in nodes:
+                continue
+            items = tuple(self._of_node(node_id, outputs[node_id], previews=previews))
+            for item in items:
+                if isinstance(item, Missing):
+                    missing[item] = None
+                else:
                     found.setdefault((node_id, item.source if isinstance(item.source, Path) else item.filename), item)
-        return tuple(found.values())
+            if items or _has_files(outputs[node_id]):  # such as previews that nobody asked for
+                continue
+            if left := tuple(key for key, values in outputs[node_id].items() if _says_something(values)):
+                passed_over[node_id] = left
+            elif outputs[node_id].keys().isdisjoint(_KINDS):
+                silent.append(node_id)
+            else:
+                empty.append(node_id)
+        return Collected(tuple(found.values()), tuple(missing), tuple(empty), passed_over, tuple(silent))
 
-    def _of_node(self, node_id: str, output: Mapping[str, Any], *, previews: bool) -> Iterator[Output]:
+    def _of_node(self, node_id: str, output: Mapping[str, Any], *, previews: bool) -> Iterator[Output | Missing]:
+        texts: dict[str, None] = {}
         for key, values in output.items():
             for value in _entries(values):
                 if _is_file(value):
-                    kind = value.get("type") or "output"
-                    if kind == "output" or (previews and kind == "temp"):
-                        yield self._file(_KINDS.get(key, "files"), node_id, value, kind)
-                elif key in _PATH_KEYS and isinstance(value, str) and (item := self._named(node_id, value)):
+                    if item := self._listed(key, node_id, value, previews=previews):
+                        yield item
+                elif (
+                    isinstance(value, str)
+                    and (key in _PATH_KEYS or value.startswith("/"))
+                    and (item := self._named(node_id, value))
+                ):
                     yield item
-        yield from _texts(node_id, output)
+                elif key not in (*_TEXT_KEYS, *_PATH_KEYS):
+                    texts.update((str(text), None) for text in _entries(value) if _is_text(text))
+        yield from _texts(node_id, output, texts)
 
-    def _file(self, kind: str, node_id: str, entry: Mapping[str, Any], folder: str) -> Output:
+    def _listed(self, key: str, node_id: str, entry: Mapping[str, Any], *, previews: bool) -> Output | Missing | None:
+        """What an entry of a list of files is; None for an input, and for a preview that nobody asked for."""
+        if isinstance(entry.get("data"), bytes):
+            return _sent(node_id, entry)
+        folder = str(entry.get("type") or "output")
+        if folder == "input" or (folder == "temp" and not previews):
+            return None
+        return self._file(_KINDS.get(key, "files"), node_id, entry, folder)
+
+    def _file(self, kind: str, node_id: str, entry: Mapping[str, Any], folder: str) -> Output | Missing:
         name, subfolder = entry["filename"], str(entry.get("subfolder") or "")
+        listed = clean(f"{subfolder}/{name}" if subfolder else name)
+        if folder not in self._folders:
+            return Missing(node_id, listed, clean(shortened(folder, _SHOWN_CHARACTERS)), outside=True)
         path = self._folders[folder] / subfolder / name
         # Following every part of the path costs more than the rest of it all; a plain file right in the folder is nowhere else.
-        plain = not subfolder and "/" not in name and "\0" not in name and not path.is_symlink()
-        if not plain and ("\0" in str(path) or not path.resolve().is_relative_to(self._folders[folder].resolve())):
-            raise UnsafePath(f"An output of node {node_id}", f"{subfolder}/{name}")
+        linked = os.path.islink(path)  # noqa: PTH114 - Path.is_symlink raises for a name that is too long
+        plain = not subfolder and "/" not in name and "\0" not in name and not linked
+        if not plain and not _is_below(path, self._folders[folder]):
+            return Missing(node_id, listed, folder, outside=True)
         found = _regular(path)
         if found is None:
-            raise OutputGone(path.name)
+            return Missing(node_id, listed, folder, outside=False)
         name = clean(path.name)
         return Output(kind, node_id, name, clean(subfolder), media_type(path.name), found.st_size, path, _stamp(found))
 
@@ -116,14 +185,18 @@ class OutputFiles:
             if isinstance(item.source, Path):
                 now = _regular(item.source)
                 if now is None or _stamp(now) != item.stamp:
-                    raise OutputGone(item.filename)
+                    raise OutputGone(item.filename, frozenset({item.node_id}))
 
     def _named(self, node_id: str, text: str) -> Output | None:
         """A file of the output folder named by a plain string; None for any other string."""
         name = text.removesuffix(" [output]")
         root = self._folders["output"]
         path = root / name
-        if "\0" in name or not Path(name).suffix or not path.resolve().is_relative_to(root.resolve()):
+        if len(name) > _LONGEST_PATH or not Path(name).suffix:
+            return None
+        if path.is_absolute() and not path.is_relative_to(root) and path.is_relative_to(root.resolve()):
+            path = root / path.relative_to(root.resolve())
+        if not path.is_relative_to(root) or not _is_below(path, root):
             return None
         found = _regular(path)
         if found is None:
@@ -134,13 +207,33 @@ class OutputFiles:
         return Output("files", node_id, name, subfolder, media_type(path.name), found.st_size, path, _stamp(found))
 
 
-def unanswered(nodes: Collection[str] | None, found: Sequence[Output]) -> list[str]:
-    """A sentence for each node that was asked for and gave nothing that is returned."""
-    there = {item.node_id for item in found}
-    return [
-        f"Node {node_id} was asked for in 'outputs', but it produced nothing to return."
-        for node_id in sorted(set(nodes or ()) - there, key=node_order)
-    ]
+def unanswered(nodes: Collection[str] | None, collected: Collected, silent: Mapping[str, str]) -> list[str]:
+    """A sentence for each thing that is missing beside what is returned.
+
+    `silent` are output nodes that ran without a word to ComfyUI, with their classes. Many nodes have nothing to say; one that
+    saves does, and where nothing at all is returned, each is worth a sentence.
+    """
+    there = {item.node_id for item in collected.outputs} | {item.node_id for item in collected.missing}
+    said: dict[str, list[str]] = {}
+    for item in collected.missing:
+        said.setdefault(item.node_id, []).append(str(item))
+    for node_id in set(nodes or ()) - there:
+        said[node_id] = [f"Node {node_id} was asked for in 'outputs', but it produced nothing to return."]
+    for node_id, keys in collected.passed_over.items():
+        shown = shortened(", ".join(keys), _SHOWN_CHARACTERS)
+        said.setdefault(
+            node_id, [f"Node {node_id} put out only what is neither a file nor a text ({shown}): it is not returned."]
+        )
+    for node_id in collected.empty:
+        said.setdefault(node_id, [f"Node {node_id} ran and lists no file; what it saved, if anything, is not returned."])
+    quiet = dict.fromkeys(collected.silent, "") | {
+        node: name for node, name in silent.items() if nodes is None or node in nodes
+    }
+    for node_id, class_type in quiet.items():
+        if not collected.outputs or "save" in class_type.lower():
+            name = f"Node {node_id} ({class_type})" if class_type else f"Node {node_id}"
+            said.setdefault(node_id, [f"{name} ran and told ComfyUI of no file and no text: nothing of it is returned."])
+    return [text for node_id in sorted(said, key=node_order) for text in said[node_id]]
 
 
 def node_order(node_id: str) -> tuple[tuple[int, int, str], ...]:
@@ -161,12 +254,35 @@ def clean(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def _texts(node_id: str, output: Mapping[str, Any]) -> Iterator[Output]:
+def _texts(node_id: str, output: Mapping[str, Any], more: Iterable[str]) -> Iterator[Output]:
+    """The texts of the keys that are meant for them, then those of other keys, each of these once."""
     values = [value for key in _TEXT_KEYS for value in _entries(output.get(key)) if value is not None and not _is_file(value)]
-    safe_id = re.sub(r"[^A-Za-z0-9._-]", "-", node_id)
-    for index, value in enumerate(values):
-        text = clean(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
-        yield Output("text", node_id, f"text_{safe_id}_{index}.txt", "", "text/plain", len(text.encode()), text)
+    texts = [value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str) for value in values]
+    texts += [text for text in more if text not in texts]
+    for index, text in enumerate(map(clean, texts)):
+        yield Output("text", node_id, f"text_{_safe(node_id)}_{index}.txt", "", "text/plain", len(text.encode()), text)
+
+
+def _sent(node_id: str, entry: Mapping[str, Any]) -> Output:
+    name, data = entry["filename"], entry["data"]
+    return Output("images", node_id, name, "", media_type(name), len(data), data)
+
+
+def _safe(node_id: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]", "-", node_id)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str | int | float) and not isinstance(value, bool) and value != ""
+
+
+def _says_something(values: object) -> bool:
+    """Whether a key's values are more than flags and empty lists."""
+    return any(isinstance(value, dict | list) and value for value in _entries(values))
+
+
+def _has_files(output: Mapping[str, Any]) -> bool:
+    return any(_is_file(value) for values in output.values() for value in _entries(values))
 
 
 def _entries(values: object) -> Sequence[Any]:
@@ -178,12 +294,24 @@ def _is_file(value: object) -> bool:
 
 
 def _regular(path: Path) -> os.stat_result | None:
-    """What is known of a file; None when there is none."""
+    """What is known of a file; None when there is none, or can be none of this name."""
     try:
         found = path.stat()
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
+    except OSError as exc:
+        if exc.errno == errno.ENAMETOOLONG:
+            return None
+        raise
     return found if stat.S_ISREG(found.st_mode) else None
+
+
+def _is_below(path: Path, folder: Path) -> bool:
+    """Whether a path, its links followed, stays in a folder."""
+    try:
+        return path.resolve().is_relative_to(folder.resolve())
+    except ValueError:  # characters that no file name can have
+        return False
 
 
 def _stamp(found: os.stat_result) -> tuple[int, int]:
