@@ -439,8 +439,8 @@ class LinkAstray(UnsafePath):
     def __str__(self) -> str:
         leads = "is outside the volume" if self.exists else "does not exist"
         return (
-            f"{self.what} {self.value} leads to {self.target}, which {leads}: remove it (rm {shlex.quote(self.value)}) and put the "
-            "files themselves there, or link it to a folder of the volume by a relative path."
+            f"{self.what} {self.value} leads to {self.target}, which {leads}: remove it (rm {shlex.quote(self.value)}) and put "
+            "the files themselves there, or link it to a folder of the volume by a relative path."
         )
 
 
