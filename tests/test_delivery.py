@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import pytest
 from botocore.exceptions import ConnectionClosedError
@@ -407,6 +408,32 @@ def test_a_stores_refusal_says_what_to_check_and_shows_no_key(
         result = run_async(folder.delivery(bucket=Bucket(target)).deliver("j", folder.wrote(10)))
     (warning,) = result.warnings
     assert f"{code}, *** is wrong, *** too; {advice}" in warning
+
+
+@pytest.mark.parametrize("style", ["virtual", "path"])
+def test_both_addressing_styles_reach_the_bucket(
+    style: str, store: S3Server, folder: Folder, run_async: RunAsync, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = store.endpoint_url.rpartition(":")[2]
+    look_up = socket.getaddrinfo
+    monkeypatch.setattr(
+        socket,
+        "getaddrinfo",
+        lambda host, *args, **more: look_up("127.0.0.1" if str(host).endswith("store.test") else host, *args, **more),
+    )
+    address = f"http://store.test:{port}" if style == "virtual" else f"http://127.0.0.1:{port}"
+    environ = {
+        "BUCKET_ENDPOINT_URL": f"{address}/results",
+        "BUCKET_ACCESS_KEY_ID": store.access_key_id,
+        "BUCKET_SECRET_ACCESS_KEY": store.secret_access_key,
+        "BUCKET_ADDRESSING": style,
+        "COMFYUI_BASE_DIR": str(folder.root),
+    }
+    result = run_async(Delivery.of(Settings.from_env(environ)).deliver("j", folder.wrote(10)))
+    (item,) = result.images
+    assert (item.type, result.warnings) == ("s3_url", ())
+    assert urlsplit(item.data).netloc == (f"results.store.test:{port}" if style == "virtual" else f"127.0.0.1:{port}")
+    assert got(item.data)[0] == folder.bytes_of(item)
 
 
 def test_a_file_that_goes_while_it_is_uploaded(store: S3Server, tmp_path: Path) -> None:

@@ -154,3 +154,10 @@ def test_outputs_of_nodes_that_the_workflow_does_not_have_are_refused_before_it_
     check_outputs(graph, {"5", "57:3", "5.0.1"})
     with pytest.raises(FieldInvalid, match="'outputs' names nodes that the workflow does not have: 57, 99"):
         check_outputs(graph, {"5", "99", "57"})
+
+
+@pytest.mark.parametrize(("key", "name"), [("images", "image"), ("files", "data")])
+@pytest.mark.parametrize("address", ["https://example.com/in.png", "HTTP://example.com/a,b", " https://example.com/in.png\n"])
+def test_an_address_in_the_place_of_base64_is_one(key: str, name: str, address: str) -> None:
+    request = Request.parse({"workflow": {}, key: [{"name": "in.png", name: address, "url": None}]})
+    assert request.files == (InputFile("in.png", url=address.strip()),)

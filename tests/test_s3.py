@@ -59,6 +59,51 @@ def target(url: str, bucket: str | None = None, region: str | None = None) -> S3
         ),
         ("https://s3api-eu-ro-1.runpod.io/", "vol", ("https://s3api-eu-ro-1.runpod.io", "vol", "EU-RO-1", "path")),
         ("https://oss-cn-hangzhou.aliyuncs.com", "b", ("https://oss-cn-hangzhou.aliyuncs.com", "b", "cn-hangzhou", "virtual")),
+        (
+            "https://s3.oss-cn-hangzhou.aliyuncs.com",
+            "b",
+            ("https://s3.oss-cn-hangzhou.aliyuncs.com", "b", "cn-hangzhou", "virtual"),
+        ),
+        (
+            "https://a.b.s3.oss-cn-beijing-internal.aliyuncs.com",
+            None,
+            ("https://s3.oss-cn-beijing-internal.aliyuncs.com", "a.b", "cn-beijing", "virtual"),
+        ),
+        (
+            "https://s3.oss-us-east-1.aliyuncs.com",
+            None,
+            ("https://s3.oss-us-east-1.aliyuncs.com", None, "us-east-1", "virtual"),
+        ),
+        (
+            "https://b.tos-s3-cn-beijing.volces.com",
+            None,
+            ("https://tos-s3-cn-beijing.volces.com", "b", "cn-beijing", "virtual"),
+        ),
+        (
+            "https://tos-cn-shanghai.ivolces.com/b",
+            None,
+            ("https://tos-s3-cn-shanghai.ivolces.com", "b", "cn-shanghai", "virtual"),
+        ),
+        (
+            "https://b.tos-ap-southeast-1.bytepluses.com",
+            None,
+            ("https://tos-s3-ap-southeast-1.bytepluses.com", "b", "ap-southeast-1", "virtual"),
+        ),
+        (
+            "https://b.obs.cn-north-4.myhuaweicloud.com",
+            None,
+            ("https://obs.cn-north-4.myhuaweicloud.com", "b", "cn-north-4", "virtual"),
+        ),
+        (
+            "https://obs.eu-west-101.myhuaweicloud.eu",
+            "b",
+            ("https://obs.eu-west-101.myhuaweicloud.eu", "b", "eu-west-101", "virtual"),
+        ),
+        (
+            "https://b-125.cos.ap-shanghai.myqcloud.com",
+            None,
+            ("https://cos.ap-shanghai.myqcloud.com", "b-125", "ap-shanghai", "virtual"),
+        ),
     ],
 )
 def test_an_address_is_read_as_its_provider_means_it(
@@ -66,6 +111,19 @@ def test_an_address_is_read_as_its_provider_means_it(
 ) -> None:
     made = target(url, bucket)
     assert (made.endpoint_url, made.bucket, made.region, made.addressing_style) == expected
+
+
+@pytest.mark.parametrize(
+    ("addressing", "url", "style"),
+    [
+        ("virtual", "https://s3.example.com/b", "virtual"),
+        ("path", "https://s3.example.com/b", "path"),
+        ("auto", "https://s3.example.com/b", "path"),
+        ("path", "https://s3.eu-central-1.amazonaws.com/b", "path"),
+    ],
+)
+def test_a_style_that_is_given_comes_first(addressing: str, url: str, style: str) -> None:
+    assert S3Target.at(url, "id", "secret", addressing=addressing).addressing_style == style
 
 
 def test_a_region_that_is_given_comes_first() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 # The largest seed of ComfyUI's samplers; it refuses a larger one, but only once the job's models are there.
 _LARGEST_SEED = (1 << 64) - 1
+# Base64 has no colon; a prefix such as `data:image/png;base64,` begins otherwise.
+_ADDRESS = re.compile(r"\s*https?://", re.IGNORECASE)
 # Saved workflows with subgraphs in subgraphs are some 20 deep.
 _DEEPEST = 100
 
@@ -154,6 +157,8 @@ def _file(item: object, data_key: str) -> InputFile | None:
     name, subfolder, data, url = (item.get(key) for key in ("name", "subfolder", data_key, "url"))
     if not isinstance(name, str) or not name or not isinstance(subfolder, str | None):
         return None
+    if isinstance(data, str) and _ADDRESS.match(data):
+        return InputFile(name, url=data.strip(), subfolder=subfolder or "")
     if isinstance(data, str):  # as before there were addresses: 'image' is what counts
         return InputFile(name, data=data, subfolder=subfolder or "")
     if isinstance(url, str) and url and data is None:

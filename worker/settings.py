@@ -285,6 +285,12 @@ class Settings:
     bucket_region: str | None = _setting(
         _optional, "", "The bucket's region, if the address does not hold it; Amazon S3 wants the right one."
     )
+    bucket_addressing: str = _setting(
+        _choice("auto", "virtual", "path"),
+        "auto",
+        "Where the bucket stands in the store's addresses: `virtual`, as a host of its own; `path`; or `auto`, as the provider "
+        "wants it, and `path` for a host that nobody knows.",
+    )
     bucket_url_expiry_s: int = _setting(
         _whole(1, 604_800), "604800", "How long the signed addresses of results are valid; 7 days is what the protocol allows."
     )

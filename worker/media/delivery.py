@@ -394,5 +394,6 @@ def _settings_bucket(settings: Settings) -> Bucket | None:
         settings.bucket_secret_access_key or "",
         bucket=settings.bucket_name,
         region=settings.bucket_region,
+        addressing=settings.bucket_addressing,
     )
     return Bucket(target, prefix=settings.bucket_prefix or "", url_expiry_s=settings.bucket_url_expiry_s)

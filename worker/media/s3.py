@@ -22,22 +22,32 @@ _BUCKET_IN_HOST: Final = re.compile(
     r"|storage\.googleapis\.com"
     r"|[a-z0-9]+\.digitaloceanspaces\.com"
     r"|[0-9a-f]{32}(?:\.[a-z]+)?\.r2\.cloudflarestorage\.com"
-    r"|oss-[a-z0-9-]+\.aliyuncs\.com"
+    r"|(?:s3\.)?oss-[a-z0-9-]+\.aliyuncs\.com"
     r"|cos\.[a-z0-9-]+\.myqcloud\.com"
+    r"|obs\.[a-z0-9-]+\.myhuaweicloud\.(?:com|eu)"
+    r"|tos-[a-z0-9-]+\.i?(?:volces|bytepluses)\.com"
     r")"
 )
+_NO_BUCKET_IN_HOST: Final = re.compile(r"s3\.oss-[a-z0-9-]+\.aliyuncs\.com")
+# TOS speaks S3 at hosts of its own, beside those that its console shows.
+_TOS_OWN: Final = re.compile(r"tos-(?!s3-)(?P<rest>[a-z0-9-]+\.i?(?:volces|bytepluses)\.com)")
 _REGION_IN_HOST: Final = (
     re.compile(r"s3[.-](?:dualstack\.|fips\.)?(?P<region>[a-z]{2}(?:-[a-z]+)+-\d)\.amazonaws\.com(?:\.cn)?"),
     re.compile(r"s3\.(?P<region>[a-z0-9-]+)\.(?:backblazeb2\.com|wasabisys\.com|scw\.cloud)"),
     re.compile(r"(?P<region>[a-z0-9]+)\.digitaloceanspaces\.com"),
-    re.compile(r"oss-(?P<region>[a-z0-9-]+)\.aliyuncs\.com"),
+    re.compile(r"(?:s3\.)?oss-(?P<region>[a-z0-9-]+?)(?:-internal)?\.aliyuncs\.com"),
     re.compile(r"cos\.(?P<region>[a-z0-9-]+)\.myqcloud\.com"),
+    re.compile(r"obs\.(?P<region>[a-z0-9-]+)\.myhuaweicloud\.(?:com|eu)"),
+    re.compile(r"tos-s3-(?P<region>[a-z0-9-]+)\.i?(?:volces|bytepluses)\.com"),
 )
 _RUNPOD: Final = re.compile(r"s3api-(?P<data_center>[a-z0-9-]+)\.runpod\.io")
 # These take any region; "auto" is what their documents say.
 _REGION_AUTO: Final = (".r2.cloudflarestorage.com", "storage.googleapis.com")
 # These serve a bucket only as a host of its own.
-_VIRTUAL_ONLY: Final = (".aliyuncs.com", ".myqcloud.com")
+_VIRTUAL_ONLY: Final = (
+    *(".aliyuncs.com", ".myqcloud.com", ".myhuaweicloud.com", ".myhuaweicloud.eu"),
+    *(".volces.com", ".ivolces.com", ".bytepluses.com", ".ibytepluses.com"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,18 +71,21 @@ class S3Target:
         *,
         bucket: str | None = None,
         region: str | None = None,
+        addressing: str = "auto",
     ) -> S3Target:
         """The target behind an address as people copy it: with the bucket as its path, as part of its host, or without it.
 
         A `bucket` that is given comes first; the address then is the service's, with or without that bucket in it. The region
-        is read from the host where the provider writes it there. Raises ValueError for what is no such address.
+        is read from the host where the provider writes it there. `addressing` is `virtual` or `path` for a store that wants
+        another style than its host lets on. Raises ValueError for what is no such address.
         """
         parts = _service(endpoint_url.strip())
         path, bucket = _split_path(parts.path.strip("/"), bucket)
         host, bucket = _split_host(parts.hostname or "", bucket)
         netloc = host if parts.port is None else f"{_bracketed(host)}:{parts.port}"
         service = urlunsplit((parts.scheme, netloc, path, "", "")).rstrip("/")
-        return cls(service, access_key_id, secret_access_key, bucket, region or _region(host), _addressing(parts, host, bucket))
+        style = _addressing(parts, host, bucket) if addressing == "auto" else addressing
+        return cls(service, access_key_id, secret_access_key, bucket, region or _region(host), style)
 
     @property
     def signs_addresses(self) -> bool:
@@ -109,10 +122,11 @@ def _split_path(path: str, bucket: str | None) -> tuple[str, str | None]:
 
 
 def _split_host(host: str, bucket: str | None) -> tuple[str, str | None]:
-    match = _BUCKET_IN_HOST.fullmatch(host)
+    match = None if _NO_BUCKET_IN_HOST.fullmatch(host) else _BUCKET_IN_HOST.fullmatch(host)
     if match and bucket in {None, match["bucket"]}:
-        return match["service"], match["bucket"]
-    return host, bucket
+        host, bucket = match["service"], match["bucket"]
+    own = _TOS_OWN.fullmatch(host)
+    return (f"tos-s3-{own['rest']}" if own else host), bucket
 
 
 def _bracketed(host: str) -> str:
