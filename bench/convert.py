@@ -2,6 +2,9 @@
 
 The workflows are ComfyUI's official templates; tests/ui has the hash of each graph that the frontend made, and README.md there
 says how. What is different is different on purpose: a link that the frontend loses, and 3D scenes that only a browser draws.
+
+How many of them the engine can run is counted too: those that convert and whose classes it all has, paid API nodes included.
+`local` are the templates that name model files. ENGINE_SOURCE and ENGINE_REF choose the engine (devkit/engine/README.md).
 """
 
 from __future__ import annotations
@@ -9,7 +12,9 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+import tempfile
 import time
+import urllib.request
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -17,31 +22,68 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from bench.bare import BareEngine
 from bench.report import Figure, parse_args, report
 from devkit.editor import INFO, large, node, subgraph, ui
+from devkit.engine.build import engine_args, ensure_engine
 from devkit.engine.cache import cache_root
 from scripts.make_catalog import fetch_wheel, templates
 from worker.comfy.convert import convert
-from worker.errors import UiWorkflowInvalid
+from worker.errors import UiWorkflowInvalid, UnknownNodes
+from worker.models.sources import embedded_models
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
+
+    from devkit.engine.build import Engine
 
 FIXTURES = Path(__file__).resolve().parents[1] / "tests" / "ui"
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 DIFFERENT_BOUND = {"classic": 0, "modern": 4}
+ANSWER_TIMEOUT_S = 60.0
 LARGE, LARGE_BOUND_MS, HOSTILE_BOUND_MS = 300, 50.0, 1000.0
 
 
 def main() -> int:
     """Measure, and report."""
     options = parse_args(__doc__, samples=9)
-    figures = [*_templates(), _large(options.samples), *_hostile()]
+    official = {name.removesuffix(".json"): template for name, template in templates(fetch_wheel(cache_root() / "wheels"))}
+    figures = [*_templates(official), *_runnable(official), _large(options.samples), *_hostile()]
     return report(figures, options)
 
 
-def _templates() -> Iterator[Figure]:
-    official = {name.removesuffix(".json"): template for name, template in templates(fetch_wheel(cache_root() / "wheels"))}
+def _runnable(official: Mapping[str, dict[str, Any]]) -> Iterator[Figure]:
+    version, info = _classes(ensure_engine())
+    print(f"ComfyUI {version}: {len(info)} node classes", file=sys.stderr)
+    run = {name for name, template in official.items() if _runs(template, info)}
+    local = {name for name, template in official.items() if any(True for _ in embedded_models(template))}
+    yield Figure("convert_templates_run", len(run), f"of {len(official)}")
+    yield Figure("convert_templates_run_local", len(run & local), f"of {len(local)}")
+
+
+def _classes(engine: Engine) -> tuple[str, dict[str, Any]]:
+    """Return the engine's version, and what it says of all its node classes."""
+    args = [arg for arg in engine_args(engine) if arg != "--disable-api-nodes"]
+    with tempfile.TemporaryDirectory(prefix="bench-") as base, BareEngine(engine, Path(base), args) as bare:
+        stats, info = (_get(f"http://{bare.address}{path}") for path in ("/system_stats", "/object_info"))
+    return stats["system"]["comfyui_version"], info
+
+
+def _get(address: str) -> dict[str, Any]:
+    with urllib.request.urlopen(address, timeout=ANSWER_TIMEOUT_S) as response:
+        answer: dict[str, Any] = json.load(response)
+        return answer
+
+
+def _runs(template: dict[str, Any], info: dict[str, Any]) -> bool:
+    try:
+        graph = convert(template, info, now=NOW).graph
+    except (UiWorkflowInvalid, UnknownNodes):
+        return False
+    return all(node["class_type"] in info for node in graph.values())
+
+
+def _templates(official: Mapping[str, dict[str, Any]]) -> Iterator[Figure]:
     document = json.loads((FIXTURES / "templates.json").read_text(encoding="utf-8"))
     for generation, graphs in document["graphs"].items():
         info = json.loads((FIXTURES / f"object_info_{generation}.json").read_text(encoding="utf-8"))

@@ -34,7 +34,9 @@ SHELL = [
     "image/install_engine.sh",
     "image/slim.sh",
     "image/bin/comfy-manager-set-mode",
+    ".ci/packages",
     ".ci/run",
+    ".ci/suite",
 ]
 PYTHON = ["image/fetch_source.py", "image/comfyui_only.py", "image/bin/comfy", "image/bin/comfy-node-install", "handler.py"]
 CATEGORIES = {"audio", "embedding", "language", "video", "image"}
@@ -49,7 +51,7 @@ def tool(name: str) -> str:
     found = shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
     if not found:
         if os.environ.get("CI"):
-            pytest.fail(f"{name} is missing: .ci/run installs it")
+            pytest.fail(f"{name} is missing: .ci/packages or .ci/run installs it")
         pytest.skip(f"{name} is not installed here")
     return found
 
@@ -117,6 +119,41 @@ def test_compose_and_workflows_are_yaml_and_every_action_is_pinned() -> None:
         assert used
         assert [action for action in used if not re.fullmatch(r"[\w./-]+@[0-9a-f]{40}", action)] == []
     assert ".ci/run" in text(".github/workflows/ci.yml")
+
+
+def test_the_suite_runs_on_each_python_from_the_oldest_to_the_images_and_on_comfyui_by_its_name_in_the_dockerfile(
+    tmp_path: Path,
+) -> None:
+    matrix = workflow_file("ci")["jobs"]["suite"]["strategy"]["matrix"]
+    oldest = re.search(r'requires-python = ">=(3\.\d+)"', text("pyproject.toml"))
+    of_image = re.search(r"^ARG BASE_IMAGE=python:(3\.\d+)", text("Dockerfile"), re.MULTILINE)
+    assert oldest
+    assert of_image
+    assert {oldest[1], of_image[1]} <= set(matrix["python"])
+    made = tmp_path / "make"
+    made.write_text('#!/bin/sh\necho "$1 $ENGINE_REF"\n')
+    made.chmod(0o755)
+    pip = tmp_path / ".venv/bin/python"
+    pip.parent.mkdir(parents=True)
+    pip.symlink_to("/bin/true")
+    for name in (".ci/suite", "Dockerfile"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(PROJECT / name, tmp_path / name)
+    release = re.search(r"^ARG COMFYUI_REF=(\S+)", text("Dockerfile"), re.MULTILINE)
+    assert release
+    for chosen, said in (
+        ("pinned", "demo \ntest \n"),
+        ("image", f"demo {release[1]}\nimage-test {release[1]}\ntest {release[1]}\n"),
+    ):
+        assert chosen in matrix["comfyui"]
+        done = subprocess.run(
+            [tmp_path / ".ci/suite", chosen],
+            env={"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stdout == said
 
 
 def test_the_handler_on_the_page_is_the_images() -> None:
