@@ -280,6 +280,11 @@ there is 'fox_v2.safetensors'; correct the name, put the file on the volume, or 
     "ServiceFailed.where": "https://api.runpod.ai/v2/abc123",
     "TooManyRequests.where": "https://api.runpod.ai/v2/abc123",
     "Unreachable.where": "https://api.runpod.ai/v2/abc123",
+    "UnknownNodes.comfyui": "0.3.75",
+    "UnknownNodes.gone": (),
+    "UnknownNodes.newer": ("LTXVAudioVAELoader (node 12)",),
+    "UnknownNodes.off": (),
+    "UnknownNodes.wanted": "0.33.0",
     "whole_bytes": 23_802_932_552,
     "WorkflowInvalid.reason": "bad link: input 'images' of node 2 (SaveImage) comes from node 99, which is not in the workflow",
     "WorkflowRejected.problems": ("node 3 (KSampler): Value 0 smaller than min of 1: steps",),
@@ -289,7 +294,8 @@ there is 'fox_v2.safetensors'; correct the name, put the file on the volume, or 
 MORE: Final[Mapping[str, str]] = {
     "workflow_invalid": "Each wrong node, link and cycle has a reason of its own.",
     "unknown_nodes": "[customization.md](customization.md) says how custom nodes come into the image or onto the volume; "
-    "`python -m worker doctor` names those that ComfyUI could not import.",
+    "`python -m worker doctor` names those that ComfyUI could not import. Classes that a newer ComfyUI no longer has, and "
+    "those of its own that did not load, are told with what to do.",
     "override_invalid": "Other reasons: no node has that id, title or class, or several have it.",
     "input_url_refused": "Other reasons: a host that `INPUT_URL_HOSTS` does not name, a user name in the address, a redirect "
     "from https to http.",

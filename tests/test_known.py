@@ -12,7 +12,7 @@ from bench.bare import BareEngine
 from devkit.engine.cache import cache_root
 from scripts.make_catalog import fetch_wheel, templates
 from scripts.make_comfyui import Refused, cut, known_text, newer_classes, read_hand, read_recordings, record
-from worker.known import KNOWN, known
+from worker.known import KNOWN, known, older
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -135,5 +135,12 @@ def test_what_the_worker_reads_of_it() -> None:
     assert facts.is_no_output("KSampler")
     assert not facts.is_no_output("SaveImage")
     assert not facts.is_no_output("SomebodysNode")
-    assert facts.classes >= facts.warmup_kept.keys()
+    assert all(facts.has(name, facts.newest) for name in facts.warmup_kept)
+    assert facts.has("IdeogramV1", "0.3.75")
+    assert not facts.has("IdeogramV1", "0.33.0"), "it is gone"
+    assert not facts.has("LTXVAudioVAELoader", "0.3.75"), "it came later"
+    assert facts.is_own("QwenImage21Cache")
+    assert not facts.is_own("SomebodysNode")
+    assert older("0.3.75", "v0.33.0")
+    assert not older("0.33.0", "0.33")
     assert known() is facts

@@ -326,7 +326,7 @@ class Jobs:
         inputs: list[tuple[Any, str]] = [
             ({}, "workflow_missing"),
             ("{not json", "input_not_json"),
-            ({"workflow": {"1": {"class_type": "NoSuchNode", "inputs": {}}}}, "workflow_rejected"),
+            ({"workflow": {"1": {"class_type": "NoSuchNode", "inputs": {}}}}, "unknown_nodes"),
             (
                 {"workflow": tiny(1), "images": [{"name": "a.png", "url": "http://10.0.0.1/x?sig=neverinlogs"}]},
                 "input_url_refused",

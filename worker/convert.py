@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from worker.comfy.client import ComfyClient
+from worker.comfy.client import ComfyClient, Versions
 from worker.comfy.convert import classes, convert, is_ui
 from worker.comfy.embedded import embedded_workflow
 from worker.comfy.workflow import parse_graph
@@ -39,8 +39,8 @@ def run(argv: Sequence[str], settings: Settings) -> int:
     options = parser.parse_args(argv)
     value = _read(options.workflow)
     if is_ui(value):
-        info, frontend = _definitions(value, settings, options.object_info)
-        value = convert(value, info, frontend=options.frontend or frontend).graph
+        info, versions = _definitions(value, settings, options.object_info)
+        value = convert(value, info, frontend=options.frontend or versions.frontend, comfyui=versions.comfyui).graph
     print(json.dumps(parse_graph(value), indent=2, ensure_ascii=False))  # noqa: T201 - the command's output
     return 0
 
@@ -58,8 +58,8 @@ def _read(name: str) -> Any:  # noqa: ANN401 - a workflow of either format
     return found.best
 
 
-def _definitions(ui: object, settings: Settings, path: Path | None) -> tuple[dict[str, Any], str | None]:
-    """The definitions of the workflow's node classes, and the editor's version where it is known."""
+def _definitions(ui: object, settings: Settings, path: Path | None) -> tuple[dict[str, Any], Versions]:
+    """Return the definitions of the workflow's node classes, and what ComfyUI is, where that is known."""
     if path is None:
         return asyncio.run(_ask(ui, f"127.0.0.1:{settings.comfyui_port}"))
     try:
@@ -68,10 +68,10 @@ def _definitions(ui: object, settings: Settings, path: Path | None) -> tuple[dic
         raise ConvertUsage(f"{path} is no answer of ComfyUI's /object_info ({exc}).") from exc
     if not isinstance(info, dict):
         raise ConvertUsage(f"{path} is no answer of ComfyUI's /object_info (it is no object).")
-    return info, None
+    return info, Versions()
 
 
-async def _ask(ui: object, address: str) -> tuple[dict[str, Any], str | None]:
+async def _ask(ui: object, address: str) -> tuple[dict[str, Any], Versions]:
     client = ComfyClient(address)
     try:
         definitions = await client.object_info(classes(ui))
@@ -82,6 +82,6 @@ async def _ask(ui: object, address: str) -> tuple[dict[str, Any], str | None]:
             "(curl http://HOST:8188/object_info > FILE)."
         ) from exc
     else:
-        return definitions, client.versions.frontend
+        return definitions, client.versions
     finally:
         await client.close()

@@ -51,7 +51,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
 
@@ -354,19 +354,49 @@ class UiWorkflowInvalid(RequestError):
 
 @dataclass(eq=False)
 class UnknownNodes(RequestError):
-    """The workflow needs node classes that the running ComfyUI does not have. `nodes` says all of them, each with its pack."""
+    """The workflow needs node classes that ComfyUI does not have. All of them are named, before anything is fetched.
+
+    `nodes` are those of packs, each with its pack. The others are ComfyUI's own: `newer` ones came after `comfyui`, the version
+    of this one, at the latest with `wanted` ("" where nobody knows); `gone` ones are no longer in it; `off` ones did not load.
+    """
 
     nodes: Sequence[str]
+    newer: Sequence[str] = ()
+    gone: Sequence[str] = ()
+    off: Sequence[str] = ()
+    wanted: str = ""
+    comfyui: str = ""
     code = "unknown_nodes"
 
     def __str__(self) -> str:
-        return (
-            f"The workflow needs node classes that this ComfyUI does not have: {'; '.join(self.nodes)}; "
-            "install their custom nodes in the image or on the volume, or remove the nodes from the workflow."
-        )
+        return " ".join(self._sentences())
+
+    def _sentences(self) -> Iterator[str]:
+        this = f"ComfyUI {self.comfyui}" if self.comfyui else "a ComfyUI of a version that it does not tell"
+        if self.newer:
+            wanted = f"{self.wanted} or newer" if self.wanted else "a newer one"
+            yield (
+                f"This image has {this}, the workflow wants {wanted} for {'; '.join(self.newer)}: "
+                "take an image with that ComfyUI, or remove the nodes from the workflow."
+            )
+        if self.nodes:
+            yield (
+                f"The workflow needs node classes that this ComfyUI does not have: {'; '.join(self.nodes)}; "
+                "install their custom nodes in the image or on the volume, or remove the nodes from the workflow."
+            )
+        if self.gone:
+            yield (
+                f"This image has {this}, which no longer has {'; '.join(self.gone)}: "
+                "replace the nodes by those that came after them, or remove them from the workflow."
+            )
+        if self.off:
+            yield (
+                f"This image has {this}, which runs without some of its own node classes: {'; '.join(self.off)}; look whether "
+                "COMFY_ARGS switches them off (--disable-api-nodes), or the log's start says that their import failed."
+            )
 
     def details(self) -> list[str]:
-        return list(self.nodes)
+        return [*self.newer, *self.nodes, *self.gone, *self.off]
 
 
 @dataclass(eq=False)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from worker.comfy.convert import Control, classes, convert, is_ui
 from worker.comfy.embedded import embedded_workflow
 from worker.comfy.overrides import apply_overrides, next_values
+from worker.comfy.rejection import nodes_of, unknown_nodes
 from worker.comfy.workflow import parse_graph
 from worker.errors import FieldInvalid, NoWorkflowInFile
 from worker.job import check_depth
@@ -66,13 +67,26 @@ class Workflows:
             changed = apply_overrides(changed, request.set)
         return Given(graph if changed is graph else parse_graph(changed), pnginfo)
 
+    async def check_classes(self, graph: Graph) -> Graph:
+        """Return the graph, known to have only node classes that ComfyUI has: it refuses any other, used or not.
+
+        Raises `UnknownNodes` with all that it does not have. A node that it replaces by one of another class gets the `_meta`
+        without which ComfyUI 0.33.0 fails at that.
+        """
+        lacking, replaced = await self._engine.lacks({node["class_type"] for node in graph.values()})
+        if lacking:
+            raise unknown_nodes(nodes_of(graph, lacking), (await self._engine.versions()).comfyui)
+        if not replaced:
+            return graph
+        return {key: {"_meta": {}, **node} if node["class_type"] in replaced else node for key, node in graph.items()}
+
     async def _converted(self, ui: Any) -> tuple[Graph, Sequence[Control]]:  # noqa: ANN401 - what the editor saved
         needed = classes(ui)
         info, versions = await asyncio.gather(self._engine.object_info(needed), self._engine.versions())
         if len(needed) > _IN_A_THREAD_NODES:
-            converted = await asyncio.to_thread(convert, ui, info, frontend=versions.frontend)
+            converted = await asyncio.to_thread(convert, ui, info, frontend=versions.frontend, comfyui=versions.comfyui)
         else:
-            converted = convert(ui, info, frontend=versions.frontend)
+            converted = convert(ui, info, frontend=versions.frontend, comfyui=versions.comfyui)
         return parse_graph(converted.graph), converted.controls
 
 

@@ -129,6 +129,7 @@ class JobHandler:
         graph, request = given.graph, replace(request, extra_pnginfo=given.extra_pnginfo)
         check_paths(graph)
         check_outputs(graph, request.outputs)
+        graph = await self._workflows.check_classes(graph)
         bucket = self._delivery.job_bucket(job.get("s3Config"))
         if bucket:
             await asyncio.to_thread(bucket.check_reachable)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -71,21 +72,26 @@ class Known:
     """What is known of ComfyUI without asking one.
 
     `same_folders` are those that ComfyUI reads as one, in its order: where both have a name, the first one's file is loaded.
-    `one_folder` has them by the folder that new files go to, that one first.
+    `one_folder` has them by the folder that new files go to, that one first. `releases` has the classes by the oldest recorded
+    release that has them, `gone` all that a release has no longer. `newer` are classes that no recorded release has, with the
+    one that official templates were saved with ("" where they do not say).
     """
 
     class_folders: Mapping[str, str | Mapping[str, str]]
-    classes: frozenset[str]
     editor: Editor
     embedding_suffixes: tuple[str, ...]
     first_widgets: Mapping[str, list[str]]
     folders: frozenset[str]
+    frontends: Mapping[str, str]
+    gone: Mapping[str, list[str]]
     image_taes: frozenset[str]
     input_folders: tuple[tuple[str, str], ...]
     manager_folders: Mapping[str, str]
+    newer: Mapping[str, str]
     one_folder: Mapping[str, tuple[str, ...]]
     output_model_folders: frozenset[str]
     outputs: frozenset[str]
+    releases: Mapping[str, list[str]]
     same_folders: tuple[tuple[str, ...], ...]
     tae_suffixes: tuple[str, ...]
     video_taes: frozenset[str]
@@ -98,17 +104,20 @@ class Known:
         same, taes = raw["same_folders"], raw["vae_approx"]
         return cls(
             class_folders=raw["class_folders"],
-            classes=frozenset().union(*raw["classes"].values()),
             editor=Editor.of(raw["editor"]),
             embedding_suffixes=tuple(raw["embeddings"]["suffixes"]),
             first_widgets=raw["first_widgets"],
             folders=frozenset(raw["folders"]),
+            frontends=raw["frontends"],
+            gone=raw["gone"],
             image_taes=frozenset(taes["image"]),
             input_folders=tuple((pattern, folder) for pattern, folder in raw["input_folders"]),
             manager_folders=raw["manager_folders"],
+            newer=raw["newer"],
             one_folder={folder: (folder, *(name for name in names if name != folder)) for folder, names in same.items()},
             output_model_folders=frozenset(raw["output_model_folders"]),
             outputs=frozenset(raw["outputs"]),
+            releases=raw["classes"],
             same_folders=tuple(map(tuple, same.values())),
             tae_suffixes=tuple(taes["suffixes"]),
             video_taes=frozenset(taes["video"]),
@@ -123,7 +132,31 @@ class Known:
 
     def is_no_output(self, class_type: str) -> bool:
         """Return whether it is a class of ComfyUI that is no output."""
-        return class_type in self.classes and class_type not in self.outputs
+        return class_type not in self.outputs and self.since(class_type) is not None
+
+    def since(self, class_type: str) -> str | None:
+        """Return the oldest recorded release that has the class; None where none has it."""
+        return next((release for release, names in self.releases.items() if class_type in names), None)
+
+    def is_own(self, class_type: str) -> bool:
+        """Return whether the class is known for ComfyUI's own, of whatever release."""
+        return class_type in self.newer or self.since(class_type) is not None
+
+    def has(self, class_type: str, release: str) -> bool:
+        """Return whether a recorded release has the class."""
+        since = self.since(class_type)
+        return since is not None and older(since, release, or_same=True) and class_type not in self.gone.get(release, ())
+
+    @property
+    def newest(self) -> str:
+        """The newest recorded release."""
+        return list(self.releases)[-1]
+
+
+def older(one: str, other: str, *, or_same: bool = False) -> bool:
+    """Return whether a release of ComfyUI came before another: `0.3.75` before `v0.33.0`."""
+    first, second = (tuple(int(digits) for digits in re.findall(r"\d+", version)[:3]) for version in (one, other))
+    return first < second or (or_same and first == second)
 
 
 @cache

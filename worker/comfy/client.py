@@ -172,6 +172,8 @@ class ComfyClient:
         self._forgetting: asyncio.Task[None] | None = None
         self._listener: asyncio.Task[None] | None = None
         self._session: aiohttp.ClientSession | None = None
+        # Classes come with ComfyUI's start, and this client goes with that ComfyUI.
+        self._classes: set[str] = set()
 
     async def answers(self) -> bool:
         """Return whether ComfyUI answers requests by now. Once it does, `versions` says what it is."""
@@ -231,7 +233,25 @@ class ComfyClient:
                 return dict(body or {})
 
         answers = await asyncio.gather(*(ask(name) for name in class_types))
-        return {name: entry for answer in answers for name, entry in answer.items()}
+        found = {name: entry for answer in answers for name, entry in answer.items()}
+        self._classes |= found.keys()
+        return found
+
+    async def lacks(self, class_types: Collection[str]) -> tuple[frozenset[str], frozenset[str]]:
+        """Return those of these node classes that ComfyUI does not have, and those that it replaces by others.
+
+        It is asked once for each class that it has, not for each job.
+        """
+        asked = set(class_types) - self._classes
+        if not asked or not (lacking := asked - (await self.object_info(asked)).keys()):
+            return frozenset(), frozenset()
+        status, body = await self._wait_for("GET", "/node_replacements")  # before 0.14 there are none
+        with _understood("GET /node_replacements", status):
+            entries = body if status == HTTPStatus.OK else {}
+            successors = {name: entries[name][0]["new_node_id"] for name in lacking if entries.get(name)}
+        there = await self.object_info(set(successors.values()))
+        replaced = frozenset(name for name, successor in successors.items() if successor in there)
+        return frozenset(lacking) - replaced, replaced
 
     def fail_all(self, error: EngineError) -> None:
         """End every open run with `error`: the engine is gone, or cannot be reached any more."""
@@ -310,7 +330,7 @@ class ComfyClient:
                     return dropped_outputs(graph, body)
                 if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
                     raise EngineAnswerInvalid("POST /prompt", status)
-                raise rejection(graph, body)
+                raise rejection(graph, body, self.versions.comfyui)
         raise AssertionError("the last attempt returns or raises")
 
     async def _follow(self, run: _Run) -> None:

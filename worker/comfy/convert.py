@@ -12,15 +12,16 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from worker.comfy.parts import GROUP_PREFIXES, describe
+from worker.comfy.parts import GROUP_PREFIXES
 from worker.comfy.primitives import apply_primitives
+from worker.comfy.rejection import Origin, unknown_nodes
 from worker.comfy.resolve import Resolver, Value, flatten
 from worker.comfy.sheets import load
 from worker.comfy.ui_graph import BYPASSED, MUTED, Budget, is_ui, read_ui, shown
 from worker.comfy.ui_text import choose, fill_tokens
 from worker.comfy.ui_values import plain, text_of
 from worker.comfy.widgets import UNSET, Dialect, dialect_of, uploaded
-from worker.errors import UiWorkflowInvalid, UnknownNodes
+from worker.errors import UiWorkflowInvalid
 from worker.known import known
 
 if TYPE_CHECKING:
@@ -75,14 +76,16 @@ def convert(
     object_info: Mapping[str, Any],
     *,
     frontend: str | None = None,
+    comfyui: str | None = None,
     now: datetime | None = None,
     random: Callable[[], float] = chance.random,
 ) -> Converted:
     """The graph that the editor would send for this workflow, with the seeds as they were saved.
 
     `object_info` is the running engine's, at least for `classes(ui)`; `frontend` is the version that this engine asks for
-    (`/system_stats`, `required_frontend_version`); without it /object_info tells. `now` (default: this moment, local time)
-    fills `%date:...%` in file names, `random` picks among `{a|b}`.
+    (`/system_stats`, `required_frontend_version`); without it /object_info tells. `comfyui` is the engine's own version, for
+    what it lacks. `now` (default: this moment, local time) fills `%date:...%` in file names, `random` picks among
+    `{a|b}`.
 
     Raises:
         UnknownNodes: classes are missing in `object_info`; all of them are named, with their packs.
@@ -95,7 +98,7 @@ def convert(
     steered: dict[tuple[int, int], Part] = {}
     for sheet in flat.sheets if dialect is Dialect.MODERN else [root]:
         steered |= apply_primitives(sheet, budget)
-    writer = _Writer(flat, object_info, dialect, now or datetime.now().astimezone(), random, steered, budget)
+    writer = _Writer(flat, object_info, dialect, now or datetime.now().astimezone(), random, steered, budget, comfyui)
     return Converted(writer.graph(), writer.controls())
 
 
@@ -111,6 +114,7 @@ class _Writer:
     random: Callable[[], float]
     steered: Mapping[tuple[int, int], Part]
     budget: Budget
+    comfyui: str | None
     found: dict[tuple[int, int], Control] = field(default_factory=dict)
     names: dict[str, Part] = field(default_factory=dict)
 
@@ -151,7 +155,8 @@ class _Writer:
                     "pack in the editor knows where it goes"
                 )
         if unknown:
-            raise UnknownNodes([describe(part) for part in unknown.values()])
+            missing = (Origin(part.node.type, part.node.id, part.node.properties) for part in unknown.values())
+            raise unknown_nodes(missing, self.comfyui)
 
     def _meta(self, part: Part) -> dict[str, object]:
         node = part.node

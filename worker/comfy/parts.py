@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from worker.comfy.ui_graph import shown
-
 if TYPE_CHECKING:
     from worker.comfy.ui_graph import Link, Node, Scope
     from worker.comfy.widgets import Widget
@@ -81,14 +79,3 @@ def first_value(part: Part) -> object:
     """The first of the values that a node was saved with, None where there is none."""
     values = part.node.values
     return values[0] if isinstance(values, list) and values else None
-
-
-def describe(part: Part) -> str:
-    """A node for people, with the pack it comes from where the workflow records one."""
-    properties = part.node.properties
-    text = f"{shown(part.node.type)} (node {part.node.id})"
-    pack = next((properties[key] for key in ("cnr_id", "aux_id") if isinstance(properties.get(key), str)), None)
-    if not pack:
-        return text
-    version = properties.get("ver")
-    return f"{text} from {shown(pack)}" + (f" {shown(version)}" if isinstance(version, str) else "")

@@ -7,11 +7,13 @@ import posixpath
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from worker.comfy.ui_graph import shown
 from worker.comfy.workflow import BrokenLink, ancestry, named_models, needed_nodes
-from worker.errors import ModelMissing, WorkflowInvalid, WorkflowRejected, shortened
+from worker.errors import ModelMissing, UnknownNodes, WorkflowInvalid, WorkflowRejected, shortened
+from worker.known import known, older
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
     from worker.comfy.workflow import Graph, NamedModel
     from worker.errors import RequestError
@@ -20,12 +22,14 @@ _SHOWN_CHOICES = 8
 _QUOTED = 300  # characters of a value: some clients put a whole file where its name belongs
 
 
-def rejection(graph: Graph, body: object) -> RequestError:
-    """The error for a 400 of `POST /prompt`, whose JSON is `body`."""
+def rejection(graph: Graph, body: object, comfyui: str | None = None) -> RequestError:
+    """The error for a 400 of `POST /prompt`, whose JSON is `body`, from a ComfyUI of this version."""
     if not isinstance(body, dict):
         return WorkflowInvalid("ComfyUI could not read it")
     found = _findings(graph, body)
     problems = list(dict.fromkeys(finding.problem for finding in found))
+    if not problems and (class_type := _unknown_class(graph, body.get("error") or {})):
+        return unknown_nodes(nodes_of(graph, {class_type}), comfyui)
     if not problems:
         return WorkflowRejected([_graph_problem(body.get("error") or {})])
     if all(finding.is_link for finding in found):
@@ -91,8 +95,6 @@ def _graph_problem(error: Mapping[str, Any]) -> str:
     kind, message, details = error.get("type"), str(error.get("message") or "no reason given"), str(error.get("details") or "")
     if kind == "prompt_no_outputs":
         return "the workflow has no output node; add one such as SaveImage"
-    if kind == "invalid_prompt" and "does not exist" in message:
-        return f"{message.rstrip('.')} ({details}); install its node pack in the image or on the volume"
     if kind == "prompt_outputs_failed_validation" and not details:
         return "the nodes form a cycle; remove the link that closes it"
     return f"{message.rstrip('.')} ({details})" if details else message
@@ -159,3 +161,85 @@ def _close(name: str, choices: Sequence[str]) -> Iterator[str]:
     wanted = posixpath.basename(name).lower()
     yield from (choice for choice in choices if posixpath.basename(choice).lower() == wanted)
     yield from difflib.get_close_matches(name, choices, n=3, cutoff=0.6)
+
+
+# --- classes that ComfyUI does not have ---------------------------------------------------------
+
+_CORE = "comfy-core"
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """A node and where its class is from. `saved` says of which pack and version it was saved, as the editor does."""
+
+    class_type: str
+    node_id: str
+    saved: Mapping[str, Any]
+
+    def __str__(self) -> str:
+        text = f"{shown(self.class_type)} (node {shown(self.node_id)})"
+        pack = self._told("cnr_id") or self._told("aux_id")
+        if not pack or pack == _CORE:
+            return text
+        version = self._told("ver")
+        return f"{text} from {shown(pack)}" + (f" {shown(version)}" if version else "")
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the class is ComfyUI's own: it was saved so, or a release of it or an official template has it."""
+        pack = self._told("cnr_id") or self._told("aux_id")
+        return pack == _CORE if pack else known().is_own(self.class_type)
+
+    @property
+    def release(self) -> str:
+        """The oldest release of ComfyUI that is known to have the class, empty where none is."""
+        saved = self._told("ver") if self._told("cnr_id") == _CORE else ""
+        told = [version for version in (known().since(self.class_type), known().newer.get(self.class_type), saved) if version]
+        return next((version for version in told if not any(older(other, version) for other in told)), "")
+
+    def _told(self, key: str) -> str:
+        value = self.saved.get(key)
+        return value if isinstance(value, str) else ""
+
+
+def nodes_of(graph: Graph, class_types: Collection[str] | None = None) -> list[Origin]:
+    """Return a node of each of these classes, or of all. A graph that a modern editor exported says where they are from."""
+    found: dict[str, Origin] = {}
+    for node_id, node in graph.items():
+        if class_types is None or node["class_type"] in class_types:
+            meta = node.get("_meta")
+            found.setdefault(node["class_type"], Origin(node["class_type"], node_id, meta if isinstance(meta, dict) else {}))
+    return list(found.values())
+
+
+def unknown_nodes(missing: Iterable[Origin], comfyui: str | None) -> UnknownNodes:
+    """Return the error for classes that the ComfyUI of this version does not have. None: it does not tell its version."""
+    packs, newer, gone, off = list[str](), list[Origin](), list[str](), list[str]()
+    for node in missing:
+        since = known().since(node.class_type)
+        if not node.is_own:
+            packs.append(str(node))
+        elif not comfyui or since is None or older(comfyui, since):
+            newer.append(node)
+        elif any(node.class_type in names and older(release, comfyui, or_same=True) for release, names in known().gone.items()):
+            gone.append(str(node))
+        else:
+            off.append(str(node))
+    return UnknownNodes(packs, list(map(str, newer)), gone, off, _wanted(newer, comfyui), comfyui or "")
+
+
+def _wanted(newer: Sequence[Origin], comfyui: str | None) -> str:
+    """Return the release that has all of these classes, "" where that of one is unknown, or is not newer than this one."""
+    releases = [node.release for node in newer]
+    if not all(releases) or any(comfyui and older(release, comfyui, or_same=True) for release in releases):
+        return ""
+    return next((each for each in releases if not any(older(each, other) for other in releases)), "")
+
+
+def _unknown_class(graph: Graph, error: Mapping[str, Any]) -> str | None:
+    """Return the class that ComfyUI refuses the graph for: it names the first one only."""
+    kind, message = error.get("type"), str(error.get("message") or "")
+    if kind == "missing_node_type" or (kind == "invalid_prompt" and "does not exist" in message):
+        node = graph.get(str(error.get("details") or "").rpartition("#")[2].strip("'"))
+        return str(node["class_type"]) if node else None
+    return None

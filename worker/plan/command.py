@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 from worker.errors import RequestError, WorkerError
 from worker.models.hub import Hub, credentials
 from worker.models.wire import Network
-from worker.plan.document import Unreadable, Wanted, read_document
+from worker.plan.document import Unreadable, Wanted, installed, read_document
 from worker.plan.items import THERE, Item, Plan
 from worker.plan.lookup import ask_in_time, look, read_sources
 from worker.plan.places import Places
@@ -83,7 +83,10 @@ def make_plan(document: object, settings: Settings, hub: Hub, deadline_s: float 
         wanted = Wanted.read(document)
         sources = sources.with_request(wanted.models, settings.model_hosts)
         sources = sources.with_workflow(wanted.metadata, settings.model_hosts)
-        items += [look(nodes, sources, places) for nodes in wanted.names()]
+        release = installed(settings.comfyui_dir)
+        items += [look(nodes, sources, places) for nodes in wanted.names(release)]
+        if lacking := wanted.lacking(release):
+            problems.append(lacking)
     except RequestError as exc:
         problems.append(exc)
     # A worker reads the lists for models that are missing, and at its start when it is to have all of them first.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from worker.comfy.convert import is_ui
 from worker.comfy.embedded import embedded_workflow
+from worker.comfy.rejection import nodes_of, unknown_nodes
 from worker.comfy.workflow import check_paths, named_models, needed_nodes, parse_graph
 from worker.job import Request
 from worker.known import known
@@ -19,6 +20,7 @@ from worker.plan.editor import naming_graphs
 
 if TYPE_CHECKING:
     from worker.comfy.workflow import Graph, NamedModel
+    from worker.errors import UnknownNodes
 
 
 class Unreadable(Exception):  # noqa: N818 - a command says it, and ends
@@ -43,6 +45,16 @@ def read_document(path: str) -> object:
         return json.loads(data.decode("utf-8-sig"))
     except (ValueError, RecursionError) as exc:
         raise Unreadable(f"it is no JSON ({exc}): give a workflow as ComfyUI saves or exports it") from None
+
+
+def installed(comfyui_dir: Path) -> str | None:
+    """Return the release of the ComfyUI in this folder, None where there is none or it does not say."""
+    try:
+        text = (comfyui_dir / "comfyui_version.py").read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return None
+    found = re.search(r'^__version__ = "([0-9.]+)"', text, re.MULTILINE)
+    return found[1] if found else None
 
 
 def is_text(data: bytes) -> bool:
@@ -81,15 +93,31 @@ class Wanted:
         metadata = request.extra_pnginfo if embedded_models(request.extra_pnginfo) else request.workflow
         return cls(request.workflow, request.models, metadata)
 
-    def names(self) -> list[tuple[NamedModel, ...]]:
-        """The models that a job may need, each with every input that names it.
+    def graphs(self, release: str | None = None) -> list[Graph]:
+        """Return the graphs that a job may run. `release`: of the ComfyUI that runs it, None where nobody knows.
 
-        Of a workflow as the editor saves it these are the models of either dialect, where the two make different graphs of it.
+        Of a workflow as the editor saves it there are two where the editor's dialects differ, and it may be of either.
         Raises a `RequestError` for what the worker would refuse.
         """
-        graphs = naming_graphs(self.workflow) if is_ui(self.workflow) else (self.workflow,)
+        graphs = naming_graphs(self.workflow, release) if is_ui(self.workflow) else (self.workflow,)
+        return [parse_graph(graph) for graph in graphs]
+
+    def lacking(self, release: str | None = None) -> UnknownNodes | None:
+        """Return what this release of ComfyUI, or the newest that was recorded, has no class for. Packs' classes do not count.
+
+        Nothing is known to be lacking in a release that was not recorded.
+        """
+        release = release or known().newest
+        if release not in known().releases:
+            return None
+        nodes = {node.class_type: node for graph in self.graphs(release) for node in nodes_of(graph)}
+        missing = [node for node in nodes.values() if node.is_own and not known().has(node.class_type, release)]
+        return unknown_nodes(missing, release) if missing else None
+
+    def names(self, release: str | None = None) -> list[tuple[NamedModel, ...]]:
+        """Return the models that a job may need, each with every input that names it. `release` as for `graphs`."""
         found: dict[object, dict[NamedModel, None]] = {}
-        for graph in map(parse_graph, graphs):
+        for graph in self.graphs(release):
             check_paths(graph)
             running = _may_run(graph)
             for model in named_models(graph):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from worker.comfy.convert import classes, convert
 from worker.comfy.ui_graph import read_ui
@@ -24,22 +24,19 @@ if TYPE_CHECKING:
     from worker.comfy.workflow import Graph
 
 
-_FRONTENDS: Final = ("1.58.1", "1.32.9")
-"""One of each dialect. Which one the engine's editor speaks is known where the job runs, not here."""
+def naming_graphs(ui: object, release: str | None = None) -> tuple[Graph, ...]:
+    """Return the workflow's nodes that run, with the files that they load, as the editor of this release of ComfyUI has them.
 
-
-def naming_graphs(ui: object) -> tuple[Graph, ...]:
-    """The workflow's nodes that run, with the files that they load: as each dialect of the editor has them, where they differ.
-
-    For their names only: an engine could not run them. A dialect in which the workflow cannot be converted is left out, as long
-    as there is another.
+    Without a release that was recorded: as each dialect of the editor has them, where they differ. Left out is the dialect of
+    releases that lack a class of the workflow, and one in which it cannot be converted, as long as there is another. For their
+    names only: an engine could not run them.
 
     Raises:
         UiWorkflowInvalid: the worker could not convert it either, in any dialect.
     """
     found: list[Graph] = []
     refused: list[UiWorkflowInvalid] = []
-    for frontend in _FRONTENDS:
+    for frontend in _frontends(classes(ui), release):
         try:
             graph = naming_graph(ui, frontend)
         except UiWorkflowInvalid as exc:
@@ -51,8 +48,20 @@ def naming_graphs(ui: object) -> tuple[Graph, ...]:
     return tuple(graph for graph in found if graph) or ({},)
 
 
-def naming_graph(ui: object, frontend: str = _FRONTENDS[0]) -> Graph:
-    """The workflow's nodes that run, with the files that they load, as this version of the editor has them.
+def _frontends(names: Iterable[str], release: str | None) -> tuple[str, ...]:
+    facts = known()
+    if release and release in facts.frontends:
+        return (facts.frontends[release],)
+    newest_first = list(facts.frontends.items())[::-1]
+    own = [name for name in names if facts.is_own(name)]
+    able = [frontend for each, frontend in newest_first if all(facts.has(name, each) for name in own)]
+    return tuple(able) or (newest_first[0][1],)
+
+
+def naming_graph(ui: object, frontend: str | None = None) -> Graph:
+    """Return the workflow's nodes that run, with the files that they load, as this version of the editor has them.
+
+    Without a version it is the newest that was recorded.
 
     Raises:
         UiWorkflowInvalid: the worker could not convert it either.
@@ -65,7 +74,7 @@ def naming_graph(ui: object, frontend: str = _FRONTENDS[0]) -> Graph:
         for node in scope.nodes.values():
             by_class[node.type].append((node, promoted.get((scope.id, node.id), [])))
     found = {name: _definition(name, nodes) for name, nodes in by_class.items() if name in needed}
-    return convert(ui, found, frontend=frontend).graph
+    return convert(ui, found, frontend=frontend or known().frontends[known().newest]).graph
 
 
 def _promoted(graph: UiGraph) -> Mapping[tuple[str | None, str], list[str]]:

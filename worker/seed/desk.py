@@ -120,7 +120,7 @@ class Desk:
 
     def wants(self, sources: Sources) -> Wants:
         """What reads the WHATs."""
-        return Wants(sources, self.hub, self.settings.model_hosts, self.options.folder, self.cancel)
+        return Wants(sources, self.hub, self.settings.model_hosts, self.options.folder, self.cancel, tell=self.tell)
 
     def screen(self) -> Screen:
         """Where progress goes: a program's lines, a terminal's bars, or a log's lines."""

@@ -22,7 +22,7 @@ from worker.plan.items import Item, State
 from worker.plan.lookup import meaning, of_spec
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from worker.models.hub import Hub
     from worker.models.progress import CancelToken
@@ -32,18 +32,33 @@ _SHORT_LINE: Final = re.compile(r"[^:/=]+(/[^:=]*)?=[A-Za-z]+://")
 _NEAR: Final = 3
 
 
+def _tell_nobody(_: str) -> None:
+    """Take a sentence where nobody listens."""
+
+
 class Wants:
     """Reads WHATs. `sources` are the lists that hold anyway; manifests among the WHATs come before them.
 
     `folder` is where an address goes that does not say it itself; `hosts` are those that a workflow's metadata may name.
+    `tell` takes a warning: a workflow that its ComfyUI cannot run, before its models are sent.
     """
 
-    def __init__(self, sources: Sources, hub: Hub, hosts: Sequence[str], folder: str | None, cancel: CancelToken) -> None:
+    def __init__(
+        self,
+        sources: Sources,
+        hub: Hub,
+        hosts: Sequence[str],
+        folder: str | None,
+        cancel: CancelToken,
+        *,
+        tell: Callable[[str], None] = _tell_nobody,
+    ) -> None:
         self._sources = sources
         self._hub = hub
         self._hosts = hosts
         self._folder = folder
         self._cancel = cancel
+        self._tell = tell
 
     def read(self, whats: Sequence[str]) -> tuple[Item, ...]:
         """The models that are meant, each once: to be fetched, or with what is the matter. No WHAT: what the manifests name.
@@ -119,6 +134,8 @@ class Wants:
             wanted = Wanted.read(document)
             sources = self._sources.with_request(wanted.models, self._hosts).with_workflow(wanted.metadata, self._hosts)
             items = [meaning(nodes, sources) for nodes in wanted.names()]
+            if lacking := wanted.lacking():
+                self._tell(f"warning: {path} CANNOT RUN there, unless your image has a newer ComfyUI. {lacking}")
             return [*items, *self._of_specs(sources.requested(), "the request")]
         except RequestError as exc:
             raise SeedUsage(f"{path}: {exc}") from exc
