@@ -55,7 +55,7 @@ def record(address: str, models: Path, hand: Mapping[str, Any]) -> dict[str, Any
     try:
         replacements = _get(address, "/node_replacements")
     except urllib.error.HTTPError:
-        replacements = {}  # before 0.14
+        replacements = {}  # older ones have none
     return {
         "version": system["comfyui_version"],
         "frontend": system["required_frontend_version"],

@@ -134,7 +134,7 @@ def test_a_class_that_comfyui_replaces_runs(worker: LocalWorker, engine: Engine,
     graph = workflow("text_to_image")
     graph["50"] = {"class_type": "T2IAdapterLoader", "inputs": {"t2i_adapter_name": "unused.safetensors"}}
     answer = worker.runsync({"workflow": graph})
-    if older(installed(engine.comfyui_dir) or "", "0.14"):
+    if older(installed(engine.comfyui_dir) or "", "0.33.0"):
         assert "T2IAdapterLoader (node 50)" in answer["error"]
     else:
         assert answer["status"] == "COMPLETED", answer

@@ -245,7 +245,7 @@ class ComfyClient:
         asked = set(class_types) - self._classes
         if not asked or not (lacking := asked - (await self.object_info(asked)).keys()):
             return frozenset(), frozenset()
-        status, body = await self._wait_for("GET", "/node_replacements")  # before 0.14 there are none
+        status, body = await self._wait_for("GET", "/node_replacements")  # older ones have none
         with _understood("GET /node_replacements", status):
             entries = body if status == HTTPStatus.OK else {}
             successors = {name: entries[name][0]["new_node_id"] for name in lacking if entries.get(name)}
