@@ -251,6 +251,7 @@ there is 'fox_v2.safetensors'; correct the name, put the file on the volume, or 
     "Unreachable.advice": "check the address and the network",
     "Unreachable.reason": "its name cannot be looked up",
     "Unreachable.was_sent": False,
+    "SpecInvalid.odd": False,
     "LinkAstray.what": "The link",
     "LinkAstray.value": "/runpod-volume/models",
     "LinkAstray.target": "/workspace/models-of-last-year",

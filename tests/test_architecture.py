@@ -21,7 +21,7 @@ HALL = [
     ["graphs"],
     ["loop", "logs", "progress", "laps"],
     ["job", "settings", "failure", "volume"],
-    ["errors", "clock", "known"],
+    ["errors", "clock", "known", "text"],
 ]
 WINGS = ["models", "comfy", "media"]
 EDITOR = [

@@ -9,10 +9,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from worker.errors import UnsafePath
-from worker.models.layout import Layout, content_key, safe_parts
+from worker.models.disk import write_atomically
+from worker.models.layout import Layout, content_key, safe_parts, sealed_by
 
 LAYOUT = Layout(Path("/volume"))
 SHA256 = "ab" * 32
+
+
+@pytest.mark.parametrize("size", [228, 229, 242, 243, 255])
+@pytest.mark.parametrize("stem", ["x", "é", "漢", "x."])
+def test_the_seal_of_a_name_of_any_length_fits_a_disk_and_leads_back_to_it(tmp_path: Path, size: int, stem: str) -> None:
+    name = (stem * size).encode()[: size - len(".ckpt")].decode(errors="ignore") + ".ckpt"
+    layout = Layout(tmp_path)
+    for path in (layout.seal("loras", f"sub/{name}"), layout.pending_seal("loras", f"sub/{name}")):
+        write_atomically(path, b"a seal")
+        assert path.read_bytes() == b"a seal"
+    found = layout.seal("loras", f"sub/{name}").relative_to(layout.seals)
+    assert sealed_by(found.as_posix()) == f"loras/sub/{name}"
+    assert not found.name.startswith(".")
+    assert len(set(found.parts) & {"loras", "sub"}) == 2
 
 
 def test_a_model_lies_where_people_look_for_it() -> None:

@@ -140,6 +140,16 @@ def test_a_workflow_is_looked_up_in_the_manifests_that_are_given_with_it(desk: D
         assert [outcome["model"] for outcome in summary["outcomes"]] == ["loras/mine.safetensors"]
 
 
+def test_one_odd_name_in_a_manifest_is_told_and_leaves_the_others_alone(desk: Desk) -> None:
+    odd = '[[model]]\nsource = "hf://org/open/b.safetensors"\nfolder = "vae"\nname = "a\\u0007b.safetensors"\n'
+    desk.layout.manifest.write_text(MANIFEST + odd)
+    for argv in ((), (desk.write("mine.toml", MANIFEST + odd),)):
+        code, text = desk.run(*argv)
+        assert code == FAILED
+        assert text.count("name holds characters that cannot be printed") >= 1
+        assert desk.models == ["loras/a.safetensors"]
+
+
 def test_addresses_patterns_and_short_lines(desk: Desk) -> None:
     assert desk.run("hf://org/open/b.safetensors", "--folder", "vae")[0] == 0
     assert desk.run("loras/x/y.safetensors=hf://org/open/a.safetensors")[0] == 0

@@ -276,6 +276,18 @@ def test_every_mistake_is_told_at_once_with_line_and_field(catalog: Path, tmp_pa
     assert str(caught.value).startswith(f"The manifest {path} is wrong: line 8: source is no address")
 
 
+@pytest.mark.parametrize("name", ["a\x07b.gguf", "x" * 260 + ".gguf"])
+def test_a_name_that_no_file_can_have_leaves_out_its_entry_alone(catalog: Path, tmp_path: Path, name: str) -> None:
+    text = toml(model("vae", "fine.gguf"), {"folder": "vae", "source": "hf://o/r/x.gguf", "name": name})
+    (tmp_path / "models.toml").write_text(text)
+    lines = f"vae=hf://o/r/other.gguf\nvae/{'y' * 260}.gguf=hf://o/r/y.gguf"
+    sources = Sources.read(volume_manifest=tmp_path / "models.toml", models=lines, catalog=catalog)
+    assert [spec.name for spec in sources.manifest()] == ["fine.gguf", "other.gguf"]
+    assert sources.errors == ()
+    volume, short = sources.odd
+    assert ("line 9: name " in str(volume), "name has a part of 265 bytes" in str(short)) == (True, True)
+
+
 def test_two_meanings_in_one_manifest(catalog: Path) -> None:
     with pytest.raises(ManifestInvalid) as caught:
         read(catalog, manifest=toml(model("vae", "x.gguf", "one/x"), model("loras", "x.gguf"), model("vae", "x.gguf", "two/x")))

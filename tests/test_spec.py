@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from urllib.parse import quote
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -169,9 +171,32 @@ def test_a_name_that_does_not_stay_in_its_folder_or_fit_a_disk(field: str, value
     assert str(caught.value).isprintable()
 
 
-@pytest.mark.parametrize("name", ["a.safetensors", "sub/dir/a.gguf", "a b (1).pt", "日本.ckpt", "a..b.bin", "x" * 255])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a.safetensors",
+        "sub/dir/a.gguf",
+        "a b (1).pt",
+        "日本.ckpt",
+        "a..b.bin",
+        "x" * 255,
+    ],
+)
 def test_names_that_are_fine(name: str) -> None:
     assert ModelSpec("checkpoints/sub", name, FILE).name == name
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "全角\u3000空白.ckpt",
+        "a\xa0b.pt",
+        "👩\u200d🎨.gguf",
+    ],
+)
+def test_blanks_of_any_width_and_joined_emoji_are_letters(name: str) -> None:
+    assert ModelSpec("checkpoints/sub", name, HubFile("o/r", name)).name == name
+    assert parse_spec("vae", f"hf://o/r/{quote(name)}").name == name
 
 
 @given(st.text(alphabet="./\\~aC: \0", max_size=12))

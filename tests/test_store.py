@@ -537,6 +537,21 @@ def test_a_file_that_appears_while_the_download_runs_is_never_overwritten(setup:
     assert setup.litter() == []
 
 
+@pytest.mark.parametrize("size", [228, 229, 242, 255])
+def test_a_name_as_long_as_a_disk_takes_is_fetched_and_sealed(setup: Setup, size: int) -> None:
+    spec = ModelSpec("checkpoints", "n" * (size - 12) + ".safetensors", SOURCE)
+    assert setup.store().ensure(spec).how == "downloaded"
+    assert setup.store().ensure(spec).how == "ready"
+    assert setup.litter() == []
+
+
+@pytest.mark.parametrize("name", ["全角\u3000空白.safetensors", "a\xa0b.safetensors", "👩\u200d🎨.safetensors"])
+def test_blanks_of_any_width_and_joined_emoji_are_letters(setup: Setup, name: str) -> None:
+    spec = ModelSpec("checkpoints", name, SOURCE)
+    assert setup.store().ensure(spec).path.name == name
+    assert setup.store().ready("checkpoints", name)
+
+
 def test_nor_one_that_appears_at_the_very_last_moment(setup: Setup) -> None:
     class Meddler(Hooks):
         def at(self, step: str) -> None:

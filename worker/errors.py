@@ -629,6 +629,8 @@ class SpecInvalid(RequestError):
     field: str
     reason: str
     model: str | None = None
+    odd: bool = False
+    """Whether it is a name that no file can have, rather than one that may not be had."""
     code = "model_spec_invalid"
 
     def __str__(self) -> str:

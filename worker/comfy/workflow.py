@@ -22,6 +22,7 @@ from worker.errors import (
     WorkflowUiFormat,
 )
 from worker.known import known
+from worker.text import is_legible
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -530,7 +531,7 @@ def _names_in(class_type: str, key: str, text: str) -> Iterator[tuple[str, tuple
 def _is_model_name(class_type: str, key: str, text: str) -> bool:
     return (
         text.lower().endswith(WEIGHT_SUFFIXES)
-        and text.isprintable()
+        and is_legible(text)
         and "://" not in text
         and "embedding:" not in text
         and not _is_prompt(class_type, key, text)

@@ -30,11 +30,15 @@ def manifests(layout: Layout, subject: Subject) -> Iterator[Finding]:
     wrong = False
     for one in lists:
         try:
-            specs += Sources.read(**one).manifest()
+            sources = Sources.read(**one)
+            specs += sources.manifest()
+            faults: list[ManifestInvalid] = list(sources.odd)
         except ManifestInvalid as exc:
+            faults = [exc]
+        for fault in faults:
             wrong = True
-            for text in exc.problems:
-                yield problem(f"{exc.where}: {text}", [exc.where])
+            for text in fault.problems:
+                yield problem(f"{fault.where}: {text}", [fault.where])
     names = {f"{spec.folder}/{spec.name}" for spec in specs}
     missing = sorted(name for name in names if stat_file(layout.listed(name)) is None)
     if missing:

@@ -123,7 +123,7 @@ class _File:
 
     def look(self, layout: Layout) -> None:
         """See how it stands; without a fitting seal, that it is whole as far as its first bytes tell."""
-        there = look_at(layout.listed(self.path), layout.seals / f"{self.path}.json")
+        there = look_at(layout.listed(self.path), layout.seal_of(self.path))
         if there.standing is Standing.ABSENT:
             return
         self.size_bytes, self.standing = there.size_bytes, there.standing

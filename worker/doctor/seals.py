@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from worker.doctor.findings import Severity, count, listing, ok
+from worker.models.layout import sealed_by
 from worker.models.seals import read_seal, stat_file
 
 if TYPE_CHECKING:
@@ -36,4 +37,4 @@ def seals(layout: Layout) -> Iterator[Finding]:
 
 
 def _sealed_by(layout: Layout, seal: Path) -> str:
-    return seal.relative_to(layout.seals).as_posix().removesuffix(".json")
+    return sealed_by(seal.relative_to(layout.seals).as_posix())

@@ -25,6 +25,7 @@ READ_ONLY: Final = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
 SAFETENSORS: Final = (".safetensors", ".sft")
 _NOT_THERE_YET: Final = frozenset({errno.ENOENT, errno.ESTALE})
 _SETTLE_S: Final = 3.0
+_LONGEST_STEM_BYTES: Final = 240
 _BUFFER_BYTES: Final = 4 * 1024 * 1024
 _MAX_HEADER_BYTES: Final = 100_000_000  # safetensors' own limit
 
@@ -64,7 +65,7 @@ def write_atomically(path: Path, data: bytes, *, durable: bool = True, opened: C
 
     The temporary name is nobody else's, so that two writers cannot mix their bytes. `opened` runs while it is empty.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = path.with_name(f".{_shortened(path.name)}.{secrets.token_hex(4)}.tmp")
     fd = patiently(lambda: _create(temporary))
     try:
         try:
@@ -78,6 +79,13 @@ def write_atomically(path: Path, data: bytes, *, durable: bool = True, opened: C
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _shortened(name: str) -> str:
+    """So much of a name that what is put around it stays below the 255 bytes that a disk takes."""
+    while len(os.fsencode(name)) > _LONGEST_STEM_BYTES:
+        name = name[:-1]
+    return name
 
 
 def _create(path: Path) -> int:

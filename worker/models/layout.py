@@ -10,10 +10,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from worker.errors import UnsafePath
+from worker.text import is_legible
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+_SEALED_BYTES = 228  # the longest name whose seal, with all that is put around it while it is written, fits in 255 bytes
+_HEAD_BYTES = 128
 _REPO_KINDS = {"model": "models", "dataset": "datasets", "space": "spaces"}
 
 
@@ -79,8 +82,16 @@ class Layout:
 
     def seal(self, folder: str, name: str) -> Path:
         """The record that the model's file is whole."""
-        *above, last = (*safe_parts("The folder", folder), *safe_parts("The model's name", name))
-        return self.seals.joinpath(*above, f"{last}.json")
+        return self.seal_of("/".join((*safe_parts("The folder", folder), *safe_parts("The model's name", name))))
+
+    def seal_of(self, path: str) -> Path:
+        r"""As `seal`, of `folder/name` as a listing has it, without its checks.
+
+        A long name is cut in two: its first part is a folder, with a `\` at its end that no name has.
+        """
+        *above, last = path.split("/")
+        head = _head(last) if len(_encoded(last)) > _SEALED_BYTES else ""
+        return self.seals.joinpath(*above, *([f"{head}\\"] if head else []), f"{last[len(head) :]}.json")
 
     def pending_seal(self, folder: str, name: str) -> Path:
         """The same record while its file is being published."""
@@ -106,6 +117,23 @@ class Layout:
         return self.host_cache / "--".join((_REPO_KINDS.get(repo_type, "models"), *parts))
 
 
+def sealed_by(path: str) -> str:
+    """The `folder/name` that a seal at this path below the seals' folder is about: the way back from `Layout.seal`."""
+    return path.replace("\\/", "").removesuffix(".json")
+
+
+def _encoded(name: str) -> bytes:
+    return name.encode("utf-8", "surrogateescape")  # as the disk has it
+
+
+def _head(name: str) -> str:
+    """The first part of a long name. The second does not begin with a dot, as hidden files do."""
+    head = name
+    while len(_encoded(head)) > _HEAD_BYTES or name[len(head) :].startswith("."):
+        head = head[:-1]
+    return head
+
+
 def content_key(sha256: str | None, address: str, etag: str | None, size_bytes: int) -> str:
     """What a content's partials and lock are called: its sha256, else a digest of where it comes from and what that said."""
     if sha256:
@@ -119,6 +147,6 @@ def safe_parts(what: str, value: str) -> tuple[str, ...]:
     A backslash is refused as well: it is a separator to the people who write it and an ordinary character to the disk.
     """
     parts = tuple(value.split("/"))
-    if "\\" in value or any(part in {"", ".", ".."} or not part.isprintable() for part in parts):
+    if "\\" in value or any(part in {"", ".", ".."} or not is_legible(part) for part in parts):
         raise UnsafePath(what, value)
     return parts

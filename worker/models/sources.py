@@ -83,6 +83,8 @@ class SpecList:
     specs: tuple[ModelSpec, ...] = ()
     deliberate: bool = True
     error: ManifestInvalid | None = None
+    odd: ManifestInvalid | None = None
+    """Entries that were left out because no file can have their name; the others hold."""
 
     @property
     def paths(self) -> Iterable[str]:
@@ -151,6 +153,11 @@ class Sources:
     def errors(self) -> tuple[ManifestInvalid, ...]:
         """What is wrong with the manifests, one error for each that is."""
         return tuple(models.error for models in self._manifests() if models.error)
+
+    @property
+    def odd(self) -> tuple[ManifestInvalid, ...]:
+        """What manifests that are right otherwise name as no file can be named: only these entries are left out."""
+        return tuple(models.odd for models in self._manifests() if models.odd)
 
     def refreshed(self) -> Sources:
         """These with `models.toml` as it is now; the same object when nothing changed, which costs one stat."""
@@ -426,21 +433,28 @@ def _parse(text: str, title: str) -> SpecList:
         entries = _entries(text)
     except _Malformed as error:
         raise ManifestInvalid(title, [str(error)]) from None
-    specs, problems = _checked(entries)
+    specs, problems, odd = _checked(entries)
     if problems:
         raise ManifestInvalid(title, problems)
-    return SpecList(title, tuple(specs), deliberate=all(entry.strict for entry in entries))
+    left_out = ManifestInvalid(title, odd) if odd else None
+    return SpecList(title, tuple(specs), deliberate=all(entry.strict for entry in entries), odd=left_out)
 
 
-def _checked(entries: Sequence[_Entry]) -> tuple[list[ModelSpec], list[str]]:
+def _checked(entries: Sequence[_Entry]) -> tuple[list[ModelSpec], list[str], list[str]]:
+    """The models, what is wrong with the list, and the entries that are only named as no file can be."""
     problems: list[str] = []
+    odd: list[str] = []
     placed: dict[str, tuple[ModelSpec, _Entry]] = {}
     specs: list[ModelSpec] = []
     for entry in entries:
         spec, wrong = check_spec(**_known_values(entry.values))
         if entry.strict:
-            problems += [f"{entry.where(problem.field)}: {problem.field} {problem.reason}" for problem in wrong]
-            problems += _unknown_fields(entry)
+            unknown = list(_unknown_fields(entry))
+            told = [f"{entry.where(problem.field)}: {problem.field} {problem.reason}" for problem in wrong]
+            if not unknown and [problem.field for problem in wrong] == ["name"] and wrong[0].odd:
+                odd += told
+            else:
+                problems += [*told, *unknown]
         if spec is None:
             continue
         path = f"{spec.folder}/{spec.name}"
@@ -450,7 +464,7 @@ def _checked(entries: Sequence[_Entry]) -> tuple[list[ModelSpec], list[str]]:
             problems.append(f"{entry.where('source')}: {path} has another source than at {place}; keep one of the two")
         elif before is spec or not entry.strict:
             specs.append(spec)
-    return specs, problems
+    return specs, problems, odd
 
 
 def _unknown_fields(entry: _Entry) -> Iterator[str]:
@@ -585,10 +599,10 @@ def _short_lines(text: str) -> SpecList:
         for number, word in enumerate(words, 1)
         if not _short_line(word).get("folder")
     ]
-    specs, wrong = _checked(_numbered(map(_short_line, words)))
+    specs, wrong, odd = _checked(_numbered(map(_short_line, words)))
     if problems or wrong:
         raise ManifestInvalid("MODELS", problems or wrong)
-    return SpecList("MODELS", tuple(specs))
+    return SpecList("MODELS", tuple(specs), odd=ManifestInvalid("MODELS", odd) if odd else None)
 
 
 def _short_line(text: str) -> dict[str, object]:

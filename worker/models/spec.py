@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypeAlias, TypeVar, cast
 from urllib.parse import SplitResult, parse_qs, parse_qsl, unquote, urlencode, urlsplit, urlunsplit
 
 from worker.errors import HostNotAllowed, SpecInvalid, SuffixNotAllowed
+from worker.text import is_legible
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -210,14 +211,15 @@ def check_name(field: str, value: object, *, model: str | None = None) -> None:
         raise SpecInvalid(field, f"must be a text, not {value!r}", model)
     shown = model if model is not None else _printable(value)
     if reason := _name_problem(value):
-        raise SpecInvalid(field, reason, shown)
+        odd = not is_legible(value) or _length_problem(value.split("/")) is not None
+        raise SpecInvalid(field, reason, shown, odd=odd)
 
 
 def _name_problem(value: str) -> str | None:
     parts = value.split("/")
     problems = (
         (not value, "is empty"),
-        (not value.isprintable(), "holds characters that cannot be printed"),
+        (not is_legible(value), "holds characters that cannot be printed"),
         ("\\" in value, "holds a backslash; write / between folders"),
         (value.startswith(("/", "~")) or _DRIVE.match(value), "is absolute; it must be relative to its folder"),
         (".." in parts, "holds '..' and would leave its folder"),
@@ -237,7 +239,7 @@ def _length_problem(parts: list[str]) -> str | None:
 
 
 def _printable(text: str) -> str:
-    return "".join(char if char.isprintable() else "?" for char in text[:200])
+    return "".join(char if is_legible(char) else "?" for char in text[:200])
 
 
 def _checked_sha256(value: object, model: str | None) -> str | None:
@@ -270,7 +272,7 @@ def parse_source(text: object, *, model: str | None = None) -> Source:
     if not isinstance(text, str) or not text.strip():
         raise SpecInvalid("source", "is missing; write hf://org/repo/path or https://...", model)
     text = text.strip()
-    if not text.isprintable() or "\\" in text or any(char.isspace() for char in text):
+    if not is_legible(text) or "\\" in text or any(char.isspace() for char in text):
         raise SpecInvalid("source", "holds white space, backslashes or control characters; write a space as %20", model)
     scheme, separator, rest = text.partition("://")
     try:
@@ -320,7 +322,7 @@ def _checked_hub_file(org: str, name: str, path: str, revision: str, repo_type: 
         raise _Malformed(f"names no file of a repository; {_HUB_FORM}")
     if not all(_REPO_PART.fullmatch(part) and "--" not in part and ".." not in part for part in (org, name)):
         raise _Malformed(f"names no repository: '{org}/{name}'; {_HUB_FORM}")
-    if not path.isprintable() or "\\" in path or any(part in {"", ".", ".."} for part in path.split("/")):
+    if not is_legible(path) or "\\" in path or any(part in {"", ".", ".."} for part in path.split("/")):
         raise _Malformed(f"names no file of a repository: '{_printable(path)}'; {_HUB_FORM}")
     revision = revision or "main"
     if not revision.isprintable() or any(part in {"", ".", ".."} for part in revision.split("/")):

@@ -109,7 +109,8 @@ class Supply:
 
     def check_manifests(self) -> None:
         """Raises `ManifestInvalid` when there is a mistake in a manifest."""
-        for error in self._current_sources().errors:
+        sources = self._current_sources()
+        for error in (*sources.errors, *sources.odd):
             raise replace(error)
 
     def fetch_behind(self, specs: Iterable[ModelSpec]) -> None:
@@ -143,9 +144,9 @@ class Supply:
 
     def _current_sources(self) -> Sources:
         with self._lock:
-            known = self._sources.errors if self._sources else ()
+            known = (*self._sources.errors, *self._sources.odd) if self._sources else ()
             self._sources = self._sources.refreshed() if self._sources else self._read_sources()
-            for error in self._sources.errors:
+            for error in (*self._sources.errors, *self._sources.odd):
                 if error not in known:
                     log.error("%s", error)
             return self._sources

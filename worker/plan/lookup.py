@@ -51,7 +51,8 @@ def read_sources(settings: Settings) -> tuple[Sources, list[ManifestInvalid]]:
         except ManifestInvalid as exc:
             problems.append(exc)
             del lists[key]
-    return Sources.read(**lists), problems
+    sources = Sources.read(**lists)
+    return sources, problems + list(sources.odd)
 
 
 def look(nodes: tuple[NamedModel, ...], sources: Sources, places: Places) -> Item:

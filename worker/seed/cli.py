@@ -65,7 +65,7 @@ def _act(desk: Desk) -> int:
     else:
         actions = {"seed": seeding.seed, "dry_run": seeding.dry_run, "verify": care.verify_all, "prune": care.prune}
         code = actions[desk.options.action](desk, place, desk.sources(place))
-    return code or (FAILED if place.away else 0)
+    return code or (FAILED if place.away or desk.left_out else 0)
 
 
 @contextlib.contextmanager

@@ -68,6 +68,7 @@ class Desk:
         self.console = Console(file=stream, highlight=False)
         if not self.console.is_terminal:
             self.console = Console(file=stream, highlight=False, width=_WIDE)
+        self.left_out: set[str] = set()
         self.hub = _hub(settings)
         self._environ = environ
 
@@ -115,12 +116,23 @@ class Desk:
             found = [Sources.read(manifest=f"{text}\n").manifests for text in place.manifests]
         except ManifestInvalid as exc:
             raise ManifestInvalid("models.toml on the volume", exc.problems) from exc
-        on_volumes = [SpecList("models.toml", models.specs) for lists in found for models in lists]
-        return replace(sources, manifests=(*on_volumes, *sources.manifests))
+        on_volumes = [SpecList("models.toml", models.specs, odd=models.odd) for lists in found for models in lists]
+        sources = replace(sources, manifests=(*on_volumes, *sources.manifests))
+        self.warn(sources)
+        return sources
+
+    def warn(self, sources: Sources) -> None:
+        """Say which entries are left out, because no file can have their name; the others are dealt with."""
+        for fault in sources.odd:
+            if str(fault) not in self.left_out:
+                self.left_out.add(str(fault))
+                self.tell(f"warning: {fault}")
 
     def wants(self, sources: Sources) -> Wants:
         """What reads the WHATs."""
-        return Wants(sources, self.hub, self.settings.model_hosts, self.options.folder, self.cancel, tell=self.tell)
+        return Wants(
+            sources, self.hub, self.settings.model_hosts, self.options.folder, self.cancel, tell=self.tell, warn=self.warn
+        )
 
     def screen(self) -> Screen:
         """Where progress goes: a program's lines, a terminal's bars, or a log's lines."""

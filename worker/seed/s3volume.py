@@ -18,7 +18,7 @@ from worker.errors import EnsureCancelled, FileIncomplete, S3Failed, S3FileDiffe
 from worker.models.disk import SAFETENSORS, stated_in
 from worker.models.download import Origin
 from worker.models.inventory import Look, Standing
-from worker.models.layout import Layout
+from worker.models.layout import Layout, sealed_by
 from worker.models.seals import Seal, decode_seal, encode_seal, now
 
 if TYPE_CHECKING:
@@ -54,10 +54,10 @@ class Sealed:
 
 def sealed_at(path: str, seal: Seal | None) -> Sealed | None:
     """What a seal's path below the seals' folder is about: `folder/name.json`."""
-    folder, _, name = path.partition("/")
-    if seal is None or not name.endswith(".json") or name.rpartition("/")[2].startswith("."):
+    if seal is None or not path.endswith(".json") or path.rpartition("/")[2].startswith("."):
         return None
-    return Sealed(folder, name.removesuffix(".json"), seal)
+    folder, _, name = sealed_by(path).partition("/")
+    return Sealed(folder, name, seal)
 
 
 class S3Volume:

@@ -41,6 +41,7 @@ class Wants:
 
     `folder` is where an address goes that does not say it itself; `hosts` are those that a workflow's metadata may name.
     `tell` takes a warning: a workflow that its ComfyUI cannot run, before its models are sent.
+    `warn` hears of manifests with entries that are left out.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Wants:
         cancel: CancelToken,
         *,
         tell: Callable[[str], None] = _tell_nobody,
+        warn: Callable[[Sources], None] = lambda _: None,
     ) -> None:
         self._sources = sources
         self._hub = hub
@@ -59,6 +61,7 @@ class Wants:
         self._folder = folder
         self._cancel = cancel
         self._tell = tell
+        self._warn = warn
 
     def read(self, whats: Sequence[str]) -> tuple[Item, ...]:
         """The models that are meant, each once: to be fetched, or with what is the matter. No WHAT: what the manifests name.
@@ -122,7 +125,9 @@ class Wants:
 
     def _manifest(self, path: Path) -> SpecList:
         """A manifest in any of the formats that the worker reads."""
-        volume = Sources.read(volume_manifest=path).volume
+        sources = Sources.read(volume_manifest=path)
+        self._warn(sources)
+        volume = sources.volume
         return replace(volume.models, title=path.name) if volume else SpecList(path.name)
 
     def _workflow(self, path: str) -> list[Item]:
