@@ -367,6 +367,7 @@ def test_repair_fetches_first_and_yields_to_a_file_that_comes_meanwhile(desk: De
     assert path.read_bytes() == damaged, "it stays until there is something to put in its place"
     mine = path.with_suffix(".mine")
     mine.write_bytes(weights(9))
+    os.utime(mine, (1, 1))
     mine.replace(path)
     desk.stand_in.clear_faults()
     run.join(60)
