@@ -20,7 +20,7 @@ import tomllib
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 PROJECT: Final = Path(__file__).resolve().parents[1]
 if str(PROJECT) not in sys.path:
@@ -29,6 +29,7 @@ if str(PROJECT) not in sys.path:
 from devkit.engine.cache import cache_root  # noqa: E402 - found through the path above
 from scripts.make_catalog import fetch_wheel, graphs_in, templates  # noqa: E402 - as above
 from worker.known import KNOWN  # noqa: E402 - as above
+from worker.models.sources import embedded_models  # noqa: E402 - as above
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -113,8 +114,11 @@ def _is_mark(choice: object) -> bool:
 # --- generating -----------------------------------------------------------------------------------
 
 
-def known_text(recordings: Iterable[Mapping[str, Any]], hand: Mapping[str, Any], workflows: Iterable[Mapping[str, Any]]) -> str:
-    """Return the file's text, from the recordings of several releases, the hand-kept tables and the official templates.
+Workflows: TypeAlias = "Mapping[str, Mapping[str, Any]]"
+
+
+def known_text(recordings: Iterable[Mapping[str, Any]], hand: Mapping[str, Any], workflows: Workflows) -> str:
+    """Return the file's text, from recordings of releases, the hand-kept tables and the official templates by name.
 
     Raises `Refused` for a table without a reason, and where the recordings contradict what was written by hand.
     """
@@ -125,12 +129,14 @@ def known_text(recordings: Iterable[Mapping[str, Any]], hand: Mapping[str, Any],
     folders = {folder for each in releases for folder in each["folders"]} | set(_same_folders(tables))
     first, gone = _first_and_gone(releases)
     others = {*tables["editor"]["virtual"], *tables["editor"]["foreign_virtual"], *tables.pop("not_comfyui")}
+    newer = {name: since for name, since in sorted(newer_classes(workflows.values(), others).items()) if name not in first}
     generated = {
         "version": newest["version"],
         "frontends": {each["version"]: each["frontend"] for each in releases},
         "classes": {each["version"]: [name for name in each["classes"] if first[name] is each] for each in releases},
         "gone": {each["version"]: gone[each["version"]] for each in releases if gone[each["version"]]},
-        "newer": {name: version for name, version in sorted(newer_classes(workflows, others).items()) if name not in first},
+        "newer": newer,
+        "lacking_templates": _lacking_templates(workflows, newer.keys() | set(gone[newest["version"]])),
         "outputs": sorted({name for each in releases for name, cls in each["classes"].items() if cls.get("output")}),
         "first_widgets": _first_widgets(releases),
         "folders": sorted(folders - set(tables.pop("no_model_folders"))),
@@ -219,6 +225,20 @@ def newer_classes(workflows: Iterable[Mapping[str, Any]], others: Collection[str
     return {name: min(filter(None, versions), key=_number, default="") for name, versions in found.items()}
 
 
+_IDLE: Final = (2, 4)  # muted, bypassed
+
+
+def _lacking_templates(workflows: Workflows, lacking: Collection[str]) -> dict[str, dict[str, str]]:
+    """Return by template with models the classes of its active nodes that the newest release lacks, each with a node's id."""
+    found: dict[str, dict[str, str]] = {}
+    for name, workflow in sorted(workflows.items()):
+        nodes = (node for graph in graphs_in(dict(workflow)) for node in graph.get("nodes", ()))
+        classes = {node["type"]: str(node["id"]) for node in nodes if node["type"] in lacking and node.get("mode") not in _IDLE}
+        if classes and embedded_models(dict(workflow)):
+            found[name.removesuffix(".json")] = dict(sorted(classes.items()))
+    return found
+
+
 _WIDTH: Final = 120
 
 
@@ -264,7 +284,7 @@ def main(arguments: Sequence[str]) -> int:
     hand = read_hand()
     if options.record:
         print(save_recording(record(options.record, options.models, hand)))
-    text = known_text(read_recordings(), hand, dict(templates(fetch_wheel(cache_root() / "wheels"))).values())
+    text = known_text(read_recordings(), hand, dict(templates(fetch_wheel(cache_root() / "wheels"))))
     if options.check:
         same = KNOWN.is_file() and KNOWN.read_text(encoding="utf-8") == text
         print(f"{KNOWN} is {'up to date' if same else 'NOT what its sources give: run this without --check'}")

@@ -33,7 +33,7 @@ def recordings() -> list[dict[str, Any]]:
 
 
 def test_the_file_is_what_its_sources_give(hand: dict[str, Any], recordings: list[dict[str, Any]]) -> None:
-    workflows = dict(templates(fetch_wheel(cache_root() / "wheels"))).values()
+    workflows = dict(templates(fetch_wheel(cache_root() / "wheels")))
     assert KNOWN.read_text(encoding="utf-8") == known_text(recordings, hand, workflows), "run python -m scripts.make_comfyui"
 
 
@@ -83,7 +83,7 @@ def test_of_a_class_is_kept_what_is_read() -> None:
 def test_a_table_without_a_reason_is_refused(hand: dict[str, Any], recordings: list[dict[str, Any]]) -> None:
     del hand["class_folders"]["impact"]["reason"]
     with pytest.raises(Refused, match=r"\[class_folders.impact\] has no reason"):
-        known_text(recordings, hand, ())
+        known_text(recordings, hand, {})
 
 
 def test_what_was_written_by_hand_and_comfyui_tells_itself_is_refused(
@@ -91,21 +91,21 @@ def test_what_was_written_by_hand_and_comfyui_tells_itself_is_refused(
 ) -> None:
     hand["class_folders"]["impact"]["UNETLoader"] = "unet"
     with pytest.raises(Refused, match="ComfyUI itself tells the folder of UNETLoader"):
-        known_text(recordings, hand, ())
+        known_text(recordings, hand, {})
 
 
 def test_folders_that_comfyui_newly_reads_as_one_are_refused(hand: dict[str, Any], recordings: list[dict[str, Any]]) -> None:
     newer = copy.deepcopy(recordings[-1]) | {"version": "99.0.0"}
     newer["classes"]["VAELoader"]["inputs"]["vae_name"] = ["audio_vae", "vae"]
     with pytest.raises(Refused, match=r"VAELoader of ComfyUI 99.0.0 reads .* as one"):
-        known_text([*recordings, newer], hand, ())
+        known_text([*recordings, newer], hand, {})
 
 
 def test_a_newer_release_adds_what_is_new_and_says_what_is_gone(hand: dict[str, Any], recordings: list[dict[str, Any]]) -> None:
     newer = copy.deepcopy(recordings[-1]) | {"version": "99.0.0"}
     newer["classes"] |= {"NewLoader": {"inputs": {"strength": "FLOAT", "file": ["loras"]}}, "NewSaver": {"output": True}}
     del newer["classes"]["UNETLoader"]
-    document = json.loads(known_text([newer, *recordings], hand, ()))
+    document = json.loads(known_text([newer, *recordings], hand, {}))
     assert document["version"] == "99.0.0"
     assert document["classes"]["99.0.0"] == ["NewLoader", "NewSaver"]
     assert "UNETLoader" in document["gone"]["99.0.0"]
@@ -144,3 +144,15 @@ def test_what_the_worker_reads_of_it() -> None:
     assert older("0.3.75", "v0.33.0")
     assert not older("0.33.0", "0.33")
     assert known() is facts
+
+
+def test_a_template_whose_models_would_be_sent_for_nothing_is_known(
+    hand: dict[str, Any], recordings: list[dict[str, Any]]
+) -> None:
+    models = [{"name": "a.safetensors", "directory": "vae", "url": "https://huggingface.co/org/a/resolve/main/a.safetensors"}]
+    loader = {"id": 1, "type": "VAELoader", "mode": 0, "properties": {"models": models}, "widgets_values": ["a.safetensors"]}
+    workflow = {"nodes": [loader, {"id": 2, "type": "New", "mode": 0}, {"id": 3, "type": "Muted", "mode": 2}], "links": []}
+    api = {"nodes": [{"id": 2, "type": "NewApi", "mode": 0}], "links": []}
+    document = json.loads(known_text(recordings, hand, {"new.json": workflow, "api.json": api}))
+    assert document["newer"] == {"Muted": "", "New": "", "NewApi": ""}
+    assert document["lacking_templates"] == {"new": {"New": "2"}}

@@ -170,6 +170,25 @@ def test_the_name_of_an_official_template(desk: Desk) -> None:
     assert {"diffusion_models/flux1-dev.safetensors", "vae/ae.safetensors"} <= {line["model"] for line in dry["models"]}
 
 
+def test_a_workflow_that_its_comfyui_cannot_run_is_said_so_before_its_models_are_sent(desk: Desk) -> None:
+    graph = {
+        "1": {"class_type": "VAELoader", "inputs": {"vae_name": "b.safetensors"}},
+        "2": {"class_type": "QwenImage21Cache", "inputs": {"model": ["1", 0]}},
+    }
+    desk.environ["MODELS"] = "vae=hf://org/open/b.safetensors"
+    code, events = desk.events(desk.write("flow.json", graph))
+    first, *others = events
+    assert "flow.json CANNOT RUN; its models are sent all the same." in first["text"], events
+    assert "wants a newer one for QwenImage21Cache (node 2)" in first["text"]
+    assert "vae/b.safetensors" in json.dumps(others)
+    assert (code, desk.models) == (0, ["vae/b.safetensors"])
+    _, text = desk.run("audio_yue2_music_cover", "--dry-run")
+    assert "warning: audio_yue2_music_cover CANNOT RUN" in text
+    assert "YuE2GenerateMusic (node 25)" in text
+    _, text = desk.run("flux_dev_checkpoint_example", "--dry-run")
+    assert "CANNOT RUN" not in text
+
+
 def test_without_a_what_the_lists_of_the_volume_are_meant(desk: Desk) -> None:
     desk.layout.manifest.write_text(MANIFEST)
     desk.environ["MODELS"] = "vae=hf://org/open/b.safetensors"

@@ -74,7 +74,8 @@ class Known:
     `same_folders` are those that ComfyUI reads as one, in its order: where both have a name, the first one's file is loaded.
     `one_folder` has them by the folder that new files go to, that one first. `releases` has the classes by the oldest recorded
     release that has them, `gone` all that a release has no longer. `newer` are classes that no recorded release has, with the
-    one that official templates were saved with ("" where they do not say).
+    one that official templates were saved with ("" where they do not say). `lacking_templates` are official templates with
+    classes that the newest release lacks, each with the id of a node.
     """
 
     class_folders: Mapping[str, str | Mapping[str, str]]
@@ -86,6 +87,7 @@ class Known:
     gone: Mapping[str, list[str]]
     image_taes: frozenset[str]
     input_folders: tuple[tuple[str, str], ...]
+    lacking_templates: Mapping[str, Mapping[str, str]]
     manager_folders: Mapping[str, str]
     newer: Mapping[str, str]
     one_folder: Mapping[str, tuple[str, ...]]
@@ -112,6 +114,7 @@ class Known:
             gone=raw["gone"],
             image_taes=frozenset(taes["image"]),
             input_folders=tuple((pattern, folder) for pattern, folder in raw["input_folders"]),
+            lacking_templates=raw["lacking_templates"],
             manager_folders=raw["manager_folders"],
             newer=raw["newer"],
             one_folder={folder: (folder, *(name for name in names if name != folder)) for folder, names in same.items()},

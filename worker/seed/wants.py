@@ -14,7 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from worker.comfy.rejection import Origin, unknown_nodes
 from worker.errors import FileNotInRepo, RequestError, SeedUsage, WhatUnknown
+from worker.known import known
 from worker.models.sources import Catalog, Sources, SpecList
 from worker.models.spec import HubFile, ModelSpec, parse_source, parse_spec
 from worker.plan.document import Unreadable, Wanted, is_text, read_document
@@ -24,6 +26,7 @@ from worker.plan.lookup import meaning, of_spec
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from worker.errors import UnknownNodes
     from worker.models.hub import Hub
     from worker.models.progress import CancelToken
 
@@ -93,9 +96,16 @@ class Wants:
         name = what.removesuffix(".json")
         catalog = Catalog()
         if name in catalog.templates:
+            lacking = [Origin(kind, node_id, {}) for kind, node_id in known().lacking_templates.get(name, {}).items()]
+            self._warn(name, unknown_nodes(lacking, known().newest) if lacking else None)
             return self._of_specs(catalog.of_template(name), f"the template {name}")
         within = [template for template in catalog.templates if name and name in template]
         raise WhatUnknown(what, within[:_NEAR] or difflib.get_close_matches(name, catalog.templates, n=_NEAR))
+
+    def _warn(self, what: str, lacking: UnknownNodes | None) -> None:
+        """Say that a workflow cannot run. Its models are sent all the same: the image may have a newer ComfyUI."""
+        if lacking:
+            self._tell(f"warning: {what} CANNOT RUN; its models are sent all the same. {lacking}")
 
     def _of_specs(self, specs: Iterable[ModelSpec], known_by: str | None) -> list[Item]:
         items = [of_spec(Item(spec.name, spec.folder, State.UNKNOWN), spec, self._sources) for spec in specs]
@@ -139,8 +149,7 @@ class Wants:
             wanted = Wanted.read(document)
             sources = self._sources.with_request(wanted.models, self._hosts).with_workflow(wanted.metadata, self._hosts)
             items = [meaning(nodes, sources) for nodes in wanted.names()]
-            if lacking := wanted.lacking():
-                self._tell(f"warning: {path} CANNOT RUN there, unless your image has a newer ComfyUI. {lacking}")
+            self._warn(path, wanted.lacking())
             return [*items, *self._of_specs(sources.requested(), "the request")]
         except RequestError as exc:
             raise SeedUsage(f"{path}: {exc}") from exc
