@@ -23,6 +23,7 @@
     ├── ManifestInvalid          the operator's list of models is wrong
     ├── ModelError               a model cannot be made ready
     │   ├── RepoNotFound, RepoGated, RevisionNotFound, FileNotInRepo, TokenRefused, SourceRefused, NotAFile
+    │   ├── TokenMalformed, ProxyUnusable, HubOffline
     │   ├── SourceUnreachable, SourceChanged, ContentMismatch
     │   ├── UnsealedMismatch, FileIncomplete
     │   ├── VolumeMissing, VolumeReadOnly, VolumeFull, VolumeFailed
@@ -1017,6 +1018,43 @@ class TokenRefused(ModelError):
             )
         refused = f"the token in {self.variable}" if self.has_token else "a request without a token"
         return f"{self.where} refused {refused} (status {self.status}): set {self.variable} to one that may read it."
+
+
+@dataclass(eq=False)
+class TokenMalformed(ModelError):
+    """A token cannot be one: it holds what no header can carry."""
+
+    variable: str
+    code = "token_malformed"
+
+    def __str__(self) -> str:
+        return f"{self.variable} holds characters that no token has: copy it again, without blanks, quotes or line ends."
+
+
+@dataclass(eq=False)
+class ProxyUnusable(ModelError):
+    """The environment's proxy cannot be used for models."""
+
+    where: str
+    reason: str
+    code = "proxy_unusable"
+
+    def __str__(self) -> str:
+        return (
+            f"The proxy {self.where} {self.reason}: set HTTPS_PROXY and HTTP_PROXY to an HTTP proxy "
+            "(http://user:password@host:port), or unset them."
+        )
+
+
+@dataclass(eq=False)
+class HubOffline(ModelError):
+    """HF_HUB_OFFLINE forbids asking the hub."""
+
+    where: str
+    code = "hub_offline"
+
+    def __str__(self) -> str:
+        return f"{self.where} is not asked for, because HF_HUB_OFFLINE is set: unset it, or put the file on the volume by hand."
 
 
 @dataclass(eq=False)

@@ -21,7 +21,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import httpx2
-from huggingface_hub import get_hf_file_metadata, hf_hub_url
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, is_offline_mode, set_client_factory
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -34,8 +34,10 @@ from huggingface_hub.errors import (
 from worker.errors import (
     EnsureCancelled,
     FileNotInRepo,
+    HubOffline,
     ModelError,
     NotAFile,
+    ProxyUnusable,
     RepoGated,
     RepoNotFound,
     RevisionNotFound,
@@ -48,6 +50,8 @@ from worker.models.spec import HubFile, Source, Url
 from worker.models.wire import (
     OK,
     PARTIAL,
+    PROXY_LOGIN,
+    PROXY_WANTS,
     TRANSIENT,
     UNAUTHORISED,
     UNSATISFIABLE,
@@ -232,6 +236,9 @@ class Hub:
         self.network = network
         self._endpoint = endpoint.rstrip("/")
         self._patience_s = patience_s
+        if network.has_other_proxies:
+            # huggingface_hub's client would not start where any proxy is of a kind that it lacks a package for.
+            set_client_factory(partial(_client, network))
 
     def look_up(self, source: Source, cancel: CancelToken) -> Remote:
         """Ask a source what it holds, again while it is busy.
@@ -256,6 +263,10 @@ class Hub:
                 reason, named_s = f"status {exc.response.status_code}", retry_after_s(exc.response.headers)
             except _Busy as exc:
                 reason, named_s = str(exc), exc.named_s
+            except httpx2.ProxyError as exc:
+                if str(PROXY_LOGIN) in str(exc):
+                    raise ProxyUnusable(shown(self.network.proxy(self._endpoint) or self._endpoint), PROXY_WANTS) from exc
+                reason, named_s = what_failed(exc), None
             except (OSError, http.client.HTTPException, httpx2.HTTPError) as exc:
                 reason, named_s = what_failed(exc), None
             if cancel.wait(backoff.failed(reason, named_s)):
@@ -265,6 +276,8 @@ class Hub:
         from huggingface_hub import HfApi  # noqa: PLC0415 - a large module, and no worker lists repositories
 
         token = self._hub_token()
+        if is_offline_mode():
+            raise HubOffline(f"hf://{folder.repo}")
         api = HfApi(endpoint=self._endpoint, token=token or False)
         try:
             return tuple(sorted(api.list_repo_files(folder.repo, revision=folder.revision, repo_type=folder.repo_type)))
@@ -276,6 +289,8 @@ class Hub:
             raise
 
     def _ask_hub(self, source: HubFile) -> Remote:
+        if is_offline_mode():
+            raise HubOffline(str(source))
         token = self._hub_token()
         revision = source.revision or "main"
         url_at = partial(hf_hub_url, source.repo, source.path, repo_type=source.repo_type, endpoint=self._endpoint)
@@ -288,10 +303,14 @@ class Hub:
             if refusal := self._refusal(exc, source, revision, has_token=bool(token)):
                 raise refusal from exc
             raise
-        if found.size is None:
-            raise NotAFile(str(source), "of unknown length")
         sha256, git_sha1 = _hashes(found.etag)
         location = found.location
+        if found.size is None and location != url:
+            # A mirror that sends on, and leaves out the length that the hub tells with it.
+            there = self._ask_url(Url(location))
+            return replace(there, source=source, sha256=sha256, git_sha1=git_sha1, commit=found.commit_hash)
+        if found.size is None:
+            raise NotAFile(str(source), "of unknown length")
         if location == url and found.commit_hash:
             # The hub serves a small file itself, at an address that may soon be another commit's.
             location = url_at(revision=found.commit_hash)
@@ -299,10 +318,14 @@ class Hub:
         return replace(remote, git_sha1=git_sha1)
 
     def _hub_token(self) -> str | None:
+        """The hub's token; raises `TokenMalformed`, and `ProxyUnusable` for what huggingface_hub would trip over."""
+        self.network.proxy(self._endpoint)
         credential = self.network.credential(self._endpoint)
         return credential.token if credential else None
 
-    def _refusal(self, exc: HfHubHTTPError, source: HubFile, revision: str, *, has_token: bool) -> ModelError | None:
+    def _refusal(  # noqa: PLR0911 - one for each answer
+        self, exc: HfHubHTTPError, source: HubFile, revision: str, *, has_token: bool
+    ) -> ModelError | None:
         """What a permanent answer means; None for one that may become better. Order matters: gated is a kind of not found."""
         status = exc.response.status_code
         match exc:
@@ -314,6 +337,8 @@ class Hub:
                 return RevisionNotFound(source.repo, source.path, revision)
             case RemoteEntryNotFoundError():
                 return FileNotInRepo(source.repo, source.path, revision)
+        if status == PROXY_LOGIN:
+            return ProxyUnusable(shown(self.network.proxy(self._endpoint) or self._endpoint), PROXY_WANTS)
         if status in UNAUTHORISED:
             return token_refused(f"{self._endpoint}/{source.repo}", status, self.network.credential(self._endpoint))
         return None if status in TRANSIENT else SourceRefused(str(source), status)
@@ -388,6 +413,24 @@ def _modified(headers: Message) -> str | None:
     except (ValueError, TypeError):
         return None
     return text if age.total_seconds() >= _SETTLED_S else None
+
+
+class _Route(httpx2.BaseTransport):
+    """Sends huggingface_hub's requests by the proxies that all others take."""
+
+    def __init__(self, network: Network) -> None:
+        self._network = network
+        self._ways: dict[str | None, httpx2.HTTPTransport] = {}
+
+    def handle_request(self, request: httpx2.Request) -> httpx2.Response:
+        """Send it by its address's proxy."""
+        proxy = self._network.proxy(str(request.url))
+        way = self._ways.setdefault(proxy, httpx2.HTTPTransport(verify=self._network.tls, proxy=proxy, trust_env=False))
+        return way.handle_request(request)
+
+
+def _client(network: Network) -> httpx2.Client:
+    return httpx2.Client(transport=_Route(network), follow_redirects=True, timeout=None, trust_env=False)
 
 
 class _Busy(Exception):  # noqa: N818 - never leaves this module

@@ -6,6 +6,7 @@ three times the rate, of the clients that hand out `bytes`.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import email.utils
 import http.client
@@ -15,9 +16,9 @@ import ssl
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
-from urllib.parse import quote, urljoin, urlsplit, urlunsplit
+from urllib.parse import quote, unquote, urljoin, urlsplit, urlunsplit
 
-from worker.errors import NotAFile, TokenRefused
+from worker.errors import NotAFile, ProxyUnusable, TokenMalformed, TokenRefused
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -29,6 +30,9 @@ _PORTS: Final = {"http": 80, "https": 443}
 _AGENT: Final = "comfyui-volume-worker"
 _PRINTABLE: Final = "".join(map(chr, range(0x21, 0x7F)))
 _QUERY: Final = re.compile(r"\?\S*")
+
+PROXY_LOGIN: Final = 407
+PROXY_WANTS: Final = f"wants another user or password (status {PROXY_LOGIN})"
 
 OK: Final = 200
 PARTIAL: Final = 206
@@ -58,16 +62,51 @@ class Network:
     tls: ssl.SSLContext = field(default_factory=ssl.create_default_context, repr=False)
 
     def credential(self, url: str) -> Credential | None:
-        """The credential of the address's origin, whether or not its token is set."""
-        return next((found for found in self.credentials if origin(found.origin) == origin(url)), None)
+        """The credential of the address's origin, whether or not its token is set; raises `TokenMalformed`."""
+        found = next((found for found in self.credentials if origin(found.origin) == origin(url)), None)
+        if found and found.token and not set(found.token) <= set(_PRINTABLE):
+            raise TokenMalformed(found.variable)
+        return found
+
+    @property
+    def has_other_proxies(self) -> bool:
+        """Whether there is a proxy that does not speak HTTP, for whichever addresses."""
+        return any(name != "no" and _kind(proxy) != "http" for name, proxy in self.proxies.items())
 
     def proxy(self, url: str) -> str | None:
-        """The proxy that the address is reached through."""
+        """The HTTP proxy that the address is reached through; raises `ProxyUnusable` for one of another kind.
+
+        One for the address's own scheme comes before `all`.
+        """
         parts = urlsplit(url)
         host = f".{(parts.hostname or '').lower()}"
         direct = [name.strip().lower() for name in self.proxies.get("no", "").split(",") if name.strip()]
         bypass = any(name == "*" or host.endswith(f".{name.lstrip('.')}") for name in direct)
-        return None if bypass else self.proxies.get(parts.scheme)
+        found = None if bypass else self.proxies.get(parts.scheme) or self.proxies.get("all")
+        if not found:
+            return None
+        found = found if "://" in found else f"http://{found}"
+        if _kind(found) != "http":
+            raise ProxyUnusable(shown(found), f"speaks {_kind(found)}, which is not known here")
+        try:
+            if urlsplit(found).hostname and urlsplit(found).port != 0:
+                return found
+        except ValueError:
+            pass
+        raise ProxyUnusable(shown(found), "has an address that cannot be read")
+
+
+def _kind(proxy: str) -> str:
+    return proxy.partition("://")[0].lower() if "://" in proxy else "http"
+
+
+def basic(url: str) -> str | None:
+    """What `Authorization` is for the user and password in an address; None where there are none."""
+    parts = urlsplit(url)
+    if parts.username is None:
+        return None
+    pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+    return f"Basic {base64.b64encode(pair.encode()).decode()}"
 
 
 def origin(url: str) -> str:
@@ -163,6 +202,11 @@ class Response(http.client.HTTPResponse):
         return length
 
 
+def _proxy_headers(proxy: str | None) -> dict[str, str]:
+    own = basic(proxy) if proxy else None
+    return {"Proxy-Authorization": own} if own else {}
+
+
 class Channel:
     """A connection that is kept from one request to the next; one thread uses it, any thread may break it off."""
 
@@ -201,7 +245,10 @@ class Channel:
             target = sendable(urljoin(url, location.encode("latin-1").decode("utf-8", "surrogateescape")))
         except ValueError:
             raise NotAFile(shown(start), "a redirect to what is no address") from None
-        parts = urlsplit(target)
+        parts, own = urlsplit(target), urlsplit(url)
+        if parts.username is None and own.username is not None and origin(target) == origin(url):
+            parts = parts._replace(netloc=f"{own.netloc.rpartition('@')[0]}@{parts.netloc}")
+            target = urlunsplit(parts)
         if parts.path.rstrip("/") == "/login":
             # Civitai sends those who need a token to a page for people.
             credential = self._network.credential(start)
@@ -219,30 +266,39 @@ class Channel:
             raise ConnectionAbortedError("broken off")
         parts = urlsplit(url)
         path = f"{parts.path or '/'}{'?' if parts.query else ''}{parts.query}"
-        through_proxy = parts.scheme == "http" and self._network.proxy(url)
+        proxy = self._network.proxy(url) if parts.scheme == "http" else None
         credential = self._network.credential(url)
-        token = {"Authorization": f"Bearer {credential.token}"} if credential and credential.token else {}
-        common = {"User-Agent": _AGENT, "Accept-Encoding": "identity"}
-        connection.request("GET", url if through_proxy else path, headers={**common, **headers, **token})
+        own = f"Bearer {credential.token}" if credential and credential.token else basic(url)
+        sent = {"User-Agent": _AGENT, "Accept-Encoding": "identity", **headers}
+        sent |= ({"Authorization": own} if own else {}) | _proxy_headers(proxy)
+        whole = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+        connection.request("GET", whole if proxy else path, headers=sent)
         response = connection.getresponse()
         if not isinstance(response, Response):
             raise TypeError("the connection was made for another kind of answer")
+        if proxy and response.status == PROXY_LOGIN:
+            raise ProxyUnusable(shown(proxy), PROXY_WANTS)
         return response
 
     def _connect(self, url: str) -> None:
         parts = urlsplit(url)
         proxy = self._network.proxy(url)
-        at = urlsplit(proxy if "://" in proxy else f"http://{proxy}") if proxy else parts
+        at = urlsplit(proxy) if proxy else parts
         host, port, timeout_s = at.hostname or "", at.port or _PORTS[at.scheme], self._network.connect_timeout_s
         connection: http.client.HTTPConnection
         if parts.scheme == "https":
             connection = http.client.HTTPSConnection(host, port, timeout=timeout_s, context=self._network.tls)
             if proxy:
-                connection.set_tunnel(parts.hostname or "", parts.port or _PORTS["https"])
+                connection.set_tunnel(parts.hostname or "", parts.port or _PORTS["https"], _proxy_headers(proxy))
         else:
             connection = http.client.HTTPConnection(host, port, timeout=timeout_s)
         connection.response_class = Response
-        connection.connect()
+        try:
+            connection.connect()
+        except OSError as exc:
+            if proxy and f"Tunnel connection failed: {PROXY_LOGIN}" in str(exc):
+                raise ProxyUnusable(shown(proxy), PROXY_WANTS) from exc
+            raise
         connection.sock.settimeout(self._network.read_timeout_s)
         self._connection, self._socket, self._origin = connection, connection.sock, origin(url)
 
