@@ -35,7 +35,17 @@ if TYPE_CHECKING:
 
 PROJECT = Path(__file__).resolve().parents[1]
 MIB = 1024 * 1024
-FAST = {"heartbeat_s": 0.25, "stale_s": 1.5, "poll_s": 0.1, "attempt_s": 0.2, "patience_s": 60.0, "lone_patience_s": 0.3}
+FAST = {
+    "heartbeat_s": 0.25,
+    "stale_s": 1.5,
+    "quiet_s": 0.5,
+    "look_s": 0.2,
+    "poll_s": 0.1,
+    "attempt_s": 0.2,
+    "patience_s": 60.0,
+    "lone_patience_s": 0.3,
+    "report_every_s": 0.2,
+}
 SMALL = {
     "connections": 2,
     "request_bytes": MIB,

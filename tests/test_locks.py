@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import pytest
+from filelock import SoftReadWriteLock
 
 from worker.errors import EnsureCancelled
 from worker.models.layout import Layout
-from worker.models.locks import Holder, Locks, Timing
+from worker.models.locks import Hold, Holder, Locks, Timing
 from worker.models.progress import Meter, Progress, size_text
+from worker.models.store import Watch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,6 +36,8 @@ PROJECT = Path(__file__).resolve().parents[1]
 QUICK = Timing(
     heartbeat_s=0.3,
     stale_s=1.5,
+    quiet_s=0.3,
+    look_s=0.05,
     poll_s=0.05,
     attempt_s=0.1,
     patience_s=60,
@@ -42,6 +46,7 @@ QUICK = Timing(
     trouble_s=0.5,
 )
 KEY = "content"
+MIB = 1024 * 1024
 
 # Each contender takes the lock, proves that it is alone, and says so. Two independent detectors of an overlap: a folder that
 # only one can make, and a file that only one may write between two reads of it.
@@ -249,6 +254,113 @@ def test_a_holder_that_moves_is_waited_for_beyond_any_patience(tmp_path: Path, w
             return time.monotonic() - began > 1.5
 
         assert hold_now(tmp_path, timing=impatient, published=moves_until_published) == "published"
+
+
+def test_two_reporters_that_do_not_move_are_not_waited_for_for_ever(tmp_path: Path) -> None:
+    impatient = Timing(**{**json.loads(timing_json(QUICK)), "patience_s": 0.5})
+    holder, other = (Locks(Layout(tmp_path), name, QUICK) for name in ("one", "other"))
+    calls = itertools.count()
+    with holder.hold(KEY, published=lambda: False, cancel=threading.Event()) as hold:
+        second = Hold(Layout(tmp_path).lock_progress(KEY), "other", "", QUICK, "unlocked")
+
+        def report_in_turn() -> bool:
+            turn = next(calls) % 2
+            (hold, second)[turn].report(Progress("downloading", 5 + turn, 100))
+            return False
+
+        assert hold_now(tmp_path, timing=impatient, published=report_in_turn) == "unlocked"
+    assert other.holder(KEY) is not None
+
+
+def test_who_hears_from_the_holder_leaves_the_lock_alone(tmp_path: Path) -> None:
+    tried: list[float] = []
+    real = SoftReadWriteLock.acquire_write
+
+    def counted(self: SoftReadWriteLock, *args: Any, **options: Any) -> Any:
+        tried.append(time.monotonic())
+        return real(self, *args, **options)
+
+    heard = itertools.count()
+    with Locks(Layout(tmp_path), "holder", QUICK).hold(KEY, published=lambda: False, cancel=threading.Event()) as hold:
+
+        def report() -> bool:
+            hold.report(Progress("downloading", next(heard), 10**9))
+            return next(heard) > 100
+
+        with mock.patch.object(SoftReadWriteLock, "acquire_write", counted):
+            assert hold_now(tmp_path, published=report) == "published"
+    assert len(tried) <= 2
+
+
+def test_who_heard_that_the_holder_failed_is_next_at_once(tmp_path: Path) -> None:
+    patient = Timing(**{**json.loads(timing_json(QUICK)), "quiet_s": 60.0})
+    heard: list[Progress] = []
+
+    def fail_soon() -> None:
+        with (
+            contextlib.suppress(OSError),
+            Locks(Layout(tmp_path), "holder", QUICK).hold(KEY, published=lambda: False, cancel=threading.Event()) as hold,
+        ):
+            inside.set()
+            for done in itertools.count():
+                hold.report(Progress("downloading", done, 10**9))
+                time.sleep(0.02)
+                if len(heard) > 5:
+                    raise OSError
+
+    inside = threading.Event()
+    failing = threading.Thread(target=fail_soon)
+    failing.start()
+    assert inside.wait(30)
+    began_s = time.monotonic()
+    assert hold_now(tmp_path, timing=patient, on_wait=heard.append) == "held"
+    assert time.monotonic() - began_s < 30
+    failing.join()
+
+
+def test_waiting_costs_a_volume_little(moosefs: MooseFS) -> None:
+    """By the counters of the waiting host's own mount; the default timings."""
+    here, there = (Layout(mount / "waiting") for mount in moosefs.mounts[:2])
+    here.model("checkpoints", "model.safetensors").parent.mkdir(parents=True)
+    stop, heard, states = threading.Event(), threading.Semaphore(0), []
+
+    def work(hold: Hold) -> None:
+        for done in itertools.count():
+            if stop.wait(0.2):
+                return
+            hold.report(Progress("downloading", done * MIB, 10**12))
+
+    def wait() -> None:
+        path = there.model("checkpoints", "model.safetensors")
+        locks = Locks(there, "waiter", Timing(quiet_s=120))  # on a busy machine the holder may be late
+        with (
+            contextlib.suppress(EnsureCancelled),
+            Watch(stop, path, path.exists, Timing().look_s) as watch,
+            locks.hold(KEY, published=lambda: False, cancel=watch, on_wait=lambda _: heard.release()) as hold,
+        ):
+            states.append(hold.state)
+
+    with Locks(here, "holder").hold(KEY, published=lambda: False, cancel=threading.Event()) as hold:
+        threads = [threading.Thread(target=work, args=(hold,)), threading.Thread(target=wait)]
+        for thread in threads:
+            thread.start()
+        for _ in range(4):
+            assert heard.acquire(timeout=60)
+        before, began_s = operations(moosefs.mounts[1]), time.monotonic()
+        for _ in range(4):
+            assert heard.acquire(timeout=60)
+        rate = (operations(moosefs.mounts[1]) - before) / (time.monotonic() - began_s)
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert states == []
+    assert rate <= 5
+
+
+def operations(mount: Path) -> int:
+    """How many operations this mount has asked of its volume."""
+    lines = (mount / ".stats").read_text().splitlines()
+    return next(int(line.partition(": ")[2]) for line in lines if line.startswith("fuse_ops: "))
 
 
 def test_locks_removed_under_a_holder_let_another_in_and_hurt_nobody(

@@ -53,7 +53,7 @@ MIB = 1024 * 1024
 SMALL = Tuning(
     connections=2, request_bytes=MIB // 2, smallest_bytes=MIB // 4, buffer_bytes=64 * 1024, unsaved_bytes=MIB, patience_s=5
 )
-QUICK = Timing(heartbeat_s=0.3, stale_s=2, poll_s=0.05, attempt_s=0.1, lone_patience_s=0.2)
+QUICK = Timing(heartbeat_s=0.3, stale_s=2, quiet_s=0.5, look_s=0.1, poll_s=0.05, attempt_s=0.1, lone_patience_s=0.2)
 
 
 def safetensors(tensor_bytes: int, seed: int = 1) -> bytes:
@@ -333,6 +333,42 @@ def test_threads_that_want_one_model_fetch_it_once(setup: Setup, stand_in: Stand
 # --- one content, two names ---------------------------------------------------------------------
 
 TWIN = ModelSpec("text_encoders", "twin.safetensors", SOURCE)
+
+
+@pytest.mark.parametrize("at", ["look-up", "body"])
+def test_whatever_a_worker_waits_for_it_sees_that_another_published_the_model(setup: Setup, stand_in: StandIn, at: str) -> None:
+    """A hub that puts everybody off for an hour, and one whose bytes drip: the file is there all the same."""
+    if at == "look-up":
+        stand_in.fault("status", status=429, retry_after_s=3600, route="resolve", count=None)
+    else:
+        stand_in.fault("slow", bytes_per_s=9000, shared=False, route="cdn", count=None)
+    found: list[Ready] = []
+    waiting = threading.Thread(target=lambda: found.append(setup.store().ensure(SPEC)))
+    waiting.start()
+    stand_in.wait_until(lambda: any(r.route == ("resolve" if at == "look-up" else "cdn") for r in stand_in.requests))
+    setup.put()
+    write_seal(
+        setup.layout.seal(SPEC.folder, SPEC.name),
+        Seal(size=len(WEIGHTS), mtime=whole_mtime(setup.final.stat()), sha256=SHA256),
+    )
+    waiting.join(20)
+    assert [ready.how for ready in found] == ["ready"]
+    assert setup.litter() == []
+
+
+def test_an_error_that_came_after_another_worker_published_is_none(setup: Setup, stand_in: StandIn) -> None:
+    class Publish(Hooks):
+        def at(self, step: str) -> None:
+            if step == "locked":
+                stand_in.fault("expired", route="cdn", count=None)
+                setup.put()
+                write_seal(
+                    setup.layout.seal(SPEC.folder, SPEC.name),
+                    Seal(size=len(WEIGHTS), mtime=whole_mtime(setup.final.stat()), sha256=SHA256),
+                )
+                raise SourceRefused("somewhere", 403)
+
+    assert setup.store(hooks=Publish()).ensure(SPEC).how == "ready"
 
 
 def test_one_content_under_two_names_is_fetched_once(setup_everywhere: Setup, stand_in: StandIn) -> None:

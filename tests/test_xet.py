@@ -41,7 +41,9 @@ SHA256 = hashlib.sha256(WEIGHTS).hexdigest()
 FILE = HubFile("org/repo", "model.safetensors")
 SPEC = ModelSpec("checkpoints", "model.safetensors", FILE)
 SMALL = Tuning(connections=2, request_bytes=MIB, smallest_bytes=MIB, buffer_bytes=256 * 1024, unsaved_bytes=MIB, patience_s=20)
-QUICK = Timing(heartbeat_s=0.3, stale_s=2, poll_s=0.05, attempt_s=0.1, lone_patience_s=0.2, report_every_s=0)
+QUICK = Timing(
+    heartbeat_s=0.3, stale_s=2, quiet_s=0.5, look_s=0.1, poll_s=0.05, attempt_s=0.1, lone_patience_s=0.2, report_every_s=0
+)
 NEVER = threading.Event()
 
 

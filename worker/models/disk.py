@@ -8,7 +8,7 @@ import json
 import os
 import secrets
 import time
-from typing import TYPE_CHECKING, BinaryIO, Final, TypeVar
+from typing import TYPE_CHECKING, BinaryIO, Final, Self, TypeVar
 
 from worker.errors import EnsureCancelled, FileIncomplete, ModelError, VolumeFailed, VolumeFull, VolumeReadOnly
 
@@ -26,6 +26,7 @@ SAFETENSORS: Final = (".safetensors", ".sft")
 _NOT_THERE_YET: Final = frozenset({errno.ENOENT, errno.ESTALE})
 _SETTLE_S: Final = 3.0
 _LONGEST_STEM_BYTES: Final = 240
+_RENEW_S: Final = 15.0
 _BUFFER_BYTES: Final = 4 * 1024 * 1024
 _MAX_HEADER_BYTES: Final = 100_000_000  # safetensors' own limit
 
@@ -115,6 +116,58 @@ def sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(fd)
+
+
+class Peek:
+    """Look at one path again and again. Its folder stays open, so that a look costs a network volume one operation or two.
+
+    A folder that was replaced is noticed after `_RENEW_S`. One thread uses it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._fd = -1
+        self._name = ""
+        self._until_s = 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def _open(self) -> int:
+        """The nearest folder above that is there."""
+        if self._fd < 0 or time.monotonic() >= self._until_s:
+            self._close()
+            folder = next(above for above in self._path.parents if above.is_dir())
+            self._fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            self._name = str(self._path.relative_to(folder))
+            self._until_s = time.monotonic() + _RENEW_S
+        return self._fd
+
+    def exists(self) -> bool:
+        """Whether anything is there; raises `OSError` when that cannot be known."""
+        try:
+            folder = self._open()
+            os.stat(self._name, dir_fd=folder)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def read(self, most_bytes: int = 64 * 1024) -> bytes:
+        """Read the beginning of the file; raises `OSError`."""
+        folder = self._open()
+        fd = os.open(self._name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=folder)
+        try:
+            return os.read(fd, most_bytes)
+        finally:
+            os.close(fd)
 
 
 def sha256_of(path: Path, cancel: CancelToken, on_bytes: Callable[[int], None]) -> str:

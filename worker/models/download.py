@@ -86,6 +86,7 @@ class Task:
     """The stamp of the file that is to be replaced, where there is one."""
     needed_bytes: int = 0
     fetched_bytes: int = 0
+    key: str = ""
 
     def meter(self, phase: Phase, total_bytes: int, report: Listener, done_bytes: int = 0) -> Callable[[int], None]:
         """What turns counts of bytes into progress with a rate, a few times a second."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import random
 import time
 from dataclasses import asdict, dataclass
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Final, Literal
 from filelock import SoftFileLockProtocolError, SoftReadWriteLock, Timeout
 
 from worker.errors import EnsureCancelled
-from worker.models.disk import FULL, READ_ONLY, write_atomically
+from worker.models.disk import FULL, READ_ONLY, Peek, write_atomically
 from worker.models.progress import Progress
 
 if TYPE_CHECKING:
@@ -37,15 +38,21 @@ _CANNOT_WRITE: Final = READ_ONLY | FULL
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """How the lock waits. A dead holder is succeeded after `stale_s` and two polls, so 45 s are ample with the defaults.
+    """How the lock waits. A dead holder is succeeded `quiet_s + stale_s` and two polls later: 45 s are ample with the defaults.
 
-    `attempt_s` bounds how long a cancelled waiter stays. `patience_s` is how long a holder's phase and count of bytes may stay
-    what they are before a waiter goes on without the lock, each waiter after one to two times that: that a holder still reports
-    says only that it lives. `lone_patience_s` is the same where the file system has no such locks.
+    A waiter looks for the published file each `look_s` and reads the holder's report every second time. It takes part in the
+    lock itself, which costs a volume a hundred times as much, only when no new report came for `quiet_s`. `attempt_s` bounds
+    how long a cancelled waiter stays.
+
+    `patience_s` is how long a holder's phase and count of bytes may stay what they are before a waiter goes on without the
+    lock, each waiter after one to two times that: that a holder still reports says only that it lives. `lone_patience_s` is the
+    same where the file system has no such locks.
     """
 
     heartbeat_s: float = 5.0
-    stale_s: float = 30.0
+    stale_s: float = 27.0
+    quiet_s: float = 3.0
+    look_s: float = 1.0
     poll_s: float = 0.5
     attempt_s: float = 0.75
     patience_s: float = 120.0
@@ -58,7 +65,7 @@ class Timing:
 class Holder:
     """What the downloader of a content says about itself, once a second, for those who wait for it.
 
-    `beat` counts what it has said: that it lives, not that it gets on.
+    `beat` counts what it has said: that it lives, not that it gets on. `left`: it has let go of the lock.
     """
 
     by: str
@@ -68,6 +75,7 @@ class Holder:
     bytes_per_s: float
     beat: int
     name: str = ""  # the model's `folder/name`; the key says nothing to a person
+    left: bool = False
 
     def as_progress(self) -> Progress:
         """The same, as the waiting worker shows it."""
@@ -87,6 +95,7 @@ class Hold:
         self._timing = timing
         self._beat = 0
         self._next_s = 0.0
+        self._last: Progress | None = None
 
     def report(self, progress: Progress) -> None:
         """Let the waiting workers see it; at most once a second, and never a reason to fail."""
@@ -94,11 +103,19 @@ class Hold:
         if now_s < self._next_s:
             return
         self._next_s = now_s + self._timing.report_every_s
+        self._last = progress
+        self._write(progress, left=False)
+
+    def leave(self) -> None:
+        """Let the waiting workers see that the lock is free with nothing published, if they were told that it is held."""
+        if self._last:
+            self._write(self._last, left=True)
+
+    def _write(self, progress: Progress, *, left: bool) -> None:
         self._beat += 1
         phase: Literal["downloading", "checking"] = "checking" if progress.phase == "checking" else "downloading"
-        holder = Holder(
-            self._worker, phase, progress.done_bytes, progress.total_bytes, progress.bytes_per_s, self._beat, self._name
-        )
+        done, total, rate = progress.done_bytes, progress.total_bytes, progress.bytes_per_s
+        holder = Holder(self._worker, phase, done, total, rate, self._beat, self._name, left)
         with contextlib.suppress(OSError):
             write_atomically(self._path, json.dumps(asdict(holder)).encode(), durable=False)
 
@@ -113,10 +130,8 @@ class Locks:
 
     def holder(self, key: str) -> Holder | None:
         """Who says they download this content, if anybody does; possibly a worker that died since."""
-        try:
-            return Holder(**json.loads(self._layout.lock_progress(key).read_bytes()))
-        except (OSError, ValueError, TypeError):
-            return None
+        with Peek(self._layout.lock_progress(key)) as peek:
+            return _read(peek)
 
     @contextlib.contextmanager
     def hold(
@@ -135,15 +150,19 @@ class Locks:
         Never waits longer than a holder without progress is given: then the work is done without the lock, which costs
         bandwidth and nothing else. Raises `EnsureCancelled` within `Timing.attempt_s` and a disk access.
         """
-        waiter = _Waiter(self, key, name or key, self._timing, on_wait)
-        lock = self._make(key)
-        state = waiter.wait(lock, published, cancel)
-        hold = Hold(self._layout.lock_progress(key), self._worker, name, self._timing, state)
+        record, lock = self._layout.lock_progress(key), self._make(key)
+        with Peek(record) as peek:
+            state = _Waiter(peek, name or key, self._timing, on_wait).wait(lock, published, cancel)
+        hold = Hold(record, self._worker, name, self._timing, state)
+        left = True
         try:
             yield hold
+            left = False
         finally:
             if state == "held":
                 _release(lock)
+                if left:
+                    hold.leave()
 
     def _make(self, key: str) -> SoftReadWriteLock:
         # One instance for all attempts: how long a holder was silent is remembered in it.
@@ -157,20 +176,27 @@ class Locks:
         )
 
 
+def _read(record: Peek) -> Holder | None:
+    try:
+        return Holder(**json.loads(record.read()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
 class _Waiter:
     """One wait for one lock: tries again and again, and watches everything that could end the wait."""
 
-    def __init__(self, locks: Locks, key: str, name: str, timing: Timing, on_wait: Listener) -> None:
-        self._locks = locks
-        self._key = key
+    def __init__(self, record: Peek, name: str, timing: Timing, on_wait: Listener) -> None:
+        self._record = record
         self._name = name
         self._timing = timing
         self._on_wait = on_wait
         # A fleet that loses patience together would download together: whoever is first shows progress to the others.
         self._haste = random.uniform(1.0, 2.0)  # noqa: S311 - no secret
         self._seen: Holder | None = None
-        self._progress: tuple[str, str, int] | None = None
+        self._furthest: dict[str, tuple[str, int]] = {}
         self._moved_s = time.monotonic()
+        self._heard_s = -math.inf
         self._trouble_since_s: float | None = None
         self._works = True
         self._patience_s = timing.patience_s
@@ -184,7 +210,8 @@ class _Waiter:
                 raise EnsureCancelled(self._name)
             if published():
                 return "published"
-            if self._works and self._acquired(lock):
+            tries = self._works and time.monotonic() - self._heard_s >= self._timing.quiet_s
+            if tries and self._acquired(lock):
                 return "held"
             if self._out_of_patience():
                 log.warning(
@@ -196,8 +223,7 @@ class _Waiter:
                     "waiting for %s, which another worker fetches (%s)", self._seen.name or self._name, self._seen.as_progress()
                 )
                 announced = self._seen.by
-            if not self._works:
-                cancel.wait(self._timing.attempt_s)
+            cancel.wait(self._timing.look_s * (1 if tries else 2))
 
     def _acquired(self, lock: SoftReadWriteLock) -> bool:
         try:
@@ -223,12 +249,22 @@ class _Waiter:
 
     def _out_of_patience(self) -> bool:
         now_s = time.monotonic()
-        self._seen = holder = self._locks.holder(self._key)
-        progress = (holder.by, holder.phase, holder.done_bytes) if holder else None
-        if progress != self._progress:
-            self._progress, self._moved_s = progress, now_s
+        before, self._seen = self._seen, _read(self._record)
+        holder = self._seen
+        if holder and self._moves(holder):
+            self._moved_s = now_s
+        if holder and before and (holder.by, holder.beat) != (before.by, before.beat):
+            self._heard_s = -math.inf if holder.left else now_s
         self._on_wait(holder.as_progress() if holder else Progress("waiting"))
         return now_s - self._moved_s >= self._patience_s * self._haste
+
+    def _moves(self, holder: Holder) -> bool:
+        """Whether this reporter is in another phase, or further in it, than it ever said: two that alternate do not move."""
+        phase, done_bytes = self._furthest.get(holder.by, ("", -1))
+        if holder.phase == phase and holder.done_bytes <= done_bytes:
+            return False
+        self._furthest[holder.by] = holder.phase, holder.done_bytes
+        return True
 
 
 def _release(lock: SoftReadWriteLock) -> None:

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import re
 import threading
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Self
 
 from worker.errors import (
     ContentMismatch,
     FileIncomplete,
+    ModelError,
     UnsafePath,
     UnsealedMismatch,
     VolumeFailed,
@@ -24,7 +26,7 @@ from worker.errors import (
     VolumeReadOnly,
     no_volume,
 )
-from worker.models.disk import check_whole, patiently, sha256_of, sync_folder, volume_error
+from worker.models.disk import Peek, check_whole, patiently, sha256_of, sync_folder, volume_error
 from worker.models.download import Download, Hooks, Origin, Ready, Task, Tools, both, write_own_seal
 from worker.models.inventory import path_of, record, sealed, stamp_of
 from worker.models.locks import Locks, Timing
@@ -35,6 +37,7 @@ from worker.models.spec import HubFile
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Callable
     from pathlib import Path
 
     from worker.models.hub import Hub, Remote
@@ -46,6 +49,8 @@ __all__ = ["Hooks", "Ready", "Store", "Stores", "Timing", "Tuning", "cached_file
 
 log = logging.getLogger(__name__)
 
+_TICK_S: Final = 0.1
+_LOOK_S: Final = 3.0
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 
@@ -92,7 +97,8 @@ class Store:
     ) -> None:
         self.layout = layout
         self._tools = Tools(layout, hub, worker, tuning or Tuning(), hooks or Hooks())
-        self._locks = Locks(layout, worker, timing)
+        self._timing = timing or Timing()
+        self._locks = Locks(layout, worker, self._timing)
         self._host_cache = host_cache or layout
         self._hashed: dict[tuple[str, int, int], str] = {}
 
@@ -113,14 +119,32 @@ class Store:
         path = path_of(self.layout, spec)
         task = Task(spec, path, progress, cancel or threading.Event())
         try:
-            found = self._look(task)
-            while found is None:
-                found = self._once(task)
+            found = self._look(task) or self._get(task)
         except DiskFailed as exc:
             raise volume_error(self.layout.root, exc.error, task.needed_bytes) from exc
         except OSError as exc:
             raise volume_error(self.layout.root, exc, task.needed_bytes) from exc
         return replace(found, bytes_fetched=task.fetched_bytes, seconds=time.monotonic() - began_s)
+
+    def _get(self, task: Task) -> Ready:
+        """Fetch or adopt the model, or stop as soon as another worker has: whatever this one waits for or met meanwhile."""
+        with Watch(task.cancel, task.path, lambda: self._is_published(task.spec), self._timing.look_s) as watch:
+            task.cancel = watch
+            try:
+                while (found := self._once(task)) is None:
+                    pass
+            except (ModelError, OSError, DiskFailed):
+                if not watch.look():
+                    raise
+                log.info("%s was published by another worker", task.path)
+                if task.key:
+                    sweep(self.layout.partial(task.key))
+                return Ready(task.path, "ready")
+            return found
+
+    def _is_published(self, spec: ModelSpec) -> bool:
+        there = sealed(self.layout, spec.folder, spec.name)
+        return there is not None and (None in {spec.sha256, there[1].sha256} or spec.sha256 == there[1].sha256)
 
     def replace(self, spec: ModelSpec, stamp: object, progress: Listener = _ignore, cancel: CancelToken | None = None) -> Ready:
         """Fetch the model again, and put it in the place of the file with this stamp once it was checked.
@@ -242,9 +266,10 @@ class Store:
         key = self._sha256_to_have(spec, found) if found else remote.key if remote else None
         if key is None:
             return self._look(task)
+        task.key = key
         with self._locks.hold(
             key,
-            published=lambda: bool(self.ready(spec.folder, spec.name)),
+            published=lambda: False,  # `Watch` looks for that
             cancel=task.cancel,
             on_wait=task.progress,
             name=f"{spec.folder}/{spec.name}",
@@ -310,6 +335,57 @@ class Store:
             raise ContentMismatch(remote.where, "size", str(spec.size_bytes), str(remote.size_bytes))
         task.needed_bytes = remote.size_bytes
         return replace(remote, sha256=remote.sha256 or spec.sha256)
+
+
+class Watch:
+    """A cancel token that is set as well once another worker has published `path`; it looks each `every_s`.
+
+    The looks have a thread of their own: a volume that does not answer holds up nobody who waits.
+    """
+
+    def __init__(self, cancel: CancelToken, path: Path, is_published: Callable[[], bool], every_s: float) -> None:
+        self._cancel = cancel
+        self._path = path
+        self._is_published = is_published
+        self._every_s = every_s
+        self._published = False
+        self._ended = threading.Event()
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._look_often, name="watch", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+
+    def _look_often(self) -> None:
+        with Peek(self._path) as peek:
+            while not self._published and not self._ended.wait(self._every_s):
+                with contextlib.suppress(OSError):
+                    if peek.exists():
+                        self._look_once()
+
+    def _look_once(self) -> None:
+        with contextlib.suppress(OSError):
+            self._published = self._published or self._is_published()
+
+    def look(self) -> bool:
+        """Look now, for as long as a volume that answers may take."""
+        thread = threading.Thread(target=self._look_once, name="look", daemon=True)
+        thread.start()
+        thread.join(_LOOK_S)
+        return self._published
+
+    def is_set(self) -> bool:
+        """Whether nothing is left to wait for."""
+        return self._cancel.is_set() or self._published
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """As `threading.Event.wait`."""
+        until_s = math.inf if timeout is None else time.monotonic() + timeout
+        while not self.is_set() and (left_s := until_s - time.monotonic()) > 0:
+            self._cancel.wait(min(_TICK_S, left_s))
+        return self.is_set()
 
 
 class Stores:
