@@ -11,6 +11,7 @@ import os
 import random
 import socket
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -108,7 +109,12 @@ class Setup:
     def litter(self) -> list[Path]:
         """What is left of downloads and half-written records."""
         partials = self.layout.partials.rglob("*") if self.layout.partials.exists() else ()
-        return [path for path in partials if path.is_file()] + [*self.volume.rglob("*.tmp"), *self.volume.rglob("*.pending")]
+        pending = (self.layout.state / "pending").glob("*")
+        return [path for path in partials if path.is_file()] + [
+            *self.volume.rglob("*.tmp"),
+            *self.volume.rglob("*.pending"),
+            *pending,
+        ]
 
 
 @pytest.fixture(params=["ext4", "moosefs"])
@@ -519,6 +525,86 @@ def test_a_publication_cut_short_before_its_seal_is_adopted(setup: Setup, stand_
     assert (seal.sha256, seal.commit) == (SHA256, "c" * 40)
     assert stand_in.requests == []
     assert setup.litter() == []
+
+
+def test_what_another_worker_is_publishing_is_not_taken_for_put_there_by_hand(setup: Setup) -> None:
+    """Between its name and its seal, with a second publisher that comes too late and clears up after itself."""
+    nowhere = Layout(setup.volume)
+    nowhere.state.mkdir(parents=True)
+    nowhere.locks.write_bytes(b"in the way")
+    late, published, sealed = (threading.Event() for _ in range(3))
+    seen: list[Ready] = []
+
+    class Late(Hooks):
+        def at(self, step: str) -> None:
+            if step == "hashed":
+                late.set()
+                assert published.wait(60)
+
+    class Early(Hooks):
+        def at(self, step: str) -> None:
+            if step == "hashed":
+                assert late.wait(60)
+            if step == "replaced":
+                published.set()
+                assert sealed.wait(60)
+
+    threads = [
+        threading.Thread(target=lambda hooks=hooks: seen.append(setup.store(hooks=hooks).ensure(SPEC)))
+        for hooks in (Late(), Early())
+    ]
+    for thread in threads:
+        thread.start()
+    assert published.wait(60)
+    # The late one looks now, and adopts what it finds; so does whoever else comes.
+    threads[0].join(60)
+    assert [ready.how for ready in seen] == ["adopted"]
+    sealed.set()
+    threads[1].join(60)
+    assert [ready.how for ready in seen] == ["adopted", "downloaded"]
+    assert setup.litter() == []
+
+
+def test_a_stale_record_of_another_file_is_not_believed(setup: Setup) -> None:
+    """Of equal size and time, under the same inode: its bytes decide, once."""
+    setup.put(OTHER)
+    found = setup.final.stat()
+    for place in (setup.layout.pending(found.st_ino), setup.layout.pending_seal(SPEC.folder, SPEC.name)):
+        write_seal(place, Seal(size=len(WEIGHTS), mtime=whole_mtime(found), sha256=SHA256))
+    assert setup.store().ensure(SPEC).how == "by_hand"
+    assert setup.litter() == []
+    with mock.patch("worker.models.store.sha256_of", side_effect=AssertionError("hashed again")):
+        assert setup.store().ensure(SPEC).how == "by_hand"
+
+
+def test_a_seal_without_mtime_over_another_file_of_its_length_is_not_believed(setup: Setup, stand_in: StandIn) -> None:
+    seal = setup.layout.seal(SPEC.folder, SPEC.name)
+    setup.put(WEIGHTS)
+    write_seal(seal, Seal(size=len(WEIGHTS), mtime=None, sha256=SHA256))
+    later(setup.final, seal, OTHER)
+    assert setup.store().ready(SPEC.folder, SPEC.name) is None
+    assert setup.store().ensure(SPEC).how == "by_hand"
+    write_seal(seal, Seal(size=len(WEIGHTS), mtime=None, sha256=SHA256))
+    later(setup.final, seal, WEIGHTS)
+    assert setup.store().ensure(SPEC).how == "adopted"
+    assert stand_in.requests == []
+
+
+def later(path: Path, than: Path, content: bytes) -> None:
+    """Put another content there after the seal, by the clock of a file system that may tick slowly."""
+    until = time.monotonic() + 10
+    while time.monotonic() < until:
+        path.write_bytes(content)
+        os.utime(path, (1, 1))
+        if path.stat().st_ctime_ns > than.stat().st_ctime_ns:
+            return
+
+
+@pytest.mark.parametrize("field", ["at", "by", "sha256", "etag", "file", "commit", "repo"])
+def test_a_seal_with_a_number_where_a_text_belongs_is_none(tmp_path: Path, field: str) -> None:
+    path = tmp_path / "seal.json"
+    path.write_text(json.dumps({"size": 1, "mtime": 1, "sha256": None, field: 5}))
+    assert read_seal(path) is None
 
 
 def test_an_uploaded_file_with_a_seal_without_mtime_is_accepted_and_its_seal_filled_in(setup: Setup) -> None:

@@ -129,6 +129,7 @@ def check_ready(root: Path, *, with_locked_partial: bool = False) -> None:
     left = [found for found in layout.partials.rglob("*") if found.is_file()] if layout.partials.exists() else []
     assert [path.suffix for path in left] in ([[], [".part"]] if with_locked_partial else [[]])
     assert list(layout.seals.rglob("*.pending")) == []
+    assert list((layout.state / "pending").glob("*")) == []
 
 
 # --- killed at any point ------------------------------------------------------------------------

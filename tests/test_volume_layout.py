@@ -27,6 +27,7 @@ LAYOUT = Layout(ROOT)
         ("models.toml", LAYOUT.manifest),
         (".worker/seals/<folder>/<name>.json", LAYOUT.seal("F", "N")),
         (".worker/seals/<folder>/<name>.json.pending", LAYOUT.pending_seal("F", "N")),
+        (".worker/pending/<inode>.json", LAYOUT.pending(7)),
         (".worker/partial/<sha256>/<nonce>.part", LAYOUT.partial("K") / "<nonce>.part"),
         (".worker/partial/<sha256>/<nonce>.journal", LAYOUT.partial("K") / "<nonce>.journal"),
         (".worker/used/<endpoint>.json", LAYOUT.used("<endpoint>")),
@@ -35,7 +36,7 @@ LAYOUT = Layout(ROOT)
 )
 def test_each_path_is_where_the_document_says(documented: str, path: Path) -> None:
     assert f"| `{documented}` |" in TEXT
-    spelled = documented.replace("<folder>", "F").replace("<name>", "N").replace("<sha256>", "K")
+    spelled = documented.replace("<folder>", "F").replace("<name>", "N").replace("<sha256>", "K").replace("<inode>", "7")
     assert str(path.relative_to(ROOT)) == spelled
 
 

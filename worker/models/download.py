@@ -44,6 +44,7 @@ How = Literal["ready", "adopted", "host_cache", "downloaded", "by_hand"]
 _WHOLE_ATTEMPTS: Final = 3
 _IDLE_S: Final = 60.0
 _TICK_S: Final = 0.2
+_PENDING_S: Final = 86_400.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,24 +254,27 @@ class Download:
     def _publish(self, partial: Partial, sha256: str) -> Ready | None:
         """Give the checked file its name, then seal it; None when a file has appeared there meanwhile."""
         spec, path, layout = self._task.spec, self._task.path, self._tools.layout
-        seal = self._seal(partial, sha256)
-        # If this worker dies between name and seal, the next one finds here what the file should hash to.
-        pending = layout.pending_seal(spec.folder, spec.name)
-        write_seal(pending, seal)
         there = stat_file(path)
         over = there is not None and stamp_of(there) == self._task.replaces
         if there is not None and not over:
-            return self._yielded(partial, pending)
+            partial.discard()
+            return None
+        seal, inode = self._seal(partial, sha256)
+        # Whoever looks between name and seal, also if this worker dies there, finds here what the file should hash to.
+        pending = layout.pending(inode)
+        write_seal(pending, seal)
         if path.is_symlink():
             log.warning("replacing the broken link %s -> %s", path, path.readlink())
         self._at("replacing")
         if not patiently(lambda: partial.publish(path, over=over)):
-            return self._yielded(partial, pending)
+            pending.unlink(missing_ok=True)
+            partial.discard()
+            return None
         self._at("replaced")
         sync_folder(path.parent)
         if self._hold.state == "held":
             self._clear_away()
-        write_own_seal(layout, spec, seal, lambda: self._at("seal_half_written"))
+        write_own_seal(layout, spec, seal, inode, lambda: self._at("seal_half_written"))
         if self._hold.state != "held":
             # Others may be fetching it as well. They stop now, and have only to look: without the seal they would have to hash.
             self._clear_away()
@@ -278,19 +282,14 @@ class Download:
         log.debug("published %s", path)
         return Ready(path, "downloaded")
 
-    @staticmethod
-    def _yielded(partial: Partial, pending: Path) -> None:
-        """Leave the name to a file that has come there meanwhile."""
-        partial.discard()
-        pending.unlink(missing_ok=True)
-
     def _clear_away(self) -> None:
         """Remove what other workers, dead ones above all, left of this content: once it is sealed nobody looks there again."""
         sweep(self._folder, {partial.path for partial in self._left})
         for left in self._left:
             threading.Thread(target=left.discard_later, name="clear-away", daemon=True).start()
 
-    def _seal(self, partial: Partial, sha256: str) -> Seal:
+    def _seal(self, partial: Partial, sha256: str) -> tuple[Seal, int]:
+        """The seal of a file, and its inode, by which it is known before it has its name."""
         if not partial.is_ours():
             raise Taken
         # A time of our own: what a network file system makes of the last write may still change, and differ between hosts.
@@ -301,7 +300,7 @@ class Download:
         if found.st_size != partial.size_bytes:
             raise Taken  # somebody cut it short behind the hash
         origin, remote = Origin.of(self._task.spec), self._remote
-        return Seal(
+        seal = Seal(
             size=found.st_size,
             mtime=whole_mtime(found),
             sha256=sha256,
@@ -312,6 +311,7 @@ class Download:
             by=self._tools.worker,
             at=now(),
         )
+        return seal, found.st_ino
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,13 +329,24 @@ class Origin:
         return cls(None, str(spec.source))
 
 
-def write_own_seal(layout: Layout, spec: ModelSpec, seal: Seal, opened: Callable[[], None] = lambda: None) -> None:
+def write_own_seal(layout: Layout, spec: ModelSpec, seal: Seal, inode: int, opened: Callable[[], None] = lambda: None) -> None:
     """Seal a model's file, if that can be: a file that is right is used all the same."""
     try:
         write_seal(layout.seal(spec.folder, spec.name), seal, opened)
-        layout.pending_seal(spec.folder, spec.name).unlink(missing_ok=True)
+        forget_pending(layout, spec, inode)
     except OSError as exc:
         log.warning("could not seal %s/%s (%s); it will be checked again at the next start", spec.folder, spec.name, exc)
+
+
+def forget_pending(layout: Layout, spec: ModelSpec, inode: int) -> None:
+    """Remove what was written down about a file for the time without a seal, and what others left there a day ago."""
+    own = layout.pending(inode)
+    for path in (own, layout.pending_seal(spec.folder, spec.name)):
+        path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        for left in own.parent.iterdir():
+            if left.stat().st_mtime < time.time() - _PENDING_S:
+                left.unlink(missing_ok=True)
 
 
 def both(first: Listener, second: Listener) -> Listener:

@@ -69,7 +69,7 @@ def look_at(path: Path, seal_path: Path) -> Look:
     if found is None:
         return Look(Standing.ABSENT)
     size_bytes, seal = found.st_size, read_seal(seal_path)
-    if seal and _fits(seal, path, found):
+    if seal and _fits(seal, seal_path, path, found):
         return Look(Standing.READY, size_bytes, seal, stamp_of(found))
     error = trouble_of(path, size_bytes)
     standing = Standing.INCOMPLETE if error else Standing.REPLACED if seal else Standing.BY_HAND
@@ -92,11 +92,18 @@ def trouble_of(path: Path, size_bytes: int) -> ModelError | None:
     return None
 
 
-def _fits(seal: Seal, path: Path, found: os.stat_result) -> bool:
-    """Whether the seal is about this file. One that was uploaded has no time yet: its header has to agree with its size."""
-    if seal.mtime is None:
-        return seal.size == found.st_size and trouble_of(path, found.st_size) is None
-    return seal.fits(found)
+def _fits(seal: Seal, seal_path: Path, path: Path, found: os.stat_result) -> bool:
+    """Whether the seal is about this file.
+
+    One that was uploaded has no time yet. Its header has to agree with its size, and nothing may have changed it since it was
+    sealed: a file of the same length that somebody put there later is known by its bytes only.
+    """
+    if seal.mtime is not None:
+        return seal.fits(found)
+    if seal.size != found.st_size or trouble_of(path, found.st_size) is not None:
+        return False
+    own = stat_file(seal_path)
+    return own is not None and found.st_ctime_ns <= own.st_ctime_ns
 
 
 def path_of(layout: Layout, spec: ModelSpec) -> Path:
@@ -117,7 +124,7 @@ def sealed(layout: Layout, folder: str, name: str) -> tuple[Path, Seal] | None:
     path = layout.model(folder, name)
     found = stat_file(path)
     seal = read_seal(layout.seal(folder, name)) if found else None
-    if found is None or seal is None or not _fits(seal, path, found):
+    if found is None or seal is None or not _fits(seal, layout.seal(folder, name), path, found):
         return None
     if seal.mtime is None:
         with contextlib.suppress(OSError):
@@ -140,9 +147,10 @@ def lacking(layouts: Iterable[Layout], specs: Iterable[ModelSpec]) -> list[Model
 
 def record(layout: Layout, spec: ModelSpec, found: os.stat_result) -> Seal | None:
     """What was written down about a file of this size: by a publication that was cut short, or before it was touched."""
-    pending = read_seal(layout.pending_seal(spec.folder, spec.name))
-    if pending and pending.fits(found):
-        return pending
+    for place in (layout.pending(found.st_ino), layout.pending_seal(spec.folder, spec.name)):
+        pending = read_seal(place)
+        if pending and pending.fits(found):
+            return pending
     seal = read_seal(layout.seal(spec.folder, spec.name))
     return seal if seal and seal.size == found.st_size else None
 

@@ -93,8 +93,12 @@ class Layout:
         head = _head(last) if len(_encoded(last)) > _SEALED_BYTES else ""
         return self.seals.joinpath(*above, *([f"{head}\\"] if head else []), f"{last[len(head) :]}.json")
 
+    def pending(self, inode: int) -> Path:
+        """The same record while its file is being published: by the file's inode, so that two publishers have one each."""
+        return self.state / "pending" / f"{inode}.json"
+
     def pending_seal(self, folder: str, name: str) -> Path:
-        """The same record while its file is being published."""
+        """The same record while its file is being uploaded through S3, which tells no inode."""
         seal = self.seal(folder, name)
         return seal.with_name(f"{seal.name}.pending")
 

@@ -12,12 +12,14 @@ import shutil
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
+from worker.models.inventory import Standing, look_at
 from worker.models.seals import read_seal, stat_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from worker.models.inventory import Look
     from worker.models.layout import Layout
 
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
@@ -31,7 +33,7 @@ def cached_copies(layout: Layout) -> dict[Path, Path]:
     something, every seal of the volume is read; where there is no cache, nothing of the volume is.
     """
     blobs = dict(_blobs(layout.host_cache))
-    return {path: copy for path, copy in _sealed_as(layout, blobs) if _is_same(path, copy)} if blobs else {}
+    return dict(_sealed_as(layout, blobs)) if blobs else {}
 
 
 def _blobs(cache: Path) -> Iterator[tuple[str, Path]]:
@@ -54,13 +56,17 @@ def _sealed_as(layout: Layout, blobs: dict[str, Path]) -> Iterator[tuple[Path, P
     for folder, _, names in os.walk(layout.seals):
         above = layout.models / os.path.relpath(folder, layout.seals)
         for name in names:
-            if name.endswith(_SEAL) and (seal := read_seal(layout.seals / folder / name)) and seal.sha256 in blobs:
-                yield above / name.removesuffix(_SEAL), blobs[seal.sha256]
+            place = layout.seals / folder / name
+            if name.endswith(_SEAL) and (seal := read_seal(place)) and (copy := blobs.get(seal.sha256 or "")):
+                path = above / name.removesuffix(_SEAL)
+                if _is_same(look_at(path, place), copy):
+                    yield path, copy
 
 
-def _is_same(path: Path, copy: Path) -> bool:
-    found, own = stat_file(copy), stat_file(path)
-    return found is not None and own is not None and found.st_size == own.st_size
+def _is_same(own: Look, copy: Path) -> bool:
+    """Whether the seal is that of the file, which somebody may have replaced since, and the copy is as long."""
+    found = stat_file(copy)
+    return own.standing is Standing.READY and found is not None and found.st_size == own.size_bytes
 
 
 def lay_out(copies: dict[Path, Path], layout: Layout, root: Path) -> int:

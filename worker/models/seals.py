@@ -76,8 +76,10 @@ def decode_seal(data: bytes) -> Seal | None:
         seal = Seal(**{name: value for name, value in values.items() if name in _FIELDS})
     except (ValueError, TypeError, AttributeError):
         return None
-    sound = isinstance(seal.size, int) and isinstance(seal.mtime, (int, type(None)))
-    return seal if sound and isinstance(seal.v, int) and seal.v >= VERSION else None
+    numbers = type(seal.size) is int and type(seal.mtime) in {int, type(None)} and type(seal.v) is int
+    texts = (seal.sha256, seal.etag, seal.repo, seal.file, seal.commit, seal.by, seal.at)
+    sound = numbers and all(isinstance(text, (str, type(None))) for text in texts)
+    return seal if sound and seal.v >= VERSION else None
 
 
 def write_seal(path: Path, seal: Seal, opened: Callable[[], None] = lambda: None) -> None:

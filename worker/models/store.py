@@ -27,7 +27,7 @@ from worker.errors import (
     no_volume,
 )
 from worker.models.disk import Peek, check_whole, patiently, sha256_of, sync_folder, volume_error
-from worker.models.download import Download, Hooks, Origin, Ready, Task, Tools, both, write_own_seal
+from worker.models.download import Download, Hooks, Origin, Ready, Task, Tools, both, forget_pending, write_own_seal
 from worker.models.inventory import path_of, record, sealed, stamp_of
 from worker.models.locks import Locks, Timing
 from worker.models.partial import DiskFailed, sweep
@@ -211,21 +211,22 @@ class Store:
             return Ready(path, "by_hand")
         actual = self._hash(path, found, task, report)
         if actual != expected:
-            return self._not_as_recorded(spec, path, actual)
+            return self._not_as_recorded(spec, path, found, actual)
         origin = Origin.of(spec)
         if known is None or known.sha256 != actual:
             known = Seal(size=0, mtime=0, sha256=actual, repo=origin.repo, file=origin.file, by=self._tools.worker, at=now())
-        write_own_seal(self.layout, spec, replace(known, size=found.st_size, mtime=whole_mtime(found)))
+        write_own_seal(self.layout, spec, replace(known, size=found.st_size, mtime=whole_mtime(found)), found.st_ino)
         log.info("adopted %s, whose sha256 is right", path)
         return Ready(path, "adopted")
 
-    def _not_as_recorded(self, spec: ModelSpec, path: Path, actual: str) -> Ready:
+    def _not_as_recorded(self, spec: ModelSpec, path: Path, found: os.stat_result, actual: str) -> Ready:
         """Somebody put another file there: an error where the model is pinned, else theirs to use, and our record is void."""
         if spec.sha256:
             raise UnsealedMismatch(path, spec.sha256, actual)
         log.warning("%s is no longer the file that was sealed; it is used as it is", path)
         with contextlib.suppress(OSError):
             self.layout.seal(spec.folder, spec.name).unlink(missing_ok=True)
+            forget_pending(self.layout, spec, found.st_ino)
         return Ready(path, "by_hand")
 
     def _hash(self, path: Path, found: os.stat_result, task: Task, report: Listener) -> str:
@@ -302,28 +303,31 @@ class Store:
         origin = Origin.of(spec)
         seal = replace(there[1], etag=remote.etag, repo=origin.repo, file=origin.file, commit=remote.commit)
         seal = replace(seal, by=self._tools.worker, at=now())
-        if not self._link(there[0], task.path, self.layout.pending_seal(spec.folder, spec.name), seal):
+        if (inode := self._link(there[0], task.path, seal)) is None:
             return None
-        write_own_seal(self.layout, spec, seal)
+        write_own_seal(self.layout, spec, seal, inode)
         log.info("%s has the content of %s: linked", task.path, there[0])
         return Ready(task.path, "adopted")
 
-    @staticmethod
-    def _link(old: Path, new: Path, pending: Path, seal: Seal) -> bool:
-        """Whether the sealed file has the new name too, which nobody else had."""
+    def _link(self, old: Path, new: Path, seal: Seal) -> int | None:
+        """Give the sealed file the new name too, unless another file has it; return its inode."""
+        pending = None
         try:
+            inode = old.stat().st_ino
+            pending = self.layout.pending(inode)
             write_seal(pending, seal)
             new.parent.mkdir(parents=True, exist_ok=True)
             patiently(lambda: new.hardlink_to(old))
             sync_folder(new.parent)
             if seal.fits(new.stat()):
-                return True
+                return inode
             new.unlink()  # another file had come under the old name
         except OSError as exc:
             log.info("%s cannot be linked to %s (%s)", new, old, exc.strerror)
-        with contextlib.suppress(OSError):
-            pending.unlink(missing_ok=True)
-        return False
+        if pending:
+            with contextlib.suppress(OSError):
+                pending.unlink(missing_ok=True)
+        return None
 
     def _look_up(self, task: Task) -> Remote:
         """What the source holds; raises `ContentMismatch` when that is not what the model says it is."""
