@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from bench.bare import BareEngine
 from devkit.engine.cache import cache_root
+from devkit.local_worker import PROJECT
 from scripts.make_catalog import fetch_wheel, templates
 from scripts.make_comfyui import Refused, cut, known_text, newer_classes, read_hand, read_recordings, record
 from worker.known import KNOWN, known, older
@@ -52,6 +54,12 @@ def test_a_running_comfyui_answers_what_was_recorded(engine: Engine, tmp_path: P
         key: value for key, value in expected.items() if key != "classes"
     }
     assert not list((tmp_path / "models").rglob("in-*")), "the marks are gone again"
+
+
+def test_the_release_that_the_image_has_is_recorded() -> None:
+    found = re.search(r"^ARG COMFYUI_REF=v(\S+)$", (PROJECT / "Dockerfile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert found is not None
+    assert found[1] in known().releases, "run python -m scripts.make_comfyui --record, see CONTRIBUTING.md"
 
 
 def test_of_a_class_is_kept_what_is_read() -> None:
