@@ -66,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
         "workflow",
         nargs="?",
         help='a workflow as ComfyUI saves or exports it, a whole request ({"input": ...}), or a PNG, WEBP, MP4 or WEBM that '
-        "ComfyUI made; - for standard input",
+        "ComfyUI made; the name of a workflow on the endpoint's volume; - for standard input",
     )
     where = parse.add_argument_group("where").add_mutually_exclusive_group(required=True)
     where.add_argument("--endpoint", metavar="ID", help="a RunPod endpoint; the key is read from RUNPOD_API_KEY")

@@ -24,6 +24,7 @@ _OPTIONS: Final = {"images": "--image", "files": "--file", "models": "--model", 
 _SEED: Final = re.compile(r"-1|[0-9]{1,20}")
 _LARGEST_SEED: Final = 2**64 - 1
 _SHOWN_CHARS: Final = 40
+_SAVED: Final = re.compile(r"(?![-.~/\\{])[^\x00-\x1f]*[^.\x00-\x1f](?<!\.json)(?<!\.png)(?<!\.webp)(?<!\.mp4)(?<!\.webm)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +99,12 @@ def _title(node: Mapping[str, Any]) -> object:
 
 
 def _workflow(name: str) -> dict[str, Any]:
-    """A workflow of either format, a whole request, or a file that carries a workflow, as a request of its own."""
+    """A workflow of either format, a whole request, or a file that carries a workflow, as a request of its own.
+
+    What is no file and looks like none is the name of a workflow on the endpoint's volume.
+    """
+    if _SAVED.fullmatch(name) and not Path(name).exists():
+        return {"input": {"workflow": name}}
     data = sys.stdin.buffer.read() if name == "-" else _read(name)
     carrier = next((kind for magic, kind in _CARRIERS.items() if data.startswith(magic)), None)
     if data[4:8] == b"ftyp":
@@ -118,6 +124,8 @@ def _workflow(name: str) -> dict[str, Any]:
     wrapped = value.get("input")
     if isinstance(wrapped, dict) and ("workflow" in wrapped or "workflow_from" in wrapped):
         return {**value, "input": dict(wrapped)}
+    if isinstance(value.get("workflow"), str):
+        return {"input": value}
     return {"input": {"workflow": value}}
 
 

@@ -19,6 +19,7 @@ HALL = [
     ["serve", "boot", "plan", "doctor", "convert"],
     ["handler", "intake", "warmth"],
     ["graphs"],
+    ["saved"],
     ["loop", "logs", "progress", "laps"],
     ["job", "settings", "failure", "volume"],
     ["errors", "clock", "known", "text"],
@@ -93,7 +94,7 @@ def level(module: str) -> int:
     """The module's height: wings lie between the handler and the values."""
     name = module.split("/", maxsplit=1)[0]
     if name in WINGS:
-        return 5
+        return 6
     return next(index for index, names in enumerate(HALL) if name in names)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jsonschema
@@ -22,7 +23,9 @@ from worker.media.bucket import job_target
 from worker.media.fetch import Fetcher
 from worker.media.inputs import _check_apart, _relative, base64_pieces
 from worker.models import sources
+from worker.models.layout import Layout
 from worker.models.sources import Sources
+from worker.saved import is_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -64,6 +67,9 @@ def _checked(body: dict[str, Any]) -> None:
     if request.workflow_from is not None:
         return  # what the file carries is no part of the request
     graph = request.workflow
+    if is_name(graph):
+        Layout(Path("/v")).workflow(str(graph))
+        return  # what the file holds is no part of the request
     if is_ui(graph):
         if classes(graph):
             return  # ComfyUI's definitions are needed to say more
@@ -321,6 +327,11 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "an empty graph": ({"input": {"workflow": {}}}, "workflow_empty"),
     "a list as workflow": ({"input": {"workflow": [1]}}, "workflow_invalid"),
     "a text as workflow": ({"input": {"workflow": "{}"}}, "workflow_invalid"),
+    "no text as workflow": ({"input": {"workflow": ""}}, "unsafe_path"),
+    "a workflow's name upwards": ({"input": {"workflow": "../x"}}, "unsafe_path"),
+    "a workflow's name upwards with backslashes": ({"input": {"workflow": "a\\..\\..\\x"}}, "unsafe_path"),
+    "a workflow's name from the root": ({"input": {"workflow": "/etc/passwd"}}, "unsafe_path"),
+    "a workflow's name with a NUL": ({"input": {"workflow": "a\0"}}, "unsafe_path"),
     "false as workflow": ({"input": {"workflow": False}}, "workflow_invalid"),
     "a wrapped graph": ({"input": {"workflow": {"prompt": GRAPH}}}, "workflow_invalid"),
     "a wrapped graph and more": ({"input": {"workflow": {"prompt": GRAPH, "client_id": "x"}}}, "workflow_invalid"),
@@ -417,6 +428,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 BEYOND_A_SCHEMA: dict[str, tuple[dict[str, Any], str]] = {
+    "a workflow's name that cannot be printed": ({"input": {"workflow": "a\u200b"}}, "unsafe_path"),
     # What is inside a text: a schema compares texts with patterns, it decodes none and reads no JSON in them.
     "JSON that is none": ({"input": "{nope"}, "input_not_json"),
     "the JSON of a list": ({"input": "[1]"}, "input_not_json"),

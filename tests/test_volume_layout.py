@@ -25,6 +25,7 @@ LAYOUT = Layout(ROOT)
     [
         ("models/<folder>/<name>", LAYOUT.model("F", "N")),
         ("models.toml", LAYOUT.manifest),
+        ("workflows/<name>.json", LAYOUT.workflow("N")),
         (".worker/seals/<folder>/<name>.json", LAYOUT.seal("F", "N")),
         (".worker/seals/<folder>/<name>.json.pending", LAYOUT.pending_seal("F", "N")),
         (".worker/pending/<inode>.json", LAYOUT.pending(7)),

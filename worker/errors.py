@@ -10,7 +10,7 @@
     │   └── NothingToServe
     ├── RequestError             the client's request is wrong; a retry cannot help
     │   ├── InputMissing, InputNotJson, InputTooDeep, WorkflowMissing, WorkflowInvalid, WorkflowEmpty
-    │   ├── WorkflowUiFormat, WorkflowNotFinite, NoWorkflowInFile
+    │   ├── WorkflowUiFormat, WorkflowNotFinite, NoWorkflowInFile, WorkflowUnknown
     │   ├── UiWorkflowInvalid, UnknownNodes, OverrideInvalid
     │   ├── ImagesInvalid, FieldInvalid, ImageNotBase64
     │   ├── UnsafePath
@@ -296,6 +296,24 @@ class NoWorkflowInFile(RequestError):
             f"The file '{self.name}' carries no workflow: use a PNG, WEBP, MP4 or WEBM that ComfyUI saved with its metadata, "
             "or send the workflow itself."
         )
+
+
+@dataclass(eq=False)
+class WorkflowUnknown(RequestError):
+    """The request names a workflow that is not on the volume."""
+
+    name: str
+    there: Sequence[str] = ()
+    code = "workflow_unknown"
+
+    def details(self) -> list[str]:
+        return list(self.there)
+
+    def __str__(self) -> str:
+        name, shown = shortened(self.name, 100), [shortened(name, 60) for name in self.there[:5]]
+        more = f" and {len(self.there) - 5} more" if len(self.there) > 5 else ""  # noqa: PLR2004 - as many as are shown
+        known = f"there are {', '.join(shown)}{more}" if shown else "there are none"
+        return f"The volume holds no workflow '{name}', {known}; put it there as workflows/{name.removesuffix('.json')}.json."
 
 
 class WorkflowEmpty(RequestError):
@@ -1258,12 +1276,15 @@ class WhatUnknown(SeedError):
 
     what: str
     near: Sequence[str] = ()
+    saved: Sequence[str] = ()
     code = "what_unknown"
 
     def __str__(self) -> str:
         near = f"templates like it are {', '.join(self.near)}" if self.near else "--help says what can be named"
+        if self.saved:
+            near += f", and the volume's workflows are {', '.join(self.saved[:20])}"
         return (
-            f"'{self.what}' is no manifest or workflow on this machine, no hf:// or https:// address, "
+            f"'{self.what}' is no manifest or workflow on this machine or the volume, no hf:// or https:// address, "
             f"and no official template; {near}."
         )
 

@@ -15,9 +15,11 @@ from worker.comfy.workflow import parse_graph
 from worker.errors import FieldInvalid, NoWorkflowInFile
 from worker.job import check_depth
 from worker.known import known
+from worker.saved import is_name, read_workflow
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     from worker.comfy.engine import Engine
     from worker.comfy.workflow import Graph
@@ -41,18 +43,23 @@ class Given:
 class Workflows:
     """Takes graphs in the API's format, workflows as the editor saves them, and files that carry either."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, volume: Path) -> None:
         self._engine = engine
+        self._volume = volume
 
     async def of(self, request: Request, files: JobFiles) -> Given:
         """The request's graph, seeds and overrides applied; what the client sent stays as it is.
 
-        Raises a `RequestError`: nothing is guessed. `InputError` when the file that carries the workflow cannot be had.
+        Raises a `RequestError`: nothing is guessed. `InputError` when the file that carries the workflow cannot be had, and
+        `VolumeFailed` when one that is named cannot be read.
         """
         value, pnginfo = request.workflow, request.extra_pnginfo
         if request.workflow_from is not None:
             value, carried = await _carried(request, request.workflow_from, files)
             pnginfo = pnginfo or ({"workflow": carried} if carried else None)
+        elif is_name(value):
+            name, value = str(value), await asyncio.to_thread(read_workflow, self._volume, str(value))
+            check_depth(value, f"The workflow '{name}'")
         controls: Sequence[Control] = ()
         if is_ui(value):
             graph, controls = await self._converted(value)

@@ -75,7 +75,7 @@ class JobHandler:
         self._engine = engine
         self._supply = supply
         self._inputs = inputs
-        self._workflows = Workflows(engine)
+        self._workflows = Workflows(engine, settings.volume_path)
         self._delivery = delivery
         self._warmth = warmth
         self._redact = RedactingFilter(settings.secrets()).redact

@@ -43,7 +43,10 @@ class Request:
     """One job's input. `workflow` is checked for presence here, for shape where graphs are understood."""
 
     workflow: object
-    """A graph in the API's format, or a workflow as the editor saves it; None only where `workflow_from` is set."""
+    """A graph in the API's format, a workflow as the editor saves it, or the name of one that is on the volume.
+
+    None only where `workflow_from` is set.
+    """
     files: tuple[InputFile, ...] = ()
     """`images` first, then `files`: they differ in nothing but the name of the key that holds the data."""
     comfy_org_api_key: str | None = None

@@ -41,6 +41,16 @@ class Layout:
         return self.root / "models.toml"
 
     @property
+    def workflows(self) -> Path:
+        """The operator's workflows, which requests ask for by name."""
+        return self.root / "workflows"
+
+    def workflow(self, name: str) -> Path:
+        """The file of a workflow. Its `.json` may be written, and folders as Windows spells them."""
+        *above, last = safe_parts("The workflow's name", name.replace("\\", "/"))
+        return self.workflows.joinpath(*above, f"{last.removesuffix('.json')}.json")
+
+    @property
     def state(self) -> Path:
         """What the worker keeps for itself; deleting it while no worker runs costs hashing and resuming, never a model."""
         return self.root / ".worker"

@@ -7,9 +7,10 @@ import json
 import shutil
 import sys
 import urllib.request
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from worker.errors import RequestError, WorkerError
+from worker.errors import RequestError, VolumeFailed, WorkerError
 from worker.models.hub import Hub, credentials
 from worker.models.wire import Network
 from worker.plan.document import Unreadable, Wanted, installed, read_document
@@ -18,6 +19,7 @@ from worker.plan.lookup import ask_in_time, look, read_sources
 from worker.plan.places import Places
 from worker.plan.room import with_room
 from worker.plan.screen import plan_lines
+from worker.saved import read_workflow
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,7 +46,7 @@ def run(argv: Sequence[str], settings: Settings, hub: Hub | None = None) -> int:
     parser.add_argument(
         "workflow",
         help="a workflow as ComfyUI saves or exports it, a whole request, a PNG, WEBP, MP4 or WEBM that ComfyUI made, "
-        "or - for standard input",
+        "the name of a workflow on the volume, or - for standard input",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     try:
@@ -52,7 +54,7 @@ def run(argv: Sequence[str], settings: Settings, hub: Hub | None = None) -> int:
     except SystemExit as exc:
         return int(exc.code or 0)
     try:
-        document = read_document(options.workflow)
+        document = read_document(options.workflow, partial(read_workflow, settings.volume_path))
     except Unreadable as exc:
         print(f"error: {options.workflow}: {exc}", file=sys.stderr)  # noqa: T201 - the command's output
         return USAGE
@@ -80,14 +82,14 @@ def make_plan(document: object, settings: Settings, hub: Hub, deadline_s: float 
     problems: list[WorkerError] = []
     items: list[Item] = []
     try:
-        wanted = Wanted.read(document)
+        wanted = Wanted.read(document, partial(read_workflow, settings.volume_path))
         sources = sources.with_request(wanted.models, settings.model_hosts)
         sources = sources.with_workflow(wanted.metadata, settings.model_hosts)
         release = installed(settings.comfyui_dir)
         items += [look(nodes, sources, places) for nodes in wanted.names(release)]
         if lacking := wanted.lacking(release):
             problems.append(lacking)
-    except RequestError as exc:
+    except (RequestError, VolumeFailed) as exc:
         problems.append(exc)
     # A worker reads the lists for models that are missing, and at its start when it is to have all of them first.
     if settings.model_loading == "eager" or not all(item.state in THERE for item in items):

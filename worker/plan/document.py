@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -13,28 +16,36 @@ from worker.comfy.convert import is_ui
 from worker.comfy.embedded import embedded_workflow
 from worker.comfy.rejection import nodes_of, unknown_nodes
 from worker.comfy.workflow import check_paths, named_models, needed_nodes, parse_graph
+from worker.errors import UnsafePath, WorkerError
 from worker.job import Request
 from worker.known import known
 from worker.models.sources import embedded_models
 from worker.plan.editor import naming_graphs
+from worker.saved import is_name
 
 if TYPE_CHECKING:
     from worker.comfy.workflow import Graph, NamedModel
     from worker.errors import UnknownNodes
 
 
+Saved = Callable[[str], dict[str, Any]]
+"""Gives the workflow of a name that the volume knows, or raises what is the matter."""
+
+
 class Unreadable(Exception):  # noqa: N818 - a command says it, and ends
     """Why there is no document, as the end of a sentence."""
 
 
-def read_document(path: str) -> object:
+def read_document(path: str, saved: Saved | None = None) -> object:
     """The JSON of a file, of standard input (`-`), or carried by a picture or video of ComfyUI: its graph and its metadata.
 
-    Raises `Unreadable`, which says what would be right.
+    What is no file may be the name of a workflow, for `saved` to look up. Raises `Unreadable`, which says what would be right.
     """
     try:
         data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
     except OSError as exc:
+        if saved is not None and isinstance(exc, FileNotFoundError):
+            return _named(path, saved)
         raise Unreadable(f"it cannot be read: {exc.strerror or exc}") from None
     if carried := None if is_text(data) else embedded_workflow(data):
         found = {"prompt": carried.prompt, "workflow": carried.workflow}
@@ -57,6 +68,15 @@ def installed(comfyui_dir: Path) -> str | None:
     return found[1] if found else None
 
 
+def _named(name: str, saved: Saved) -> object:
+    try:
+        return saved(name)
+    except UnsafePath:
+        raise Unreadable(f"it cannot be read: {os.strerror(errno.ENOENT)}") from None
+    except WorkerError as exc:
+        raise Unreadable(f"it is no file here. {exc}") from None
+
+
 def is_text(data: bytes) -> bool:
     """Whether a file is text, as JSON and every manifest is and no picture or video."""
     try:
@@ -75,23 +95,27 @@ class Wanted:
     metadata: object = None
 
     @classmethod
-    def read(cls, document: object) -> Wanted:
-        """Take a workflow, a job (`{"input": {...}}`), its input, a body of `POST /prompt`, or what a PNG holds."""
+    def read(cls, document: object, saved: Saved | None = None) -> Wanted:
+        """Take a workflow, a job (`{"input": {...}}`), its input, a body of `POST /prompt`, or what a PNG holds.
+
+        `saved` looks up the workflow that a request names.
+        """
         if isinstance(document, dict):
             if _wraps(document, "input"):
-                return cls._of_request(document["input"])
+                return cls._of_request(document["input"], saved)
             for key in ("prompt", "output"):
                 if _wraps(document, key):
                     return cls(document[key], metadata=document)
-            if _wraps(document, "workflow"):
-                return cls._of_request(document)
+            if _wraps(document, "workflow") or isinstance(document.get("workflow"), str):
+                return cls._of_request(document, saved)
         return cls(document, metadata=document)
 
     @classmethod
-    def _of_request(cls, value: object) -> Wanted:
+    def _of_request(cls, value: object, saved: Saved | None) -> Wanted:
         request = Request.parse(value)
-        metadata = request.extra_pnginfo if embedded_models(request.extra_pnginfo) else request.workflow
-        return cls(request.workflow, request.models, metadata)
+        workflow = saved(str(request.workflow)) if saved and is_name(request.workflow) else request.workflow
+        metadata = request.extra_pnginfo if embedded_models(request.extra_pnginfo) else workflow
+        return cls(workflow, request.models, metadata)
 
     def graphs(self, release: str | None = None) -> list[Graph]:
         """Return the graphs that a job may run. `release`: of the ComfyUI that runs it, None where nobody knows.

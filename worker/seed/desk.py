@@ -71,9 +71,15 @@ class Desk:
         self.left_out: set[str] = set()
         self.hub = _hub(settings)
         self._environ = environ
+        self._volumes: tuple[Volume, ...] = ()
 
     def place(self) -> Place:
         """Where to. Raises `SeedUsage`, `S3KeysMissing`, and for S3 what `Bucket.check` does."""
+        place = self._place()
+        self._volumes = place.volumes
+        return place
+
+    def _place(self) -> Place:
         if self.options.places:
             return self._over_s3()
         root = (self.options.volume or self.settings.volume_path).absolute()
@@ -130,9 +136,8 @@ class Desk:
 
     def wants(self, sources: Sources) -> Wants:
         """What reads the WHATs."""
-        return Wants(
-            sources, self.hub, self.settings.model_hosts, self.options.folder, self.cancel, tell=self.tell, warn=self.warn
-        )
+        hosts, folder = self.settings.model_hosts, self.options.folder
+        return Wants(sources, self.hub, hosts, folder, self.cancel, volumes=self._volumes, tell=self.tell, warn=self.warn)
 
     def screen(self) -> Screen:
         """Where progress goes: a program's lines, a terminal's bars, or a log's lines."""

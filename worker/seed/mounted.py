@@ -12,6 +12,7 @@ from worker.models.disk import free_bytes, sha256_of, volume_error
 from worker.models.inventory import Look, look
 from worker.models.seals import Seal, read_seal, stat_file, whole_mtime, write_seal
 from worker.plan.places import Places
+from worker.saved import workflow_bytes, workflow_names
 from worker.seed.s3volume import Sealed, sealed_at
 
 if TYPE_CHECKING:
@@ -39,6 +40,16 @@ class MountedVolume:
     def free_bytes(self) -> int | None:
         """What the file system says is free; a quota does not show."""
         return free_bytes(self._layout.root)
+
+    def workflow(self, name: str) -> bytes | None:
+        """The file of a workflow of this name; None when there is none, or the name can be none."""
+        with contextlib.suppress(UnsafePath):
+            return workflow_bytes(self._layout.root, name)
+        return None
+
+    def workflow_names(self) -> list[str]:
+        """The names of its workflows."""
+        return workflow_names(self._layout.root)
 
     def look(self, folder: str, name: str) -> Look:
         """Say how a model's file stands."""

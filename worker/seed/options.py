@@ -21,6 +21,7 @@ _WHAT = """\
 WHAT is any mix of:
   models.toml                             a manifest, in any format that the worker reads
   workflow.json, picture.png, -           a workflow (either format), a request, a saved picture or video, standard input
+  NAME                                    a workflow on the volume, workflows/NAME.json
   hf://org/repo/file.safetensors[@rev]    one file; say with --folder where it belongs
   'hf://org/repo/*.safetensors[@rev]'     a repository's matching files
   loras=hf://org/repo/file.safetensors    the same, with the folder; folder/name=... gives it another name

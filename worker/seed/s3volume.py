@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from worker.errors import EnsureCancelled, FileIncomplete, S3Failed, S3FileDiffers
+from worker.errors import EnsureCancelled, FileIncomplete, S3Failed, S3FileDiffers, UnsafePath
 from worker.models.disk import SAFETENSORS, stated_in
 from worker.models.download import Origin
 from worker.models.inventory import Look, Standing
@@ -173,8 +173,23 @@ class S3Volume:
 
     def manifest(self) -> bytes | None:
         """`models.toml`, if there is one."""
+        return self._small(_LAYOUT.manifest)
+
+    def workflow(self, name: str) -> bytes | None:
+        """The file of a workflow of this name; None when there is none, or the name can be none."""
+        with contextlib.suppress(UnsafePath):
+            return self._small(_LAYOUT.workflow(name))
+        return None
+
+    def workflow_names(self) -> list[str]:
+        """The names of its workflows."""
+        prefix = f"{_LAYOUT.workflows.as_posix()}/"
+        keys = (key.removeprefix(prefix) for key in self.bucket.keys(prefix))
+        return sorted(key.removesuffix(".json") for key in keys if key.endswith(".json"))
+
+    def _small(self, path: Path) -> bytes | None:
         found = io.BytesIO()
-        key = _LAYOUT.manifest.as_posix()
+        key = path.as_posix()
         while data := self.bucket.read(key, found.tell(), _READ_BYTES):
             found.write(data)
             if len(data) < _READ_BYTES:

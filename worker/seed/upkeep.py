@@ -34,6 +34,14 @@ class Volume(Protocol):
         """What is free, where that can be known."""
         ...
 
+    def workflow(self, name: str) -> bytes | None:
+        """The file of a workflow of this name; None when there is none, or the name can be none."""
+        ...
+
+    def workflow_names(self) -> list[str]:
+        """The names of its workflows."""
+        ...
+
     def look(self, folder: str, name: str) -> Look:
         """Say how a model's file stands."""
         ...

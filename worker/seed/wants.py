@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from worker.comfy.rejection import Origin, unknown_nodes
-from worker.errors import FileNotInRepo, RequestError, SeedUsage, WhatUnknown
+from worker.errors import FileNotInRepo, RequestError, SeedUsage, WhatUnknown, WorkflowUnknown
 from worker.known import known
 from worker.models.sources import Catalog, Sources, SpecList
 from worker.models.spec import HubFile, ModelSpec, parse_source, parse_spec
 from worker.plan.document import Unreadable, Wanted, is_text, read_document
 from worker.plan.items import Item, State
 from worker.plan.lookup import meaning, of_spec
+from worker.saved import decoded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from worker.errors import UnknownNodes
     from worker.models.hub import Hub
     from worker.models.progress import CancelToken
+    from worker.seed.upkeep import Volume
 
 _GLOB: Final = re.compile(r"[*?\[]")
 _SHORT_LINE: Final = re.compile(r"[^:/=]+(/[^:=]*)?=[A-Za-z]+://")
@@ -42,7 +44,8 @@ def _tell_nobody(_: str) -> None:
 class Wants:
     """Reads WHATs. `sources` are the lists that hold anyway; manifests among the WHATs come before them.
 
-    `folder` is where an address goes that does not say it itself; `hosts` are those that a workflow's metadata may name.
+    `folder` is where an address goes that does not say it itself; `hosts` are those that a workflow's metadata may name;
+    `volumes` hold the workflows that are meant by a name.
     `tell` takes a warning: a workflow that its ComfyUI cannot run, before its models are sent.
     `warn` hears of manifests with entries that are left out.
     """
@@ -55,6 +58,7 @@ class Wants:
         folder: str | None,
         cancel: CancelToken,
         *,
+        volumes: Sequence[Volume] = (),
         tell: Callable[[str], None] = _tell_nobody,
         warn: Callable[[Sources], None] = lambda _: None,
     ) -> None:
@@ -63,6 +67,7 @@ class Wants:
         self._hosts = hosts
         self._folder = folder
         self._cancel = cancel
+        self._volumes = volumes
         self._tell = tell
         self._warn = warn
 
@@ -93,6 +98,8 @@ class Wants:
             if _is_manifest(what):
                 return self._of_specs(self._manifest(Path(what)).specs, Path(what).name)
             return self._workflow(what)
+        if (saved := self._found(what)) is not None:
+            return self._of_document(what, saved)
         name = what.removesuffix(".json")
         catalog = Catalog()
         if name in catalog.templates:
@@ -100,7 +107,8 @@ class Wants:
             self._warn(name, unknown_nodes(lacking, known().newest) if lacking else None)
             return self._of_specs(catalog.of_template(name), f"the template {name}")
         within = [template for template in catalog.templates if name and name in template]
-        raise WhatUnknown(what, within[:_NEAR] or difflib.get_close_matches(name, catalog.templates, n=_NEAR))
+        near = within[:_NEAR] or difflib.get_close_matches(name, catalog.templates, n=_NEAR)
+        raise WhatUnknown(what, near, self._saved_names())
 
     def _warn(self, what: str, lacking: UnknownNodes | None) -> None:
         """Say that a workflow cannot run. Its models are sent all the same: the image may have a newer ComfyUI."""
@@ -145,14 +153,31 @@ class Wants:
             document = read_document(path)
         except Unreadable as exc:
             raise SeedUsage(f"{path}: {exc}.") from None
+        return self._of_document(path, document)
+
+    def _of_document(self, title: str, document: object) -> list[Item]:
         try:
-            wanted = Wanted.read(document)
+            wanted = Wanted.read(document, self._saved)
             sources = self._sources.with_request(wanted.models, self._hosts).with_workflow(wanted.metadata, self._hosts)
             items = [meaning(nodes, sources) for nodes in wanted.names()]
-            self._warn(path, wanted.lacking())
+            self._warn(title, wanted.lacking())
             return [*items, *self._of_specs(sources.requested(), "the request")]
         except RequestError as exc:
-            raise SeedUsage(f"{path}: {exc}") from exc
+            raise SeedUsage(f"{title}: {exc}") from exc
+
+    def _saved(self, name: str) -> dict[str, Any]:
+        """The workflow of this name on a volume. Raises `WorkflowUnknown`, `NoWorkflowInFile`, and what reading it does."""
+        found = self._found(name)
+        if found is None:
+            raise WorkflowUnknown(name, self._saved_names())
+        return found
+
+    def _found(self, name: str) -> dict[str, Any] | None:
+        files = (volume.workflow(name) for volume in self._volumes)
+        return next((decoded(name, data) for data in files if data is not None), None)
+
+    def _saved_names(self) -> list[str]:
+        return sorted({name for volume in self._volumes for name in volume.workflow_names()})
 
 
 def _is_manifest(what: str) -> bool:
