@@ -69,7 +69,7 @@ class Wants:
         self._cancel = cancel
         self._volumes = volumes
         self._tell = tell
-        self._warn = warn
+        self._warn_of_lists = warn
 
     def read(self, whats: Sequence[str]) -> tuple[Item, ...]:
         """The models that are meant, each once: to be fetched, or with what is the matter. No WHAT: what the manifests name.
@@ -144,7 +144,7 @@ class Wants:
     def _manifest(self, path: Path) -> SpecList:
         """A manifest in any of the formats that the worker reads."""
         sources = Sources.read(volume_manifest=path)
-        self._warn(sources)
+        self._warn_of_lists(sources)
         volume = sources.volume
         return replace(volume.models, title=path.name) if volume else SpecList(path.name)
 
