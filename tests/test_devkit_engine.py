@@ -56,7 +56,7 @@ from comfy.text_encoders.sd3_clip import T5XXLTokenizer
 words = [bytes([byte]) for byte in range(256)] + [b" a", b"re", b" re", b" red"]
 special = ["<unk>", "<s>", "</s>"]
 tekken = {
-    "config": {"default_vocab_size": len(words) + len(special)},
+    "config": {"default_vocab_size": len(words) + len(special), "default_num_special_tokens": len(special)},
     "vocab": [{"rank": rank, "token_bytes": base64.b64encode(word).decode()} for rank, word in enumerate(words)],
     "special_tokens": [{"rank": rank, "token_str": text} for rank, text in enumerate(special)],
 }

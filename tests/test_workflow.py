@@ -552,7 +552,7 @@ def test_a_link_is_no_path_whatever_the_node_is_called() -> None:
 
 # --- which models it names ----------------------------------------------------------------------
 
-# (class, input) -> folder, as ComfyUI 0.3.75's own loaders call folder_paths.get_filename_list.
+# (class, input) -> folder, as ComfyUI's own loaders have called folder_paths.get_filename_list since 0.3.75.
 CORE_LOADERS = {
     ("AudioEncoderLoader", "audio_encoder_name"): "audio_encoders",
     ("CLIPLoader", "clip_name"): "text_encoders",
@@ -669,13 +669,17 @@ def loaders_in(source: Path) -> Iterator[tuple[tuple[str, str], str]]:
                     yield from (((class_type, str(key.value)), folder) for folder in folders_read(value))
 
 
-def test_the_table_of_core_loaders_is_what_comfyuis_source_says(engine: Engine) -> None:
+def test_the_loaders_of_this_comfyui_are_told_the_folders_that_its_source_says(engine: Engine) -> None:
     comfyui = engine.comfyui_dir
     sources = [comfyui / "nodes.py", *sorted((comfyui / "comfy_extras").glob("*.py"))]
     found = dict(loader for source in sources for loader in loaders_in(source))
     configs = found.pop(("CheckpointLoader", "config_name"))
     assert configs == "configs"  # YAML, no weights
-    assert found == CORE_LOADERS
+    assert found.items() >= CORE_LOADERS.items()
+    told = {
+        (class_type, name): named_models(node(class_type, **{name: "m.safetensors"}))[0].folders for class_type, name in found
+    }
+    assert told == {loader: BY_TWO_NAMES.get(folder, (folder,)) for loader, folder in found.items()}
 
 
 @pytest.mark.parametrize(
@@ -843,6 +847,9 @@ def test_the_order_is_the_graphs_and_each_place_is_named() -> None:
         ("(embedding:bad:1.2)", ["bad"]),
         ("((embedding:bad)), (a:1.1) embedding:good", ["bad", "good"]),
         ("(a cat, embedding:bad:1.2)", ["bad"]),
+        ("a\tembedding:bad", ["bad"]),
+        ("embedding:bad<0.5> embedding:good[1]", ["bad", "good"]),
+        ("embedding:<bad>", []),
         ("embedding:sub/bad", ["sub/bad"]),
         ("embedding:sub\\bad", ["sub/bad"]),
         (r"embedding:bad_\(v2\) x", ["bad_(v2)"]),
@@ -883,6 +890,7 @@ vars(tokenizer).update(
     tokenizer=NoWords(), max_length=77, min_length=None, min_padding=None, pad_left=False, pad_with_end=True,
     pad_to_max_length=False, tokenizer_adds_end_token=True, tokens_start=1, start_token=1, end_token=2, pad_token=0,
     max_word_length=8, embedding_directory="/x", embedding_identifier="embedding:", embedding_size=768, embedding_key="clip_l",
+    disable_weights=False,
 )
 answers = []
 for text in json.load(sys.stdin):
@@ -907,6 +915,8 @@ def test_the_tokenizers_rule_is_comfyuis(engine: Engine) -> None:
         "embedding:gg,",
     ]
     pieces += [" ", "\n", ",", "(", ")", "(", ")", ":1.2", ":x", "\\(", "\\)", "cat"]
+    if '"0.3.' not in (engine.comfyui_dir / "comfyui_version.py").read_text():
+        pieces += ["\tembedding:ee", "embedding:hh<3>", "embedding:ii[0]"]
     chance = random.Random(7)
     texts = ["".join(chance.choices(pieces, k=chance.randint(1, 9))) for _ in range(3000)]
     ask = subprocess.run(

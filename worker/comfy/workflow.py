@@ -570,13 +570,14 @@ def _input_folders() -> tuple[tuple[re.Pattern[str], str], ...]:
 def _embeddings(text: str) -> Iterator[str]:
     r"""The embeddings that ComfyUI's tokenizer sees in a prompt (comfy/sd1_clip.py, tokenize_with_weights).
 
-    It sees one at the start of a weighted segment or after a space or a line's end, reads to the next white space, and falls
-    back to the name without its commas. `\(` and `\)` are part of a name; plain ones bound a segment.
+    It sees one at the start of a weighted segment or after white space, reads to the next white space, `<` or `[`, and falls
+    back to the name without its commas. `\(` and `\)` are part of a name; plain ones bound a segment. (0.3.75 sees none after a
+    tab, and reads past `<` and `[`.)
     """
     for segment in _segments(text.replace("\\)", "\0\1").replace("\\(", "\0\2")):
-        words = re.split(r"(?:^|[ \n])embedding:", segment.replace("\0\1", ")").replace("\0\2", "("))
+        words = re.split(r"(?:^|\s)embedding:", segment.replace("\0\1", ")").replace("\0\2", "("))
         for word in words[1:]:
-            name = (word.split() or [""])[0].strip(",")
+            name = re.split(r"[<\[]", (word.split() or [""])[0], maxsplit=1)[0].strip(",")
             if name and _is_plain_name(name):
                 yield name.replace("\\", "/")
 
