@@ -255,6 +255,7 @@ there is 'fox_v2.safetensors'; correct the name, put the file on the volume, or 
     "Unreachable.reason": "its name cannot be looked up",
     "Unreachable.was_sent": False,
     "SpecInvalid.odd": False,
+    "NotOnWindows.command": "doctor",
     "ProxyUnusable.where": "http://proxy.example:3128",
     "ProxyUnusable.reason": "wants another user or password (status 407)",
     "TokenMalformed.variable": "HF_TOKEN",

@@ -8,6 +8,7 @@ import sys
 if sys.version_info < (3, 10):  # noqa: UP036 - this runs with whatever Python somebody has
     sys.exit("run_workflow.py needs Python 3.10 or newer; this is Python %d.%d." % sys.version_info[:2])  # noqa: UP031 - as above
 
+import io
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -15,4 +16,6 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     from client.command import run
 
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal's encoding lacks is no reason to end
+        sys.stdout.reconfigure(errors="replace")
     sys.exit(run(sys.argv[1:], os.environ))

@@ -8,6 +8,7 @@ import sys
 if sys.version_info < (3, 11):  # noqa: UP036 - this runs with whatever Python somebody has
     sys.exit("seed_volume.py needs Python 3.11 or newer; this is Python %d.%d." % sys.version_info[:2])  # noqa: UP031 - as above
 
+import io
 import logging
 from pathlib import Path
 
@@ -26,5 +27,7 @@ if __name__ == "__main__":
             raise
         sys.exit(_INSTALL.format(name=exc.name))
 
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal's encoding lacks is no reason to end
+        sys.stdout.reconfigure(errors="replace")
     logging.basicConfig(level=logging.ERROR)
     sys.exit(run(sys.argv[1:], os.environ))

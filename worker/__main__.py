@@ -13,6 +13,7 @@ Only what spawning ComfyUI needs is imported at the top: each import before the 
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import signal
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from worker import __version__, logs
 from worker.comfy.process import EngineCommand, EngineProcess, prepare_base_dir
-from worker.errors import CommandUnknown, WorkerError
+from worker.errors import CommandUnknown, NotOnWindows, WorkerError
 from worker.serve import import_sdk, prepare_environ, sdk_arguments, serve
 from worker.settings import Settings, markdown_table
 
@@ -50,10 +51,14 @@ jobs; elsewhere it wants --rp_serve_api for a local API (with --rp_api_host and 
 def main(argv: Sequence[str], environ: MutableMapping[str, str]) -> int:
     """Run a command, or the worker; returns the exit status. A failure to start is one line and status 1."""
     command, rest = (argv[0], argv[1:]) if argv else ("", argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal's encoding lacks is no reason to end
+        sys.stdout.reconfigure(errors="replace")
     try:
         if command in {"-h", "--help", "help"}:
             print(_HELP, end="")  # noqa: T201 - the command's output
             return 0
+        if command not in _ANYWHERE and not hasattr(os, "fork"):
+            raise NotOnWindows(command or "The worker")
         if command in _COMMANDS:
             return _COMMANDS[command](rest, environ)
         if command and not command.startswith("-"):
@@ -147,6 +152,9 @@ def _seed(argv: Sequence[str], environ: MutableMapping[str, str]) -> int:
 
 
 _COMMANDS = {"settings": _settings_table, "plan": _plan, "doctor": _doctor, "convert": _convert, "seed": _seed}
+
+
+_ANYWHERE = frozenset({"settings", "plan", "seed"})
 
 
 def _leave(number: int, _: object) -> None:

@@ -4,7 +4,7 @@
     ├── SettingsError            the environment is wrong; the worker does not start
     ├── ConvertUsage             `convert` was given what it cannot read
     ├── StartError               the worker cannot start on this machine
-    │   ├── EngineNotFound
+    │   ├── NotOnWindows, EngineNotFound
     │   ├── NoGpu
     │   ├── EngineStartFailed, EngineGaveUp
     │   └── NothingToServe
@@ -130,6 +130,17 @@ class StartError(WorkerError):
     """The worker cannot start on this machine."""
 
     code = "start_failed"
+
+
+@dataclass(eq=False)
+class NotOnWindows(StartError):
+    """A command that needs what Windows does not have."""
+
+    command: str
+    code = "not_on_windows"
+
+    def __str__(self) -> str:
+        return f"{self.command} needs Linux, macOS or WSL: run it there; on Windows only plan, seed and settings work."
 
 
 @dataclass(eq=False)

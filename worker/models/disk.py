@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 import time
 from typing import TYPE_CHECKING, BinaryIO, Final, Self, TypeVar
 
@@ -43,10 +44,9 @@ def volume_error(path: Path, exc: OSError, needed_bytes: int = 0) -> ModelError:
 def free_bytes(path: Path) -> int | None:
     """What the file system says is free to us; None when it cannot be asked. Quotas do not show in it."""
     try:
-        found = os.statvfs(path)
+        return shutil.disk_usage(path).free
     except OSError:
         return None
-    return found.f_bavail * found.f_frsize
 
 
 def patiently(operate: Callable[[], T], wait_s: float = _SETTLE_S) -> T:

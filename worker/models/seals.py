@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 VERSION: Final = 1
 _MAX_BYTES: Final = 64 * 1024
+_READ: Final = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)  # the last two are not everywhere
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +60,7 @@ def now() -> str:
 def read_seal(path: Path) -> Seal | None:
     """The seal, or None when there is none that can be read; a newer version's fields are left out."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(path, _READ)
         try:
             data = os.read(fd, _MAX_BYTES)
         finally:

@@ -7,7 +7,6 @@ by Xet is continued like any other, whoever began it, and by whichever way.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import logging
 import re
@@ -185,7 +184,9 @@ class XetFetch:
 
     def _drain(self, process: subprocess.Popen[bytes]) -> None:
         stream = _stream(process.stdout)
-        with contextlib.suppress(OSError):  # a small pipe is slower and no more
+        with contextlib.suppress(ImportError, AttributeError, OSError):  # a small pipe is slower and no more
+            import fcntl  # noqa: PLC0415 - not on Windows, where the seeder imports this module
+
             fcntl.fcntl(stream, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
         buffer = memoryview(bytearray(self._tuning.buffer_bytes))
         while self._todo and not self._stop.is_set():

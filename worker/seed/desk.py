@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
 import urllib.request
@@ -83,6 +84,8 @@ class Desk:
         if self.options.places:
             return self._over_s3()
         root = (self.options.volume or self.settings.volume_path).absolute()
+        if not hasattr(os, "fork"):
+            raise SeedUsage("A mounted volume can be filled on Linux, macOS or WSL; from Windows use --s3.")
         if not root.is_dir():
             raise SeedUsage(f"There is no folder {root}: say with --volume where the volume is mounted, or use --s3.")
         layout = layout_at(root)
