@@ -18,7 +18,7 @@ from worker.comfy.convert import convert
 from worker.comfy.workflow import named_models, needed_nodes, parse_graph
 from worker.errors import RequestError, SeedUsage, UiWorkflowInvalid, UnknownNodes
 from worker.models.hub import Hub
-from worker.models.sources import Sources
+from worker.models.sources import Sources, embedded_models
 from worker.models.wire import Network
 from worker.plan.document import Unreadable, Wanted, read_document
 from worker.plan.editor import naming_graph
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 CLASSIC, MODERN = "1.32.9", "1.58.1"
+HOSTS = ("huggingface.co", "civitai.com")
 
 
 def found(workflow: dict[str, Any], frontend: str = MODERN) -> dict[str, tuple[str, ...]]:
@@ -249,6 +250,20 @@ def test_official_templates_name_what_their_converted_graphs_name() -> None:
         assert read == exact, name
         compared += 1
     assert compared > 400
+
+
+def test_every_model_of_an_official_template_is_known_by_the_template_itself() -> None:
+    """None is another dialect's reading of the file: a template of a newer ComfyUI is not read as an older editor would."""
+    sources = Sources.read()
+    looked_at = 0
+    for name, workflow in templates(fetch_wheel(cache_root() / "wheels")):
+        if embedded_models(workflow):
+            known_here = sources.with_workflow(workflow, HOSTS)
+            for models in Wanted.read(workflow).names():
+                first = models[0]
+                assert any(known_here.find(file, first.folders) for file in first.file_names), (name, first)
+            looked_at += 1
+    assert looked_at > 250
 
 
 @pytest.mark.parametrize("path", recorded_pairs().values(), ids=list(recorded_pairs()))
