@@ -45,6 +45,7 @@ LORA_NAMES = (
     "cafe\u0301-nfd.safetensors",
     "semi;colon&amp=.safetensors",
     "plus+name@2x.safetensors",
+    "back\\slash.safetensors",
 )
 
 # What the operator's manifest names: folder, name, and how many bytes the hub has of it (none: the tiny LoRA).
@@ -116,6 +117,9 @@ def kitchen(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             earlier = local.base_dir / "output/earlier_00001_.png"
             earlier.parent.mkdir(parents=True)
             shutil.copy(PROJECT / "devkit/workflows/in.png", earlier)
+            odd = local.base_dir / "input/odd\\name.png"
+            odd.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(PROJECT / "devkit/workflows/in.png", odd)
             local.wait_ready()
             own = {"VOLUME_PATH": str(volume), "COMFYUI_DIR": str(local.base_dir), "HF_ENDPOINT": hub.endpoint}
             yield Kitchen(local, Settings.from_env(own))
@@ -147,10 +151,11 @@ def test_a_case(name: str, kitchen: Kitchen) -> None:
     right = CASES[name]["right"]
     plan = kitchen.plan(CASES[name]["input"])
     assert plan.can_run is right.get("plan", "error" not in right), plan
-    before = kitchen.runs()
+    before, logged = kitchen.runs(), len(kitchen.worker.log())
     answer = kitchen.worker.runsync(CASES[name]["input"])
     ran = kitchen.runs() - before
     assert {kind: ran[kind] for kind in right.get("runs", {})} == right.get("runs", {})
+    assert not [part for part in right.get("log_lacks", ()) if part in kitchen.worker.log()[logged:]]
     if "error" in right:
         assert answer["status"] == "FAILED", answer
         assert kitchen.code(answer["id"]) == right["error"], answer

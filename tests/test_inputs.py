@@ -133,7 +133,9 @@ def test_one_bad_file_and_none_appears(placing: Placing, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("subfolder", ["", "sub"])
-@pytest.mark.parametrize("name", ["../a", "/etc/a", "a/../../b", "..", "a\\..\\b", "a\0b", "//a"])
+@pytest.mark.parametrize(
+    "name", ["../a", "/etc/a", "a/../../b", "..", "a\\..\\b", "a\0b", "//a", "\\a", "C:\\a", "\\\\host\\a"]
+)
 def test_a_name_that_leaves_the_folder_is_refused(name: str, subfolder: str, placing: Placing, tmp_path: Path) -> None:
     (tmp_path / "input").mkdir()
     placing.refused(UnsafePath, tmp_path / "input", [InputFile(name, A, subfolder=subfolder)])
@@ -141,8 +143,36 @@ def test_a_name_that_leaves_the_folder_is_refused(name: str, subfolder: str, pla
 
 
 def test_a_subfolder_that_leaves_the_folder_is_refused(placing: Placing, tmp_path: Path) -> None:
-    for subfolder in ("..", "/", "/etc", "a/../..", "a\\b"):
+    for subfolder in ("..", "/", "/etc", "a/../..", "..\\a", "C:\\a"):
         placing.refused(UnsafePath, tmp_path, [InputFile("a", A, subfolder=subfolder)])
+
+
+def test_a_name_as_windows_spells_it_is_placed_with_our_separators(placing: Placing, tmp_path: Path) -> None:
+    files = [InputFile("refs\\in.png", A), InputFile("b", B, subfolder="sub\\deep")]
+    assert placing(tmp_path, files, lambda: listing(tmp_path)) == {"refs/in.png": b"first", "sub/deep/b": b"second"}
+
+
+def test_names_in_a_graph_as_windows_spells_them_are_those_of_files_that_are_here(tmp_path: Path) -> None:
+    for name in ("input/there/x.png", "input/both/x.png", "input/both\\x.png", "output/made/y.png", "secret/z.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    asked = [
+        "sent\\a.png",
+        "sent\\a.png [input]",
+        "there\\x.png",
+        "both\\x.png",
+        "made\\y.png [output]",
+        "made\\y.png",
+        "no\\x.png",
+    ]
+    asked += ["..\\secret\\z.png", "..\\secret\\z.png [input]", "\\secret\\z.png", "there\\x.png [models]", "x" * 5000 + "\\a"]
+    with InputFiles(tmp_path / "input").of_job([InputFile("sent/a.png", A)]) as files:
+        assert files.as_placed(asked) == {
+            "sent\\a.png": "sent/a.png",
+            "sent\\a.png [input]": "sent/a.png [input]",
+            "there\\x.png": "there/x.png",
+            "made\\y.png [output]": "made/y.png [output]",
+        }
 
 
 @pytest.mark.parametrize(

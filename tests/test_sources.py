@@ -209,6 +209,30 @@ def test_one_source_with_two_hashes_is_two_files(catalog: Path) -> None:
         read(catalog).with_request(entries, HOSTS).find("m.gguf", ("vae",))
 
 
+def test_where_the_folder_is_a_guess_one_folder_of_a_deliberate_list_counts(catalog: Path, tmp_path: Path) -> None:
+    volume = tmp_path / "models.toml"
+    volume.write_text(toml(model("ipadapter-flux", "ip.bin", "volume/ip")))
+    sources = read(catalog, volume_manifest=volume)
+    assert sources.find("ip.bin", ("ipadapter",)) is None
+    assert repo_of(sources.find("ip.bin", ("ipadapter",), guessed=True)) == "volume/ip"
+    sources = read(catalog, volume_manifest=volume, manifest=toml(model("ipadapter", "ip.bin", "image/ip")))
+    assert repo_of(sources.find("ip.bin", ("ipadapter",), guessed=True)) == "image/ip", "a list knows it in the guessed folder"
+    two = toml(model("ipadapter-flux", "ip.bin", "one/ip"), model("ipadapter-sdxl", "ip.bin", "two/ip"))
+    with pytest.raises(AmbiguousModel, match=r"ipadapter-flux/ip\.bin .*; ipadapter-sdxl/ip\.bin"):
+        read(catalog, manifest=two).find("ip.bin", ("ipadapter",), guessed=True)
+
+
+def test_the_requests_models_count_in_any_folder(catalog: Path) -> None:
+    sources = read(catalog).with_request([model("elsewhere", "a.safetensors", "mine/a")], HOSTS)
+    assert repo_of(sources.find("a.safetensors", ("vae",))) == "catalog/a", "the loader is known to read vae"
+    assert repo_of(sources.find("a.safetensors", ("vae",), guessed=True)) == "mine/a"
+    assert repo_of(sources.find("a.safetensors", ("loras",))) == "mine/a"
+    two = [model("one", "b.safetensors", "one/b"), model("two", "b.safetensors", "two/b")]
+    assert read(catalog).with_request(two, HOSTS).find("b.safetensors", ("loras",)) is None
+    with pytest.raises(AmbiguousModel, match="in the request's 'models'"):
+        read(catalog).with_request(two, HOSTS).find("b.safetensors", ("loras",), guessed=True)
+
+
 # --- models.toml --------------------------------------------------------------------------------
 
 

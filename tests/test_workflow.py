@@ -33,6 +33,7 @@ from worker.errors import (
     WorkflowNotFinite,
     WorkflowUiFormat,
 )
+from worker.known import known
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -631,8 +632,9 @@ BY_TWO_NAMES = {
 @pytest.mark.parametrize(("loader", "folder"), (CORE_LOADERS | LATER_AND_CUSTOM_LOADERS).items())
 def test_a_loader_tells_the_folder(loader: tuple[str, str], folder: str) -> None:
     class_type, name = loader
+    guessed = loader not in CORE_LOADERS and known().folder_of(class_type, name) is None
     assert named_models(node(class_type, **{name: "sub/m.safetensors"})) == (
-        NamedModel("sub/m.safetensors", BY_TWO_NAMES.get(folder, (folder,)), "1", class_type, name),
+        NamedModel("sub/m.safetensors", BY_TWO_NAMES.get(folder, (folder,)), "1", class_type, name, guessed=guessed),
     )
 
 
@@ -958,12 +960,37 @@ def test_a_link_is_what_leads_to_a_node() -> None:
 
 
 def test_names_as_windows_spells_them_become_this_disks_and_nothing_else_is_touched() -> None:
+    row = {"on": True, "lora": "style\\ink.safetensors", "note": "style\\ink"}
+    text = "a \\(cat\\).safetensors\\n, (embedding:e\\f\\(1\\):1.2), embedding:e\\f2, embedding:e\\f"
     graph: dict[str, dict[str, Any]] = {
         "1": {"class_type": "UNETLoader", "inputs": {"unet_name": "sub\\x.safetensors", "weight_dtype": "default"}},
-        "2": {"class_type": "CLIPTextEncode", "inputs": {"text": "a \\(cat\\).safetensors, embedding:e\\f", "clip": ["1", 0]}},
+        "2": {"class_type": "CLIPTextEncode", "inputs": {"text": text, "clip": ["1", 0]}},
+        "3": {"class_type": "Power", "inputs": {"lora_1": row, "loras": {"__value__": [row, "sub\\y.pt", 1]}}},
+        "4": {"class_type": "SaveImage", "inputs": {"filename_prefix": "day\\pic", "images": ["3", 0]}},
     }
+    before = json.dumps(graph)
     changed = with_slashes(graph, named_models(graph))
+    slashed = {**row, "lora": "style/ink.safetensors"}
     assert changed["1"]["inputs"] == {"unet_name": "sub/x.safetensors", "weight_dtype": "default"}
-    assert changed["2"] is graph["2"]
-    assert graph["1"]["inputs"]["unet_name"] == "sub\\x.safetensors"
+    assert changed["2"]["inputs"]["text"] == (
+        "a \\(cat\\).safetensors\\n, (embedding:e/f\\(1\\):1.2), embedding:e/f2, embedding:e/f"
+    )
+    assert changed["3"]["inputs"] == {"lora_1": slashed, "loras": {"__value__": [slashed, "sub/y.pt", 1]}}
+    assert changed["4"] is graph["4"]
+    assert json.dumps(graph) == before
     assert with_slashes(changed, named_models(changed)) is changed
+
+
+def test_a_name_whose_backslash_is_a_character_stays_as_it_is_written() -> None:
+    graph = {
+        "1": {"class_type": "LoraLoader", "inputs": {"lora_name": "a\\b.safetensors"}},
+        "2": {"class_type": "CLIPTextEncode", "inputs": {"text": "embedding:a\\b, embedding:a\\bc"}},
+    }
+    lora, first, second = named_models(graph)
+    assert [lora.as_written().file_names, first.as_written().file_names[:2]] == [
+        ("a\\b.safetensors",),
+        ("a\\b", "a\\b.safetensors"),
+    ]
+    changed = with_slashes(graph, [lora.as_written(), first.as_written(), second])
+    assert changed["1"] is graph["1"]
+    assert changed["2"]["inputs"]["text"] == "embedding:a\\b, embedding:a/bc"

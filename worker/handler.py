@@ -15,7 +15,15 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from worker.comfy.rejection import missing_model
-from worker.comfy.workflow import check_paths, named_models, needed_nodes, with_slashes
+from worker.comfy.workflow import (
+    check_paths,
+    declares,
+    named_models,
+    needed_nodes,
+    renamed,
+    windows_names,
+    with_slashes,
+)
 from worker.errors import (
     DeliveryError,
     FieldInvalid,
@@ -133,9 +141,11 @@ class JobHandler:
         bucket = self._delivery.job_bucket(job.get("s3Config"))
         if bucket:
             await asyncio.to_thread(bucket.check_reachable)
-        models = named_models(graph)
-        graph = with_slashes(graph, models)
+        if names := windows_names(graph):
+            graph = renamed(graph, await asyncio.to_thread(files.as_placed, names))
         with around.laps.step("models"):
+            models = await self._as_written(named_models(graph))
+            graph = with_slashes(graph, models)
             await self._ensure_models(graph, models, request, job_id, around.tell)
         self._warmth.job(models)
         deliver = partial(self._delivery.deliver, job_id, nodes=request.outputs, previews=request.previews, bucket=bucket)
@@ -215,26 +225,56 @@ class JobHandler:
     async def _ensure_models(
         self, graph: Graph, named: Sequence[NamedModel], request: Request, job_id: str, tell: Tell
     ) -> None:
-        """Have the graph's models where ComfyUI finds them; what is missing and known is fetched, the job waits for no other.
+        """Make the graph's models available. Download only missing models that this graph names.
 
-        A name that nobody knows is ComfyUI's to refuse, unless others would be fetched for nothing first.
+        A name that nobody knows is ComfyUI's to refuse, unless others would be fetched for nothing first, or ComfyUI does not
+        look at it: then its node would run without the model.
         """
         if request.models is not None:
             await asyncio.to_thread(self._supply.check_request, request.models)
         models, absent = await self._absent(graph, named)
         if not absent:
             return
-        optional = [name for name in absent if models[name].optional]
-        specs = await asyncio.to_thread(self._supply.specs, absent, request.models, request.extra_pnginfo, optional=optional)
+        optional = [name for name in absent if all(model.optional for model in models[name])]
+        guessed = [name for name in absent if all(model.guessed for model in models[name])]
+        specs = await asyncio.to_thread(
+            self._supply.specs, absent, request.models, request.extra_pnginfo, optional=optional, guessed=guessed
+        )
         known = [spec for spec in specs.values() if spec]
+        nobodys = [name for name, spec in specs.items() if not (spec or name in optional)]
+        unknown = [model for name in await self._nowhere(nobodys, guessed) for model in models[name]]
         if not known:
-            return
-        unknown = [models[name] for name, spec in specs.items() if not (spec or models[name].optional)]
+            unknown = await self._unchecked(graph, unknown)
         if unknown:
             raise ModelMissing([missing_model(model, model.name, await self._choices(model)) for model in unknown])
-        await self._fetch(known, job_id, tell)
+        if known:
+            await self._fetch(known, job_id, tell)
 
-    async def _absent(self, graph: Graph, named: Sequence[NamedModel]) -> tuple[Mapping[Name, NamedModel], list[Name]]:
+    async def _nowhere(self, names: Sequence[Name], guessed: Collection[Name]) -> list[Name]:
+        """Those of the names that no folder at all has, where nothing but a guess tells their folder."""
+        anywhere = {name: ((), name[1]) for name in names if name in guessed}
+        missing = await asyncio.to_thread(self._supply.missing, tuple(anywhere.values())) if anywhere else []
+        return [name for name in names if name not in anywhere or anywhere[name] in missing]
+
+    async def _unchecked(self, graph: Graph, models: Sequence[NamedModel]) -> list[NamedModel]:
+        """Those of the models that are in rows whose class does not declare them: ComfyUI looks at no value there."""
+        rows = [model for model in models if not isinstance(graph[model.node_id]["inputs"][model.input_name], str)]
+        info = await self._engine.object_info({model.class_type for model in rows}) if rows else {}
+        return [model for model in rows if model.class_type in info and not declares(info[model.class_type], model.input_name)]
+
+    async def _as_written(self, models: Sequence[NamedModel]) -> Sequence[NamedModel]:
+        """The models, where a file really has a backslash in its name with that name."""
+        return [model.as_written() if model.written and await self._has_backslash(model) else model for model in models]
+
+    async def _has_backslash(self, model: NamedModel) -> bool:
+        real = model.as_written()
+        if await asyncio.to_thread(self._supply.located, by_name([real])):
+            return True
+        return not await asyncio.to_thread(self._supply.located, by_name([model])) and await self._listed(real)
+
+    async def _absent(
+        self, graph: Graph, named: Sequence[NamedModel]
+    ) -> tuple[Mapping[Name, Sequence[NamedModel]], list[Name]]:
         """The models that are not there, of those that the job runs with.
 
         Raises `FileIncomplete` for one of them that is not whole. Only where anything is the matter at all is ComfyUI asked
@@ -254,10 +294,10 @@ class JobHandler:
             absent = await self._unseen(models)
         return models, [name for name in absent if name in models]
 
-    async def _unseen(self, models: Mapping[Name, NamedModel]) -> list[Name]:
+    async def _unseen(self, models: Mapping[Name, Sequence[NamedModel]]) -> list[Name]:
         """Those that are neither on the volume nor in a place of ComfyUI's own."""
         missing = await asyncio.to_thread(self._supply.missing, tuple(models)) if models else []
-        return [name for name in missing if not await self._listed(models[name])]
+        return [name for name in missing if not any([await self._listed(model) for model in models[name]])]
 
     async def _outputs(self, graph: Graph) -> list[str]:
         """The graph's output nodes, and those of classes that ComfyUI does not have: it will say so itself."""
@@ -270,7 +310,11 @@ class JobHandler:
         return model.name in await self._choices(model)
 
     async def _choices(self, model: NamedModel) -> Sequence[str]:
-        return await self._engine.choices(model.class_type, model.input_name) or ()
+        """What ComfyUI lists for the input, or for a loader of the same folder where the class does not declare it."""
+        found = await self._engine.choices(model.class_type, model.input_name)
+        if found is None and model.loader:
+            found = await self._engine.choices(*model.loader)
+        return found or ()
 
     async def _fetch(self, specs: Sequence[ModelSpec], job_id: str, tell: Tell) -> None:
         log.info("job %s: waits for %s", job_id, ", ".join(map(str, specs)))
@@ -309,9 +353,12 @@ def check_outputs(graph: Graph, node_ids: Collection[str] | None) -> None:
         raise FieldInvalid("outputs", f"names nodes that the workflow does not have: {shown}")
 
 
-def by_name(models: Iterable[NamedModel]) -> dict[Name, NamedModel]:
-    """The models, each once, by what the supply knows them by."""
-    return {(model.folders, model.file_names): model for model in models}
+def by_name(models: Iterable[NamedModel]) -> dict[Name, list[NamedModel]]:
+    """The models by what the supply knows them by, each with everything that names it."""
+    found: dict[Name, list[NamedModel]] = {}
+    for model in models:
+        found.setdefault((model.folders, model.file_names), []).append(model)
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -115,10 +115,11 @@ def _missing_model(graph: Graph, node_id: str, error: Mapping[str, Any]) -> str 
 def missing_model(model: NamedModel, name: str, choices: Sequence[str]) -> str:
     """The sentence for a model that is nowhere; `choices` are the names its loader lists."""
     folder = model.folders[0] if model.folders else "(the folder its loader reads)"
+    where = f"perhaps in models/{folder}" if model.guessed else f"in models/{folder}"
     near = _similar(name, choices)
     there = f"there is {near}" if near else "nothing like it is there"
     return (
-        f"node {model.node_id} ({model.class_type}) needs the model '{name}' in models/{folder}, which is not there and in "
+        f"node {model.node_id} ({model.class_type}) needs the model '{name}' {where}, which is not there and in "
         f"no manifest; {there}; correct the name, put the file on the volume, or name its source in 'models' or models.toml"
     )
 

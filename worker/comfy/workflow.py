@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from worker.errors import (
@@ -25,7 +25,7 @@ from worker.known import known
 from worker.text import is_legible
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 Graph: TypeAlias = dict[str, dict[str, Any]]
 """Node id to `{"class_type": str, "inputs": {name: value or [node id, slot]}, ...}`, as ComfyUI's `POST /prompt` takes it."""
@@ -431,8 +431,9 @@ class NamedModel:
     """A model file that a graph names.
 
     `folders` are the folders under `models/` that its loader reads, the one for new files first; empty when unknown: any.
-    `spellings` are the file names that satisfy it where ComfyUI completes the name; else the name itself is the file's.
-    `optional` when ComfyUI runs without it (an embedding in a prompt: it warns and goes on).
+    `guessed` when only the input's name tells them. `spellings` are the file names that satisfy it where ComfyUI completes the
+    name; else the name itself is the file's. `optional` when ComfyUI runs without it (an embedding in a prompt: it warns and
+    goes on). `written` is the name with the backslashes that the graph has in it; empty where it has none.
     """
 
     name: str
@@ -442,11 +443,23 @@ class NamedModel:
     input_name: str
     spellings: tuple[str, ...] = ()
     optional: bool = False
+    guessed: bool = False
+    written: str = ""
 
     @property
     def file_names(self) -> tuple[str, ...]:
         """File names that satisfy it, in the order to try, relative to a folder, with `/` between."""
         return self.spellings or (self.name,)
+
+    @property
+    def loader(self) -> tuple[str, str] | None:
+        """A class and an input of ComfyUI's own that list the files of the first folder."""
+        return _loaders().get(self.folders[0]) if self.folders else None
+
+    def as_written(self) -> NamedModel:
+        """The model that the name means where a backslash is no separator but a character of it."""
+        spellings = tuple(self.written + file.removeprefix(self.name) for file in self.spellings)
+        return replace(self, name=self.written, spellings=spellings, written="")
 
 
 def named_models(graph: Graph) -> tuple[NamedModel, ...]:
@@ -486,15 +499,80 @@ def with_slashes(graph: Graph, models: Iterable[NamedModel]) -> Graph:
     r"""The graph with its model names as a Linux disk spells them; the same object where that changes nothing.
 
     An editor on Windows exports `sub\x.safetensors` for what is `sub/x.safetensors` here, and ComfyUI takes the names of its
-    own listing only.
+    own listing only. Names in rows, lists and objects count, and those of embeddings in a prompt.
     """
     changed = dict(graph)
     for model in models:
-        node = changed[model.node_id]
-        value = node["inputs"].get(model.input_name)
-        if isinstance(value, str) and "\\" in value and value.replace("\\", "/") == model.name:
-            changed[model.node_id] = {**node, "inputs": {**node["inputs"], model.input_name: model.name}}
+        if model.written:
+            node = changed[model.node_id]
+            value = with_strings(node["inputs"][model.input_name], partial(_with_slashes, model=model))
+            changed[model.node_id] = {**node, "inputs": {**node["inputs"], model.input_name: value}}
     return graph if changed == graph else changed
+
+
+def windows_names(graph: Graph) -> frozenset[str]:
+    """Every string of the graph that may be a file's name as Windows spells it."""
+    texts = (
+        text
+        for node in graph.values()
+        for name, value in node["inputs"].items()
+        if not is_link(graph, value)
+        for _, text in _strings(name, value)
+    )
+    return frozenset(text for text in texts if "\\" in text and len(text) <= _PATH_MAX_BYTES and text.isprintable())
+
+
+def renamed(graph: Graph, names: Mapping[str, str]) -> Graph:
+    """The graph with these strings in place of those; the same object where that changes nothing."""
+    changed = dict(graph)
+    for node_id, node in graph.items() if names else ():
+        inputs = {
+            name: with_strings(value, lambda text: names.get(text, text))
+            for name, value in node["inputs"].items()
+            if not is_link(graph, value) and any(text in names for _, text in _strings(name, value))
+        }
+        if inputs:
+            changed[node_id] = {**node, "inputs": node["inputs"] | inputs}
+    return graph if changed == graph else changed
+
+
+def declares(definition: Mapping[str, Any], input_name: str) -> bool:
+    """Return whether a class, as /object_info describes it, has this input or a group that it belongs to."""
+    groups = definition.get("input") or {}
+    return any(name in group for group in groups.values() for name in (input_name, input_name.partition(".")[0]))
+
+
+def with_strings(value: object, change: Callable[[str], str]) -> object:
+    """A copy of an input's value with each string in it changed."""
+    root: list[Any] = [value]
+    waiting: list[tuple[Any, Any]] = [(root, 0)]
+    while waiting:
+        holder, key = waiting.pop()
+        item = holder[key]
+        if isinstance(item, str):
+            holder[key] = change(item)
+        elif isinstance(item, (list, dict)):
+            copy = holder[key] = item.copy()
+            waiting.extend((copy, inner) for inner in (copy if isinstance(copy, dict) else range(len(copy))))
+    return root[0]
+
+
+def _with_slashes(text: str, model: NamedModel) -> str:
+    if text == model.written:
+        return model.name
+    return _EMBEDDING.sub(partial(_embedding_with_slashes, written=model.written), text) if model.optional else text
+
+
+# Where an embedding's name ends: a comma or a weight may follow, and what closes a segment.
+_EMBEDDING = re.compile(r"(?<![^\s(])embedding:\S+")
+_NAME_ENDS = frozenset(",:()")
+
+
+def _embedding_with_slashes(found: re.Match[str], written: str) -> str:
+    name = found[0].removeprefix("embedding:").replace("\\(", "(").replace("\\)", ")")
+    if not name.startswith(written) or name[len(written) : len(written) + 1] not in {"", *_NAME_ENDS}:
+        return found[0]
+    return re.sub(r"\\(?![()])", "/", found[0])
 
 
 def _models_of_node(graph: Graph, node_id: str, node: dict[str, Any]) -> Iterator[NamedModel]:
@@ -503,9 +581,19 @@ def _models_of_node(graph: Graph, node_id: str, node: dict[str, Any]) -> Iterato
         if is_link(graph, value) or _is_switched_off(value):
             continue
         for key, text in _strings(input_name, value):
-            for name, folders, spellings in _names_in(class_type, key, text):
-                optional = spellings is not None and folders == ("embeddings",)
-                yield NamedModel(name, folders, node_id, class_type, input_name, spellings or (), optional=optional)
+            for found in _names_in(class_type, key, text):
+                name = found.written.replace("\\", "/")
+                yield NamedModel(
+                    name,
+                    found.folders,
+                    node_id,
+                    class_type,
+                    input_name,
+                    found.spellings,
+                    optional=bool(found.spellings) and found.folders == ("embeddings",),
+                    guessed=found.guessed,
+                    written="" if name == found.written else found.written,
+                )
 
 
 def _is_switched_off(value: object) -> bool:
@@ -513,19 +601,28 @@ def _is_switched_off(value: object) -> bool:
     return isinstance(value, dict) and value.get("on") is False
 
 
-def _names_in(class_type: str, key: str, text: str) -> Iterator[tuple[str, tuple[str, ...], tuple[str, ...] | None]]:
-    """(name, folders, spellings) of each model in one string; spellings is None where the name is the file's."""
+@dataclass(frozen=True, slots=True)
+class _Name:
+    """A model's name as one string has it."""
+
+    written: str
+    folders: tuple[str, ...]
+    spellings: tuple[str, ...] = ()
+    guessed: bool = False
+
+
+def _names_in(class_type: str, key: str, text: str) -> Iterator[_Name]:
     if "embedding:" in text:
         for name in _embeddings(text):
-            yield name, ("embeddings",), _embedding_spellings(name)
+            yield _Name(name, ("embeddings",), _embedding_spellings(name.replace("\\", "/")))
     leaf = key.rpartition(".")[2]
     if text in known().image_taes and leaf == "vae_name":
         for part in ("encoder", "decoder"):
             stem = f"{text}_{part}"
-            yield stem, ("vae_approx",), tuple(stem + suffix for suffix in known().tae_suffixes)
+            yield _Name(stem, ("vae_approx",), tuple(stem + suffix for suffix in known().tae_suffixes))
     elif _is_model_name(class_type, key, text):
-        name = text.replace("\\", "/")
-        yield name, _folders_of(class_type, leaf, name), None
+        folders = _folders_of(class_type, leaf, text)
+        yield _Name(text, folders, guessed=bool(folders) and known().folder_of(class_type, leaf) is None)
 
 
 def _is_model_name(class_type: str, key: str, text: str) -> bool:
@@ -560,6 +657,14 @@ def _folder_of_input(leaf: str) -> str | None:
 
 
 @cache
+def _loaders() -> Mapping[str, tuple[str, str]]:
+    inputs = {
+        name: found for name, found in known().class_folders.items() if not isinstance(found, str) and known().since(name)
+    }
+    return {folder: (name, key) for name, found in inputs.items() for key, folder in found.items()}
+
+
+@cache
 def _input_folders() -> tuple[tuple[re.Pattern[str], str], ...]:
     return tuple((re.compile(pattern), folder) for pattern, folder in known().input_folders)
 
@@ -579,7 +684,7 @@ def _embeddings(text: str) -> Iterator[str]:
         for word in words[1:]:
             name = re.split(r"[<\[]", (word.split() or [""])[0], maxsplit=1)[0].strip(",")
             if name and _is_plain_name(name):
-                yield name.replace("\\", "/")
+                yield name
 
 
 _NESTING_MAX = 32  # ComfyUI gives up at its recursion limit; here each level costs one more pass over the text

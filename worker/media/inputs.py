@@ -6,6 +6,7 @@ import asyncio
 import binascii
 import contextlib
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path, PurePosixPath
@@ -16,13 +17,15 @@ from worker.media.fetch import Download, Fetcher
 from worker.media.staging import FileBytes, StagedFile, storing
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
     from worker.job import InputFile
 
 T = TypeVar("T")
 
 _STAGING: Final = ".job-"
+_FOLDERS: Final = frozenset({"input", "output", "temp"})
+_DRIVE: Final = re.compile("[A-Za-z]:")
 _LONGEST_PART_BYTES: Final = 255  # what Linux file systems take
 _LONGEST_NAME_BYTES: Final = 1024  # with the folders above it well within what a system call takes
 # Up to here data is decoded in the loop, in one piece: a hop to a thread costs more than decoding a picture does.
@@ -100,6 +103,29 @@ class JobFiles:
         self._early[name] = staged
         return await asyncio.to_thread(_look, staged, look)
 
+    def as_placed(self, names: Iterable[str]) -> dict[str, str]:
+        """Those of the names, spelled as on Windows, that are files here when their backslashes are separators, and how.
+
+        A file is one of the job's, or in the folder of ComfyUI that the name's annotation says. A file that really has a
+        backslash in its name wins.
+        """
+        wanted = self._wanted()
+        found = {name: name.replace("\\", "/") for name in names}
+        return {
+            name: other for name, other in found.items() if self._is_file(other, wanted) and not self._is_file(name, wanted)
+        }
+
+    def _is_file(self, name: str, wanted: Collection[PurePosixPath]) -> bool:
+        path, _, folder = (name if name.endswith("]") else f"{name} [input]").removesuffix("]").rpartition(" [")
+        relative = PurePosixPath(path)
+        if relative.is_absolute() or ".." in relative.parts:
+            return False
+        if folder == "input" and relative in wanted:
+            return True
+        with contextlib.suppress(OSError, ValueError):
+            return folder in _FOLDERS and (self._input_dir.with_name(folder) / relative).is_file()
+        return False
+
     def _wanted(self) -> dict[PurePosixPath, InputFile]:
         return {_relative(file): file for file in self._files}
 
@@ -152,13 +178,15 @@ class JobFiles:
 
 
 def _relative(file: InputFile) -> PurePosixPath:
-    """The file's name below the input folder. Raises `UnsafePath` or `InputNameInvalid`."""
+    """The file's name below the input folder, with Windows's separators as ours. Raises `UnsafePath` or `InputNameInvalid`."""
     full = f"{file.subfolder}/{file.name}" if file.subfolder else file.name
-    path = PurePosixPath(full)
-    leaves = any(PurePosixPath(text).is_absolute() for text in (file.name, full)) or ".." in path.parts
-    if leaves or "\\" in full or "\0" in full:
+    name, slashed = file.name.replace("\\", "/"), full.replace("\\", "/")
+    path = PurePosixPath(slashed)
+    leaves = any(PurePosixPath(text).is_absolute() for text in (name, slashed)) or ".." in path.parts
+    drive = slashed != full and any(map(_DRIVE.match, (file.name, full)))
+    if leaves or drive or "\0" in full:
         raise UnsafePath("The name of an input file", full)
-    if not path.parts or PurePosixPath(file.name).name != file.name.rpartition("/")[2]:
+    if not path.parts or PurePosixPath(name).name != name.rpartition("/")[2]:
         raise InputNameInvalid(full, "is no name of a file")
     if path.parts[0].startswith(_STAGING):
         raise InputNameInvalid(full, f"begins with {_STAGING}, which is kept for the worker itself")

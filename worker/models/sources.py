@@ -196,8 +196,11 @@ class Sources:
                 specs.append(spec)
         return replace(self, embedded=replace(self.embedded, specs=tuple(specs)), refused=tuple(refused))
 
-    def find(self, name: str, folders: Collection[str] = ()) -> ModelSpec | None:
+    def find(self, name: str, folders: Collection[str] = (), *, guessed: bool = False) -> ModelSpec | None:
         """The file that `name` means to a loader that reads these folders (none given: any), or None when no list knows it.
+
+        The request's own models count in any folder. Where the folders are `guessed`, so do those of the manifests that no list
+        has in these folders: whoever wrote them down knew what the loader reads.
 
         Mirrors of one file (the same sha256, or the same source given twice) count once: the first in its list.
 
@@ -209,12 +212,12 @@ class Sources:
         problem: WorkerError | None
         problem = next((entry.error for entry in self.refused if _is_meant(entry.path, name, folders)), None)
         wrong: ManifestInvalid | None = None
-        for models in self._lists():
-            found = _distinct(models.find(name, folders))
+        for models, places in self._steps(folders, guessed=guessed):
+            found = _distinct(models.find(name, places))
             if len(found) == 1:
                 return found[0]
             wrong = wrong or models.error
-            if found:
+            if found and (guessed or places == folders):
                 problem = AmbiguousModel(name, models.title, [str(spec) for spec in found])
                 if models.deliberate:
                     break
@@ -244,6 +247,19 @@ class Sources:
         by_stem = {PurePosixPath(path).stem: path for models in self._lists() for path in models.paths}
         close = difflib.get_close_matches(PurePosixPath(name).stem, by_stem, n=_NEAR_COUNT)
         return tuple(by_stem[match] for match in close)
+
+    def _steps(self, folders: Collection[str], *, guessed: bool) -> Iterator[tuple[ModelList, Collection[str]]]:
+        """The lists in the order to ask them, each with the folders to ask it for."""
+        first, *others = ((models, folders) for models in self._lists())
+        anywhere: tuple[ModelList, Collection[str]] = (self.request, ())
+        yield first
+        if guessed:
+            yield anywhere
+        yield from others
+        if guessed:
+            yield from ((models, ()) for models in self._manifests())
+        elif folders:
+            yield anywhere
 
     def _manifests(self) -> Iterator[SpecList]:
         if self.volume:

@@ -84,15 +84,22 @@ class Supply:
         return [Path(there.path) for name in names if (there := self._find(name))]
 
     def specs(
-        self, names: Sequence[Name], request: object, embedded: object, *, optional: Collection[Name] = ()
+        self,
+        names: Sequence[Name],
+        request: object,
+        embedded: object,
+        *,
+        optional: Collection[Name] = (),
+        guessed: Collection[Name] = (),
     ) -> dict[Name, ModelSpec | None]:
         """What each name means: to this job's `models`, its workflow's metadata, the manifests, the catalogue, in that order.
 
-        None for a name that nobody knows. Raises a `RequestError` for models that the request may not ask for,
-        `AmbiguousModel`, and `ManifestInvalid` for a name that only a manifest with a mistake may know, unless it is optional.
+        None for a name that nobody knows. For `guessed` see `Sources.find`. Raises a `RequestError` for models that the request
+        may not ask for, `AmbiguousModel`, and `ManifestInvalid` for a name that only a manifest with a mistake may know, unless
+        it is optional.
         """
         sources = self._current_sources().with_request(request, self._hosts).with_workflow(embedded, self._hosts)
-        return {name: _meaning(sources, name, needed=name not in optional) for name in names}
+        return {name: _meaning(sources, name, needed=name not in optional, guessed=name in guessed) for name in names}
 
     def check_request(self, request: object) -> None:
         """Refuse a request's `models` that are wrong, whether or not they are needed. Raises a `RequestError`."""
@@ -178,12 +185,12 @@ class Supply:
             raise volume_error(self._nearer, exc) from exc
 
 
-def _meaning(sources: Sources, name: Name, *, needed: bool) -> ModelSpec | None:
+def _meaning(sources: Sources, name: Name, *, needed: bool, guessed: bool) -> ModelSpec | None:
     folders, files = name
     wrong: ManifestInvalid | None = None
     for file in files:
         try:
-            if spec := sources.find(file, folders):
+            if spec := sources.find(file, folders, guessed=guessed):
                 return spec
         except ManifestInvalid as error:  # another spelling may be known to a list that is right
             wrong = error

@@ -59,19 +59,43 @@ def look(nodes: tuple[NamedModel, ...], sources: Sources, places: Places) -> Ite
     """How it stands with one model, as far as that can be told without the network."""
     first = nodes[0]
     try:
-        if there := places.find(first.folders, first.file_names):
+        as_written = places.by_hand(first.folders, first.as_written().file_names) if first.written else None
+        if there := as_written or places.find(first.folders, first.file_names):
             return replace(there, nodes=nodes)
+        item = meaning(nodes, sources)
+        if there := _elsewhere(item, places):
+            return replace(
+                item,
+                name=there.name,
+                folder=there.folder,
+                state=there.state,
+                size_bytes=there.size_bytes,
+                path=there.path,
+                message=there.message,
+            )
     except WorkerError as exc:
         return refused(_nameless(nodes), exc)
-    return _or_cached(meaning(nodes, sources), places)
+    return _or_cached(item, places)
+
+
+def _elsewhere(item: Item, places: Places) -> Item | None:
+    """The file in another folder than the one that was guessed: where a list says, or where somebody put it."""
+    if item.spec:
+        return places.find((item.spec.folder,), (item.spec.name,))
+    return places.find((), item.nodes[0].file_names) if is_guessed(item.nodes) and item.state is State.UNKNOWN else None
+
+
+def is_guessed(nodes: Iterable[NamedModel]) -> bool:
+    """Return whether nothing but inputs' names tells the folders of a model."""
+    return all(node.guessed for node in nodes)
 
 
 def meaning(nodes: tuple[NamedModel, ...], sources: Sources) -> Item:
     """Which file one model's name means, wherever that may lie already: to be fetched, or why it cannot be."""
     first = nodes[0]
     try:
-        known = ((file, sources.find(file, first.folders)) for file in first.file_names)
-        spec = next((spec for _, spec in known if spec), None)
+        known = (sources.find(file, first.folders, guessed=is_guessed(nodes)) for file in first.file_names)
+        spec = next(filter(None, known), None)
     except WorkerError as exc:
         return refused(_nameless(nodes), exc)
     return of_spec(_nameless(nodes), spec, sources) if spec else _unknown(_nameless(nodes), first, sources)
@@ -105,9 +129,10 @@ def _unknown(item: Item, node: NamedModel, sources: Sources) -> Item:
     if item.optional:
         message = "No list of models knows this embedding; ComfyUI warns and goes on without it."
     else:
-        own = "" if node.folders else f" unless {node.class_type} brings it"
+        own = "" if node.folders and not node.guessed else f" unless {node.class_type} brings it"
+        where = f"where {node.class_type} looks for it (perhaps {place})" if node.guessed else f"at {place}"
         message = (
-            f"No list of models knows it{own}: put the file at {place} on the volume, "
+            f"No list of models knows it{own}: put the file {where} on the volume, "
             "or name its source in models.toml or in the request's 'models'."
         )
     return replace(item, message=message, near=near)

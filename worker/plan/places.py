@@ -51,6 +51,16 @@ class Places:
                     return found
         return None
 
+    def by_hand(self, folders: Sequence[str], files: Sequence[str]) -> Item | None:
+        """The first of these files, whose names hold what no name that the worker gives does, such as a backslash."""
+        roots = ((self.volume.models, State.BY_HAND), (self.local.models, State.CONTAINER), (self.image, State.IMAGE))
+        for root, state in roots:
+            for folder in folders or _folders_of(root):
+                for file in files:
+                    if found := stat_file(root / folder / file):
+                        return Item(file, folder, state, found.st_size, path=root / folder / file)
+        return None
+
     def _in_store(self, layout: Layout, folder: str, file: str) -> Item | None:
         there = look(layout, folder, file)
         if there.standing is Standing.ABSENT:
