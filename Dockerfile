@@ -2,7 +2,7 @@
 
 # The worker's image: ComfyUI, the worker, CUDA as torch's own wheels bring it, and no weights.
 #
-#     docker build -t comfyui-volume-worker .          for GPUs (CUDA 12.8); docker-bake.hcl has the others
+#     docker build -t comfyui-volume-worker .          for GPUs (CUDA 13.0); docker-bake.hcl has the others
 #
 # What changes often is copied last: another line in worker/ re-ships that one layer. docs/customization.md is about images
 # that build on this one.
@@ -14,8 +14,9 @@ ARG BASE_IMAGE=python:3.12-slim-bookworm
 
 # hadolint ignore=DL3006
 FROM ${BASE_IMAGE} AS comfyui-download
-ARG COMFYUI_REPO=https://github.com/comfyanonymous/ComfyUI
-ARG COMFYUI_REF=v0.3.75
+ARG COMFYUI_REPO=https://github.com/Comfy-Org/ComfyUI
+# The newest release that the whole suite ran on; a tag, a branch or a commit.
+ARG COMFYUI_REF=v0.33.0
 COPY image/fetch_source.py /
 RUN python3 /fetch_source.py "${COMFYUI_REPO}/archive/${COMFYUI_REF}.tar.gz" /source
 
@@ -76,16 +77,17 @@ COPY image/install_packages.sh /
 RUN bash /install_packages.sh && rm /install_packages.sh
 
 # The largest layer, and the one that changes least. CUDA comes in these wheels; another copy of it in the base image would
-# double the size. An empty TORCH_INDEX_URL means pip's own index. The three versions go together: torchvision and torchaudio are
-# built for one torch, and load beside no other.
-ARG TORCH_VERSION=2.11.0
-ARG TORCHVISION_VERSION=0.26.0
+# double the size. An empty TORCH_INDEX_URL means pip's own index. The three versions go together: torchvision is built for one
+# torch, and loads beside no other. CUDA 13, because the kernels of comfy-kitchen need it. setuptools: from 82 on it is without
+# pkg_resources, which custom nodes import, and from 2.13 on torch takes any.
+ARG TORCH_VERSION=2.13.0
+ARG TORCHVISION_VERSION=0.28.0
 ARG TORCHAUDIO_VERSION=2.11.0
-ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cu128
+ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cu130
 RUN python3 -m venv /opt/venv \
     && /opt/venv/bin/pip install --no-cache-dir --no-compile \
         ${TORCH_INDEX_URL:+--index-url "${TORCH_INDEX_URL}"} \
-        "torch==${TORCH_VERSION}" "torchvision==${TORCHVISION_VERSION}" "torchaudio==${TORCHAUDIO_VERSION}" \
+        "torch==${TORCH_VERSION}" "torchvision==${TORCHVISION_VERSION}" "torchaudio==${TORCHAUDIO_VERSION}" 'setuptools<82' \
     && { /opt/venv/bin/python -m compileall -q -j 0 /opt/venv/lib > /dev/null || true; } \
     && sed -n "s/^cuda.*= *'\([0-9.]*\)'.*/\1/p" /opt/venv/lib/python3*/site-packages/torch/version.py > /opt/venv/cuda-version
 
@@ -94,8 +96,11 @@ COPY --from=worker-packages /opt/worker /opt/worker
 # What ComfyUI asks for and the worker's venv does not have, at the versions that the tests ran with, less its front end's help
 # pages and templates.
 COPY --from=comfyui-ready /comfyui/requirements.txt /comfyui/requirements.txt
-COPY image/constraints.txt image/install_engine.sh image/slim.sh /opt/
-RUN bash /opt/install_engine.sh && rm /opt/install_engine.sh /opt/constraints.txt /opt/slim.sh
+COPY image/engine.lock image/install_engine.py image/slim.sh /opt/
+RUN touch /stamp \
+    && /opt/venv/bin/python /opt/install_engine.py /comfyui/requirements.txt /opt/engine.lock \
+    && bash /opt/slim.sh "$(echo /opt/venv/lib/python3*/site-packages)" /stamp \
+    && rm /stamp /opt/install_engine.py /opt/engine.lock /opt/slim.sh
 
 COPY --from=comfyui-ready /comfyui /comfyui
 COPY --from=worker-packages /usr/local/bin/uv /usr/local/bin/uv

@@ -7,10 +7,10 @@ variable "VERSION" { default = "dev" }
 # With a digest (python:3.12-slim-bookworm@sha256:...) a newer base does not change the layers above it.
 variable "BASE_IMAGE" { default = "python:3.12-slim-bookworm" }
 # These three go together.
-variable "TORCH_VERSION" { default = "2.11.0" }
-variable "TORCHVISION_VERSION" { default = "0.26.0" }
+variable "TORCH_VERSION" { default = "2.13.0" }
+variable "TORCHVISION_VERSION" { default = "0.28.0" }
 variable "TORCHAUDIO_VERSION" { default = "2.11.0" }
-variable "COMFYUI_REF" { default = "v0.3.75" }
+variable "COMFYUI_REF" { default = "v0.33.0" }
 # The repository's address: GitHub shows the package beside it, and gives it the repository's rights.
 variable "SOURCE" { default = "" }
 
@@ -20,7 +20,7 @@ function "tags" {
 }
 
 group "default" {
-  targets = ["cu126", "cu128", "cu130"]
+  targets = ["cu130", "cu128", "cu126"]
 }
 
 target "common" {
@@ -36,28 +36,33 @@ target "common" {
   }
 }
 
-# The oldest cards (Maxwell, Pascal, Volta), and hosts with drivers before CUDA 12.8.
+# Turing to Blackwell, on hosts with drivers of CUDA 13 (580 and later); what a build without bake makes.
+target "cu130" {
+  inherits = ["common"]
+  target   = "gpu"
+  args     = { TORCH_INDEX_URL = "https://download.pytorch.org/whl/cu130" }
+  tags     = concat(tags("cu130"), ["${REGISTRY}/comfyui-volume-worker:${VERSION}"])
+}
+
+# Turing to Blackwell, on hosts with older drivers. PyTorch has it up to 2.11.
+target "cu128" {
+  inherits = ["common"]
+  target   = "gpu"
+  args = {
+    TORCH_INDEX_URL     = "https://download.pytorch.org/whl/cu128"
+    TORCH_VERSION       = "2.11.0"
+    TORCHVISION_VERSION = "0.26.0"
+    TORCHAUDIO_VERSION  = "2.11.0"
+  }
+  tags = tags("cu128")
+}
+
+# The oldest cards (Maxwell, Pascal, Volta), and hosts with drivers before CUDA 12.8; not Blackwell.
 target "cu126" {
   inherits = ["common"]
   target   = "gpu"
   args     = { TORCH_INDEX_URL = "https://download.pytorch.org/whl/cu126" }
   tags     = tags("cu126")
-}
-
-# Turing to Blackwell; what a build without bake makes. PyTorch has it up to 2.11.
-target "cu128" {
-  inherits = ["common"]
-  target   = "gpu"
-  args     = { TORCH_INDEX_URL = "https://download.pytorch.org/whl/cu128" }
-  tags     = concat(tags("cu128"), ["${REGISTRY}/comfyui-volume-worker:${VERSION}"])
-}
-
-# Needs drivers of CUDA 13 (580 and later).
-target "cu130" {
-  inherits = ["common"]
-  target   = "gpu"
-  args     = { TORCH_INDEX_URL = "https://download.pytorch.org/whl/cu130" }
-  tags     = tags("cu130")
 }
 
 target "cpu" {

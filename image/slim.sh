@@ -17,12 +17,17 @@ apt-get clean
 rm -rf /var/lib/apt/lists/* /var/log/apt /var/log/dpkg.log
 
 find "$packages" -path '*/scipy/*' -type d -name tests -prune -exec rm -rf {} +
-# What transformers' models are generated from, and the same models for TensorFlow and JAX; its own loader takes what is there.
-find "$packages" -path '*/transformers/models/*' \
-    \( -name 'modular_*.py' -o -name 'modeling_tf_*.py' -o -name 'modeling_flax_*.py' \) -delete
-# Its aid for people who port models imports torch.distributed.tensor, and with it sympy: half a second of each start.
-find "$packages" -path '*/transformers/model_debugging_utils.py' -exec \
-    sed -i 's/^\( *\)if torch\.distributed\.is_available():$/\1if False:/' {} +
+# What transformers' models are generated from; its own loader takes what is there.
+find "$packages" -path '*/transformers/models/*' -name 'modular_*.py' -delete
+# comfy-kitchen's kernels for AMD, PyOpenGL's libraries for Windows. The kernels for NVIDIA are made for CUDA 13, and ComfyUI takes none
+# of them beside an older one.
+find "$packages" -path '*/comfy_kitchen/backends/hip/*' -name '*.so' -delete
+find "$packages" -path '*/OpenGL/DLLS/*' -delete
+if [[ -r /opt/venv/cuda-version && $(< /opt/venv/cuda-version) == 12.* ]]; then
+    find "$packages" -path '*/comfy_kitchen/backends/cuda/*' -name '*.so' -delete
+fi
+# The licences of what comfy-angle is made of must come with it; 19 MB of HTML are 2 MB so.
+find "$packages" -path '*/comfy_angle/LICENSES.*' -exec gzip -9 {} +
 find "$packages" -path '*/comfyui_frontend_package/*' -name '*.map' -delete
 # botocore describes 400 services; the worker talks to one.
 find "$packages" -path '*/botocore/data/*' -prune -type d ! -name s3 ! -name sts -exec rm -rf {} +

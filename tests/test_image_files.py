@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import pytest
 import yaml  # type: ignore[import-untyped]  # types-PyYAML is no dependency
 
+from devkit.engine.build import TORCH
 from devkit.engine.cache import BuildFailed
 from devkit.image.base import mirror
 from devkit.image.build import ImageBuilder
@@ -31,14 +32,16 @@ if TYPE_CHECKING:
 SHELL = [
     "image/start.sh",
     "image/install_packages.sh",
-    "image/install_engine.sh",
     "image/slim.sh",
     "image/bin/comfy-manager-set-mode",
     ".ci/packages",
     ".ci/run",
     ".ci/suite",
 ]
-PYTHON = ["image/fetch_source.py", "image/comfyui_only.py", "image/bin/comfy", "image/bin/comfy-node-install", "handler.py"]
+PYTHON = [
+    *("image/fetch_source.py", "image/install_engine.py", "image/comfyui_only.py"),
+    *("image/bin/comfy", "image/bin/comfy-node-install", "handler.py"),
+]
 CATEGORIES = {"audio", "embedding", "language", "video", "image"}
 INPUT_TYPES = {"string", "number", "boolean", "huggingface"}
 
@@ -91,23 +94,79 @@ def test_what_is_left_out_is_in_the_lock_and_the_worker_asks_for_none_of_it() ->
     assert "runpod" in wanted
 
 
+def bake_targets() -> dict[str, str]:
+    return dict(re.findall(r'^target "(\w+)" \{$(.*?)^\}$', text("docker-bake.hcl"), re.MULTILINE | re.DOTALL))
+
+
 def test_the_same_versions_everywhere() -> None:
     pins = dict(re.findall(r"^ARG (\w+)=(\S+)$", text("Dockerfile"), re.MULTILINE))
     for name in ("BASE_IMAGE", "TORCH_VERSION", "TORCHVISION_VERSION", "TORCHAUDIO_VERSION", "COMFYUI_REF"):
         assert f'variable "{name}" {{ default = "{pins[name]}" }}' in text("docker-bake.hcl")
-    assert pins["TORCH_INDEX_URL"].endswith("/cu128")
-    assert pins["COMFYUI_REF"] == re.search(r"v[\d.]+\d", "v" + text("devkit/engine/comfyui.lock").partition("ComfyUI ")[2])[0]  # type: ignore[index]
+    assert f"v{locked_version()}" == pins["COMFYUI_REF"]
+    assert f"torch=={pins['TORCH_VERSION']}" == TORCH
+    flavour = pins["TORCH_INDEX_URL"].rpartition("/")[2]
+    assert flavour == "cu130"
+    assert [name for name, target in bake_targets().items() if ':${VERSION}"' in target] == [flavour]
+    assert hub()["config"]["allowedCudaVersions"] == ["13.0"]
+    assert json.loads(text(".runpod/tests.json"))["config"]["allowedCudaVersions"] == ["13.0"]
+    for page in ("README.md", "README.zh-CN.md", "docs/deployment.md"):
+        assert re.findall(r'"minCudaVersion": "([\d.]+)"', text(page)) == ["13.0"], page
 
 
-def test_comfyuis_packages_in_the_image_are_those_of_the_tests_and_all_but_one_the_workers() -> None:
+def test_every_flavour_of_torch_is_one_that_was_made_and_none_brings_a_setuptools_without_pkg_resources() -> None:
+    # PyTorch has CUDA 12.8 only up to 2.11; torchvision goes with exactly one torch.
+    goes_with = {"2.13.0": "0.28.0", "2.11.0": "0.26.0"}
+    default = dict(re.findall(r'^variable "(TORCH\w+)" \{ default = "([\d.]+)"', text("docker-bake.hcl"), re.MULTILINE))
+    for name in ("cu126", "cu128", "cu130", "cpu"):
+        versions = {**default, **dict(re.findall(r'(TORCH\w*_VERSION) += "([\d.]+)"', bake_targets()[name]))}
+        assert versions["TORCHVISION_VERSION"] == goes_with[versions["TORCH_VERSION"]], name
+        assert name != "cu128" or versions["TORCH_VERSION"] == "2.11.0"
+    assert "'setuptools<82'" in text("Dockerfile")
+
+
+def locked_version() -> str:
+    found = re.match(r"# What ComfyUI ([\d.]+) asks for", text("image/engine.lock"))
+    assert found
+    return found[1]
+
+
+def installer() -> dict[str, Any]:
+    return runpy.run_path(str(PROJECT / "image/install_engine.py"))
+
+
+def lines_of_the_lock() -> str:
+    return "".join(f"{line[1:].strip()}\n" for line in re.findall(r"^# {3}.+$", text("image/engine.lock"), re.MULTILINE))
+
+
+def test_the_lock_answers_its_release_with_hashes_and_names_no_host() -> None:
+    lock = text("image/engine.lock")
+    assert installer()["unanswered"](lines_of_the_lock(), lock) == []
+    pinned = dict(re.findall(r"^([a-z0-9-]+)==([\w.]+)", lock, re.MULTILINE))
+    asked = {re.split(r"[<>=~]", line)[0].lower() for line in lines_of_the_lock().splitlines()}
+    assert {"transformers", "comfy-kitchen", "comfy-aimdo", "comfyui-frontend-package"} <= asked
+    with_torch = {"torch", "torchvision", "torchaudio", "numpy", "pillow", "filelock"}
+    assert asked - pinned.keys() == {*with_torch, "comfyui-embedded-docs"}
+    assert pinned.keys() & with_torch == set()
+    assert [entry for entry in re.split(r"^(?=[a-z0-9])", lock, flags=re.MULTILINE)[1:] if "--hash=sha256:" not in entry] == []
+    assert re.findall(r"https?://|file:|index-url|find-links", lock) == []
+
+
+def test_what_comfyui_and_the_worker_both_want_is_in_the_image_once() -> None:
     def pins(path: str) -> dict[str, str]:
         return dict(re.findall(r"^([a-z0-9-]+)==([\w.]+)", text(path), re.MULTILINE))
 
-    image, engine, worker = pins("image/constraints.txt"), pins("devkit/engine/requirements.lock"), pins("requirements.lock")
-    assert {"transformers", "tokenizers", "huggingface-hub"} <= image.keys() & engine.keys()
-    assert [name for name in image.keys() & engine.keys() if image[name] != engine[name]] == []
-    # What both venvs want is in the image once, as long as it is the same version.
-    assert [name for name in image.keys() & worker.keys() if image[name] != worker[name]] == ["huggingface-hub"]
+    image, worker = pins("image/engine.lock"), pins("requirements.lock")
+    assert {"aiohttp", "huggingface-hub", "requests"} <= image.keys() & worker.keys()
+    assert [name for name in image.keys() & worker.keys() if image[name] != worker[name]] == []
+
+
+def test_another_comfyui_gets_what_it_asks_for_and_the_locks_versions_of_all_else() -> None:
+    script, lock = installer(), text("image/engine.lock")
+    newer = lines_of_the_lock().replace("comfy-kitchen==0.2.31", "comfy-kitchen==0.2.40  # newer") + "Some_New.Package>=1\n"
+    assert script["unanswered"](newer, lock) == ["comfy-kitchen==0.2.40", "Some_New.Package>=1"]
+    all_pins, others = script["pins"](lines_of_the_lock(), lock), script["pins"](newer, lock)
+    assert {pin.partition("==")[0] for pin in all_pins} - {pin.partition("==")[0] for pin in others} == {"comfy-kitchen"}
+    assert set(others) < set(all_pins)
 
 
 def test_compose_and_workflows_are_yaml_and_every_action_is_pinned() -> None:
