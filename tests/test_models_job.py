@@ -6,6 +6,8 @@ import base64
 import os
 import shutil
 import threading
+import unicodedata
+import urllib.request
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -59,6 +61,13 @@ def picture(answer: dict[str, Any]) -> bytes:
     return base64.b64decode(answer["output"]["images"][0]["data"])
 
 
+def hub_file(hub: RemoteHub) -> bytes:
+    """The tiny VAE, as the hub has it."""
+    with urllib.request.urlopen(f"{hub.endpoint}/{REPO}/resolve/main/vae/tiny_taesd3_vae.safetensors", timeout=60) as answer:
+        data: bytes = answer.read()
+    return data
+
+
 def changed(graph: dict[str, Any], class_type: str, **inputs: Any) -> dict[str, Any]:
     next(node for node in graph.values() if node["class_type"] == class_type)["inputs"].update(inputs)
     return graph
@@ -92,6 +101,28 @@ def test_a_request_names_where_its_model_is_from(empty_worker: LocalWorker, work
     entry = {
         "folder": "vae",
         "name": "mine/of_the_request.safetensors",
+        "source": f"hf://{REPO}/vae/tiny_taesd3_vae.safetensors",
+    }
+    assert picture(empty_worker.runsync({"workflow": graph, "models": [entry]}))
+
+
+@pytest.mark.parametrize("here", ["NFC", "NFD"])
+def test_accents_are_written_in_either_way(empty_worker: LocalWorker, hub: RemoteHub, workflow: Load, here: Any) -> None:
+    """By hand on the volume as a Mac writes them, or fetched as the request writes them; ComfyUI compares letter by letter."""
+    there: Any = "NFD" if here == "NFC" else "NFC"
+    name = f"é が {here}.safetensors"
+    graph = changed(workflow("text_to_image"), "VAELoader", vae_name=unicodedata.normalize(here, f"hand {name}"))
+    source = hub_file(hub)
+    by_hand = empty_worker.folder / "volume/models/vae" / unicodedata.normalize(there, f"hand {name}")
+    by_hand.parent.mkdir(parents=True, exist_ok=True)
+    by_hand.write_bytes(source)
+    hub.clear_log()
+    assert picture(empty_worker.runsync({"workflow": graph}))
+    assert hub.bytes_sent("*vae*") == 0
+    graph = changed(workflow("text_to_image"), "VAELoader", vae_name=unicodedata.normalize(here, f"fetched {name}"))
+    entry = {
+        "folder": "vae",
+        "name": unicodedata.normalize(there, f"fetched {name}"),
         "source": f"hf://{REPO}/vae/tiny_taesd3_vae.safetensors",
     }
     assert picture(empty_worker.runsync({"workflow": graph, "models": [entry]}))

@@ -12,6 +12,8 @@ import random
 import socket
 import threading
 import time
+import unicodedata
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -672,6 +674,22 @@ def test_blanks_of_any_width_and_joined_emoji_are_letters(setup: Setup, name: st
     spec = ModelSpec("checkpoints", name, SOURCE)
     assert setup.store().ensure(spec).path.name == name
     assert setup.store().ready("checkpoints", name)
+
+
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_a_file_by_hand_whose_accents_are_written_otherwise_is_not_fetched_again(
+    setup: Setup, stand_in: StandIn, forms: tuple[Any, Any]
+) -> None:
+    asked, there = (unicodedata.normalize(form, "é が.safetensors") for form in forms)
+    path = setup.layout.model("checkpoints", there)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(WEIGHTS)
+    spec = ModelSpec("checkpoints", asked, SOURCE)
+    assert lacking([setup.layout], [spec]) == []
+    assert (found := setup.store().ensure(spec)).how == "by_hand"
+    assert found.path == path
+    assert setup.store().ensure(replace(spec, sha256=SHA256)).how == "adopted"
+    assert stand_in.requests == []
 
 
 def test_nor_one_that_appears_at_the_very_last_moment(setup: Setup) -> None:

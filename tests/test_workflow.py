@@ -23,6 +23,7 @@ from worker.comfy.workflow import (
     named_models,
     needed_nodes,
     parse_graph,
+    with_accents,
     with_slashes,
 )
 from worker.errors import (
@@ -50,6 +51,21 @@ def node(class_type: str, **inputs: Any) -> dict[str, Any]:
 
 
 # --- is it a graph ------------------------------------------------------------------------------
+
+
+def test_names_are_written_as_the_files_have_them() -> None:
+    old, new = "e\u0301.safetensors", "é.safetensors"
+    rows = {"on": True, "lora": old, "strength": 1}
+    graph: dict[str, Any] = {
+        "1": {"class_type": "LoraLoader", "inputs": {"lora_name": old, "row": rows, "other": "x.safetensors"}},
+        "2": {"class_type": "CLIPTextEncode", "inputs": {"text": "a embedding:e\u0301 cat, e\u0301"}},
+    }
+    models = named_models(graph)
+    forms = {(model.folders, model.file_names): "NFC" for model in models if not model.name.isascii()}
+    after = with_accents(graph, models, forms)  # type: ignore[arg-type] # the two forms are plain texts here
+    assert after["1"]["inputs"] == {"lora_name": new, "row": rows | {"lora": new}, "other": "x.safetensors"}
+    assert after["2"]["inputs"]["text"] == "a embedding:é cat, e\u0301"
+    assert graph["1"]["inputs"]["row"]["lora"] == old
 
 
 def test_a_graph_is_handed_on_as_the_very_same_object_unchanged() -> None:

@@ -22,6 +22,7 @@ from worker.comfy.workflow import (
     needed_nodes,
     renamed,
     windows_names,
+    with_accents,
     with_slashes,
 )
 from worker.errors import (
@@ -147,6 +148,8 @@ class JobHandler:
             models = await self._as_written(named_models(graph))
             graph = with_slashes(graph, models)
             await self._ensure_models(graph, models, request, job_id, around.tell)
+            if accented := by_name(model for model in models if not model.name.isascii()):
+                graph = with_accents(graph, models, await asyncio.to_thread(self._supply.respelled, accented))
         self._warmth.job(models)
         deliver = partial(self._delivery.deliver, job_id, nodes=request.outputs, previews=request.previews, bucket=bucket)
         try:

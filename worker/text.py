@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from typing import Final
+from typing import Final, Literal
 
 _ILLEGIBLE: Final = frozenset({"Cc", "Cs", "Zl", "Zp"})
 
@@ -14,6 +14,11 @@ def is_legible(text: str) -> bool:
     Blanks of any width, joined emoji and characters newer than this Python are letters to those who write them.
     """
     return text.isprintable() or not any(unicodedata.category(char) in _ILLEGIBLE for char in text)
+
+
+def form_of(text: str) -> Literal["NFC", "NFD"]:
+    """Which of the two ways to write accents a text keeps to."""
+    return "NFC" if unicodedata.is_normalized("NFC", text) else "NFD"
 
 
 def forms(text: str) -> tuple[str, ...]:

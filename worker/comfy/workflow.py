@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 from worker.errors import (
     UnsafePath,
@@ -555,6 +556,29 @@ def with_strings(value: object, change: Callable[[str], str]) -> object:
             copy = holder[key] = item.copy()
             waiting.extend((copy, inner) for inner in (copy if isinstance(copy, dict) else range(len(copy))))
     return root[0]
+
+
+def with_accents(
+    graph: Graph,
+    models: Iterable[NamedModel],
+    forms: Mapping[tuple[tuple[str, ...], tuple[str, ...]], Literal["NFC", "NFD"]],
+) -> Graph:
+    """The graph with its model names as the files have them. ComfyUI compares letter by letter, and a Mac writes `é` as two.
+
+    `forms` says, by folders and file names, which files write their accents otherwise than the graph, and how.
+    """
+    changed = dict(graph)
+    for model in models:
+        if form := forms.get((model.folders, model.file_names)):
+            node = changed[model.node_id]
+            change = partial(_respelled, old=model.name, new=unicodedata.normalize(form, model.name))
+            value = with_strings(node["inputs"][model.input_name], change)
+            changed[model.node_id] = {**node, "inputs": {**node["inputs"], model.input_name: value}}
+    return changed
+
+
+def _respelled(text: str, old: str, new: str) -> str:
+    return new if text == old else text.replace(f"embedding:{old}", f"embedding:{new}")
 
 
 def _with_slashes(text: str, model: NamedModel) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 from worker.errors import FileIncomplete, LinkAstray, ModelError, UnsafePath, VolumeFailed
 from worker.models.disk import check_whole
 from worker.models.seals import read_seal, stat_file, whole_mtime, write_seal
+from worker.text import forms
 
 if TYPE_CHECKING:
     import os
@@ -155,7 +156,15 @@ def record(layout: Layout, spec: ModelSpec, found: os.stat_result) -> Seal | Non
     return seal if seal and seal.size == found.st_size else None
 
 
+def spelled(layout: Layout, spec: ModelSpec) -> ModelSpec:
+    """The model with its name as the file that is there has it, where that only writes accents in the other way."""
+    names = forms(spec.name)
+    there = (name for name in names if len(names) > 1 and stat_file(layout.model(spec.folder, name)))
+    return replace(spec, name=next(there, spec.name))
+
+
 def _is_settled(layout: Layout, spec: ModelSpec) -> bool:
+    spec = spelled(layout, spec)
     there = sealed(layout, spec.folder, spec.name)
     if there:
         sha256 = there[1].sha256

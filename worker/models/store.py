@@ -28,7 +28,7 @@ from worker.errors import (
 )
 from worker.models.disk import Peek, check_whole, patiently, sha256_of, sync_folder, volume_error
 from worker.models.download import Download, Hooks, Origin, Ready, Task, Tools, both, forget_pending, write_own_seal
-from worker.models.inventory import path_of, record, sealed, stamp_of
+from worker.models.inventory import path_of, record, sealed, spelled, stamp_of
 from worker.models.locks import Locks, Timing
 from worker.models.partial import DiskFailed, sweep
 from worker.models.ranges import Tuning
@@ -116,6 +116,7 @@ class Store:
         attempt goes on with.
         """
         began_s = time.monotonic()
+        spec = spelled(self.layout, spec)
         path = path_of(self.layout, spec)
         task = Task(spec, path, progress, cancel or threading.Event())
         try:

@@ -11,12 +11,13 @@ import stat
 import threading
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from worker.errors import EnsureCancelled, ManifestInvalid
 from worker.models.disk import check_whole, volume_error
 from worker.models.inventory import lacking
 from worker.models.provision import Provisioner
+from worker.text import form_of, forms
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Sequence
@@ -83,6 +84,12 @@ class Supply:
         """The files that ComfyUI would read for these names, in their order; names that no folder has are left out."""
         return [Path(there.path) for name in names if (there := self._find(name))]
 
+    def respelled(self, names: Iterable[Name]) -> dict[Name, Literal["NFC", "NFD"]]:
+        """How accents are written in the files that are there for these names, where a name writes them in the other way."""
+        found = {(folders, files): self._find((folders, files)) for folders, files in names}
+        own = {name: there for name, there in found.items() if there and not there.path.endswith(name[1])}
+        return {name: form_of(there.path) for name, there in own.items()}
+
     def specs(
         self,
         names: Sequence[Name],
@@ -139,7 +146,8 @@ class Supply:
 
     def _find(self, name: Name) -> Found | None:
         folders, files = name
-        return next((there for file in files if (there := self._links.find(folders, file))), None)
+        named = (form for file in files for form in forms(file))
+        return next((there for file in named if (there := self._links.find(folders, file))), None)
 
     def _check_whole(self, there: Found) -> None:
         """Once for each file that was found whole, while it stays the same: under a millisecond on a disk."""
@@ -188,7 +196,7 @@ class Supply:
 def _meaning(sources: Sources, name: Name, *, needed: bool, guessed: bool) -> ModelSpec | None:
     folders, files = name
     wrong: ManifestInvalid | None = None
-    for file in files:
+    for file in (form for name in files for form in forms(name)):
         try:
             if spec := sources.find(file, folders, guessed=guessed):
                 return spec

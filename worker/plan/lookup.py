@@ -22,6 +22,7 @@ from worker.errors import (
 from worker.models.layout import Layout
 from worker.models.sources import Sources
 from worker.plan.items import Item, State
+from worker.text import forms
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -94,7 +95,8 @@ def meaning(nodes: tuple[NamedModel, ...], sources: Sources) -> Item:
     """Which file one model's name means, wherever that may lie already: to be fetched, or why it cannot be."""
     first = nodes[0]
     try:
-        known = (sources.find(file, first.folders, guessed=is_guessed(nodes)) for file in first.file_names)
+        files = (form for file in first.file_names for form in forms(file))
+        known = (sources.find(file, first.folders, guessed=is_guessed(nodes)) for file in files)
         spec = next(filter(None, known), None)
     except WorkerError as exc:
         return refused(_nameless(nodes), exc)

@@ -15,6 +15,7 @@ from worker.models.partial import Ranges
 from worker.models.seals import stat_file
 from worker.models.store import cached_file
 from worker.plan.items import Item, State
+from worker.text import forms
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,7 +40,8 @@ class Places:
         return cls(layout_at(settings.volume_path), Layout(settings.local_store), settings.base_dir / "models")
 
     def find(self, folders: Sequence[str], files: Sequence[str]) -> Item | None:
-        """The first of these files that is there; no folders: in any."""
+        """The first of these files that is there; no folders: in any. Accents may be written in either way."""
+        files = [form for file in files for form in forms(file)]
         for root, find in (
             (self.volume.models, lambda folder, file: self._in_store(self.volume, folder, file)),
             (self.local.models, lambda folder, file: self._in_store(self.local, folder, file)),

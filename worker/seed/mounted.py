@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 from worker.errors import UnsafePath, VolumeFailed
 from worker.models.disk import free_bytes, sha256_of, volume_error
-from worker.models.inventory import Look, look
+from worker.models.inventory import Look, Standing, look
 from worker.models.seals import Seal, read_seal, stat_file, whole_mtime, write_seal
 from worker.plan.places import Places
 from worker.saved import workflow_bytes, workflow_names
 from worker.seed.s3volume import Sealed, sealed_at
+from worker.text import forms
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -53,7 +54,8 @@ class MountedVolume:
 
     def look(self, folder: str, name: str) -> Look:
         """Say how a model's file stands."""
-        return look(self._layout, folder, name)
+        looks = (look(self._layout, folder, form) for form in forms(name))
+        return next((found for found in looks if found.standing is not Standing.ABSENT), Look(Standing.ABSENT))
 
     @staticmethod
     def expected(spec: ModelSpec, sha256: str | None) -> str | None:
