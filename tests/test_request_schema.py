@@ -395,6 +395,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "outputs that are null": (job(outputs=[None]), "field_invalid"),
     "previews in a text": (job(previews="true"), "field_invalid"),
     "previews as a number": (job(previews=1), "field_invalid"),
+    "a format of another word": (job(output_format="avif"), "field_invalid"),
+    "a quality of 0": (job(quality=0), "field_invalid"),
+    "a quality above 100": (job(quality=101), "field_invalid"),
+    "half a quality": (job(quality=0.5), "field_invalid"),
     "timings in a text": (job(return_timings="yes"), "field_invalid"),
     "a key that is a number": (job(comfy_org_api_key=1), "field_invalid"),
     "a key that is an object": (job(comfy_org_api_key={}), "field_invalid"),
@@ -428,7 +432,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 BEYOND_A_SCHEMA: dict[str, tuple[dict[str, Any], str]] = {
-    "a workflow's name that cannot be printed": ({"input": {"workflow": "a\u200b"}}, "unsafe_path"),
+    "a workflow's name that no disk takes": ({"input": {"workflow": "a\ud800"}}, "unsafe_path"),
     # What is inside a text: a schema compares texts with patterns, it decodes none and reads no JSON in them.
     "JSON that is none": ({"input": "{nope"}, "input_not_json"),
     "the JSON of a list": ({"input": "[1]"}, "input_not_json"),
@@ -569,6 +573,8 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "outputs": st.lists(st.text(max_size=2) | ANYTHING, max_size=2) | ANYTHING,
     "previews": ANYTHING,
     "return_timings": ANYTHING,
+    "output_format": st.sampled_from(["webp", "jpeg", "png"]) | ANYTHING,
+    "quality": st.integers(0, 102) | ANYTHING,
     "comfy_org_api_key": ANYTHING,
     "extra_pnginfo": ANYTHING,
 }

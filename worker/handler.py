@@ -40,6 +40,7 @@ from worker.graphs import Workflows
 from worker.job import Request
 from worker.laps import Laps
 from worker.logs import RedactingFilter
+from worker.media.pictures import PictureFormat
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Collection, Iterable, Mapping, Sequence
@@ -151,7 +152,14 @@ class JobHandler:
             if accented := by_name(model for model in models if not model.name.isascii()):
                 graph = with_accents(graph, models, await asyncio.to_thread(self._supply.respelled, accented))
         self._warmth.job(models)
-        deliver = partial(self._delivery.deliver, job_id, nodes=request.outputs, previews=request.previews, bucket=bucket)
+        deliver = partial(
+            self._delivery.deliver,
+            job_id,
+            nodes=request.outputs,
+            previews=request.previews,
+            bucket=bucket,
+            pictures=picture_format(request),
+        )
         try:
             run = await self._run_graph(graph, request, files, around)
         except NodeFailed as exc:
@@ -343,6 +351,11 @@ def timed(
 ) -> Result:
     """The result with where its time went, if the client asked for that."""
     return replace(result, timings=around.laps.to_dict(queued_s, node_s or {})) if request.return_timings else result
+
+
+def picture_format(request: Request) -> PictureFormat | None:
+    """What the request wants its PNGs as; None for as they are."""
+    return PictureFormat(request.output_format, request.quality) if request.output_format else None
 
 
 def check_outputs(graph: Graph, node_ids: Collection[str] | None) -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 # The largest seed of ComfyUI's samplers; it refuses a larger one, but only once the job's models are there.
 _LARGEST_SEED = (1 << 64) - 1
+_QUALITY, _BEST_QUALITY = 90, 100
 # Base64 has no colon; a prefix such as `data:image/png;base64,` begins otherwise.
 _ADDRESS = re.compile(r"\s*https?://", re.IGNORECASE)
 # Saved workflows with subgraphs in subgraphs are some 20 deep.
@@ -67,6 +68,10 @@ class Request:
     previews: bool = False
     """Return what preview nodes made, too."""
     return_timings: bool = False
+    output_format: str | None = None
+    """`webp` or `jpeg`, for pictures that nodes saved as PNG; None returns them as they are."""
+    quality: int = _QUALITY
+    """Of these, from 1 to 100."""
 
     @classmethod
     def parse(cls, value: object) -> Request:
@@ -94,6 +99,8 @@ class Request:
             seed=_seed(fields.get("seed")),
             previews=_flag("previews", fields.get("previews")),
             return_timings=_flag("return_timings", fields.get("return_timings")),
+            output_format=_picture_format(fields.get("output_format")),
+            quality=_quality(fields.get("quality")),
         )
 
 
@@ -228,6 +235,19 @@ def _seed(value: object) -> str | int | None:
     number = _whole(value)
     if number is None or not 0 <= number <= _LARGEST_SEED:
         raise FieldInvalid("seed", f"must be 'random', 'next' or a whole number from 0 to {_LARGEST_SEED}")
+    return number
+
+
+def _picture_format(value: object) -> str | None:
+    if value is not None and (not isinstance(value, str) or value not in {"webp", "jpeg"}):
+        raise FieldInvalid("output_format", "must be 'webp' or 'jpeg', or be left out to have pictures as they were saved")
+    return value
+
+
+def _quality(value: object) -> int:
+    number = _QUALITY if value is None else _whole(value)
+    if number is None or not 1 <= number <= _BEST_QUALITY:
+        raise FieldInvalid("quality", f"must be a whole number from 1 to {_BEST_QUALITY}")
     return number
 
 

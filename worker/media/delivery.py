@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import io
 import json
 import logging
+import tempfile
 import threading
 import time
 from dataclasses import dataclass, replace
@@ -24,6 +26,7 @@ from worker.media.bucket import Bucket, Upload, Uploads, clean_id, job_target
 from worker.media.guard import UrlRules
 from worker.media.keep import KeptOutputs
 from worker.media.outputs import Collected, Missing, Output, OutputFiles, clean, unanswered
+from worker.media.pictures import Encoding
 from worker.media.s3 import S3Target
 from worker.media.spill import Copies, Copy
 from worker.volume import is_volume
@@ -31,6 +34,7 @@ from worker.volume import is_volume
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
+    from worker.media.pictures import PictureFormat
     from worker.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -88,6 +92,7 @@ class Delivery:
         keep_bytes: int = 2_048_000_000,
         url_expiry_s: int = 604_800,
         allow_private: tuple[str, ...] = (),
+        python: str = "python3",
     ) -> None:
         self._outputs = OutputFiles(output_dir, temp_dir)
         self._kept = KeptOutputs(output_dir, temp_dir, keep_bytes, spare=[volume] if volume else [])
@@ -96,6 +101,7 @@ class Delivery:
         self._result_limit_bytes = result_limit_bytes
         self._url_expiry_s = url_expiry_s
         self._job_rules = UrlRules(private=allow_private)
+        self._python = python
 
     @classmethod
     def of(cls, settings: Settings) -> Delivery:
@@ -110,6 +116,7 @@ class Delivery:
             keep_bytes=settings.output_keep_mb * 1_000_000,
             url_expiry_s=settings.bucket_url_expiry_s,
             allow_private=settings.input_url_allow_private,
+            python=settings.comfyui_python,
         )
 
     def start(self) -> None:
@@ -135,13 +142,14 @@ class Delivery:
         warnings: Sequence[str] = (),
         silent: Mapping[str, str] = MappingProxyType({}),
         cached: Collection[str] = (),
+        pictures: PictureFormat | None = None,
     ) -> Result:
         """The result of a run: everything to the bucket (the job's own, or the settings'), or else into the result itself.
 
         What a bucket does not take comes in the result, or on the volume when that is too large, with a sentence in `warnings`;
         without a bucket the largest files go to the volume until the rest fits. A listed file that is not there has a sentence,
-        and so has a node that gave nothing; `silent` are output nodes that are not in `outputs`, with their classes. On
-        cancellation uploads and copies are stopped before this returns, and leave nothing unfinished.
+        and so has a node that gave nothing; `silent` are output nodes that are not in `outputs`, with their classes. PNGs come
+        as `pictures` says. On cancellation uploads and copies are stopped before this returns, and leave nothing unfinished.
 
         Raises `OutputGone` for a file of one of the `cached` nodes that is not there, and for one that goes meanwhile;
         `OutputElsewhere` when files are missing and nothing else is left; `ResultTooLarge`, or the `BucketFailed` that led to
@@ -158,8 +166,14 @@ class Delivery:
             raise OutputElsewhere(missing[0].path, missing=[str(item) for item in missing])
         said = [clean(text) for text in (*warnings, *unanswered(nodes, collected, silent))]
         files = {item.source: item.size_bytes for item in found if isinstance(item.source, Path)}
-        with self._kept.using(files):
-            result = await _Job(self, clean_id(job_id), self._limit_bytes(job_id), bucket or self._bucket).deliver(found, said)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._kept.using(files))
+            sent: Sequence[Output] = found
+            if pictures:
+                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="pictures-", ignore_cleanup_errors=True))
+                sent, notes = await _off_the_loop(Encoding(self._python, found, pictures, Path(folder)))
+                said += notes
+            result = await _Job(self, clean_id(job_id), self._limit_bytes(job_id), bucket or self._bucket).deliver(sent, said)
         # The next job may be running by now, and some nodes write over a file of a fixed name.
         self._outputs.check_same(found)
         return result
