@@ -105,7 +105,7 @@ RUN touch /stamp \
 COPY --from=comfyui-ready /comfyui /comfyui
 COPY --from=worker-packages /usr/local/bin/uv /usr/local/bin/uv
 COPY image/bin/ /usr/local/bin/
-COPY image/start.sh handler.py /
+COPY image/start.sh image/test_input.json handler.py /
 COPY image/comfyui_only.py image/fetch_source.py /opt/
 
 # As in worker-comfyui, `pip install` and `uv pip install` in a child image reach ComfyUI's packages.

@@ -360,6 +360,15 @@ def test_a_manager_is_set_offline_before_the_first_start_wherever_it_is(
     assert ("comfy-manager-set-mode offline" in done.stdout) == bool(manager)
 
 
+def test_a_container_without_anything_finds_the_self_test() -> None:
+    """The worker runs ./test_input.json where there is nothing else to serve; the container starts in /."""
+    dockerfile = text("Dockerfile")
+    assert re.search(r"^COPY (\S+ )*image/test_input\.json (\S+ )*/$", dockerfile, re.MULTILINE)
+    assert re.findall(r"^WORKDIR (\S+)$", dockerfile, re.MULTILINE)[-1] == "/"
+    graph = json.loads(text("image/test_input.json"))["input"]["workflow"]
+    assert {node["class_type"] for node in graph.values()} == {"EmptyImage", "SaveImage"}  # no model is needed
+
+
 # Debian 12's first Python 3.11 has no filters for archives; deleting them is as near as another Python comes.
 FETCH = """
 import runpy, sys, tarfile

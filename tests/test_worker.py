@@ -335,8 +335,8 @@ def test_a_mistyped_command_is_named_with_those_there_are() -> None:
     assert "convert, doctor, plan, seed, settings" in done.stderr
 
 
-def test_a_test_input_is_run_once(engine: Engine, tmp_path: Path) -> None:
-    (tmp_path / "test_input.json").write_text(json.dumps({"input": {"workflow": TINY}}))
+def test_the_images_test_input_is_run_once_and_leaves_a_picture(engine: Engine, tmp_path: Path) -> None:
+    shutil.copy(PROJECT / "image/test_input.json", tmp_path)
     environ = {
         **engine_environ(engine, tmp_path / "base", free_port()),
         "VOLUME_PATH": str(tmp_path),
@@ -345,6 +345,8 @@ def test_a_test_input_is_run_once(engine: Engine, tmp_path: Path) -> None:
     done = worker_command(environ, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "completed successfully" in done.stdout
+    (picture,) = (tmp_path / "base/output").glob("self-test_*.png")
+    assert size(picture.read_bytes()) == (64, 64)
 
 
 def test_the_log_accounts_for_the_cold_start_and_names_the_lines_people_look_for(worker: LocalWorker) -> None:
