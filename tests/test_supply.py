@@ -179,7 +179,7 @@ def test_a_name_that_is_there_costs_one_look_and_its_header_is_read_once(desk: D
     assert desk.supply.missing(names) == []
     with (
         mock.patch.object(os, "stat", side_effect=os.stat) as stat,
-        mock.patch("worker.models.supply.check_whole", side_effect=AssertionError("read again")),
+        mock.patch("worker.models.inventory.check_whole", side_effect=AssertionError("read again")),
     ):
         assert desk.supply.missing(names) == []
     assert stat.call_count == 2

@@ -13,9 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from worker.errors import EnsureCancelled, ManifestInvalid
-from worker.models.disk import check_whole, volume_error
-from worker.models.inventory import lacking
+from worker.errors import EnsureCancelled, FileIncomplete, ManifestInvalid
+from worker.models.disk import volume_error
+from worker.models.inventory import lacking, trouble_of
 from worker.models.provision import Provisioner
 from worker.text import form_of, forms
 
@@ -153,8 +153,10 @@ class Supply:
         """Once for each file that was found whole, while it stays the same: under a millisecond on a disk."""
         seen = there.info.st_size, there.info.st_mtime_ns
         if self._whole.get(there.path) != seen and stat.S_ISREG(there.info.st_mode):
-            with contextlib.suppress(OSError):  # ComfyUI will say what it cannot read
-                check_whole(Path(there.path).resolve(), there.info.st_size)
+            error = trouble_of(Path(there.path).resolve(), there.info.st_size)
+            if isinstance(error, FileIncomplete):
+                raise error
+            if error is None:  # ComfyUI will say what it cannot read
                 self._whole[there.path] = seen
 
     def _current_sources(self) -> Sources:
