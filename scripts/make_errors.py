@@ -103,7 +103,7 @@ SECTIONS: Final = (
 NEVER_RAISED: Final = frozenset(
     {
         *(errors.WorkerError, errors.StartError, errors.RequestError, errors.InputError, errors.ModelError, errors.EngineError),
-        *(errors.DeliveryError, errors.BucketFailed, errors.SeedError),
+        *(errors.DeliveryError, errors.BucketFailed, errors.SeedError, errors.FileUnusable),
         *(client.ClientError, client.JobError, client.ServiceError),
     }
 )
@@ -231,6 +231,7 @@ there is 'fox_v2.safetensors'; correct the name, put the file on the volume, or 
     "SetInvalid.reason": "takes NODE.INPUT=VALUE, such as 6.text=\"a fox\", not '6.text'",
     "setting": "COMFYUI_DIR",
     "SettingsError.problems": ("COMFYUI_PORT must be a whole number, not 'x'", "REFRESH_WORKER must be true or false, not 'y'"),
+    "NotAModel.found": "a web page",
     "silent_s": 180.0,
     "size_bytes": 11_901_466_276,
     "RequestRefused.size_bytes": 24_500_000,

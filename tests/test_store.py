@@ -26,6 +26,8 @@ from worker.errors import (
     EnsureCancelled,
     FileIncomplete,
     LinkAstray,
+    NotAFile,
+    NotAModel,
     RepoNotFound,
     SourceChanged,
     SourceRefused,
@@ -39,7 +41,7 @@ from worker.errors import (
 )
 from worker.models import mounts
 from worker.models.hub import Hub, credentials
-from worker.models.inventory import lacking
+from worker.models.inventory import Standing, lacking, look
 from worker.models.layout import Layout
 from worker.models.seals import Seal, read_seal, whole_mtime, write_seal
 from worker.models.spec import HubFile, ModelSpec, Url
@@ -192,6 +194,61 @@ def test_a_small_file_is_checked_against_what_git_calls_it(setup: Setup, stand_i
     assert setup.litter() == []
 
 
+FOREIGN = {
+    "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 7\n", "Git LFS pointer"),
+    "page": (b"\n<!DOCTYPE html><html>Log in</html>", "web page"),
+    "json": (b'{"error": "not found"}', "JSON"),
+    "gzip": (b"\x1f\x8b\x08" + b"\0" * 99, "gzip"),
+    "empty": (b"", "empty"),
+    "text": (b"Not found\n", "text"),
+}
+
+
+@pytest.mark.parametrize("suffix", ["pth", "pt", "ckpt", "bin", "gguf", "onnx", "GGUF", "Pth"])
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_what_is_no_model_is_never_published(setup: Setup, stand_in: StandIn, root: Path, suffix: str, kind: str) -> None:
+    content, said = FOREIGN[kind]
+    (root / "org/repo/sent").write_bytes(content)
+    said = "GGUF" if suffix.lower() == "gguf" and said == "text" else said
+    spec = ModelSpec("checkpoints", f"model.{suffix}", Url(f"{stand_in.endpoint}/files/org/repo/sent"))
+    with pytest.raises(NotAFile, match=said):
+        setup.store().ensure(spec)
+    assert not setup.layout.model("checkpoints", spec.name).exists()
+    assert setup.litter() == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("model.pth", b"PK\x03\x04" + b"\0" * 99),
+        ("model.pt", b"\x80\x02" + b"\0" * 99),
+        ("model.gguf", b"GGUF\x03\0\0\0" + b"\0" * 99),
+        ("model.onnx", b"\x08\x07\x12\x07pytorch" + b"\0" * 99),
+        ("model.bin", bytes(range(256))),
+        ("vocab.json", b'{"a": 1}'),
+        ("merges.txt", b""),
+    ],
+)
+def test_what_may_be_a_model_is(setup: Setup, stand_in: StandIn, root: Path, name: str, content: bytes) -> None:
+    (root / "org/repo/sent").write_bytes(content)
+    spec = ModelSpec("checkpoints", name, Url(f"{stand_in.endpoint}/files/org/repo/sent"))
+    assert setup.store().ensure(spec).how == "downloaded"
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+def test_a_file_that_is_no_model_is_named_whoever_put_it_there(setup: Setup, *, sealed: bool) -> None:
+    path = setup.layout.model("checkpoints", "model.PTH")
+    path.parent.mkdir(parents=True)
+    path.write_bytes(FOREIGN["page"][0])
+    if sealed:
+        seal = Seal(size=path.stat().st_size, mtime=whole_mtime(path.stat()), sha256=None)
+        write_seal(setup.layout.seal("checkpoints", "model.PTH"), seal)
+    found = look(setup.layout, "checkpoints", "model.PTH")
+    assert found.standing is (Standing.READY if sealed else Standing.INCOMPLETE)
+    assert isinstance(found.error, NotAModel)
+    assert "web page" in str(found.error)
+
+
 def test_without_a_version_nobody_goes_on_with_what_another_worker_left(setup: Setup, stand_in: StandIn) -> None:
     for name in ("ETag", "Last-Modified"):
         stand_in.fault("without", value=name, count=None)
@@ -216,14 +273,14 @@ def test_without_a_version_nobody_goes_on_with_what_another_worker_left(setup: S
 
 def test_a_version_that_went_leaves_no_partial(setup: Setup, stand_in: StandIn, root: Path) -> None:
     spec = ModelSpec("checkpoints", SPEC.name, Url(f"{stand_in.endpoint}/files/org/repo/model.safetensors"))
-    stand_in.fault("stall", after_bytes=1000, skip=2, count=1)
+    stand_in.fault("stall", after_bytes=1000, skip=2, count=None)
 
     def change() -> None:
-        stand_in.wait_stalled(1)
+        stand_in.wait_stalled(2)
         new = root / "org/repo/new"
         new.write_bytes(OTHER)
         new.replace(root / "org/repo/model.safetensors")
-        stand_in.release()
+        stand_in.clear_faults()
 
     changing = threading.Thread(target=change)
     changing.start()
@@ -579,7 +636,10 @@ def test_a_stale_record_of_another_file_is_not_believed(setup: Setup) -> None:
         assert setup.store().ensure(SPEC).how == "by_hand"
 
 
-def test_a_seal_without_mtime_over_another_file_of_its_length_is_not_believed(setup: Setup, stand_in: StandIn) -> None:
+def test_a_seal_without_mtime_over_another_file_of_its_length_is_not_believed(
+    setup: Setup, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.models.inventory._UPLOADED_S", 0.0)
     seal = setup.layout.seal(SPEC.folder, SPEC.name)
     setup.put(WEIGHTS)
     write_seal(seal, Seal(size=len(WEIGHTS), mtime=None, sha256=SHA256))

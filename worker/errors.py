@@ -1172,10 +1172,27 @@ class UnsealedMismatch(ModelError):
 
 
 @dataclass(eq=False)
-class FileIncomplete(ModelError):
-    """A file that somebody put there is shorter or longer than its own header says."""
+class FileUnusable(ModelError):
+    """A model's file is there and cannot be loaded."""
 
     path: Path
+
+
+@dataclass(eq=False)
+class NotAModel(FileUnusable):
+    """A file with a model's name holds something else, as its first bytes say."""
+
+    found: str
+    code = "not_a_model"
+
+    def __str__(self) -> str:
+        return f"{self.path} is {self.found}, and no model: remove it to have it fetched, or put the model itself in its place."
+
+
+@dataclass(eq=False)
+class FileIncomplete(FileUnusable):
+    """A file that somebody put there is shorter or longer than its own header says."""
+
     size_bytes: int
     whole_bytes: int | None
     code = "file_incomplete"

@@ -28,7 +28,7 @@ from worker.comfy.workflow import (
 from worker.errors import (
     DeliveryError,
     FieldInvalid,
-    FileIncomplete,
+    FileUnusable,
     InternalError,
     ModelMissing,
     NodeFailed,
@@ -288,7 +288,7 @@ class JobHandler:
     ) -> tuple[Mapping[Name, Sequence[NamedModel]], list[Name]]:
         """The models that are not there, of those that the job runs with.
 
-        Raises `FileIncomplete` for one of them that is not whole. Only where anything is the matter at all is ComfyUI asked
+        Raises `FileUnusable` for one of them that is not whole. Only where anything is the matter at all is ComfyUI asked
         which nodes are outputs: a model that no output needs is none of the job's business, and neither is its absence.
         """
         models = by_name(named)
@@ -296,7 +296,7 @@ class JobHandler:
             absent = await self._unseen(models)
             if not absent:
                 return models, []
-        except FileIncomplete as exc:
+        except FileUnusable as exc:
             log.debug("%s; is it needed?", exc)
             absent = None
         needed = needed_nodes(graph, await self._outputs(graph))

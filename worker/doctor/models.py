@@ -129,6 +129,8 @@ class _File:
         self.size_bytes, self.standing = there.size_bytes, there.standing
         if self.standing is not Standing.READY and self.path.lower().endswith(WEIGHT_SUFFIXES):
             self.trouble = _trouble(layout.listed(self.path), there)
+        elif there.error:
+            self.trouble = str(there.error)
 
 
 def _trouble(path: Path, there: Look) -> str | None:

@@ -11,7 +11,8 @@ import shutil
 import time
 from typing import TYPE_CHECKING, BinaryIO, Final, Self, TypeVar
 
-from worker.errors import EnsureCancelled, FileIncomplete, ModelError, VolumeFailed, VolumeFull, VolumeReadOnly
+from worker.errors import EnsureCancelled, FileIncomplete, ModelError, NotAModel, VolumeFailed, VolumeFull, VolumeReadOnly
+from worker.models.formats import HEAD_BYTES, foreign, is_safetensors, is_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,7 +24,6 @@ T = TypeVar("T")
 
 FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 READ_ONLY: Final = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
-SAFETENSORS: Final = (".safetensors", ".sft")
 _NOT_THERE_YET: Final = frozenset({errno.ENOENT, errno.ESTALE})
 _SETTLE_S: Final = 3.0
 _LONGEST_STEM_BYTES: Final = 240
@@ -195,15 +195,26 @@ def git_sha1_of(path: Path, size_bytes: int) -> str:
 
 
 def check_whole(path: Path, size_bytes: int) -> None:
-    """Raise `FileIncomplete` when a safetensors file's header and size disagree; other formats say nothing to check.
+    """Raise `FileIncomplete` when a safetensors file's header and size disagree, `NotAModel` for a web page or the like.
 
-    This finds a truncated copy in under a millisecond; it cannot find a wrong byte.
+    Other formats say nothing of their length. This finds a truncated copy in under a millisecond; it cannot find a wrong byte.
     """
-    if not path.name.endswith(SAFETENSORS):
-        return
-    whole = stated_bytes(path, size_bytes)
+    whole = stated_bytes(path, size_bytes) if is_safetensors(path.name) else size_bytes
+    if not (is_safetensors(path.name) and whole == size_bytes) and (found := foreign_in(path)):
+        raise NotAModel(path, found)
     if whole != size_bytes:
         raise FileIncomplete(path, size_bytes, whole)
+
+
+def foreign_in(path: Path) -> str | None:
+    """What a file of weights is instead, if its first bytes leave no doubt."""
+    return foreign(path.name, head_of(path)) if is_weights(path.name) else None
+
+
+def head_of(path: Path) -> bytes:
+    """The first bytes of a file."""
+    with path.open("rb", buffering=0) as stream:
+        return stream.read(HEAD_BYTES)
 
 
 def stated_bytes(path: Path, size_bytes: int) -> int | None:

@@ -14,9 +14,10 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Literal
 
-from worker.errors import ContentMismatch, EnsureCancelled, SourceChanged, SourceRefused, VolumeFull
+from worker.errors import ContentMismatch, EnsureCancelled, NotAFile, SourceChanged, SourceRefused, VolumeFull
 from worker.models.abandon import abandonable
-from worker.models.disk import FULL, free_bytes, git_sha1_of, patiently, stated_bytes, sync_folder
+from worker.models.disk import FULL, free_bytes, git_sha1_of, head_of, patiently, stated_bytes, sync_folder
+from worker.models.formats import is_safetensors, misfit
 from worker.models.hashed import HashedPartial
 from worker.models.inventory import stamp_of
 from worker.models.partial import DiskFailed, Partial, Stuck, Taken, sweep
@@ -241,7 +242,11 @@ class Download:
 
     def _check_unhashed(self, partial: Partial) -> None:
         """Without a hash the length is all there is to check, and what a safetensors header says about it."""
-        if self._remote.sha256 is not None or self._task.path.suffix not in {".safetensors", ".sft"}:
+        size_bytes = self._remote.size_bytes
+        if found := misfit(self._task.path.name, head_of(partial.path), size_bytes, is_verified=self._remote.is_verified):
+            partial.discard()
+            raise NotAFile(self._remote.where, found)
+        if self._remote.sha256 is not None or not is_safetensors(self._task.path.name):
             return
         stated = stated_bytes(partial.path, self._remote.size_bytes)
         if stated != self._remote.size_bytes:

@@ -10,8 +10,8 @@ from enum import StrEnum
 from functools import partial
 from typing import TYPE_CHECKING, Final, TypeVar
 
-from worker.errors import FileIncomplete, LinkAstray, ModelError, UnsafePath, VolumeFailed
-from worker.models.disk import check_whole
+from worker.errors import FileUnusable, LinkAstray, ModelError, NotAModel, UnsafePath, VolumeFailed
+from worker.models.disk import check_whole, foreign_in
 from worker.models.seals import read_seal, stat_file, whole_mtime, write_seal
 from worker.text import forms
 
@@ -29,6 +29,7 @@ _R = TypeVar("_R")
 
 _LOOKERS: Final = 8
 _PROBED: Final = 16
+_UPLOADED_S: Final = 60.0
 _SLOW_LOOK_S: Final = 0.0003  # a look at a network file system takes about a millisecond, at a disk a tenth of this
 
 
@@ -48,7 +49,8 @@ class Look:
     """One file as a look found it.
 
     `seal` is its seal, whether or not it fits. `stamp` differs once the file is another one or was written to. `error` is why
-    an incomplete file cannot be used. `record` is what a seeder wrote down before an upload that it did not get to seal.
+    an incomplete file cannot be used, or a ready one that is no model: what a source sent was once sealed without a look.
+    `record` is what a seeder wrote down before an upload that it did not get to seal.
     """
 
     standing: Standing
@@ -71,10 +73,17 @@ def look_at(path: Path, seal_path: Path) -> Look:
         return Look(Standing.ABSENT)
     size_bytes, seal = found.st_size, read_seal(seal_path)
     if seal and _fits(seal, seal_path, path, found):
-        return Look(Standing.READY, size_bytes, seal, stamp_of(found))
+        return Look(Standing.READY, size_bytes, seal, stamp_of(found), _foreign(path))
     error = trouble_of(path, size_bytes)
     standing = Standing.INCOMPLETE if error else Standing.REPLACED if seal else Standing.BY_HAND
     return Look(standing, size_bytes, seal, stamp_of(found), error)
+
+
+def _foreign(path: Path) -> ModelError | None:
+    with contextlib.suppress(OSError):
+        found = foreign_in(path)
+        return NotAModel(path, found) if found else None
+    return None
 
 
 def stamp_of(found: os.stat_result) -> tuple[int, ...]:
@@ -86,7 +95,7 @@ def trouble_of(path: Path, size_bytes: int) -> ModelError | None:
     """Why a file without a fitting seal cannot be used, as far as that can be told without reading all of it."""
     try:
         check_whole(path, size_bytes)
-    except FileIncomplete as exc:
+    except FileUnusable as exc:
         return exc
     except OSError as exc:
         return VolumeFailed(path, f"it cannot be read ({exc.strerror})")
@@ -97,14 +106,15 @@ def _fits(seal: Seal, seal_path: Path, path: Path, found: os.stat_result) -> boo
     """Whether the seal is about this file.
 
     One that was uploaded has no time yet. Its header has to agree with its size, and nothing may have changed it since it was
-    sealed: a file of the same length that somebody put there later is known by its bytes only.
+    sealed: a file of the same length that somebody put there later is known by its bytes only. What S3 stores may take a
+    moment to be as it stays.
     """
     if seal.mtime is not None:
         return seal.fits(found)
     if seal.size != found.st_size or trouble_of(path, found.st_size) is not None:
         return False
     own = stat_file(seal_path)
-    return own is not None and found.st_ctime_ns <= own.st_ctime_ns
+    return own is not None and found.st_ctime <= own.st_ctime + _UPLOADED_S
 
 
 def path_of(layout: Layout, spec: ModelSpec) -> Path:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final, Self
 
 from worker.errors import (
     ContentMismatch,
-    FileIncomplete,
+    FileUnusable,
     ModelError,
     UnsafePath,
     UnsealedMismatch,
@@ -68,7 +68,7 @@ def cached_file(host_cache: Layout, spec: ModelSpec) -> Path | None:
         return None
     repo = host_cache.host_cache_repo(spec.source.repo, spec.source.repo_type)
     revision = spec.source.revision
-    with contextlib.suppress(OSError, FileIncomplete, UnicodeDecodeError):
+    with contextlib.suppress(OSError, FileUnusable, UnicodeDecodeError):
         commit = revision if _COMMIT.fullmatch(revision) else (repo / "refs" / revision).read_text().strip()
         path = repo / "snapshots" / commit / spec.source.path
         size_bytes = path.stat().st_size

@@ -68,7 +68,7 @@ class Supply:
     def missing(self, names: Sequence[Name]) -> list[Name]:
         """Those of the names that no folder has, also not after a fresh look at the volume.
 
-        Raises `FileIncomplete` for one that is there and shorter than its own header says: somebody's copy that is under way
+        Raises `FileUnusable` for one that is there and shorter than its own header says: somebody's copy that is under way
         or was cut off, which ComfyUI would report as a defect of the node.
         """
         found = {name: self._find(name) for name in names}

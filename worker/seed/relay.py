@@ -28,7 +28,8 @@ from worker.errors import (
     SourceRefused,
     SourceUnreachable,
 )
-from worker.models.disk import SAFETENSORS, stated_in
+from worker.models.disk import stated_in
+from worker.models.formats import HEAD_BYTES, is_safetensors, misfit
 from worker.models.ranges import Fetch, Tuning
 from worker.seed.bucket import UploadGone
 from worker.seed.window import Window, WindowClosed
@@ -248,6 +249,7 @@ class Relay:
         self._window = Window(remote.size_bytes, part_bytes, width, [self._hashed, *uploads], spare)
         self._queues: dict[Upload, queue.Queue[tuple[Part, bytes] | None]] = {upload: queue.Queue() for upload in uploads}
         self._stated_bytes: int | None = remote.size_bytes
+        self._foreign: str | None = None
         self._defect: BaseException | None = None
         self.fetched_bytes = 0
 
@@ -324,6 +326,8 @@ class Relay:
             raise error
 
     def _check_unhashed(self) -> None:
+        if self._foreign:
+            raise NotAFile(self._remote.where, self._foreign)
         if self._remote.sha256 is None and self._stated_bytes != self._remote.size_bytes:
             promised = "its safetensors header says" if self._stated_bytes is None else str(self._stated_bytes)
             raise ContentMismatch(self._remote.where, "size", promised, str(self._remote.size_bytes))
@@ -352,12 +356,15 @@ class Relay:
 
     def _look_at_header(self, part: Part) -> None:
         """What a safetensors file says of its own length, as far as its header is in the first part."""
-        head = memoryview(part.buffer)
+        head, size = memoryview(part.buffer), self._remote.size_bytes
+        first, is_verified = head[:HEAD_BYTES].tobytes(), self._remote.is_verified
+        found = (misfit(upload.key, first, size, is_verified=is_verified) for upload in self._uploads)
+        self._foreign = next(filter(None, found), None)
         if self._named_safetensors() and 8 + int.from_bytes(head[:8], "little") <= len(head):
             self._stated_bytes = stated_in(io.BytesIO(head), self._remote.size_bytes)
 
     def _named_safetensors(self) -> bool:
-        return any(upload.key.endswith(SAFETENSORS) for upload in self._uploads)
+        return any(is_safetensors(upload.key) for upload in self._uploads)
 
     def _send(self, upload: Upload) -> None:
         waiting = self._queues[upload]

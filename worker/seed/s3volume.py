@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from worker.errors import EnsureCancelled, FileIncomplete, S3Failed, S3FileDiffers, UnsafePath
-from worker.models.disk import SAFETENSORS, stated_in
+from worker.models.disk import stated_in
 from worker.models.download import Origin
+from worker.models.formats import is_safetensors
 from worker.models.inventory import Look, Standing
 from worker.models.layout import Layout, sealed_by
 from worker.models.seals import Seal, decode_seal, encode_seal, now
@@ -107,7 +108,7 @@ class S3Volume:
     def _trouble(self, folder: str, name: str, size_bytes: int) -> FileIncomplete | None:
         """Why the file cannot be used, if it is one of safetensors and its header says another length."""
         key = self.key(folder, name)
-        if not key.endswith(SAFETENSORS):
+        if not is_safetensors(name):
             return None
         head = self.bucket.read(key, 0, _HEADER_BYTES) or b""
         length = 8 + int.from_bytes(head[:8], "little")

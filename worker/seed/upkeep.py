@@ -122,6 +122,8 @@ def verify(volume: Volume, found: Sealed, on_bytes: Callable[[int], None], cance
 
 
 def _compare(volume: Volume, found: Sealed, there: Look, on_bytes: Callable[[int], None], cancel: CancelToken) -> Checked:
+    if there.standing is Standing.READY and there.error:
+        return Checked(found, "damaged", error=there.error, stamp=there.stamp)
     actual = volume.hash(found.folder, found.name, found.seal.size, on_bytes, cancel)
     is_ready = there.standing is Standing.READY
     if actual == found.seal.sha256:

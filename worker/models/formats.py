@@ -1,0 +1,67 @@
+"""What a file's first bytes say it is, whatever its name promises. Pure."""
+
+from __future__ import annotations
+
+from typing import Final
+
+HEAD_BYTES: Final = 512
+SAFETENSORS: Final = (".safetensors", ".sft")
+# Formats whose header tells no length, so that nothing else is looked at before they are used.
+_OTHERS: Final = (".pth", ".pt", ".ckpt", ".bin", ".gguf", ".onnx")
+_GGUF: Final = b"GGUF"
+_LFS: Final = b"version https://git-lfs"
+_GZIP: Final = b"\x1f\x8b"
+_TEXT_CONTROLS: Final = frozenset(b"\t\n\r\f")
+_SHORT_BYTES: Final = 1_000_000
+
+
+def is_safetensors(name: str) -> bool:
+    """Whether the name is that of a safetensors file, in whichever case."""
+    return name.lower().endswith(SAFETENSORS)
+
+
+def is_weights(name: str) -> bool:
+    """Whether the name is that of a file of weights."""
+    return name.lower().endswith((*_OTHERS, *SAFETENSORS))
+
+
+def foreign(name: str, head: bytes) -> str | None:
+    """Say what a file of weights is instead, when its first bytes leave no doubt; None for any other file."""
+    if is_weights(name) and head.startswith(_LFS):
+        return "a Git LFS pointer, which stands for the file in a repository"
+    if not name.lower().endswith(_OTHERS):
+        return None
+    if head.startswith(_GZIP):
+        return "compressed with gzip"
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    kinds = ((b"<", "a web page"), (b"{", "a text in JSON"), (b"[", "a text in JSON"))
+    return next((kind for start, kind in kinds if text.startswith(start) and _is_text(head)), None)
+
+
+def misfit(name: str, head: bytes, size_bytes: int, *, is_verified: bool) -> str | None:
+    """As `foreign`, of what a source sent.
+
+    Where no hash says that it is the right file, also what is empty, a short text, or lacks its format's first bytes.
+    """
+    if (found := foreign(name, head)) or is_verified:
+        return found
+    lower = name.lower()
+    if not lower.endswith(_OTHERS):
+        return None
+    if not size_bytes:
+        return "empty"
+    if lower.endswith(".gguf") and not head.startswith(_GGUF):
+        return "no GGUF file"
+    return "a text" if size_bytes <= _SHORT_BYTES and _is_text(head) else None
+
+
+def _is_text(head: bytes) -> bool:
+    return all(byte >= ord(" ") or byte in _TEXT_CONTROLS for byte in head) and _is_utf8(head)
+
+
+def _is_utf8(head: bytes) -> bool:
+    try:
+        head.decode()
+    except UnicodeDecodeError as exc:
+        return exc.start > len(head) - 4  # a character that the end cut in two
+    return True
