@@ -113,7 +113,7 @@ def _workflow(name: str) -> dict[str, Any]:
         file = {"name": carrier, "data": base64.b64encode(data).decode()}
         return {"input": {"workflow_from": carrier, "files": [file]}}
     try:
-        value = json.loads(data.decode("utf-8-sig"))
+        value = json.loads(data.decode(json.detect_encoding(data)))
     except (ValueError, RecursionError) as exc:
         raise FileUnreadable(
             f"is neither JSON ({exc}) nor a PNG, WEBP, MP4 or WEBM: give a workflow as ComfyUI saves or exports it",

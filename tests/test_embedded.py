@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import codecs
 import json
 import struct
 import zlib
@@ -93,6 +94,8 @@ def test_what_the_engine_noted_while_it_ran_is_left_out() -> None:
         (text(PROMPT), PROMPT, None),
         (b"\xef\xbb\xbf \n" + text(WORKFLOW), None, WORKFLOW),
         (b"  \n" + text(WORKFLOW), None, WORKFLOW),
+        (text(PROMPT).decode().encode("utf-16"), PROMPT, None),
+        (codecs.BOM_UTF16_BE + text(WORKFLOW).decode().encode("utf-16-be"), None, WORKFLOW),
     ],
 )
 def test_a_json_file_is_told_by_its_shape(data: bytes, prompt: Any, workflow: Any) -> None:

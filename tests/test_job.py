@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from worker.errors import FieldInvalid, ImagesInvalid, InputMissing, InputNotJson, InputTooDeep, RequestError, WorkflowMissing
+from worker.errors import (
+    FieldInvalid,
+    ImagesInvalid,
+    InputMissing,
+    InputNotJson,
+    InputTooDeep,
+    RequestError,
+    WorkflowInvalid,
+    WorkflowMissing,
+)
 from worker.handler import check_outputs
 from worker.job import InputFile, OutputItem, Request, Result
 
@@ -24,6 +33,15 @@ def test_a_request_as_an_object() -> None:
 
 def test_a_request_as_a_json_string() -> None:
     assert Request.parse(json.dumps({"workflow": GRAPH})) == Request(GRAPH)
+
+
+def test_a_workflow_as_a_json_string() -> None:
+    assert Request.parse({"workflow": f"\n {json.dumps(GRAPH)}"}) == Request(GRAPH)
+    assert Request.parse({"workflow": "portrait"}) == Request("portrait"), "the name of one"
+    with pytest.raises(WorkflowInvalid, match="a string that is no JSON"):
+        Request.parse({"workflow": '{"1": '})
+    with pytest.raises(InputTooDeep):
+        Request.parse({"workflow": '{"1": ' + "[" * 200 + "]" * 200 + "}"})
 
 
 @pytest.mark.parametrize(

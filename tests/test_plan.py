@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import os
@@ -482,3 +483,26 @@ def test_every_workflow_of_the_project_can_be_planned(desk: Desk) -> None:
         report = desk.report(json.loads(path.read_text()))
         assert not report["problems"], path
         assert all(item["state"] == "unknown" for item in report["models"]), path
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_json_is_read_in_every_encoding_that_windows_writes(encoding: str, desk: Desk) -> None:
+    desk.put("models/loras/画.safetensors")
+    assert desk.item(json.dumps(lora("画.safetensors"), ensure_ascii=False).encode(encoding))["state"] == "by hand"
+
+
+def test_a_workflow_may_be_its_json_wrapped_or_in_a_file_of_the_request(desk: Desk) -> None:
+    desk.put("models/loras/a.safetensors")
+    graph = lora("a.safetensors")
+    data = base64.b64encode(json.dumps(graph).encode("utf-16")).decode()
+    file = {"name": "w.json", "data": data}
+    for request in (
+        {"workflow": json.dumps(graph)},
+        {"workflow": {"prompt": graph}},
+        {"workflow": {"output": graph}},
+        {"workflow_from": "w.json", "files": [file]},
+    ):
+        assert desk.item({"input": request})["state"] == "by hand", request
+    fetched = {"workflow_from": "w.json", "files": [{"name": "w.json", "url": "https://example.com/w.json"}]}
+    (problem,) = desk.report({"input": fetched})["problems"]
+    assert problem["code"] == "field_invalid"

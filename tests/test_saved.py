@@ -223,3 +223,8 @@ def test_a_file_comes_before_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert build(Wishes("portrait")) == {"input": {"workflow": TINY}}
     (tmp_path / "request.json").write_text(json.dumps({"workflow": "portrait", "seed": 1}))
     assert build(Wishes("request.json")) == {"input": {"workflow": "portrait", "seed": 1}}
+
+
+def test_the_client_sends_a_json_as_windows_powershell_writes_it(tmp_path: Path) -> None:
+    (tmp_path / "w.json").write_bytes(json.dumps(TINY).encode("utf-16"))
+    assert build(Wishes(str(tmp_path / "w.json"))) == {"input": {"workflow": TINY}}

@@ -18,6 +18,7 @@ from worker.comfy.rejection import dropped_outputs, rejection
 from worker.comfy.workflow import (
     BrokenLink,
     NamedModel,
+    bare,
     check_paths,
     is_link,
     named_models,
@@ -1010,3 +1011,40 @@ def test_a_name_whose_backslash_is_a_character_stays_as_it_is_written() -> None:
     changed = with_slashes(graph, [lora.as_written(), first.as_written(), second])
     assert changed["1"] is graph["1"]
     assert changed["2"]["inputs"]["text"] == "embedding:a\\b, embedding:a/bc"
+
+
+@pytest.mark.parametrize("key", ["prompt", "output"])
+def test_a_graph_that_is_wrapped_and_nothing_else_is_unwrapped(key: str) -> None:
+    graph = {"1": LOADER}
+    assert bare({key: graph}) is graph
+    assert bare({key: graph, "client_id": "x"}) == {key: graph, "client_id": "x"}
+    assert bare({key: LOADER}) == {key: LOADER}, "a node may have any id"
+    assert bare(graph) is graph
+
+
+def test_what_comfyui_noted_in_a_graph_is_left_out() -> None:
+    noted: dict[str, dict[str, Any]] = {"1": LOADER | {"is_changed": [math.nan]}, "2": SAVE}
+    assert parse_graph(bare(noted)) == {"1": LOADER, "2": SAVE}
+    assert "is_changed" in noted["1"]
+
+
+@pytest.mark.parametrize(
+    ("class_type", "name", "value", "is_path"),
+    [
+        ("JSONGetValue", "json_path", "/data/0/url", False),
+        ("JsonExtract", "value", "/home/items/0", False),
+        ("AnyNode", "json_pointer", "/data/0/url", False),
+        ("LoadJSON", "json_path", "/data/0/url", True),
+        ("JSONGetValue", "file_path", "/data/0/url", True),
+        ("JSONGetValue", "json_path", "/../etc/passwd", True),
+        ("AnyNode", "value", "/data/0/url", True),
+        ("AnyNode", "json_path", "/data/0/url", True),
+    ],
+)
+def test_a_json_pointer_is_no_path(class_type: str, name: str, value: str, is_path: bool) -> None:  # noqa: FBT001 - an answer
+    graph = node(class_type, **{name: value})
+    if is_path:
+        with pytest.raises(UnsafePath):
+            check_paths(graph)
+    else:
+        check_paths(graph)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from worker.comfy.client import ComfyClient, Versions
 from worker.comfy.convert import classes, convert, is_ui
 from worker.comfy.embedded import embedded_workflow
-from worker.comfy.workflow import parse_graph
+from worker.comfy.workflow import bare, parse_graph
 from worker.errors import ConvertUsage, EngineUnreachable
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def _read(name: str) -> Any:  # noqa: ANN401 - a workflow of either format
         raise ConvertUsage(
             f"{name} holds no workflow: give a .json that ComfyUI saved, or a picture or video with its metadata."
         )
-    return found.best
+    return bare(found.best)
 
 
 def _definitions(ui: object, settings: Settings, path: Path | None) -> tuple[dict[str, Any], Versions]:

@@ -11,7 +11,7 @@ from worker.comfy.convert import Control, classes, convert, is_ui
 from worker.comfy.embedded import embedded_workflow
 from worker.comfy.overrides import apply_overrides, next_values
 from worker.comfy.rejection import nodes_of, unknown_nodes
-from worker.comfy.workflow import parse_graph
+from worker.comfy.workflow import bare, parse_graph
 from worker.errors import FieldInvalid, NoWorkflowInFile
 from worker.job import check_depth
 from worker.known import known
@@ -60,6 +60,7 @@ class Workflows:
         elif is_name(value):
             name, value = str(value), await asyncio.to_thread(read_workflow, self._volume, str(value))
             check_depth(value, f"The workflow '{name}'")
+        value = bare(value)
         controls: Sequence[Control] = ()
         if is_ui(value):
             graph, controls = await self._converted(value)

@@ -12,7 +12,15 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from worker.errors import FieldInvalid, ImagesInvalid, InputMissing, InputNotJson, InputTooDeep, WorkflowMissing
+from worker.errors import (
+    FieldInvalid,
+    ImagesInvalid,
+    InputMissing,
+    InputNotJson,
+    InputTooDeep,
+    WorkflowInvalid,
+    WorkflowMissing,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -87,7 +95,7 @@ class Request:
         if fields.get("workflow") is None and carrier is None:
             raise WorkflowMissing
         return cls(
-            workflow=fields.get("workflow"),
+            workflow=_workflow(fields.get("workflow")),
             files=_images(fields.get("images")) + _files(fields.get("files")),
             comfy_org_api_key=_key(fields.get("comfy_org_api_key")),
             models=fields.get("models"),
@@ -134,6 +142,18 @@ def _object(value: object) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputNotJson("it is no object")
     return value
+
+
+def _workflow(value: object) -> object:
+    """The workflow, also where it is the JSON of one; another string is the name of one."""
+    if not isinstance(value, str) or not value.lstrip().startswith("{"):
+        return value
+    try:
+        workflow = json.loads(value)
+    except (ValueError, RecursionError) as exc:
+        raise WorkflowInvalid(f"the workflow is a string that is no JSON ({exc}); send the object itself") from exc
+    check_depth(workflow)
+    return workflow
 
 
 def _images(value: object) -> tuple[InputFile, ...]:

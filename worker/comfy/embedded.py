@@ -16,6 +16,7 @@ its texts behind them, and may be larger than the memory there is.
 
 from __future__ import annotations
 
+import codecs
 import json
 import struct
 import zlib
@@ -23,6 +24,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from worker.comfy.ui_graph import is_ui
+from worker.comfy.workflow import without_notes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,6 +35,7 @@ MAX_TEXT_BYTES = 16 * 1024 * 1024
 _MAX_EXIF_BYTES = 2 * MAX_TEXT_BYTES + (1 << 20)  # both texts, and what else a camera would write
 _MAX_PARTS = 100_000  # chunks, boxes or tags that are looked at: a file of nothing else must not take for ever
 _NAMES = ("prompt", "workflow")
+_UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # as Windows PowerShell writes a JSON
 
 
 class Readable(Protocol):
@@ -70,9 +73,9 @@ def embedded_workflow(data: Readable) -> Embedded | None:
     Raises nothing but what `data` does. At most some tens of MB of it are in memory at a time, and for most files some KB.
     """
     found: dict[str, dict[str, Any]] = {}
-    if data[:3] == b"\xef\xbb\xbf" or data[:64].lstrip()[:1] == b"{":
+    if data[:3] == codecs.BOM_UTF8 or data[:2] in _UTF_16 or data[:64].lstrip()[:1] == b"{":
         value = _json(data[: MAX_TEXT_BYTES + 1])
-        return None if value is None else Embedded(None, value) if is_ui(value) else Embedded(_without_marks(value), None)
+        return None if value is None else Embedded(None, value) if is_ui(value) else Embedded(without_notes(value), None)
     for read in (_png, _webp, _mp4, _matroska):
         for name, text in read(data):
             if name.lower() in _NAMES and name.lower() not in found and (value := _json(text)) is not None:
@@ -82,25 +85,17 @@ def embedded_workflow(data: Readable) -> Embedded | None:
         workflow = None
     if prompt is None and workflow is None:
         return None
-    return Embedded(None if prompt is None else _without_marks(prompt), workflow)
+    return Embedded(None if prompt is None else without_notes(prompt), workflow)
 
 
 def _json(text: bytes) -> dict[str, Any] | None:
     if len(text) > MAX_TEXT_BYTES:
         return None
     try:
-        value = json.loads(text.decode("utf-8-sig").strip("\0 \r\n\t"))
+        value = json.loads(text.decode(json.detect_encoding(text)).strip("\0 \r\n\t"))
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) and value else None
-
-
-def _without_marks(prompt: dict[str, Any]) -> dict[str, Any]:
-    """The graph without what the engine noted in it while it ran, `is_changed`, which is often not a finite number."""
-    return {
-        key: {name: value for name, value in node.items() if name != "is_changed"} if isinstance(node, dict) else node
-        for key, node in prompt.items()
-    }
 
 
 # --- PNG ----------------------------------------------------------------------------------------

@@ -77,6 +77,24 @@ def parse_graph(value: object) -> Graph:
     return _with_links_broken(cast("Graph", value))
 
 
+def bare(value: object) -> object:
+    """Return a workflow without what it is wrapped in, `{"prompt": ...}` or `{"output": ...}` alone, and without notes."""
+    match value:
+        case {"prompt": dict(inner), **rest} | {"output": dict(inner), **rest} if not rest and "class_type" not in inner:
+            value = inner
+    return without_notes(value) if isinstance(value, dict) else value
+
+
+def without_notes(graph: dict[str, Any]) -> dict[str, Any]:
+    """Return a graph without what ComfyUI noted in it while it ran, `is_changed`, which is often not a finite number."""
+    if not any(isinstance(node, dict) and "is_changed" in node for node in graph.values()):
+        return graph
+    return {
+        node_id: {name: value for name, value in node.items() if name != "is_changed"} if isinstance(node, dict) else node
+        for node_id, node in graph.items()
+    }
+
+
 def _check_not_wrapped(value: dict[str, Any]) -> None:
     # What people paste: a POST /prompt body, the frontend's {output, workflow}, a whole request.
     for key in ("prompt", "output", "workflow", "input"):
@@ -364,11 +382,25 @@ def _feeders_of_paths(graph: Graph) -> frozenset[str]:
 
 
 def _leaves_folder(class_type: str, key: str, text: str, *, feeds_path: bool) -> bool:
-    if _is_prompt(class_type, key, text):
+    if _is_prompt(class_type, key, text) or _points_into_json(class_type, key, text):
         return feeds_path and _is_plainly_foreign(text)
     if _is_path_input(key) or (text.lower().endswith(WEIGHT_SUFFIXES) and not _URL.match(text)):
         return any(_escapes(form) for form in _readings(text))
     return _is_plainly_foreign(text)
+
+
+_OPENS_FILES = re.compile(r"dir|export|file|folder|import|load|open|read|save|write", re.IGNORECASE)
+
+
+def _points_into_json(class_type: str, key: str, text: str) -> bool:
+    """Whether an input's value is a JSON pointer, such as `/data/0/url`, going by the names of the input and its class."""
+    if not text.startswith("/") or ".." in _SEPARATORS.split(text):
+        return False
+    leaf = key.rpartition(".")[2].lower()
+    if "pointer" in leaf:
+        return True
+    may_be = leaf in {"json_path", "jsonpath"} or not _is_path_input(key)
+    return may_be and "json" in class_type.lower() and _OPENS_FILES.search(class_type) is None
 
 
 def _readings(text: str) -> Iterator[str]:

@@ -183,7 +183,7 @@ def _relative(file: InputFile) -> PurePosixPath:
     name, slashed = file.name.replace("\\", "/"), full.replace("\\", "/")
     path = PurePosixPath(slashed)
     leaves = any(PurePosixPath(text).is_absolute() for text in (name, slashed)) or ".." in path.parts
-    drive = slashed != full and any(map(_DRIVE.match, (file.name, full)))
+    drive = any("\\" in text and _DRIVE.match(text) for text in (file.name, file.subfolder))
     if leaves or drive or "\0" in full:
         raise UnsafePath("The name of an input file", full)
     if not path.parts or PurePosixPath(name).name != name.rpartition("/")[2]:

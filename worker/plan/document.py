@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import json
 import os
@@ -15,10 +16,11 @@ from typing import TYPE_CHECKING, Any, Final
 from worker.comfy.convert import is_ui
 from worker.comfy.embedded import embedded_workflow
 from worker.comfy.rejection import nodes_of, unknown_nodes
-from worker.comfy.workflow import check_paths, named_models, needed_nodes, parse_graph
-from worker.errors import UnsafePath, WorkerError
+from worker.comfy.workflow import bare, check_paths, named_models, needed_nodes, parse_graph
+from worker.errors import FieldInvalid, NoWorkflowInFile, UnsafePath, WorkerError
 from worker.job import Request
 from worker.known import known
+from worker.media.inputs import base64_pieces
 from worker.models.sources import embedded_models
 from worker.plan.editor import naming_graphs
 from worker.saved import is_name
@@ -53,7 +55,7 @@ def read_document(path: str, saved: Saved | None = None) -> object:
     if not is_text(data):
         raise Unreadable("it holds no workflow: give a JSON, or a PNG, WEBP, MP4 or WEBM that ComfyUI saved with its metadata")
     try:
-        return json.loads(data.decode("utf-8-sig"))
+        return json.loads(data.decode(json.detect_encoding(data)))
     except (ValueError, RecursionError) as exc:
         raise Unreadable(f"it is no JSON ({exc}): give a workflow as ComfyUI saves or exports it") from None
 
@@ -79,6 +81,8 @@ def _named(name: str, saved: Saved) -> object:
 
 def is_text(data: bytes) -> bool:
     """Whether a file is text, as JSON and every manifest is and no picture or video."""
+    if data[:2] in {codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE}:
+        return True
     try:
         data.decode("utf-8")
     except UnicodeDecodeError:
@@ -114,6 +118,7 @@ class Wanted:
     def _of_request(cls, value: object, saved: Saved | None) -> Wanted:
         request = Request.parse(value)
         workflow = saved(str(request.workflow)) if saved and is_name(request.workflow) else request.workflow
+        workflow = bare(_carried(request, request.workflow_from) if request.workflow_from else workflow)
         metadata = request.extra_pnginfo if embedded_models(request.extra_pnginfo) else workflow
         return cls(workflow, request.models, metadata)
 
@@ -123,7 +128,7 @@ class Wanted:
         Of a workflow as the editor saves it there are two where the editor's dialects differ, and it may be of either.
         Raises a `RequestError` for what the worker would refuse.
         """
-        graphs = naming_graphs(self.workflow, release) if is_ui(self.workflow) else (self.workflow,)
+        graphs = naming_graphs(self.workflow, release) if is_ui(self.workflow) else (bare(self.workflow),)
         return [parse_graph(graph) for graph in graphs]
 
     def lacking(self, release: str | None = None) -> UnknownNodes | None:
@@ -148,6 +153,17 @@ class Wanted:
                 if model.node_id in running:
                     found.setdefault((model.folders, model.file_names), {})[model] = None
         return [tuple(nodes) for nodes in found.values()]
+
+
+def _carried(request: Request, name: str) -> object:
+    """The workflow in a file that a request sends along. Raises a `RequestError`."""
+    data = next((file.data for file in reversed(request.files) if file.name == name and file.data is not None), None)
+    if data is None:
+        raise FieldInvalid("workflow_from", "must be the name of a file whose bytes are in the request; a plan fetches none")
+    found = embedded_workflow(b"".join(base64_pieces(name, data)))
+    if found is None:
+        raise NoWorkflowInFile(name)
+    return found.best
 
 
 _LOADER: Final = re.compile(r"(?<!up)(?<!down)loader", re.IGNORECASE)

@@ -186,7 +186,7 @@ def _is_manifest(what: str) -> bool:
         return False
     try:
         data = Path(what).read_bytes()
-        document: Any = json.loads(data.decode("utf-8-sig")) if is_text(data) else None
+        document: Any = json.loads(data.decode(json.detect_encoding(data))) if is_text(data) else None
     except (OSError, RecursionError):
         return False
     except ValueError:
