@@ -7,6 +7,7 @@ import datetime as dt
 import hashlib
 import http.client
 import http.server
+import json
 import os
 import random
 import ssl
@@ -803,3 +804,49 @@ def test_memory_and_disk_errors_are_not_taken_for_the_networks(stand_in: StandIn
     failures: list[Callable[..., Any]] = [mock.Mock(side_effect=MemoryError)]
     with mock.patch("os.pwrite", failures[0]), pytest.raises(MemoryError):
         fetch(hub, remote, tmp_path)
+
+
+@contextlib.contextmanager
+def modelscope(content: bytes, listed: object) -> Iterator[tuple[Hub, list[str]]]:
+    """A hub whose way to modelscope.cn is a proxy that stands for it: one file, and what its API lists."""
+    asked: list[str] = []
+
+    class Site(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            listing = "/api/v1/" in self.path
+            body = json.dumps(listed).encode() if listing else content[:1]
+            self.send_response(200 if listing else 206)
+            if not listing:
+                self.send_header("Content-Range", f"bytes 0-0/{len(content)}")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Site) as site:
+        threading.Thread(target=site.serve_forever, args=(0.01,), daemon=True).start()
+        network = Network(proxies={"http": f"http://127.0.0.1:{site.server_port}"})
+        yield Hub("https://huggingface.co", network, patience_s=5.0), asked
+        site.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("entry", "told"),
+    [
+        ({"Path": "deep/x.safetensors", "Size": 3, "Sha256": "AB" * 32}, "ab" * 32),
+        ({"Path": "deep/x.safetensors", "Size": 4, "Sha256": "ab" * 32}, None),  # of another version
+        ({"Path": "other", "Size": 3, "Sha256": "ab" * 32}, None),
+        ({"Path": "deep/x.safetensors", "Size": 3}, None),
+    ],
+)
+def test_modelscope_tells_its_sha256_by_its_api(entry: dict[str, Any], told: str | None) -> None:
+    with modelscope(b"abc", {"Code": 200, "Data": {"Files": [entry]}}) as (hub, asked):
+        found = hub.look_up(Url("http://modelscope.cn/models/org/name/resolve/master/deep/x.safetensors"), threading.Event())
+    assert (found.size_bytes, found.sha256) == (3, told)
+    assert [address.partition("?")[0] for address in asked] == [
+        "http://modelscope.cn/models/org/name/resolve/master/deep/x.safetensors",
+        "http://modelscope.cn/api/v1/models/org/name/repo/files",
+    ]

@@ -77,3 +77,16 @@ def test_a_volumes_own_s3_api_is_no_bucket_for_results() -> None:
     keys = {"BUCKET_ACCESS_KEY_ID": "user_1", "BUCKET_SECRET_ACCESS_KEY": "rps_1", "BUCKET_NAME": "volume"}
     with pytest.raises(SettingsError, match="BUCKET_ENDPOINT_URL must be a store that signs addresses"):
         Settings.from_env({"BUCKET_ENDPOINT_URL": "https://s3api-eu-ro-1.runpod.io/", **keys})
+
+
+@pytest.mark.parametrize(
+    ("environ", "hosts"),
+    [
+        ({}, ("huggingface.co", "civitai.com")),
+        ({"HF_ENDPOINT": "https://hf-mirror.com/x"}, ("huggingface.co", "civitai.com", "hf-mirror.com")),
+        ({"HF_ENDPOINT": "https://hf-mirror.com", "MODEL_HOSTS": "none"}, ()),
+        ({"HF_ENDPOINT": "https://hf-mirror.com", "MODEL_HOSTS": "civitai.com"}, ("civitai.com",)),
+    ],
+)
+def test_what_a_request_may_name_of_the_hub_it_may_name_of_its_mirror(environ: dict[str, str], hosts: tuple[str, ...]) -> None:
+    assert Settings.from_env(environ).request_hosts == hosts

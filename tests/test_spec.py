@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from worker.errors import HostNotAllowed, SpecInvalid, SuffixNotAllowed
+from worker.models import spec
 from worker.models.spec import HubFile, ModelSpec, Source, Url, check_from_request, check_spec, parse_source, parse_spec
 
 HOSTS = ("huggingface.co", "civitai.com")
@@ -309,3 +310,38 @@ def test_the_hosts_are_the_operators_choice() -> None:
 def test_a_request_gives_plain_https_addresses(address: str) -> None:
     with pytest.raises(SpecInvalid, match="must be a plain https address"):
         check_from_request(parse_spec("vae", address, name="m.gguf"), HOSTS)
+
+
+MODELSCOPE = "https://modelscope.cn/models/org/name/resolve/master/deep/x.safetensors"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        MODELSCOPE,
+        MODELSCOPE.replace("modelscope", "www.modelscope"),
+        "https://www.modelscope.cn/models/org/name/file/view/master/deep/x.safetensors?status=2",
+    ],
+)
+def test_a_file_on_modelscope_has_one_address(text: str) -> None:
+    source = spec.parse_source(text)
+    assert source == spec.Url(MODELSCOPE)
+    assert (source.host, source.file_name) == ("modelscope.cn", "x.safetensors")
+    assert spec.modelscope_listing(source) == (
+        "https://modelscope.cn/api/v1/models/org/name/repo/files?Revision=master&Root=deep",
+        "deep/x.safetensors",
+    )
+    assert spec.modelscope_listing(spec.Url("https://example.com/models/org/name/resolve/master/x.safetensors")) is None
+
+
+def test_a_page_of_modelscope_is_no_file() -> None:
+    with pytest.raises(SpecInvalid, match="page of ModelScope"):
+        spec.parse_source("https://modelscope.cn/models/org/name/files")
+
+
+def test_addresses_of_the_mirror_are_the_hubs() -> None:
+    mirror = "https://nexus.example.com/repository/hf"
+    found = spec.at_endpoint(spec.Url(f"{mirror}/org/repo/resolve/main/deep/x.safetensors?download=true"), mirror)
+    assert found == spec.HubFile("org/repo", "deep/x.safetensors")
+    for other in (f"{mirror}/org/repo", "https://nexus.example.com/repository/hf2/org/repo/resolve/main/x.safetensors"):
+        assert spec.at_endpoint(spec.Url(other), mirror) == spec.Url(other)

@@ -114,7 +114,7 @@ class Worker:
             _nearer(settings),
             lambda: read_sources(settings),
             lambda: build_store(settings),
-            hosts=settings.model_hosts,
+            hosts=settings.request_hosts,
         )
         self.failed = False
         self._engine = Engine(settings, command, process, self._give_up)

@@ -319,6 +319,13 @@ class Settings:
     worker_log_level: str = _setting(_choice("DEBUG", "INFO", "WARNING", "ERROR"), "INFO", "How much the worker itself logs.")
 
     @property
+    def request_hosts(self) -> tuple[str, ...]:
+        """`MODEL_HOSTS`, and where the hub is one of them, the address that stands for it."""
+        mirror = urlsplit(self.hf_endpoint).hostname or ""
+        is_hub = "huggingface.co" in self.model_hosts and mirror not in self.model_hosts
+        return (*self.model_hosts, mirror) if is_hub else self.model_hosts
+
+    @property
     def base_dir(self) -> Path:
         """The folder under which ComfyUI keeps its models, inputs and outputs."""
         return self.comfyui_base_dir or self.comfyui_dir

@@ -46,7 +46,7 @@ from worker.errors import (
 )
 from worker.models.abandon import abandonable
 from worker.models.layout import content_key
-from worker.models.spec import HubFile, Source, Url
+from worker.models.spec import HubFile, Source, Url, at_endpoint, modelscope_listing
 from worker.models.wire import (
     OK,
     PARTIAL,
@@ -85,6 +85,7 @@ _SETTLED_S: Final = 2.0
 _LONGEST_WAIT_S: Final = 900.0
 _LONGEST_PAUSE_S: Final = 20.0
 _MOST_SAID_BYTES: Final = 64 * 1024
+_MOST_LISTED_BYTES: Final = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,9 +247,13 @@ class Hub:
         Raises what is permanent at once (gated, not found, unauthorised), `SourceUnreachable` after `patience_s`, and
         `EnsureCancelled` at once.
         """
-        if isinstance(source, HubFile):
-            return self._asked(lambda: self._ask_hub(source), str(source), cancel)
-        return self._asked(lambda: self._ask_url(source), str(source), cancel)
+        found = at_endpoint(source, self._endpoint)
+        if isinstance(found, HubFile):
+            return self._asked(lambda: self._ask_hub(found), str(found), cancel)
+        remote = self._asked(lambda: self._ask_url(found), str(found), cancel)
+        if remote.sha256 is None and (listing := modelscope_listing(found)):
+            return self._asked(lambda: self._with_sha256(remote, *listing), str(found), cancel)
+        return remote
 
     def list_files(self, folder: HubFile, cancel: CancelToken) -> tuple[str, ...]:
         """Every file of a repository at a revision, in alphabetical order; `folder.path` is not looked at. As `look_up`."""
@@ -363,6 +368,22 @@ class Hub:
             sha256, git_sha1 = _hashes(response.linked_etag)
             remote = Remote(source, int(stated), sha256, headers.get("ETag"), None, url, modified=_modified(headers))
             return replace(remote, git_sha1=git_sha1, has_ranges=status != OK)
+
+    def _with_sha256(self, remote: Remote, listing: str, path: str) -> Remote:
+        """As ModelScope's API has it; without a hash where that does not say."""
+        with contextlib.closing(Channel(self.network)) as channel:
+            response, _ = channel.get(listing, {})
+            status = response.status
+            if status in TRANSIENT:
+                raise _Busy(f"status {status}", retry_after_s(response.headers))
+            said = response.read(_MOST_LISTED_BYTES) if status == OK else b"{}"
+        try:
+            files = json.loads(said)["Data"]["Files"]
+            found = next(file for file in files if (file["Path"], file["Size"]) == (path, remote.size_bytes))
+            sha256 = _hashes(str(found["Sha256"]))[0]
+        except (ValueError, TypeError, KeyError, StopIteration):
+            sha256 = None
+        return replace(remote, sha256=sha256)
 
     def renew(self, remote: Remote, cancel: CancelToken) -> Remote:
         """A fresh address for the same file: the commit is pinned, so that what is fetched is what was looked up."""

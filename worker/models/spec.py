@@ -25,6 +25,9 @@ CIVITAI_HOST = "civitai.com"
 
 _HUB_HOSTS = frozenset({HUB_HOST, "www.huggingface.co", "hf.co"})
 _CIVITAI_HOSTS = frozenset({CIVITAI_HOST, "www.civitai.com"})
+_MODELSCOPE_HOST = "modelscope.cn"
+_MODELSCOPE_HOSTS = frozenset({_MODELSCOPE_HOST, "www.modelscope.cn"})
+_MODELSCOPE_FILE = re.compile(r"/models/(?P<repo>[^/]+/[^/]+)/(?:resolve|file/view)/(?P<revision>[^/]+)/(?P<path>.*[^/])")
 _REPO_TYPES = {"datasets": "dataset", "spaces": "space", "models": "model"}
 _REPO_PART = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?")
 _SHA256 = re.compile(r"(?:sha256:)?([0-9a-fA-F]{64})")
@@ -264,7 +267,7 @@ def parse_source(text: object, *, model: str | None = None) -> Source:
 
     Read are `hf://org/repo/path[@revision]` (also `hf://org/repo@revision/path`, and `hf://datasets/...`), links from Hugging
     Face's pages with `resolve`, `blob` or `raw` in them, Civitai's download addresses and its page addresses that name a
-    version, and any other http or https address.
+    version, ModelScope's addresses of files, and any other http or https address.
 
     Raises:
         SpecInvalid: saying what would be right.
@@ -342,6 +345,8 @@ def _from_url(text: str) -> Source:
         return _from_hub_page(parts)
     if host in _CIVITAI_HOSTS:
         return _from_civitai(parts)
+    if host in _MODELSCOPE_HOSTS:
+        return _from_modelscope(parts)
     return Url(urlunsplit(parts._replace(fragment="")))
 
 
@@ -364,3 +369,35 @@ def _from_civitai(parts: SplitResult) -> Url:
             raise _Malformed("is a page of Civitai with several files; copy the link of its download button")
         return Url(f"https://{CIVITAI_HOST}/api/download/models/{version}")
     return Url(urlunsplit((parts.scheme, parts.netloc.lower().replace("www.", "", 1), parts.path, parts.query, "")))
+
+
+def _from_modelscope(parts: SplitResult) -> Url:
+    found = _MODELSCOPE_FILE.fullmatch(parts.path)
+    if found:
+        path = f"/models/{found['repo']}/resolve/{found['revision']}/{found['path']}"
+        return Url(urlunsplit((parts.scheme, _MODELSCOPE_HOST, path, "", "")))
+    if parts.path.startswith("/models/"):
+        raise _Malformed("is a page of ModelScope and no file; open the file there and copy its download link")
+    return Url(urlunsplit(parts._replace(fragment="")))
+
+
+def modelscope_listing(source: Url) -> tuple[str, str] | None:
+    """Where ModelScope's API lists a file beside those of its folder, and the file's path there; None for any other address."""
+    parts = urlsplit(source.url)
+    found = _MODELSCOPE_FILE.fullmatch(parts.path) if source.host == _MODELSCOPE_HOST else None
+    if not found:
+        return None
+    path = unquote(found["path"])
+    query = urlencode({"Revision": unquote(found["revision"]), "Root": path.rpartition("/")[0]})
+    return urlunsplit((parts.scheme, parts.netloc, f"/api/v1/models/{found['repo']}/repo/files", query, "")), path
+
+
+def at_endpoint(source: Source, endpoint: str) -> Source:
+    """The hub's file that an address below `endpoint`, the hub's own or a mirror's, means; any other source as it is."""
+    base = f"{endpoint.rstrip('/')}/"
+    if isinstance(source, Url) and source.url.startswith(base):
+        try:
+            return _from_hub_page(urlsplit(f"https://{HUB_HOST}/{source.url.removeprefix(base)}"))
+        except _Malformed:
+            return source
+    return source

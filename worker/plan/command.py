@@ -83,8 +83,8 @@ def make_plan(document: object, settings: Settings, hub: Hub, deadline_s: float 
     items: list[Item] = []
     try:
         wanted = Wanted.read(document, partial(read_workflow, settings.volume_path))
-        sources = sources.with_request(wanted.models, settings.model_hosts)
-        sources = sources.with_workflow(wanted.metadata, settings.model_hosts)
+        sources = sources.with_request(wanted.models, settings.request_hosts)
+        sources = sources.with_workflow(wanted.metadata, settings.request_hosts)
         release = installed(settings.comfyui_dir)
         items += [look(nodes, sources, places) for nodes in wanted.names(release)]
         if lacking := wanted.lacking(release):

@@ -139,7 +139,7 @@ class Desk:
 
     def wants(self, sources: Sources) -> Wants:
         """What reads the WHATs."""
-        hosts, folder = self.settings.model_hosts, self.options.folder
+        hosts, folder = self.settings.request_hosts, self.options.folder
         return Wants(sources, self.hub, hosts, folder, self.cancel, volumes=self._volumes, tell=self.tell, warn=self.warn)
 
     def screen(self) -> Screen:
