@@ -88,8 +88,8 @@ def test_what_is_told_can_be_sent() -> None:
 
 def test_where_worker_comfyui_has_a_nodes_failure_it_is_as_well() -> None:
     result = failure(NodeFailed("KSampler", "3", "no"), redact)
-    assert result["error"] == "Workflow execution error: Node Type: KSampler, Node ID: 3, Message: no"
-    assert result["details"] == [result["error"]]
+    assert result["error"] == "Job processing failed: Workflow execution error: Node Type: KSampler, Node ID: 3, Message: no"
+    assert result["details"] == ["Workflow execution error: Node Type: KSampler, Node ID: 3, Message: no"]
 
 
 def test_an_error_without_more_has_no_details() -> None:

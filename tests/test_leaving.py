@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -229,8 +230,83 @@ def test_half_a_character_in_an_error_reaches_the_client(start: Start) -> None:
     plane, _ = start()
     job = plane.submit({"workflow": {"1": {"class_type": "Bad\ud800Node", "inputs": {}}}})
     result = job.result(30)
-    assert (result["status"], result["output"]["code"]) == ("FAILED", "workflow_rejected")
+    assert (result["status"], result["output"]["code"]) == ("FAILED", "unknown_nodes")
     assert "Bad?Node" in result["error"]
+
+
+def test_half_a_character_in_a_node_id_does_not_cost_the_result(start: Start) -> None:
+    plane, _ = start()
+    job = tiny(1)
+    job["workflow"] = {"1": job["workflow"]["1"], "2\ud800": job["workflow"]["2"]}
+    result = plane.submit({**job, "return_timings": True}).result(30)
+    assert result["status"] == "COMPLETED"
+    assert "2?" in result["output"]["timings"]["nodes_s"]
+    assert result["output"]["images"][0]["node_id"] == "2?"
+
+
+UNREADABLE = {
+    "deep": '{"delayTime": 1, "id": "$ID", "input": {"id": "no", "workflow": ' + "[" * 100_000 + "]" * 100_000 + "}}",
+    "digits": '{"input": {"a": {"id": "no"}, "seed": ' + "9" * 5_000 + '}, "id": "$ID"}',
+    "cut": '{"id": "$ID", "input": {"workflow"',
+}
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_a_job_that_python_does_not_read_is_answered(kind: str, start: Start) -> None:
+    plane, _ = start()
+    plane.end_polls()
+    plane.fault("garble", "take", body=UNREADABLE[kind])
+    result = plane.submit(tiny(1)).result(30)
+    assert (result["status"], result["output"]["code"]) == ("FAILED", "input_not_json")
+    assert result["error"].startswith("Invalid JSON format in input: ")
+    assert plane.submit(tiny(2)).result(30)["status"] == "COMPLETED"
+
+
+def test_a_field_that_the_sdk_does_not_survive_costs_nothing(start: Start) -> None:
+    plane, _ = start()
+    for fields in ({"self": 1}, {"__class__": "x"}, {"__dict__": 7}, {"id2": None}):
+        assert plane.submit(tiny(1), **fields).result(30)["status"] == "COMPLETED"
+
+
+def test_a_result_that_is_accepted_and_never_answered_is_sent_again(start: Start) -> None:
+    plane, worker = start()
+    plane.fault("silent", "result")
+    job = plane.submit(tiny(1))
+    assert job.result(60)["status"] == "COMPLETED"
+    assert len(job.posts) == 2
+    assert "RunPod did not take a result (TimeoutError); sending it again" in worker.log()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"status": 204},
+        {"status": 400},
+        {"status": 200, "body": "<html>", "content_type": "text/html"},
+        {"status": 200, "body": "[]"},
+        {"status": 200, "body": '{"input": {}}'},
+    ],
+)
+def test_polls_that_are_answered_at_once_are_not_repeated_without_a_pause(answer: dict[str, Any], start: Start) -> None:
+    plane, _ = start()
+    rule = plane.fault("status", "take", count=None, **answer)
+    plane.end_polls()
+    plane.wait_until(lambda: rule.fired > 0)
+    time.sleep(5)
+    assert rule.fired < 15
+    plane.clear_faults()
+    assert plane.submit(tiny(1)).result(30)["status"] == "COMPLETED"
+
+
+def test_a_job_that_is_on_its_way_when_the_worker_is_told_to_leave_is_done(start: Start) -> None:
+    plane, worker = start()
+    plane.end_polls()
+    rule = plane.fault("slow", "take", delay_s=0.5)
+    job = plane.submit(tiny(1))
+    plane.wait_until(lambda: rule.fired > 0)
+    os.kill(worker.pid, signal.SIGTERM)
+    assert job.result(30)["status"] == "COMPLETED"
+    assert (worker.wait_exit(30), len(job.takes)) == (0, 1)
 
 
 def test_an_endpoint_that_refuses_is_asked_again_with_pauses(start: Start) -> None:

@@ -248,7 +248,7 @@ def test_a_workflow_with_previews_only_succeeds_without_images(worker: LocalWork
 def test_a_node_that_raises_is_named_with_its_message(worker: LocalWorker, workflow: Load) -> None:
     graph = changed(workflow("text_to_image"), "EmptySD3LatentImage", batch_size=4096, width=16384, height=16384)
     error = worker.runsync({"workflow": graph})["error"]
-    assert error.startswith("Workflow execution error: Node Type: ")
+    assert error.startswith("Job processing failed: Workflow execution error: Node Type: ")
     assert "Node ID: " in error
     assert "Traceback" not in error
 

@@ -25,7 +25,7 @@ from worker import __version__, logs
 from worker.comfy.process import EngineCommand, EngineProcess, prepare_base_dir
 from worker.errors import CommandUnknown, NotOnWindows, WorkerError
 from worker.serve import import_sdk, prepare_environ, sdk_arguments, serve
-from worker.settings import Settings, markdown_table
+from worker.settings import Settings, markdown_table, remarks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, MutableMapping, Sequence
@@ -74,6 +74,8 @@ def run_worker(argv: Sequence[str], environ: MutableMapping[str, str]) -> int:
     signal.signal(signal.SIGTERM, _leave)
     settings = Settings.from_env(environ)
     logs.configure(settings.worker_log_level, settings.secrets())
+    for remark in remarks(environ):
+        logging.getLogger("worker").warning("%s", remark)
     arguments = sdk_arguments(settings, argv, environ, Path.cwd())
     command = EngineCommand.of(settings, environ)
     prepare_base_dir(settings)

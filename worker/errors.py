@@ -58,6 +58,7 @@ if TYPE_CHECKING:
 
 # Clients of worker-comfyui know a job whose files were the trouble by this beginning.
 _INPUTS_FAILED = "Failed to upload one or more input images"
+_FAILED = "Job processing failed"
 _GB = 1_000_000_000
 
 
@@ -84,6 +85,13 @@ class WorkerError(Exception):
     def details(self) -> list[str]:
         """More than the sentence, one finding a line; empty when the sentence says it all."""
         return []
+
+
+class _InputFailed:
+    """A job's file cannot be used. `details` holds what is the matter, as in worker-comfyui."""
+
+    def details(self) -> list[str]:
+        return [str(self).removeprefix(f"{_INPUTS_FAILED}: ")]
 
 
 # --- the worker does not start ------------------------------------------------------------------
@@ -463,7 +471,7 @@ class FieldInvalid(RequestError):
 
 
 @dataclass(eq=False)
-class ImageNotBase64(RequestError):
+class ImageNotBase64(_InputFailed, RequestError):
     """An input file's data is not base64."""
 
     name: str
@@ -471,7 +479,7 @@ class ImageNotBase64(RequestError):
 
     def __str__(self) -> str:
         return (
-            f"Failed to upload one or more input images: the data of '{self.name}' is not base64; "
+            f"{_INPUTS_FAILED}: the data of '{self.name}' is not base64; "
             "send the file's bytes as base64, with or without a data: prefix."
         )
 
@@ -508,7 +516,7 @@ class LinkAstray(UnsafePath):
 
 
 @dataclass(eq=False)
-class InputUrlRefused(RequestError):
+class InputUrlRefused(_InputFailed, RequestError):
     """An input file's address is one that requests may not have fetched. `where` is safe to show."""
 
     name: str
@@ -521,7 +529,7 @@ class InputUrlRefused(RequestError):
 
 
 @dataclass(eq=False)
-class InputNameInvalid(RequestError):
+class InputNameInvalid(_InputFailed, RequestError):
     """An input file's name is one that no file can have there."""
 
     name: str
@@ -533,7 +541,7 @@ class InputNameInvalid(RequestError):
 
 
 @dataclass(eq=False)
-class InputTooLarge(RequestError):
+class InputTooLarge(_InputFailed, RequestError):
     """An input file has more bytes than the operator allows, after decoding."""
 
     name: str
@@ -554,7 +562,7 @@ class InputError(WorkerError):
 
 
 @dataclass(eq=False)
-class InputNotServed(InputError):
+class InputNotServed(_InputFailed, InputError):
     """An input file's address answers, but not with the file, and will not the next time. `where` is safe to show."""
 
     name: str
@@ -567,7 +575,7 @@ class InputNotServed(InputError):
 
 
 @dataclass(eq=False)
-class InputUnreachable(InputError):
+class InputUnreachable(_InputFailed, InputError):
     """An input file's address failed at every attempt, in a way that may pass. `where` is safe to show."""
 
     name: str
@@ -581,7 +589,7 @@ class InputUnreachable(InputError):
 
 
 @dataclass(eq=False)
-class InputTimedOut(InputError):
+class InputTimedOut(_InputFailed, InputError):
     """The files of a job did not all arrive in the time they have."""
 
     names: Sequence[str]
@@ -598,7 +606,7 @@ class InputTimedOut(InputError):
 
 
 @dataclass(eq=False)
-class InputNotStored(InputError):
+class InputNotStored(_InputFailed, InputError):
     """The container's disk would not take an input file."""
 
     name: str
@@ -754,11 +762,16 @@ class NodeFailed(EngineError):
     code = "node_failed"
 
     def __str__(self) -> str:
+        return f"{_FAILED}: {self.sentence}"
+
+    @property
+    def sentence(self) -> str:
+        """The failure as worker-comfyui words it, in `details` and beside what others had saved."""
         text = " ".join(self.message.split())
         return f"Workflow execution error: Node Type: {self.node_type}, Node ID: {self.node_id}, Message: {text}"
 
     def details(self) -> list[str]:
-        return [str(self)]  # where worker-comfyui has it
+        return [self.sentence]
 
 
 @dataclass(eq=False)
@@ -768,9 +781,11 @@ class OutOfMemory(NodeFailed):
     memory: Literal["GPU", "host"] = "GPU"
     code = "out_of_memory"
 
-    def __str__(self) -> str:
+    @property
+    def sentence(self) -> str:
+        """As for any node, and what to do."""
         where = "the GPU's memory" if self.memory == "GPU" else "the container's memory"
-        return f"{super().__str__()} ({where} ran out: use a smaller size or batch, or a machine with more of it)"
+        return f"{super().sentence} ({where} ran out: use a smaller size or batch, or a machine with more of it)"
 
 
 @dataclass(eq=False)
@@ -782,7 +797,10 @@ class GpuFault(EngineError):
     retryable = True
 
     def __str__(self) -> str:
-        return f"The GPU failed under ComfyUI ({self.message}); ComfyUI is being restarted, send the job again."
+        return f"{_FAILED}: the GPU failed under ComfyUI ({self.message}); ComfyUI is being restarted, send the job again."
+
+    def details(self) -> list[str]:
+        return [str(self).removeprefix(f"{_FAILED}: ")]
 
 
 @dataclass(eq=False)
@@ -1535,4 +1553,4 @@ class InternalError(WorkerError):
     code = "internal"
 
     def __str__(self) -> str:
-        return "Job processing failed: this is a defect of the worker; please report it, with the traceback from its log."
+        return f"{_FAILED}: this is a defect of the worker; please report it, with the traceback from its log."

@@ -19,15 +19,25 @@ if TYPE_CHECKING:
 SENTENCE_CHARACTERS: Final = 4_000
 DETAIL_CHARACTERS: Final = 2_000
 DETAILS: Final = 50
+_READ_CHARACTERS: Final = 200_000
+
+
+def carried(value: Any) -> Any:  # noqa: ANN401 - JSON
+    """The same JSON with nothing in its texts that UTF-8 cannot carry. The SDK loses a result with half a character."""
+    if isinstance(value, str):
+        return value if value.isascii() else value.encode("utf-8", "replace").decode("utf-8")
+    if isinstance(value, dict):
+        return {carried(key): carried(inner) for key, inner in value.items()}
+    return [carried(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def sentence(text: str, redact: Callable[[str], str], most: int = SENTENCE_CHARACTERS) -> str:
     """A text as a client may see it: without secrets, of bounded length, and nothing in it that UTF-8 cannot carry.
 
-    Half a character comes from a request that quotes one, or from a file's name; the SDK fails on it and loses the result.
+    Half a character comes from a request that quotes one, or from a file's name.
     """
-    # Redacted first: half of a secret is not recognised.
-    return shortened(redact(text.encode("utf-8", "replace").decode("utf-8")), most)
+    # Redacted before it gets its length: half of a secret is not recognised. Megabytes are cut far from what is left of them.
+    return shortened(redact(carried(shortened(text, _READ_CHARACTERS))), most)
 
 
 def sentences(texts: Sequence[str], redact: Callable[[str], str]) -> list[str]:

@@ -11,8 +11,8 @@ from worker.comfy.convert import Control, classes, convert, is_ui
 from worker.comfy.embedded import embedded_workflow
 from worker.comfy.overrides import apply_overrides, next_values
 from worker.comfy.rejection import nodes_of, unknown_nodes
-from worker.comfy.workflow import bare, parse_graph
-from worker.errors import FieldInvalid, NoWorkflowInFile
+from worker.comfy.workflow import bare, is_finite, parse_graph
+from worker.errors import FieldInvalid, NoWorkflowInFile, UiWorkflowInvalid
 from worker.job import check_depth
 from worker.known import known
 from worker.saved import is_name, read_workflow
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 # 32 bits: some nodes take no more, and nobody draws so many pictures.
 _SEED_RANGE = 1 << 32
-# A large workflow is converted for tens of milliseconds; the loop has other things to do.
-_IN_A_THREAD_NODES = 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,14 +64,13 @@ class Workflows:
             graph, controls = await self._converted(value)
             # As the editor does: the picture can be dropped into it again, and the models' addresses are in there.
             pnginfo = pnginfo or {"workflow": value}
+            if not await asyncio.to_thread(is_finite, pnginfo):
+                raise UiWorkflowInvalid("a number in it is NaN or infinite")
         else:
-            graph = parse_graph(value)
-        changed = graph
-        if request.seed is not None:
-            changed = reseeded(changed, controls, request.seed)
-        if request.set:
-            changed = apply_overrides(changed, request.set)
-        return Given(graph if changed is graph else parse_graph(changed), pnginfo)
+            graph = await asyncio.to_thread(parse_graph, value)
+        if request.seed is not None or request.set:
+            graph = await asyncio.to_thread(_changed, graph, controls, request)
+        return Given(graph, pnginfo)
 
     async def check_classes(self, graph: Graph) -> Graph:
         """Return the graph, known to have only node classes that ComfyUI has: it refuses any other, used or not.
@@ -89,13 +86,16 @@ class Workflows:
         return {key: {"_meta": {}, **node} if node["class_type"] in replaced else node for key, node in graph.items()}
 
     async def _converted(self, ui: Any) -> tuple[Graph, Sequence[Control]]:  # noqa: ANN401 - what the editor saved
-        needed = classes(ui)
+        needed = await asyncio.to_thread(classes, ui)
         info, versions = await asyncio.gather(self._engine.object_info(needed), self._engine.versions())
-        if len(needed) > _IN_A_THREAD_NODES:
-            converted = await asyncio.to_thread(convert, ui, info, frontend=versions.frontend, comfyui=versions.comfyui)
-        else:
-            converted = convert(ui, info, frontend=versions.frontend, comfyui=versions.comfyui)
-        return parse_graph(converted.graph), converted.controls
+        converted = await asyncio.to_thread(convert, ui, info, frontend=versions.frontend, comfyui=versions.comfyui)
+        return await asyncio.to_thread(parse_graph, converted.graph), converted.controls
+
+
+def _changed(graph: Graph, controls: Sequence[Control], request: Request) -> Graph:
+    if request.seed is not None:
+        graph = reseeded(graph, controls, request.seed)
+    return parse_graph(apply_overrides(graph, request.set) if request.set else graph)
 
 
 async def _carried(request: Request, name: str, files: JobFiles) -> tuple[object, Mapping[str, Any] | None]:
@@ -105,8 +105,9 @@ async def _carried(request: Request, name: str, files: JobFiles) -> tuple[object
     if found is None:
         raise NoWorkflowInFile(name)
     for value in (found.prompt, found.workflow):
-        check_depth(value, f"The workflow in '{name}'")
-    return found.best, found.workflow
+        await asyncio.to_thread(check_depth, value, f"The workflow in '{name}'")
+    # A number that no JSON can carry would be in the pictures, which nobody could read again.
+    return found.best, found.workflow if await asyncio.to_thread(is_finite, found.workflow) else None
 
 
 def reseeded(graph: Graph, controls: Sequence[Control], seed: str | int) -> Graph:

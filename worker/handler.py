@@ -35,7 +35,7 @@ from worker.errors import (
     OutputGone,
     WorkerError,
 )
-from worker.failure import failure, sentence, sentences
+from worker.failure import DETAILS, carried, failure, sentence, sentences
 from worker.graphs import Workflows
 from worker.job import Request
 from worker.laps import Laps
@@ -103,7 +103,8 @@ class JobHandler:
         job_id, laps = str(job.get("id", "?")), Laps()
         log.info("job %s: started", job_id)
         try:
-            result = (await self._run(job, job_id, Around(tell, engine_free, laps))).to_dict()
+            around = Around(lambda progress: tell(carried(progress)), engine_free, laps)
+            result: dict[str, Any] = carried((await self._run(job, job_id, around)).to_dict())
             log.info("job %s: finished in %.2f s, %s", job_id, laps.total_s(), contents(result))
         except WorkerError as exc:
             result = failure(exc, self._redact)
@@ -124,7 +125,7 @@ class JobHandler:
         return self._settings.refresh_worker
 
     async def _run(self, job: Mapping[str, Any], job_id: str, around: Around) -> Result:
-        request = Request.parse(job.get("input"))
+        request = await asyncio.to_thread(Request.parse, job.get("input"))
         with self._inputs.of_job(request.files) as files:
             try:
                 return await self._run_request(request, files, job, job_id, around)
@@ -134,20 +135,20 @@ class JobHandler:
     async def _run_request(
         self, request: Request, files: JobFiles, job: Mapping[str, Any], job_id: str, around: Around
     ) -> Result:
-        files.check()
+        await asyncio.to_thread(files.check)
         given = await self._workflows.of(request, files)
         graph, request = given.graph, replace(request, extra_pnginfo=given.extra_pnginfo)
-        check_paths(graph)
+        await asyncio.to_thread(check_paths, graph)
         check_outputs(graph, request.outputs)
         graph = await self._workflows.check_classes(graph)
         bucket = self._delivery.job_bucket(job.get("s3Config"))
         if bucket:
             await asyncio.to_thread(bucket.check_reachable)
-        if names := windows_names(graph):
+        if names := await asyncio.to_thread(windows_names, graph):
             graph = renamed(graph, await asyncio.to_thread(files.as_placed, names))
         with around.laps.step("models"):
-            models = await self._as_written(named_models(graph))
-            graph = with_slashes(graph, models)
+            models = await self._as_written(await asyncio.to_thread(named_models, graph))
+            graph = await asyncio.to_thread(with_slashes, graph, models)
             await self._ensure_models(graph, models, request, job_id, around.tell)
             if accented := by_name(model for model in models if not model.name.isascii()):
                 graph = with_accents(graph, models, await asyncio.to_thread(self._supply.respelled, accented))
@@ -193,7 +194,7 @@ class JobHandler:
             around.engine_free()
         try:
             with around.laps.step("delivering"):
-                result = await deliver(error.outputs, warnings=[sentence(str(error), self._redact)])
+                result = await deliver(error.outputs, warnings=[sentence(error.sentence, self._redact)])
         except (OutputGone, DeliveryError) as exc:
             raise error from exc
         if result.is_empty:
@@ -257,9 +258,13 @@ class JobHandler:
         if not known:
             unknown = await self._unchecked(graph, unknown)
         if unknown:
-            raise ModelMissing([missing_model(model, model.name, await self._choices(model)) for model in unknown])
+            raise ModelMissing([await self._missing_sentence(model, suggest=at < DETAILS) for at, model in enumerate(unknown)])
         if known:
             await self._fetch(known, job_id, tell)
+
+    async def _missing_sentence(self, model: NamedModel, *, suggest: bool) -> str:
+        choices = await self._choices(model) if suggest else ()
+        return await asyncio.to_thread(missing_model, model, model.name, choices)
 
     async def _nowhere(self, names: Sequence[Name], guessed: Collection[Name]) -> list[Name]:
         """Those of the names that no folder at all has, where nothing but a guess tells their folder."""

@@ -3,7 +3,7 @@
 The SDK's loop (`rp_scale.JobScaler`, read in 1.12.0) has habits that cost jobs or GPU time, all of which it lets be replaced by
 attributes of the scaler: between two jobs it sleeps up to a second, before a job up to a tenth; on SIGTERM it waits for both of
 its polls, up to 90 s, and swallows a job that comes on them; a stop signal that comes before a job's task exists is dropped; a
-result whose connection breaks is not sent again.
+result whose connection breaks is not sent again; a job whose JSON it cannot read, or whose fields it cannot keep, is dropped.
 """
 
 from __future__ import annotations
@@ -13,34 +13,45 @@ import contextlib
 import itertools
 import json
 import logging
+import re
 import signal
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
 
-from worker.errors import ResultRefused
+from worker.errors import InputNotJson, InternalError, ResultRefused
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+    from collections.abc import Awaitable, Callable, Coroutine, Mapping
+
+    from worker.errors import WorkerError
 
 log = logging.getLogger(__name__)
 
 _POLL_S = 90.0
 # Results may be on their way more slowly than they are made; somewhere that has to end.
 _AT_MOST = 8
-# A job that is on its way when the worker leaves: long enough for it to arrive, too short for anybody to notice.
-_ARRIVAL_S = 0.1
+# A job that is on its way when the worker leaves: RunPod's answer takes a round trip, and an idle worker's second costs nobody.
+_ARRIVAL_S = 1.5
 # A job may bring 10 MB along.
 _BODY_S = 30.0
 # Results that are on their way when another one asks for a new worker.
 _SETTLE_S = 120.0
 _PAUSES_S = (0.5, 1.0, 2.0, 5.0)
+# RunPod holds a poll until there is a job. One that is answered with nothing sooner than this is followed by a pause.
+_HELD_S = 1.0
+_IDLE_PAUSES_S = (0.05, 0.1, 0.2, 0.5, 1.0)
 # A result is worth the GPU time it took.
 _POST_PATIENCE_S = 60.0
+# Each attempt: a connection may be accepted and then say nothing. A result may have 20 MB.
+_ATTEMPT_S = 20.0
+_SLOWEST_BYTES_PER_S = 1_000_000
 _POST_BACKOFF_S = (0.2, 0.4, 0.8, 1.6, 3.2, 5.0)
 # What is wrong with the result itself; 404 is a job that RunPod has given up.
 _REFUSED = frozenset({HTTPStatus.BAD_REQUEST, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.UNPROCESSABLE_ENTITY})
+# What the worker and the SDK need of a job. The SDK makes attributes of every field, and ends on names such as `self`.
+_FIELDS = ("id", "input", "s3Config", "webhook", "batchId")
 _TRANSIENT = frozenset({HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS})
 
 
@@ -154,14 +165,18 @@ class Intake:
     async def _take(self, session: aiohttp.ClientSession, _: int) -> list[dict[str, Any]]:
         """Take jobs, one whenever the engine is free, and start each at once; returns none, when the worker leaves.
 
-        After what RunPod refuses or breaks off it is asked again, more and more slowly; the SDK would do so without a pause.
+        After what RunPod refuses or breaks off, and after polls that it does not hold, it is asked again more and more slowly.
+        The SDK would do so without a pause.
         """
-        self._session, failures = session, 0
+        self._session, failures, idle = session, 0, 0
         while await _before(self._leaving, self._free.wait()):
             self._asking = True
+            began_s = self._loop.time()
             try:
-                for job in await self._ask(session):
-                    await self._begin(session, job)
+                jobs = await self._ask(session)
+                for job in jobs:
+                    await self._begin_or_answer(session, job)
+                idle = 0 if jobs or self._loop.time() - began_s >= _HELD_S else idle + 1
                 failures = 0
             except Exception as exc:  # noqa: BLE001 - whatever it is, without jobs there is nothing else to do
                 log.warning("RunPod could not be asked for a job (%s)", str(exc) or type(exc).__name__)
@@ -170,22 +185,55 @@ class Intake:
                 self._asking = False
                 self._moved.set()
                 self._end_if_done()
-            if failures:
-                await _before(self._leaving, asyncio.sleep(_PAUSES_S[min(failures, len(_PAUSES_S)) - 1]))
+            for count, pauses_s in ((failures, _PAUSES_S), (idle, _IDLE_PAUSES_S)):
+                if count:
+                    await _before(self._leaving, asyncio.sleep(pauses_s[min(count, len(pauses_s)) - 1]))
         await self._gone.wait()
         return []
 
     async def _ask(self, session: aiohttp.ClientSession) -> list[dict[str, Any]]:
         """What one poll brings: a job, or none; when the worker leaves meanwhile, what is on its way already."""
-        from runpod.serverless.modules.rp_job import get_job  # noqa: PLC0415 - already imported by import_sdk
-
         line = _Line(session)
-        poll = asyncio.create_task(asyncio.wait_for(get_job(line, 1), _POLL_S))
+        poll = asyncio.create_task(asyncio.wait_for(line.poll(), _POLL_S))
         await _until(self._leaving, poll)
         try:
-            return (await poll if poll.done() else await _arrived(poll, line)) or []
+            body = await poll if poll.done() else await _arrived(poll, line)
         except TimeoutError:
             return []
+        return await self._read(body) if body else []
+
+    async def _read(self, body: bytes) -> list[dict[str, Any]]:
+        """The job in a poll's answer. One that is no JSON for Python is answered, where it has an id. Raises `ValueError`."""
+        try:
+            job = json.loads(body)
+        except (ValueError, RecursionError) as exc:
+            job_id = await asyncio.to_thread(_id_in, body)
+            if job_id is None:
+                raise
+            await self._answer(job_id, InputNotJson(str(exc).partition(";")[0]))
+            return []
+        if not isinstance(job, dict) or not isinstance(job.get("id"), str) or not job["id"]:
+            raise ValueError("its answer is no job with an id")
+        return [{"input": None, **{name: job[name] for name in _FIELDS if name in job}}]
+
+    async def _begin_or_answer(self, session: aiohttp.ClientSession, job: dict[str, Any]) -> None:
+        try:
+            await self._begin(session, job)
+        except Exception:
+            log.exception("job %s could not be started", job["id"])
+            self._over(job)
+            await self._answer(job["id"], InternalError())
+
+    async def _answer(self, job_id: str, error: WorkerError) -> None:
+        """Post an error as the result of a job that no handler has. Logs what goes wrong."""
+        from runpod.serverless.modules.rp_http import send_result  # noqa: PLC0415 - already imported by import_sdk
+
+        log.warning("job %s: failed before it began: %s [%s]", job_id, error, error.code)
+        result = {"error": str(error), "output": {"code": error.code, "retryable": error.retryable}}
+        try:
+            await send_result(self._posting(), result, {"id": job_id})
+        except Exception:
+            log.exception("job %s: its result could not be sent", job_id)
 
     async def _begin(self, session: aiohttp.ClientSession, job: dict[str, Any]) -> None:
         """Start a job as the SDK's `run_jobs` does, which looks for one ten times a second."""
@@ -233,7 +281,13 @@ class Intake:
         """Run one job as the SDK does, and send its result until it arrives."""
         from runpod.serverless.modules.rp_job import handle_job  # noqa: PLC0415 - as above
 
-        await handle_job(self._posting(), config, job)
+        try:
+            await handle_job(self._posting(), config, job)
+        except (aiohttp.ClientError, OSError):
+            log.exception("job %s: its result could not be sent", job["id"])
+        except Exception:
+            log.exception("job %s: no result came of it", job["id"])
+            await self._answer(job["id"], InternalError())
 
     def _posting(self) -> aiohttp.ClientSession:
         """Connections for results: kept, so that no result waits for a handshake."""
@@ -267,8 +321,10 @@ async def send_again(
     for attempt in itertools.count():
         last = asyncio.get_running_loop().time() > deadline
         try:
-            response = await send(request)
-        except (aiohttp.ClientConnectionError, TimeoutError) as exc:
+            async with asyncio.timeout(_ATTEMPT_S + int(request.headers.get("Content-Length", 0)) / _SLOWEST_BYTES_PER_S):
+                response = await send(request)
+                await response.read()  # the answer's body may be what does not come
+        except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, TimeoutError) as exc:
             if last:
                 raise
             reason = str(exc) or type(exc).__name__
@@ -309,21 +365,48 @@ async def _before(event: asyncio.Event, coro: Coroutine[Any, Any, Any]) -> bool:
 
 
 class _Line:
-    """A session that remembers whether a poll's answer has begun to arrive."""
+    """One poll for a job, which remembers whether its answer has begun to arrive."""
 
     def __init__(self, session: aiohttp.ClientSession) -> None:
         self._session = session
         self.answering = False
 
-    @contextlib.asynccontextmanager
-    async def get(self, url: str) -> AsyncIterator[aiohttp.ClientResponse]:
-        """As aiohttp's."""
-        async with self._session.get(url) as response:
+    async def poll(self) -> bytes:
+        """Return the answer's body, empty where there is no job. Raises `aiohttp.ClientError`; `ValueError` for no JSON."""
+        from runpod.serverless.modules.rp_job import _job_get_url  # noqa: PLC0415 - already imported by import_sdk
+
+        async with self._session.get(_job_get_url(1)) as response:
             self.answering = True
-            yield response
+            # 400: what RunPod says to a worker that FlashBoot put aside, says the SDK.
+            if response.status in {HTTPStatus.NO_CONTENT, HTTPStatus.BAD_REQUEST}:
+                return b""
+            response.raise_for_status()
+            body = await response.read()
+            if body and response.content_type != "application/json":
+                raise ValueError(f"it answered with {response.content_type}")
+            return body
 
 
-async def _arrived(poll: asyncio.Task[Any], line: _Line) -> Any:  # noqa: ANN401 - the SDK's jobs
+# Brackets, and texts, with the colon behind one that is a key.
+_TOKENS = re.compile(rb'"((?:[^"\\]|\\.)*)"(\s*:)?|[{}\[\]]', re.DOTALL)
+
+
+def _id_in(body: bytes) -> str | None:
+    """The text under `id` at the top of what is JSON but for something that Python does not read."""
+    depth, is_id = 0, False
+    for token in _TOKENS.finditer(body):
+        text = token[0]
+        if text in b"{[":
+            depth += 1
+        elif text in b"}]":
+            depth -= 1
+        elif is_id and depth == 1:
+            return token[1].decode("ascii", "replace")
+        is_id = depth == 1 and token[1] == b"id" and token[2] is not None
+    return None
+
+
+async def _arrived(poll: asyncio.Task[bytes], line: _Line) -> bytes:
     """What the poll still brings: an answer that is on its way is taken, then the poll is given up."""
     await asyncio.wait((poll,), timeout=_ARRIVAL_S)
     if line.answering:
@@ -331,4 +414,4 @@ async def _arrived(poll: asyncio.Task[Any], line: _Line) -> Any:  # noqa: ANN401
     if poll.done():
         return await poll
     poll.cancel()
-    return None
+    return b""

@@ -32,6 +32,8 @@ _QUALITY, _BEST_QUALITY = 90, 100
 _ADDRESS = re.compile(r"\s*https?://", re.IGNORECASE)
 # Saved workflows with subgraphs in subgraphs are some 20 deep.
 _DEEPEST = 100
+# Each file costs some system calls on a disk that may be a network's.
+_MOST_FILES = 2_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,10 +164,16 @@ def _images(value: object) -> tuple[InputFile, ...]:
         return ()
     if not isinstance(value, list):
         raise ImagesInvalid
+    _check_count("images", value)
     files = tuple(_file(item, data_key="image") for item in value)
     if None in files:
         raise ImagesInvalid
     return tuple(file for file in files if file)
+
+
+def _check_count(field: str, value: list[Any]) -> None:
+    if len(value) > _MOST_FILES:
+        raise FieldInvalid(field, f"holds {len(value)} files; {_MOST_FILES} are the most that a job may bring")
 
 
 def _files(value: object) -> tuple[InputFile, ...]:
@@ -174,6 +182,7 @@ def _files(value: object) -> tuple[InputFile, ...]:
         return ()
     if not isinstance(value, list):
         raise FieldInvalid("files", rule)
+    _check_count("files", value)
     files = tuple(_file(item, data_key="data") for item in value)
     if None in files:
         raise FieldInvalid("files", rule)
@@ -206,6 +215,10 @@ def _key(value: object) -> str | None:
 def _pnginfo(value: object) -> dict[str, Any] | None:
     if value is not None and not isinstance(value, dict):
         raise FieldInvalid("extra_pnginfo", 'must be an object, such as {"workflow": {...}}')
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        raise FieldInvalid("extra_pnginfo", "holds a number that is NaN or infinite; send a finite one, or null") from None
     return value
 
 

@@ -7,17 +7,30 @@ import re
 import sys
 from typing import TYPE_CHECKING
 
+from worker.errors import shortened
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
 # A signed URL is a key for as long as it lives: its query is never shown. Tokens are known by how their issuers begin them.
-_SIGNED_QUERY = re.compile(
-    r"(https?://[^\s?\"']+)\?[^\s\"']*(?i:signature|token|key|[?&;]sig=|auth|secret|passw|credential)[^\s\"']*"
-)
-_USER = re.compile(r"(https?://)[^\s/@\"']+:[^\s/@\"']*@")
+# Each pattern reads a text once: whoever sends a job writes some of what is logged.
+_URL = re.compile(r"https?://[^\s\"']+")
+_KEY = re.compile(r"(?i:signature|token|key|[?&;]sig=|auth|secret|passw|credential)")
+_USER = re.compile(r"(https?://)[^\s/@\"']+@")
 _TOKEN = re.compile(r"\b(hf_[A-Za-z0-9]{8,}|rpa_[A-Za-z0-9]{8,}|rps_[A-Za-z0-9]{8,}|comfyui-[0-9a-f]{16,})")
 _BEARER = re.compile(r"(?i)(authorization:?\s*(?:bearer\s+)?|bearer\s+)[^\s\"']+")
 _SHORTEST_SECRET = 6
+_LONGEST = 20_000  # characters of a record
+_COLOUR = re.compile(r"\x1b\[[0-9;:]*m")
+_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029]")
+
+
+def printable(text: str) -> str:
+    r"""The text as one line of a log: without colours, and with other control characters as `\n` and the like.
+
+    What a job names may hold line breaks that would begin another record, or sequences that a terminal obeys.
+    """
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), _COLOUR.sub("", text))
 
 
 class RedactingFilter(logging.Filter):
@@ -29,16 +42,25 @@ class RedactingFilter(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Keep every record, with its text made safe."""
-        record.msg, record.args = self.redact(record.getMessage()), None
+        record.msg, record.args = printable(self.redact(shortened(record.getMessage(), _LONGEST))), None
         return True
 
     def redact(self, text: str) -> str:
         """The same text without secrets."""
         for secret in self._secrets:
             text = text.replace(secret, "***")
-        text = _SIGNED_QUERY.sub(r"\1?***", _USER.sub(r"\1***@", text))
+        text = _URL.sub(_without_key, _USER.sub(_without_password, text))
         text = _TOKEN.sub("***", text)
         return _BEARER.sub(r"\1***", text)
+
+
+def _without_password(found: re.Match[str]) -> str:
+    return f"{found[1]}***@" if ":" in found[0][len(found[1]) :] else found[0]
+
+
+def _without_key(found: re.Match[str]) -> str:
+    address, mark, query = found[0].partition("?")
+    return f"{address}?***" if mark and _KEY.search(mark + query) else found[0]
 
 
 class _RedactingFormatter(logging.Formatter):

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 # How long a job's end waits for a post that is under way.
 _POST_S = 5.0
+# A post that is accepted and never answered; the next one has newer news.
+_ATTEMPT_S = 20.0
 
 
 class ProgressPosts:
@@ -70,5 +72,7 @@ class ProgressPosts:
                 if self._ended:
                     return
                 # Logs what goes wrong and raises nothing: progress is never worth a job.
-                await send_result(self._session, {"status": "IN_PROGRESS", "output": self._latest}, self._job)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_ATTEMPT_S):
+                        await send_result(self._session, {"status": "IN_PROGRESS", "output": self._latest}, self._job)
             await asyncio.sleep(self._every_s)

@@ -345,7 +345,7 @@ class Settings:
             default = item.metadata["default"]
             if item.name == "volume_path" and _is_pod(environ):
                 default = "/workspace"
-            text = environ.get(name, "").strip() or default
+            text = _lenient(name, environ.get(name, "").strip()) or default
             try:
                 values[item.name] = item.metadata["parse"](text)
             except ValueError as exc:
@@ -362,9 +362,43 @@ class Settings:
         return tuple(value for item in fields if (value := getattr(self, item.name)))
 
 
-def _bucket_problems(values: Mapping[str, Any]) -> list[str]:
+# What worker-comfyui takes and means no more than the largest number that is taken here.
+_LARGEST = {"WEBSOCKET_RECONNECT_ATTEMPTS": 1000, "WEBSOCKET_RECONNECT_DELAY_S": 60}
+_BUCKET_KEYS = ("BUCKET_ACCESS_KEY_ID", "BUCKET_SECRET_ACCESS_KEY", "BUCKET_NAME", "BUCKET_PREFIX", "BUCKET_REGION")
+
+
+def _lenient(name: str, text: str) -> str:
+    return str(_LARGEST[name]) if _is_too_large(name, text) else text
+
+
+def _is_too_large(name: str, text: str) -> bool:
+    if name not in _LARGEST:
+        return False
+    try:
+        return float(text) > _LARGEST[name]
+    except ValueError:
+        return False
+
+
+def remarks(environ: Mapping[str, str]) -> list[str]:
+    """Sentences about variables that worker-comfyui takes without harm and that have no effect, or another, here."""
+    found = [
+        f"{name} is {environ[name].strip()}; {most} is used, the largest that makes sense"
+        for name, most in _LARGEST.items()
+        if _is_too_large(name, environ.get(name, ""))
+    ]
+    idle = [name for name in _BUCKET_KEYS if environ.get(name, "").strip()]
+    if idle and not environ.get("BUCKET_ENDPOINT_URL", "").strip():
+        found.append(f"{', '.join(idle)} without BUCKET_ENDPOINT_URL: nothing is uploaded; set it, or remove them")
+    return found
+
+
+def _bucket_problems(values: dict[str, Any]) -> list[str]:
     """What contradicts itself about the bucket, or is half there; nothing about a value that is wrong by itself."""
     needed = ("bucket_endpoint_url", "bucket_access_key_id", "bucket_secret_access_key")
+    if "bucket_endpoint_url" in values and not values["bucket_endpoint_url"]:
+        values.update(dict.fromkeys((*needed, "bucket_name", "bucket_prefix", "bucket_region")))
+        return []
     optional = ("bucket_name", "bucket_prefix", "bucket_region")
     if not any(values.get(name) for name in (*needed, *optional)):
         return []

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal, get_args
 
-FaultKind = Literal["status", "slow", "drop", "lose"]
+FaultKind = Literal["status", "slow", "drop", "lose", "silent", "garble"]
 FaultRoute = Literal["take", "stop", "progress", "result", "stream", "ping"]
 
 
@@ -17,8 +17,9 @@ class Fault:
 
     `pod` and `job` are globs; only posts are about a job. A poll that is already held when a fault is asked for goes unharmed.
 
-    status: nothing is done, the answer is `status`. drop: nothing is done, the connection closes. lose: all is done, then the
-    connection closes without an answer. slow: all is done, then the answer takes another `delay_s`.
+    status: nothing is done, the answer is `status`, with `body` if there is one. drop: nothing is done, the connection closes.
+    lose: all is done, then the connection closes without an answer. slow: all is done, then the answer takes another `delay_s`.
+    silent: nothing is done, and no answer comes. garble: all is done, and the answer is `body`, with the job's id for `$ID`.
     """
 
     kind: FaultKind
@@ -29,6 +30,8 @@ class Fault:
     count: int | None = 1
     status: int = 500
     delay_s: float = 1.0
+    body: str = ""
+    content_type: str = "application/json"
 
     def __post_init__(self) -> None:
         for value, allowed in ((self.kind, get_args(FaultKind)), (self.route, get_args(FaultRoute))):

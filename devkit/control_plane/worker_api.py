@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from devkit.control_plane.jobs import Job, PostKind
     from devkit.control_plane.server import Bell
 
-T = TypeVar("T")
+T = TypeVar("T", "Job", str)
 
+_SILENT_S: Final = 3600.0
 _NOTHING_TO_SAY: Final = 204
 
 
@@ -30,6 +31,7 @@ class Reply:
 
     response: web.Response
     undo: Callable[[], None] = lambda: None
+    job_id: str = ""
 
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -100,7 +102,8 @@ class WorkerApi:
             found = await self._hold(request, route, attempt, undo)
             if not found:
                 return Reply(web.Response(status=_NOTHING_TO_SAY))
-            return Reply(web.json_response(show(found)), lambda: undo(found))
+            first = found[0]
+            return Reply(web.json_response(show(found)), lambda: undo(found), first if isinstance(first, str) else first.id)
 
         return await self._answer(request, route, act)
 
@@ -203,16 +206,13 @@ class WorkerApi:
         job_id: str = "",
     ) -> web.StreamResponse:
         fault = self._book.take(route, request.match_info["pod"], job_id)
-        match fault and fault.kind:
-            case "status":
-                note_refusal(_status(fault))
-                return web.json_response({"error": "a fault that was asked for"}, status=_status(fault))
-            case "drop":
-                note_refusal(0)
-                return _cut(request)
+        if fault and (answer := await self._instead(fault, request, note_refusal)) is not None:
+            return answer
         reply = await act()
         if fault and fault.kind == "lose":
             return _cut(request)
+        if fault and fault.kind == "garble":
+            return web.Response(text=fault.body.replace("$ID", reply.job_id), content_type=fault.content_type)
         try:
             if fault:
                 await asyncio.sleep(fault.delay_s)
@@ -224,9 +224,24 @@ class WorkerApi:
                 raise
         return reply.response
 
-
-def _status(fault: Fault | None) -> int:
-    return fault.status if fault else 0
+    async def _instead(
+        self, fault: Fault, request: web.Request, note_refusal: Callable[[int], None]
+    ) -> web.StreamResponse | None:
+        """What the worker gets where nothing is done; None where all is done."""
+        match fault.kind:
+            case "status":
+                note_refusal(fault.status)
+                if fault.body:
+                    return web.Response(text=fault.body, status=fault.status, content_type=fault.content_type)
+                return web.json_response({"error": "a fault that was asked for"}, status=fault.status)
+            case "drop":
+                note_refusal(0)
+                return _cut(request)
+            case "silent":
+                note_refusal(0)
+                await self._bell.wait_for(lambda: peer_is_gone(request), _SILENT_S)
+                return _cut(request)
+        return None
 
 
 def _refused() -> web.Response:

@@ -228,7 +228,7 @@ class ComfyClient:
 
         async def ask(name: str) -> dict[str, Any]:
             async with few:
-                status, body = await self._wait_for("GET", f"/object_info/{quote(name, safe='')}")
+                status, body = await self._wait_for("GET", f"/object_info/{quote(name, safe='', errors='replace')}")
             with _understood(f"GET /object_info/{name}", status):
                 return dict(body or {})
 
@@ -326,12 +326,30 @@ class ComfyClient:
                     return ()
                 continue
             with _understood("POST /prompt", status):
-                if status == HTTPStatus.OK:
-                    return dropped_outputs(graph, body)
                 if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
                     raise EngineAnswerInvalid("POST /prompt", status)
-                raise rejection(graph, body, self.versions.comfyui)
+                if status == HTTPStatus.OK and not body.get("node_errors"):
+                    return ()
+                await self._add_choices(body)
+                if status == HTTPStatus.OK:
+                    return await asyncio.to_thread(dropped_outputs, graph, body)
+                raise await asyncio.to_thread(rejection, graph, body, self.versions.comfyui)
         raise AssertionError("the last attempt returns or raises")
+
+    async def _add_choices(self, refusal: object) -> None:
+        """Put in what an input takes where ComfyUI left it out of its refusal: lists of more than 20 choices."""
+        reports = (refusal.get("node_errors") if isinstance(refusal, dict) else None) or {}
+        asked: dict[tuple[str, str], Sequence[str] | None] = {}
+        for report in reports.values():
+            for error in report.get("errors") or ():
+                extra = error.get("extra_info") or {}
+                key = str(report.get("class_type")), str(extra.get("input_name"))
+                if error.get("type") != "value_not_in_list" or options_of(extra.get("input_config")) is not None:
+                    continue
+                if key not in asked and len(asked) < _QUESTIONS_AT_ONCE:
+                    asked[key] = await self.choices(*key)
+                if choices := asked.get(key):
+                    extra["input_config"] = [list(choices)]
 
     async def _follow(self, run: _Run) -> None:
         """Return when the run's tracker has its outcome."""

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 MAX_TEXT_BYTES = 16 * 1024 * 1024
 """The longest text that is looked at, uncompressed; the largest workflows in use have a few megabytes."""
 
+_MAX_LOOKED_AT_BYTES = 4 * MAX_TEXT_BYTES  # of all texts together: a small file may unpack to any number of them
 _MAX_EXIF_BYTES = 2 * MAX_TEXT_BYTES + (1 << 20)  # both texts, and what else a camera would write
 _MAX_PARTS = 100_000  # chunks, boxes or tags that are looked at: a file of nothing else must not take for ever
 _NAMES = ("prompt", "workflow")
@@ -76,10 +77,14 @@ def embedded_workflow(data: Readable) -> Embedded | None:
     if data[:3] == codecs.BOM_UTF8 or data[:2] in _UTF_16 or data[:64].lstrip()[:1] == b"{":
         value = _json(data[: MAX_TEXT_BYTES + 1])
         return None if value is None else Embedded(None, value) if is_ui(value) else Embedded(without_notes(value), None)
+    left_bytes = _MAX_LOOKED_AT_BYTES
     for read in (_png, _webp, _mp4, _matroska):
         for name, text in read(data):
             if name.lower() in _NAMES and name.lower() not in found and (value := _json(text)) is not None:
                 found[name.lower()] = value
+            left_bytes -= len(text)
+            if left_bytes < 0 or len(found) == len(_NAMES):
+                break
     prompt, workflow = found.get("prompt"), found.get("workflow")
     if workflow is not None and not is_ui(workflow):
         workflow = None
@@ -142,6 +147,7 @@ def _inflated(data: bytes) -> bytes:
 
 _ASCII = 2  # the type of a string in EXIF
 _INLINE_BYTES = 4
+_NAME_BYTES = 16
 
 
 def _webp(data: Readable) -> Iterator[tuple[str, bytes]]:
@@ -171,9 +177,9 @@ def _exif(data: bytes) -> Iterator[tuple[str, bytes]]:
         if kind != _ASCII or size > MAX_TEXT_BYTES:
             continue
         where = entry + 8 if size <= _INLINE_BYTES else where
-        name, colon, text = data[where : where + size].partition(b":")
-        if colon and len(name) <= max(map(len, _NAMES)):
-            yield name.decode("latin-1"), text
+        name, colon, _ = data[where : where + _NAME_BYTES].partition(b":")
+        if colon:
+            yield name.decode("latin-1"), data[where + len(name) + 1 : where + size]
 
 
 # --- MP4 ----------------------------------------------------------------------------------------

@@ -158,8 +158,8 @@ class Engine:
         return await self._answered(lambda client: client.object_info(class_types))
 
     async def lacks(self, class_types: Collection[str]) -> tuple[frozenset[str], frozenset[str]]:
-        """As `ComfyClient.lacks`; waits and raises as `run` does for an engine that is not there."""
-        return await (await self._ready()).lacks(class_types)
+        """As `ComfyClient.lacks`; waits, replaces and raises as `run` does for an engine that does not answer."""
+        return await self._answered(lambda client: client.lacks(class_types))
 
     async def versions(self) -> Versions:
         """Return what the engine is; waits and raises as `run` does for an engine that is not there."""

@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from worker.comfy.ui_graph import shown
+from worker.comfy.workflow import with_inputs
 from worker.errors import OverrideInvalid
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 _NAMED = 8  # candidates that a sentence names
 _MAX_KEY_CHARS = 1_000
+_MAX_DOTS = 16  # in a key, from its end, that may be the one between node and input
 
 
 def apply_overrides(graph: Graph, overrides: Mapping[str, Any]) -> Graph:
@@ -28,13 +30,12 @@ def apply_overrides(graph: Graph, overrides: Mapping[str, Any]) -> Graph:
     Raises:
         OverrideInvalid: no node, several nodes or no such input; the sentence names the candidates.
     """
-    changed = dict(graph)
     index = _Index(graph)
+    values: dict[str, dict[str, Any]] = {}
     for key, value in overrides.items():
         node_id, name = index.find(key)
-        node = changed[node_id] = {**changed[node_id], "inputs": dict(changed[node_id]["inputs"])}
-        node["inputs"][name] = _as_input(graph, value)
-    return changed
+        values.setdefault(node_id, {})[name] = _as_input(graph, value)
+    return with_inputs(graph, values)
 
 
 def _as_input(graph: Graph, value: object) -> object:
@@ -64,16 +65,16 @@ class _Index:
         """Node id and input that a key means."""
         if not isinstance(key, str) or not key.strip(".") or len(key) > _MAX_KEY_CHARS:
             raise OverrideInvalid(shown(str(key)), "is not NODE.INPUT; write '6.text' or 'KSampler.seed'")
-        problems = []
+        problem = None
         for place, name in _splits(key):
             ids = self._nodes(place)
             if len(ids) == 1:
                 if name in self._graph[ids[0]]["inputs"]:
                     return ids[0], name
-                problems.append(self._no_input(ids[0], name))
+                problem = problem or self._no_input(ids[0], name)
             elif ids:
-                problems.append(f"matches the nodes {_list(ids)}; use one of these ids instead of '{shown(place)}'")
-        raise OverrideInvalid(shown(key), problems[0] if problems else self._no_node(key))
+                problem = problem or f"matches the nodes {_list(ids)}; use one of these ids instead of '{shown(place)}'"
+        raise OverrideInvalid(shown(key), problem or self._no_node(key))
 
     def _nodes(self, place: str) -> list[str]:
         if place in self._graph:
@@ -94,7 +95,9 @@ class _Index:
 
 def _splits(key: str) -> Iterator[tuple[str, str]]:
     at = len(key)
-    while (at := key.rfind(".", 0, at)) > 0:
+    for _ in range(_MAX_DOTS):
+        if (at := key.rfind(".", 0, at)) <= 0:
+            return
         yield key[:at], key[at + 1 :]
 
 
@@ -116,16 +119,15 @@ def next_values(graph: Graph, controls: Sequence[Control], random: Callable[[], 
     `fixed` keeps it, `increment`, `increment-wrap` and `decrement` go one step or option on, `randomize` draws one. A value
     that was overridden with something that cannot be counted is kept.
     """
-    changed = dict(graph)
+    values: dict[str, dict[str, Any]] = {}
     for control in controls:
         node_id, name = control.targets[0]
-        value = changed[node_id]["inputs"].get(name)
+        value = graph[node_id]["inputs"].get(name)
         following = _next(control, value, random)
         for target, target_name in control.targets:
-            node = changed[target] = {**changed[target], "inputs": dict(changed[target]["inputs"])}
-            if node["inputs"].get(target_name) == value:
-                node["inputs"][target_name] = following
-    return changed
+            if graph[target]["inputs"].get(target_name) == value:
+                values.setdefault(target, {})[target_name] = following
+    return with_inputs(graph, values)
 
 
 def _next(control: Control, value: object, random: Callable[[], float]) -> object:

@@ -116,6 +116,8 @@ class Instance:
         """The widget's name without the `12: ` that older editors put before it."""
         inner = self._sheet.parts.get(node_id)
         self.budget.step(len(inner.slots) if inner is not None else 1)
+        if len(name) > _MAX_NAME_CHARS:
+            return name
         while inner is not None and not _has(inner, name) and (found := re.match(r"\s*\d+\s*:\s*(.+)", name)):
             name = found[1]
         return name
@@ -164,6 +166,7 @@ class Instance:
 
 
 _HOLE = object()
+_MAX_NAME_CHARS = 1_000  # of a widget's
 
 
 def _has(part: Part, name: str) -> bool:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import difflib
 import posixpath
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from worker.comfy.ui_graph import shown
-from worker.comfy.workflow import BrokenLink, ancestry, named_models, needed_nodes
+from worker.comfy.workflow import BrokenLink, named_models, needed_nodes, reached, takers_in
 from worker.errors import ModelMissing, UnknownNodes, WorkflowInvalid, WorkflowRejected, shortened
 from worker.known import known, older
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from worker.errors import RequestError
 
 _SHOWN_CHOICES = 8
+_COMPARED = 2_000  # choices that are looked at for one that is like what was asked for
+_MOST_FINDINGS = 200  # a client is shown fifty
+_EXPLAINED = 50
 _QUOTED = 300  # characters of a value: some clients put a whole file where its name belongs
 
 
@@ -39,7 +43,9 @@ def rejection(graph: Graph, body: object, comfyui: str | None = None) -> Request
 
 def dropped_outputs(graph: Graph, body: Mapping[str, Any]) -> tuple[str, ...]:
     """Sentences about the outputs that ComfyUI dropped from a graph it otherwise took (a 200 with `node_errors`)."""
-    return tuple(dict.fromkeys(finding.problem + _left_out(graph, finding) for finding in _findings(graph, body)))
+    found, takers = _findings(graph, body), takers_in(graph)
+    problems = dict.fromkeys(finding.problem + _left_out(graph, takers, finding) for finding in found[:_EXPLAINED])
+    return tuple(problems | dict.fromkeys(finding.problem for finding in found[_EXPLAINED:]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,31 +62,34 @@ class _Finding:
 def _findings(graph: Graph, body: Mapping[str, Any]) -> list[_Finding]:
     """Everything that ComfyUI found, but models for which nobody looked: those that only outputs with a broken link need."""
     reports = body.get("node_errors") or {}
-    found = [finding for node_id, report in reports.items() for finding in _findings_in(graph, node_id, report)]
+    errors = [error for report in reports.values() for error in report.get("errors") or ()]
+    named = named_models(graph) if any(error.get("type") == "value_not_in_list" for error in errors) else ()
+    models = {(model.node_id, model.input_name): model for model in reversed(named)}
+    findings = (finding for node_id, report in reports.items() for finding in _findings_in(graph, models, node_id, report))
+    found = list(islice(findings, _MOST_FINDINGS))
     if not any(finding.is_model for finding in found):
         return found
     needed = needed_nodes(graph, {output for finding in found for output in finding.dropped if output in graph})
     return [each for each in found if not each.is_model or not each.dropped or each.node_id in needed] or found
 
 
-def _findings_in(graph: Graph, node_id: str, report: Mapping[str, Any]) -> Iterator[_Finding]:
+def _findings_in(
+    graph: Graph, models: Mapping[tuple[str, str], NamedModel], node_id: str, report: Mapping[str, Any]
+) -> Iterator[_Finding]:
     dropped = report.get("dependent_outputs") or ()
     for error in report.get("errors") or ():
         if (link := _broken_link(graph, node_id, error)) is not None:
             yield _Finding(node_id, link.problem, dropped, is_link=True)
-        elif model := _missing_model(graph, node_id, error):
+        elif model := _missing_model(models, node_id, error):
             yield _Finding(node_id, model, dropped, is_model=True)
         else:
             yield _Finding(node_id, _node_problem(node_id, report.get("class_type", "?"), error), dropped)
 
 
-def _left_out(graph: Graph, finding: _Finding) -> str:
+def _left_out(graph: Graph, takers: Mapping[str, Sequence[str]], finding: _Finding) -> str:
     """Which outputs this cost, where the problem is not their own: ComfyUI lists others with them."""
-    nodes = [
-        f"{node_id} ({graph[node_id]['class_type']})"
-        for node_id in finding.dropped
-        if node_id != finding.node_id and finding.node_id in ancestry(graph, node_id)
-    ]
+    spoiled = reached([finding.node_id], takers) - {finding.node_id}
+    nodes = [f"{node_id} ({graph[node_id]['class_type']})" for node_id in finding.dropped if node_id in spoiled]
     return f"; so there is no output of node {', '.join(nodes)}" if nodes else ""
 
 
@@ -100,22 +109,20 @@ def _graph_problem(error: Mapping[str, Any]) -> str:
     return f"{message.rstrip('.')} ({details})" if details else message
 
 
-def _missing_model(graph: Graph, node_id: str, error: Mapping[str, Any]) -> str | None:
+def _missing_model(models: Mapping[tuple[str, str], NamedModel], node_id: str, error: Mapping[str, Any]) -> str | None:
     """The sentence for a value that is not in a loader's list because the model file is not there."""
     if error.get("type") != "value_not_in_list":
         return None
     extra = error.get("extra_info") or {}
-    name, input_name = extra.get("received_value"), extra.get("input_name")
-    for model in named_models(graph):
-        if (model.node_id, model.input_name) == (node_id, input_name):
-            return missing_model(model, shortened(str(name), _QUOTED), _choices(extra))
-    return None
+    model = models.get((node_id, str(extra.get("input_name"))))
+    return missing_model(model, str(extra.get("received_value")), _choices(extra)) if model else None
 
 
 def missing_model(model: NamedModel, name: str, choices: Sequence[str]) -> str:
     """The sentence for a model that is nowhere; `choices` are the names its loader lists."""
     folder = model.folders[0] if model.folders else "(the folder its loader reads)"
     where = f"perhaps in models/{folder}" if model.guessed else f"in models/{folder}"
+    name = shortened(name, _QUOTED)
     near = _similar(name, choices)
     there = f"there is {near}" if near else "nothing like it is there"
     return (
@@ -161,7 +168,7 @@ def _similar(name: str, choices: Sequence[str]) -> str:
 def _close(name: str, choices: Sequence[str]) -> Iterator[str]:
     wanted = posixpath.basename(name).lower()
     yield from (choice for choice in choices if posixpath.basename(choice).lower() == wanted)
-    yield from difflib.get_close_matches(name, choices, n=3, cutoff=0.6)
+    yield from difflib.get_close_matches(name, choices[:_COMPARED], n=3, cutoff=0.6)
 
 
 # --- classes that ComfyUI does not have ---------------------------------------------------------

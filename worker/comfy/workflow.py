@@ -11,7 +11,7 @@ import math
 import re
 import unicodedata
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 from worker.errors import (
@@ -34,6 +34,10 @@ Graph: TypeAlias = dict[str, dict[str, Any]]
 # --- is it a graph ------------------------------------------------------------------------------
 
 _LINK_LENGTH = 2
+# Several times what is in use. ComfyUI is asked about each class, and each name is compared with patterns.
+_MAX_CLASSES = 2_000
+_MAX_NAME_CHARS = 500
+_MAX_MODELS = 1_000
 
 
 class BrokenLink(list[Any]):
@@ -74,6 +78,8 @@ def parse_graph(value: object) -> Graph:
     _check_not_wrapped(value)
     for node_id, node in value.items():
         _check_node(node_id, node)
+    if len({node["class_type"] for node in value.values()}) > _MAX_CLASSES:
+        raise WorkflowInvalid(f"it names more than {_MAX_CLASSES} node classes")
     return _with_links_broken(cast("Graph", value))
 
 
@@ -117,14 +123,16 @@ def _check_node(node_id: object, node: object) -> None:
             f"node {_titled(node_id, node)} has no 'class_type'; the editor exports that for a node it does not know: "
             "install its custom node there and export again, or remove it"
         )
+    if len(class_type) > _MAX_NAME_CHARS:
+        raise WorkflowInvalid(f"node {_titled(node_id, node)} has a 'class_type' of {len(class_type)} characters")
     # Used or not: ComfyUI takes such a graph, looks at every node's inputs, and the thread that runs all prompts ends (0.3.75).
     if not isinstance(node.get("inputs"), dict):
         raise WorkflowInvalid(f"node {node_id} ({class_type}) has no object 'inputs'; send {{}} where there are none")
     for name, value in node["inputs"].items():
-        if not _is_finite(value):
+        if not is_finite(value):
             raise WorkflowNotFinite(node_id=node_id, input_name=name)
     for name, value in node.items():
-        if name != "inputs" and not _is_finite(value):
+        if name != "inputs" and not is_finite(value):
             raise WorkflowNotFinite(node_id=node_id, input_name=name)
 
 
@@ -134,7 +142,8 @@ def _titled(node_id: str, node: dict[str, Any]) -> str:
     return f"{node_id} ('{title}')" if isinstance(title, str) and title else node_id
 
 
-def _is_finite(value: object) -> bool:
+def is_finite(value: object) -> bool:
+    """Whether every number in it is one that JSON can carry: no NaN, nothing infinite."""
     stack = [value]
     while stack:
         item = stack.pop()
@@ -154,11 +163,18 @@ def _with_links_broken(graph: Graph) -> Graph:
         return graph
     if not _leaves_an_output(graph, {node_id for node_id, _ in broken}):
         raise WorkflowInvalid(next(iter(broken.values())).problem)
-    changed = dict(graph)
+    links: dict[str, dict[str, BrokenLink]] = {}
     for (node_id, name), link in broken.items():
-        node = changed[node_id]
-        changed[node_id] = {**node, "inputs": {**node["inputs"], name: link}}
-    return changed
+        links.setdefault(node_id, {})[name] = link
+    return with_inputs(graph, links)
+
+
+def with_inputs(graph: Graph, values: Mapping[str, Mapping[str, Any]]) -> Graph:
+    """The graph with these inputs set, by node; the given graph stays as it is. Each node is copied once."""
+    changed = {
+        node_id: {**graph[node_id], "inputs": {**graph[node_id]["inputs"], **inputs}} for node_id, inputs in values.items()
+    }
+    return {**graph, **changed}
 
 
 def _broken_links(graph: Graph) -> Iterator[tuple[tuple[str, str], BrokenLink]]:
@@ -176,13 +192,13 @@ def _broken_links(graph: Graph) -> Iterator[tuple[tuple[str, str], BrokenLink]]:
 
 def _leaves_an_output(graph: Graph, broken: Iterable[str]) -> bool:
     """Whether anything that may be an output needs none of these nodes: what takes a link, and what nobody takes one from."""
-    takers = _takers(graph)
-    spoiled = _reached(broken, takers)
+    takers = takers_in(graph)
+    spoiled = reached(broken, takers)
     takes = {taker for each in takers.values() for taker in each}
     return any(node_id not in spoiled and (node_id in takes or node_id not in takers) for node_id in graph)
 
 
-def _takers(graph: Graph) -> dict[str, list[str]]:
+def takers_in(graph: Graph) -> dict[str, list[str]]:
     """By a node's id, the nodes that take a link from it, or mean to and name its output or its id in the wrong way."""
     takers: dict[str, list[str]] = {}
     for node_id, node in graph.items():
@@ -193,7 +209,7 @@ def _takers(graph: Graph) -> dict[str, list[str]]:
     return takers
 
 
-def _reached(starts: Iterable[str], nexts: Mapping[str, Iterable[str]]) -> frozenset[str]:
+def reached(starts: Iterable[str], nexts: Mapping[str, Iterable[str]]) -> frozenset[str]:
     """The starts and all that follows them."""
     found = set(starts)
     waiting = list(found)
@@ -285,11 +301,14 @@ def _strings(name: str, value: object) -> Iterator[tuple[str, str]]:
     """Every string of an input's value, with the dotted name that leads to it, in order.
 
     Lists arrive as `{"__value__": [...]}` (the frontend's way to tell them from links) and some inputs are objects
-    (Load3D's `image`, a lora row), so a file name may lie deeper than the input itself.
+    (Load3D's `image`, a lora row), so a file name may lie deeper than the input itself. Raises `WorkflowInvalid` for names that
+    are too long to be any.
     """
     stack: list[tuple[str, object]] = [(name, value)]
     while stack:
         key, item = stack.pop()
+        if len(key) > _MAX_NAME_CHARS:
+            raise WorkflowInvalid(f"an input has a name of {len(key)} characters, '{_shown(key)}'")
         if isinstance(item, str):
             yield key, item
         elif isinstance(item, dict):
@@ -323,12 +342,24 @@ def _is_prompt(class_type: str, key: str, text: str) -> bool:
     One word that ends like a model file is a file's name unless the node encodes text: loaders too have inputs such as
     `clip_l`, `t5xxl` and `lora_style`.
     """
-    if not _TEXT_INPUT.fullmatch(key.rpartition(".")[2].lower()):
+    if not _is_text_input(key):
         return False
-    one_word = not any(char.isspace() for char in text)
+    one_word = len(text.split(maxsplit=1)) == 1
     return not (one_word and text.lower().endswith(WEIGHT_SUFFIXES)) or _ENCODES_TEXT.search(class_type) is not None
 
 
+# A list may hold a million texts under one name.
+@lru_cache(maxsize=1024)
+def _is_text_input(name: str) -> bool:
+    return _TEXT_INPUT.fullmatch(name.rpartition(".")[2].lower()) is not None
+
+
+@lru_cache(maxsize=1024)
+def _is_media_input(name: str) -> bool:
+    return any(_MEDIA_INPUT.fullmatch(part) for part in name.lower().split("."))
+
+
+@lru_cache(maxsize=1024)
 def _is_path_input(name: str) -> bool:
     return any(_PATH_INPUT.fullmatch(part) for part in name.lower().split("."))
 
@@ -426,10 +457,15 @@ def _escapes(text: str) -> bool:
 
 
 def _cannot_be_a_path(text: str) -> bool:
-    # Padding with "//" or "/./" shrinks when a node normalises the path, so only what stays counts.
+    """Whether it is too long, also for a node that normalises paths: what `//`, `/./` and `x/..` add does not count."""
     if len(text) <= _PATH_MAX_BYTES:
         return False
-    kept = (part for part in _SEPARATORS.split(text) if part not in ("", "."))
+    kept: list[str] = []
+    for part in _SEPARATORS.split(text):
+        if part.strip() == ".." and kept and kept[-1] != "..":
+            kept.pop()
+        elif part not in ("", "."):
+            kept.append(".." if part.strip() == ".." else part)
     return sum(len(part.encode("utf-8", "replace")) + 1 for part in kept if part != "..") > _PATH_MAX_BYTES
 
 
@@ -503,7 +539,12 @@ def named_models(graph: Graph) -> tuple[NamedModel, ...]:
     web addresses, a lora row that is off, and names that leave their folder (`check_paths` refuses those).
     """
     models = (model for node_id, node in graph.items() for model in _models_of_node(graph, node_id, node))
-    return tuple(dict.fromkeys(models))
+    found: dict[NamedModel, None] = {}
+    for model in models:
+        found[model] = None
+        if len(found) > _MAX_MODELS:
+            raise WorkflowInvalid(f"it names more than {_MAX_MODELS} models")
+    return tuple(found)
 
 
 def needed_nodes(graph: Graph, outputs: Collection[str]) -> frozenset[str]:
@@ -513,7 +554,7 @@ def needed_nodes(graph: Graph, outputs: Collection[str]) -> frozenset[str]:
     be there.
     """
     broken = (node_id for node_id, node in graph.items() if any(isinstance(v, BrokenLink) for v in node["inputs"].values()))
-    spoiled = _reached(broken, _takers(graph))
+    spoiled = reached(broken, takers_in(graph))
     return ancestry(graph, *(node_id for node_id in outputs if node_id not in spoiled))
 
 
@@ -525,7 +566,7 @@ def last_nodes(graph: Graph) -> dict[str, str]:
 
 def ancestry(graph: Graph, *node_ids: str) -> frozenset[str]:
     """These nodes and all that they take from."""
-    return _reached(node_ids, {node_id: [source for _, source in _links_into(graph, node_id)] for node_id in graph})
+    return reached(node_ids, {node_id: [source for _, source in _links_into(graph, node_id)] for node_id in graph})
 
 
 def with_slashes(graph: Graph, models: Iterable[NamedModel]) -> Graph:
@@ -534,12 +575,13 @@ def with_slashes(graph: Graph, models: Iterable[NamedModel]) -> Graph:
     An editor on Windows exports `sub\x.safetensors` for what is `sub/x.safetensors` here, and ComfyUI takes the names of its
     own listing only. Names in rows, lists and objects count, and those of embeddings in a prompt.
     """
-    changed = dict(graph)
+    names: dict[str, dict[str, object]] = {}
     for model in models:
         if model.written:
-            node = changed[model.node_id]
-            value = with_strings(node["inputs"][model.input_name], partial(_with_slashes, model=model))
-            changed[model.node_id] = {**node, "inputs": {**node["inputs"], model.input_name: value}}
+            held = names.setdefault(model.node_id, {})
+            value = held.get(model.input_name, graph[model.node_id]["inputs"][model.input_name])
+            held[model.input_name] = with_strings(value, partial(_with_slashes, model=model))
+    changed = with_inputs(graph, names)
     return graph if changed == graph else changed
 
 
@@ -669,7 +711,7 @@ class _Name:
 
 def _names_in(class_type: str, key: str, text: str) -> Iterator[_Name]:
     if "embedding:" in text:
-        for name in _embeddings(text):
+        for name in dict.fromkeys(_embeddings(text)):
             yield _Name(name, ("embeddings",), _embedding_spellings(name.replace("\\", "/")))
     leaf = key.rpartition(".")[2]
     if text in known().image_taes and leaf == "vae_name":
@@ -688,7 +730,7 @@ def _is_model_name(class_type: str, key: str, text: str) -> bool:
         and "://" not in text
         and "embedding:" not in text
         and not _is_prompt(class_type, key, text)
-        and not any(_MEDIA_INPUT.fullmatch(part) for part in key.lower().split("."))
+        and not _is_media_input(key)
         and _is_plain_name(text)
     )
 
@@ -735,14 +777,17 @@ def _embeddings(text: str) -> Iterator[str]:
     back to the name without its commas. `\(` and `\)` are part of a name; plain ones bound a segment. (0.3.75 sees none after a
     tab, and reads past `<` and `[`.)
     """
-    for segment in _segments(text.replace("\\)", "\0\1").replace("\\(", "\0\2")):
+    # What no prompt is as long as is not cut into segments, which takes a pass for each level of parentheses.
+    pieces = [text] if len(text) > _LONGEST_PROMPT else _segments(text.replace("\\)", "\0\1").replace("\\(", "\0\2"))
+    for segment in pieces:
         words = re.split(r"(?:^|\s)embedding:", segment.replace("\0\1", ")").replace("\0\2", "("))
-        for word in words[1:]:
-            name = re.split(r"[<\[]", (word.split() or [""])[0], maxsplit=1)[0].strip(",")
+        for word in dict.fromkeys((word.split(maxsplit=1) or [""])[0] for word in words[1:]):
+            name = re.split(r"[<\[]", word, maxsplit=1)[0].strip(",")
             if name and _is_plain_name(name):
                 yield name
 
 
+_LONGEST_PROMPT = 100_000
 _NESTING_MAX = 32  # ComfyUI gives up at its recursion limit; here each level costs one more pass over the text
 
 

@@ -329,7 +329,7 @@ def measure(result: Result) -> int:
 
 def _json_length(value: object) -> int:
     # As runpod 1.12 encodes a result, but for allow_nan: it would send what no parser takes.
-    return len(json.dumps(value, ensure_ascii=False, allow_nan=False).encode())
+    return len(json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace"))
 
 
 def _base64_length(size_bytes: int) -> int:
@@ -379,7 +379,7 @@ def _base64(output: Output) -> str:
 
 
 def _source(output: Output) -> Path | bytes:
-    return output.source.encode() if isinstance(output.source, str) else output.source
+    return output.source.encode("utf-8", "replace") if isinstance(output.source, str) else output.source
 
 
 def _upload(output: Output) -> Upload:

@@ -27,9 +27,11 @@ _STAGING: Final = ".job-"
 _FOLDERS: Final = frozenset({"input", "output", "temp"})
 _DRIVE: Final = re.compile("[A-Za-z]:")
 _LONGEST_PART_BYTES: Final = 255  # what Linux file systems take
+_MOST_FOLDERS: Final = 32
 _LONGEST_NAME_BYTES: Final = 1024  # with the folders above it well within what a system call takes
 # Up to here data is decoded in the loop, in one piece: a hop to a thread costs more than decoding a picture does.
 _PIECE_CHARACTERS: Final = 4 << 20
+_AT_ONCE: Final = 16
 _AROUND: Final = " \t\r\n\"'"
 
 
@@ -66,7 +68,7 @@ class JobFiles:
         put aside meanwhile. Raises `UnsafePath`, `InputNameInvalid`, `ImageNotBase64`, `InputTooLarge`, `InputNotStored`, and
         what `Fetcher.fetch` raises, naming the file.
         """
-        wanted = self.check()
+        wanted = await asyncio.to_thread(self.check)
         if not wanted:
             yield
             return
@@ -76,9 +78,11 @@ class JobFiles:
             missing = {name: file for name, file in wanted.items() if name not in early}
             staged = early | {name: self._staged(staging / str(at), file) for at, (name, file) in enumerate(missing.items())}
             await self._fill(staged, missing)
-            for name, source in staged.items():
+            for at, (name, source) in enumerate(staged.items()):
                 with storing(source.name):
                     self._put(source.path, self._target(name), undo)
+                if at % _AT_ONCE == 0:
+                    await asyncio.sleep(0)
             yield
 
     def check(self) -> dict[PurePosixPath, InputFile]:
@@ -97,7 +101,7 @@ class JobFiles:
         Raises what `look` raises, and otherwise as `placed` does.
         """
         name = next(_relative(file) for file in reversed(self._files) if file.name == file_name)
-        file = self.check()[name]
+        file = (await asyncio.to_thread(self.check))[name]
         staged = self._staged(self._make_staging(self._undo) / "0", file)
         await self._fill({name: staged}, {name: file})
         self._early[name] = staged
@@ -141,13 +145,11 @@ class JobFiles:
         return StagedFile(file.name, path, self._fetcher.limits.max_bytes)
 
     async def _fill(self, staged: Mapping[PurePosixPath, StagedFile], missing: Mapping[PurePosixPath, InputFile]) -> None:
-        for name, file in missing.items():
-            if file.data is not None:
-                with staged[name] as target:
-                    if len(file.data) <= _PIECE_CHARACTERS:
-                        _decode(target, file.data)
-                    else:
-                        await asyncio.to_thread(_decode, target, file.data)
+        sent = [(staged[name], file.data) for name, file in missing.items() if file.data is not None]
+        if len(sent) <= _AT_ONCE and sum(len(data) for _, data in sent) <= _PIECE_CHARACTERS:
+            _decode_all(sent)
+        else:
+            await asyncio.to_thread(_decode_all, sent)
         downloads = [Download(file.url, staged[name]) for name, file in missing.items() if file.url is not None]
         if downloads:
             await self._fetcher.fetch(downloads)
@@ -188,6 +190,8 @@ def _relative(file: InputFile) -> PurePosixPath:
         raise UnsafePath("The name of an input file", full)
     if not path.parts or PurePosixPath(name).name != name.rpartition("/")[2]:
         raise InputNameInvalid(full, "is no name of a file")
+    if len(path.parts) > _MOST_FOLDERS:
+        raise InputNameInvalid(f"{full[:40]}...", f"lies in more than {_MOST_FOLDERS} folders")
     if path.parts[0].startswith(_STAGING):
         raise InputNameInvalid(full, f"begins with {_STAGING}, which is kept for the worker itself")
     try:
@@ -210,6 +214,12 @@ def _check_apart(names: Sequence[PurePosixPath]) -> None:
 def _look(staged: StagedFile, look: Callable[[FileBytes], T]) -> T:
     with storing(staged.name), staged.path.open("rb", buffering=0) as stream:
         return look(FileBytes(stream))
+
+
+def _decode_all(files: Sequence[tuple[StagedFile, str]]) -> None:
+    for staged, data in files:
+        with staged as target:
+            _decode(target, data)
 
 
 def _decode(target: StagedFile, data: str) -> None:

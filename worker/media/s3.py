@@ -82,7 +82,7 @@ class S3Target:
         parts = _service(endpoint_url.strip())
         path, bucket = _split_path(parts.path.strip("/"), bucket)
         host, bucket = _split_host(parts.hostname or "", bucket)
-        netloc = host if parts.port is None else f"{_bracketed(host)}:{parts.port}"
+        netloc = _bracketed(host) if parts.port is None else f"{_bracketed(host)}:{parts.port}"
         service = urlunsplit((parts.scheme, netloc, path, "", "")).rstrip("/")
         style = _addressing(parts, host, bucket) if addressing == "auto" else addressing
         return cls(service, access_key_id, secret_access_key, bucket, region or _region(host), style)
