@@ -22,7 +22,6 @@ from typing import Final
 PAGES: Final = re.compile(r"comfyui-(workflow-templates|embedded-docs)")
 # As the base's flavour of torch has them. setuptools: the newest are without pkg_resources, which custom nodes import.
 KEPT: Final = re.compile(r"(torch|torchvision|torchaudio|triton|setuptools|nvidia-.*)==")
-BESIDE: Final = "websocket-client"  # handlers written for worker-comfyui import it
 
 
 def asked_for(requirements: str) -> list[str]:
@@ -33,14 +32,19 @@ def asked_for(requirements: str) -> list[str]:
 
 def unanswered(requirements: str, lock: str) -> list[str]:
     """Return the lines that the lock was not made for."""
-    answered = {line.removeprefix("#").strip() for line in lock.splitlines() if line.startswith("#")}
-    return [line for line in asked_for(requirements) if line not in answered]
+    return [line for line in asked_for(requirements) if line not in _answered(lock)]
 
 
-def pins(requirements: str, lock: str) -> list[str]:
-    """Return the lock's pins that hold for these requirements too: all but those of packages that are asked for differently."""
+def held(requirements: str, lock: str) -> str:
+    """Return the lock without the packages that these requirements ask for differently, or not at all."""
     others = {_name(line) for line in unanswered(requirements, lock)}
-    return [pin for pin in re.findall(r"^[a-z0-9-]+==[^\s;]+", lock, re.MULTILINE) if _name(pin) not in others]
+    others |= {_name(line) for line in _answered(lock)} - {_name(line) for line in asked_for(requirements)}
+    entries = re.findall(r"^[a-z0-9].*\n(?: .*\n)*", lock, re.MULTILINE)
+    return "".join(entry for entry in entries if _name(entry) not in others)
+
+
+def _answered(lock: str) -> list[str]:
+    return [line.removeprefix("#").strip() for line in lock.splitlines() if line.startswith("#   ")]
 
 
 def _name(requirement: str) -> str:
@@ -56,10 +60,9 @@ def main(requirements: Path, lock: Path) -> None:
     (worker,) = Path("/opt/worker/lib").glob("python3*/site-packages")
     (packages / "shared.pth").write_text(f"{worker}\n")
     asked, locked = requirements.read_text("utf-8"), lock.read_text("utf-8")
+    _pip("--no-deps", "--require-hashes", lines=held(asked, locked))
     if unanswered(asked, locked):
-        _install_another(asked, locked)
-    else:
-        _pip("--no-deps", "--require-hashes", "--requirement", str(lock))
+        _install_others(asked)
     leave_one_template(packages)
 
 
@@ -75,25 +78,28 @@ def leave_one_template(packages: Path) -> None:
         (files / "templates" / "empty.json").write_text("{}")
 
 
-def _install_another(asked: str, locked: str) -> None:
+def _install_others(asked: str) -> None:
+    """Install what the lock left open. Pip keeps what is there, unless something asks for another version of it."""
     command = [sys.executable, "-m", "pip", "freeze", "--all"]
     said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout  # noqa: S603 - pip
-    kept = [line for line in said.splitlines() if KEPT.match(line)]
-    lines = asked_for(asked)
-    with tempfile.NamedTemporaryFile("w", suffix=".txt") as constraints:
-        constraints.write("\n".join([*kept, *pins(asked, locked)]))
-        constraints.flush()
-        _pip("--constraint", constraints.name, *(line for line in lines if not PAGES.match(_name(line))), BESIDE)
-        templates = [line for line in lines if _name(line) == "comfyui-workflow-templates"]
-        if templates:
-            _pip("--no-deps", *templates)
-            needs = importlib.metadata.requires("comfyui-workflow-templates") or []
-            _pip("--no-deps", "--constraint", constraints.name, *(need for need in needs if _name(need).endswith("-core")))
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as kept:
+        kept.write("\n".join(line for line in said.splitlines() if KEPT.match(line)))
+        kept.flush()
+        wanted = asked_for(asked)
+        _pip("--constraint", kept.name, lines="\n".join(line for line in wanted if not PAGES.match(_name(line))))
+    templates = [line for line in wanted if _name(line) == "comfyui-workflow-templates"]
+    if templates:
+        _pip("--no-deps", lines=templates[0])
+        needs = importlib.metadata.requires("comfyui-workflow-templates") or []
+        _pip("--no-deps", lines="\n".join(need for need in needs if _name(need).endswith("-core")))
 
 
-def _pip(*arguments: str) -> None:
-    command = [sys.executable, "-m", "pip", "install", "--no-cache-dir", "--no-compile", *arguments]
-    subprocess.run(command, check=True)  # noqa: S603 - pip, with what the image's own files say
+def _pip(*arguments: str, lines: str) -> None:
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as requirements:
+        requirements.write(lines)
+        requirements.flush()
+        options = ["--no-cache-dir", "--no-compile", *arguments, "--requirement", requirements.name]
+        subprocess.run([sys.executable, "-m", "pip", "install", *options], check=True)  # noqa: S603 - pip, for the image's files
 
 
 if __name__ == "__main__":

@@ -161,12 +161,18 @@ def test_what_comfyui_and_the_worker_both_want_is_in_the_image_once() -> None:
 
 
 def test_another_comfyui_gets_what_it_asks_for_and_the_locks_versions_of_all_else() -> None:
+    def names(requirements: str) -> set[str]:
+        return set(re.findall(r"^([a-z0-9-]+)==", script["held"](requirements, lock), re.MULTILINE))
+
     script, lock = installer(), text("image/engine.lock")
-    newer = lines_of_the_lock().replace("comfy-kitchen==0.2.31", "comfy-kitchen==0.2.40  # newer") + "Some_New.Package>=1\n"
+    asked = lines_of_the_lock()
+    assert script["held"](asked, lock) == lock[re.search(r"^[a-z]", lock, re.MULTILINE).start() :]  # type: ignore[union-attr]
+    newer = asked.replace("comfy-kitchen==0.2.31", "comfy-kitchen==0.2.40  # newer") + "Some_New.Package>=1\n"
     assert script["unanswered"](newer, lock) == ["comfy-kitchen==0.2.40", "Some_New.Package>=1"]
-    all_pins, others = script["pins"](lines_of_the_lock(), lock), script["pins"](newer, lock)
-    assert {pin.partition("==")[0] for pin in all_pins} - {pin.partition("==")[0] for pin in others} == {"comfy-kitchen"}
-    assert set(others) < set(all_pins)
+    assert names(asked) - names(newer) == {"comfy-kitchen"}
+    older = asked.replace("PyOpenGL>=3.1.8\n", "").replace("comfy-kitchen==0.2.31\n", "")
+    assert names(asked) - names(older) == {"pyopengl", "comfy-kitchen"}, "what it does not ask for is not there"
+    assert names(newer) < names(asked) > names(older)
 
 
 def test_compose_and_workflows_are_yaml_and_every_action_is_pinned() -> None:
