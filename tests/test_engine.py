@@ -302,6 +302,19 @@ def test_refusals_and_failures_are_told_apart(address: str, workflow: Load, run_
     run_async(scenario())
 
 
+def test_a_choice_out_of_a_long_list_is_answered_with_what_is_like_it(address: str, workflow: Load, run_async: Run) -> None:
+    """ComfyUI leaves lists of more than 20 choices out of its refusal."""
+
+    async def scenario() -> None:
+        async with proxied(address) as (_, client):
+            graph = sampling(workflow, 1, 70)
+            next(node for node in graph.values() if node["class_type"] == "KSampler")["inputs"]["sampler_name"] = "eulr"
+            with pytest.raises(WorkflowRejected, match="'eulr' is no choice for 'sampler_name', which takes 'euler'"):
+                await client.run(graph, timeout_s=TIMEOUT_S)
+
+    run_async(scenario())
+
+
 def test_a_killed_engine_ends_its_run_with_the_cause_and_comes_back(
     settings: Settings, command: EngineCommand, workflow: Load, run_async: Run, caplog: pytest.LogCaptureFixture
 ) -> None:

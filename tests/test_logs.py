@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 
 import pytest
 
@@ -25,6 +26,31 @@ SECRET = "s3cr3t-value"
 )
 def test_what_is_secret_is_blotted_out(text: str, expected: str) -> None:
     assert logs.RedactingFilter([SECRET]).redact(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "https://a" * 30_000,
+        "http://" + "a:" * 100_000,
+        "authorization " * 20_000 + " " * 100_000,
+        "bearer" * 40_000 + " " * 100_000,
+        "hf_" * 100_000,
+        "https://a?" + "&sig" * 60_000,
+    ],
+)
+def test_a_text_is_read_once_whatever_it_holds(text: str) -> None:
+    redact = logs.RedactingFilter([SECRET]).redact
+    began_s = time.thread_time()
+    redact(text)
+    assert time.thread_time() - began_s < 1
+
+
+def test_what_a_job_names_neither_begins_a_record_nor_moves_the_cursor(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure("INFO")
+    logging.getLogger("worker").info("job %s: started", "a\n12:00:00 ERROR forged\r\x1b[2J\x1b[31mred\u2028")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(r"job a\n12:00:00 ERROR forged\r\x1b[2Jred\u2028: started")
 
 
 def test_a_short_value_is_no_secret_to_search_for() -> None:

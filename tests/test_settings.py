@@ -8,7 +8,7 @@ import pytest
 
 from devkit.local_worker import PROJECT
 from worker.errors import SettingsError
-from worker.settings import Settings, markdown_table
+from worker.settings import Settings, markdown_table, remarks
 
 
 def test_an_empty_environment_is_a_valid_one() -> None:
@@ -90,3 +90,16 @@ def test_a_volumes_own_s3_api_is_no_bucket_for_results() -> None:
 )
 def test_what_a_request_may_name_of_the_hub_it_may_name_of_its_mirror(environ: dict[str, str], hosts: tuple[str, ...]) -> None:
     assert Settings.from_env(environ).request_hosts == hosts
+
+
+def test_what_worker_comfyui_takes_without_harm_is_remarked_and_does_not_stop_the_worker() -> None:
+    environ = {"BUCKET_ACCESS_KEY_ID": "a", "BUCKET_SECRET_ACCESS_KEY": "b", "WEBSOCKET_RECONNECT_DELAY_S": "90"}
+    settings = Settings.from_env(environ)
+    assert (settings.bucket_endpoint_url, settings.bucket_access_key_id) == (None, None)
+    assert settings.websocket_reconnect_delay_s == 60
+    delay, keys = remarks(environ)
+    assert delay == "WEBSOCKET_RECONNECT_DELAY_S is 90; 60 is used, the largest that makes sense"
+    assert keys.startswith("BUCKET_ACCESS_KEY_ID, BUCKET_SECRET_ACCESS_KEY without BUCKET_ENDPOINT_URL: nothing is uploaded")
+    assert remarks({}) == []
+    with pytest.raises(SettingsError):
+        Settings.from_env({"WEBSOCKET_RECONNECT_DELAY_S": "-1"})

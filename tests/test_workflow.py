@@ -1048,3 +1048,11 @@ def test_a_json_pointer_is_no_path(class_type: str, name: str, value: str, is_pa
             check_paths(graph)
     else:
         check_paths(graph)
+
+
+@pytest.mark.parametrize(
+    "text", ["a/../" * 3_000 + "../etc/passwd", "x" * 5_000 + "/../../etc/passwd", "a\\\\..\\\\" * 3_000 + "..\\\\x"]
+)
+def test_what_dots_cancel_does_not_make_a_path_too_long_to_be_one(text: str) -> None:
+    with pytest.raises(UnsafePath):
+        check_paths(node("LoadImage", image=text))
