@@ -2,20 +2,23 @@
 
 The hub is a stand-in in a process of its own, on loopback. Both clients fetch the same file onto the same file system, in turn,
 each in a fresh process whose imports are not counted. Ours also takes the sha256 of what it stored, which `hf_hub_download`
-does not. A third process only writes as many bytes: where the volume is this machine's own work, that is the ceiling. The last
-figures are what a fleet waits when its one downloader is killed, or the host of it dies, with the worker's own timings: from
-then until another worker holds the lock, and until that one has finished a small file.
+does not. A third process only writes as many bytes: where the volume is this machine's own work, that is the ceiling. Where one
+connection of eight is slow, aria2c is the measure. The last figures are what a worker that waits asks of the volume, and what
+a fleet waits when its one downloader is killed, or the host of it dies, with the worker's own timings: from then until another
+worker holds the lock, and until that one has finished a small file.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +30,8 @@ from devkit.local_worker import PROJECT
 from devkit.moosefs import MooseFS, available
 from worker.models.layout import Layout
 from worker.models.links import ModelLinks
+from worker.models.locks import Locks
+from worker.models.progress import Progress
 from worker.models.seals import Seal, write_seal
 from worker.models.sources import Sources
 from worker.models.supply import Supply
@@ -42,6 +47,11 @@ SIZE_BYTES, SHORT_BYTES = 3 * 10**9, 3 * 10**8
 # The project's goal is a rate of 1.6 and 1.25 times theirs: as times, ours over theirs, that is at most the inverse.
 TIME_BOUNDS = {"ext4": 1 / 1.6, "moosefs": 1 / 1.25}
 MEMORY_BOUND_MB = 150.0
+STRAGGLER_FILE, STRAGGLER_BYTES = "org/straggler/model.safetensors", 64 * 2**20
+STRAGGLER_RATE, USUAL_RATE = 20_000, 4 * 2**20  # bytes a second of the one slow connection, and of the seven others
+STRAGGLER_BOUNDS = {"aria2c": 1.5, "without": 1.3}
+WAITING_BOUND = 5.0
+WAITING_S = 10.0
 TAKEOVER_FILE, TAKEOVER_BYTES = "org/small/small.safetensors", 10**8
 TAKEOVER_BOUND_S = 45.0
 TAKEOVER_RATE = 10**6  # of each of the victim's connections: it is in the middle when it dies
@@ -90,6 +100,26 @@ print(json.dumps({"s": time.perf_counter() - began}))
 """
 
 
+_ARIA2C = (
+    *("aria2c", "--quiet", "--no-conf", "--file-allocation=none", "--max-connection-per-server=8", "--split=8"),
+    "--min-split-size=1M",
+)
+
+_WAIT = """
+import contextlib, sys, threading
+from pathlib import Path
+from worker.models.layout import Layout
+from worker.models.locks import Locks, Timing
+from worker.models.store import Watch
+layout, key = Layout(Path(sys.argv[1])), sys.argv[2]
+path = layout.model("checkpoints", "model.safetensors")
+heard = lambda progress: print("heard" if progress.total_bytes else "waits", flush=True)
+with Watch(threading.Event(), path, path.exists, Timing().look_s) as watch:
+    with Locks(layout, "waiter").hold(key, published=lambda: False, cancel=watch, on_wait=heard):
+        pass
+"""
+
+
 def main() -> int:
     """Measure and report."""
     options = parse_args(__doc__, samples=5, short_samples=3)
@@ -99,11 +129,14 @@ def main() -> int:
         root = Path(name)
         _make_file(root / "hub" / REPO / FILE, size_bytes)
         _make_file(root / "hub" / TAKEOVER_FILE, TAKEOVER_BYTES)
+        _make_file(root / "hub" / STRAGGLER_FILE, STRAGGLER_BYTES)
         with hub_process(root / "hub") as hub:
+            figures += _straggler(root / "straggler", hub, options.samples)
             for where, folder, volume in _volumes(root):
                 figures += _throughput(where, folder, hub, options, size_bytes)
                 figures.append(_ready(where, folder, options))
                 if volume:
+                    figures.append(_waiting(volume))
                     figures += _takeover(volume, hub, options.samples)
     return report(figures, options)
 
@@ -159,12 +192,13 @@ def _throughput(where: str, folder: Path, hub: RemoteHub, options: Options, size
     ]
 
 
-def _run(code: str, target: Path, endpoint: str, size_bytes: int) -> dict[str, Any]:
+def _run(code: str, target: Path, endpoint: str, size_bytes: int, source: str = f"{REPO}/{FILE}") -> dict[str, Any]:
+    repo, _, file = source.rpartition("/")
     target.mkdir()
     clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     environ = {**clean, "HF_HOME": str(target / "home"), "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", code, str(target), endpoint, REPO, FILE, str(size_bytes)],
+        [sys.executable, "-c", code, str(target), endpoint, repo, file, str(size_bytes)],
         cwd=PROJECT,
         env=environ,
         capture_output=True,
@@ -175,6 +209,81 @@ def _run(code: str, target: Path, endpoint: str, size_bytes: int) -> dict[str, A
         raise RuntimeError(done.stderr)
     result: dict[str, Any] = json.loads(done.stdout)
     return result
+
+
+def _straggler(folder: Path, hub: RemoteHub, count: int) -> list[Figure]:
+    """One of eight connections at 20 KB/s for as long as it lives: ours, aria2c on the same source, and ours without it."""
+    times: dict[str, list[float]] = {"ours": [], "aria2c": [], "without": []}
+    has_aria2c = shutil.which("aria2c") is not None
+    if not has_aria2c:
+        leave_out("aria2c is missing: apt-get install aria2", "the comparison with aria2c")
+    for _ in range(count):
+        for way, seconds in times.items():
+            if way == "aria2c" and not has_aria2c:
+                continue
+            folder.mkdir()
+            if way != "without":
+                hub.fault("slow", bytes_per_s=STRAGGLER_RATE, shared=False, sticky=True, count=1, route="cdn", skip=1)
+            hub.fault("slow", bytes_per_s=USUAL_RATE, shared=False, count=None, route="cdn")
+            seconds.append(_timed(way, folder, hub.endpoint))
+            hub.clear_faults()
+            shutil.rmtree(folder)
+    ratios = {
+        other: [ours_s / theirs_s for ours_s, theirs_s in zip(times["ours"], seconds, strict=True)]
+        for other, seconds in times.items()
+        if other != "ours" and seconds
+    }
+    return [
+        *(Figure.of(f"straggler_{way}_s", seconds, "s") for way, seconds in times.items() if seconds),
+        *(Figure.of(f"straggler_ratio_to_{way}", found, "x", STRAGGLER_BOUNDS[way]) for way, found in ratios.items()),
+    ]
+
+
+def _timed(way: str, folder: Path, endpoint: str) -> float:
+    repo, _, file = STRAGGLER_FILE.rpartition("/")
+    if way != "aria2c":
+        return float(_run(_OURS, folder / "ours", endpoint, STRAGGLER_BYTES, STRAGGLER_FILE)["s"])
+    began_s = time.monotonic()
+    subprocess.run([*_ARIA2C, f"--dir={folder}", f"{endpoint}/{repo}/resolve/main/{file}"], check=True, capture_output=True)
+    return time.monotonic() - began_s
+
+
+def _waiting(volume: MooseFS) -> Figure:
+    """What one worker that waits for another's download asks of the volume, by the counters of its mount."""
+    here, there = (mount / "waiting" for mount in volume.mounts[:2])
+    Layout(here).model("checkpoints", "model.safetensors").parent.mkdir(parents=True)
+    key = "k" * 64
+    with Locks(Layout(here), "holder").hold(key, published=lambda: False, cancel=threading.Event()) as hold:
+        ended = threading.Event()
+
+        def report_on() -> None:
+            for done in itertools.count():
+                if ended.wait(0.2):
+                    return
+                hold.report(Progress("downloading", done, 10**12))
+
+        reporter = threading.Thread(target=report_on)
+        reporter.start()
+        command = [sys.executable, "-c", _WAIT, str(there), key]
+        try:
+            with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=PROJECT) as waiter:
+                # Until it has heard the holder twice, it takes part in the lock.
+                heard = (line for line in waiter.stdout or () if line.startswith("heard"))
+                for _ in range(4):
+                    next(heard)
+                before = _operations(volume.mounts[1])
+                time.sleep(WAITING_S)
+                asked = _operations(volume.mounts[1]) - before
+                waiter.kill()
+        finally:
+            ended.set()
+            reporter.join()
+    return Figure.of("moosefs_waiting_operations_per_s", [asked / WAITING_S], "1/s", WAITING_BOUND)
+
+
+def _operations(mount: Path) -> int:
+    lines = (mount / ".stats").read_text(encoding="utf-8").splitlines()
+    return next(int(line.partition(": ")[2]) for line in lines if line.startswith("fuse_ops: "))
 
 
 def _ready(where: str, folder: Path, options: Options) -> Figure:

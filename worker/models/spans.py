@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 _GRACE_S: Final = 1.0  # how long a range is left alone before it is judged
-_WORTH_S: Final = 0.5  # what a takeover has to save: it costs a request
+_WORTH_S: Final = 0.2  # what a takeover has to save: it costs a request
 _WINDOW_S: Final = 1.0
 _SMALL_BYTES: Final = 64 * 1024
 _LAG: Final = 8  # a connection that is this many times slower than the others is made anew
@@ -136,12 +136,16 @@ class Spans:
 
     def _take_over(self, owner: int, now_s: float) -> Pull | None:
         """Halve what would end last, in proportion to the rates; all of it where its connection gives next to nothing."""
-        slowest, saved_s, keep_bytes = None, max(_WORTH_S, self._usual_first_s()), 0
+        slowest, saved_s, keep_bytes = None, max(_WORTH_S, 2 * self._usual_first_s()), 0
         for pull in self._pulls:
-            if pull.waited_s(now_s) < self._grace_s(pull):
+            usual = self._usual(pull, now_s)
+            if pull.waited_s(now_s) >= self._grace_s(pull):
+                rate = max(pull.rate(now_s), 1.0)
+            elif usual:
+                rate = max(pull.rate(now_s), usual)  # too young to be judged: as quick as the others
+            else:
                 continue
-            rate = max(pull.rate(now_s), 1.0)
-            usual = self._usual(pull, now_s) or rate
+            usual = usual or rate
             saves_s = pull.left / rate - pull.left / (rate + usual)
             if saves_s > saved_s:
                 slowest, saved_s, keep_bytes = pull, saves_s, int(pull.left * rate / (rate + usual))
