@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from worker.clock import RunningClock
 from worker.comfy.engine import Engine
 from worker.errors import VolumeMissing, no_volume
 from worker.handler import JobHandler
@@ -117,7 +118,8 @@ class Worker:
             hosts=settings.request_hosts,
         )
         self.failed = False
-        self._engine = Engine(settings, command, process, self._give_up)
+        self.clock = RunningClock().start()
+        self._engine = Engine(settings, command, process, self._give_up, self.clock)
         rules = UrlRules(settings.input_url_hosts, settings.input_url_allow_private)
         limits = FetchLimits(settings.input_max_mb * 1_000_000, settings.input_timeout_s)
         inputs = InputFiles(settings.base_dir / "input", Fetcher(rules, limits))
@@ -166,6 +168,7 @@ class Worker:
         self._supply.stop()
         self.loop.submit(self._engine.stop()).result(timeout=30)
         self.loop.stop()
+        self.clock.stop()
 
     def _report_custom_nodes(self) -> None:
         """Name the custom nodes that ComfyUI started without, the image's too, in the log and for `doctor`."""

@@ -12,7 +12,7 @@ from devkit.control_plane.board import Board
 from devkit.control_plane.client_api import ClientApi, Via
 from devkit.control_plane.faults import Book, Fault, FaultKind, FaultRoute, Rule
 from devkit.control_plane.jobs import FINAL, Job
-from devkit.control_plane.pods import kill_all
+from devkit.control_plane.pods import freeze_all, kill_all, thaw_all
 from devkit.control_plane.server import Bell, Server
 from devkit.control_plane.worker_api import WorkerApi
 
@@ -105,11 +105,11 @@ class ControlPlane:
         self._execution_timeout_s = execution_timeout_s
         bell, self._book = Bell(), Book()
         self._board = Board(bell.ring)
-        workers = WorkerApi(self._board, self._book, bell, self.worker_key, poll_s)
+        self._workers = WorkerApi(self._board, self._book, bell, self.worker_key, poll_s)
         clients = ClientApi(self._board, bell, self._submit, self._limits_bytes)
         root = f"/v2/{endpoint_id}"
         self._homes = tempfile.TemporaryDirectory(prefix="control-plane-")
-        self._server = Server([*workers.routes(root), *clients.routes(root)], bell, port)
+        self._server = Server([*self._workers.routes(root), *clients.routes(root)], bell, port)
         self.base_url = f"http://127.0.0.1:{self._server.port}/v2"
         self.url = f"{self.base_url}/{endpoint_id}"
 
@@ -216,6 +216,17 @@ class ControlPlane:
     def kill_pod(self, pod_id: str = "pod-1") -> int:
         """SIGKILL every process of this pod, as its machine's death does; returns how many there were."""
         return kill_all(self._home(pod_id))
+
+    def freeze_pod(self, pod_id: str = "pod-1") -> int:
+        """Stop every process of this pod where it stands, as FlashBoot does; returns how many there are."""
+        return freeze_all(self._home(pod_id))
+
+    def thaw_pod(self, pod_id: str = "pod-1", *, cut: bool = True) -> int:
+        """Let a frozen pod go on; returns its number of processes. `cut`: its connections to RunPod are dead, silently."""
+        if cut:
+            self._workers.silence(pod_id)
+            self._board.end_polls(pod_id)
+        return thaw_all(self._home(pod_id))
 
     def is_polling(self, pod_id: str = "pod-1") -> bool:
         """Whether the pod waits for a job: it is up, and has room for one."""

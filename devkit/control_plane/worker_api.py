@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, TypeVar
+from weakref import WeakSet
 
 from aiohttp import web
 
@@ -46,6 +48,12 @@ class WorkerApi:
         self._bell = bell
         self._key = key
         self._poll_s = poll_s
+        self._connections: defaultdict[str, WeakSet[asyncio.BaseTransport]] = defaultdict(WeakSet)
+        self._silent: WeakSet[asyncio.BaseTransport] = WeakSet()
+
+    def silence(self, pod_id: str) -> None:
+        """Answer nothing more on the connections that a pod has now, as when a router forgot them: nobody closes them."""
+        self._silent |= self._connections.pop(pod_id, WeakSet())
 
     def routes(self, root: str) -> list[web.RouteDef]:
         """What the server is to serve."""
@@ -62,9 +70,20 @@ class WorkerApi:
         async def handle(request: web.Request) -> web.StreamResponse:
             if request.headers.get("Authorization") != self._key:
                 return web.json_response({"error": "unauthorized"}, status=401)
-            return await handler(request)
+            connection = request.transport
+            assert connection is not None  # noqa: S101 - a request that comes has one
+            await self._heard(connection)
+            self._connections[request.match_info["pod"]].add(connection)
+            response = await handler(request)
+            await self._heard(connection)
+            return response
 
         return handle
+
+    async def _heard(self, connection: asyncio.BaseTransport) -> None:
+        """Return at once, or never where the connection was silenced; the client's end ends it."""
+        if connection in self._silent:
+            await asyncio.Event().wait()
 
     # --- long polls
 

@@ -22,6 +22,7 @@ from urllib.parse import quote
 
 import aiohttp
 
+from worker.clock import within
 from worker.comfy.events import Executing, Finished, Progress, RunTracker, Sent, decode, sent_png
 from worker.comfy.rejection import dropped_outputs, options_of, rejection
 from worker.comfy.workflow import last_nodes
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _HTTP_TIMEOUT_S = 30.0
+_NO_LIMIT = aiohttp.ClientTimeout()  # the limits are ours, by a clock that stands still in a freeze
 _PROBE_TIMEOUT = aiohttp.ClientTimeout(total=5.0)
 # ComfyUI closes an idle connection after 75 s (aiohttp's default); letting go first avoids a request into a closing one.
 _KEEPALIVE_S = 60.0
@@ -153,7 +155,12 @@ class ComfyClient:
     """
 
     def __init__(
-        self, address: str, reconnect: Reconnect = Reconnect(), silence_s: float = _SILENCE_S, hang_s: float = _HANG_S
+        self,
+        address: str,
+        reconnect: Reconnect = Reconnect(),
+        silence_s: float = _SILENCE_S,
+        hang_s: float = _HANG_S,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.address = address
         self.holds_prompt = False
@@ -165,7 +172,8 @@ class ComfyClient:
         self._reconnect = reconnect
         self._silence_s = silence_s
         self._hang_s = hang_s
-        self._heard_at = time.monotonic()
+        self._clock = clock
+        self._heard_at = clock()
         self._runs: dict[str, _Run] = {}
         self._at: tuple[str, str | None] = ("", None)
         self._ended: list[str] = []
@@ -282,7 +290,7 @@ class ComfyClient:
         more = {"extra_data": extra_data or {}} | ({} if targets is None else {"partial_execution_targets": sorted(targets)})
         queueing = asyncio.create_task(self._queue(graph, tracker, more))
         try:
-            async with asyncio.timeout(timeout_s):
+            async with within(timeout_s, self._clock):
                 dropped = await asyncio.shield(queueing)
                 await self._follow(run)
         except TimeoutError:
@@ -377,14 +385,14 @@ class ComfyClient:
                 # It may have moved from the queue to the history between the two questions.
                 entry = await self._history(tracker.prompt_id)
         except EngineUnreachable as exc:
-            silent_s = time.monotonic() - self._heard_at
+            silent_s = self._clock() - self._heard_at
             if silent_s > self._hang_s:
                 raise EngineHung(silent_s) from exc
             log.warning("%s", exc)
             return
         with _understood(f"GET /history/{tracker.prompt_id}", HTTPStatus.OK):
             tracker.reconcile(entry, queued=place is not None)
-        now = time.monotonic()
+        now = self._clock()
         if place != "stalled":
             run.stalled_at = None
         elif run.stalled_at is None:
@@ -413,7 +421,7 @@ class ComfyClient:
         prompt_id = run.tracker.prompt_id
         self.holds_prompt = True
         with contextlib.suppress(WorkerError, TimeoutError):
-            async with asyncio.timeout(_WITHDRAW_S):
+            async with within(_WITHDRAW_S, self._clock):
                 try:
                     await queueing  # a prompt that is still being handed in would be queued after it was deleted
                 except RequestError:
@@ -441,13 +449,16 @@ class ComfyClient:
     async def _ask(self, method: str, path: str, body: object = None, limit_s: float = _HTTP_TIMEOUT_S) -> tuple[int, Any]:
         """Status and decoded JSON; None for what is no JSON, as in ComfyUI's answer to its own defects."""
         data = None if body is None else json.dumps(body, allow_nan=False).encode()
-        limit = aiohttp.ClientTimeout(total=min(limit_s, self._hang_s))
+        limit_s = min(limit_s, self._hang_s)
         if self._http.closed:
             raise EngineUnreachable(self.address, "the connection was closed")
         try:
-            async with self._http.request(method, path, data=data, headers=_JSON, timeout=limit) as response:
+            async with (
+                within(limit_s, self._clock),
+                self._http.request(method, path, data=data, headers=_JSON, timeout=_NO_LIMIT) as response,
+            ):
                 content = await response.read()
-                self._heard_at = time.monotonic()
+                self._heard_at = self._clock()
                 return response.status, _decoded(content)
         except (aiohttp.ClientError, TimeoutError) as exc:
             raise EngineUnreachable(self.address, f"{_reason(exc)} on {method} {path}") from exc
@@ -470,7 +481,7 @@ class ComfyClient:
         while True:
             try:
                 async for message in socket:  # ends when the connection does, however that comes
-                    self._heard_at = time.monotonic()
+                    self._heard_at = self._clock()
                     if isinstance(message.data, bytes):
                         self._take(sent_png(message.data))
                     elif (event := decode(message.data)) is not None:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from worker.clock import within
 from worker.comfy.client import OLDEST, ComfyClient, Reconnect
 from worker.comfy.process import EngineProcess
 from worker.errors import (
@@ -55,16 +57,22 @@ class Engine:
     """A supervised ComfyUI. `start` once on the event loop, then `run` graphs, then `stop`.
 
     `on_gone` is called, on the loop, when it died for good: a restart failed, or three deaths came in a row. A process that is
-    replaced because a job was given up counts as none.
+    replaced because a job was given up counts as none. All its limits are by `clock`.
     """
 
     def __init__(
-        self, settings: Settings, command: EngineCommand, process: EngineProcess, on_gone: Callable[[], None] = lambda: None
+        self,
+        settings: Settings,
+        command: EngineCommand,
+        process: EngineProcess,
+        on_gone: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.address = f"127.0.0.1:{settings.comfyui_port}"
         self._settings = settings
         self._command = command
         self._process = process
+        self._clock = clock
         self._client = self._new_client()
         self._up = asyncio.Event()
         self._failure: StartError | None = None
@@ -196,12 +204,12 @@ class Engine:
     def _new_client(self) -> ComfyClient:
         settings = self._settings
         reconnect = Reconnect(settings.websocket_reconnect_attempts, settings.websocket_reconnect_delay_s)
-        return ComfyClient(self.address, reconnect, hang_s=settings.comfy_hang_timeout_s)
+        return ComfyClient(self.address, reconnect, hang_s=settings.comfy_hang_timeout_s, clock=self._clock)
 
     async def _await_ready(self) -> None:
         exited = asyncio.wrap_future(self._process.exited)
         try:
-            async with asyncio.timeout(self._settings.comfy_start_timeout_s):
+            async with within(self._settings.comfy_start_timeout_s, self._clock):
                 while not await self._client.answers():
                     if exited.done():
                         raise EngineStartFailed(f"it {exited.result()}", self._process.last_lines)
