@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +12,11 @@ import pytest
 from devkit import nodes
 from devkit.control_plane import ControlPlane, ProductionWorker
 from devkit.engine.build import engine_args
+from devkit.engine.models import make_volume
+from devkit.hub import Hub
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from devkit.engine.build import Engine
@@ -93,6 +97,43 @@ def test_a_job_that_was_frozen_at_work_is_done_and_its_limits_do_not_count_the_f
     assert handle.answers == 1
     assert "is replaced" not in pod.log()
     completed(plane, pod, 5)
+
+
+def test_a_job_that_came_in_while_the_worker_was_frozen_is_done_once(plane: ControlPlane, pod: ProductionWorker) -> None:
+    pod.wait_ready()
+    plane.freeze_pod()
+    handle = plane.submit(job(7))  # RunPod answers the poll that it holds: the job waits in the frozen worker's socket
+    time.sleep(FROZEN_S)
+    plane.thaw_pod(cut=False)
+    assert handle.result(120)["status"] == "COMPLETED", pod.log_tail()
+    completed(plane, pod, 8)
+    assert [each.answers for each in plane.jobs] == [1, 1]
+    assert all(len(each.takes) == 1 for each in plane.jobs)
+
+
+def test_a_download_that_was_frozen_with_its_connections_cut_goes_on(
+    plane: ControlPlane, engine: Engine, tmp_path: Path, workflow: Callable[[str], dict[str, Any]]
+) -> None:
+    weights = make_volume(engine, tmp_path / "weights") / "models"
+    shutil.copytree(weights, tmp_path / "root/org/tiny", copy_function=os.link)
+    names = ("diffusion_models/tiny_sd3.safetensors", "text_encoders/tiny_clip_l.pt", "vae/tiny_taesd3_vae.safetensors")
+    models = " ".join(f"{name.split('/')[0]}=hf://org/tiny/{name}" for name in names)
+    (tmp_path / "volume").mkdir()
+    with Hub(tmp_path / "root") as hub:
+        environ = {"HF_ENDPOINT": hub.endpoint, "MODELS": models, "MODEL_LOADING": "on_demand"}
+        with ProductionWorker(plane, engine, tmp_path, tmp_path / "volume", environ) as pod:
+            pod.wait_ready()
+            hub.fault("stall", file="*tiny_sd3.safetensors", after_bytes=1 << 20, count=None)
+            handle = plane.submit({"workflow": workflow("text_to_image")})
+            hub.wait_stalled(1, 60)
+            assert plane.freeze_pod() >= 2
+            time.sleep(FROZEN_S)
+            hub.clear_faults()  # the stalled answers stay so: their connections are dead without a word
+            plane.thaw_pod()
+            assert handle.result(180)["status"] == "COMPLETED", pod.log_tail()
+            hub.release()
+    assert handle.answers == 1
+    assert not list((tmp_path / "volume/.worker/partial").glob("*"))
 
 
 def test_a_worker_that_was_frozen_while_it_boots_comes_up(plane: ControlPlane, pod: ProductionWorker) -> None:

@@ -6,6 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 from worker import intake as intake_module
+from worker.clock import RunningClock
 from worker.intake import Intake
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class Scaler:
 
 
 def attached() -> tuple[Intake, Scaler]:
-    intake, scaler = Intake(), Scaler()
+    intake, scaler = Intake(RunningClock()), Scaler()
     intake._scaler, intake._loop = scaler, asyncio.get_running_loop()
     intake._free.set()
     return intake, scaler
@@ -148,12 +149,12 @@ def test_a_job_that_still_works_asks_in_place_of_the_one_before(run_async: Run) 
 def test_a_job_that_comes_on_the_last_poll_asks_in_place_of_the_one_that_waits(run_async: Run) -> None:
     async def scenario() -> None:
         intake = await taken("a")
-        intake._asking = True
+        intake._polls = 1
         first = asking(intake, "a")
         assert await settled(first) == [None], "the poll may bring a job"
         await intake._begin(None, {"id": "b", "input": {}})  # type: ignore[arg-type]  # as above
         second = asking(intake, "b")
-        intake._asking = False
+        intake._polls = 0
         intake._moved.set()
         assert await settled(first, second) == [False, None]
         intake._taken["a"].cancel()
@@ -191,7 +192,7 @@ def test_a_job_that_comes_again_while_it_is_being_stopped_is_begun_again(run_asy
                 await asyncio.sleep(0.02)  # an upload that is being stopped
 
     async def scenario() -> None:
-        intake, scaler = Intake(), Slow()
+        intake, scaler = Intake(RunningClock()), Slow()
         intake._scaler, intake._loop = scaler, asyncio.get_running_loop()
         await intake._begin(None, JOB)  # type: ignore[arg-type]  # as above
         await asyncio.sleep(0)

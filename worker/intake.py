@@ -15,16 +15,20 @@ import json
 import logging
 import re
 import signal
+import time
+from functools import partial
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
 
+from worker.clock import within
 from worker.errors import InputNotJson, InternalError, ResultRefused
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Mapping
 
+    from worker.clock import RunningClock
     from worker.errors import WorkerError
 
 log = logging.getLogger(__name__)
@@ -61,15 +65,22 @@ class Intake:
     Guarantees, in production mode: the next job is asked for as soon as the engine is free of the last one, while that one's
     result is still on its way; after SIGTERM no job is taken, those that were are answered, then the SDK's loop ends; RunPod is
     asked to replace the worker with the result that is its last, when the others have arrived.
+
+    After a freeze (`clock`) RunPod is asked over new connections at once: the old ones may be dead without a word. What still
+    comes on an old poll counts all the same.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: RunningClock) -> None:
+        self._clock = clock
         self._scaler: Any = None
         self._loop: asyncio.AbstractEventLoop
-        self._session: aiohttp.ClientSession
+        self._session: aiohttp.ClientSession | None = None
         self._posts: aiohttp.ClientSession | None = None
+        self._old: list[aiohttp.ClientSession] = []
         self._at_engine: str | None = None
-        self._asking = False
+        self._polls = 0
+        self._lingering: set[asyncio.Task[None]] = set()
+        self._thawed = asyncio.Event()
         self._ending: asyncio.Task[None] | None = None
         self._taken: dict[str, asyncio.Task[None]] = {}
         self._without_result: set[str] = set()
@@ -82,7 +93,8 @@ class Intake:
 
     @property
     def session(self) -> aiohttp.ClientSession:
-        """The SDK's own connections to RunPod, with its key, while jobs are taken."""
+        """The connections to RunPod, with its key, while jobs are taken."""
+        assert self._session is not None  # noqa: S101 - a job came over it
         return self._session
 
     def concurrency(self, _: int) -> int:
@@ -105,6 +117,22 @@ class Intake:
         self._free.set()
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self.leave)
+        self._clock.on_thaw(self._tell_thaw)
+
+    def _tell_thaw(self, _: float) -> None:
+        with contextlib.suppress(RuntimeError):  # the SDK's loop has ended
+            self._loop.call_soon_threadsafe(self._connect_anew)
+
+    def _connect_anew(self) -> None:
+        """Have everything from now on go over new connections; what is on its way on the old ones may still arrive."""
+        from runpod.http_client import AsyncClientSession  # noqa: PLC0415 - already imported by import_sdk
+
+        if self._posts:
+            self._old.append(self._posts)
+        self._posts, self._session = None, AsyncClientSession()
+        self._old.append(self._session)
+        self._thawed.set()
+        self._thawed = asyncio.Event()
 
     def engine_free(self, job_id: str) -> None:
         """The engine is done with this job: the next may be asked for. From any thread."""
@@ -140,8 +168,8 @@ class Intake:
             return False
         self._last = job_id
         try:
-            async with asyncio.timeout(_SETTLE_S):
-                while self._asking or self._taken.keys() - {job_id}:
+            async with within(_SETTLE_S, self._clock):
+                while self._polls or self._taken.keys() - {job_id}:
                     if self._without_result or self._last != job_id:
                         return False
                     self._moved.clear()
@@ -153,12 +181,13 @@ class Intake:
 
     def _end_if_done(self) -> None:
         # While a poll has no answer the worker may not end: the answer may be a job.
-        if self._leaving.is_set() and not (self._taken or self._asking or self._ending):
+        if self._leaving.is_set() and not (self._taken or self._polls or self._ending):
             self._ending = self._loop.create_task(self._end())
 
     async def _end(self) -> None:
-        if self._posts:
-            await self._posts.close()
+        for session in (*self._old, self._posts):
+            if session:
+                await session.close()
         self._gone.set()
         self._scaler.kill_worker()
 
@@ -168,39 +197,66 @@ class Intake:
         After what RunPod refuses or breaks off, and after polls that it does not hold, it is asked again more and more slowly.
         The SDK would do so without a pause.
         """
-        self._session, failures, idle = session, 0, 0
+        self._session, failures, idle = self._session or session, 0, 0
         while await _before(self._leaving, self._free.wait()):
-            self._asking = True
+            self._polls += 1
             began_s = self._loop.time()
             try:
-                jobs = await self._ask(session)
+                jobs = await self._ask()
                 for job in jobs:
-                    await self._begin_or_answer(session, job)
+                    await self._begin_or_answer(self.session, job)
                 idle = 0 if jobs or self._loop.time() - began_s >= _HELD_S else idle + 1
                 failures = 0
             except Exception as exc:  # noqa: BLE001 - whatever it is, without jobs there is nothing else to do
                 log.warning("RunPod could not be asked for a job (%s)", str(exc) or type(exc).__name__)
                 failures += 1
             finally:
-                self._asking = False
-                self._moved.set()
-                self._end_if_done()
+                self._poll_over()
             for count, pauses_s in ((failures, _PAUSES_S), (idle, _IDLE_PAUSES_S)):
                 if count:
                     await _before(self._leaving, asyncio.sleep(pauses_s[min(count, len(pauses_s)) - 1]))
         await self._gone.wait()
         return []
 
-    async def _ask(self, session: aiohttp.ClientSession) -> list[dict[str, Any]]:
-        """What one poll brings: a job, or none; when the worker leaves meanwhile, what is on its way already."""
-        line = _Line(session)
+    def _poll_over(self) -> None:
+        self._polls -= 1
+        self._moved.set()
+        self._end_if_done()
+
+    async def _ask(self) -> list[dict[str, Any]]:
+        """What one poll brings: a job, or none; when the worker leaves meanwhile, what is on its way already.
+
+        After a freeze it brings none at once, and what comes on it later is a job like any other.
+        """
+        line = _Line(self.session)
         poll = asyncio.create_task(asyncio.wait_for(line.poll(), _POLL_S))
-        await _until(self._leaving, poll)
+        thawed = self._thawed
+        await _until_one(poll, self._leaving, thawed)
+        if thawed.is_set() and not (poll.done() or self._leaving.is_set()):
+            self._polls += 1
+            task = asyncio.create_task(self._linger(poll, line), name="old-poll")
+            self._lingering.add(task)
+            task.add_done_callback(self._lingering.discard)
+            return []
+        return await self._brought(poll, line)
+
+    async def _brought(self, poll: asyncio.Task[bytes], line: _Line) -> list[dict[str, Any]]:
         try:
             body = await poll if poll.done() else await _arrived(poll, line)
         except TimeoutError:
             return []
         return await self._read(body) if body else []
+
+    async def _linger(self, poll: asyncio.Task[bytes], line: _Line) -> None:
+        """Take what an old poll brings, until its own end: a job that RunPod has handed out would be lost with it."""
+        try:
+            await _until_one(poll, self._leaving)
+            for job in await self._brought(poll, line):
+                await self._begin_or_answer(self.session, job)
+        except Exception as exc:  # noqa: BLE001 - it was frozen: nobody is surprised, and there is a new one
+            log.debug("the poll from before the freeze ended (%s)", str(exc) or type(exc).__name__)
+        finally:
+            self._poll_over()
 
     async def _read(self, body: bytes) -> list[dict[str, Any]]:
         """The job in a poll's answer. One that is no JSON for Python is answered, where it has an id. Raises `ValueError`."""
@@ -270,8 +326,9 @@ class Intake:
         """Jobs to stop, as RunPod says; TimeoutError, after which the SDK asks again or ends, when the worker is gone."""
         from runpod.serverless.modules.rp_job import get_stop_signals  # noqa: PLC0415 - as above
 
-        poll = asyncio.create_task(asyncio.wait_for(get_stop_signals(session), _POLL_S))
-        if not await _until(self._gone, poll):
+        self._session = self._session or session
+        poll = asyncio.create_task(asyncio.wait_for(get_stop_signals(self._session), _POLL_S))
+        if not await _until_one(poll, self._gone, self._thawed):
             poll.cancel()
             raise TimeoutError
         ids: list[str] = await poll
@@ -294,7 +351,7 @@ class Intake:
         from runpod.http_client import AsyncClientSession  # noqa: PLC0415 - as above
 
         if self._posts is None:
-            self._posts = AsyncClientSession(middlewares=(say_refused, send_again))
+            self._posts = AsyncClientSession(middlewares=(say_refused, partial(send_again, clock=self._clock)))
         return self._posts
 
 
@@ -314,12 +371,14 @@ async def say_refused(
 
 
 async def send_again(
-    request: aiohttp.ClientRequest, send: Callable[[aiohttp.ClientRequest], Awaitable[aiohttp.ClientResponse]]
+    request: aiohttp.ClientRequest,
+    send: Callable[[aiohttp.ClientRequest], Awaitable[aiohttp.ClientResponse]],
+    clock: Callable[[], float] = time.monotonic,
 ) -> aiohttp.ClientResponse:
     """Send a request until it is answered with something other than "not now"; for a minute at most."""
-    deadline = asyncio.get_running_loop().time() + _POST_PATIENCE_S
+    deadline = clock() + _POST_PATIENCE_S
     for attempt in itertools.count():
-        last = asyncio.get_running_loop().time() > deadline
+        last = clock() > deadline
         try:
             async with asyncio.timeout(_ATTEMPT_S + int(request.headers.get("Content-Length", 0)) / _SLOWEST_BYTES_PER_S):
                 response = await send(request)
@@ -338,16 +397,17 @@ async def send_again(
     raise AssertionError("the deadline ends the loop")
 
 
-async def _until(event: asyncio.Event, task: asyncio.Task[Any]) -> bool:
-    """Return when the task is done (True) or the event is set (False); the task goes on either way."""
-    waiting = asyncio.create_task(event.wait())
+async def _until_one(task: asyncio.Task[Any], *events: asyncio.Event) -> bool:
+    """Return when the task is done (True) or one of the events is set (False); the task goes on either way."""
+    waiting = [asyncio.create_task(event.wait()) for event in events]
     try:
-        await asyncio.wait((waiting, task), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((*waiting, task), return_when=asyncio.FIRST_COMPLETED)
     except asyncio.CancelledError:
         task.cancel()
         raise
     finally:
-        waiting.cancel()
+        for each in waiting:
+            each.cancel()
     return task.done()
 
 
@@ -358,7 +418,7 @@ def _jobs(count: int) -> str:
 async def _before(event: asyncio.Event, coro: Coroutine[Any, Any, Any]) -> bool:
     """Whether `coro` ends before the event is set; it is given up otherwise."""
     task = asyncio.create_task(coro)
-    if event.is_set() or not await _until(event, task) or event.is_set():
+    if event.is_set() or not await _until_one(task, event) or event.is_set():
         task.cancel()
         return False
     return True

@@ -97,7 +97,7 @@ def _production(worker: Worker) -> dict[str, Any]:
     from worker.intake import Intake  # noqa: PLC0415 - asyncio is not imported before ComfyUI is spawned
     from worker.progress import ProgressPosts  # noqa: PLC0415 - as above
 
-    intake = Intake()
+    intake = Intake(worker.clock)
 
     async def handle(job: dict[str, Any]) -> dict[str, Any]:
         async with ProgressPosts(job, intake.session) as posts:
