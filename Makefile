@@ -10,7 +10,7 @@ PORT ?= 8000
 BENCH ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test lint image-test format bench clean
+.PHONY: help demo serve test test-fast lint image-test format bench clean
 
 help:  ## Show what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -32,6 +32,9 @@ serve: $(VENV)/installed  ## Leave the demo's worker running for your own reques
 
 test: $(VENV)/installed  ## Run every test, on the real ComfyUI
 	@$(BIN)/python -m pytest
+
+test-fast: $(VENV)/installed  ## Run the tests that need neither ComfyUI nor servers: under a minute, for each commit
+	@$(BIN)/python -m pytest -q -m "not engine and not volume and not slow"
 
 lint: $(VENV)/installed  ## Check style and types
 	@$(BIN)/ruff check .

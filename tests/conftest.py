@@ -22,6 +22,16 @@ if TYPE_CHECKING:
 
 pytest_plugins = ["devkit.pytest_moosefs"]
 
+SLOW = frozenset(
+    f"test_{name}.py"
+    for name in (
+        *("delivery", "devkit_engine", "devkit_hub", "docs", "doctor", "editor_workflows", "failure", "fetch", "fuzz", "hub"),
+        *("image_files", "links", "locks", "moosefs", "plan_editor", "progress", "provision", "proxies", "requirements"),
+        *("run_workflow", "seed", "seed_s3", "store", "store_crash", "windows", "xet"),
+    )
+)
+"""Files whose tests start servers and processes, or wait for them."""
+
 
 def pytest_configure() -> None:
     """Refuse a wrong ENGINE_SOURCE or ENGINE_REF before the first test, in a sentence."""
@@ -29,6 +39,18 @@ def pytest_configure() -> None:
         chosen_tree(os.environ, cache_root(), sys.stderr)
     except BuildFailed as exc:
         raise pytest.UsageError(str(exc)) from None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what needs the real ComfyUI or a mounted network volume, so that `make test-fast` can leave it out."""
+    for item in items:
+        fixtures = set(getattr(item, "fixturenames", ()))
+        if "engine" in fixtures:
+            item.add_marker("engine")
+        if "moosefs" in fixtures:
+            item.add_marker("volume")
+        if item.path.name in SLOW:
+            item.add_marker("slow")
 
 
 @pytest.fixture(scope="session")

@@ -400,7 +400,7 @@ def cached(volume: Path) -> Path:
     layout = Layout(volume)
     path = layout.models / "loras/a"
     path.write_bytes(b"12345")
-    write_seal(layout.seal("loras", "a"), Seal(size=5, mtime=0, sha256="ab" * 32, repo="org/repo"))
+    write_seal(layout.seal("loras", "a"), Seal(size=5, mtime=int(path.stat().st_mtime), sha256="ab" * 32, repo="org/repo"))
     blob = layout.host_cache_repo("org/repo") / "blobs" / ("ab" * 32)
     blob.parent.mkdir(parents=True)
     blob.write_bytes(b"12345")
