@@ -422,11 +422,12 @@ def test_comfyui_is_shown_the_copy_in_the_host_cache(volume: Path, cached: Path,
     assert (models / "loras/a").resolve() == cached
 
 
-@pytest.mark.parametrize("fault", ["another size", "no hash", "a hash that is a path", "no blob", "no model"])
+@pytest.mark.parametrize("fault", ["another size", "no hash", "a hash that is a path", "replaced since", "no blob", "no model"])
 def test_what_may_not_be_the_same_is_read_from_the_volume(fault: str, volume: Path, cached: Path) -> None:
     layout = Layout(volume)
-    seal = Seal(size=5, mtime=0, sha256="ab" * 32, repo="org/repo")
+    seal = Seal(size=5, mtime=int(cached.stat().st_mtime), sha256="ab" * 32, repo="org/repo")
     wrong: dict[str, Any] = {
+        "replaced since": {"mtime": 0},
         "no hash": {"sha256": None},
         "a hash that is a path": {"sha256": "../" * 20 + "etc"},
     }
