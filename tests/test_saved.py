@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import struct
+import unicodedata
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -93,6 +95,31 @@ def test_no_name_leaves_the_folder(name: str, shelf: Path) -> None:
         read_workflow(shelf, name)
 
 
+@pytest.mark.parametrize("name", ["", "a/", "a//b", "a\nb", "."])
+def test_a_name_that_no_file_can_have_is_not_said_to_leave_the_folder(name: str, shelf: Path) -> None:
+    with pytest.raises(UnsafePath, match="which no file there can be called") as caught:
+        read_workflow(shelf, name)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UnsafePath, match="leaves its folder"):
+        read_workflow(shelf, "../a//b")
+
+
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_an_accent_is_found_in_either_form(forms: tuple[Any, Any], shelf: Path) -> None:
+    asked, there = (unicodedata.normalize(form, "café/für") for form in forms)
+    (shelf / f"workflows/{there}.json").parent.mkdir()
+    (shelf / f"workflows/{there}.json").write_text(json.dumps(TINY))
+    assert read_workflow(shelf, asked) == TINY
+
+
+@pytest.mark.timeout(30)
+def test_what_is_no_file_is_not_read(shelf: Path) -> None:
+    os.mkfifo(shelf / "workflows/pipe.json")  # with no writer, opening it waits for ever
+    for name in ("pipe", "folder"):
+        with pytest.raises(WorkflowUnknown, match=rf"workflows/{name}\.json is no file: put one in its place"):
+            read_workflow(shelf, name)
+
+
 def test_no_link_leaves_the_folder(shelf: Path) -> None:
     (shelf / "secret.json").write_text(json.dumps(TINY))
     (shelf / "workflows/link.json").symlink_to(shelf / "secret.json")
@@ -103,6 +130,26 @@ def test_no_link_leaves_the_folder(shelf: Path) -> None:
 def test_a_file_that_holds_no_workflow_is_said_so(shelf: Path) -> None:
     with pytest.raises(NoWorkflowInFile, match=r"broken\.json"):
         read_workflow(shelf, "broken")
+
+
+@pytest.mark.parametrize(
+    ("data", "fault"),
+    [
+        (b"", "is empty"),
+        (b" \n", "is empty"),
+        (b'{"1":\n  {,}}', r"is no JSON: .*line 2 column 4"),
+        ('{"1":\n  {,}}'.encode("utf-16"), r"is no JSON: .*line 2 column 4"),
+        (b'{"1": "\xff"}', "is no JSON: byte 7 is no text"),
+        (b"a note", r"is no JSON: .*line 1 column 1"),
+        (b"[1]", "holds a JSON that is no workflow"),
+        (b"{}", "holds a JSON that is no workflow"),
+        (b"\0\1\2\3\0", "carries no workflow: use a PNG"),
+    ],
+)
+def test_a_broken_file_is_told_where(data: bytes, fault: str, shelf: Path) -> None:
+    (shelf / "workflows/bad.json").write_bytes(data)
+    with pytest.raises(NoWorkflowInFile, match=rf"The file 'bad\.json' {fault}"):
+        read_workflow(shelf, "bad")
 
 
 def test_the_json_of_a_workflow_is_no_name() -> None:
@@ -204,6 +251,8 @@ def test_a_volume_through_s3_has_workflows_too() -> None:
         assert volume.workflow_names() == ["tiny", "upscale/4x"]
         assert json.loads(volume.workflow("upscale/4x") or b"") == TINY
         assert volume.workflow("portrait") is None
+        server.client.put_object(Bucket=bucket, Key="workflows/cafe\u0301.json", Body=json.dumps(TINY).encode())
+        assert volume.workflow("caf\u00e9") is not None
         assert volume.workflow("../models.toml") is None
 
 

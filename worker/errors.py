@@ -305,12 +305,15 @@ class WorkflowInvalid(RequestError):
 
 @dataclass(eq=False)
 class NoWorkflowInFile(RequestError):
-    """The file that `workflow_from` names carries no workflow."""
+    """The file that `workflow_from` or `workflow` names carries no workflow. `fault` says what is wrong with a text."""
 
     name: str
+    fault: str = ""
     code = "no_workflow_in_file"
 
     def __str__(self) -> str:
+        if self.fault:
+            return f"The file '{self.name}' {self.fault}; save or export the workflow again in ComfyUI."
         return (
             f"The file '{self.name}' carries no workflow: use a PNG, WEBP, MP4 or WEBM that ComfyUI saved with its metadata, "
             "or send the workflow itself."
@@ -319,10 +322,11 @@ class NoWorkflowInFile(RequestError):
 
 @dataclass(eq=False)
 class WorkflowUnknown(RequestError):
-    """The request names a workflow that is not on the volume."""
+    """The request names a workflow that is not on the volume. `taken`: something that is no file has its name."""
 
     name: str
     there: Sequence[str] = ()
+    taken: bool = False
     code = "workflow_unknown"
 
     def details(self) -> list[str]:
@@ -332,17 +336,20 @@ class WorkflowUnknown(RequestError):
         name, shown = shortened(self.name, 100), [shortened(name, 60) for name in self.there[:5]]
         more = f" and {len(self.there) - 5} more" if len(self.there) > 5 else ""  # noqa: PLR2004 - as many as are shown
         known = f"there are {', '.join(shown)}{more}" if shown else "there are none"
-        return f"The volume holds no workflow '{name}', {known}; put it there as workflows/{name.removesuffix('.json')}.json."
+        path = f"workflows/{name.removesuffix('.json')}.json"
+        todo = f"{path} is no file: put one in its place" if self.taken else f"put it there as {path}"
+        return f"The volume holds no workflow '{name}', {known}; {todo}."
 
 
 class WorkflowEmpty(RequestError):
-    """The graph has no nodes."""
+    """The graph has no nodes, or the workflow has none that run."""
 
     code = "workflow_empty"
 
     def __str__(self) -> str:
         return (
-            "Workflow validation failed: the workflow has no nodes; export it with at least one output node such as SaveImage."
+            "Workflow validation failed: the workflow has no nodes, or all of them are muted or bypassed; "
+            "export it with at least one output node such as SaveImage that runs."
         )
 
 
@@ -486,13 +493,19 @@ class ImageNotBase64(_InputFailed, RequestError):
 
 @dataclass(eq=False)
 class UnsafePath(RequestError):
-    """A name would reach a file outside the folder it belongs to."""
+    """A name would reach a file outside the folder it belongs to. `nameless`: no file in there can be called so at all."""
 
     what: str
     value: str
+    nameless: bool = field(default=False, kw_only=True)
     code = "unsafe_path"
 
     def __str__(self) -> str:
+        if self.nameless:
+            return (
+                f"{self.what} is {shortened(self.value, 100)!r}, which no file there can be called; "
+                "write a relative name without control characters, with one '/' between folders and none at its end."
+            )
         return f"{self.what} is '{self.value}', which leaves its folder; use a relative name without '..'."
 
 

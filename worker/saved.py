@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from worker.comfy.embedded import MAX_TEXT_BYTES, embedded_workflow
+from worker.comfy.embedded import MAX_TEXT_BYTES, embedded_workflow, json_fault
 from worker.errors import NoWorkflowInFile, UnsafePath, VolumeFailed, WorkflowUnknown
 from worker.models.layout import Layout
+from worker.text import forms
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,7 +34,7 @@ def read_workflow(volume: Path, name: str) -> dict[str, Any]:
     """
     data = workflow_bytes(volume, name)
     if data is None:
-        raise WorkflowUnknown(name, workflow_names(volume))
+        raise WorkflowUnknown(name, workflow_names(volume), taken=os.path.lexists(Layout(volume).workflow(name)))
     return decoded(name, data)
 
 
@@ -40,17 +42,26 @@ def decoded(name: str, data: bytes) -> dict[str, Any]:
     """The workflow that a file holds. Raises `NoWorkflowInFile`."""
     found = embedded_workflow(data)
     if found is None:
-        raise NoWorkflowInFile(f"{name.removesuffix('.json')}.json")
+        raise NoWorkflowInFile(f"{name.removesuffix('.json')}.json", json_fault(data))
     return found.best
 
 
 def workflow_bytes(volume: Path, name: str) -> bytes | None:
-    """The file of the workflow of this name; None when there is none. Raises `UnsafePath` and `VolumeFailed`."""
+    """The file of the workflow of this name, its accents in either form; None if no regular file is there.
+
+    Raises `UnsafePath` and `VolumeFailed`.
+    """
     layout = Layout(volume)
-    path = layout.workflow(name)
+    found = (_file_bytes(layout, layout.workflow(form), name) for form in forms(name))
+    return next((data for data in found if data is not None), None)
+
+
+def _file_bytes(layout: Layout, path: Path, name: str) -> bytes | None:
     if not os.path.realpath(path).startswith(f"{os.path.realpath(layout.workflows)}{os.sep}"):
         raise UnsafePath("The workflow's name, through a link,", name)
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a FIFO waits for its writer
+            return None
         with path.open("rb") as stream:
             return stream.read(MAX_TEXT_BYTES + 1)
     except OSError as exc:

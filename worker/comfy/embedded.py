@@ -74,7 +74,7 @@ def embedded_workflow(data: Readable) -> Embedded | None:
     Raises nothing but what `data` does. At most some tens of MB of it are in memory at a time, and for most files some KB.
     """
     found: dict[str, dict[str, Any]] = {}
-    if data[:3] == codecs.BOM_UTF8 or data[:2] in _UTF_16 or data[:64].lstrip()[:1] == b"{":
+    if _begins_as_json(data):
         value = _json(data[: MAX_TEXT_BYTES + 1])
         return None if value is None else Embedded(None, value) if is_ui(value) else Embedded(without_notes(value), None)
     left_bytes = _MAX_LOOKED_AT_BYTES
@@ -91,6 +91,26 @@ def embedded_workflow(data: Readable) -> Embedded | None:
     if prompt is None and workflow is None:
         return None
     return Embedded(None if prompt is None else without_notes(prompt), workflow)
+
+
+def json_fault(data: Readable) -> str:
+    """Say why a text holds no workflow, as the end of a sentence; empty for a file that is no text, or a longer one."""
+    text = data[: MAX_TEXT_BYTES + 1]
+    if not text.strip():
+        return "is empty"
+    if len(text) > MAX_TEXT_BYTES or (b"\0" in text and not _begins_as_json(text)):
+        return ""
+    try:
+        value = json.loads(text.decode(json.detect_encoding(text)))
+    except UnicodeDecodeError as exc:
+        return f"is no JSON: byte {exc.start} is no text" if _begins_as_json(text) else ""
+    except (ValueError, RecursionError) as exc:
+        return f"is no JSON: {exc}"
+    return "holds a JSON that is no workflow" if not isinstance(value, dict) or not value else ""
+
+
+def _begins_as_json(data: Readable) -> bool:
+    return data[:3] == codecs.BOM_UTF8 or data[:2] in _UTF_16 or data[:64].lstrip()[:1] == b"{"
 
 
 def _json(text: bytes) -> dict[str, Any] | None:

@@ -162,5 +162,6 @@ def safe_parts(what: str, value: str) -> tuple[str, ...]:
     """
     parts = tuple(value.split("/"))
     if "\\" in value or any(part in {"", ".", ".."} or not is_legible(part) for part in parts):
-        raise UnsafePath(what, value)
+        leaves = value.startswith("/") or "\\" in value or ".." in parts
+        raise UnsafePath(what, value, nameless=not leaves)
     return parts

@@ -21,6 +21,7 @@ from worker.models.formats import is_safetensors
 from worker.models.inventory import Look, Standing
 from worker.models.layout import Layout, sealed_by
 from worker.models.seals import Seal, decode_seal, encode_seal, now
+from worker.text import forms
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -179,7 +180,8 @@ class S3Volume:
     def workflow(self, name: str) -> bytes | None:
         """The file of a workflow of this name; None when there is none, or the name can be none."""
         with contextlib.suppress(UnsafePath):
-            return self._small(_LAYOUT.workflow(name))
+            files = (self._small(_LAYOUT.workflow(form)) for form in forms(name))
+            return next((data for data in files if data is not None), None)
         return None
 
     def workflow_names(self) -> list[str]:
