@@ -611,6 +611,19 @@ def test_what_only_the_editors_own_code_can_expand_is_refused(kind: str, says: s
     assert graph_of(ui(node(1, kind, mode=2)), info=info) == {}
 
 
+def test_subgraphs_without_names_are_named_by_their_ids() -> None:
+    definitions = [subgraph("a", node(1, "b"), links=()) | {"name": ""}, subgraph("b", node(1, "a"), links=()) | {"name": None}]
+    with pytest.raises(UiWorkflowInvalid, match=r"in a circle: '(a' -> 'b' -> 'a|b' -> 'a' -> 'b)'"):
+        convert(ui(node(1, "a"), definitions={"subgraphs": definitions}), INFO)
+
+
+def test_a_subgraph_without_its_definition_is_told_as_such() -> None:
+    kind = "0f3a8c1e-7b2d-4c55-9d1f-2a6b7c8d9e0f"
+    with pytest.raises(UiWorkflowInvalid, match=r"node 1 .* is a subgraph whose definition the workflow lacks; save it again"):
+        convert(ui(node(1, kind)), INFO)
+    assert graph_of(ui(node(1, kind, mode=2))) == {}
+
+
 def test_what_only_a_browser_can_make_is_refused() -> None:
     info = {"Load3D": {"input": {"required": {"image": ["LOAD_3D", {}]}}, "output": []}}
     with pytest.raises(UiWorkflowInvalid, match=r"node 1 \(Load3D\) takes its 'image' from the browser"):

@@ -49,6 +49,13 @@ def test_several_overrides_of_one_node_and_lists() -> None:
     assert changed["12:5"]["inputs"]["seed"] == {"__value__": [1, 2]}
 
 
+@pytest.mark.parametrize("slot", [0.5, -1, -1.0, 1e999, float("nan")])
+def test_a_link_to_what_is_no_output_is_refused(slot: float) -> None:
+    with pytest.raises(OverrideInvalid, match=r"'6\.clip' takes output .* of node 7; an output is a whole number from 0"):
+        apply_overrides(GRAPH, {"6.clip": ["7", slot]})
+    assert apply_overrides(GRAPH, {"6.clip": ["7", 1.0]})["6"]["inputs"]["clip"] == ["7", 1]
+
+
 @pytest.mark.parametrize(
     ("key", "says"),
     [

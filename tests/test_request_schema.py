@@ -121,7 +121,7 @@ def test_it_has_the_fields_of_a_file(key: str, data_key: str) -> None:
 
 
 def test_it_has_the_fields_of_a_model() -> None:
-    known = sources._FIELDS | sources._OTHER_WORDS.keys() | {"hash", "hash_type"}
+    known = sources._FIELDS | sources._OTHER_WORDS.keys() | sources._IGNORED
     assert set(SCHEMA["$defs"]["model"]["properties"]) == known
 
 
@@ -295,6 +295,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "no models": job(models=[]),
     "a model named by its source": model(name=None),
     "a model in a folder of its folder": model(name="flux/x.gguf", sha256="sha256:" + "aB" * 32, size_bytes=7),
+    "a model with all that ComfyUI says of one": model(hash="ab", hash_type="MD5", description="an ink lora"),
     "a model in ComfyUI's words": job(
         models=[{"directory": "vae", "name": "x.SFT", "url": "https://huggingface.co/o/r/resolve/main/x"}]
     ),
@@ -420,6 +421,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a model with a space in its source": (model(source="hf://org/repo/x y.safetensors"), "model_spec_invalid"),
     "a model that can hold code": (model(name="x.ckpt"), "model_suffix_not_allowed"),
     "a model without a suffix": (model(name="x"), "model_suffix_not_allowed"),
+    "a model with a slip in a field's name": (model(sha265="0" * 64), "model_spec_invalid"),
+    "a model with a field nobody knows": (model(x=None), "model_spec_invalid"),
     "a model with half a hash": (model(sha256="abc"), "model_spec_invalid"),
     "a model of no size": (model(size_bytes=0), "model_spec_invalid"),
     "a model as an address alone": (job(models=["hf://org/repo/x.safetensors"]), "model_spec_invalid"),

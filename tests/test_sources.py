@@ -671,7 +671,7 @@ def test_a_path_that_leads_to_no_models_folder(catalog: Path) -> None:
 
 def test_a_request_writes_entries_in_our_words_in_comfyuis_or_short(catalog: Path) -> None:
     entries = [
-        {"folder": "vae", "source": "hf://o/r/a.gguf", "size_bytes": 7, "whatever": 1},
+        {"folder": "vae", "source": "hf://o/r/a.gguf", "size_bytes": 7, "description": "a note"},
         embedded("vae", "b.gguf", hash=SHA, hash_type="SHA256"),
         embedded("vae", "c.gguf", hash="1234", hash_type="AutoV2"),
         "vae=hf://o/r/d.gguf",
@@ -704,6 +704,14 @@ def test_a_requests_models_are_a_list(catalog: Path, models: object) -> None:
 def test_what_a_request_may_not_ask_for(catalog: Path, entry: object, error: type[Exception]) -> None:
     with pytest.raises(error):
         read(catalog).with_request([entry], HOSTS)
+
+
+def test_a_slip_in_a_fields_name_is_noticed(catalog: Path) -> None:
+    entry = model("vae", "a.gguf")
+    with pytest.raises(SpecInvalid, match=r"The field 'sha265' of the model 'a.gguf' is unknown; write sha256\."):
+        read(catalog).with_request([entry | {"sha265": SHA}], HOSTS)
+    with pytest.raises(SpecInvalid, match=r"The field 'licence' of the model 'a.gguf' is unknown\."):
+        read(catalog).with_request([entry | {"licence": "MIT"}], HOSTS)
 
 
 # --- the workflow's own metadata ----------------------------------------------------------------

@@ -228,6 +228,7 @@ def link(source: Any, slot: Any = 0, class_type: str = "PreviewImage") -> dict[s
     [
         ({"8": link("77")}, {"8": "comes from node 77, which is not in the workflow"}),
         ({"8": link("1", "0")}, {"8": "takes output '0' of node 1"}),
+        ({"8": link("1", -1)}, {"8": "takes output -1 of node 1"}),
         ({"8": link("1", 0.0)}, {"8": "takes output 0.0 of node 1"}),
         ({"8": link(1)}, {"8": 'write the node id as a string: ["1", 0]'}),
         ({"7": link("77"), "8": link("7")}, {"7": "comes from node 77"}),

@@ -8,6 +8,7 @@ links) is kept. And what they would send although it cannot run, such as a node 
 from __future__ import annotations
 
 import random as chance
+import re
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Converted", "classes", "convert", "is_ui"]
 
+_SUBGRAPH = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)  # how the editor names a subgraph's class
 _MAX_NAME_CHARS = 10_000  # of a file's, many times what a file system takes
 
 
@@ -147,6 +149,10 @@ class _Writer:
                 raise UiWorkflowInvalid(f"node {part.node} feeds other nodes without links; replace it by links")
             if part.kind == "unknown" and part.node.type.startswith(GROUP_PREFIXES):
                 raise UiWorkflowInvalid(f"node {part.node} is a group node; convert it to nodes or to a subgraph in the editor")
+            if part.kind == "unknown" and _SUBGRAPH.fullmatch(part.node.type):
+                raise UiWorkflowInvalid(
+                    f"node {part.node} is a subgraph whose definition the workflow lacks; save it again in the editor"
+                )
             if part.kind == "unknown":
                 unknown.setdefault(part.node.type, part)
             if part.left:

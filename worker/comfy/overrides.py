@@ -28,22 +28,26 @@ def apply_overrides(graph: Graph, overrides: Mapping[str, Any]) -> Graph:
     that was linked is no longer. A list that is no link to a node of the graph is sent as a list.
 
     Raises:
-        OverrideInvalid: no node, several nodes or no such input; the sentence names the candidates.
+        OverrideInvalid: no node, several nodes or no such input; the sentence names the candidates. Also a link to an output
+            that is no whole number from 0.
     """
     index = _Index(graph)
     values: dict[str, dict[str, Any]] = {}
     for key, value in overrides.items():
         node_id, name = index.find(key)
-        values.setdefault(node_id, {})[name] = _as_input(graph, value)
+        values.setdefault(node_id, {})[name] = _as_input(graph, key, value)
     return with_inputs(graph, values)
 
 
-def _as_input(graph: Graph, value: object) -> object:
+def _as_input(graph: Graph, key: str, value: object) -> object:
     if not isinstance(value, list):
         return value
     match value:
-        case [str(node_id), int()] if node_id in graph:
-            return value
+        case [str(node_id), int() | float() as slot] if node_id in graph:
+            if slot < 0 or (isinstance(slot, float) and not slot.is_integer()):
+                takes = f"takes output {slot!r} of node {shown(node_id)}; an output is a whole number from 0"
+                raise OverrideInvalid(shown(key), takes)
+            return [node_id, int(slot)]
     return {"__value__": value}
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from worker.comfy.leftovers import is_foreign, place
 from worker.comfy.parts import Part, PartSlot, Sheet
 from worker.comfy.promoted import Instance, find_promoted
+from worker.comfy.ui_graph import shown
 from worker.comfy.widgets import DYNAMIC_COMBO, Dialect, ShapeSlot, read_specs, shape_of
 from worker.errors import UiWorkflowInvalid
 from worker.known import known
@@ -47,7 +48,7 @@ def _leaves_first(ui: UiGraph) -> tuple[str, ...]:
     try:
         return tuple(TopologicalSorter(needs).static_order())
     except CycleError as error:
-        names = " -> ".join(f"'{ui.definitions[key].name}'" for key in error.args[1][:6])
+        names = " -> ".join(f"'{ui.definitions[key].name or shown(key)}'" for key in error.args[1][:6])
         raise UiWorkflowInvalid(f"its subgraphs contain each other in a circle: {names}") from error
 
 

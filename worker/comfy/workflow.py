@@ -230,7 +230,7 @@ def _link_problem(graph: Graph, pair: list[Any]) -> str | None:
     source, slot = pair
     number = isinstance(slot, (int, float))
     if isinstance(source, str) and source in graph:
-        if isinstance(slot, int):
+        if isinstance(slot, int) and slot >= 0:  # ComfyUI counts a negative one from the end
             return None
         return f"takes output {slot!r} of node {source} ({graph[source]['class_type']}); an output is a whole number from 0"
     if isinstance(source, str) and number:

@@ -27,7 +27,7 @@ from itertools import chain, islice
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol
 
-from worker.errors import AmbiguousModel, ManifestInvalid, ModelsInvalid, RequestError, WorkerError
+from worker.errors import AmbiguousModel, ManifestInvalid, ModelsInvalid, RequestError, SpecInvalid, WorkerError, shortened
 from worker.known import known
 from worker.models.spec import ModelSpec, check_from_request, check_spec, parse_spec
 
@@ -174,7 +174,10 @@ class Sources:
             return self
         if not isinstance(models, list) or not all(isinstance(entry, (dict, str)) for entry in models):
             raise ModelsInvalid
-        specs = tuple(parse_spec(**_known_values(_short_line(entry) if isinstance(entry, str) else entry)) for entry in models)
+        entries = [_short_line(entry) if isinstance(entry, str) else entry for entry in models]
+        for entry in entries:
+            _check_fields(entry)
+        specs = tuple(parse_spec(**_known_values(entry)) for entry in entries)
         for spec in specs:
             check_from_request(spec, allowed_hosts)
         return replace(self, request=replace(self.request, specs=specs))
@@ -465,7 +468,8 @@ def _checked(entries: Sequence[_Entry]) -> tuple[list[ModelSpec], list[str], lis
     for entry in entries:
         spec, wrong = check_spec(**_known_values(entry.values))
         if entry.strict:
-            unknown = list(_unknown_fields(entry))
+            fields = _unknown_fields(entry.values)
+            unknown = [f"{entry.where(key)}: {key} is no field of a model{hint}" for key, hint in fields]
             told = [f"{entry.where(problem.field)}: {problem.field} {problem.reason}" for problem in wrong]
             if not unknown and [problem.field for problem in wrong] == ["name"] and wrong[0].odd:
                 odd += told
@@ -483,12 +487,20 @@ def _checked(entries: Sequence[_Entry]) -> tuple[list[ModelSpec], list[str], lis
     return specs, problems, odd
 
 
-def _unknown_fields(entry: _Entry) -> Iterator[str]:
+def _check_fields(entry: Mapping[str, object]) -> None:
+    """Raise `SpecInvalid` for a field that no model has."""
+    name = entry.get("name")
+    for key, hint in _unknown_fields(entry):
+        raise SpecInvalid(f"field {shortened(key, 60)!r}", f"is unknown{hint}", name if isinstance(name, str) else None)
+
+
+def _unknown_fields(values: Mapping[str, object]) -> Iterator[tuple[str, str]]:
+    """Yield each field that no model has, and "; write ..." where one is like it."""
     known = _FIELDS | _OTHER_WORDS.keys() | _IGNORED
-    for key in entry.values:
+    for key in values:
         if key not in known:
             near = difflib.get_close_matches(key, sorted(_FIELDS), n=1)
-            yield f"{entry.where(key)}: {key} is no field of a model" + (f"; write {near[0]}" if near else "")
+            yield key, f"; write {near[0]}" if near else ""
 
 
 class _Malformed(Exception):  # noqa: N818 - never leaves this module
