@@ -26,23 +26,23 @@ class Probe:
 
     def __init__(self, subject: Subject) -> None:
         self.subject = subject
-        self.layout = layout_at(Path(subject.volume))
+        self.root = Path(subject.volume)
         self.answers = False
         self.folders: list[FolderCount] = []
 
     def volume(self) -> Iterator[Finding]:
         """Whether there is one, what it is, and whether it answers: the other checks are for one that does."""
-        silent = silence(self.layout.root)
+        silent = silence(self.root)
         if silent:
             yield silent
             return
         self.answers = True
-        yield where(self.layout.root, required=self.subject.require_volume)
+        yield where(self.root, required=self.subject.require_volume)
 
     @property
     def checks(self) -> dict[str, Callable[[], Iterable[Finding]]]:
-        """What is looked at once the volume answers, in the order in which it is told."""
-        layout, subject = self.layout, self.subject
+        """What is looked at once the volume answers, in the order in which it is told. Reads a link on the volume."""
+        layout, subject = layout_at(self.root), self.subject
         return {
             "space": partial(space, layout),
             "writable": partial(writable, layout),

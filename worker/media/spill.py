@@ -80,7 +80,7 @@ class Copies:
             while not self._stopped.is_set():
                 chunk = opened.read(_CHUNK_BYTES)
                 if not chunk:
-                    return True
+                    return not self._stopped.is_set()
                 _write_all(sink, chunk)
         return False
 
