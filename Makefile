@@ -30,8 +30,8 @@ demo: $(VENV)/installed  ## Run the main job: a workflow in, a picture out (WORK
 serve: $(VENV)/installed  ## Leave the demo's worker running for your own requests (PORT=8000)
 	@$(BIN)/python -m devkit.demo --serve --port $(PORT)
 
-test: $(VENV)/installed  ## Run every test, on the real ComfyUI
-	@$(BIN)/python -m pytest
+test: $(VENV)/installed  ## Run every test, on the real ComfyUI; prints the 20 slowest
+	@$(BIN)/python -m pytest --durations=20
 
 test-fast: $(VENV)/installed  ## Run the tests that need neither ComfyUI nor servers: under a minute, for each commit
 	@$(BIN)/python -m pytest -q -m "not engine and not volume and not slow"
