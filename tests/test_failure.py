@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
 
-from worker.comfy.rejection import dropped_outputs, rejection
-from worker.errors import EngineDied, EngineGaveUp, NodeFailed, WorkflowMissing, shortened
+from worker.comfy.rejection import dropped_outputs, rejection, with_sent
+from worker.errors import EngineDied, EngineGaveUp, NodeFailed, WorkflowMissing, WorkflowRejected, shortened
 from worker.failure import DETAIL_CHARACTERS, DETAILS, SENTENCE_CHARACTERS, failure, sentences
 from worker.logs import RedactingFilter
 
@@ -47,6 +48,32 @@ def test_a_picture_in_place_of_its_name_does_not_come_back() -> None:
     listed = {**report, "type": "value_not_in_list", "extra_info": {**report["extra_info"], "input_config": [["a.png"], {}]}}
     found["1"]["errors"] = [listed]
     assert len(json.dumps(failure(rejection(graph, body), redact))) < 2_000
+
+
+@pytest.mark.parametrize(
+    ("sent", "told"),
+    [
+        ([], "under that name"),
+        (["a.png"], "under that name, as 'a.png' was"),
+        ([f"{at}.png" for at in range(9)], "under that name, as '0.png', .*, '7.png' and 1 more were"),
+    ],
+)
+def test_an_input_file_that_was_not_sent_is_told_as_such(sent: list[str], told: str) -> None:
+    graph = {"1": {"class_type": "LoadImage", "inputs": {"image": "zz.png"}}}
+    report: dict[str, Any] = {
+        "type": "custom_validation_failed",
+        "message": "Custom validation failed for node",
+        "details": "image - Invalid image file: zz.png",
+        "extra_info": {"input_name": "image"},
+    }
+    found = {"1": {"class_type": "LoadImage", "errors": [report], "dependent_outputs": ["1"]}}
+    error = rejection(graph, {"error": {"type": "prompt_outputs_failed_validation"}, "node_errors": found})
+    assert isinstance(error, WorkflowRejected)
+    (problem,) = with_sent(error.problems, sent)
+    assert re.fullmatch(rf".*Invalid image file: zz\.png; send it in 'images' or 'files' {told}", problem)
+    report["details"] = "image - too small"
+    (problem,) = with_sent(dropped_outputs(graph, {"node_errors": found}), sent)
+    assert problem.endswith("image - too small")
 
 
 def test_no_error_is_larger_than_what_runpod_carries() -> None:

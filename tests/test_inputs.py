@@ -9,6 +9,7 @@ import os
 import resource
 import signal
 import tracemalloc
+import unicodedata
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
@@ -173,6 +174,27 @@ def test_names_in_a_graph_as_windows_spells_them_are_those_of_files_that_are_her
             "there\\x.png": "there/x.png",
             "made\\y.png [output]": "made/y.png [output]",
         }
+
+
+@pytest.mark.parametrize(("here", "there"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_names_in_a_graph_find_files_in_the_other_accent_spelling(here: Any, there: Any, tmp_path: Path) -> None:
+    asked, sent = (unicodedata.normalize(form, "für/é.png") for form in (here, there))
+    kept, called = (unicodedata.normalize(form, "à.png") for form in (there, here))
+    (tmp_path / "input").mkdir()
+    (tmp_path / "input" / kept).write_bytes(b"x")
+    names = [
+        asked,
+        asked.replace("/", "\\"),
+        f"{asked} [input]",
+        called,
+        sent,
+        kept,
+        "猫.png",
+        unicodedata.normalize(here, "ö"),
+    ]
+    with InputFiles(tmp_path / "input").of_job([InputFile(sent, A)]) as files:
+        assert files.names == [sent]
+        assert files.as_placed(names) == dict(zip(names, [sent, sent, f"{sent} [input]", kept], strict=False))
 
 
 @pytest.mark.parametrize(

@@ -146,6 +146,16 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"workflow": TINY, "images": [{"name": "a.png", "image": "%%%"}]},
         ["'a.png' is not base64"],
     ),
+    "an image that was not sent": (
+        {
+            "workflow": {
+                "1": {"class_type": "LoadImage", "inputs": {"image": "zz.png"}},
+                "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "zz"}},
+            },
+            "images": [{"name": "a.png", "image": "QQ=="}],
+        },
+        ["Invalid image file: zz.png; send it in 'images' or 'files' under that name, as 'a.png' was"],
+    ),
     "an image name upwards": ({"workflow": TINY, "images": [{"name": "../a.png", "image": "QQ=="}]}, ["leaves its folder"]),
 }
 

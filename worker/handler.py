@@ -14,14 +14,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from worker.comfy.rejection import missing_model
+from worker.comfy.rejection import missing_model, with_sent
 from worker.comfy.workflow import (
     check_paths,
     declares,
     named_models,
     needed_nodes,
     renamed,
-    windows_names,
+    respellable_names,
     with_accents,
     with_slashes,
 )
@@ -34,6 +34,7 @@ from worker.errors import (
     NodeFailed,
     OutputGone,
     WorkerError,
+    WorkflowRejected,
 )
 from worker.failure import DETAILS, carried, failure, sentence, sentences
 from worker.graphs import Workflows
@@ -144,7 +145,7 @@ class JobHandler:
         bucket = self._delivery.job_bucket(job.get("s3Config"))
         if bucket:
             await asyncio.to_thread(bucket.check_reachable)
-        if names := await asyncio.to_thread(windows_names, graph):
+        if names := await asyncio.to_thread(respellable_names, graph):
             graph = renamed(graph, await asyncio.to_thread(files.as_placed, names))
         with around.laps.step("models"):
             models = await self._as_written(await asyncio.to_thread(named_models, graph))
@@ -226,13 +227,18 @@ class JobHandler:
                     with around.laps.step("inputs"):
                         await stack.enter_async_context(files.placed())
                     with around.laps.step("running"):
-                        return await self._engine.run(
-                            graph,
-                            timeout_s=timeout_s,
-                            extra_data=extra_data,
-                            targets=targets,
-                            on_progress=lambda step: around.tell(sampling_progress(step)),
-                        )
+                        try:
+                            run = await self._engine.run(
+                                graph,
+                                timeout_s=timeout_s,
+                                extra_data=extra_data,
+                                targets=targets,
+                                on_progress=lambda step: around.tell(sampling_progress(step)),
+                            )
+                        except WorkflowRejected as exc:
+                            exc.problems = with_sent(exc.problems, files.names)
+                            raise
+                        return replace(run, dropped=with_sent(run.dropped, files.names)) if run.dropped else run
 
     async def _ensure_models(
         self, graph: Graph, named: Sequence[NamedModel], request: Request, job_id: str, tell: Tell

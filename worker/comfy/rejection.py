@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import posixpath
+import re
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,8 @@ _SHOWN_CHOICES = 8
 _COMPARED = 2_000  # choices that are looked at for one that is like what was asked for
 _MOST_FINDINGS = 200  # a client is shown fifty
 _EXPLAINED = 50
+_SEND = "; send it in 'images' or 'files' under that name"
+_NO_FILE = re.compile(r"\S+ - Invalid \w+ file: ")  # of nodes that load a file from ComfyUI's input folder
 _QUOTED = 300  # characters of a value: some clients put a whole file where its name belongs
 
 
@@ -143,7 +146,16 @@ def _node_problem(node_id: str, class_type: str, error: Mapping[str, Any]) -> st
     if str(error.get("type", "")).startswith("exception_during"):
         return f"{where}: a link into it is bad ({details}); check the slot number of its inputs"
     message = shortened(str(error.get("message") or "invalid"), _QUOTED).rstrip(".")
-    return f"{where}: {message}: {details}" if details else f"{where}: {message}"
+    todo = _SEND if error.get("type") == "custom_validation_failed" and _NO_FILE.match(details) else ""
+    return f"{where}: {message}: {details}{todo}" if details else f"{where}: {message}"
+
+
+def with_sent(problems: Iterable[str], sent: Sequence[str]) -> tuple[str, ...]:
+    """Return the sentences; those about an input file that is not there name the files that the job sent."""
+    names = ", ".join(f"'{shortened(name, 60)}'" for name in sent[:_SHOWN_CHOICES])
+    more = f" and {len(sent) - _SHOWN_CHOICES} more" if len(sent) > _SHOWN_CHOICES else ""
+    told = f"{_SEND}, as {names}{more} {'was' if len(sent) == 1 else 'were'}" if sent else _SEND
+    return tuple(problem.replace(_SEND, told, 1) for problem in problems)
 
 
 def _choices(extra: Mapping[str, Any]) -> Sequence[str]:

@@ -585,8 +585,8 @@ def with_slashes(graph: Graph, models: Iterable[NamedModel]) -> Graph:
     return graph if changed == graph else changed
 
 
-def windows_names(graph: Graph) -> frozenset[str]:
-    """Every string of the graph that may be a file's name as Windows spells it."""
+def respellable_names(graph: Graph) -> frozenset[str]:
+    """Every string of the graph that may be a file's name as another system spells it: Windows's separators, accents."""
     texts = (
         text
         for node in graph.values()
@@ -594,7 +594,9 @@ def windows_names(graph: Graph) -> frozenset[str]:
         if not is_link(graph, value)
         for _, text in _strings(name, value)
     )
-    return frozenset(text for text in texts if "\\" in text and len(text) <= _PATH_MAX_BYTES and text.isprintable())
+    return frozenset(
+        text for text in texts if ("\\" in text or not text.isascii()) and len(text) <= _PATH_MAX_BYTES and text.isprintable()
+    )
 
 
 def renamed(graph: Graph, names: Mapping[str, str]) -> Graph:

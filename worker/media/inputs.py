@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 from worker.errors import ImageNotBase64, InputNameInvalid, UnsafePath
 from worker.media.fetch import Download, Fetcher
 from worker.media.staging import FileBytes, StagedFile, storing
+from worker.text import forms
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -107,17 +108,27 @@ class JobFiles:
         self._early[name] = staged
         return await asyncio.to_thread(_look, staged, look)
 
-    def as_placed(self, names: Iterable[str]) -> dict[str, str]:
-        """Those of the names, spelled as on Windows, that are files here when their backslashes are separators, and how.
+    @property
+    def names(self) -> list[str]:
+        """The files' names, as a workflow loads them."""
+        return [str(name) for name in self._wanted()]
 
-        A file is one of the job's, or in the folder of ComfyUI that the name's annotation says. A file that really has a
-        backslash in its name wins.
+    def as_placed(self, names: Iterable[str]) -> dict[str, str]:
+        """Those of the names that are files here in another spelling, and in which.
+
+        Backslashes may be separators, as on Windows, and accents be written as on a Mac or not. A file is one of the job's, or
+        in the folder of ComfyUI that the name's annotation says. A file that is called exactly so wins.
         """
         wanted = self._wanted()
-        found = {name: name.replace("\\", "/") for name in names}
-        return {
-            name: other for name, other in found.items() if self._is_file(other, wanted) and not self._is_file(name, wanted)
-        }
+        found: dict[str, str] = {}
+        for name in names:
+            slashed = name.replace("\\", "/")
+            others = [other for other in dict.fromkeys((slashed, *forms(name), *forms(slashed))) if other != name]
+            if not others or self._is_file(name, wanted):
+                continue
+            if other := next((other for other in others if self._is_file(other, wanted)), None):
+                found[name] = other
+        return found
 
     def _is_file(self, name: str, wanted: Collection[PurePosixPath]) -> bool:
         path, _, folder = (name if name.endswith("]") else f"{name} [input]").removesuffix("]").rpartition(" [")
