@@ -180,6 +180,11 @@ def test_seeds_stay_as_saved_unless_another_is_asked_for(worker: LocalWorker, wo
         ({"workflow_from": "a.png"}, "field_invalid", "'workflow_from'"),
         ({"workflow": editor(), "workflow_from": "a.png"}, "field_invalid", "in place of 'workflow'"),
         ({"workflow_from": "a.png", "images": [{"name": "a.png", "image": "QUJD"}]}, "no_workflow_in_file", "'a.png'"),
+        (
+            {"workflow_from": "w.json", "files": [{"name": "w.json", "data": "ewosfQ=="}]},
+            "no_workflow_in_file",
+            "line 2 column 1",
+        ),
         ({"workflow": {"nodes": "x", "links": []}}, "workflow_invalid", "node nodes is a string"),
         ({"workflow": {**editor(), "links": "x"}}, "ui_workflow_invalid", ""),
         ({"workflow": {"nodes": [], "links": []}}, "workflow_empty", "no nodes"),

@@ -506,3 +506,7 @@ def test_a_workflow_may_be_its_json_wrapped_or_in_a_file_of_the_request(desk: De
     fetched = {"workflow_from": "w.json", "files": [{"name": "w.json", "url": "https://example.com/w.json"}]}
     (problem,) = desk.report({"input": fetched})["problems"]
     assert problem["code"] == "field_invalid"
+    broken = {"workflow_from": "w.json", "files": [{"name": "w.json", "data": base64.b64encode(b"{\n,}").decode()}]}
+    (problem,) = desk.report({"input": broken})["problems"]
+    assert problem["code"] == "no_workflow_in_file"
+    assert "line 2 column 1" in str(problem)

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from worker.comfy.embedded import Readable
     from worker.comfy.engine import Engine
     from worker.comfy.workflow import Graph
     from worker.job import Request
@@ -102,17 +101,13 @@ def _changed(graph: Graph, controls: Sequence[Control], request: Request) -> Gra
 async def _carried(request: Request, name: str, files: JobFiles) -> tuple[object, Mapping[str, Any] | None]:
     if not any(file.name == name for file in request.files):
         raise FieldInvalid("workflow_from", "must be the name of one of the job's 'images' or 'files'")
-    found = await files.look_into(name, lambda data: embedded_workflow(data) or _fault(name, data))
+    found = await files.look_into(name, lambda data: embedded_workflow(data) or json_fault(name, data))
     if isinstance(found, str):
         raise NoWorkflowInFile(name, found)
     for value in (found.prompt, found.workflow):
         await asyncio.to_thread(check_depth, value, f"The workflow in '{name}'")
     # A number that no JSON can carry would be in the pictures, which nobody could read again.
     return found.best, found.workflow if await asyncio.to_thread(is_finite, found.workflow) else None
-
-
-def _fault(name: str, data: Readable) -> str:
-    return json_fault(data) if name.lower().endswith(".json") else ""
 
 
 def reseeded(graph: Graph, controls: Sequence[Control], seed: str | int) -> Graph:

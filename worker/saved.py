@@ -42,7 +42,8 @@ def decoded(name: str, data: bytes) -> dict[str, Any]:
     """The workflow that a file holds. Raises `NoWorkflowInFile`."""
     found = embedded_workflow(data)
     if found is None:
-        raise NoWorkflowInFile(f"{name.removesuffix('.json')}.json", json_fault(data))
+        file = f"{name.removesuffix('.json')}.json"
+        raise NoWorkflowInFile(file, json_fault(file, data))
     return found.best
 
 

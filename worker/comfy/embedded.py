@@ -93,8 +93,10 @@ def embedded_workflow(data: Readable) -> Embedded | None:
     return Embedded(None if prompt is None else without_notes(prompt), workflow)
 
 
-def json_fault(data: Readable) -> str:
-    """Say why a text holds no workflow, as the end of a sentence; empty for a file that is no text, or a longer one."""
+def json_fault(name: str, data: Readable) -> str:
+    """Say why a `.json` holds no workflow, as the end of a sentence; empty for any other name, and where it is no text."""
+    if not name.lower().endswith(".json"):
+        return ""
     text = data[: MAX_TEXT_BYTES + 1]
     if not text.strip():
         return "is empty"

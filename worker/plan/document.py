@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from worker.comfy.convert import is_ui
-from worker.comfy.embedded import embedded_workflow
+from worker.comfy.embedded import embedded_workflow, json_fault
 from worker.comfy.rejection import nodes_of, unknown_nodes
 from worker.comfy.workflow import bare, check_paths, named_models, needed_nodes, parse_graph
 from worker.errors import FieldInvalid, NoWorkflowInFile, UnsafePath, WorkerError
@@ -160,9 +160,10 @@ def _carried(request: Request, name: str) -> object:
     data = next((file.data for file in reversed(request.files) if file.name == name and file.data is not None), None)
     if data is None:
         raise FieldInvalid("workflow_from", "must be the name of a file whose bytes are in the request; a plan fetches none")
-    found = embedded_workflow(b"".join(base64_pieces(name, data)))
+    content = b"".join(base64_pieces(name, data))
+    found = embedded_workflow(content)
     if found is None:
-        raise NoWorkflowInFile(name)
+        raise NoWorkflowInFile(name, json_fault(name, content))
     return found.best
 
 
