@@ -167,6 +167,9 @@ def test_each_request_is_the_workflow_and_more(name: str) -> None:
         assert file["name"] in json.dumps(request.workflow)
 
 
+_DYNAMIC = "COMFY_DYNAMICCOMBO_V3"
+
+
 def complaints(graph: Mapping[str, Any], info: Mapping[str, Any], *, choices: bool) -> Iterator[str]:
     """What ComfyUI would not take in a graph, by its own definitions of the classes."""
     files = {model.name for model in named_models(parse_graph(dict(graph)))} | {"in.png"}
@@ -175,7 +178,7 @@ def complaints(graph: Mapping[str, Any], info: Mapping[str, Any], *, choices: bo
             yield f"{node_id}: no class {node['class_type']}"
             continue
         declared = info[node["class_type"]]["input"]
-        known = declared.get("required", {}) | declared.get("optional", {})
+        known = dict(_dependent(declared)) | declared.get("required", {}) | declared.get("optional", {})
         yield from (f"{node_id}: lacks {key}" for key in declared.get("required", {}).keys() - node["inputs"].keys())
         for key, value in node["inputs"].items():
             if key not in known:
@@ -188,9 +191,21 @@ def complaints(graph: Mapping[str, Any], info: Mapping[str, Any], *, choices: bo
                 yield f"{node_id}: {key} is {value!r}, {wrong}"
 
 
+def _dependent(declared: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Inputs that depend on a choice. Releases before those that have such choices had them beside it, under the same names."""
+    for group in ("required", "optional"):
+        for spec in declared.get(group, {}).values():
+            for option in spec[1].get("options", ()) if spec[0] == _DYNAMIC else ():
+                yield from _dependent(option["inputs"])
+                for inner in option["inputs"].values():
+                    yield from inner.items()
+
+
 def _wrong(value: object, declared: list[Any], *, choices: bool) -> str | None:
     kind, options = declared[0], declared[1] if len(declared) > 1 else {}
     offered = kind if isinstance(kind, list) else options.get("options")
+    if kind == _DYNAMIC:
+        offered = [option["key"] for option in options["options"]]
     if offered is not None:
         return f"not one of {offered}" if choices and value not in offered else None
     types: dict[str, tuple[type, ...]] = {"INT": (int,), "FLOAT": (int, float), "STRING": (str,), "BOOLEAN": (bool,)}
