@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -42,6 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--serve", action="store_true", help="leave the worker running for requests of your own")
     parser.add_argument("--port", type=int, default=8000, help="the API's port with --serve")
     options = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, _leave)
     try:
         job = _job(options.workflow, options.image)
     except ClientError as exc:
@@ -128,8 +131,9 @@ def _serve(worker: LocalWorker, job: dict[str, Any]) -> int:
         )
         with subprocess.Popen(["tail", "-n", "+1", "-f", str(worker.log_path)]) as tail:
             try:
-                tail.wait()
-            except KeyboardInterrupt:
+                with contextlib.suppress(KeyboardInterrupt):
+                    tail.wait()
+            finally:
                 tail.terminate()
     return 0
 
@@ -184,6 +188,12 @@ def _shown(path: Path) -> Path:
 def say(text: str) -> None:
     """One step of the demo."""
     print(f"==> {text}", flush=True)
+
+
+def _leave(number: int, _: object) -> None:
+    """Unwind, so that everything that was started ends too. Another signal does not disturb that."""
+    signal.signal(number, signal.SIG_IGN)
+    sys.exit(128 + number)
 
 
 if __name__ == "__main__":

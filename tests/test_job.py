@@ -143,7 +143,7 @@ def test_whole_numbers_may_come_as_json_writes_them_elsewhere() -> None:
     ("field", "value", "text"),
     [
         ("timeout_s", 10**400, "'timeout_s' must be a number of seconds"),  # longer than any float
-        ("seed", 2**64, "'seed' must be 'random', 'next' or a whole number"),
+        ("seed", 2**64, "'seed' must be 'random' or -1, 'next', or a whole number"),
         ("outputs", "9", "'outputs' must be a list of node ids"),
         ("comfy_org_api_key", 7, "'comfy_org_api_key' must be a string"),  # not the worker's own key in its place
         ("extra_pnginfo", "{}", "'extra_pnginfo' must be an object"),

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import subprocess
+import sys
 import time
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,10 +17,10 @@ import pytest
 from devkit import nodes
 from devkit.control_plane import ControlPlane, ProductionWorker
 from devkit.engine.build import engine_args
+from devkit.local_worker import PROJECT, free_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     from devkit.control_plane.faults import FaultKind
     from devkit.engine.build import Engine
@@ -316,3 +320,46 @@ def test_an_endpoint_that_refuses_is_asked_again_with_pauses(start: Start) -> No
     plane.wait_until(lambda: rule.fired == 3, 60)
     assert plane.submit(tiny(1)).result(60)["status"] == "COMPLETED"
     assert worker.log().count("RunPod could not be asked for a job") == 3
+
+
+SERVING_DEMO = """
+import sys
+from pathlib import Path
+from devkit import demo
+demo.FOLDER = Path(sys.argv[1])
+sys.exit(demo.main(["--serve", "--port", sys.argv[2]]))
+"""
+
+
+def started_with(mark: str) -> list[str]:
+    """The command lines of the living processes that have this in their environment."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if mark.encode() in (process / "environ").read_bytes():
+                found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+    return found
+
+
+def test_a_terminated_demo_ends_what_it_started(engine: Engine, tmp_path: Path) -> None:
+    mark, log, errors = f"DEMO_MARK={tmp_path}", tmp_path / "log", tmp_path / "errors"
+    environ = {**os.environ, "DEMO_MARK": str(tmp_path)}
+    command = [sys.executable, "-c", SERVING_DEMO, str(tmp_path), str(free_port())]
+    with log.open("w") as output, errors.open("w") as said:
+        demo = subprocess.Popen(command, cwd=PROJECT, env=environ, stdout=output, stderr=said)
+    try:
+        until_s = time.monotonic() + 180
+        while not any(line.startswith("tail ") for line in started_with(mark)):
+            assert demo.poll() is None, errors.read_text()
+            assert time.monotonic() < until_s, log.read_text()
+            time.sleep(0.05)
+        running = started_with(mark)
+        assert any("-m worker" in line for line in running)
+        assert any("main.py" in line for line in running), "ComfyUI"
+        demo.terminate()
+        assert demo.wait(60) == 128 + signal.SIGTERM
+        assert started_with(mark) == []
+        assert "Traceback" not in errors.read_text()
+    finally:
+        demo.terminate()
+        demo.wait(60)

@@ -233,7 +233,7 @@ def _seconds(value: object) -> float | None:
     if seconds == 0:
         return None
     if not (math.isfinite(seconds) and seconds > 0):
-        raise FieldInvalid("timeout_s", "must be a number of seconds greater than 0")
+        raise FieldInvalid("timeout_s", "must be a number of seconds, 0 or more; 0 sets no limit of its own")
     return seconds
 
 
@@ -267,7 +267,7 @@ def _seed(value: object) -> str | int | None:
         return "random"
     number = _whole(value)
     if number is None or not 0 <= number <= _LARGEST_SEED:
-        raise FieldInvalid("seed", f"must be 'random', 'next' or a whole number from 0 to {_LARGEST_SEED}")
+        raise FieldInvalid("seed", f"must be 'random' or -1, 'next', or a whole number from 0 to {_LARGEST_SEED}")
     return number
 
 
