@@ -115,8 +115,9 @@ def _workflow(name: str) -> dict[str, Any]:
     try:
         value = json.loads(data.decode(json.detect_encoding(data)))
     except (ValueError, RecursionError) as exc:
+        why = str(exc).partition(";")[0]
         raise FileUnreadable(
-            f"is neither JSON ({exc}) nor a PNG, WEBP, MP4 or WEBM: give a workflow as ComfyUI saves or exports it",
+            f"is neither JSON ({why}) nor a PNG, WEBP, MP4 or WEBM: give a workflow as ComfyUI saves or exports it",
             _shown(name),
         ) from None
     if not isinstance(value, dict):

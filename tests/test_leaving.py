@@ -341,7 +341,8 @@ def started_with(mark: str) -> list[str]:
     return found
 
 
-def test_a_terminated_demo_ends_what_it_started(engine: Engine, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("engine")
+def test_a_terminated_demo_ends_what_it_started(tmp_path: Path) -> None:
     mark, log, errors = f"DEMO_MARK={tmp_path}", tmp_path / "log", tmp_path / "errors"
     environ = {**os.environ, "DEMO_MARK": str(tmp_path)}
     command = [sys.executable, "-c", SERVING_DEMO, str(tmp_path), str(free_port())]

@@ -434,7 +434,11 @@ def test_standard_input_is_read(desk: Desk, monkeypatch: pytest.MonkeyPatch, cap
     assert "standard input: 1 model, 1 there" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("data", [b"not json", b"\xff\xfe", png(), png(prompt="{")], ids=["text", "bytes", "no text", "half"])
+@pytest.mark.parametrize(
+    "data",
+    [b"not json", b"\xff\xfe", png(), png(prompt="{"), b'{"1": ' + b"1" * 5000 + b"}"],
+    ids=["text", "bytes", "no text", "half", "digits"],
+)
 def test_what_is_no_workflow_at_all_is_a_wrong_argument(
     desk: Desk, data: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -443,6 +447,7 @@ def test_what_is_no_workflow_at_all_is_a_wrong_argument(
     assert plan.run([str(path)], Settings.from_env(desk.environ)) == 2
     said = capsys.readouterr()
     assert said.err.startswith(f"error: {path}: ")
+    assert "sys." not in said.err
     assert said.out == ""
 
 

@@ -24,6 +24,7 @@ from worker.models.seals import read_seal
 from worker.models.spec import HubFile, ModelSpec
 from worker.models.store import Store
 from worker.models.wire import Network
+from worker.seed import seeding
 from worker.seed.bucket import DATACENTERS
 from worker.seed.cli import FAILED, STOPPED, USAGE, run
 
@@ -218,6 +219,23 @@ def test_one_that_fails_leaves_the_others_alone(desk: Desk) -> None:
     assert desk.models == ["vae/b.safetensors"]
 
 
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_fetched(desk: Desk) -> None:
+    desk.stand_in.clear_log()
+    code, text = desk.run("loras=hf://org/open/a.safetensors", "--volume", "/proc")
+    assert code == FAILED
+    assert "/proc cannot be written (No such file or directory): mount it writable" in text
+    assert desk.stand_in.bytes_sent("*a.safetensors") == 0
+
+
+def test_a_source_that_does_not_answer_is_named_while_it_is_waited_for(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(seeding, "_SLOW_S", 0.05)
+    for argv in (["--dry-run"], []):
+        desk.stand_in.fault("status", count=1)
+        code, text = desk.run("loras=hf://org/open/a.safetensors", *argv)
+        assert code == 0
+        assert "waiting for an answer of 127.0.0.1 about 1 model" in text
+
+
 class Terminal(io.StringIO):
     """What a person sits at."""
 
@@ -252,6 +270,7 @@ def _codes(desk: Desk) -> list[str | None]:
         (["flux_dev_chekpoint_example"], "flux_dev_checkpoint_example"),
         (["hf://org/open/a.safetensors"], "--folder"),
         (["hf://nonsense", "--folder", "vae"], "hf://org/repo"),
+        (["loras=hf://a"], "The argument loras=hf://a is wrong: "),
         (["--s3", "vol"], "EU-RO-1"),
         (["--s3", "vol", "--datacenter", "EU-XX-9"], ", ".join(DATACENTERS)),
         (["--s3", "vol", "--datacenter", "EU-RO-1"], "RUNPOD_S3_ACCESS_KEY_ID and RUNPOD_S3_SECRET_ACCESS_KEY"),

@@ -318,6 +318,9 @@ def test_two_meanings_in_one_manifest(catalog: Path) -> None:
     assert caught.value.details() == ["line 14: vae/x.gguf has another source than at line 3; keep one of the two"]
 
 
+DIGITS = "1" * 5000  # more than Python reads a number of
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -333,6 +336,10 @@ def test_two_meanings_in_one_manifest(catalog: Path) -> None:
         ('[{"folder": "vae", "source": "x", "name": "y"}]', "entry 1 ('y'): source is no address"),
         ("models:\n  - url: [\n", "it is no YAML"),
         ("models:\n  - 7\n", "entry 1 of 'models' is no object"),
+        (f'{{"models": {DIGITS}}}', "it cannot be read: Exceeds the limit (4300 digits)"),
+        (f"models: {DIGITS}", "it cannot be read: Exceeds the limit (4300 digits)"),
+        (f"models = {DIGITS}", "it cannot be read: Exceeds the limit (4300 digits)"),
+        ('{"models": ' + "[" * 100_000, "it cannot be read: maximum recursion depth exceeded"),
     ],
 )
 def test_a_text_that_is_no_manifest_says_where(catalog: Path, tmp_path: Path, text: str, says: str) -> None:

@@ -1166,7 +1166,7 @@ class SourceChanged(ModelError):
     retryable = True
 
     def __str__(self) -> str:
-        return f"{self.where} changed while it was fetched; send the job again, and pin a revision or a sha256."
+        return f"{self.where} changed while it was fetched; try again, and pin a revision or a sha256."
 
 
 @dataclass(eq=False)
@@ -1294,7 +1294,7 @@ class VolumeFailed(ModelError):
     retryable = True
 
     def __str__(self) -> str:
-        return f"{self.path} failed: {self.reason}; send the job again, and look at the volume if it stays so."
+        return f"{self.path} failed: {self.reason}; try again, and look at the volume if it stays so."
 
 
 @dataclass(eq=False)

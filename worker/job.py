@@ -140,7 +140,7 @@ def _object(value: object) -> dict[str, Any]:
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as exc:
-            raise InputNotJson(f"{exc}") from exc
+            raise InputNotJson(str(exc).partition(";")[0]) from exc
     if not isinstance(value, dict):
         raise InputNotJson("it is no object")
     return value
@@ -153,7 +153,9 @@ def _workflow(value: object) -> object:
     try:
         workflow = json.loads(value)
     except (ValueError, RecursionError) as exc:
-        raise WorkflowInvalid(f"the workflow is a string that is no JSON ({exc}); send the object itself") from exc
+        raise WorkflowInvalid(
+            f"the workflow is a string that is no JSON ({str(exc).partition(';')[0]}); send the object itself"
+        ) from exc
     check_depth(workflow)
     return workflow
 

@@ -452,6 +452,8 @@ def _parse(text: str, title: str) -> SpecList:
         entries = _entries(text)
     except _Malformed as error:
         raise ManifestInvalid(title, [str(error)]) from None
+    except (ValueError, RecursionError) as exc:  # a number of thousands of digits, or brackets as deep
+        raise ManifestInvalid(title, [f"it cannot be read: {str(exc).partition(';')[0]}"]) from None
     specs, problems, odd = _checked(entries)
     if problems:
         raise ManifestInvalid(title, problems)

@@ -57,7 +57,9 @@ def read_document(path: str, saved: Saved | None = None) -> object:
     try:
         return json.loads(data.decode(json.detect_encoding(data)))
     except (ValueError, RecursionError) as exc:
-        raise Unreadable(f"it is no JSON ({exc}): give a workflow as ComfyUI saves or exports it") from None
+        raise Unreadable(
+            f"it is no JSON ({str(exc).partition(';')[0]}): give a workflow as ComfyUI saves or exports it"
+        ) from None
 
 
 def installed(comfyui_dir: Path) -> str | None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Protocol
 
-from worker.errors import ContentMismatch, EnsureCancelled, S3Failed, SeedError, WorkerError
+from worker.errors import ContentMismatch, EnsureCancelled, S3Failed, SeedError, VolumeReadOnly, WorkerError
+from worker.models.disk import FULL
 from worker.models.inventory import Standing
 from worker.models.progress import Meter, Progress
 from worker.plan.lookup import check_promises
@@ -17,6 +20,7 @@ from worker.seed.bucket import UploadGone
 from worker.seed.outcome import NEWER, Outcome
 from worker.seed.relay import Load, Relay, Upload
 from worker.seed.s3volume import S3Volume, new_seal
+from worker.text import forms
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -76,6 +80,7 @@ class MountedFiller:
         """As `Filler.ensure`."""
         model, volume, began_s = f"{spec.folder}/{spec.name}", self.titles[0], time.monotonic()
         try:
+            self._check_writable(spec)
             if replaces is None:
                 found = self._store.ensure(spec, progress, cancel)
             else:
@@ -85,6 +90,23 @@ class MountedFiller:
         how: dict[str, How] = {"downloaded": "sent", "host_cache": "ready", "adopted": "adopted", "by_hand": "by_hand"}
         size_bytes = found.path.stat().st_size
         return [Outcome(model, volume, how.get(found.how, "ready"), size_bytes, found.bytes_fetched, found.seconds)]
+
+    def _check_writable(self, spec: ModelSpec) -> None:
+        """Raise `VolumeReadOnly` at once where a model that is not there cannot be written.
+
+        The store is patient with a network volume, and asks the source first.
+        """
+        layout = self._store.layout
+        if any(os.path.lexists(layout.model(spec.folder, form)) for form in forms(spec.name)):
+            return
+        for path in (layout.model(spec.folder, spec.name), layout.seal(spec.folder, spec.name)):
+            folder = next(above for above in path.parents if above.is_dir())
+            try:
+                with tempfile.TemporaryFile(prefix=".", dir=folder):
+                    pass
+            except OSError as exc:
+                if exc.errno not in FULL:
+                    raise VolumeReadOnly(layout.root, exc.strerror or str(exc)) from exc
 
 
 def _failed(model: str, volume: str, error: WorkerError, began_s: float) -> Outcome:

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import urlsplit
 
 from rich.text import Text
 
 from worker.errors import EnsureCancelled, ModelUnavailable, SeedUsage, VolumeFull
 from worker.models.inventory import Standing
 from worker.models.progress import Progress, size_text
+from worker.models.spec import HubFile
 from worker.plan.items import State
 from worker.plan.lookup import ask
+from worker.plan.screen import count
 from worker.seed import tables
 from worker.seed.dryrun import look_ahead
 from worker.seed.outcome import Outcome
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from worker.models.sources import Sources
     from worker.models.spec import ModelSpec
@@ -32,6 +37,7 @@ FAILED: Final = 1
 
 _AT_ONCE: Final = 3
 _TICK_S: Final = 0.2
+_SLOW_S: Final = 5.0
 
 
 def seed(desk: Desk, place: Place, sources: Sources) -> int:
@@ -49,6 +55,9 @@ def seed(desk: Desk, place: Place, sources: Sources) -> int:
                 screen.say(f"{item.title}: {item.message}")
             else:
                 screen.ended(item.title, [outcome for outcome in outcomes if outcome.model == item.title])
+        for item in wanted:
+            if item.state is State.NO_ANSWER:
+                screen.say(f"{item.title}: {_hosts(desk, [item])} did not answer and is asked again.")
         outcomes += fill(desk, [(item.spec, None) for item in wanted if item.spec], place.filler, screen)
     took_s = time.monotonic() - began_s
     values = [outcome.to_dict() for outcome in outcomes]
@@ -72,13 +81,35 @@ def dry_run(desk: Desk, place: Place, sources: Sources) -> int:
 
 def _items(desk: Desk, sources: Sources) -> tuple[Item, ...]:
     """What is wanted, with what the sources say about it."""
-    items = desk.wants(sources).read(desk.options.whats)
+    hub = urlsplit(desk.settings.hf_endpoint).hostname
+    with _told_when_slow(desk, f"waiting for an answer of {hub} about its files"):
+        items = desk.wants(sources).read(desk.options.whats)
     if not items:
         raise SeedUsage("There is nothing to seed: name a manifest, a workflow, an address or a template; see --help.")
-    asked = ask(items, desk.hub, lambda _: 0, desk.cancel)
+    with _told_when_slow(desk, f"waiting for an answer of {_hosts(desk, items)} about {count(len(items), 'model')}"):
+        asked = ask(items, desk.hub, lambda _: 0, desk.cancel)
     if desk.cancel.is_set():
         raise EnsureCancelled("seeding")
     return asked
+
+
+def _hosts(desk: Desk, items: Iterable[Item]) -> str:
+    """Who is asked about these models."""
+    hub = urlsplit(desk.settings.hf_endpoint).hostname or ""
+    sources = [item.spec.source for item in items if item.spec]
+    return ", ".join(sorted({hub if isinstance(source, HubFile) else source.host for source in sources}))
+
+
+@contextlib.contextmanager
+def _told_when_slow(desk: Desk, text: str) -> Iterator[None]:
+    """Say what is waited for, once that takes long."""
+    timer = threading.Timer(_SLOW_S, desk.tell, [text])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def fill(desk: Desk, wanted: Sequence[tuple[ModelSpec, object]], filler: Filler, screen: Screen) -> list[Outcome]:

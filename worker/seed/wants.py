@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from worker.comfy.rejection import Origin, unknown_nodes
-from worker.errors import FileNotInRepo, RequestError, SeedUsage, WhatUnknown, WorkflowUnknown
+from worker.errors import FileNotInRepo, ManifestInvalid, RequestError, SeedUsage, WhatUnknown, WorkflowUnknown
 from worker.known import known
 from worker.models.sources import Catalog, Sources, SpecList
 from worker.models.spec import HubFile, ModelSpec, parse_source, parse_spec
@@ -91,7 +91,7 @@ class Wants:
 
     def _items(self, what: str) -> Iterable[Item]:
         if _SHORT_LINE.match(what):
-            return self._of_specs(Sources.read(models=what).manifest(), what)
+            return self._of_specs(_short_lines(what), what)
         if "://" in what:
             return self._of_specs(self._addressed(what), what)
         if what == "-" or Path(what).is_file():
@@ -178,6 +178,14 @@ class Wants:
 
     def _saved_names(self) -> list[str]:
         return sorted({name for volume in self._volumes for name in volume.workflow_names()})
+
+
+def _short_lines(what: str) -> Iterable[ModelSpec]:
+    """The models of an argument such as `loras=hf://org/repo/file.safetensors`. Raises `SeedUsage`."""
+    try:
+        return Sources.read(models=what).manifest()
+    except ManifestInvalid as exc:
+        raise SeedUsage(f"The argument {what} is wrong: {'; '.join(exc.problems)}") from exc
 
 
 def _is_manifest(what: str) -> bool:
