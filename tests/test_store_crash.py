@@ -45,7 +45,19 @@ UNSAVED = 2 * (MIB + 128 * 1024)
 STALLED_AT = 400_000
 # What a worker may cost that is killed while they are: a fifth of the file.
 LOST_AT_MOST = UNSAVED + 2 * STALLED_AT
-STEPS = ["locked", "claimed", "bytes", "fetched", "settled", "hashed", "replacing", "replaced", "seal_half_written", "sealed"]
+STEPS = [
+    "asking",
+    "locked",
+    "claimed",
+    "bytes",
+    "fetched",
+    "settled",
+    "hashed",
+    "replacing",
+    "replaced",
+    "seal_half_written",
+    "sealed",
+]
 
 
 @pytest.fixture(scope="module")

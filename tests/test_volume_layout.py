@@ -31,6 +31,8 @@ LAYOUT = Layout(ROOT)
         (".worker/pending/<inode>.json", LAYOUT.pending(7)),
         (".worker/partial/<sha256>/<nonce>.part", LAYOUT.partial("K") / "<nonce>.part"),
         (".worker/partial/<sha256>/<nonce>.journal", LAYOUT.partial("K") / "<nonce>.journal"),
+        (".worker/lookups/<digest>.json", LAYOUT.lookup("<digest>")),
+        (".worker/lookups/<digest>.asking", LAYOUT.lookup_mark("<digest>")),
         (".worker/used/<endpoint>.json", LAYOUT.used("<endpoint>")),
         ("huggingface-cache/hub/models--ORG--NAME/...", LAYOUT.host_cache_repo("ORG/NAME") / "..."),
     ],

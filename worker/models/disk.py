@@ -153,12 +153,15 @@ class Peek:
 
     def exists(self) -> bool:
         """Whether anything is there; raises `OSError` when that cannot be known."""
+        return self.stat() is not None
+
+    def stat(self) -> os.stat_result | None:
+        """Return the stat, or None when nothing is there; raises `OSError` when that cannot be known."""
         try:
             folder = self._open()
-            os.stat(self._name, dir_fd=folder)
+            return os.stat(self._name, dir_fd=folder)
         except FileNotFoundError:
-            return False
-        return True
+            return None
 
     def read(self, most_bytes: int = 64 * 1024) -> bytes:
         """Read the beginning of the file; raises `OSError`."""

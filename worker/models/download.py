@@ -89,6 +89,8 @@ class Task:
     needed_bytes: int = 0
     fetched_bytes: int = 0
     key: str = ""
+    remote: Remote | None = None
+    """What the source said when the file turned out to be another one than the key's."""
 
     def meter(self, phase: Phase, total_bytes: int, report: Listener, done_bytes: int = 0) -> Callable[[int], None]:
         """What turns counts of bytes into progress with a rate, a few times a second."""

@@ -255,6 +255,16 @@ class Hub:
             return self._asked(lambda: self._with_sha256(remote, *listing), str(found), cancel)
         return remote
 
+    def question(self, source: Source) -> str:
+        """Return what look-ups with the same answer have in common: the address, and whether a token goes with it.
+
+        It may hold a secret: it is never shown or stored. Raises `TokenMalformed`.
+        """
+        found = at_endpoint(source, self._endpoint)
+        url, address = (found.url, found.url) if isinstance(found, Url) else (self._endpoint, str(found))
+        credential = self.network.credential(url)
+        return f"{address}\n{bool(credential and credential.token)}"
+
     def list_files(self, folder: HubFile, cancel: CancelToken) -> tuple[str, ...]:
         """Every file of a repository at a revision, in alphabetical order; `folder.path` is not looked at. As `look_up`."""
         return self._asked(lambda: self._ask_files(folder), f"hf://{folder.repo}", cancel)

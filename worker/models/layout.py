@@ -125,6 +125,14 @@ class Layout:
         lock = self.lock(key)
         return lock.with_name(f"{lock.name}.json")
 
+    def lookup(self, digest: str) -> Path:
+        """What a worker tells the others of its look-up of one address."""
+        return self.state / "lookups" / f"{digest}.json"
+
+    def lookup_mark(self, digest: str) -> Path:
+        """The sign that a worker looks the address up just now."""
+        return self.state / "lookups" / f"{digest}.asking"
+
     def host_cache_repo(self, repo: str, repo_type: str = "model") -> Path:
         """A repository's folder in the host cache: `refs/<name>` holds a commit, `snapshots/<commit>/<path>` the files."""
         parts = safe_parts("The repository", repo)

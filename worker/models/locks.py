@@ -47,6 +47,9 @@ class Timing:
     `patience_s` is how long a holder's phase and count of bytes may stay what they are before a waiter goes on without the
     lock, each waiter after one to two times that: that a holder still reports says only that it lives. `lone_patience_s` is the
     same where the file system has no such locks.
+
+    `answer_s` is how long a worker waits for another one's look-up before it asks the source itself, each after one to two
+    times that. It may ask as soon as the same worker has been at it for `quiet_s`.
     """
 
     heartbeat_s: float = 5.0
@@ -59,6 +62,7 @@ class Timing:
     lone_patience_s: float = 6.0
     report_every_s: float = 1.0
     trouble_s: float = 3.0
+    answer_s: float = 10.0
 
 
 @dataclass(frozen=True, slots=True)

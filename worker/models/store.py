@@ -30,6 +30,7 @@ from worker.models.disk import Peek, check_whole, patiently, sha256_of, sync_fol
 from worker.models.download import Download, Hooks, Origin, Ready, Task, Tools, both, forget_pending, write_own_seal
 from worker.models.inventory import path_of, record, sealed, spelled, stamp_of
 from worker.models.locks import Locks, Timing
+from worker.models.lookups import Lookups
 from worker.models.partial import DiskFailed, sweep
 from worker.models.ranges import Tuning
 from worker.models.seals import Seal, now, stat_file, whole_mtime, write_seal
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
     from worker.models.hub import Hub, Remote
     from worker.models.layout import Layout
+    from worker.models.lookups import Answer
     from worker.models.progress import CancelToken, Listener, Progress
     from worker.models.spec import ModelSpec
 
@@ -99,6 +101,7 @@ class Store:
         self._tools = Tools(layout, hub, worker, tuning or Tuning(), hooks or Hooks())
         self._timing = timing or Timing()
         self._locks = Locks(layout, worker, self._timing)
+        self._lookups = Lookups(layout, worker, self._timing)
         self._host_cache = host_cache or layout
         self._hashed: dict[tuple[str, int, int], str] = {}
 
@@ -262,27 +265,49 @@ class Store:
 
     def _once(self, task: Task) -> Ready | None:
         """Adopt or fetch it, once in the fleet; None when somebody changed the scene and it has to be looked at again."""
-        spec = task.spec
-        found = stat_file(task.path)
-        remote = self._look_up(task) if found is None else None
-        key = self._sha256_to_have(spec, found) if found else remote.key if remote else None
-        if key is None:
-            return self._look(task)
-        task.key = key
+        if (found := stat_file(task.path)) is not None:
+            expected = self._sha256_to_have(task.spec, found)
+            return self._locked(task, expected, None) if expected else self._look(task)
+        if task.remote:
+            remote, task.remote = task.remote, None
+            return self._locked(task, remote.key, remote)
+        spec, question = task.spec, self._tools.hub.question(task.spec.source)
+        with self._lookups.turn(question, lambda answer: _fits(spec, answer), task.cancel, task.progress) as turn:
+            if turn.answer:
+                log.info("%s was looked up by %s", spec, turn.answer.by)
+                return self._locked(task, spec.sha256 or turn.answer.key, None)
+            self._tools.hooks.at("asking")
+            own = self._look_up(task)
+            # The others hear of it when they can only wait: else one of them might be first, and have to ask as well.
+            return self._locked(task, own.key, own, lambda: turn.tell(own))
+
+    def _locked(self, task: Task, key: str, remote: Remote | None, tell: Callable[[], None] = lambda: None) -> Ready | None:
+        """As `_once`, of a content. `tell` is called once its lock is this worker's or another's."""
+        spec, task.key = task.spec, key
+
+        def on_wait(progress: Progress) -> None:
+            tell()
+            task.progress(progress)
+
         with self._locks.hold(
             key,
             published=lambda: False,  # `Watch` looks for that
             cancel=task.cancel,
-            on_wait=task.progress,
+            on_wait=on_wait,
             name=f"{spec.folder}/{spec.name}",
         ) as hold:
+            tell()
             self._tools.hooks.at("locked")
             if self._is_ready(task):
                 return Ready(task.path, "ready")
             if (found := stat_file(task.path)) is not None:
                 there: Ready | None = self._adopt(task, found, both(task.progress, hold.report))
             else:
-                there = self._linked(task, remote) if remote else None
+                remote = remote or self._look_up(task)
+                if remote.key != key:
+                    task.remote = remote
+                    return None
+                there = self._linked(task, remote)
             if there and hold.state == "held":
                 sweep(self.layout.partial(key))
             return there or (Download(self._tools, task, remote, hold).run() if remote else None)
@@ -340,6 +365,12 @@ class Store:
             raise ContentMismatch(remote.where, "size", str(spec.size_bytes), str(remote.size_bytes))
         task.needed_bytes = remote.size_bytes
         return replace(remote, sha256=remote.sha256 or spec.sha256)
+
+
+def _fits(spec: ModelSpec, answer: Answer) -> bool:
+    """Whether another worker's answer can be about the model; a wrong pin is for the source itself to deny."""
+    same_content = spec.sha256 in {None, answer.key} or answer.key.startswith("url-")
+    return same_content and spec.size_bytes in {None, answer.size_bytes}
 
 
 class Watch:
