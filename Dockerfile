@@ -15,7 +15,7 @@ ARG BASE_IMAGE=python:3.12-slim-bookworm
 # hadolint ignore=DL3006
 FROM ${BASE_IMAGE} AS comfyui-download
 ARG COMFYUI_REPO=https://github.com/Comfy-Org/ComfyUI
-# The newest release that the whole suite ran on; a tag, a branch or a commit.
+# The newest release that the tests ran on; a tag, a branch or a commit.
 ARG COMFYUI_REF=v0.33.0
 COPY image/fetch_source.py /
 RUN python3 /fetch_source.py "${COMFYUI_REPO}/archive/${COMFYUI_REF}.tar.gz" /source

@@ -1,6 +1,6 @@
 # Two commands matter: `make demo` runs the main job, `make test` runs every test. Both need only Debian's python3 (>= 3.11) with
 # venv and pip; what else they need they install into .venv and the cache (DEVKIT_CACHE, ~/.cache/comfyui-volume-worker).
-# ENGINE_SOURCE=DIR or ENGINE_REF=v0.46.0 runs either, and bench and image-test, on another ComfyUI (devkit/engine/README.md).
+# ENGINE_SOURCE=DIR or ENGINE_REF=v0.34.0 runs either, and bench and image-test, on another ComfyUI (devkit/engine/README.md).
 
 PYTHON ?= python3
 VENV := .venv

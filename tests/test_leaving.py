@@ -361,6 +361,7 @@ def test_a_terminated_demo_ends_what_it_started(tmp_path: Path) -> None:
         assert demo.wait(60) == 128 + signal.SIGTERM
         assert started_with(mark) == []
         assert "Traceback" not in errors.read_text()
+        assert "weights here are tiny and random" in log.read_text()
     finally:
         demo.terminate()
         demo.wait(60)
