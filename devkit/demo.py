@@ -57,7 +57,8 @@ def main(argv: list[str] | None = None) -> int:
     except BuildFailed as exc:
         print(f"demo: {exc}", file=sys.stderr)
         return 1
-    say(f"ComfyUI {installed(engine.comfyui_dir) or 'of an unknown version'}; its weights here are tiny and random, so that pictures are noise")
+    version = installed(engine.comfyui_dir) or "of an unknown version"
+    say(f"ComfyUI {version}; its weights here are tiny and random, so that pictures are noise")
     with hub_process(_publish(weights, FOLDER / "hub")) as hub:
         manifest = _write_manifest(weights, FOLDER / "models.toml")
         say(f"a stand-in of Hugging Face with {_model_count(weights)} tiny models: {hub.endpoint}")
