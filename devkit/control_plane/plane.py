@@ -155,7 +155,7 @@ class ControlPlane:
 
     # --- jobs
 
-    def submit(self, job_input: Any, id: str | None = None, via: Via = "run", **job_fields: Any) -> JobHandle:  # noqa: A002, ANN401 - the job's own words, any JSON
+    def submit(self, job_input: Any, /, id: str | None = None, via: Via = "run", **job_fields: Any) -> JobHandle:  # noqa: A002, ANN401 - the job's own words, any JSON
         """Put a job in the queue. `job_fields` are what a request may have beside `input`: s3Config, policy, webhook.
 
         ValueError for an id that is taken.
