@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from worker.loop import LoopThread
+from worker.loop import Aside, LoopThread, is_large
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -87,3 +87,23 @@ def test_stopping_cancels_what_still_runs() -> None:
     thread.stop()
     assert cancelled.is_set()
     assert future.cancelled()
+
+
+@pytest.mark.parametrize(
+    ("value", "large"),
+    [
+        (None, False),
+        ({"1": {"class_type": "SaveImage", "inputs": {"images": ["2", 0], "filename_prefix": "a"}}}, False),
+        ({str(number): {"class_type": "X", "inputs": {}} for number in range(500)}, False),
+        ({str(number): {} for number in range(6000)}, True),
+        ([[0] * 100 for _ in range(60)], True),
+        ("a" * 1_000, False),
+        ("a" * 100_000, True),
+        ({"a" * 100_000: 1}, True),
+        ([[[["a" * 100_000]]]], True),
+    ],
+)
+def test_what_is_large_is_looked_at_in_a_thread_and_nothing_else(value: object, *, large: bool) -> None:
+    assert is_large(value) == large
+    here = threading.get_ident()
+    assert (asyncio.run(Aside(value)(threading.get_ident)) != here) == large

@@ -15,6 +15,7 @@ from worker.comfy.workflow import bare, is_finite, parse_graph
 from worker.errors import FieldInvalid, NoWorkflowInFile, UiWorkflowInvalid
 from worker.job import check_depth
 from worker.known import known
+from worker.loop import Aside, is_large
 from worker.saved import is_name, read_workflow
 
 if TYPE_CHECKING:
@@ -32,10 +33,11 @@ _SEED_RANGE = 1 << 32
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """The graph to run, and what ComfyUI is to embed in its pictures beside it."""
+    """The graph to run, what ComfyUI is to embed in its pictures beside it, and where it is to be looked at."""
 
     graph: Graph
     extra_pnginfo: dict[str, Any] | None
+    aside: Aside
 
 
 class Workflows:
@@ -45,7 +47,7 @@ class Workflows:
         self._engine = engine
         self._volume = volume
 
-    async def of(self, request: Request, files: JobFiles) -> Given:
+    async def of(self, request: Request, files: JobFiles, aside: Aside) -> Given:
         """The request's graph, seeds and overrides applied; what the client sent stays as it is.
 
         Raises a `RequestError`: nothing is guessed. `InputError` when the file that carries the workflow cannot be had, and
@@ -58,19 +60,21 @@ class Workflows:
         elif is_name(value):
             name, value = str(value), await asyncio.to_thread(read_workflow, self._volume, str(value))
             check_depth(value, f"The workflow '{name}'")
+        if value is not request.workflow and is_large(value):
+            aside = Aside(value)
         value = bare(value)
         controls: Sequence[Control] = ()
         if is_ui(value):
-            graph, controls = await self._converted(value)
+            graph, controls = await self._converted(value, aside)
             # As the editor does: the picture can be dropped into it again, and the models' addresses are in there.
             pnginfo = pnginfo or {"workflow": value}
-            if not await asyncio.to_thread(is_finite, pnginfo):
+            if not await aside(is_finite, pnginfo):
                 raise UiWorkflowInvalid("a number in it is NaN or infinite")
         else:
-            graph = await asyncio.to_thread(parse_graph, value)
+            graph = await aside(parse_graph, value)
         if request.seed is not None or request.set:
-            graph = await asyncio.to_thread(_changed, graph, controls, request)
-        return Given(graph, pnginfo)
+            graph = await aside(_changed, graph, controls, request)
+        return Given(graph, pnginfo, aside)
 
     async def check_classes(self, graph: Graph) -> Graph:
         """Return the graph, known to have only node classes that ComfyUI has: it refuses any other, used or not.
@@ -85,11 +89,11 @@ class Workflows:
             return graph
         return {key: {"_meta": {}, **node} if node["class_type"] in replaced else node for key, node in graph.items()}
 
-    async def _converted(self, ui: Any) -> tuple[Graph, Sequence[Control]]:  # noqa: ANN401 - what the editor saved
-        needed = await asyncio.to_thread(classes, ui)
+    async def _converted(self, ui: Any, aside: Aside) -> tuple[Graph, Sequence[Control]]:  # noqa: ANN401 - what the editor saved
+        needed = await aside(classes, ui)
         info, versions = await asyncio.gather(self._engine.object_info(needed), self._engine.versions())
         converted = await asyncio.to_thread(convert, ui, info, frontend=versions.frontend, comfyui=versions.comfyui)
-        return await asyncio.to_thread(parse_graph, converted.graph), converted.controls
+        return await aside(parse_graph, converted.graph), converted.controls
 
 
 def _changed(graph: Graph, controls: Sequence[Control], request: Request) -> Graph:

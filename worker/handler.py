@@ -41,6 +41,7 @@ from worker.graphs import Workflows
 from worker.job import Request
 from worker.laps import Laps
 from worker.logs import RedactingFilter
+from worker.loop import Aside
 from worker.media.pictures import PictureFormat
 
 if TYPE_CHECKING:
@@ -104,7 +105,8 @@ class JobHandler:
         job_id, laps = str(job.get("id", "?")), Laps()
         log.info("job %s: started", job_id)
         try:
-            around = Around(lambda progress: tell(carried(progress)), engine_free, laps)
+            aside = Aside(job.get("input"))
+            around = Around(lambda progress: tell(carried(progress)), engine_free, laps, aside)
             result: dict[str, Any] = carried((await self._run(job, job_id, around)).to_dict())
             log.info("job %s: finished in %.2f s, %s", job_id, laps.total_s(), contents(result))
         except WorkerError as exc:
@@ -126,7 +128,7 @@ class JobHandler:
         return self._settings.refresh_worker
 
     async def _run(self, job: Mapping[str, Any], job_id: str, around: Around) -> Result:
-        request = await asyncio.to_thread(Request.parse, job.get("input"))
+        request = await around.aside(Request.parse, job.get("input"))
         with self._inputs.of_job(request.files) as files:
             try:
                 return await self._run_request(request, files, job, job_id, around)
@@ -136,20 +138,21 @@ class JobHandler:
     async def _run_request(
         self, request: Request, files: JobFiles, job: Mapping[str, Any], job_id: str, around: Around
     ) -> Result:
-        await asyncio.to_thread(files.check)
-        given = await self._workflows.of(request, files)
+        await around.aside(files.check)
+        given = await self._workflows.of(request, files, around.aside)
         graph, request = given.graph, replace(request, extra_pnginfo=given.extra_pnginfo)
-        await asyncio.to_thread(check_paths, graph)
+        aside = given.aside
+        await aside(check_paths, graph)
         check_outputs(graph, request.outputs)
         graph = await self._workflows.check_classes(graph)
         bucket = self._delivery.job_bucket(job.get("s3Config"))
         if bucket:
             await asyncio.to_thread(bucket.check_reachable)
-        if names := await asyncio.to_thread(respellable_names, graph):
-            graph = renamed(graph, await asyncio.to_thread(files.as_placed, names))
+        if names := await aside(respellable_names, graph):
+            graph = renamed(graph, await aside(files.as_placed, names))
         with around.laps.step("models"):
-            models = await self._as_written(await asyncio.to_thread(named_models, graph))
-            graph = await asyncio.to_thread(with_slashes, graph, models)
+            models = await self._as_written(await aside(named_models, graph))
+            graph = await aside(with_slashes, graph, models)
             await self._ensure_models(graph, models, request, job_id, around.tell)
             if accented := by_name(model for model in models if not model.name.isascii()):
                 graph = with_accents(graph, models, await asyncio.to_thread(self._supply.respelled, accented))
@@ -390,11 +393,12 @@ def by_name(models: Iterable[NamedModel]) -> dict[Name, list[NamedModel]]:
 
 @dataclass(frozen=True, slots=True)
 class Around:
-    """What a job has beside its input: who hears of its progress, who waits for the engine, and its clock."""
+    """What a job has beside its input: who hears of its progress, who waits for the engine, its clock, and where it is read."""
 
     tell: Tell
     engine_free: Callable[[], None]
     laps: Laps
+    aside: Aside
 
 
 def made_again(graph: Graph, nodes: Collection[str], nonce: str) -> Graph:

@@ -9,12 +9,47 @@ from __future__ import annotations
 import asyncio
 import threading
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Callable, Coroutine
 
 T = TypeVar("T")
+P = ParamSpec("P")
+
+_SMALL = 5000
+_CHARACTERS = 16
+
+
+class Aside:
+    """Runs what a request sizes without holding up the loop: in a thread, and where the request is small, in place.
+
+    A thread costs a tenth of a millisecond each time, and a small request is looked at for less than a tenth of that.
+    """
+
+    def __init__(self, value: object) -> None:
+        self._large = is_large(value)
+
+    async def __call__(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Return what the function returns."""
+        return await asyncio.to_thread(function, *args, **kwargs) if self._large else function(*args, **kwargs)
+
+
+def is_large(value: object) -> bool:
+    """Return whether JSON has more than some thousand values, or that many times sixteen characters. Stops there."""
+    cost, left = 0, [value]
+    while left and cost <= _SMALL:
+        item = left.pop()
+        if isinstance(item, str):
+            cost += len(item) // _CHARACTERS
+        elif isinstance(item, (dict, list)):
+            cost += len(item)
+            if cost <= _SMALL and isinstance(item, dict):
+                cost += sum(len(key) // _CHARACTERS for key in item if isinstance(key, str))
+                left.extend(item.values())
+            elif cost <= _SMALL:
+                left.extend(item)
+    return cost > _SMALL
 
 
 class LoopThread:

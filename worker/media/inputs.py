@@ -69,7 +69,7 @@ class JobFiles:
         put aside meanwhile. Raises `UnsafePath`, `InputNameInvalid`, `ImageNotBase64`, `InputTooLarge`, `InputNotStored`, and
         what `Fetcher.fetch` raises, naming the file.
         """
-        wanted = await asyncio.to_thread(self.check)
+        wanted = self.check() if len(self._files) <= _AT_ONCE else await asyncio.to_thread(self.check)
         if not wanted:
             yield
             return
