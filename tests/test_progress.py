@@ -43,6 +43,7 @@ PROGRAM = """
     import asyncio, os
     from pathlib import Path
     from types import SimpleNamespace
+    from worker.clock import RunningClock
     from worker.loop import LoopThread
     from worker.serve import import_sdk, prepare_environ, serve
 
@@ -71,7 +72,8 @@ PROGRAM = """
     if __name__ == "__main__":
         prepare_environ(os.environ)
         import_sdk([])
-        serve(SimpleNamespace(loop=LoopThread("engine-loop"), handler=Handler()), [], os.environ)
+        worker = SimpleNamespace(loop=LoopThread("engine-loop"), handler=Handler(), clock=RunningClock())
+        serve(worker, [], os.environ)
 """
 
 
