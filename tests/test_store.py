@@ -763,6 +763,19 @@ def test_nor_one_that_appears_at_the_very_last_moment(setup: Setup) -> None:
     assert setup.litter() == []
 
 
+def test_nothing_is_left_where_another_worker_published_and_swept_up_at_the_very_last_moment(setup: Setup) -> None:
+    class Faster(Hooks):
+        def at(self, step: str) -> None:
+            if step == "replacing" and not setup.final.exists():
+                setup.put(WEIGHTS)
+                for partial in (setup.layout.state / "partial").rglob("*"):
+                    if partial.is_file():
+                        partial.unlink()
+
+    assert setup.store(hooks=Faster()).ensure(replace(SPEC, sha256=SHA256)).how == "adopted"
+    assert setup.litter() == []
+
+
 def test_a_broken_link_in_its_place_is_replaced_by_the_file(setup: Setup) -> None:
     setup.final.parent.mkdir(parents=True)
     setup.final.symlink_to(setup.volume / "gone")

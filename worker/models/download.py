@@ -273,7 +273,15 @@ class Download:
         if path.is_symlink():
             log.warning("replacing the broken link %s -> %s", path, path.readlink())
         self._at("replacing")
-        if not patiently(lambda: partial.publish(path, over=over)):
+        try:
+            published = patiently(lambda: partial.publish(path, over=over))
+        except Taken:
+            # Who goes on with it removes the record with the seal. Where another file has the name by now, nobody does.
+            there = stat_file(path)
+            if there is not None and there.st_ino != inode:
+                pending.unlink(missing_ok=True)
+            raise
+        if not published:
             pending.unlink(missing_ok=True)
             partial.discard()
             return None
