@@ -1,6 +1,6 @@
 """How soon a worker lets go: of itself when it is ended, and of a job that is cancelled. Against a stand-in of RunPod.
 
-    leaving_idle_s          SIGTERM to an idle worker until its process and its ComfyUI are gone     bound 1.0
+    leaving_idle_s          SIGTERM to an idle worker until its process and its ComfyUI are gone     bound 2.0
     cancel_to_next_job_s    a job is cancelled while it samples: until the result of the job that
                             waits behind it, less what such a job takes otherwise                    bound 2.0
 
@@ -28,7 +28,8 @@ from devkit.engine.models import make_volume
 if TYPE_CHECKING:
     from devkit.control_plane import JobHandle
 
-LEAVING_BOUND_S, CANCEL_BOUND_S = 1.0, 2.0
+# A worker that leaves waits 1.5 s for a job that may be on its way.
+LEAVING_BOUND_S, CANCEL_BOUND_S = 2.0, 2.0
 USUAL = 5
 TIMEOUT_S = 60.0
 TINY = 1
