@@ -186,7 +186,8 @@ class _Builder:
 
     def create_venv(self) -> None:
         """Make the venv, with the stand-ins in it, before anything asks pip for the real ones."""
-        self._run(sys.executable, "-m", "venv", self._engine.root / "venv")
+        # By the interpreter itself: the cache outlives the venv of the checkout that this may run in.
+        self._run(Path(sys.executable).resolve(), "-m", "venv", self._engine.root / "venv")
         wheels = self._engine.root / "wheels"
         wheels.mkdir()
         self._pip("install", "--no-compile", "--no-deps", "--no-index", *write_wheels(wheels))
