@@ -12,7 +12,6 @@ import asyncio
 import contextlib
 import json
 import logging
-import re
 import time
 import uuid
 from dataclasses import dataclass, field
@@ -36,6 +35,7 @@ from worker.errors import (
     RunTimedOut,
     WorkerError,
 )
+from worker.known import older
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -65,7 +65,7 @@ _REMEMBERED = 20
 _CLOSE_S = 0.5
 # Each open question is a connection; a workflow may name thousands of classes.
 _QUESTIONS_AT_ONCE = 16
-OLDEST = (0, 3, 75)
+OLDEST = "0.3.75"
 """The oldest ComfyUI that the worker is tested on."""
 
 
@@ -87,8 +87,8 @@ class Versions:
     @property
     def too_old(self) -> bool:
         """Whether this is a ComfyUI from before the oldest one that the worker is tested on."""
-        numbers = re.match(r"v?(\d+)\.(\d+)(?:\.(\d+))?", self.comfyui or "")
-        return numbers is not None and tuple(int(number or 0) for number in numbers.groups()) < OLDEST
+        version = self.comfyui or ""
+        return version.removeprefix("v")[:1].isdigit() and older(version, OLDEST)
 
 
 @dataclass(frozen=True, slots=True)

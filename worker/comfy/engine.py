@@ -234,11 +234,10 @@ class Engine:
             "ComfyUI %s (editor %s)", versions.comfyui or "of a version that it does not tell", versions.frontend or "unknown"
         )
         if versions.too_old:
-            oldest = ".".join(map(str, OLDEST))
             log.warning(
                 "ComfyUI %s is older than %s, the oldest that this worker is tested on: take an image with a newer one",
                 versions.comfyui,
-                oldest,
+                OLDEST,
             )
 
     async def _watch(self) -> None:
