@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import random
 import re
 import shlex
 import signal
@@ -28,6 +30,8 @@ PROJECT = Path(__file__).resolve().parent.parent
 START_TIMEOUT_S = 120.0
 JOB_TIMEOUT_S = 600.0
 _POLL_S = 0.01
+_PORTS = range(20_000, 30_000)  # Linux gives none of them to an outgoing connection or to a server that asks for any port
+_claims: list[socket.socket] = []
 _SPAWNED = re.compile(r"Starting ComfyUI \(pid (\d+)\)")
 
 
@@ -36,10 +40,23 @@ class WorkerExitedError(RuntimeError):
 
 
 def free_port() -> int:
-    """A TCP port nobody listens on at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a TCP port that nobody listens on, and that no other process of the kit is given while this one lives.
+
+    Raises `OSError` when all are taken.
+    """
+    for port in random.sample(_PORTS, len(_PORTS)):
+        # The name of an abstract socket is free again when the process ends, however it ends.
+        claim = socket.socket(socket.AF_UNIX)
+        try:
+            claim.bind(f"\0comfyui-volume-worker/port/{port}")
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", port))
+        except OSError:
+            claim.close()
+        else:
+            _claims.append(claim)
+            return port
+    raise OSError(errno.EADDRINUSE, f"the ports {_PORTS.start} to {_PORTS.stop - 1} are all taken")
 
 
 def engine_environ(engine: Engine, base_dir: Path, port: int) -> dict[str, str]:

@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from yarl import URL
 
+from devkit.local_worker import free_port
 from worker.errors import (
     InputError,
     InputNotServed,
@@ -452,8 +453,8 @@ def test_what_speaks_no_http_or_nobody_answers(run_async: RunAsync, tmp_path: Pa
             writer.write(b"220 mail.test ESMTP\r\n\r\n")
             writer.close()
 
-        async with await asyncio.start_server(babble, "127.0.0.1", 0) as server:
-            port = server.sockets[0].getsockname()[1]
+        port = free_port()  # no other process gets it once the server is closed
+        async with await asyncio.start_server(babble, "127.0.0.1", port):
             with pytest.raises(InputUnreachable, match="not HTTP"):
                 await fetch(f"http://{FILES}:{port}/a", tmp_path)
         with pytest.raises(InputUnreachable, match="connection refused"):
