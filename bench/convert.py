@@ -28,7 +28,7 @@ from devkit.editor import INFO, large, node, subgraph, ui
 from devkit.engine.build import engine_args, ensure_engine
 from devkit.engine.cache import cache_root
 from scripts.make_catalog import fetch_wheel, templates
-from worker.comfy.convert import convert
+from worker.editor.convert import convert
 from worker.errors import UiWorkflowInvalid, UnknownNodes
 from worker.models.sources import embedded_models
 

@@ -42,9 +42,9 @@ from bench.report import Figure, leave_out, median, parse_args, report
 from devkit.engine.build import ensure_engine
 from devkit.local_worker import PROJECT
 from devkit.moosefs import MooseFS, available
-from worker.models.layout import Layout
-from worker.models.seals import Seal, write_seal
-from worker.models.used import UsedModels
+from worker.store.layout import Layout
+from worker.store.seals import Seal, write_seal
+from worker.warmup.recent_models import UsedModels
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -16,13 +16,13 @@ import time
 from typing import TYPE_CHECKING
 
 from worker.__main__ import with_custom_nodes
-from worker.comfy.process import EngineCommand, EngineProcess, prepare_base_dir
+from worker.engine.process import EngineCommand, EngineProcess, prepare_base_dir
 from worker.settings import Settings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from worker.warmth import Warmth
+    from worker.warmup.warmup import Warmth
 
 ENDPOINT = "bench"
 _NO_HUB = "http://127.0.0.1:9"
@@ -48,13 +48,13 @@ def main(argv: Sequence[str]) -> None:
 
 def import_all() -> float:
     """Import what the worker imports on its way to its models; seconds since the process began."""
-    import worker.comfy.custom_nodes  # noqa: PLC0415 - in the order in which the worker does
-    import worker.models.hub  # noqa: PLC0415 - as above
-    import worker.models.locks  # noqa: PLC0415 - as above
+    import worker.engine.custom_nodes  # noqa: PLC0415 - in the order in which the worker does
+    import worker.fetch.http  # noqa: PLC0415 - as above
+    import worker.fetch.hub  # noqa: PLC0415 - as above
     import worker.models.sources  # noqa: PLC0415 - as above
-    import worker.models.store  # noqa: PLC0415 - as above
-    import worker.models.wire  # noqa: PLC0415 - as above
-    import worker.warmth  # noqa: F401, PLC0415 - as above
+    import worker.store.locks  # noqa: PLC0415 - as above
+    import worker.store.store  # noqa: PLC0415 - as above
+    import worker.warmup.warmup  # noqa: F401, PLC0415 - as above
     from worker.boot import process_start  # noqa: PLC0415 - as above
 
     return time.monotonic() - process_start()
@@ -63,7 +63,7 @@ def import_all() -> float:
 def run(settings: Settings) -> None:
     """As `run_worker` does around the spawn, and as `Worker.start` does in its thread for the models."""
     from worker.boot import Timeline, Worker  # noqa: PLC0415 - imported by import_all
-    from worker.warmth import Warmth  # noqa: PLC0415 - as above
+    from worker.warmup.warmup import Warmth  # noqa: PLC0415 - as above
 
     prepare_base_dir(settings)
     command = EngineCommand(_STAND_IN, settings.base_dir, os.environ)

@@ -31,7 +31,7 @@ from bench.report import Figure, Options, leave_out, parse_args, report
 from devkit.engine.build import ensure_engine
 from devkit.listing import ComfyListing
 from devkit.moosefs import MooseFS, available
-from worker.models.links import LARGE_FOLDER, ModelLinks
+from worker.links.model_links import LARGE_FOLDER, ModelLinks
 
 if TYPE_CHECKING:
     import argparse

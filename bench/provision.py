@@ -28,19 +28,19 @@ from devkit.fleet import Fleet, Worker
 from devkit.hub import hub_process
 from devkit.local_worker import PROJECT
 from devkit.moosefs import MooseFS, available
-from worker.models.layout import Layout
-from worker.models.links import ModelLinks
-from worker.models.locks import Locks
-from worker.models.progress import Progress
-from worker.models.seals import Seal, write_seal
+from worker.base.progress import Progress
+from worker.links.model_links import ModelLinks
+from worker.models.job_models import Supply
 from worker.models.sources import Sources
-from worker.models.supply import Supply
+from worker.store.layout import Layout
+from worker.store.locks import Locks
+from worker.store.seals import Seal, write_seal
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from devkit.hub import RemoteHub
-    from worker.models.provision import Ensurer
+    from worker.models.download_queue import Ensurer
 
 REPO, FILE = "org/large", "large.safetensors"
 SIZE_BYTES, SHORT_BYTES = 3 * 10**9, 3 * 10**8
@@ -62,11 +62,11 @@ READY_BOUNDS_MS = {"ext4": 100.0, "moosefs": 1000.0}
 _OURS = """
 import json, resource, sys, time
 from pathlib import Path
-from worker.models.hub import Hub, credentials
-from worker.models.layout import Layout
-from worker.models.spec import HubFile, ModelSpec
-from worker.models.store import Store
-from worker.models.wire import Network
+from worker.fetch.hub import Hub, credentials
+from worker.store.layout import Layout
+from worker.spec import HubFile, ModelSpec
+from worker.store.store import Store
+from worker.fetch.http import Network
 root, endpoint, repo, file = sys.argv[1:5]
 store = Store(Layout(Path(root)), Hub(endpoint, Network(credentials(endpoint, None, None))), "bench")
 idle_kb = int(Path("/proc/self/statm").read_text().split()[1]) * 4
@@ -108,9 +108,9 @@ _ARIA2C = (
 _WAIT = """
 import contextlib, sys, threading
 from pathlib import Path
-from worker.models.layout import Layout
-from worker.models.locks import Locks, Timing
-from worker.models.store import Watch
+from worker.store.layout import Layout
+from worker.store.locks import Locks, Timing
+from worker.store.store import Watch
 layout, key = Layout(Path(sys.argv[1])), sys.argv[2]
 path = layout.model("checkpoints", "model.safetensors")
 heard = lambda progress: print("heard" if progress.total_bytes else "waits", flush=True)

@@ -21,17 +21,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from worker.errors import WorkerError
-from worker.models.hub import Hub, credentials
-from worker.models.layout import Layout
-from worker.models.ranges import Tuning
-from worker.models.spec import HubFile, ModelSpec, Source, Url
-from worker.models.store import Hooks, Store, Timing
-from worker.models.wire import Network
+from worker.fetch.http import Network
+from worker.fetch.hub import Hub, credentials
+from worker.fetch.ranges import Tuning
+from worker.spec import HubFile, ModelSpec, Source, Url
+from worker.store.layout import Layout
+from worker.store.store import Hooks, Store, Timing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from worker.models.progress import Progress
+    from worker.base.progress import Progress
 
 PROJECT = Path(__file__).resolve().parents[1]
 MIB = 1024 * 1024

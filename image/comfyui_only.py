@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from worker import logs
 from worker.__main__ import with_custom_nodes
-from worker.comfy.process import EngineCommand, EngineProcess, prepare_base_dir
+from worker.engine.process import EngineCommand, EngineProcess, prepare_base_dir
 from worker.errors import WorkerError
 from worker.settings import Settings
 
@@ -36,8 +36,8 @@ def run(environ: Mapping[str, str]) -> int:
     process = EngineProcess.spawn(command)
     signal.signal(signal.SIGTERM, lambda *_: process.stop())
 
-    from worker.comfy.custom_nodes import report_failures  # noqa: PLC0415 - after the spawn: ComfyUI boots meanwhile
-    from worker.models.links import ModelLinks  # noqa: PLC0415 - as above
+    from worker.engine.custom_nodes import report_failures  # noqa: PLC0415 - after the spawn: ComfyUI boots meanwhile
+    from worker.links.model_links import ModelLinks  # noqa: PLC0415 - as above
 
     links = ModelLinks(settings.base_dir / "models", [settings.volume_path / "models"], within=[settings.volume_path])
     reported = False

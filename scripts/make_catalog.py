@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from worker.models.sources import CATALOG, embedded_models
-from worker.models.spec import ModelSpec, parse_spec
+from worker.spec import ModelSpec, parse_spec
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence

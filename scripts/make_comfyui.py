@@ -28,7 +28,7 @@ if str(PROJECT) not in sys.path:
 
 from devkit.engine.cache import cache_root  # noqa: E402 - found through the path above
 from scripts.make_catalog import fetch_wheel, graphs_in, templates  # noqa: E402 - as above
-from worker.known import KNOWN  # noqa: E402 - as above
+from worker.comfyui_data import KNOWN  # noqa: E402 - as above
 from worker.models.sources import embedded_models  # noqa: E402 - as above
 
 if TYPE_CHECKING:

@@ -25,9 +25,19 @@ pytest_plugins = ["devkit.pytest_moosefs"]
 SLOW = frozenset(
     f"test_{name}.py"
     for name in (
-        *("delivery", "devkit_engine", "devkit_hub", "docs", "doctor", "editor_workflows", "failure", "fetch", "fuzz", "hub"),
-        *("image_files", "links", "locks", "moosefs", "plan_editor", "progress", "provision", "proxies", "requirements"),
-        *("run_workflow", "seed", "seed_s3", "store", "store_crash", "windows", "xet"),
+        *(
+            "delivery",
+            "devkit_engine",
+            "devkit_hub",
+            "docs",
+            "doctor",
+            "download_queue",
+            "editor_workflows",
+            "error_reply",
+            "fuzz",
+        ),
+        *("hub", "image_files", "links", "locks", "moosefs", "plan_editor", "progress_posts", "proxies"),
+        *("requirements", "run_workflow", "seed", "seed_s3", "store", "store_crash", "url_inputs", "windows", "xet"),
     )
 )
 """Files whose tests start servers and processes, or wait for them."""

@@ -8,44 +8,14 @@ from pathlib import Path
 import pytest
 
 from devkit.local_worker import PROJECT
-from worker.comfy import workflow
-from worker.models import spec
 
 WORKER = PROJECT / "worker"
-# From the top down; a module imports only from levels below its own. Modules of one level do not know each other.
-HALL = [
-    ["__main__"],
-    ["seed"],
-    ["serve", "boot", "plan", "doctor", "convert"],
-    ["handler", "intake", "warmth"],
-    ["graphs"],
-    ["saved"],
-    ["loop", "logs", "progress", "laps"],
-    ["job", "settings", "failure", "volume"],
-    ["errors", "clock", "known", "text"],
-]
-WINGS = ["models", "comfy", "media"]
-EDITOR = [
-    f"comfy/{name}"
-    for name in (
-        *("convert", "ui_graph", "ui_values", "ui_text", "widgets", "sheets", "parts", "promoted", "primitives", "resolve"),
-        *("overrides", "embedded"),
-    )
-]
+PAGE = PROJECT / "ARCHITECTURE.md"
 PURE = [
-    "job",
-    "settings",
-    "errors",
-    "failure",
-    "media/guard",
-    "comfy/events",
-    "comfy/workflow",
-    "comfy/rejection",
-    "models/spec",
-    "models/layout",
-    "doctor/findings",
-    "doctor/screen",
-    *EDITOR,
+    *("job", "settings", "errors", "error_reply", "spec", "base/text", "base/progress"),
+    *("media/address_guard", "store/layout", "doctor/findings", "doctor/screen"),
+    *("engine/events", "graph/graph", "graph/overrides", "graph/rejection"),
+    *(f"editor/{path.stem}" for path in (WORKER / "editor").glob("*.py") if path.name != "__init__.py"),
 ]
 IMPURE_IMPORTS = {
     "os",
@@ -90,25 +60,46 @@ def imports(module: str) -> set[str]:
     return found
 
 
-def level(module: str) -> int:
-    """The module's height: wings lie between the handler and the values."""
-    name = module.split("/", maxsplit=1)[0]
-    if name in WINGS:
-        return 6
-    return next(index for index, names in enumerate(HALL) if name in names)
+def wing(module: str) -> str:
+    """The folder of a module, or the module itself where it lies beside the folders."""
+    return module.split("/", maxsplit=1)[0]
 
 
-@pytest.mark.parametrize("module", modules())
-def test_arrows_run_downwards_only(module: str) -> None:
-    package = module.split("/", maxsplit=1)[0] if "/" in module else None
-    for imported in imports(module):
-        if not imported.startswith("worker."):
-            continue
-        target = imported.removeprefix("worker.").replace(".", "/")
-        if package and target.split("/")[0] == package:
-            continue
-        assert not (package in WINGS and target.split("/")[0] in WINGS), f"{module} imports another wing: {imported}"
-        assert level(target) > level(module), f"{module} imports upwards: {imported}"
+def arrows() -> dict[str, set[str]]:
+    """Which wings each wing imports."""
+    found: dict[str, set[str]] = {}
+    for module in modules():
+        targets = {
+            name.removeprefix("worker.").replace(".", "/") for name in imports(module) if name.startswith("worker.")
+        } - set(wings())
+        found.setdefault(wing(module), set()).update(wing(target) for target in targets)
+    return {name: targets - {name, "__init__"} for name, targets in found.items()}
+
+
+def wings() -> list[str]:
+    return sorted({module.split("/", maxsplit=1)[0] for module in modules() if "/" in module})
+
+
+def drawn_arrows() -> dict[str, set[str]]:
+    """The arrows on the page, one wing a line: `name -> name, name`. A line names only wings of lines above it."""
+    block = PAGE.read_text("utf-8").partition("<!-- arrows -->\n```\n")[2].partition("```")[0]
+    found: dict[str, set[str]] = {}
+    for line in block.splitlines():
+        name, _, targets = line.partition("->")
+        found[name.strip()] = {target.strip() for target in targets.split(",") if target.strip()}
+    return found
+
+
+def test_the_page_draws_the_arrows_that_the_imports_make() -> None:
+    assert drawn_arrows() == arrows()
+
+
+def test_arrows_run_in_one_direction_only() -> None:
+    """Each line names only wings of lines above it, so that there is no circle."""
+    above: set[str] = set()
+    for name, targets in drawn_arrows().items():
+        assert targets <= above, f"{name} imports upwards: {targets - above}"
+        above.add(name)
 
 
 @pytest.mark.parametrize("module", PURE)
@@ -125,11 +116,6 @@ def test_the_environment_is_read_in_one_place(module: str) -> None:
 @pytest.mark.parametrize("module", modules())
 def test_a_module_says_what_it_is_for(module: str) -> None:
     assert ast.get_docstring(ast.parse((WORKER / f"{module}.py").read_text("utf-8")))
-
-
-def test_what_two_wings_say_each_for_itself_is_the_same() -> None:
-    """A wing cannot import another, so each has this table."""
-    assert set(workflow.WEIGHT_SUFFIXES) == set(spec.WEIGHT_SUFFIXES)
 
 
 def test_the_architecture_document_names_every_module() -> None:

@@ -11,7 +11,7 @@ from devkit.demo import chart
 from devkit.local_worker import PROJECT
 from worker.boot import Timeline, process_start
 from worker.errors import NothingToServe
-from worker.serve import _processor_name, prepare_environ, sdk_arguments
+from worker.sdk.serve import _processor_name, prepare_environ, sdk_arguments
 from worker.settings import Settings
 
 

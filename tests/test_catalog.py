@@ -11,9 +11,9 @@ import pytest
 
 from devkit.engine.cache import cache_root
 from scripts.make_catalog import VERSION, WHEEL, catalog_text, check_wheel, chosen, fetch_wheel, save, templates
-from worker.comfy.workflow import WEIGHT_SUFFIXES, check_paths, named_models, parse_graph
+from worker.graph.graph import check_paths, named_models, parse_graph
 from worker.models.sources import CATALOG, Catalog, Sources
-from worker.models.spec import HubFile, ModelSpec
+from worker.spec import WEIGHT_SUFFIXES, HubFile, ModelSpec
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from worker.clock import RunningClock, within
+from worker.base.clock import RunningClock, within
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -107,7 +107,7 @@ def test_a_limit_by_this_clock_ends_when_the_time_has_passed_for_us(run_async: R
 def test_a_process_that_was_stopped_knows_it() -> None:
     code = (
         "import time\n"
-        "from worker.clock import RunningClock\n"
+        "from worker.base.clock import RunningClock\n"
         "clock = RunningClock(late_s=1.5).start()\n"
         "clock.on_thaw(lambda seconds: print(f'frozen {seconds:.1f} after {clock() - began:.1f}', flush=True))\n"
         "began = clock()\n"

@@ -18,9 +18,9 @@ from devkit.engine.cache import cache_root
 from devkit.local_worker import PROJECT
 from devkit.recorded import recorded_pairs, recording
 from scripts.make_catalog import fetch_wheel, templates
-from worker.comfy.convert import classes, convert, is_ui
-from worker.comfy.workflow import parse_graph
+from worker.editor.convert import classes, convert, is_ui
 from worker.errors import RequestError, UiWorkflowInvalid, UnknownNodes
+from worker.graph.graph import parse_graph
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -23,7 +23,7 @@ from devkit.engine.build import engine_args
 from devkit.engine.models import make_volume
 from devkit.local_worker import LocalWorker
 from worker import doctor
-from worker.comfy.custom_nodes import (
+from worker.engine.custom_nodes import (
     EnginePackages,
     NodeFolders,
     failed_import,
@@ -33,9 +33,9 @@ from worker.comfy.custom_nodes import (
     record_failures,
     report_failures,
 )
-from worker.models.layout import Layout
-from worker.models.locks import Locks
 from worker.settings import Settings
+from worker.store.layout import Layout
+from worker.store.locks import Locks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -214,7 +214,7 @@ def test_a_volume_that_cannot_be_written_leaves_the_packages_in_the_container(
     def read_only(*_: object, **__: object) -> None:
         raise OSError(30, "Read-only file system", str(fleet.volume))
 
-    monkeypatch.setattr("worker.comfy.custom_nodes._publish", read_only)
+    monkeypatch.setattr("worker.engine.custom_nodes._publish", read_only)
     site = fleet.start()
     assert site is not None
     assert not site.is_relative_to(fleet.volume)

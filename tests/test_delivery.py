@@ -28,11 +28,11 @@ from hypothesis import strategies as st
 from devkit.local_worker import PROJECT
 from devkit.s3 import S3Server
 from worker.errors import BucketRefused, BucketUnreachable, OutputGone, ResultTooLarge, S3ConfigInvalid
+from worker.media.address_guard import UrlRules
 from worker.media.bucket import Bucket, Upload, Uploads, _guard
 from worker.media.delivery import Delivery, measure
-from worker.media.guard import UrlRules
 from worker.media.s3 import S3Target, make_client
-from worker.media.spill import Copies, Copy
+from worker.media.volume_copies import Copies, Copy
 from worker.settings import Settings
 
 if TYPE_CHECKING:

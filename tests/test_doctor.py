@@ -23,14 +23,14 @@ from worker.doctor import Deadlines, Finding, Probe, Severity, Subject, exclusio
 from worker.doctor.screen import report_lines
 from worker.doctor.volume import find_mount
 from worker.errors import EnsureCancelled
-from worker.models import mounts
-from worker.models.hub import Hub, credentials
-from worker.models.layout import Layout
-from worker.models.seals import Seal, whole_mtime, write_seal
-from worker.models.spec import parse_spec
-from worker.models.store import Store, Tuning
-from worker.models.wire import Network
+from worker.fetch.http import Network
+from worker.fetch.hub import Hub, credentials
 from worker.settings import Settings
+from worker.spec import parse_spec
+from worker.store import pod_links
+from worker.store.layout import Layout
+from worker.store.seals import Seal, whole_mtime, write_seal
+from worker.store.store import Store, Tuning
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -114,8 +114,8 @@ def test_a_healthy_volume_is_told_in_short_lines_and_left_as_it_was(
     assert "\x1b" not in "".join(lines), "no colours where nobody sees them"
     assert lines[-1] == "0 problems, 2 notes", "a plain folder, and a file put there by hand"
     assert [line.split() for line in lines if line.split()[:1] in (["loras"], ["vae"])] == [
-        ["loras", "1", "1.0", "KB", "1"],
-        ["vae", "1", "1.0", "KB", "0"],
+        ["loras", "1", "1.0", "kB", "1"],
+        ["vae", "1", "1.0", "kB", "0"],
     ]
     left = {path for path in patient.volume.rglob("*") if path.is_file()} - before
     assert {path.relative_to(patient.layout.locks).parts[0] for path in left} == {"doctor.rw"}, (
@@ -391,7 +391,7 @@ def test_links_that_lead_nowhere_or_out_of_the_volume_are_problems(patient: Pati
     assert [Path(one.paths[0]).name for one in found] == ["away.safetensors", "broken.safetensors"]
 
 
-@pytest.mark.parametrize("mount", mounts.NAMES)
+@pytest.mark.parametrize("mount", pod_links.NAMES)
 def test_links_that_name_the_volume_by_a_mount_are_told_with_the_command_that_mends_them(patient: Patient, mount: str) -> None:
     there = patient.put("ComfyUI/models/loras/a.safetensors")
     (patient.volume / "models").symlink_to(f"{mount}/ComfyUI/models")

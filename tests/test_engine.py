@@ -17,9 +17,9 @@ import pytest
 from devkit.cutting_proxy import CuttingProxy
 from devkit.engine.models import make_volume
 from devkit.local_worker import engine_environ, free_port
-from worker.comfy.client import ComfyClient, Reconnect
-from worker.comfy.engine import Engine, is_gpu_fault
-from worker.comfy.process import EngineCommand, EngineProcess
+from worker.engine.client import ComfyClient, Reconnect
+from worker.engine.engine import Engine, is_gpu_fault
+from worker.engine.process import EngineCommand, EngineProcess
 from worker.errors import (
     EngineDied,
     EngineHung,
@@ -391,7 +391,7 @@ def test_a_workflow_that_ends_the_thread_that_runs_workflows_costs_one_job(
 def test_an_engine_that_queues_and_runs_nothing_is_replaced_whatever_ended_its_thread(
     settings: Settings, command: EngineCommand, run_async: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.comfy.process._PROMPTS_ENDED", re.compile("a thread that ends without a word"))
+    monkeypatch.setattr("worker.engine.process._PROMPTS_ENDED", re.compile("a thread that ends without a word"))
 
     async def scenario() -> None:
         async with supervised(settings, command, {}) as engine:
@@ -412,7 +412,7 @@ def test_an_engine_that_queues_and_runs_nothing_is_replaced_whatever_ended_its_t
 def test_a_prompt_that_a_living_engine_lost_has_it_replaced(
     settings: Settings, command: EngineCommand, run_async: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.comfy.process._PROMPTS_ENDED", re.compile("a thread that ends without a word"))
+    monkeypatch.setattr("worker.engine.process._PROMPTS_ENDED", re.compile("a thread that ends without a word"))
 
     async def scenario() -> None:
         async with supervised(settings, command, {}) as engine:

@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from devkit.recorded_engine import Recording, recorded_engine
-from worker.comfy.client import ComfyClient, Versions
-from worker.comfy.engine import Engine
-from worker.comfy.events import Finished, RunTracker, decode, outcome_of
-from worker.comfy.process import EngineCommand, EngineProcess
+from worker.engine.client import ComfyClient, Versions
+from worker.engine.engine import Engine
+from worker.engine.events import Finished, RunTracker, decode, outcome_of
+from worker.engine.process import EngineCommand, EngineProcess
 from worker.errors import NodeFailed, RequestError, RunInterrupted, RunTimedOut
 from worker.settings import Settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
-    from worker.comfy.client import RunResult
+    from worker.engine.client import RunResult
 
     Run = Callable[[Coroutine[Any, Any, Any]], Any]
 
@@ -167,7 +167,7 @@ def test_the_engines_version_is_logged_and_one_that_is_too_old_is_told_so(
     for versions in (Versions("0.33.0", "1.49.6"), Versions("0.33.0", "1.49.6"), Versions("0.3.60")):
         engine._client.versions = versions
         engine._log_versions()
-    told = [record.getMessage() for record in caplog.records if record.name == "worker.comfy.engine"]
+    told = [record.getMessage() for record in caplog.records if record.name == "worker.engine.engine"]
     assert told == [
         "ComfyUI 0.33.0 (editor 1.49.6)",
         "ComfyUI 0.3.60 (editor unknown)",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from aiohttp import web
 
-from worker.comfy.client import ComfyClient
+from worker.engine.client import ComfyClient
 from worker.errors import EngineAnswerInvalid, WorkerError
 
 if TYPE_CHECKING:

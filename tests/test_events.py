@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from worker.comfy import events
-from worker.comfy.events import (
+from worker.engine import events
+from worker.engine.events import (
     Cached,
     Event,
     Executing,

@@ -18,15 +18,15 @@ from devkit.hub import Hub as StandIn
 from devkit.local_worker import PROJECT
 from scripts.make_catalog import fetch_wheel
 from worker import plan
-from worker.comfy.overrides import apply_overrides
-from worker.comfy.workflow import check_paths, is_link, named_models, parse_graph
+from worker.base.text import size_text
+from worker.fetch.http import Network
+from worker.fetch.hub import Hub
+from worker.graph.graph import check_paths, is_link, named_models, parse_graph
+from worker.graph.overrides import apply_overrides
 from worker.job import Request
-from worker.models.hub import Hub
-from worker.models.progress import size_text
 from worker.models.sources import Catalog, Sources
-from worker.models.spec import HubFile
-from worker.models.wire import Network
 from worker.settings import Settings
+from worker.spec import HubFile
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -25,9 +25,9 @@ from hypothesis import strategies as st
 from devkit.engine.models import make_volume
 from devkit.local_worker import engine_environ, free_port
 from worker.boot import Worker
-from worker.comfy.process import EngineCommand, EngineProcess
+from worker.engine.process import EngineCommand, EngineProcess
 from worker.settings import Settings
-from worker.warmth import Warmth
+from worker.warmup.warmup import Warmth
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -38,11 +38,11 @@ from worker.errors import (
     SourceUnreachable,
     TokenRefused,
 )
-from worker.models.hub import Backoff, Hub, Remote, credentials
-from worker.models.partial import Partial, Taken
-from worker.models.ranges import Fetch, Tuning
-from worker.models.spec import HubFile, Source, Url
-from worker.models.wire import Credential, Network, origin, retry_after_s, sendable, shown, what_failed
+from worker.fetch.http import Credential, Network, origin, retry_after_s, sendable, shown, what_failed
+from worker.fetch.hub import Backoff, Hub, Remote, credentials
+from worker.fetch.ranges import Fetch, Tuning
+from worker.spec import HubFile, Source, Url
+from worker.store.partial import Partial, Taken
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

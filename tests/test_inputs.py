@@ -18,7 +18,7 @@ from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.comfy.embedded import embedded_workflow
+from worker.editor.embedded_workflow import embedded_workflow
 from worker.errors import (
     ImageNotBase64,
     InputNameInvalid,
@@ -31,9 +31,9 @@ from worker.errors import (
 )
 from worker.job import InputFile
 from worker.media import inputs
-from worker.media.fetch import Fetcher, FetchLimits
-from worker.media.guard import UrlRules
+from worker.media.address_guard import UrlRules
 from worker.media.inputs import InputFiles, base64_pieces, clear_leftovers
+from worker.media.url_inputs import Fetcher, FetchLimits
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence

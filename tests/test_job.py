@@ -21,7 +21,7 @@ from worker.handler import check_outputs
 from worker.job import InputFile, OutputItem, Request, Result
 
 if TYPE_CHECKING:
-    from worker.comfy.workflow import Graph
+    from worker.graph.graph import Graph
 
 GRAPH = {"1": {"class_type": "X", "inputs": {}}}
 

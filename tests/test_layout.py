@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from worker.errors import UnsafePath
-from worker.models.disk import write_atomically
-from worker.models.layout import Layout, content_key, safe_parts, sealed_by
+from worker.spec import content_key
+from worker.store.disk import write_atomically
+from worker.store.layout import Layout, safe_parts, sealed_by
 
 LAYOUT = Layout(Path("/volume"))
 SHA256 = "ab" * 32

@@ -19,8 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from devkit.listing import ComfyListing, ListingError
-from worker.models import mounts, names, relink
-from worker.models.links import LinkProblem, LinkReport, ModelLinks, ProblemKind
+from worker.links import scan, sync
+from worker.links.model_links import LinkProblem, LinkReport, ModelLinks, ProblemKind
+from worker.store import pod_links
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -245,8 +246,8 @@ def test_a_folder_link_is_exchanged_for_a_folder_that_is_already_full(rig: Rig, 
 
     monkeypatch.setattr(os, "rename", rename)
     rig.links.refresh()
-    names = [f"m{number}.safetensors" for number in range(LARGE)]
-    assert moved == [([*names, *(f"sub/{name}" for name in names)], str(rig.models / "loras"))]
+    scan = [f"m{number}.safetensors" for number in range(LARGE)]
+    assert moved == [([*scan, *(f"sub/{name}" for name in scan)], str(rig.models / "loras"))]
 
 
 def test_an_image_layer_that_cannot_rename_folders_keeps_file_links(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -488,7 +489,7 @@ def test_a_folder_that_another_host_has_just_made_is_tried_again(rig: Rig, code:
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.EACCES, errno.ENOTCONN, errno.ESTALE])
 def test_what_cannot_be_read_keeps_its_links(rig: Rig, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(names, "_LAG_S", 0.05)
+    monkeypatch.setattr(scan, "_LAG_S", 0.05)
     expected = rig.many("loras", 2) | rig.many("vae") | rig.many("loras/large")
     rig.links.refresh()
     for unreadable in ("loras", "vae", "loras/large", ""):
@@ -560,7 +561,7 @@ def test_refreshes_take_turns(rig: Rig) -> None:
     rig.many("loras", 200)
     rig.bake("loras/put_loras_here")
     inside, most = [0], [0]
-    real = relink.Pass.folder
+    real = sync.Pass.folder
 
     def folder(self: Any, relative: str, sources: Any) -> None:
         inside[0] += relative == ""
@@ -571,7 +572,7 @@ def test_refreshes_take_turns(rig: Rig) -> None:
     reports: list[LinkReport] = []
     threads = [threading.Thread(target=lambda: reports.append(rig.links.refresh())) for _ in range(4)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(relink.Pass, "folder", folder)
+        patch.setattr(sync.Pass, "folder", folder)
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -767,7 +768,7 @@ def test_has_looks_through_links_that_the_image_brings(rig: Rig) -> None:
 # --- links that name the volume by its mount --------------------------------------------------------
 
 
-@pytest.fixture(params=mounts.NAMES)
+@pytest.fixture(params=pod_links.NAMES)
 def mount(request: pytest.FixtureRequest) -> str:
     """What the volume is called where the links were made; here it is called otherwise."""
     name: str = request.param
@@ -802,7 +803,7 @@ def test_a_models_folder_that_is_such_a_link_is_read_too(rig: Rig, mount: str) -
     rig.root.rmdir()
     write(rig.volume / "ComfyUI/models/loras/a.safetensors", "a")
     rig.root.symlink_to(f"{mount}/ComfyUI/models")
-    layout = mounts.layout_at(rig.volume)
+    layout = pod_links.layout_at(rig.volume)
     assert layout.models == rig.volume / "ComfyUI/models"
     links = ModelLinks(rig.models, [layout.models], within=[rig.volume])
     assert links.refresh().problems == ()

@@ -20,11 +20,12 @@ from unittest import mock
 import pytest
 from filelock import SoftReadWriteLock
 
+from worker.base.progress import Meter, Progress
+from worker.base.text import size_text
 from worker.errors import EnsureCancelled
-from worker.models.layout import Layout
-from worker.models.locks import Hold, Holder, Locks, Timing
-from worker.models.progress import Meter, Progress, size_text
-from worker.models.store import Watch
+from worker.store.layout import Layout
+from worker.store.locks import Hold, Holder, Locks, Timing
+from worker.store.store import Watch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -53,8 +54,8 @@ MIB = 1024 * 1024
 CONTENDER = """
 import json, os, sys, threading
 from pathlib import Path
-from worker.models.layout import Layout
-from worker.models.locks import Locks, Timing
+from worker.store.layout import Layout
+from worker.store.locks import Locks, Timing
 
 root, name, rounds, timing = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4])
 locks = Locks(Layout(root), name, Timing(**timing))
@@ -405,7 +406,7 @@ def test_progress_reads_as_a_person_would_say_it() -> None:
     assert str(Progress("downloading", 1_500, 2_500_000, 0)) == "0.0 of 2.5 MB"
     assert str(Progress("checking", 5, 10)) == "5 of 10 B, checking"
     assert str(Progress("waiting")) == "waiting"
-    assert [size_text(size) for size in (0, 999, 1000, 11_900_000_000)] == ["0 B", "999 B", "1.0 KB", "11.9 GB"]
+    assert [size_text(size) for size in (0, 999, 1000, 11_900_000_000)] == ["0 B", "999 B", "1.0 kB", "11.9 GB"]
 
 
 def test_a_rate_is_smooth_and_never_negative() -> None:

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from devkit.editor import INFO, inner, node, ui, with_instance
-from worker.comfy.convert import convert
-from worker.comfy.overrides import apply_overrides, next_values
+from worker.editor.convert import convert
 from worker.errors import OverrideInvalid
+from worker.graph.overrides import apply_overrides, next_values
 
 GRAPH: dict[str, dict[str, Any]] = {
     "6": {"class_type": "Text", "inputs": {"text": "a", "clip": ["1", 0]}, "_meta": {"title": "Positive v1.5"}},

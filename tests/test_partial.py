@@ -21,8 +21,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from worker.errors import FileIncomplete, VolumeFailed, VolumeFull, VolumeReadOnly
-from worker.models import disk
-from worker.models.partial import MIB, DiskFailed, Partial, Ranges, Stuck, Taken, sweep
+from worker.store import disk
+from worker.store.partial import MIB, DiskFailed, Partial, Ranges, Stuck, Taken, sweep
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -339,7 +339,7 @@ def test_a_claim_that_finds_all_busy_leaves_nothing_behind(tmp_path: Path) -> No
 
 def test_a_partial_that_cannot_be_made_leaves_no_journal(tmp_path: Path) -> None:
     with (
-        mock.patch("worker.models.partial.create", side_effect=OSError(errno.ENOSPC, "full")),
+        mock.patch("worker.store.partial.create", side_effect=OSError(errno.ENOSPC, "full")),
         pytest.raises(OSError, match="full"),
     ):
         Partial.begin(tmp_path, SIZE)
@@ -520,7 +520,7 @@ def test_a_whole_safetensors_file_passes_and_other_formats_say_nothing(tmp_path:
 KILLED_WHILE_CLAIMING = """
 import os, signal, sys
 from pathlib import Path
-from worker.models.partial import Partial
+from worker.store.partial import Partial
 
 real = Path.rename
 def die(self, target):

@@ -18,12 +18,12 @@ import pytest
 from devkit.hub import Hub as StandIn
 from devkit.local_worker import PROJECT
 from worker import plan
-from worker.models.hub import Hub, credentials
-from worker.models.layout import Layout
-from worker.models.partial import Partial
-from worker.models.seals import Seal, whole_mtime, write_seal
-from worker.models.wire import Network
+from worker.fetch.http import Network
+from worker.fetch.hub import Hub, credentials
 from worker.settings import Settings
+from worker.store.layout import Layout
+from worker.store.partial import Partial
+from worker.store.seals import Seal, whole_mtime, write_seal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

@@ -14,15 +14,15 @@ from devkit.engine.cache import cache_root
 from devkit.local_worker import PROJECT
 from devkit.recorded import recorded_pairs, recording
 from scripts.make_catalog import fetch_wheel, templates
-from worker.comfy.convert import convert
-from worker.comfy.workflow import named_models, needed_nodes, parse_graph
+from worker.editor.convert import convert
 from worker.errors import RequestError, SeedUsage, UiWorkflowInvalid, UnknownNodes
-from worker.models.hub import Hub
+from worker.fetch.http import Network
+from worker.fetch.hub import Hub
+from worker.graph.graph import named_models, needed_nodes, parse_graph
 from worker.models.sources import Sources, embedded_models
-from worker.models.wire import Network
 from worker.plan.document import Unreadable, Wanted, read_document
 from worker.plan.editor import naming_graph
-from worker.seed.wants import Wants
+from worker.seed.selection import Wants
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from worker.comfy.custom_nodes import FailedNode, failed_import
-from worker.comfy.process import EngineCommand, EngineProcess, Exit, gpu_visible, prepare_base_dir
+from worker.engine.custom_nodes import FailedNode, failed_import
+from worker.engine.process import EngineCommand, EngineProcess, Exit, gpu_visible, prepare_base_dir
 from worker.errors import EngineNotFound, NoGpu
 from worker.settings import Settings
 
@@ -124,7 +124,7 @@ def test_a_child_that_the_engine_forked_does_not_outlive_it_and_keep_its_port(tm
 def test_the_engine_dies_with_a_worker_that_is_killed() -> None:
     code = (
         "import os, sys, time; from pathlib import Path\n"
-        "from worker.comfy.process import EngineCommand, EngineProcess\n"
+        "from worker.engine.process import EngineCommand, EngineProcess\n"
         "command = EngineCommand((sys.executable, '-c', 'import time; time.sleep(60)'), Path('/'), dict(os.environ))\n"
         "print(EngineProcess.spawn(command).pid, flush=True); time.sleep(60)"
     )

@@ -33,7 +33,7 @@ from devkit.engine.models import make_volume
 from devkit.local_worker import free_port
 from devkit.moosefs import available
 from devkit.s3 import S3Server
-from worker.loop import LoopThread
+from worker.engine.event_loop import LoopThread
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

@@ -27,15 +27,15 @@ from devkit.hub import Hub as StandIn
 from devkit.local_worker import PROJECT
 from tests.test_hub import certificate, fetch_all, moved, scripted, whole
 from worker.errors import NotAFile, ProxyUnusable, SourceRefused, TokenMalformed, TokenRefused
-from worker.models.hub import Hub, credentials
-from worker.models.spec import HubFile, Url, parse_source
-from worker.models.wire import Network
+from worker.fetch.http import Network
+from worker.fetch.hub import Hub, credentials
+from worker.spec import HubFile, Url, parse_source
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from worker.models.spec import Source
+    from worker.spec import Source
 
 __all__ = ["certificate"]
 

@@ -14,18 +14,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from devkit.local_worker import PROJECT
-from worker.comfy.convert import classes, convert, is_ui
-from worker.comfy.overrides import apply_overrides
-from worker.comfy.workflow import check_paths, parse_graph
+from worker.editor.convert import classes, convert, is_ui
 from worker.errors import RequestError
+from worker.graph.graph import check_paths, parse_graph
+from worker.graph.overrides import apply_overrides
 from worker.job import Request
 from worker.media.bucket import job_target
-from worker.media.fetch import Fetcher
 from worker.media.inputs import _check_apart, _relative, base64_pieces
+from worker.media.url_inputs import Fetcher
 from worker.models import sources
-from worker.models.layout import Layout
 from worker.models.sources import Sources
-from worker.saved import is_name
+from worker.store.layout import Layout
+from worker.volume_workflows import is_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -11,14 +11,14 @@ import pytest
 
 from devkit.local_worker import PROJECT
 from scripts.make_errors import classes, example
-from worker.comfy.events import Progress
+from worker.base.progress import Progress as ModelProgress
+from worker.engine.events import Progress
+from worker.error_reply import failure
 from worker.errors import WorkerError
-from worker.failure import failure
 from worker.handler import download_progress, sampling_progress
 from worker.job import OutputItem, Result
-from worker.laps import Laps
-from worker.models.progress import Progress as ModelProgress
-from worker.models.provision import Waiting
+from worker.job_timings import Laps
+from worker.models.download_queue import Waiting
 
 SCHEMA: dict[str, Any] = json.loads((PROJECT / "docs" / "result.schema.json").read_text("utf-8"))
 DEFINED = SCHEMA["$defs"]

@@ -18,15 +18,15 @@ import pytest
 from devkit.hub import Hub as StandIn
 from devkit.local_worker import PROJECT
 from devkit.s3 import RunPodProxy, S3Server
-from worker.models.hub import Hub
-from worker.models.layout import Layout
-from worker.models.seals import read_seal
-from worker.models.spec import HubFile, ModelSpec
-from worker.models.store import Store
-from worker.models.wire import Network
+from worker.fetch.http import Network
+from worker.fetch.hub import Hub
 from worker.seed import seeding
-from worker.seed.bucket import DATACENTERS
 from worker.seed.cli import FAILED, STOPPED, USAGE, run
+from worker.seed.s3_api import DATACENTERS
+from worker.spec import HubFile, ModelSpec
+from worker.store.layout import Layout
+from worker.store.seals import read_seal
+from worker.store.store import Store
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -253,7 +253,7 @@ def test_at_a_terminal_there_are_bars_marks_and_a_summary(desk: Desk, monkeypatc
     text = re.sub(r"\x1b\[[?0-9;]*[A-Za-z]", "", screen.getvalue())
     assert "total, 1 of 2 models" in text
     assert re.search(r"vae/b\.safetensors +[━╸╺]", text)
-    assert "✓ vae/b.safetensors  seeded, 300.0 KB" in text
+    assert "✓ vae/b.safetensors  seeded, 300.0 kB" in text
     assert "✗ loras/a.safetensors  FAILED" in text
     assert "1 of 2 there" in text
     assert "\x1b[?25h" in screen.getvalue()  # the cursor is back
@@ -340,7 +340,7 @@ def test_the_list_shows_what_is_sealed(desk: Desk) -> None:
         ("loras/a.safetensors", True),
         ("vae/b.safetensors", True),
     ]
-    assert "2 sealed models, 600.0 KB" in desk.run("--list")[1]
+    assert "2 sealed models, 600.0 kB" in desk.run("--list")[1]
 
 
 def test_verify_finds_a_damaged_byte_and_repairs_it(desk: Desk) -> None:
@@ -624,7 +624,7 @@ def test_over_s3_a_file_that_a_person_put_over_a_sealed_one_is_left_alone(cloud:
 
 
 def test_a_region_that_is_away_leaves_the_others_alone(cloud: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.seed.bucket._ATTEMPTS", 2)
+    monkeypatch.setattr("worker.seed.s3_api._ATTEMPTS", 2)
     desk, both = cloud.desk, (*cloud.where, "--s3", "vol2")
     for away, there in (("vol1", "vol2"), ("vol2", "vol1")):
         cloud.proxy.fault("*", "502", times=1_000, volume=away)

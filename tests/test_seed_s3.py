@@ -13,21 +13,21 @@ import pytest
 from devkit.hub import Hub as StandIn
 from devkit.s3 import RunPodProxy, S3Server
 from worker.errors import S3FileDiffers, S3KeysRefused, S3Unreachable, S3VolumeFull, S3VolumeNotFound
-from worker.models.hub import Hub, credentials
-from worker.models.layout import Layout
-from worker.models.spec import HubFile, ModelSpec, Url
-from worker.models.store import Store
-from worker.models.wire import Network
-from worker.seed.bucket import Bucket, Keys, Place, bucket_at
+from worker.fetch.http import Network
+from worker.fetch.hub import Hub, credentials
 from worker.seed.fill import S3Filler
 from worker.seed.relay import Load
-from worker.seed.s3volume import S3Volume
+from worker.seed.s3_api import Bucket, Keys, Place, bucket_at
+from worker.seed.s3_volume import S3Volume
+from worker.spec import HubFile, ModelSpec, Url
+from worker.store.layout import Layout
+from worker.store.store import Store
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from worker.models.progress import Progress
+    from worker.base.progress import Progress
     from worker.seed.outcome import Outcome
 
 KIB = 1024

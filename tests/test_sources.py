@@ -23,7 +23,7 @@ from worker.errors import (
     SuffixNotAllowed,
 )
 from worker.models.sources import Sources, embedded_models
-from worker.models.spec import HubFile, ModelSpec, Url, parse_spec
+from worker.spec import HubFile, ModelSpec, Url, parse_spec
 
 HOSTS = ("huggingface.co", "civitai.com")
 SHA = "ab" * 32

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from worker.models.spans import Pull, Spans
+from worker.fetch.spans import Pull, Spans
 
 MIB = 1024 * 1024
 

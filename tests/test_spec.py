@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from worker import spec
 from worker.errors import HostNotAllowed, SpecInvalid, SuffixNotAllowed
-from worker.models import spec
-from worker.models.spec import HubFile, ModelSpec, Source, Url, check_from_request, check_spec, parse_source, parse_spec
+from worker.spec import HubFile, ModelSpec, Source, Url, check_from_request, check_spec, parse_source, parse_spec
 
 HOSTS = ("huggingface.co", "civitai.com")
 FILE = HubFile("org/repo", "a.safetensors")

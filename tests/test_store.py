@@ -39,20 +39,20 @@ from worker.errors import (
     VolumeMissing,
     VolumeReadOnly,
 )
-from worker.models import mounts
-from worker.models.hub import Hub, credentials
-from worker.models.inventory import Standing, lacking, look
-from worker.models.layout import Layout
-from worker.models.seals import Seal, read_seal, whole_mtime, write_seal
-from worker.models.spec import HubFile, ModelSpec, Url
-from worker.models.store import Hooks, Ready, Store, Stores, Timing, Tuning
-from worker.models.wire import Network
+from worker.fetch.http import Network
+from worker.fetch.hub import Hub, credentials
+from worker.spec import HubFile, ModelSpec, Url
+from worker.store import pod_links
+from worker.store.inventory import Standing, lacking, look
+from worker.store.layout import Layout
+from worker.store.seals import Seal, read_seal, whole_mtime, write_seal
+from worker.store.store import Hooks, Ready, Store, Stores, Timing, Tuning
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from devkit.moosefs import MooseFS
-    from worker.models.progress import Progress
+    from worker.base.progress import Progress
 
 MIB = 1024 * 1024
 SMALL = Tuning(
@@ -501,7 +501,7 @@ def test_a_content_that_has_no_other_name_any_more_is_fetched(setup: Setup, spoi
 
 def test_a_link_whose_worker_died_before_the_seal_is_adopted(setup: Setup, stand_in: StandIn) -> None:
     setup.store().ensure(SPEC)
-    with mock.patch("worker.models.store.write_own_seal", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+    with mock.patch("worker.store.store.write_own_seal", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
         setup.store().ensure(TWIN)
     stand_in.clear_log()
     assert setup.store().ensure(ModelSpec(TWIN.folder, TWIN.name, SOURCE, SHA256)).how == "adopted"
@@ -536,7 +536,7 @@ def test_a_file_that_is_not_the_pinned_one_is_reported_and_left(setup: Setup) ->
     assert OTHER_SHA256 in str(caught.value)
     assert setup.final.read_bytes() == OTHER
     with (
-        mock.patch("worker.models.store.sha256_of", side_effect=AssertionError("hashed again")),
+        mock.patch("worker.store.store.sha256_of", side_effect=AssertionError("hashed again")),
         pytest.raises(UnsealedMismatch),
     ):
         store.ensure(PINNED)
@@ -632,14 +632,14 @@ def test_a_stale_record_of_another_file_is_not_believed(setup: Setup) -> None:
         write_seal(place, Seal(size=len(WEIGHTS), mtime=whole_mtime(found), sha256=SHA256))
     assert setup.store().ensure(SPEC).how == "by_hand"
     assert setup.litter() == []
-    with mock.patch("worker.models.store.sha256_of", side_effect=AssertionError("hashed again")):
+    with mock.patch("worker.store.store.sha256_of", side_effect=AssertionError("hashed again")):
         assert setup.store().ensure(SPEC).how == "by_hand"
 
 
 def test_a_seal_without_mtime_over_another_file_of_its_length_is_not_believed(
     setup: Setup, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.models.inventory._UPLOADED_S", 0.0)
+    monkeypatch.setattr("worker.store.inventory._UPLOADED_S", 0.0)
     seal = setup.layout.seal(SPEC.folder, SPEC.name)
     setup.put(WEIGHTS)
     write_seal(seal, Seal(size=len(WEIGHTS), mtime=None, sha256=SHA256))
@@ -813,7 +813,7 @@ def test_a_folder_that_is_a_link_to_nowhere_is_named(setup: Setup) -> None:
             setup.store().ensure(SPEC)
 
 
-@pytest.mark.parametrize("name", mounts.NAMES)
+@pytest.mark.parametrize("name", pod_links.NAMES)
 def test_links_made_under_the_volumes_other_name_lead_to_its_folders(setup: Setup, name: str) -> None:
     if Path(name).exists():
         pytest.skip(f"this machine has a {name}")
@@ -821,7 +821,7 @@ def test_links_made_under_the_volumes_other_name_lead_to_its_folders(setup: Setu
     (setup.volume / "large").mkdir()
     (setup.volume / "models").symlink_to(f"{name}/ComfyUI/models")
     (setup.volume / "ComfyUI/models/checkpoints").symlink_to(f"{name}/large")
-    layout = mounts.layout_at(setup.volume)
+    layout = pod_links.layout_at(setup.volume)
     found = setup.store(layout=layout).ensure(SPEC)
     assert found.path == setup.volume / "large/sub/model.safetensors"
     assert setup.store(layout=layout).ready(SPEC.folder, SPEC.name) == found.path
@@ -863,7 +863,7 @@ def test_many_models_are_looked_at_in_their_order_also_where_a_look_is_slow(setu
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(WEIGHTS)
     assert lacking([setup.layout], specs) == specs[1::2]
-    with mock.patch("worker.models.inventory._SLOW_LOOK_S", 0.0):
+    with mock.patch("worker.store.inventory._SLOW_LOOK_S", 0.0):
         assert lacking([setup.layout], specs) == specs[1::2]
 
 
@@ -928,7 +928,7 @@ def local(setup: Setup, tmp_path: Path) -> Store:
 
 
 def test_no_room_is_said_before_the_download(setup: Setup, stand_in: StandIn) -> None:
-    with mock.patch("worker.models.download.free_bytes", return_value=1000), pytest.raises(VolumeFull) as caught:
+    with mock.patch("worker.store.download.free_bytes", return_value=1000), pytest.raises(VolumeFull) as caught:
         setup.store().ensure(SPEC)
     assert (caught.value.needed_bytes, caught.value.free_bytes) == (len(WEIGHTS), 1000)
     assert not any(request.route == "cdn" for request in stand_in.requests)
@@ -997,7 +997,7 @@ def test_a_worker_without_a_volume_uses_its_own_disk_and_says_so_once(
     setup: Setup, local: Store, caplog: pytest.LogCaptureFixture
 ) -> None:
     stores = Stores(setup.volume, None, local)
-    with caplog.at_level(logging.WARNING, "worker.models.store"):
+    with caplog.at_level(logging.WARNING, "worker.store.store"):
         assert stores.ensure(SPEC).how == "downloaded"
         assert stores.ensure(SPEC).how == "ready"
     assert caplog.text.count("no network volume") == 1
@@ -1006,7 +1006,7 @@ def test_a_worker_without_a_volume_uses_its_own_disk_and_says_so_once(
 def test_a_required_volume_is_required(setup: Setup, local: Store) -> None:
     with pytest.raises(VolumeMissing, match="REQUIRE_VOLUME"):
         Stores(setup.volume, None, local, require_volume=True).ensure(SPEC)
-    with mock.patch("worker.models.download.free_bytes", return_value=1000), pytest.raises(VolumeFull):
+    with mock.patch("worker.store.download.free_bytes", return_value=1000), pytest.raises(VolumeFull):
         Stores(setup.volume, setup.store(), local, require_volume=True).ensure(SPEC)
 
 
@@ -1016,7 +1016,7 @@ def test_both_full_is_a_sentence_about_the_volume_with_the_containers_figures(se
     def free_bytes(path: Path) -> int:
         return next(size for root, size in free.items() if path.is_relative_to(root))
 
-    with mock.patch("worker.models.download.free_bytes", free_bytes), pytest.raises(VolumeFull) as caught:
+    with mock.patch("worker.store.download.free_bytes", free_bytes), pytest.raises(VolumeFull) as caught:
         Stores(setup.volume, setup.store(), local).ensure(SPEC)
     needed = f"{len(WEIGHTS) / 1e6:.2f} MB are needed"
     assert str(caught.value) == (

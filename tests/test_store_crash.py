@@ -20,13 +20,13 @@ from devkit.fleet import FAST, MIB, SMALL, Fleet, Worker
 from devkit.hub import Hub as StandIn
 from devkit.moosefs import LOCAL_FLOCK
 from worker.errors import VolumeFailed
-from worker.models.hub import Hub
-from worker.models.layout import Layout
-from worker.models.partial import Ranges
-from worker.models.ranges import Tuning
-from worker.models.spec import HubFile, ModelSpec
-from worker.models.store import Store, Timing
-from worker.models.wire import Network
+from worker.fetch.http import Network
+from worker.fetch.hub import Hub
+from worker.fetch.ranges import Tuning
+from worker.spec import HubFile, ModelSpec
+from worker.store.layout import Layout
+from worker.store.partial import Ranges
+from worker.store.store import Store, Timing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

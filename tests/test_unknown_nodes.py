@@ -11,11 +11,11 @@ from aiohttp import web
 
 from devkit.editor import node, ui
 from devkit.local_worker import free_port
-from worker.comfy.client import ComfyClient
-from worker.comfy.convert import convert
-from worker.comfy.rejection import Origin, nodes_of, unknown_nodes
+from worker.comfyui_data import known, older
+from worker.editor.convert import convert
+from worker.engine.client import ComfyClient
 from worker.errors import UnknownNodes
-from worker.known import known, older
+from worker.graph.rejection import Origin, nodes_of, unknown_nodes
 from worker.plan.document import Wanted, installed
 
 if TYPE_CHECKING:

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from devkit.local_worker import PROJECT
-from worker.models.layout import Layout
-from worker.models.seals import Seal
-from worker.seed.bucket import DATACENTERS, Bucket, Place
-from worker.seed.s3volume import S3Volume
+from worker.seed.s3_api import DATACENTERS, Bucket, Place
+from worker.seed.s3_volume import S3Volume
+from worker.store.layout import Layout
+from worker.store.seals import Seal
 
 TEXT = (PROJECT / "volume_layout.md").read_text("utf-8")
 ROOT = Path("/v")

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from devkit import nodes
 from devkit.engine.build import engine_args
 from devkit.local_worker import PROJECT, LocalWorker
-from worker.comfy.warmup import loading_part, runnable
-from worker.comfy.workflow import check_paths, named_models, parse_graph
-from worker.models.layout import Layout
+from worker.graph.graph import check_paths, named_models, parse_graph
 from worker.settings import Settings
-from worker.warmth import Warmth
+from worker.store.layout import Layout
+from worker.warmup.graph import loading_part, runnable
+from worker.warmup.warmup import Warmth
 
 if TYPE_CHECKING:
     from collections.abc import Callable

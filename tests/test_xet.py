@@ -19,21 +19,21 @@ import pytest
 
 from devkit.hub import Hub as StandIn
 from worker.errors import ContentMismatch, EnsureCancelled, SourceRefused, SourceUnreachable, TokenRefused
-from worker.models import xet
-from worker.models.hub import Hub, Remote, credentials
-from worker.models.layout import Layout
-from worker.models.locks import Locks
-from worker.models.partial import Partial, Taken
-from worker.models.ranges import Tuning
-from worker.models.spec import HubFile, ModelSpec
-from worker.models.store import Store, Timing
-from worker.models.wire import Network
-from worker.models.xet import XetFetch
+from worker.fetch import xet
+from worker.fetch.http import Network
+from worker.fetch.hub import Hub, Remote, credentials
+from worker.fetch.ranges import Tuning
+from worker.fetch.xet import XetFetch
+from worker.spec import HubFile, ModelSpec
+from worker.store.layout import Layout
+from worker.store.locks import Locks
+from worker.store.partial import Partial, Taken
+from worker.store.store import Store, Timing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from worker.models.progress import Progress
+    from worker.base.progress import Progress
 
 MIB = 1024 * 1024
 WEIGHTS = random.Random(1).randbytes(10 * MIB + 77_777)
@@ -74,7 +74,7 @@ def pumps() -> list[int]:
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             parent, said = stat.read_text().rpartition(")")[2].split()[1], (stat.parent / "cmdline").read_bytes()
-            found += [int(stat.parent.name)] if int(parent) == os.getpid() and b"xet_pump" in said else []
+            found += [int(stat.parent.name)] if int(parent) == os.getpid() and b"xet_process" in said else []
     return found
 
 
@@ -166,7 +166,7 @@ def test_the_process_is_told_secrets_by_nothing_that_others_can_read(stand_in: S
     with mock.patch("subprocess.Popen", start):
         fetch(stand_in, tmp_path / "partial", "hf_good")
     ((command, environ),) = seen
-    assert not any("hf_good" in word or "xet_" in word.replace("xet_pump", "") for word in command)
+    assert not any("hf_good" in word or "xet_" in word.replace("xet_process", "") for word in command)
     assert environ is None
 
 

@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from worker import __version__, logs
-from worker.comfy.process import EngineCommand, EngineProcess, prepare_base_dir
+from worker.engine.process import EngineCommand, EngineProcess, prepare_base_dir
 from worker.errors import CommandUnknown, NotOnWindows, WorkerError
-from worker.serve import import_sdk, prepare_environ, sdk_arguments, serve
+from worker.sdk.serve import import_sdk, prepare_environ, sdk_arguments, serve
 from worker.settings import Settings, markdown_table, remarks
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def run_worker(argv: Sequence[str], environ: MutableMapping[str, str]) -> int:
     logging.getLogger("worker").info("comfyui-volume-worker %s", __version__)
     process = EngineProcess.spawn(command)
 
-    from worker.warmth import Warmth  # noqa: PLC0415 - after the spawn: ComfyUI boots meanwhile
+    from worker.warmup.warmup import Warmth  # noqa: PLC0415 - after the spawn: ComfyUI boots meanwhile
 
     warmth = Warmth(settings)
     warmth.begin()  # on a network volume it takes longest of all, so it begins before the other imports
@@ -107,11 +107,11 @@ def with_custom_nodes(settings: Settings, command: EngineCommand) -> EngineComma
     import threading  # noqa: PLC0415 - as above
     from dataclasses import replace  # noqa: PLC0415 - as above
 
-    from worker.comfy import custom_nodes  # noqa: PLC0415 - as above
+    from worker.engine import custom_nodes  # noqa: PLC0415 - as above
 
     def once(key: str, done: Callable[[], bool]) -> AbstractContextManager[object]:
-        from worker.models.layout import Layout  # noqa: PLC0415 - only for the worker that installs packages
-        from worker.models.locks import Locks, Timing  # noqa: PLC0415 - as above
+        from worker.store.layout import Layout  # noqa: PLC0415 - only for the worker that installs packages
+        from worker.store.locks import Locks, Timing  # noqa: PLC0415 - as above
 
         locks = Locks(
             Layout(settings.volume_path),
@@ -142,9 +142,9 @@ def _doctor(argv: Sequence[str], environ: MutableMapping[str, str]) -> int:
 
 
 def _convert(argv: Sequence[str], environ: MutableMapping[str, str]) -> int:
-    from worker import convert  # noqa: PLC0415 - only for this command
+    from worker import convert_command  # noqa: PLC0415 - only for this command
 
-    return convert.run(argv, Settings.from_env(environ))
+    return convert_command.run(argv, Settings.from_env(environ))
 
 
 def _seed(argv: Sequence[str], environ: MutableMapping[str, str]) -> int:

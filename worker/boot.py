@@ -17,30 +17,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from worker.clock import RunningClock
-from worker.comfy.engine import Engine
+from worker.base.clock import RunningClock
+from worker.base.volume import is_volume
+from worker.engine.engine import Engine
+from worker.engine.event_loop import LoopThread
 from worker.errors import VolumeMissing, no_volume
 from worker.handler import JobHandler
-from worker.loop import LoopThread
+from worker.links.host_cache import lay_out
+from worker.links.model_links import ModelLinks
+from worker.media.address_guard import UrlRules
 from worker.media.delivery import Delivery
-from worker.media.fetch import Fetcher, FetchLimits
-from worker.media.guard import UrlRules
 from worker.media.inputs import InputFiles, clear_leftovers
-from worker.models.layout import Layout
-from worker.models.links import ModelLinks
-from worker.models.mounts import layout_at
-from worker.models.nearer import lay_out
-from worker.models.supply import Supply
-from worker.volume import is_volume
+from worker.media.url_inputs import Fetcher, FetchLimits
+from worker.models.job_models import Supply
+from worker.store.layout import Layout
+from worker.store.pod_links import layout_at
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from worker.comfy.process import EngineCommand, EngineProcess
+    from worker.engine.process import EngineCommand, EngineProcess
     from worker.models.sources import Sources
-    from worker.models.store import Stores
     from worker.settings import Settings
-    from worker.warmth import Warmth
+    from worker.store.store import Stores
+    from worker.warmup.warmup import Warmth
 
 log = logging.getLogger(__name__)
 
@@ -174,7 +174,7 @@ class Worker:
         """Name the custom nodes that ComfyUI started without, the image's too, in the log and for `doctor`."""
         failed = self._process.failed_imports
         if failed or (self._settings.volume_path / "custom_nodes").is_dir():
-            from worker.comfy.custom_nodes import report_failures  # noqa: PLC0415 - only where there are any
+            from worker.engine.custom_nodes import report_failures  # noqa: PLC0415 - only where there are any
 
             report_failures(self._settings, failed)
 
@@ -234,9 +234,9 @@ def read_sources(settings: Settings) -> Sources:
 
 def build_store(settings: Settings) -> Stores:
     """The volume's store with the container's disk behind it, and the network they fetch from."""
-    from worker.models.hub import Hub, credentials  # noqa: PLC0415 - huggingface_hub takes 0.3 s to import
-    from worker.models.store import Store, Stores, Tuning  # noqa: PLC0415 - as above
-    from worker.models.wire import Network  # noqa: PLC0415 - as above
+    from worker.fetch.http import Network  # noqa: PLC0415 - as above
+    from worker.fetch.hub import Hub, credentials  # noqa: PLC0415 - huggingface_hub takes 0.3 s to import
+    from worker.store.store import Store, Stores, Tuning  # noqa: PLC0415 - as above
 
     network = Network(credentials(settings.hf_endpoint, settings.hf_token, settings.civitai_token), urllib.request.getproxies())
     hub = Hub(settings.hf_endpoint, network)

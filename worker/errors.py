@@ -51,6 +51,8 @@ import shlex
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from worker.base.text import compared_sizes, size_text
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
@@ -59,12 +61,6 @@ if TYPE_CHECKING:
 # Clients of worker-comfyui know a job whose files were the trouble by this beginning.
 _INPUTS_FAILED = "Failed to upload one or more input images"
 _FAILED = "Job processing failed"
-_GB = 1_000_000_000
-
-
-def _size(size_bytes: int) -> str:
-    """For people. Two decimals, since what is compared is often nearly the same."""
-    return f"{size_bytes / 1e9:.2f} GB" if size_bytes >= _GB else f"{size_bytes / 1e6:.2f} MB"
 
 
 def shortened(text: str, most: int) -> str:
@@ -1267,8 +1263,9 @@ class VolumeFull(ModelError):
     code = "volume_full"
 
     def __str__(self) -> str:
+        needed, free = compared_sizes(self.needed_bytes, self.free_bytes)
         return (
-            f"{self.path} has no room: {_size(self.needed_bytes)} are needed, {_size(self.free_bytes)} are free "
+            f"{self.path} has no room: {needed} are needed, {free} are free "
             f"(less if there is a quota{_nor_container(self.container)}); enlarge it or remove models."
         )
 
@@ -1276,7 +1273,7 @@ class VolumeFull(ModelError):
 def _nor_container(error: VolumeFull | VolumeReadOnly | None) -> str:
     match error:
         case VolumeFull():
-            needed, free = _size(error.needed_bytes), _size(error.free_bytes)
+            needed, free = compared_sizes(error.needed_bytes, error.free_bytes)
             return f"; on this container's disk {needed} are needed, {free} are free"
         case VolumeReadOnly():
             return f"; nor can this container's disk: {error.reason}"
@@ -1423,7 +1420,7 @@ class S3VolumeFull(SeedError):
 
     def __str__(self) -> str:
         return (
-            f"The volume {self.volume} has no room for {_size(self.needed_bytes)} more: enlarge it or remove models "
+            f"The volume {self.volume} has no room for {size_text(self.needed_bytes)} more: enlarge it or remove models "
             "(--list, --prune), then run this again."
         )
 
@@ -1509,8 +1506,9 @@ class ResultTooLarge(DeliveryError):
     code = "result_too_large"
 
     def __str__(self) -> str:
+        taken, limit = compared_sizes(self.size_bytes, self.limit_bytes)
         return (
-            f"The result takes {_size(self.size_bytes)} as JSON, but only {_size(self.limit_bytes)} can be returned (RunPod "
+            f"The result takes {taken} as JSON, but only {limit} can be returned (RunPod "
             f"carries 10 MB, through /runsync 20 MB; RESULT_LIMIT_MB overrides it), and {self.volume}: set BUCKET_ENDPOINT_URL "
             "and its keys to have files uploaded, attach a network volume, or limit the nodes in the request's 'outputs'."
         )

@@ -14,17 +14,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from worker.comfy.rejection import missing_model, with_sent
-from worker.comfy.workflow import (
-    check_paths,
-    declares,
-    named_models,
-    needed_nodes,
-    renamed,
-    respellable_names,
-    with_accents,
-    with_slashes,
-)
+from worker.base.text import count
+from worker.engine.event_loop import Aside
+from worker.error_reply import DETAILS, carried, failure, sentence, sentences
 from worker.errors import (
     DeliveryError,
     FieldInvalid,
@@ -36,29 +28,38 @@ from worker.errors import (
     WorkerError,
     WorkflowRejected,
 )
-from worker.failure import DETAILS, carried, failure, sentence, sentences
-from worker.graphs import Workflows
+from worker.graph.graph import (
+    check_paths,
+    declares,
+    named_models,
+    needed_nodes,
+    renamed,
+    respellable_names,
+    with_accents,
+    with_slashes,
+)
+from worker.graph.rejection import missing_model, with_sent
 from worker.job import Request
-from worker.laps import Laps
+from worker.job_timings import Laps
 from worker.logs import RedactingFilter
-from worker.loop import Aside
-from worker.media.pictures import PictureFormat
+from worker.media.picture_formats import PictureFormat
+from worker.workflows import Workflows
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Collection, Iterable, Mapping, Sequence
 
-    from worker.comfy.client import RunResult
-    from worker.comfy.engine import Engine
-    from worker.comfy.events import Progress
-    from worker.comfy.workflow import Graph, NamedModel
+    from worker.engine.client import RunResult
+    from worker.engine.engine import Engine
+    from worker.engine.events import Progress
+    from worker.graph.graph import Graph, NamedModel
     from worker.job import Result
     from worker.media.delivery import Delivery
     from worker.media.inputs import InputFiles, JobFiles
-    from worker.models.provision import Waiting
-    from worker.models.spec import ModelSpec
-    from worker.models.supply import Name, Supply
+    from worker.models.download_queue import Waiting
+    from worker.models.job_models import Name, Supply
     from worker.settings import Settings
-    from worker.warmth import Warmth
+    from worker.spec import ModelSpec
+    from worker.warmup.warmup import Warmth
 
 log = logging.getLogger(__name__)
 
@@ -416,9 +417,9 @@ def sampling_progress(step: Progress) -> dict[str, Any]:
 
 
 def contents(result: Mapping[str, Any]) -> str:
-    """What a result holds, for the log: `2 images, 1 text`."""
-    counts = ((len(result.get(kind, ())), kind) for kind in ("images", "videos", "audio", "text", "files"))
-    return ", ".join(f"{count} {kind}" for count, kind in counts if count) or "no outputs"
+    """Return what a result holds, for the log: `2 images, 1 text`."""
+    kinds = {"images": "image", "videos": "video", "audio": "audio file", "text": "text", "files": "file"}
+    return ", ".join(count(result[key], kind) for key, kind in kinds.items() if result.get(key)) or "no outputs"
 
 
 def download_progress(waiting: Waiting) -> dict[str, Any]:

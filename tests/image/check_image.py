@@ -378,7 +378,7 @@ def test_the_bases_own_python_unpacks_comfyuis_source(builder: ImageBuilder, tmp
 def test_a_changed_line_of_the_worker_changes_one_small_layer(builder: ImageBuilder, container: str) -> None:
     before = builder.buildah.layers(IMAGE)
     print("\n" + "\n".join(report(before)))  # noqa: T201 - the figures are what this test is run for
-    path = builder.context / "worker/models/store.py"
+    path = builder.context / "worker/store/store.py"
     path.write_text(path.read_text() + "# one more line\n")
     builder.build(CHANGED)
     after = builder.buildah.layers(CHANGED)

@@ -11,19 +11,19 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from worker.base.text import count, size_text
 from worker.doctor.exclusion import LOCK
-from worker.doctor.findings import Severity, count, listing, note, ok
+from worker.doctor.findings import Severity, listing, note, ok
 from worker.doctor.folders import entries
-from worker.models.locks import Locks
-from worker.models.partial import Ranges
-from worker.models.progress import size_text
-from worker.models.seals import read_seal
+from worker.store.locks import Locks
+from worker.store.partial import Ranges
+from worker.store.seals import read_seal
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from worker.doctor.findings import Finding
-    from worker.models.layout import Layout
+    from worker.store.layout import Layout
 
 _ACTIVE_S: Final = 60.0
 

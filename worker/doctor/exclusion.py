@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Final
 
 from worker.doctor.child import ARGUMENTS_AT, Child
 from worker.doctor.findings import note, ok, problem
-from worker.models.layout import Layout
-from worker.models.locks import Locks, Timing
+from worker.store.layout import Layout
+from worker.store.locks import Locks, Timing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -7,7 +7,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence, Sized
+    from collections.abc import Iterable, Iterator, Sequence
 
     from worker.settings import Settings
 
@@ -102,9 +102,3 @@ def some(names: Sequence[str]) -> str:
     """The first few by name."""
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more
-
-
-def count(things: Sized, what: str) -> str:
-    """Such as `1 file` and `2 files`."""
-    plural = f"{what[:-1]}ies" if what.endswith("y") else f"{what}s"
-    return f"{len(things)} {what if len(things) == 1 else plural}"

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from worker.comfy.custom_nodes import read_failures
-from worker.doctor.findings import count, ok, problem, some
+from worker.base.text import count
+from worker.doctor.findings import ok, problem, some
 from worker.doctor.folders import entries, names_in
+from worker.engine.custom_nodes import read_failures
 from worker.errors import ManifestInvalid
-from worker.models.seals import stat_file
 from worker.models.sources import Sources
+from worker.store.seals import stat_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from worker.doctor.findings import Finding, Subject
-    from worker.models.layout import Layout
-    from worker.models.spec import ModelSpec
+    from worker.spec import ModelSpec
+    from worker.store.layout import Layout
 
 
 def manifests(layout: Layout, subject: Subject) -> Iterator[Finding]:

@@ -6,16 +6,17 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from worker.doctor.findings import Severity, count, listing, note, ok, problem
+from worker.base.text import count
+from worker.comfyui_data import known
+from worker.doctor.findings import Severity, listing, note, ok, problem
 from worker.doctor.folders import names_in
-from worker.known import known
-from worker.models.spec import WEIGHT_SUFFIXES
+from worker.spec import WEIGHT_SUFFIXES
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
 
     from worker.doctor.findings import Finding
-    from worker.models.layout import Layout
+    from worker.store.layout import Layout
 
 _WALKED_FOLDERS: Final = 5_000
 _WALKED_DEPTH: Final = 6

@@ -7,21 +7,22 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from worker.doctor.findings import FolderCount, Severity, capped, count, listing, note, ok, problem
-from worker.known import known
-from worker.models.inventory import Standing, look_at
-from worker.models.mounts import is_absolute, mending
-from worker.models.names import IN_FLIGHT, Scan
-from worker.models.spec import WEIGHT_SUFFIXES
+from worker.base.text import count
+from worker.comfyui_data import known
+from worker.doctor.findings import FolderCount, Severity, capped, listing, note, ok, problem
+from worker.links.scan import IN_FLIGHT, Scan
+from worker.spec import WEIGHT_SUFFIXES
+from worker.store.inventory import Standing, look_at
+from worker.store.pod_links import is_absolute, mending
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
     from pathlib import Path
 
     from worker.doctor.findings import Finding
-    from worker.models.inventory import Look
-    from worker.models.layout import Layout
-    from worker.models.names import Folder
+    from worker.links.scan import Folder
+    from worker.store.inventory import Look
+    from worker.store.layout import Layout
 
 _LOOKED_AT: Final = 5_000  # files: a stat and a seal for each cost some ms on a network volume
 

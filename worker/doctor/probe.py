@@ -13,7 +13,7 @@ from worker.doctor.misplaced import misplaced
 from worker.doctor.models import models
 from worker.doctor.seals import seals
 from worker.doctor.volume import silence, space, where, writable
-from worker.models.mounts import layout_at
+from worker.store.pod_links import layout_at
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

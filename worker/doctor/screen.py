@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import textwrap
 from typing import TYPE_CHECKING, Final
 
-from worker.doctor.findings import Severity, count
-from worker.models.names import printable
-from worker.models.progress import size_text
+from worker.base.text import count, printable, size_text, wrapped
+from worker.doctor.findings import Severity
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -26,7 +24,7 @@ def report_lines(findings: Sequence[Finding], folders: Sequence[FolderCount], wi
     for found in findings:
         label = f"{found.severity.upper() if found.severity is Severity.PROBLEM else found.severity:<{_LABEL_WIDTH}}"
         check = "" if found.check == before else found.check
-        text = _wrapped(found.message, indent, width)
+        text = wrapped(printable(found.message), indent, width)
         shown = f"\x1b[{_COLOURS[found.severity]}m{label}\x1b[0m" if colour else label
         yield f"  {shown}  {check:<{_CHECK_WIDTH}}  {text[0].lstrip()}"
         yield from text[1:]
@@ -46,16 +44,3 @@ def _table(folders: Sequence[FolderCount]) -> Iterator[str]:
         size = "?" if folder.size_bytes is None else size_text(folder.size_bytes)
         sealed = "?" if folder.sealed is None else str(folder.sealed)
         yield f"  {printable(folder.folder):<{width}}  {folder.files:>7}  {size:>9}  {sealed:>7}"
-
-
-def _wrapped(text: str, indent: int, width: int) -> list[str]:
-    margin = " " * indent
-    # Paths stay whole: they are there to be copied.
-    return textwrap.wrap(
-        printable(text),
-        max(width, indent + 40),
-        initial_indent=margin,
-        subsequent_indent=margin,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )

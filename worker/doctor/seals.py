@@ -6,15 +6,16 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from worker.doctor.findings import Severity, count, listing, ok
-from worker.models.layout import sealed_by
-from worker.models.seals import read_seal, stat_file
+from worker.base.text import count
+from worker.doctor.findings import Severity, listing, ok
+from worker.store.layout import sealed_by
+from worker.store.seals import read_seal, stat_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from worker.doctor.findings import Finding
-    from worker.models.layout import Layout
+    from worker.store.layout import Layout
 
 
 def seals(layout: Layout) -> Iterator[Finding]:

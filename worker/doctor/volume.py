@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from worker.base.text import size_text
 from worker.doctor.findings import note, ok, problem
-from worker.models.disk import FULL, READ_ONLY
-from worker.models.progress import size_text
+from worker.store.disk import FULL, READ_ONLY
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from worker.doctor.findings import Finding
-    from worker.models.layout import Layout
+    from worker.store.layout import Layout
 
 _LOW_BYTES: Final = 1_000_000_000
 _SCARCE_BYTES: Final = 20_000_000_000

@@ -1,1 +1,1 @@
-"""What goes into a job and what comes out of it, as files."""
+"""A job's input files and output files."""

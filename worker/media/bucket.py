@@ -23,13 +23,13 @@ from urllib.parse import quote, urlsplit
 from yarl import URL
 
 from worker.errors import BucketFailed, BucketRefused, BucketUnreachable, OutputGone, S3ConfigInvalid
-from worker.media.guard import PRIVATE
+from worker.media.address_guard import PRIVATE
 from worker.media.s3 import S3Target, make_client
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from worker.media.guard import UrlRules
+    from worker.media.address_guard import UrlRules
 
 log = logging.getLogger(__name__)
 

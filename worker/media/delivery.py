@@ -20,21 +20,21 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
+from worker.base.volume import is_volume
 from worker.errors import BucketFailed, OutputElsewhere, OutputGone, ResultTooLarge
 from worker.job import OutputItem, Result
+from worker.media.address_guard import UrlRules
 from worker.media.bucket import Bucket, Upload, Uploads, clean_id, job_target
-from worker.media.guard import UrlRules
-from worker.media.keep import KeptOutputs
+from worker.media.kept_outputs import KeptOutputs
 from worker.media.outputs import Collected, Missing, Output, OutputFiles, clean, unanswered
-from worker.media.pictures import Encoding
+from worker.media.picture_formats import Encoding
 from worker.media.s3 import S3Target
-from worker.media.spill import Copies, Copy
-from worker.volume import is_volume
+from worker.media.volume_copies import Copies, Copy
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
-    from worker.media.pictures import PictureFormat
+    from worker.media.picture_formats import PictureFormat
     from worker.settings import Settings
 
 log = logging.getLogger(__name__)

@@ -12,10 +12,10 @@ import tempfile
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Final, TypeVar
 
+from worker.base.text import forms
 from worker.errors import ImageNotBase64, InputNameInvalid, UnsafePath
-from worker.media.fetch import Download, Fetcher
 from worker.media.staging import FileBytes, StagedFile, storing
-from worker.text import forms
+from worker.media.url_inputs import Download, Fetcher
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence

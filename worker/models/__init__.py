@@ -1,1 +1,1 @@
-"""Which models a workflow means, where they are, and getting them there."""
+"""Which models a job needs, where they come from, and in which order they are downloaded."""

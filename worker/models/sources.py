@@ -27,9 +27,9 @@ from itertools import chain, islice
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol
 
+from worker.comfyui_data import known
 from worker.errors import AmbiguousModel, ManifestInvalid, ModelsInvalid, RequestError, SpecInvalid, WorkerError, shortened
-from worker.known import known
-from worker.models.spec import ModelSpec, check_from_request, check_spec, parse_spec
+from worker.spec import ModelSpec, check_from_request, check_spec, parse_spec
 
 if TYPE_CHECKING:
     import os

@@ -11,15 +11,15 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from worker.errors import RequestError, VolumeFailed, WorkerError
-from worker.models.hub import Hub, credentials
-from worker.models.wire import Network
+from worker.fetch.http import Network
+from worker.fetch.hub import Hub, credentials
 from worker.plan.document import Unreadable, Wanted, installed, read_document
 from worker.plan.items import THERE, Item, Plan
 from worker.plan.lookup import ask_in_time, look, read_sources
 from worker.plan.places import Places
 from worker.plan.room import with_room
 from worker.plan.screen import plan_lines
-from worker.saved import read_workflow
+from worker.volume_workflows import read_workflow
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -13,21 +13,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from worker.comfy.convert import is_ui
-from worker.comfy.embedded import embedded_workflow, json_fault
-from worker.comfy.rejection import nodes_of, unknown_nodes
-from worker.comfy.workflow import bare, check_paths, named_models, needed_nodes, parse_graph
+from worker.comfyui_data import known
+from worker.editor.convert import is_ui
+from worker.editor.embedded_workflow import embedded_workflow, json_fault
 from worker.errors import FieldInvalid, NoWorkflowInFile, UnsafePath, WorkerError
+from worker.graph.graph import bare, check_paths, named_models, needed_nodes, parse_graph
+from worker.graph.rejection import nodes_of, unknown_nodes
 from worker.job import Request
-from worker.known import known
 from worker.media.inputs import base64_pieces
 from worker.models.sources import embedded_models
 from worker.plan.editor import naming_graphs
-from worker.saved import is_name
+from worker.volume_workflows import is_name
 
 if TYPE_CHECKING:
-    from worker.comfy.workflow import Graph, NamedModel
     from worker.errors import UnknownNodes
+    from worker.graph.graph import Graph, NamedModel
 
 
 Saved = Callable[[str], dict[str, Any]]

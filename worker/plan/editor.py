@@ -11,17 +11,17 @@ from collections import defaultdict
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from worker.comfy.convert import classes, convert
-from worker.comfy.ui_graph import read_ui
-from worker.comfy.workflow import WEIGHT_SUFFIXES
+from worker.comfyui_data import known
+from worker.editor.convert import classes, convert
+from worker.editor.saved_workflow import read_ui
 from worker.errors import UiWorkflowInvalid
-from worker.known import known
+from worker.spec import WEIGHT_SUFFIXES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from worker.comfy.ui_graph import Node, UiGraph
-    from worker.comfy.workflow import Graph
+    from worker.editor.saved_workflow import Node, UiGraph
+    from worker.graph.graph import Graph
 
 
 def naming_graphs(ui: object, release: str | None = None) -> tuple[Graph, ...]:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from worker.comfy.workflow import NamedModel
     from worker.errors import WorkerError
-    from worker.models.spec import ModelSpec
+    from worker.graph.graph import NamedModel
+    from worker.spec import ModelSpec
 
 
 class State(StrEnum):

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
+from worker.base.text import forms
 from worker.errors import (
     AmbiguousModel,
     ContentMismatch,
@@ -19,21 +20,20 @@ from worker.errors import (
     TokenRefused,
     WorkerError,
 )
-from worker.models.layout import Layout
 from worker.models.sources import Sources
 from worker.plan.items import Item, State
-from worker.text import forms
+from worker.store.layout import Layout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from worker.comfy.workflow import NamedModel
-    from worker.models.hub import Hub, Remote
-    from worker.models.progress import CancelToken
+    from worker.base.progress import CancelToken
+    from worker.fetch.hub import Hub, Remote
+    from worker.graph.graph import NamedModel
     from worker.models.sources import ModelList
-    from worker.models.spec import ModelSpec
     from worker.plan.places import Places
     from worker.settings import Settings
+    from worker.spec import ModelSpec
 
 _ASK_AT_ONCE: Final = 16
 

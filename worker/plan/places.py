@@ -8,22 +8,22 @@ import os
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from worker.models.inventory import Standing, look
-from worker.models.layout import Layout
-from worker.models.mounts import layout_at
-from worker.models.partial import Ranges
-from worker.models.seals import stat_file
-from worker.models.store import cached_file
+from worker.base.text import forms
 from worker.plan.items import Item, State
-from worker.text import forms
+from worker.store.inventory import Standing, look
+from worker.store.layout import Layout
+from worker.store.partial import Ranges
+from worker.store.pod_links import layout_at
+from worker.store.seals import stat_file
+from worker.store.store import cached_file
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from worker.models.hub import Remote
-    from worker.models.spec import ModelSpec
+    from worker.fetch.hub import Remote
     from worker.settings import Settings
+    from worker.spec import ModelSpec
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,10 +6,10 @@ import os
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from worker.base.text import size_text
+from worker.base.volume import is_volume
 from worker.errors import VolumeFull, VolumeMissing, VolumeReadOnly, no_volume
-from worker.models.disk import free_bytes
-from worker.models.progress import size_text
-from worker.volume import is_volume
+from worker.store.disk import free_bytes
 
 if TYPE_CHECKING:
     from pathlib import Path

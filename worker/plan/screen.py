@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections import Counter
 from typing import TYPE_CHECKING, Final
 
-from worker.models.progress import size_text
+from worker.base.text import count, size_text, wrapped
 from worker.plan.items import FETCHED, THERE, State
 
 if TYPE_CHECKING:
@@ -83,26 +82,7 @@ def _verdict(plan: Plan) -> str:
         unasked = sum(item.state is State.NO_ANSWER for item in plan.items)
         return "can run" + (f", if the {count(unasked, 'model')} without an answer can be fetched" if unasked else "")
     states = Counter(item.state for item in sorted(plan.items, key=_rank) if item.blocking)
-    reasons = [f"{count} {state}" for state, count in states.items()]
+    reasons = [f"{number} {state}" for state, number in states.items()]
     if plan.problems:
         reasons.append(count(len(plan.problems), "problem"))
     return f"CANNOT RUN: {', '.join(reasons)}"
-
-
-def wrapped(text: str, indent: int, width: int) -> list[str]:
-    """The lines of a sentence, as wide as the terminal."""
-    margin = " " * indent
-    # Addresses and paths stay whole: they are there to be copied.
-    return textwrap.wrap(
-        text,
-        max(width, indent + 40),
-        initial_indent=margin,
-        subsequent_indent=margin,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
-
-
-def count(number: int, what: str) -> str:
-    """Such as `1 model` and `2 models`."""
-    return f"{number} {what}{'' if number == 1 else 's'}"

@@ -20,8 +20,8 @@ from worker.errors import (
     WhatUnknown,
     WorkerError,
 )
-from worker.seed import care, seeding
-from worker.seed.desk import Desk, tell
+from worker.seed import maintenance, seeding
+from worker.seed.context import Desk, tell
 from worker.seed.options import parse
 from worker.seed.screen import JsonLines
 from worker.settings import Settings
@@ -61,9 +61,14 @@ def run(argv: Sequence[str], environ: Mapping[str, str], out: IO[str] | None = N
 def _act(desk: Desk) -> int:
     place = desk.place()
     if desk.options.action == "list":
-        code = care.list_sealed(desk, place)
+        code = maintenance.list_sealed(desk, place)
     else:
-        actions = {"seed": seeding.seed, "dry_run": seeding.dry_run, "verify": care.verify_all, "prune": care.prune}
+        actions = {
+            "seed": seeding.seed,
+            "dry_run": seeding.dry_run,
+            "verify": maintenance.verify_all,
+            "prune": maintenance.prune,
+        }
         code = actions[desk.options.action](desk, place, desk.sources(place))
     return code or (FAILED if place.away or desk.left_out else 0)
 

@@ -11,26 +11,26 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Protocol
 
+from worker.base.progress import Meter, Progress
+from worker.base.text import forms
 from worker.errors import ContentMismatch, EnsureCancelled, S3Failed, SeedError, VolumeReadOnly, WorkerError
-from worker.models.disk import FULL
-from worker.models.inventory import Standing
-from worker.models.progress import Meter, Progress
 from worker.plan.lookup import check_promises
-from worker.seed.bucket import UploadGone
 from worker.seed.outcome import NEWER, Outcome
 from worker.seed.relay import Load, Relay, Upload
-from worker.seed.s3volume import S3Volume, new_seal
-from worker.text import forms
+from worker.seed.s3_api import UploadGone
+from worker.seed.s3_volume import S3Volume, new_seal
+from worker.store.disk import FULL
+from worker.store.inventory import Standing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from worker.models.hub import Hub, Remote
-    from worker.models.progress import CancelToken, Listener, Phase
-    from worker.models.spec import ModelSpec
-    from worker.models.store import Store
+    from worker.base.progress import CancelToken, Listener, Phase
+    from worker.fetch.hub import Hub, Remote
     from worker.seed.outcome import How
-    from worker.seed.upkeep import Volume
+    from worker.seed.verify import Volume
+    from worker.spec import ModelSpec
+    from worker.store.store import Store
 
 log = logging.getLogger(__name__)
 

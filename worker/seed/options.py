@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from worker.errors import S3KeysMissing, SeedUsage
-from worker.seed.bucket import DATACENTERS, Keys, Place
+from worker.seed.s3_api import DATACENTERS, Keys, Place
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

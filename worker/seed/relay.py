@@ -28,18 +28,18 @@ from worker.errors import (
     SourceRefused,
     SourceUnreachable,
 )
-from worker.models.disk import stated_in
-from worker.models.formats import HEAD_BYTES, is_safetensors, misfit
-from worker.models.ranges import Fetch, Tuning
-from worker.seed.bucket import UploadGone
+from worker.fetch.ranges import Fetch, Tuning
+from worker.seed.s3_api import UploadGone
 from worker.seed.window import Window, WindowClosed
+from worker.store.disk import stated_in
+from worker.store.file_formats import HEAD_BYTES, is_safetensors, misfit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from worker.models.hub import Hub, Remote
-    from worker.models.progress import CancelToken
-    from worker.seed.bucket import Bucket, Head, SentPart
+    from worker.base.progress import CancelToken
+    from worker.fetch.hub import Hub, Remote
+    from worker.seed.s3_api import Bucket, Head, SentPart
     from worker.seed.window import Part
 
 log = logging.getLogger(__name__)

@@ -22,8 +22,7 @@ from rich.progress import (
 from rich.table import Column
 from rich.text import Text
 
-from worker.models.progress import size_text
-from worker.plan.screen import count
+from worker.base.text import count, size_text
 from worker.seed.outcome import WORDS
 
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console, RenderableType
 
-    from worker.models.progress import Progress as Moment
+    from worker.base.progress import Progress as Moment
     from worker.seed.outcome import Outcome
 
 _LINE_EVERY_S: Final = 10.0

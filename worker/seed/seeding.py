@@ -12,26 +12,26 @@ from urllib.parse import urlsplit
 
 from rich.text import Text
 
+from worker.base.progress import Progress
+from worker.base.text import count, size_text
 from worker.errors import EnsureCancelled, ModelUnavailable, SeedUsage, VolumeFull
-from worker.models.inventory import Standing
-from worker.models.progress import Progress, size_text
-from worker.models.spec import HubFile
 from worker.plan.items import State
 from worker.plan.lookup import ask
-from worker.plan.screen import count
 from worker.seed import tables
-from worker.seed.dryrun import look_ahead
+from worker.seed.dry_run import look_ahead
 from worker.seed.outcome import Outcome
+from worker.spec import HubFile
+from worker.store.inventory import Standing
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from worker.models.sources import Sources
-    from worker.models.spec import ModelSpec
     from worker.plan.items import Item
-    from worker.seed.desk import Desk, Place
+    from worker.seed.context import Desk, Place
     from worker.seed.fill import Filler
     from worker.seed.screen import Screen
+    from worker.spec import ModelSpec
 
 FAILED: Final = 1
 

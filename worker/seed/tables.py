@@ -8,16 +8,16 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from worker.models.progress import size_text
+from worker.base.text import size_text
 from worker.seed.outcome import WORDS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from worker.seed.dryrun import Line
+    from worker.seed.dry_run import Line
     from worker.seed.outcome import Outcome
-    from worker.seed.s3volume import Sealed
-    from worker.seed.upkeep import Checked
+    from worker.seed.s3_volume import Sealed
+    from worker.seed.verify import Checked
 
 _STYLES: Final = {True: "green", False: "red"}
 

@@ -1,0 +1,1 @@
+"""What every wing uses: texts, progress, clocks, waiting for blocking work."""

@@ -1,0 +1,89 @@
+"""Text for people, and questions about names: sizes, counts, wrapped lines, accents. Pure."""
+
+from __future__ import annotations
+
+import textwrap
+import unicodedata
+from typing import TYPE_CHECKING, Final, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Sized
+
+_UNITS: Final = ("B", "kB", "MB", "GB", "TB")
+_SHOWN_CHARS: Final = 60
+_NARROWEST: Final = 40
+_ILLEGIBLE: Final = frozenset({"Cc", "Cs", "Zl", "Zp"})
+
+
+def is_legible(text: str) -> bool:
+    """Return whether a name has no control character, line end or half of a character.
+
+    Blanks of any width, joined emoji and characters newer than this Python are letters to those who write them.
+    """
+    return text.isprintable() or not any(unicodedata.category(char) in _ILLEGIBLE for char in text)
+
+
+def form_of(text: str) -> Literal["NFC", "NFD"]:
+    """Return which of the two ways to write accents a text keeps to."""
+    return "NFC" if unicodedata.is_normalized("NFC", text) else "NFD"
+
+
+def forms(text: str) -> tuple[str, ...]:
+    """Return the text, then its other spellings of accents.
+
+    A Mac writes `e` and an accent (NFD) where others write `é` (NFC).
+    """
+    if text.isascii():
+        return (text,)
+    return tuple(dict.fromkeys((text, unicodedata.normalize("NFC", text), unicodedata.normalize("NFD", text))))
+
+
+def size_text(size_bytes: int) -> str:
+    """Return a size in powers of 1000, as disks and hubs count: `11.9 GB`."""
+    return _scaled(size_bytes, size_bytes)
+
+
+def part_text(part_bytes: int, whole_bytes: int) -> str:
+    """Return how much of a size is there, in one unit: `3.1 of 11.9 GB`."""
+    return f"{_scaled(part_bytes, whole_bytes).partition(' ')[0]} of {size_text(whole_bytes)}"
+
+
+def compared_sizes(*sizes_bytes: int) -> list[str]:
+    """Return sizes in one unit with two decimals, for two that are nearly the same."""
+    return [_scaled(each, max(sizes_bytes), 2) for each in sizes_bytes]
+
+
+def _scaled(size_bytes: int, like_bytes: int, decimals: int = 1) -> str:
+    power = min(max(0, (len(str(abs(like_bytes))) - 1) // 3), len(_UNITS) - 1)
+    return f"{size_bytes / 1000**power:.{decimals if power else 0}f} {_UNITS[power]}"
+
+
+def count(things: int | Sized, what: str) -> str:
+    """Return how many there are, with the noun: `1 model`, `2 models`, `2 entries`."""
+    number = things if isinstance(things, int) else len(things)
+    plural = f"{what[:-1]}ies" if what.endswith("y") else f"{what}s"
+    return f"{number} {what if number == 1 else plural}"
+
+
+def wrapped(text: str, indent: int, width: int) -> list[str]:
+    """Return the indented lines of a text, as wide as the terminal. Addresses and paths stay whole, to be copied."""
+    margin = " " * indent
+    return textwrap.wrap(
+        text,
+        max(width, indent + _NARROWEST),
+        initial_indent=margin,
+        subsequent_indent=margin,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def printable(text: str) -> str:
+    """Return a file name with its line breaks, control characters and odd bytes escaped, for a log or a terminal."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def shown(text: str, limit: int = _SHOWN_CHARS) -> str:
+    """Return a name or title from a request for use in a sentence: one line, printable, cut at `limit` characters."""
+    line = "".join(char if char.isprintable() else "?" for char in text[:limit])
+    return line + "..." if len(text) > limit else line

@@ -1,1 +1,0 @@
-"""The engine: ComfyUI as a child process, and its protocol."""

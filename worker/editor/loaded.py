@@ -1,0 +1,81 @@
+"""The nodes and sheets of a saved workflow once loaded, as values that the other steps of a conversion work on. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from worker.editor.saved_workflow import Link, Node, Scope
+    from worker.editor.widgets import Widget
+
+PRIMITIVE, SETTER, GETTER = "PrimitiveNode", "SetNode", "GetNode"
+GROUP_PREFIXES = ("workflow>", "workflow/")
+"""How the class of a group node begins, the editor's older kind of subgraph."""
+
+
+class _Hidden:
+    """In place of a promoted value: the classic frontend shows the inner widget instead, so that one counts."""
+
+
+HIDDEN = _Hidden()
+
+
+@dataclass(slots=True)
+class PartSlot:
+    """An input of a loaded node, with the link that ends in it."""
+
+    name: str
+    type: str
+    link: Link | None
+    widget: str | None = None
+
+
+@dataclass(slots=True)
+class Part:
+    """A loaded node. `values` are the promoted widgets of a subgraph instance, by input; absent where it has none.
+
+    `left` describes the saved values that nothing is known to take.
+    """
+
+    node: Node
+    sheet: Sheet
+    kind: str
+    slots: list[PartSlot]
+    outputs: list[str]
+    widgets: list[Widget]
+    inner: Sheet | None = None
+    values: dict[int, object] = field(default_factory=dict)
+    left: tuple[str, ...] = ()
+
+    def widget(self, name: str | None) -> Widget | None:
+        """Its widget of that name."""
+        return next((widget for widget in self.widgets if widget.name == name), None)
+
+    def linked(self, name: str) -> bool:
+        """Whether a link ends in the input of that widget."""
+        return any(slot.widget == name and slot.link is not None for slot in self.slots)
+
+
+@dataclass(slots=True)
+class Sheet:
+    """A loaded scope: the workflow, or the inside of a subgraph."""
+
+    scope: Scope
+    parts: dict[str, Part] = field(default_factory=dict)
+    promoted: dict[int, tuple[str, str]] = field(default_factory=dict)  # input to the inner node and widget behind it
+    initial: dict[int, object] = field(default_factory=dict)
+    ends: dict[tuple[str, str], int] = field(default_factory=dict)  # node and link to the input that the link ends in
+    size: int = 0
+
+
+def setter_of(getter: Part) -> Part | None:
+    """The SetNode whose name a GetNode asks for, on the same sheet."""
+    name = first_value(getter)
+    return next((part for part in getter.sheet.parts.values() if part.kind == SETTER and first_value(part) == name), None)
+
+
+def first_value(part: Part) -> object:
+    """The first of the values that a node was saved with, None where there is none."""
+    values = part.node.values
+    return values[0] if isinstance(values, list) and values else None

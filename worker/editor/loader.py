@@ -1,0 +1,228 @@
+"""A saved workflow loaded as the editor loads it: each node with its inputs, links and values, sheet by sheet. Pure.
+
+A node inside a subgraph definition is made once, however many instances there are: what differs between instances is only the
+value of a promoted widget, which the instance itself holds.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, replace
+from graphlib import CycleError, TopologicalSorter
+from typing import TYPE_CHECKING, Any
+
+from worker.base.text import shown
+from worker.comfyui_data import known
+from worker.editor.loaded import Part, PartSlot, Sheet
+from worker.editor.promoted_widgets import Instance, find_promoted
+from worker.editor.undeclared_values import is_foreign, place
+from worker.editor.widgets import DYNAMIC_COMBO, Dialect, ShapeSlot, read_specs, shape_of
+from worker.errors import UiWorkflowInvalid
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping, Sequence
+
+    from worker.editor.saved_workflow import Budget, Link, Node, Scope, UiGraph
+    from worker.editor.widgets import InputSpec, Shape
+
+
+def load(ui: UiGraph, object_info: Mapping[str, Any], dialect: Dialect, budget: Budget) -> Sheet:
+    """The workflow as it is in the editor right after it was opened.
+
+    Raises:
+        UiWorkflowInvalid: subgraphs hold each other in a circle, or a node is one that no server can evaluate.
+    """
+    if dialect is Dialect.MODERN:
+        ui = renumbered(ui)
+    loader = _Loader(ui, object_info, dialect, budget)
+    for definition_id in _leaves_first(ui):
+        loader.sheets[definition_id] = loader.sheet(ui.definitions[definition_id])
+    return loader.sheet(ui.root)
+
+
+def _leaves_first(ui: UiGraph) -> tuple[str, ...]:
+    needs = {
+        key: {node.type for node in scope.nodes.values() if node.type in ui.definitions}
+        for key, scope in ui.definitions.items()
+    }
+    try:
+        return tuple(TopologicalSorter(needs).static_order())
+    except CycleError as error:
+        names = " -> ".join(f"'{ui.definitions[key].name or shown(key)}'" for key in error.args[1][:6])
+        raise UiWorkflowInvalid(f"its subgraphs contain each other in a circle: {names}") from error
+
+
+# --- ids ----------------------------------------------------------------------------------------
+
+
+def renumbered(ui: UiGraph) -> UiGraph:
+    """The workflow with the ids that a modern frontend gives: an inner node whose id is taken gets the next free one."""
+    used = set(ui.root.nodes)
+    last = max([ui.last_node_id, *(int(key) for key in used if _is_number(key))])
+    moved: dict[str, dict[str, str]] = {}
+    for definition_id, scope in ui.definitions.items():
+        mapping = moved[definition_id] = {}
+        for node_id in scope.nodes:
+            if node_id in used:
+                last += 1
+                while str(last) in used:
+                    last += 1
+                mapping[node_id] = str(last)
+            elif _is_number(node_id):
+                last = max(last, int(node_id))
+            used.add(mapping.get(node_id, node_id))
+    if not any(moved.values()):
+        return ui
+    definitions = {key: _renamed(scope, moved[key], moved) for key, scope in ui.definitions.items()}
+    return replace(ui, root=_renamed(ui.root, {}, moved), definitions=definitions)
+
+
+def _is_number(node_id: str) -> bool:
+    return re.fullmatch("0|[1-9][0-9]{0,14}", node_id) is not None
+
+
+def _renamed(scope: Scope, own: Mapping[str, str], moved: Mapping[str, Mapping[str, str]]) -> Scope:
+    nodes = {}
+    for node in scope.nodes.values():
+        changed = node
+        inner = moved.get(node.type)
+        entries = node.properties.get("proxyWidgets")
+        if inner and isinstance(entries, list):
+            proxies = [
+                [inner.get(str(entry[0]), entry[0]), *entry[1:]] if isinstance(entry, list) and entry else entry
+                for entry in entries
+            ]
+            changed = replace(changed, properties={**node.properties, "proxyWidgets": proxies})
+        if node.id in own:
+            changed = replace(changed, id=own[node.id])
+        nodes[changed.id] = changed
+    links = {
+        link.id: replace(link, origin=own.get(link.origin, link.origin), target=own.get(link.target, link.target))
+        for link in scope.links.values()
+    }
+    return replace(scope, nodes=nodes, links=links)
+
+
+# --- nodes --------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Loader:
+    ui: UiGraph
+    object_info: Mapping[str, Any]
+    dialect: Dialect
+    budget: Budget
+    sheets: dict[str, Sheet] = field(default_factory=dict)
+    specs: dict[str, tuple[InputSpec, ...]] = field(default_factory=dict)
+    order: dict[str, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.order = {key: at for at, key in enumerate(self.ui.definitions)}
+
+    def sheet(self, scope: Scope) -> Sheet:
+        sheet = Sheet(replace(scope, inputs=list(scope.inputs)))
+        by_target = {(link.target, link.target_slot): link for link in scope.links.values()}
+        for node in scope.nodes.values():
+            part = sheet.parts[node.id] = self._part(node, sheet, by_target)
+            for at, slot in enumerate(part.slots):
+                if slot.link is not None:
+                    sheet.ends.setdefault((node.id, slot.link.id), at)
+        for part in sheet.parts.values():
+            if part.inner is not None and not self._is_early(part):
+                Instance(part, self.dialect, self.budget).take_values()
+        if scope.id is not None:
+            find_promoted(sheet, self.dialect)
+            sheet.size = sum(len(part.slots) for part in sheet.parts.values())
+        return sheet
+
+    def _part(self, node: Node, sheet: Sheet, by_target: Mapping[tuple[str, int], Link]) -> Part:
+        named = {slot.link for slot in node.slots}
+        links = [_link_of(node, at, sheet.scope, by_target, named) for at in range(len(node.slots))]
+        if node.type in self.sheets:
+            return self._instance(node, sheet, links, by_target)
+        definition = self._definition(node)
+        if node.type in known().editor.own_virtual or definition is None:
+            slots = [PartSlot(slot.name, slot.type, link, slot.widget) for slot, link in zip(node.slots, links, strict=True)]
+            kind = node.type if node.type in known().editor.virtual else "unknown"
+            return Part(node, sheet, kind, slots, list(node.outputs), [])
+        if node.type not in self.object_info:
+            node = replace(node, type=known().editor.aliases[node.type])
+        if node.type not in self.specs:
+            self.specs[node.type] = read_specs(definition)
+        shape = shape_of(node, self.specs[node.type], self.dialect, foreign=is_foreign(definition))
+        left = place(node, definition, shape)
+        slots = _slots_of(node, shape, links, by_target)
+        part = Part(node, sheet, "node", slots, [], shape.widgets, left=left)
+        part.outputs = _outputs_of(part, definition)
+        return part
+
+    def _definition(self, node: Node) -> Mapping[str, Any] | None:
+        found = self.object_info.get(node.type) or self.object_info.get(known().editor.aliases.get(node.type, ""))
+        return found if isinstance(found, dict) else None
+
+    def _instance(
+        self, node: Node, sheet: Sheet, links: Sequence[Link | None], by_target: Mapping[tuple[str, int], Link]
+    ) -> Part:
+        inner = self.sheets[node.type]
+        self.budget.step(len(inner.scope.inputs))
+        slots = _matched([ShapeSlot(port.name, port.type) for port in inner.scope.inputs], node, links, by_target)
+        return Part(node, sheet, "subgraph", slots, [port.type for port in inner.scope.outputs], [], inner)
+
+    def _is_early(self, part: Part) -> bool:
+        """Whether a classic frontend, which opens definitions in the file's order, makes it before it knows its widgets."""
+        own = part.sheet.scope.id
+        if self.dialect is Dialect.MODERN or own is None:
+            return False
+        return self.order[part.node.type] > self.order[own]
+
+
+def _link_of(
+    node: Node, at: int, scope: Scope, by_target: Mapping[tuple[str, int], Link], taken: Collection[str | None]
+) -> Link | None:
+    """The link of an input: the one it names, else the one that names it. Frontends trust one or the other and lose some."""
+    named = node.slots[at].link
+    if named is not None and named in scope.links:
+        return scope.links[named]
+    found = by_target.get((node.id, at))
+    # A link that some other input of the node names belongs there.
+    return None if found is None or found.id in taken else found
+
+
+def _matched(
+    declared: Sequence[ShapeSlot], node: Node, links: Sequence[Link | None], by_target: Mapping[tuple[str, int], Link]
+) -> list[PartSlot]:
+    """The declared inputs with the links that the saved ones of the same names have; of two with a name the last counts."""
+    saved = {slot.name: link for slot, link in zip(node.slots, links, strict=True)}
+    if not node.slots:
+        return [PartSlot(slot.name, slot.type, by_target.get((node.id, at)), slot.widget) for at, slot in enumerate(declared)]
+    return [PartSlot(slot.name, slot.type, saved.get(slot.name), slot.widget) for slot in declared]
+
+
+def _slots_of(
+    node: Node, shape: Shape, links: Sequence[Link | None], by_target: Mapping[tuple[str, int], Link]
+) -> list[PartSlot]:
+    slots = _matched(shape.slots, node, links, by_target)
+    known, closed = {slot.name for slot in shape.slots}, tuple(shape.closed)
+    for slot, link in zip(node.slots, links, strict=True):
+        if slot.name in known or slot.widget is not None:
+            continue  # a widget that the class has no longer goes, and its link with it
+        if not slot.name.startswith(closed):
+            slots.append(PartSlot(slot.name, slot.type, link))
+        else:
+            _land(slots, link)
+    return slots
+
+
+def _land(slots: list[PartSlot], link: Link | None) -> None:
+    """Put the link of an input that the chosen option no longer has where the modern frontend finds it: at its number."""
+    if link is not None and link.target_slot < len(slots):
+        slot = slots[link.target_slot]
+        if slot.link is None and slot.type != DYNAMIC_COMBO:
+            slot.link = link
+
+
+def _outputs_of(part: Part, definition: Mapping[str, Any]) -> list[str]:
+    declared = definition.get("output")
+    types = [kind if isinstance(kind, str) else "COMBO" for kind in declared] if isinstance(declared, list) else []
+    types = ["*" if kind == "COMFY_MATCHTYPE_V3" else kind for kind in types]
+    return types + list(part.node.outputs[len(types) :])

@@ -1,0 +1,337 @@
+"""A workflow as ComfyUI's editor saves it, read into values whose shape is known. Pure.
+
+Both schemas are read: 0.4 (links as lists) and 1 (links as objects), subgraph definitions at any depth of `definitions`.
+Whatever the frontend ignores is ignored here too: positions, colours, groups, reroutes that are drawing only, floating links.
+Ids may be numbers or strings and become strings, as the frontend's own keys are.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+
+from worker.base.text import shown
+from worker.errors import UiWorkflowInvalid
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+INPUT_NODE, OUTPUT_NODE = "-10", "-20"
+"""The ids that links inside a subgraph use for its own inputs and outputs."""
+
+MUTED, BYPASSED = 2, 4
+
+MAX_NODES = 5_000
+"""The most nodes a workflow may have, subgraphs expanded: several times the largest in use, and a bound on hostile ones."""
+
+MAX_LINKS = 50_000
+MAX_SLOTS = 50_000
+MAX_DEFINITIONS = 1_000
+_MAX_TYPE_CHARS = 2_000  # a slot that takes every 3D format lists a few hundred
+_MAX_ID_CHARS = 100
+_MAX_NAMED_VALUES = 10_000
+
+
+@dataclass(slots=True)
+class Budget:
+    """What converting one workflow may cost. A few short definitions, used often enough, say more than fits any machine."""
+
+    steps: int = 100_000
+    values: int = 200_000
+    chars: int = 50_000_000
+
+    def step(self, count: int = 1) -> None:
+        """Note work that was done, such as inputs looked through for a link."""
+        self.steps -= count
+        if self.steps < 0:
+            raise UiWorkflowInvalid("its links run through too many nodes and inputs to follow")
+
+    def value(self, count: int, chars: int = 0) -> None:
+        """Note values that go into the graph."""
+        self.values -= count
+        self.chars -= chars
+        if self.values < 0 or self.chars < 0:
+            raise UiWorkflowInvalid("its widgets hold more values or text than any graph has")
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """An input as it was saved: `link` is the id of its link, `widget` the name of the widget that it stands for."""
+
+    name: str
+    type: str
+    link: str | None
+    widget: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A node as it was saved. `values` is `widgets_values` untouched: a list, an object, or None."""
+
+    id: str
+    type: str
+    title: str | None
+    mode: int
+    slots: tuple[Slot, ...]
+    outputs: tuple[str, ...]
+    values: list[Any] | dict[str, Any] | None
+    properties: Mapping[str, Any]
+
+    def __str__(self) -> str:
+        """Its id, class and title, for people."""
+        title = f" '{shown(self.title)}'" if self.title and self.title != self.type else ""
+        return f"{shown(self.id)} ({shown(self.type)}{title})"
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """One link; slots are indexes."""
+
+    id: str
+    origin: str
+    origin_slot: int
+    target: str
+    target_slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class Port:
+    """An input or output of a subgraph, and the links on its inner side, in order."""
+
+    name: str
+    type: str
+    links: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class Scope:
+    """One sheet of the editor: the workflow itself, or the inside of a subgraph definition (which has an id and ports)."""
+
+    nodes: dict[str, Node]
+    links: dict[str, Link]
+    id: str | None = None
+    name: str = ""
+    inputs: list[Port] = field(default_factory=list)
+    outputs: list[Port] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class UiGraph:
+    """A whole workflow: its own sheet, and its subgraph definitions by id in the order of the file."""
+
+    root: Scope
+    definitions: Mapping[str, Scope]
+    last_node_id: int
+
+
+def is_ui(value: object) -> bool:
+    """Whether this is a workflow as the editor saves it, told by its shape: a list of nodes.
+
+    An API graph is an object of nodes by id, so a node there may be called "nodes" but is never a list.
+    """
+    return isinstance(value, dict) and isinstance(value.get("nodes"), list)
+
+
+def read_ui(value: object) -> UiGraph:
+    """The workflow, once its shape is known to be right.
+
+    Raises:
+        UiWorkflowInvalid: something in it has the wrong type, an id is there twice, or it is larger than any workflow is.
+    """
+    if not is_ui(value):
+        raise UiWorkflowInvalid("it has no list 'nodes'; send what the editor's Save writes")
+    document = cast("dict[str, Any]", value)
+    reader = _Reader()
+    root = reader.scope(document, "the workflow")
+    definitions: dict[str, Scope] = {}
+    for raw in _definitions(document):
+        scope = reader.definition(raw)
+        if scope.id is not None:
+            definitions.setdefault(scope.id, scope)
+    last = document.get("last_node_id", _state(document).get("lastNodeId"))
+    return UiGraph(root, definitions, last if isinstance(last, int) and not isinstance(last, bool) else 0)
+
+
+def _state(document: dict[str, Any]) -> dict[str, Any]:
+    state = document.get("state")  # where schema 1 keeps the counters
+    return state if isinstance(state, dict) else {}
+
+
+def _definitions(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Every subgraph definition, those inside definitions right after the one that holds them, as the frontend hoists them."""
+    waiting, count = [document], 0
+    while waiting:
+        current = waiting.pop()
+        if current is not document:
+            yield current
+        held = current.get("definitions")
+        inner = held.get("subgraphs") if isinstance(held, dict) else None
+        if inner is None:
+            continue
+        if not isinstance(inner, list) or not all(isinstance(item, dict) for item in inner):
+            raise UiWorkflowInvalid("its 'definitions.subgraphs' is no list of objects")
+        count += len(inner)
+        if count > MAX_DEFINITIONS:
+            raise UiWorkflowInvalid(f"it has more than {MAX_DEFINITIONS} subgraph definitions")
+        waiting.extend(reversed(inner))
+
+
+@dataclass(slots=True)
+class _Reader:
+    """Counts what it has read, so that a document of any size is refused before it costs anything."""
+
+    nodes: int = 0
+    links: int = 0
+    slots: int = 0
+
+    def scope(self, raw: dict[str, Any], where: str) -> Scope:
+        nodes, links = raw.get("nodes"), raw.get("links")
+        if not isinstance(nodes, list):
+            raise UiWorkflowInvalid(f"{where} has no list 'nodes'")
+        if not isinstance(links, list) and links is not None:
+            raise UiWorkflowInvalid(f"the 'links' of {where} are no list")
+        self.nodes += len(nodes)
+        self.links += len(links or ())
+        if self.nodes > MAX_NODES or self.links > MAX_LINKS:
+            raise UiWorkflowInvalid(f"it has more than {MAX_NODES} nodes or {MAX_LINKS} links")
+        scope = Scope({}, {})
+        for item in nodes:
+            node = self._node(item, where)
+            if node.id in scope.nodes:
+                raise UiWorkflowInvalid(f"{where} has two nodes with the id {shown(node.id)}")
+            scope.nodes[node.id] = node
+        for item in links or ():
+            if item is not None:  # older editors left holes
+                link = _link(item, where)
+                scope.links.setdefault(link.id, link)
+        return scope
+
+    def definition(self, raw: dict[str, Any]) -> Scope:
+        name = raw.get("name")
+        title = shown(name) if isinstance(name, str) else ""
+        where = f"the subgraph '{title}'"
+        if not isinstance(raw.get("id"), str) or not raw["id"]:
+            raise UiWorkflowInvalid(f"{where} has no id")
+        scope = self.scope(raw, where)
+        scope.id, scope.name = raw["id"], title
+        scope.inputs = self._ports(raw.get("inputs"), scope, where)
+        scope.outputs = self._ports(raw.get("outputs"), scope, where)
+        return scope
+
+    def _ports(self, raw: object, scope: Scope, where: str) -> list[Port]:
+        if raw is None:
+            return []
+        if not isinstance(raw, list) or not all(isinstance(item, dict) for item in raw):
+            raise UiWorkflowInvalid(f"the inputs and outputs of {where} are no lists of objects")
+        self._count(raw, where)
+        ports = []
+        for item in raw:
+            links = item.get("linkIds")
+            ids = [_id(link, f"a link of {where}") for link in links] if isinstance(links, list) else []
+            self._count(ids, where)
+            known = tuple(link_id for link_id in ids if link_id in scope.links)
+            ports.append(Port(_text(item.get("name")), _type(item.get("type"), where), known))
+        return ports
+
+    def _node(self, raw: object, where: str) -> Node:
+        if not isinstance(raw, dict):
+            raise UiWorkflowInvalid(f"{where} has something in 'nodes' that is no node")
+        node_id = _id(raw.get("id"), f"a node of {where}")
+        kind = raw.get("type")
+        if not isinstance(kind, str) or not kind:
+            raise UiWorkflowInvalid(f"node {shown(node_id)} has no 'type'")
+        label = f"node {shown(node_id)} ({shown(kind)})"
+        title, mode, values = raw.get("title"), raw.get("mode"), raw.get("widgets_values")
+        if isinstance(values, dict) and len(values) > _MAX_NAMED_VALUES:
+            raise UiWorkflowInvalid(f"{label} has {len(values)} widgets")
+        properties = raw.get("properties")
+        return Node(
+            node_id,
+            kind,
+            title if isinstance(title, str) and title else None,
+            mode if isinstance(mode, int) else 0,
+            tuple(self._slots(raw.get("inputs"), label)),
+            tuple(_type(item.get("type"), label) for item in self._objects(raw.get("outputs"), label)),
+            values if isinstance(values, (list, dict)) else None,
+            properties if isinstance(properties, dict) else {},
+        )
+
+    def _slots(self, raw: object, label: str) -> Iterator[Slot]:
+        for item in self._objects(raw, label):
+            link, widget = item.get("link"), item.get("widget")
+            named = widget.get("name") if isinstance(widget, dict) else None
+            yield Slot(
+                _text(item.get("name")),
+                _type(item.get("type"), label),
+                None if link is None else _id(link, f"a link of {label}"),
+                _text(named) if widget else None,
+            )
+
+    def _objects(self, raw: object, label: str) -> list[dict[str, Any]]:
+        if raw is None:
+            return []
+        if not isinstance(raw, list) or not all(isinstance(item, dict) for item in raw):
+            raise UiWorkflowInvalid(f"the inputs and outputs of {label} are no lists of objects")
+        self._count(raw, label)
+        return raw
+
+    def _count(self, items: list[Any], label: str) -> None:
+        self.slots += len(items)
+        if self.slots > MAX_SLOTS:
+            raise UiWorkflowInvalid(f"it has more than {MAX_SLOTS} inputs and outputs; the count broke at {label}")
+
+
+def _link(raw: object, where: str) -> Link:
+    match raw:
+        case [link_id, origin, origin_slot, target, target_slot, *_]:
+            pass
+        case {"id": link_id, "origin_id": origin, "target_id": target, **slots}:
+            origin_slot, target_slot = slots.get("origin_slot"), slots.get("target_slot")
+        case _:
+            raise UiWorkflowInvalid(f"{where} has a link that is neither [id, node, slot, node, slot, type] nor such an object")
+    label = f"a link of {where}"
+    return Link(
+        _id(link_id, label), _id(origin, label), _index(origin_slot, label), _id(target, label), _index(target_slot, label)
+    )
+
+
+def _id(value: object, label: str) -> str:
+    if isinstance(value, str) and 0 < len(value) <= _MAX_ID_CHARS:
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value) if abs(value) < 10**15 else _refuse_id(label)
+    if isinstance(value, float) and value.is_integer() and abs(value) < 10**15:
+        return str(int(value))
+    return _refuse_id(label)
+
+
+def _refuse_id(label: str) -> str:
+    raise UiWorkflowInvalid(f"{label} has no id, or one that is neither a number nor a short string")
+
+
+_DIGITS = re.compile(r"[0-9]{1,6}")
+
+
+def _index(value: object, label: str) -> int:
+    if isinstance(value, str) and _DIGITS.fullmatch(value):
+        return int(value)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MAX_SLOTS:
+        return value
+    raise UiWorkflowInvalid(f"{label} names no slot by its number")
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def _type(value: object, label: str) -> str:
+    """A slot's type as the frontend compares them. Old files hold a combo's options in its place, and 0 for any type."""
+    if isinstance(value, list):
+        value = "COMBO"
+    text = value if isinstance(value, str) else "*" if value in (0, None, True, False) else str(value)
+    if len(text) > _MAX_TYPE_CHARS:
+        raise UiWorkflowInvalid(f"{label} has a slot whose type is {len(text)} characters long")
+    return "*" if text == "0" else text

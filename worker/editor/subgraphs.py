@@ -1,0 +1,226 @@
+"""Every node of a workflow with its subgraphs expanded, and where each link comes from in the end. Pure.
+
+A node in a subgraph gets the ids of the instances around it before its own: `12:5`, `12:5:7`.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from worker.base.text import shown
+from worker.comfyui_data import known
+from worker.editor.loaded import GETTER, HIDDEN, PRIMITIVE, setter_of
+from worker.editor.saved_workflow import BYPASSED, INPUT_NODE, MAX_NODES, MUTED
+from worker.editor.widgets import Dialect
+from worker.errors import UiWorkflowInvalid
+
+if TYPE_CHECKING:
+    from worker.editor.loaded import Part, Sheet
+    from worker.editor.saved_workflow import Budget
+
+# --- subgraphs expanded -------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Frame:
+    """One instance of a sheet: the ids in it begin with `prefix`; `children` are the subgraph instances in it."""
+
+    prefix: str
+    sheet: Sheet
+    instance: Part | None = None
+    parent: Frame | None = None
+    children: dict[str, Frame] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Flat:
+    """Every node of the workflow with the frame it is in, and every sheet once."""
+
+    root: Frame
+    nodes: list[tuple[Frame, Part]] = field(default_factory=list)
+    sheets: list[Sheet] = field(default_factory=list)
+
+
+def flatten(root: Sheet, dialect: Dialect) -> Flat:
+    """Every node of the workflow, those of each subgraph instance behind the sheet that holds it.
+
+    Raises:
+        UiWorkflowInvalid: they are more than `MAX_NODES`.
+    """
+    flat = Flat(Frame("", root))
+    waiting = deque([flat.root])
+    seen: set[int] = set()
+    while waiting:
+        frame = waiting.popleft()
+        if id(frame.sheet) not in seen:
+            seen.add(id(frame.sheet))
+            flat.sheets.append(frame.sheet)
+        for part in frame.sheet.parts.values():
+            flat.nodes.append((frame, part))
+            # A modern frontend leaves out what is inside a muted or bypassed subgraph, but looks only at the outermost one.
+            closed = dialect is Dialect.MODERN and frame.parent is None and part.node.mode in {MUTED, BYPASSED}
+            if part.inner is not None and not closed:
+                child = Frame(f"{frame.prefix}{part.node.id}:", part.inner, part, frame)
+                frame.children[part.node.id] = child
+                waiting.append(child)
+        if len(flat.nodes) > MAX_NODES:
+            raise UiWorkflowInvalid(f"it has more than {MAX_NODES} nodes once its subgraphs are expanded")
+    return flat
+
+
+# --- links --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """A promoted widget's value in place of a link, and the subgraph instance that holds it, at which input."""
+
+    value: object
+    holder: Part
+    port: int
+
+
+@dataclass(slots=True)
+class Resolver:
+    """Where a link comes from in the end: through reroutes, bypassed nodes, and in and out of subgraphs."""
+
+    dialect: Dialect
+    budget: Budget
+
+    def source(self, frame: Frame, part: Part, at: int) -> tuple[str, int] | Value | None:
+        """The node's id and its output, a value, or None where nothing feeds this input."""
+        if at < len(part.slots) and part.slots[at].link is None:
+            return None
+        seen: set[tuple[int, int, bool, int]] = set()
+        kind: str | None = None
+        incoming = True
+        while True:
+            key = (id(frame), id(part), incoming, at)
+            self.budget.step()
+            if key in seen:
+                raise UiWorkflowInvalid(f"the links through node {part.node} form a circle")
+            seen.add(key)
+            if incoming:
+                found = self._into(frame, part, at, kind)
+                if not isinstance(found, _Step):
+                    return found
+                frame, part, at, kind, incoming = found.frame, found.part, found.at, found.kind, found.incoming
+                continue
+            out = self._out_of(frame, part, at, kind or "")
+            if not isinstance(out, _Step):
+                return out
+            frame, part, at, kind, incoming = out.frame, out.part, out.at, out.kind, out.incoming
+
+    def _into(self, frame: Frame, part: Part, at: int, kind: str | None) -> _Step | Value | None:
+        """From an input to what its link comes from."""
+        if at >= len(part.slots):
+            return None
+        slot = part.slots[at]
+        if slot.link is None:
+            return None
+        if slot.link.origin == INPUT_NODE and frame.instance is not None and frame.parent is not None:
+            return self._up(frame.parent, frame.instance, slot.link.origin_slot)
+        origin = frame.sheet.parts.get(slot.link.origin)
+        if origin is None:
+            raise UiWorkflowInvalid(
+                f"input '{shown(slot.name)}' of node {part.node} is linked to node {slot.link.origin}, which does not exist"
+            )
+        # A classic frontend looks for PrimitiveNodes on the root sheet only. Frontends show this value and send the inner one.
+        if origin.kind == PRIMITIVE and part.inner is not None and (self.dialect is Dialect.MODERN or frame.parent is None):
+            return _promoted(part, at)
+        return _Step(frame, origin, slot.link.origin_slot, kind or slot.type, incoming=False)
+
+    @staticmethod
+    def _up(parent: Frame, instance: Part, at: int) -> _Step | Value | None:
+        """Out of a subgraph through its input: on in the sheet around it, or the value of the promoted widget."""
+        if at < len(instance.slots) and instance.slots[at].link is not None:
+            return _Step(parent, instance, at, None, incoming=True)
+        return _promoted(instance, at)
+
+    def _out_of(self, frame: Frame, part: Part, at: int, kind: str) -> _Step | tuple[str, int] | Value | None:
+        """From an output to the node behind it: the node itself, or past it where it is not there when the graph runs."""
+        mode = part.node.mode
+        if mode == MUTED and self.dialect is Dialect.MODERN:
+            return None
+        if mode == BYPASSED:
+            self.budget.step(len(part.slots))
+            past = _past(part, at, kind)
+            return None if past is None else _Step(frame, part, past, None, incoming=True)
+        if part.inner is not None:
+            return self._inside(frame, part, at, kind)
+        if part.kind in known().editor.virtual:
+            return self._virtual(frame, part, at, kind)
+        return f"{frame.prefix}{part.node.id}", at
+
+    def _virtual(self, frame: Frame, part: Part, at: int, kind: str) -> _Step | None:
+        if part.kind in known().editor.reroutes:
+            return _Step(frame, part, at, kind, incoming=True)
+        if part.kind == GETTER:
+            self.budget.step(len(part.sheet.parts))
+            return _Step(frame, _setter(part), 0, kind, incoming=True)
+        return None
+
+    def _inside(self, frame: Frame, part: Part, at: int, kind: str) -> _Step | Value | None:
+        child = frame.children.get(part.node.id)
+        if child is None or at >= len(child.sheet.scope.outputs):
+            raise UiWorkflowInvalid(f"a link comes from output {at} of the subgraph node {part.node}, which does not have it")
+        scope = child.sheet.scope
+        link = next((scope.links[key] for key in scope.outputs[at].links), None)
+        if link is None:
+            return None
+        if link.origin == INPUT_NODE:  # wired straight through
+            return self._up(frame, part, link.origin_slot)
+        origin = child.sheet.parts.get(link.origin)
+        if origin is None:
+            raise UiWorkflowInvalid(f"output {at} of the subgraph node {part.node} comes from a node that does not exist")
+        return _Step(child, origin, link.origin_slot, kind, incoming=False)
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """The next place to look at: an input or an output of a node, and the type that is wanted there."""
+
+    frame: Frame
+    part: Part
+    at: int
+    kind: str | None
+    incoming: bool
+
+
+def _promoted(instance: Part, at: int) -> Value | None:
+    """The value of the widget that a subgraph instance shows for one of its inputs."""
+    initial = instance.inner.initial if instance.inner is not None else {}
+    value = instance.values.get(at, initial.get(at, HIDDEN))
+    return None if value is HIDDEN else Value(value, instance, at)
+
+
+def _setter(getter: Part) -> Part:
+    setter = setter_of(getter)
+    if setter is None:
+        raise UiWorkflowInvalid(f"node {getter.node} gets what no SetNode beside it sets")
+    return setter
+
+
+def _past(part: Part, at: int, kind: str) -> int | None:
+    """The input that a bypassed node passes on to an output, for a consumer that takes `kind`."""
+    slots = part.slots
+    if kind in ("", "*"):
+        return at if at < len(slots) else 0
+    made = part.outputs[at] if at < len(part.outputs) else "*"
+    if at < len(slots) and _fits(slots[at].type, made) and _fits(slots[at].type, kind):
+        return at
+    exact = next((index for index, slot in enumerate(slots) if slot.type == kind), None)
+    if exact is not None:
+        return exact
+    return next((index for index, slot in enumerate(slots) if _fits(slot.type, made) and _fits(slot.type, kind)), None)
+
+
+def _fits(one: str, other: str) -> bool:
+    if one in ("", "*") or other in ("", "*"):
+        return True
+    one, other = one.lower(), other.lower()
+    if one == other:
+        return True
+    return ("," in one or "," in other) and not set(one.split(",")).isdisjoint(other.split(","))

@@ -1,0 +1,1 @@
+"""The running ComfyUI: its process, its protocol, its custom nodes."""

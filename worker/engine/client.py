@@ -1,0 +1,561 @@
+"""One living ComfyUI over HTTP and a websocket: queue a graph, follow it, learn how it ended. Touches the loopback network.
+
+One websocket for as long as the process lives, opened before the first prompt, so that no event of a run can be missed;
+after any gap or silence /history and /queue are asked instead. Runs on one event loop.
+
+Both go through aiohttp: the RunPod SDK brings it anyway, and a request costs it a third of the processor time of httpx.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import time
+import uuid
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import quote
+
+import aiohttp
+
+from worker.base.clock import within
+from worker.comfyui_data import older
+from worker.engine.events import Executing, Finished, Progress, RunTracker, Sent, decode, sent_png
+from worker.errors import (
+    EngineAnswerInvalid,
+    EngineError,
+    EngineHung,
+    EngineStalled,
+    EngineUnreachable,
+    RequestError,
+    RunTimedOut,
+    WorkerError,
+)
+from worker.graph.graph import last_nodes
+from worker.graph.rejection import dropped_outputs, options_of, rejection
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+
+    from worker.engine.events import Event, Outputs
+    from worker.graph.graph import Graph
+
+log = logging.getLogger(__name__)
+
+_HTTP_TIMEOUT_S = 30.0
+_NO_LIMIT = aiohttp.ClientTimeout()  # the limits are ours, by a clock that stands still in a freeze
+_PROBE_TIMEOUT = aiohttp.ClientTimeout(total=5.0)
+# ComfyUI closes an idle connection after 75 s (aiohttp's default); letting go first avoids a request into a closing one.
+_KEEPALIVE_S = 60.0
+_JSON = {"content-type": "application/json"}
+# ComfyUI loads weights and runs nodes beside its server thread, so seconds of silence are normal; asking costs 1 ms.
+_SILENCE_S = 5.0
+# Between two prompts ComfyUI unloads models and collects garbage, for seconds; after so many silences its thread is gone.
+_STALLED_SILENCES = 2
+# A node that sends nothing and a server thread that does not get the interpreter look like this for a while, too.
+_HANG_S = 180.0
+# Sampling stops within a step, and a step of a large video model takes seconds.
+_WITHDRAW_S = 15.0
+_LEAVING_POLL_S = 0.02
+# A request for each run would cost a millisecond each; so few graphs cost little memory.
+_REMEMBERED = 20
+_CLOSE_S = 0.5
+# Each open question is a connection; a workflow may name thousands of classes.
+_QUESTIONS_AT_ONCE = 16
+OLDEST = "0.3.75"
+"""The oldest ComfyUI that the worker is tested on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Versions:
+    """What a ComfyUI says of itself: its own version, and that of the editor it asks for. None where it does not say."""
+
+    comfyui: str | None = None
+    frontend: str | None = None
+
+    @classmethod
+    def of(cls, system_stats: object) -> Versions:
+        """Return the versions in an answer of /system_stats; an answer of another shape has none."""
+        system = system_stats.get("system") if isinstance(system_stats, dict) else None
+        told = system if isinstance(system, dict) else {}
+        comfyui, frontend = (told.get(key) for key in ("comfyui_version", "required_frontend_version"))
+        return cls(str(comfyui) if comfyui else None, str(frontend) if frontend else None)
+
+    @property
+    def too_old(self) -> bool:
+        """Whether this is a ComfyUI from before the oldest one that the worker is tested on."""
+        version = self.comfyui or ""
+        return version.removeprefix("v")[:1].isdigit() and older(version, OLDEST)
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """A finished run: its outputs by node id, and a sentence for each output that ComfyUI refused to run.
+
+    `cached` are the nodes that did not run again, `silent` the output nodes that put out nothing, with their classes.
+    `queued_s` passed until its first node began, `node_s` in each node that ran; without a gap, they are measured here.
+    """
+
+    outputs: Outputs
+    dropped: tuple[str, ...] = ()
+    cached: frozenset[str] = field(default=frozenset(), compare=False)
+    silent: Mapping[str, str] = field(default_factory=dict, compare=False)
+    queued_s: float = field(default=0.0, compare=False)
+    node_s: Mapping[str, float] = field(default_factory=dict, compare=False)
+
+
+@dataclass(slots=True)
+class _Run:
+    tracker: RunTracker
+    graph: Graph
+    on_progress: Callable[[Progress], None] | None = None
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+    began_at: float = field(default_factory=time.monotonic)
+    nodes: list[tuple[str | None, float]] = field(default_factory=list)
+    stalled_at: float | None = None
+
+    def result(self, finished: Finished, dropped: tuple[str, ...]) -> RunResult:
+        """The run's result, with its times."""
+        outputs, cached = finished.outputs, finished.cached
+        if self.tracker.lost_pictures:
+            lost = self.tracker.lost_pictures
+            dropped += (f"Too many pictures came through ComfyUI's websocket, {lost} of them are missing: use SaveImage.",)
+        ran = cached.union(node_id for node_id, _ in self.nodes if node_id is not None)
+        last = last_nodes(self.graph)
+        silent = {node_id: name for node_id, name in last.items() if node_id in ran and not outputs.get(node_id)}
+        if not self.nodes:
+            return RunResult(outputs, dropped, cached, silent)
+        ended = [*(at for _, at in self.nodes[1:]), time.monotonic()]
+        node_s: dict[str, float] = {}
+        for (node_id, at), end in zip(self.nodes, ended, strict=True):
+            if node_id is not None:
+                node_s[node_id] = node_s.get(node_id, 0.0) + end - at
+        return RunResult(outputs, dropped, cached, silent, self.nodes[0][1] - self.began_at, node_s)
+
+    def sends(self, node_id: str) -> bool:
+        """Whether pictures of this node are outputs: nothing else could be done with them."""
+        return not last_nodes(self.graph).keys().isdisjoint({node_id, node_id.partition(".")[0]})
+
+
+@dataclass(frozen=True, slots=True)
+class Reconnect:
+    """How often a lost websocket is tried again, and the pause between two tries; the first is at once."""
+
+    attempts: int = 5
+    delay_s: float = 3.0
+
+
+class ComfyClient:
+    """What the worker asks of one ComfyUI process. `open` before use; `close` when the process is gone.
+
+    Errors: a `RequestError` where ComfyUI refuses the graph; an `EngineError` where it fails with it.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        reconnect: Reconnect = Reconnect(),
+        silence_s: float = _SILENCE_S,
+        hang_s: float = _HANG_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.address = address
+        self.holds_prompt = False
+        """Whether a prompt that was given up is still in ComfyUI: a node that looks for no interruption."""
+        self.versions = Versions()
+        """What this ComfyUI is; known once it has answered."""
+        self._client_id = uuid.uuid4().hex
+        self._deaf = False
+        self._reconnect = reconnect
+        self._silence_s = silence_s
+        self._hang_s = hang_s
+        self._clock = clock
+        self._heard_at = clock()
+        self._runs: dict[str, _Run] = {}
+        self._at: tuple[str, str | None] = ("", None)
+        self._ended: list[str] = []
+        self._forgetting: asyncio.Task[None] | None = None
+        self._listener: asyncio.Task[None] | None = None
+        self._session: aiohttp.ClientSession | None = None
+        # Classes come with ComfyUI's start, and this client goes with that ComfyUI.
+        self._classes: set[str] = set()
+
+    async def answers(self) -> bool:
+        """Return whether ComfyUI answers requests by now. Once it does, `versions` says what it is."""
+        try:
+            async with self._http.get("/system_stats", timeout=_PROBE_TIMEOUT) as response:
+                if response.status != HTTPStatus.OK:
+                    return False
+                self.versions = Versions.of(_decoded(await response.read()))
+        except (aiohttp.ClientError, TimeoutError):
+            return False
+        return True
+
+    async def open(self) -> None:
+        """Connect the websocket. Raises `EngineUnreachable`."""
+        try:
+            socket = await self._connect()
+        except (aiohttp.ClientError, TimeoutError) as exc:
+            raise EngineUnreachable(self.address, _reason(exc)) from exc
+        self._listener = asyncio.create_task(self._listen(socket), name="comfyui-websocket")
+
+    async def _reopen(self) -> None:
+        """A new websocket under a name that ComfyUI does not know yet, when no run is open.
+
+        ComfyUI keeps one socket for a name. When an earlier one ends late, as a half-open one does, it forgets the newer one
+        with it (server.py, `self.sockets.pop(sid)`): that one stays open and says nothing any more.
+        """
+        if self._listener:
+            self._listener.cancel()
+            await asyncio.gather(self._listener, return_exceptions=True)
+        self._client_id, self._deaf = uuid.uuid4().hex, False
+        await self.open()
+
+    async def close(self) -> None:
+        """Let go of every connection; runs that are still open end as unreachable."""
+        self.fail_all(EngineUnreachable(self.address, "the connection was closed"))
+        if self._listener:
+            self._listener.cancel()
+            await asyncio.gather(self._listener, return_exceptions=True)
+        if self._session:
+            await self._session.close()
+
+    async def choices(self, class_type: str, input_name: str) -> Sequence[str] | None:
+        """What a node's input may be, as ComfyUI lists it now: for a loader, the files it sees. None for what is no list."""
+        info = await self.object_info([class_type])
+        with _understood(f"GET /object_info/{class_type}", HTTPStatus.OK):
+            inputs = (info.get(class_type) or {}).get("input") or {}
+            return next((options_of(group[input_name]) for group in inputs.values() if input_name in group), None)
+
+    async def object_info(self, class_types: Collection[str]) -> dict[str, Any]:
+        """ComfyUI's definitions of these node classes; those it does not have are missing."""
+        few = asyncio.Semaphore(_QUESTIONS_AT_ONCE)
+
+        async def ask(name: str) -> dict[str, Any]:
+            async with few:
+                status, body = await self._wait_for("GET", f"/object_info/{quote(name, safe='', errors='replace')}")
+            with _understood(f"GET /object_info/{name}", status):
+                return dict(body or {})
+
+        answers = await asyncio.gather(*(ask(name) for name in class_types))
+        found = {name: entry for answer in answers for name, entry in answer.items()}
+        self._classes |= found.keys()
+        return found
+
+    async def lacks(self, class_types: Collection[str]) -> tuple[frozenset[str], frozenset[str]]:
+        """Return those of these node classes that ComfyUI does not have, and those that it replaces by others.
+
+        It is asked once for each class that it has, not for each job.
+        """
+        asked = set(class_types) - self._classes
+        if not asked or not (lacking := asked - (await self.object_info(asked)).keys()):
+            return frozenset(), frozenset()
+        status, body = await self._wait_for("GET", "/node_replacements")  # older ones have none
+        with _understood("GET /node_replacements", status):
+            entries = body if status == HTTPStatus.OK else {}
+            successors = {name: entries[name][0]["new_node_id"] for name in lacking if entries.get(name)}
+        there = await self.object_info(set(successors.values()))
+        replaced = frozenset(name for name, successor in successors.items() if successor in there)
+        return frozenset(lacking) - replaced, replaced
+
+    def fail_all(self, error: EngineError) -> None:
+        """End every open run with `error`: the engine is gone, or cannot be reached any more."""
+        for run in self._runs.values():
+            run.tracker.end(error)
+            run.news.set()
+
+    async def run(
+        self,
+        graph: Graph,
+        *,
+        timeout_s: float,
+        extra_data: Mapping[str, Any] | None = None,
+        targets: Collection[str] | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> RunResult:
+        """Queue a graph and wait for its end. `targets` are the output nodes to run; all of them where it is None.
+
+        On cancellation and after `timeout_s` (`RunTimedOut`) the prompt is taken out of ComfyUI before this returns, so that
+        the next job finds it idle; where it does not let go, `holds_prompt` is true from then on. Raises `EngineHung` when
+        it neither sends events nor answers.
+        """
+        if self._listener is None or self._listener.done() or (self._deaf and not self._runs):
+            await self._reopen()
+        # Newer releases of ComfyUI (0.33.0, for one) refuse any id but a UUID in canonical form: lower case, with hyphens.
+        tracker = RunTracker(str(uuid.uuid4()))
+        run = self._runs[tracker.prompt_id] = _Run(tracker, graph, on_progress)
+        more = {"extra_data": extra_data or {}} | ({} if targets is None else {"partial_execution_targets": sorted(targets)})
+        queueing = asyncio.create_task(self._queue(graph, tracker, more))
+        try:
+            async with within(timeout_s, self._clock):
+                dropped = await asyncio.shield(queueing)
+                await self._follow(run)
+        except TimeoutError:
+            await self._withdraw(run, queueing)
+            raise RunTimedOut(timeout_s) from None
+        except (EngineAnswerInvalid, asyncio.CancelledError):
+            await self._withdraw(run, queueing)
+            raise
+        finally:
+            del self._runs[tracker.prompt_id]
+            self._forget_later(tracker.prompt_id)
+        if isinstance(tracker.outcome, Finished):
+            return run.result(tracker.outcome, dropped)
+        assert tracker.outcome is not None  # noqa: S101 - _follow returns at the outcome
+        raise tracker.outcome
+
+    def _forget_later(self, prompt_id: str) -> None:
+        """Have ComfyUI forget what ended: it keeps the last 10,000 graphs, with whatever inputs they hold, in memory."""
+        self._ended.append(prompt_id)
+        if len(self._ended) >= _REMEMBERED and (self._forgetting is None or self._forgetting.done()):
+            ended, self._ended = self._ended, []
+            self._forgetting = asyncio.create_task(self._forget(ended), name="comfyui-forget")
+
+    async def _forget(self, prompt_ids: Sequence[str]) -> None:
+        with contextlib.suppress(EngineUnreachable):  # it will be restarted, and has forgotten then
+            await self._ask("POST", "/history", {"delete": prompt_ids})
+
+    async def _queue(self, graph: Graph, tracker: RunTracker, more: Mapping[str, Any]) -> tuple[str, ...]:
+        """Hand the graph in, once: when the answer is lost, ComfyUI is asked whether it has it before it is sent again."""
+        prompt_id = tracker.prompt_id
+        prompt = {"prompt": graph, "client_id": self._client_id, "prompt_id": prompt_id, **more}
+        for last in (False, False, True):
+            try:
+                # Validation lists folders, which a cold volume may take its time for; only a hang is a hang.
+                status, body = await self._wait_for("POST", "/prompt", prompt)
+            except EngineUnreachable:
+                if last:
+                    raise
+                if await self._history(prompt_id) is not None or await self._place(prompt_id):
+                    tracker.gap()
+                    return ()
+                continue
+            with _understood("POST /prompt", status):
+                if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+                    raise EngineAnswerInvalid("POST /prompt", status)
+                if status == HTTPStatus.OK and not body.get("node_errors"):
+                    return ()
+                await self._add_choices(body)
+                if status == HTTPStatus.OK:
+                    return await asyncio.to_thread(dropped_outputs, graph, body)
+                raise await asyncio.to_thread(rejection, graph, body, self.versions.comfyui)
+        raise AssertionError("the last attempt returns or raises")
+
+    async def _add_choices(self, refusal: object) -> None:
+        """Put in what an input takes where ComfyUI left it out of its refusal: lists of more than 20 choices."""
+        reports = (refusal.get("node_errors") if isinstance(refusal, dict) else None) or {}
+        asked: dict[tuple[str, str], Sequence[str] | None] = {}
+        for report in reports.values():
+            for error in report.get("errors") or ():
+                extra = error.get("extra_info") or {}
+                key = str(report.get("class_type")), str(extra.get("input_name"))
+                if error.get("type") != "value_not_in_list" or options_of(extra.get("input_config")) is not None:
+                    continue
+                if key not in asked and len(asked) < _QUESTIONS_AT_ONCE:
+                    asked[key] = await self.choices(*key)
+                if choices := asked.get(key):
+                    extra["input_config"] = [list(choices)]
+
+    async def _follow(self, run: _Run) -> None:
+        """Return when the run's tracker has its outcome."""
+        while run.tracker.outcome is None:
+            try:
+                async with asyncio.timeout(self._silence_s):
+                    await run.news.wait()
+            except TimeoutError:
+                await self._consult_history(run)
+                self._deaf = self._deaf or run.tracker.outcome is not None  # it ended, and nobody said so
+            run.news.clear()
+            if run.tracker.wants_history:
+                await self._consult_history(run)
+
+    async def _consult_history(self, run: _Run) -> None:
+        """Ask ComfyUI what it knows of the prompt. Silence on its side is not an answer: the caller asks again.
+
+        Raises `EngineStalled` when the prompt waits again and again while nothing runs: the thread that runs prompts is gone.
+        """
+        tracker = run.tracker
+        try:
+            entry = await self._history(tracker.prompt_id)
+            place = None if entry is not None else await self._place(tracker.prompt_id)
+            if entry is None and place is None:
+                # It may have moved from the queue to the history between the two questions.
+                entry = await self._history(tracker.prompt_id)
+        except EngineUnreachable as exc:
+            silent_s = self._clock() - self._heard_at
+            if silent_s > self._hang_s:
+                raise EngineHung(silent_s) from exc
+            log.warning("%s", exc)
+            return
+        with _understood(f"GET /history/{tracker.prompt_id}", HTTPStatus.OK):
+            tracker.reconcile(entry, queued=place is not None)
+        now = self._clock()
+        if place != "stalled":
+            run.stalled_at = None
+        elif run.stalled_at is None:
+            run.stalled_at = now
+        elif now - run.stalled_at >= _STALLED_SILENCES * self._silence_s:
+            raise EngineStalled(now - run.stalled_at)
+
+    async def _history(self, prompt_id: str) -> Mapping[str, Any] | None:
+        status, body = await self._ask("GET", f"/history/{prompt_id}")
+        with _understood(f"GET /history/{prompt_id}", status):
+            return body.get(prompt_id)  # type: ignore[no-any-return]  # ComfyUI's JSON
+
+    async def _place(self, prompt_id: str) -> Literal["running", "waiting", "stalled"] | None:
+        """Where the prompt is in ComfyUI's queue, if it is there. `stalled`: it waits, and nothing runs."""
+        status, body = await self._ask("GET", "/queue")
+        with _understood("GET /queue", status):
+            running = [item[1] for item in body["queue_running"]]
+            if prompt_id in running:
+                return "running"
+            if any(item[1] == prompt_id for item in body["queue_pending"]):
+                return "waiting" if running else "stalled"
+            return None
+
+    async def _withdraw(self, run: _Run, queueing: asyncio.Task[tuple[str, ...]]) -> None:
+        """Take the prompt out of ComfyUI, running or queued, and wait until it has let go."""
+        prompt_id = run.tracker.prompt_id
+        self.holds_prompt = True
+        with contextlib.suppress(WorkerError, TimeoutError):
+            async with within(_WITHDRAW_S, self._clock):
+                try:
+                    await queueing  # a prompt that is still being handed in would be queued after it was deleted
+                except RequestError:
+                    self.holds_prompt = False  # refused
+                    return
+                except EngineAnswerInvalid as exc:
+                    log.debug("%s; is it queued?", exc)
+                await self._ask("POST", "/queue", {"delete": [prompt_id]})
+                await self._ask("POST", "/interrupt", {"prompt_id": prompt_id})
+                # The news of the interruption comes before the prompt has left the queue.
+                while await self._place(prompt_id):  # noqa: ASYNC110 - ComfyUI tells nobody when a prompt leaves its queue
+                    await asyncio.sleep(_LEAVING_POLL_S)
+                self.holds_prompt = False
+
+    @property
+    def _http(self) -> aiohttp.ClientSession:
+        # Made on first use: aiohttp binds a session to the loop that runs then.
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                f"http://{self.address}",
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S),
+            )
+        return self._session
+
+    async def _ask(self, method: str, path: str, body: object = None, limit_s: float = _HTTP_TIMEOUT_S) -> tuple[int, Any]:
+        """Status and decoded JSON; None for what is no JSON, as in ComfyUI's answer to its own defects."""
+        data = None if body is None else json.dumps(body, allow_nan=False).encode()
+        limit_s = min(limit_s, self._hang_s)
+        if self._http.closed:
+            raise EngineUnreachable(self.address, "the connection was closed")
+        try:
+            async with (
+                within(limit_s, self._clock),
+                self._http.request(method, path, data=data, headers=_JSON, timeout=_NO_LIMIT) as response,
+            ):
+                content = await response.read()
+                self._heard_at = self._clock()
+                return response.status, _decoded(content)
+        except (aiohttp.ClientError, TimeoutError) as exc:
+            raise EngineUnreachable(self.address, f"{_reason(exc)} on {method} {path}") from exc
+
+    async def _wait_for(self, method: str, path: str, body: object = None) -> tuple[int, Any]:
+        """As `_ask`, for as long as a busy ComfyUI may take. Raises `EngineHung` when that is over."""
+        try:
+            return await self._ask(method, path, body, self._hang_s)
+        except EngineUnreachable as exc:
+            if isinstance(exc.__cause__, TimeoutError):
+                raise EngineHung(self._hang_s) from exc
+            raise
+
+    async def _connect(self) -> aiohttp.ClientWebSocketResponse:
+        # No heartbeat: a node that holds the interpreter for a minute is busy, not gone; a dead process closes the socket.
+        # No compression and no size limit: both ends are on this machine, and previews can be large.
+        return await self._http.ws_connect(f"/ws?clientId={self._client_id}", max_msg_size=0)
+
+    async def _listen(self, socket: aiohttp.ClientWebSocketResponse) -> None:
+        while True:
+            try:
+                async for message in socket:  # ends when the connection does, however that comes
+                    self._heard_at = self._clock()
+                    if isinstance(message.data, bytes):
+                        self._take(sent_png(message.data))
+                    elif (event := decode(message.data)) is not None:
+                        self._dispatch(event)
+            finally:
+                if not socket.closed:
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(socket.close(), _CLOSE_S)  # a peer that is gone does not answer
+            log.warning("the websocket to ComfyUI closed; connecting again")
+            self._deaf = True  # perhaps, once ComfyUI notices the end of the old one
+            for run in self._runs.values():
+                run.tracker.gap()
+            again = await self._connect_again()
+            if again is None:
+                return
+            socket = again
+            for run in self._runs.values():
+                run.news.set()
+
+    async def _connect_again(self) -> aiohttp.ClientWebSocketResponse | None:
+        reason = ""
+        for attempt in range(self._reconnect.attempts):
+            if attempt:
+                await asyncio.sleep(self._reconnect.delay_s)
+            try:
+                return await self._connect()
+            except (aiohttp.ClientError, TimeoutError) as exc:
+                reason = _reason(exc)
+        log.error("the websocket to ComfyUI could not be opened again: %s", reason)
+        self.fail_all(EngineUnreachable(self.address, reason))
+        return None
+
+    def _take(self, png: bytes | None) -> None:
+        prompt_id, node_id = self._at
+        run = self._runs.get(prompt_id)
+        if png is not None and run and node_id is not None and run.sends(node_id):
+            run.tracker.feed(Sent(prompt_id, node_id, png))
+
+    def _dispatch(self, event: Event) -> None:
+        run = self._runs.get(event.prompt_id)
+        if run is None:
+            return
+        if isinstance(event, Progress):
+            self._at = (event.prompt_id, event.node_id)
+            if run.on_progress:
+                try:
+                    run.on_progress(event)
+                except Exception:
+                    log.exception("progress could not be passed on")  # the listener serves every run, and goes on
+            return
+        if isinstance(event, Executing):
+            self._at = (event.prompt_id, event.node_id)
+            run.nodes.append((event.node_id, time.monotonic()))
+        run.tracker.feed(event)
+        if run.tracker.outcome is not None or run.tracker.wants_history:
+            run.news.set()
+
+
+@contextlib.contextmanager
+def _understood(request: str, status: int) -> Iterator[None]:
+    """Read an answer of ComfyUI. What has another shape than its answers have raises `EngineAnswerInvalid`."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as exc:
+        raise EngineAnswerInvalid(request, status) from exc
+
+
+def _decoded(content: bytes) -> Any:  # noqa: ANN401 - ComfyUI's JSON
+    try:
+        return json.loads(content) if content else None
+    except (ValueError, RecursionError):
+        return None
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, for a sentence; many of these errors have no text of their own."""
+    return str(error) or type(error).__name__

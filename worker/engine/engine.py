@@ -1,0 +1,308 @@
+"""ComfyUI as the handler sees it: there, or coming back. Touches processes and the loopback network, through its two parts.
+
+Joins `process` (is it alive, why did it die) with `client` (what does it say): a death ends every open run with its cause, and
+a new process is started at once, so that the next job finds it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from worker.base.clock import within
+from worker.engine.client import OLDEST, ComfyClient, Reconnect
+from worker.engine.process import EngineProcess
+from worker.errors import (
+    EngineAnswerInvalid,
+    EngineDied,
+    EngineError,
+    EngineGaveUp,
+    EngineHung,
+    EngineStalled,
+    EngineStartFailed,
+    EngineUnreachable,
+    GpuFault,
+    NodeFailed,
+    PromptFatal,
+    RunLost,
+    RunTimedOut,
+    StartError,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+
+    from worker.engine.client import RunResult, Versions
+    from worker.engine.events import Progress
+    from worker.engine.process import EngineCommand
+    from worker.graph.graph import Graph
+    from worker.settings import Settings
+
+log = logging.getLogger(__name__)
+
+Answer = TypeVar("Answer")
+
+# A refused connection costs 0.1 ms, so asking often costs nothing and a cold start loses 10 ms on average, not 500.
+_PROBE_INTERVAL_S = 0.02
+# A connection that breaks because the process died is noticed before the process is reaped.
+_DEATH_NEWS_S = 1.0
+# Without a finished run between them: the container, the GPU or the weights are broken, and no job would fare better here.
+_DEATHS_IN_A_ROW = 3
+
+
+class Engine:
+    """A supervised ComfyUI. `start` once on the event loop, then `run` graphs, then `stop`.
+
+    `on_gone` is called, on the loop, when it died for good: a restart failed, or three deaths came in a row. A process that is
+    replaced because a job was given up counts as none. All its limits are by `clock`.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        command: EngineCommand,
+        process: EngineProcess,
+        on_gone: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.address = f"127.0.0.1:{settings.comfyui_port}"
+        self._settings = settings
+        self._command = command
+        self._process = process
+        self._clock = clock
+        self._client = self._new_client()
+        self._up = asyncio.Event()
+        self._failure: StartError | None = None
+        self._deaths = 0
+        self._replaced: EngineProcess | None = None
+        self._on_gone = on_gone
+        self._watcher: asyncio.Task[None] | None = None
+        self._prompts_watcher: asyncio.Task[None] | None = None
+        self._told: Versions | None = None
+
+    async def start(self) -> None:
+        """Wait until the spawned process answers and the websocket is open. Raises `EngineStartFailed`."""
+        await self._await_ready()
+        self._watcher = asyncio.create_task(self._watch(), name="comfyui-watch")
+
+    async def run(
+        self,
+        graph: Graph,
+        *,
+        timeout_s: float,
+        extra_data: Mapping[str, Any] | None = None,
+        targets: Collection[str] | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> RunResult:
+        """Run a graph, as `ComfyClient.run`; waits for a restart that is under way.
+
+        A ComfyUI that hangs, keeps a prompt that was given up, or lost its GPU is replaced before this returns. Raises also
+        `EngineDied` with the cause and the last lines, and a `StartError` when it will not come back.
+        """
+        client = await self._ready()
+        process = self._process
+        process.forget_lines()  # what it printed for another client is none of this one's business
+        try:
+            result = await client.run(
+                graph, timeout_s=timeout_s, extra_data=extra_data, targets=targets, on_progress=on_progress
+            )
+        except NodeFailed as exc:
+            if not is_gpu_fault(exc.message):
+                self._deaths = 0  # it lives, and does what it is told
+                raise
+            await self._replace(process, f"the GPU's context is broken: {exc.message}")
+            raise GpuFault(" ".join(exc.message.split())) from exc
+        except RunLost as exc:
+            if process.prompts_ended.done():
+                raise PromptFatal(process.prompts_ended.result(), process.last_lines) from exc
+            self._replaced = process
+            await self._replace(process, str(exc))
+            raise
+        except (EngineHung, EngineStalled, EngineUnreachable, EngineDied) as exc:
+            await self._give_up(process, exc)
+            raise
+        except (RunTimedOut, EngineAnswerInvalid, asyncio.CancelledError):
+            if client.holds_prompt:
+                self._replaced = process  # no fault of its own
+                await self._replace(process, "it does not let go of a prompt that was given up")
+            raise
+        self._deaths = 0
+        return result
+
+    async def _give_up(self, process: EngineProcess, error: EngineError) -> None:
+        """Replace a process that lives and does not serve. Raises what is known better: that it died, or will not come back."""
+        if isinstance(error, EngineUnreachable):
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(process.exited)), _DEATH_NEWS_S)
+                raise self._failure or _died(process) from error
+        if not isinstance(error, EngineDied):
+            await self._replace(process, str(error))
+        elif self._failure:
+            raise self._failure from error
+
+    async def _replace(self, process: EngineProcess, reason: str) -> None:
+        """End this process; `_watch` starts the next one, for which the next run waits."""
+        log.error("ComfyUI is replaced: %s", reason)
+        if process is self._process:
+            self._up.clear()
+        try:
+            await asyncio.to_thread(process.stop)
+        except TimeoutError:
+            # Stuck in a driver or on a dead mount: the kernel does not end it, and its port and its GPU stay taken.
+            self._failure = EngineGaveUp(self._deaths + 1, "could not even be killed", process.last_lines)
+            self._up.set()
+            self._on_gone()
+            raise self._failure from None
+
+    async def choices(self, class_type: str, input_name: str) -> Sequence[str] | None:
+        """As `ComfyClient.choices`; waits, replaces and raises as `run` does for an engine that does not answer."""
+        return await self._answered(lambda client: client.choices(class_type, input_name))
+
+    async def object_info(self, class_types: Collection[str]) -> dict[str, Any]:
+        """As `ComfyClient.object_info`; waits, replaces and raises as `run` does for an engine that does not answer."""
+        return await self._answered(lambda client: client.object_info(class_types))
+
+    async def lacks(self, class_types: Collection[str]) -> tuple[frozenset[str], frozenset[str]]:
+        """As `ComfyClient.lacks`; waits, replaces and raises as `run` does for an engine that does not answer."""
+        return await self._answered(lambda client: client.lacks(class_types))
+
+    async def versions(self) -> Versions:
+        """Return what the engine is; waits and raises as `run` does for an engine that is not there."""
+        return (await self._ready()).versions
+
+    async def _answered(self, ask: Callable[[ComfyClient], Awaitable[Answer]]) -> Answer:
+        client = await self._ready()
+        process = self._process
+        try:
+            return await ask(client)
+        except (EngineHung, EngineUnreachable) as exc:
+            await self._give_up(process, exc)
+            raise
+
+    async def _ready(self) -> ComfyClient:
+        """The client of the engine, once a restart that is under way is over. Raises a `StartError` when there will be none."""
+        if self._process.exited.done() and not self._failure:
+            self._up.clear()  # its death is known here before `_watch` gets its turn
+        await self._up.wait()
+        if self._failure:
+            raise self._failure
+        return self._client
+
+    async def stop(self) -> None:
+        """End ComfyUI; nothing restarts it."""
+        watchers = [watcher for watcher in (self._watcher, self._prompts_watcher) if watcher]
+        for watcher in watchers:
+            watcher.cancel()
+        await asyncio.gather(*watchers, return_exceptions=True)
+        await self._client.close()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.to_thread(self._process.stop)
+
+    def _new_client(self) -> ComfyClient:
+        settings = self._settings
+        reconnect = Reconnect(settings.websocket_reconnect_attempts, settings.websocket_reconnect_delay_s)
+        return ComfyClient(self.address, reconnect, hang_s=settings.comfy_hang_timeout_s, clock=self._clock)
+
+    async def _await_ready(self) -> None:
+        exited = asyncio.wrap_future(self._process.exited)
+        try:
+            async with within(self._settings.comfy_start_timeout_s, self._clock):
+                while not await self._client.answers():
+                    if exited.done():
+                        raise EngineStartFailed(f"it {exited.result()}", self._process.last_lines)
+                    await asyncio.sleep(_PROBE_INTERVAL_S)
+                await self._client.open()
+        except TimeoutError:
+            limit = f"{self._settings.comfy_start_timeout_s:g} s (COMFY_START_TIMEOUT_S)"
+            raise EngineStartFailed(f"it gave no answer within {limit}", self._process.last_lines) from None
+        except EngineError as exc:
+            raise EngineStartFailed(str(exc), self._process.last_lines) from exc
+        self._log_versions()
+        self._up.set()
+        watching = self._watch_prompts(self._process, self._client)
+        self._prompts_watcher = asyncio.create_task(watching, name="comfyui-watch-prompts")
+
+    def _log_versions(self) -> None:
+        versions = self._client.versions
+        if versions == self._told:
+            return
+        self._told = versions
+        log.info(
+            "ComfyUI %s (editor %s)", versions.comfyui or "of a version that it does not tell", versions.frontend or "unknown"
+        )
+        if versions.too_old:
+            log.warning(
+                "ComfyUI %s is older than %s, the oldest that this worker is tested on: take an image with a newer one",
+                versions.comfyui,
+                OLDEST,
+            )
+
+    async def _watch(self) -> None:
+        """Turn each death into errors for its runs and a new process, until a restart fails or too many died in a row."""
+        while True:
+            await asyncio.shield(asyncio.wrap_future(self._process.exited))
+            self._up.clear()
+            error = _died(self._process)
+            replaced = self._process is self._replaced
+            self._deaths += not replaced
+            if self._deaths >= _DEATHS_IN_A_ROW:
+                self._failure = EngineGaveUp(self._deaths, error.cause, error.last_lines)
+            elif not replaced:
+                log.error("ComfyUI %s; starting it again", error.cause)
+            self._client.fail_all(error)
+            if not self._failure:
+                await self._client.close()
+                await self._restart()
+            if self._failure:
+                # At once: a job that was told so may be what the worker waits for before it ends.
+                self._on_gone()
+                log.error("%s", self._failure)
+                self._up.set()
+                await self._client.close()
+                return
+            log.info("ComfyUI is back (pid %d)", self._process.pid)
+
+    async def _watch_prompts(self, process: EngineProcess, client: ComfyClient) -> None:
+        """Replace the process when its thread that runs prompts ends: it answers, and would never run anything again."""
+        ended, exited = asyncio.wrap_future(process.prompts_ended), asyncio.wrap_future(process.exited)
+        await asyncio.wait((ended, exited), return_when=asyncio.FIRST_COMPLETED)
+        if exited.done():
+            return
+        self._replaced = process  # a workflow's fault: three of them in a row say nothing about this machine
+        self._up.clear()
+        client.fail_all(PromptFatal(ended.result(), process.last_lines))
+        with contextlib.suppress(StartError):
+            await self._replace(process, f"its thread that runs workflows ended ({ended.result()})")
+
+    async def _restart(self) -> None:
+        """Start ComfyUI until it answers. A death on the way there counts as one of the deaths in a row."""
+        while True:
+            self._client = self._new_client()
+            try:
+                self._process = EngineProcess.spawn(self._command)
+                await self._await_ready()
+            except (StartError, OSError) as exc:
+                self._failure = exc if isinstance(exc, StartError) else EngineStartFailed(str(exc))
+            else:
+                return
+            self._deaths += 1
+            if not self._process.exited.done() or self._deaths >= _DEATHS_IN_A_ROW:
+                return
+            log.error("%s; starting it again", self._failure)
+            self._failure = None
+            await self._client.close()
+
+
+def is_gpu_fault(message: str) -> bool:
+    """Whether a node's error means that CUDA (or HIP) will serve this process no more.
+
+    Such an error is sticky until the process ends (CUDA's runtime API, "error handling"); memory that ran out is not.
+    """
+    return message.startswith(("CUDA error:", "HIP error:")) and "out of memory" not in message
+
+
+def _died(process: EngineProcess) -> EngineDied:
+    return EngineDied(str(process.exited.result()), process.last_lines)

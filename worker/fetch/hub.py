@@ -1,0 +1,471 @@
+"""An address -> what is behind it: size, sha256, commit, and an address that ranges can be fetched from. Touches the network.
+
+Hugging Face's metadata comes through `huggingface_hub`, everything else from a GET of the first byte: many signed addresses
+refuse HEAD.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import email.utils
+import http.client
+import json
+import logging
+import random
+import re
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import httpx2
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, is_offline_mode, set_client_factory
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from worker.errors import (
+    EnsureCancelled,
+    FileNotInRepo,
+    HubOffline,
+    ModelError,
+    NotAFile,
+    ProxyUnusable,
+    RepoGated,
+    RepoNotFound,
+    RevisionNotFound,
+    SourceRefused,
+    SourceUnreachable,
+)
+from worker.fetch.blocking_call import abandonable
+from worker.fetch.http import (
+    OK,
+    PARTIAL,
+    PROXY_LOGIN,
+    PROXY_WANTS,
+    TRANSIENT,
+    UNAUTHORISED,
+    UNSATISFIABLE,
+    Channel,
+    Credential,
+    Network,
+    bare_etag,
+    content_coding,
+    retry_after_s,
+    shown,
+    token_refused,
+    what_failed,
+)
+from worker.spec import HubFile, Source, Url, at_endpoint, content_key, modelscope_listing
+
+if TYPE_CHECKING:
+    from email.message import Message
+
+    from worker.base.progress import CancelToken
+
+log = logging.getLogger(__name__)
+
+Clock = Callable[[], float]
+T = TypeVar("T")
+
+HF_TOKEN: Final = "HF_TOKEN"  # noqa: S105 - the variable's name
+CIVITAI_TOKEN: Final = "CIVITAI_TOKEN"  # noqa: S105 - the variable's name
+_CIVITAI: Final = "https://civitai.com"
+_SHA256: Final = re.compile(r"[0-9a-fA-F]{64}")
+_SHA1: Final = re.compile(r"[0-9a-f]{40}")
+_SETTLED_S: Final = 2.0
+_LONGEST_WAIT_S: Final = 900.0
+_LONGEST_PAUSE_S: Final = 20.0
+_MOST_SAID_BYTES: Final = 64 * 1024
+_MOST_LISTED_BYTES: Final = 16 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Remote:
+    """What a source said it holds. `url` gives ranges and may be signed and short-lived: it is never shown or stored."""
+
+    source: Source
+    size_bytes: int
+    sha256: str | None
+    etag: str | None
+    commit: str | None
+    url: str = field(repr=False)
+    has_ranges: bool = True
+    xet: Any = field(default=None, repr=False)  # huggingface_hub's XetFileData, which it does not export
+    modified: str | None = None
+    git_sha1: str | None = None  # what git calls the content: the hub tells no other hash of a small file
+
+    @property
+    def where(self) -> str:
+        """The address as people know it."""
+        return str(self.source)
+
+    @property
+    def key(self) -> str:
+        """What its partials and its lock are called."""
+        address = self.source.url if isinstance(self.source, Url) else str(self.source)
+        return content_key(self.sha256, address, "\n".join(filter(None, (self.etag, self.modified))), self.size_bytes)
+
+    @property
+    def is_verified(self) -> bool:
+        """Whether the source tells a hash of the content."""
+        return bool(self.sha256 or self.git_sha1)
+
+    @property
+    def has_validator(self) -> bool:
+        """Whether two answers of the source can be known to be of one version."""
+        return self.is_verified or bool(self.etag or self.modified)
+
+    @property
+    def strong_etag(self) -> str | None:
+        """The ETag as it goes into a request; a weak one does not promise the same bytes."""
+        return None if not self.etag or self.etag.startswith("W/") else f'"{bare_etag(self.etag)}"'
+
+    def is_version(self, headers: Message) -> bool:
+        """Whether an answer is of the version that was looked up, as far as that can matter: a hash finds any other."""
+        if self.is_verified:
+            return True
+        same_etag = bare_etag(headers.get("ETag")) == bare_etag(self.etag)
+        return same_etag and (bool(self.strong_etag) or self.modified in {None, headers.get("Last-Modified")})
+
+    def same_content(self, other: Remote) -> bool:
+        """Whether both speak of the same bytes."""
+        if self.sha256 and other.sha256:
+            return self.sha256 == other.sha256
+        if self.git_sha1 and other.git_sha1:
+            return self.git_sha1 == other.git_sha1
+        same_version = bool(self.strong_etag) or self.modified == other.modified
+        return same_version and (self.etag, self.size_bytes) == (other.etag, other.size_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class XetAccess:
+    """What opens a repository's files in Xet's storage until `expires_s` (Unix time), and where to get the next such."""
+
+    endpoint: str
+    token: str = field(repr=False)
+    expires_s: int
+    refresh_url: str
+    refresh_headers: Mapping[str, str] = field(repr=False)
+
+
+def credentials(endpoint: str, hf_token: str | None, civitai_token: str | None) -> tuple[Credential, ...]:
+    """Which token goes to which origin: the hub's to the hub alone, Civitai's to civitai.com alone."""
+    return Credential(endpoint, HF_TOKEN, hf_token), Credential(_CIVITAI, CIVITAI_TOKEN, civitai_token)
+
+
+class Backoff:
+    """When to try again, and when it has been long enough: fewer than `enough_bytes` in `patience_s`, however many failures.
+
+    Shared by `width` threads, which meet one bad moment of the server together. A server that names a time is given it, within
+    15 minutes of the last progress.
+    """
+
+    def __init__(
+        self, where: str, patience_s: float, width: int = 1, clock: Clock = time.monotonic, *, enough_bytes: int = 0
+    ) -> None:
+        self._where = where
+        self._patience_s = patience_s
+        self._width = width
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._failures = 0
+        self._enough_bytes = enough_bytes
+        self._came_bytes = 0
+        self._reason = "it is too slow"
+        self._since_s = clock()
+        self._until_s = self._since_s + patience_s
+
+    def progressed(self, length: int = 0) -> None:
+        """Bytes came: failures count anew, and with enough bytes the patience does."""
+        with self._lock:
+            self._failures = 0
+            self._came_bytes += length
+            if self._came_bytes >= self._enough_bytes:
+                self._came_bytes = 0
+                self._since_s = self._clock()
+                self._until_s = self._since_s + self._patience_s
+
+    def pause(self, for_s: float) -> None:
+        """Leave a time out of account that was not the source's."""
+        with self._lock:
+            self._since_s += for_s
+            self._until_s += for_s
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it has been long enough."""
+        with self._lock:
+            return self._clock() >= self._until_s
+
+    def check(self) -> None:
+        """Raise `SourceUnreachable` when it has been long enough."""
+        with self._lock:
+            self._give_up_after(self._clock())
+
+    def _give_up_after(self, now_s: float) -> None:
+        if now_s >= self._until_s:
+            raise SourceUnreachable(self._where, self._reason, now_s - self._since_s, self._came_bytes)
+
+    def failed(self, reason: str, named_s: float | None = None) -> float:
+        """How long to wait before the next attempt; raises `SourceUnreachable` when there shall be none."""
+        with self._lock:
+            now_s = self._clock()
+            self._failures += 1
+            self._reason = reason
+            if named_s is not None:
+                last_s = self._since_s + max(self._patience_s, _LONGEST_WAIT_S)
+                self._until_s = max(self._until_s, min(now_s + named_s + self._patience_s, last_s))
+            self._give_up_after(now_s)
+            rounds = min((self._failures - 1) // self._width, 10)
+            delay_s = min(_LONGEST_PAUSE_S, 0.25 * 2.0**rounds) * random.uniform(0.5, 1.0)  # noqa: S311 - jitter
+            return min(max(delay_s, named_s or 0.0), max(0.0, self._until_s - now_s))
+
+
+class Hub:
+    """Looks addresses up. Holds the tokens, and gives each to its own origin only."""
+
+    def __init__(self, endpoint: str, network: Network, patience_s: float = 60.0) -> None:
+        self.network = network
+        self._endpoint = endpoint.rstrip("/")
+        self._patience_s = patience_s
+        if network.has_other_proxies:
+            # huggingface_hub's client would not start where any proxy is of a kind that it lacks a package for.
+            set_client_factory(partial(_client, network))
+
+    def look_up(self, source: Source, cancel: CancelToken) -> Remote:
+        """Ask a source what it holds, again while it is busy.
+
+        Raises what is permanent at once (gated, not found, unauthorised), `SourceUnreachable` after `patience_s`, and
+        `EnsureCancelled` at once.
+        """
+        found = at_endpoint(source, self._endpoint)
+        if isinstance(found, HubFile):
+            return self._asked(lambda: self._ask_hub(found), str(found), cancel)
+        remote = self._asked(lambda: self._ask_url(found), str(found), cancel)
+        if remote.sha256 is None and (listing := modelscope_listing(found)):
+            return self._asked(lambda: self._with_sha256(remote, *listing), str(found), cancel)
+        return remote
+
+    def question(self, source: Source) -> str:
+        """Return what look-ups with the same answer have in common: the address, and whether a token goes with it.
+
+        It may hold a secret: it is never shown or stored. Raises `TokenMalformed`.
+        """
+        found = at_endpoint(source, self._endpoint)
+        url, address = (found.url, found.url) if isinstance(found, Url) else (self._endpoint, str(found))
+        credential = self.network.credential(url)
+        return f"{address}\n{bool(credential and credential.token)}"
+
+    def list_files(self, folder: HubFile, cancel: CancelToken) -> tuple[str, ...]:
+        """Every file of a repository at a revision, in alphabetical order; `folder.path` is not looked at. As `look_up`."""
+        return self._asked(lambda: self._ask_files(folder), f"hf://{folder.repo}", cancel)
+
+    def _asked(self, ask: Callable[[], T], where: str, cancel: CancelToken) -> T:
+        backoff = Backoff(where, self._patience_s)
+        while True:
+            try:
+                return abandonable(ask, where, cancel)
+            except HfHubHTTPError as exc:
+                reason, named_s = f"status {exc.response.status_code}", retry_after_s(exc.response.headers)
+            except _Busy as exc:
+                reason, named_s = str(exc), exc.named_s
+            except httpx2.ProxyError as exc:
+                if str(PROXY_LOGIN) in str(exc):
+                    raise ProxyUnusable(shown(self.network.proxy(self._endpoint) or self._endpoint), PROXY_WANTS) from exc
+                reason, named_s = what_failed(exc), None
+            except (OSError, http.client.HTTPException, httpx2.HTTPError) as exc:
+                reason, named_s = what_failed(exc), None
+            if cancel.wait(backoff.failed(reason, named_s)):
+                raise EnsureCancelled(where)
+
+    def _ask_files(self, folder: HubFile) -> tuple[str, ...]:
+        from huggingface_hub import HfApi  # noqa: PLC0415 - a large module, and no worker lists repositories
+
+        token = self._hub_token()
+        if is_offline_mode():
+            raise HubOffline(f"hf://{folder.repo}")
+        api = HfApi(endpoint=self._endpoint, token=token or False)
+        try:
+            return tuple(sorted(api.list_repo_files(folder.repo, revision=folder.revision, repo_type=folder.repo_type)))
+        except HFValidationError as exc:
+            raise RepoNotFound(folder.repo, folder.path, has_token=bool(token)) from exc
+        except HfHubHTTPError as exc:
+            if refusal := self._refusal(exc, folder, folder.revision, has_token=bool(token)):
+                raise refusal from exc
+            raise
+
+    def _ask_hub(self, source: HubFile) -> Remote:
+        if is_offline_mode():
+            raise HubOffline(str(source))
+        token = self._hub_token()
+        revision = source.revision or "main"
+        url_at = partial(hf_hub_url, source.repo, source.path, repo_type=source.repo_type, endpoint=self._endpoint)
+        try:
+            url = url_at(revision=revision)
+            found = get_hf_file_metadata(url, token=token or False, endpoint=self._endpoint)
+        except HFValidationError as exc:
+            raise RepoNotFound(source.repo, source.path, has_token=bool(token)) from exc
+        except HfHubHTTPError as exc:
+            if refusal := self._refusal(exc, source, revision, has_token=bool(token)):
+                raise refusal from exc
+            raise
+        sha256, git_sha1 = _hashes(found.etag)
+        location = found.location
+        if found.size is None and location != url:
+            # A mirror that sends on, and leaves out the length that the hub tells with it.
+            there = self._ask_url(Url(location))
+            return replace(there, source=source, sha256=sha256, git_sha1=git_sha1, commit=found.commit_hash)
+        if found.size is None:
+            raise NotAFile(str(source), "of unknown length")
+        if location == url and found.commit_hash:
+            # The hub serves a small file itself, at an address that may soon be another commit's.
+            location = url_at(revision=found.commit_hash)
+        remote = Remote(source, found.size, sha256, found.etag, found.commit_hash, location, xet=found.xet_file_data)
+        return replace(remote, git_sha1=git_sha1)
+
+    def _hub_token(self) -> str | None:
+        """The hub's token; raises `TokenMalformed`, and `ProxyUnusable` for what huggingface_hub would trip over."""
+        self.network.proxy(self._endpoint)
+        credential = self.network.credential(self._endpoint)
+        return credential.token if credential else None
+
+    def _refusal(  # noqa: PLR0911 - one for each answer
+        self, exc: HfHubHTTPError, source: HubFile, revision: str, *, has_token: bool
+    ) -> ModelError | None:
+        """What a permanent answer means; None for one that may become better. Order matters: gated is a kind of not found."""
+        status = exc.response.status_code
+        match exc:
+            case GatedRepoError():
+                return RepoGated(source.repo, source.path, has_token=has_token)
+            case RepositoryNotFoundError():
+                return RepoNotFound(source.repo, source.path, has_token=has_token)
+            case RevisionNotFoundError():
+                return RevisionNotFound(source.repo, source.path, revision)
+            case RemoteEntryNotFoundError():
+                return FileNotInRepo(source.repo, source.path, revision)
+        if status == PROXY_LOGIN:
+            return ProxyUnusable(shown(self.network.proxy(self._endpoint) or self._endpoint), PROXY_WANTS)
+        if status in UNAUTHORISED:
+            return token_refused(f"{self._endpoint}/{source.repo}", status, self.network.credential(self._endpoint))
+        return None if status in TRANSIENT else SourceRefused(str(source), status)
+
+    def _ask_url(self, source: Url) -> Remote:
+        with contextlib.closing(Channel(self.network)) as channel:
+            response, url = channel.get(source.url, {"Range": "bytes=0-0"})
+            status, headers = response.status, response.headers
+            if status in TRANSIENT:
+                raise _Busy(f"status {status}", retry_after_s(headers))
+            if status in UNAUTHORISED:
+                raise token_refused(source.url, status, self.network.credential(source.url))
+            if status not in {OK, PARTIAL, UNSATISFIABLE}:
+                raise SourceRefused(shown(source.url), status)
+            if headers.get_content_type() == "text/html":
+                raise NotAFile(shown(source.url), "a web page")
+            stated = headers.get("Content-Length") if status == OK else headers.get("Content-Range", "").rpartition("/")[2]
+            if not stated or not stated.isdecimal():
+                raise NotAFile(shown(source.url), "of unknown length")
+            if coding := content_coding(headers):
+                raise NotAFile(shown(source.url), f"sent compressed ({coding})")
+            sha256, git_sha1 = _hashes(response.linked_etag)
+            remote = Remote(source, int(stated), sha256, headers.get("ETag"), None, url, modified=_modified(headers))
+            return replace(remote, git_sha1=git_sha1, has_ranges=status != OK)
+
+    def _with_sha256(self, remote: Remote, listing: str, path: str) -> Remote:
+        """As ModelScope's API has it; without a hash where that does not say."""
+        with contextlib.closing(Channel(self.network)) as channel:
+            response, _ = channel.get(listing, {})
+            status = response.status
+            if status in TRANSIENT:
+                raise _Busy(f"status {status}", retry_after_s(response.headers))
+            said = response.read(_MOST_LISTED_BYTES) if status == OK else b"{}"
+        try:
+            files = json.loads(said)["Data"]["Files"]
+            found = next(file for file in files if (file["Path"], file["Size"]) == (path, remote.size_bytes))
+            sha256 = _hashes(str(found["Sha256"]))[0]
+        except (ValueError, TypeError, KeyError, StopIteration):
+            sha256 = None
+        return replace(remote, sha256=sha256)
+
+    def renew(self, remote: Remote, cancel: CancelToken) -> Remote:
+        """A fresh address for the same file: the commit is pinned, so that what is fetched is what was looked up."""
+        source = remote.source
+        if isinstance(source, HubFile) and remote.commit:
+            fresh = self.look_up(replace(source, revision=remote.commit), cancel)
+            return replace(fresh, source=source)
+        return self.look_up(source, cancel)
+
+    def xet_access(self, remote: Remote, cancel: CancelToken) -> XetAccess:
+        """A way into Xet's storage for a file that is there (`Remote.xet`), with a token for an hour or so. As `look_up`."""
+        return self._asked(lambda: self._ask_xet(remote), remote.where, cancel)
+
+    def _ask_xet(self, remote: Remote) -> XetAccess:
+        address = remote.xet.refresh_route
+        credential = self.network.credential(address)
+        with contextlib.closing(Channel(self.network)) as channel:
+            response, _ = channel.get(address, {})
+            status = response.status
+            if status in TRANSIENT:
+                raise _Busy(f"status {status}", retry_after_s(response.headers))
+            if status in UNAUTHORISED:
+                raise token_refused(address, status, credential)
+            if status != OK:
+                raise SourceRefused(remote.where, status)
+            said = response.read(_MOST_SAID_BYTES)
+        headers = {"Authorization": f"Bearer {credential.token}"} if credential and credential.token else {}
+        try:
+            found = json.loads(said)
+            return XetAccess(str(found["casUrl"]), str(found["accessToken"]), int(found["exp"]), address, headers)
+        except (ValueError, TypeError, KeyError):
+            raise _Busy("no access to Xet was given", None) from None
+
+
+def _hashes(etag: str | None) -> tuple[str | None, str | None]:
+    """What the hub's ETag says of a file: its sha256, or for a small one what git calls it."""
+    found = bare_etag(etag) or ""
+    return (found.lower() if _SHA256.fullmatch(found) else None), (found if _SHA1.fullmatch(found) else None)
+
+
+def _modified(headers: Message) -> str | None:
+    """The Last-Modified that tells versions apart: within its second a file may have changed once more."""
+    text, date = headers.get("Last-Modified"), headers.get("Date")
+    if not text or not date:
+        return text
+    try:
+        age = email.utils.parsedate_to_datetime(date) - email.utils.parsedate_to_datetime(text)
+    except (ValueError, TypeError):
+        return None
+    return text if age.total_seconds() >= _SETTLED_S else None
+
+
+class _Route(httpx2.BaseTransport):
+    """Sends huggingface_hub's requests by the proxies that all others take."""
+
+    def __init__(self, network: Network) -> None:
+        self._network = network
+        self._ways: dict[str | None, httpx2.HTTPTransport] = {}
+
+    def handle_request(self, request: httpx2.Request) -> httpx2.Response:
+        """Send it by its address's proxy."""
+        proxy = self._network.proxy(str(request.url))
+        way = self._ways.setdefault(proxy, httpx2.HTTPTransport(verify=self._network.tls, proxy=proxy, trust_env=False))
+        return way.handle_request(request)
+
+
+def _client(network: Network) -> httpx2.Client:
+    return httpx2.Client(transport=_Route(network), follow_redirects=True, timeout=None, trust_env=False)
+
+
+class _Busy(Exception):  # noqa: N818 - never leaves this module
+    """The source asks to come back."""
+
+    def __init__(self, reason: str, named_s: float | None) -> None:
+        super().__init__(reason)
+        self.named_s = named_s

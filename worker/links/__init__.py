@@ -1,0 +1,1 @@
+"""The volume's models as ComfyUI sees them: symlinks in its models folder."""

@@ -1,0 +1,85 @@
+"""Models of the volume that RunPod's host cache holds as well: quicker to read from there. Touches the disk.
+
+A file counts as the same when the volume's seal has its sha256 and the cache has a blob of that name and size: the cache calls
+its blobs by what they hash to. Nothing is hashed or compared here.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final
+
+from worker.store.inventory import Standing, look_at
+from worker.store.seals import read_seal, stat_file
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from worker.store.inventory import Look
+    from worker.store.layout import Layout
+
+_SHA256: Final = re.compile(r"[0-9a-f]{64}")
+_SEAL: Final = ".json"
+
+
+def cached_copies(layout: Layout) -> dict[Path, Path]:
+    """The volume's models that the host cache holds as well, each with its copy there.
+
+    Costs a listing of the cache, which RunPod keeps of the one or few repositories that the endpoint names. Where it has
+    something, every seal of the volume is read; where there is no cache, nothing of the volume is.
+    """
+    blobs = dict(_blobs(layout.host_cache))
+    return dict(_sealed_as(layout, blobs)) if blobs else {}
+
+
+def _blobs(cache: Path) -> Iterator[tuple[str, Path]]:
+    """The sha256 and the place of each file in the cache that is called by one; small files are called by another hash."""
+    for repo in _entries(cache):
+        if repo.name.startswith("models--"):
+            for blob in _entries(repo / "blobs"):
+                if _SHA256.fullmatch(blob.name):
+                    yield blob.name, blob
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError:
+        return []
+
+
+def _sealed_as(layout: Layout, blobs: dict[str, Path]) -> Iterator[tuple[Path, Path]]:
+    for folder, _, names in os.walk(layout.seals):
+        above = layout.models / os.path.relpath(folder, layout.seals)
+        for name in names:
+            place = layout.seals / folder / name
+            if name.endswith(_SEAL) and (seal := read_seal(place)) and (copy := blobs.get(seal.sha256 or "")):
+                path = above / name.removesuffix(_SEAL)
+                if _is_same(look_at(path, place), copy):
+                    yield path, copy
+
+
+def _is_same(own: Look, copy: Path) -> bool:
+    """Whether the seal is that of the file, which somebody may have replaced since, and the copy is as long."""
+    found = stat_file(copy)
+    return own.standing is Standing.READY and found is not None and found.st_size == own.size_bytes
+
+
+def lay_out(copies: dict[Path, Path], layout: Layout, root: Path) -> int:
+    """Make `root` a models folder of links to the copies, as ModelLinks takes it for `nearer`; how many there are.
+
+    What an earlier worker of this container left there goes first: its volume may have other models by now.
+    """
+    shutil.rmtree(root, ignore_errors=True)
+    made = 0
+    for path, copy in copies.items():
+        link = root / path.relative_to(layout.models)
+        with suppress(OSError):
+            link.parent.mkdir(parents=True, exist_ok=True)
+            os.symlink(copy, link)  # noqa: PTH211 - the same thing
+            made += 1
+    return made

@@ -1,0 +1,235 @@
+"""The network volume as ComfyUI sees it: its models, linked into ComfyUI's own `models` folder. Touches the disk.
+
+Every file under a root's `<folder>/` appears under ComfyUI's `models/<folder>/`: all folders, nested ones, and ones that no
+ComfyUI has heard of. Real files, and links that lead elsewhere, are never touched: a link is only replaced or removed when it
+leads to its own name under one of the roots, which is what this module makes.
+
+**One link for each file, or one for a folder.** ComfyUI lists models by walking folders through links. Each file link costs
+it a look at the link's target, and on a network volume that is a round trip; through one link for the whole folder it reads
+names only. Folder links have a price too: what a custom node saves there lands on the volume, and when the folder
+disappears ComfyUI answers 500 until somebody puts a folder in its place. So they are for large folders; see `LARGE_FOLDER`.
+A folder can only be one link where ComfyUI's own has no real file in it, not even `put_loras_here`.
+"""
+
+# ruff: noqa: PTH100, PTH116
+# No Path objects: one for each of 10,000 names costs more than the system calls do.
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from worker.comfyui_data import known
+from worker.links.scan import LinkProblem, ProblemKind, Scan
+from worker.links.sync import Pass, View, under
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+    from pathlib import Path
+
+__all__ = ["LARGE_FOLDER", "Found", "LinkProblem", "LinkReport", "ModelLinks", "ProblemKind"]
+
+LARGE_FOLDER = 64
+"""From how many files on (here and below) a folder is one link.
+
+`bench/links.py` lists a folder with ComfyUI's own code, medians in ms, on MooseFS (on ext4):
+
+    files                          64        256      1,000       10,000
+    a link for each file    15  (1.0)   56 (3.6)   184 (12)  1,845 (122)
+    one link for the folder  2  (0.6)    4 (1.8)     7  (6)     91  (63)
+
+So each file link adds 0.1-0.2 ms on a network volume (0.006 on a disk): below 64, at most 13 ms for a folder, in an engine
+that takes seconds to start: less than a folder link's risks are worth. Making 10,000 file links takes 0.3-1.1 s, the one link
+and the look at what it shows 10-13 ms.
+"""
+
+_SECOND_NS = 1_000_000_000
+_SHOWN = 5
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class LinkReport:
+    """How ComfyUI's models folder stands after a refresh."""
+
+    files: int
+    """Files of the roots that ComfyUI sees, through links of either kind."""
+    folders: int
+    """Folders that are one link."""
+    made: int
+    removed: int
+    problems: tuple[LinkProblem, ...]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A file or folder that ComfyUI sees: its path below ComfyUI's models folder, and what stat says of what that leads to."""
+
+    path: str
+    info: os.stat_result
+
+
+class ModelLinks:
+    """Keeps ComfyUI's models folder in step with one or more roots; the first root that has a name wins.
+
+    Safe to use from several threads: refreshes take turns, the questions answer from the last one. A new object over links
+    that another process made takes them over.
+    """
+
+    def __init__(
+        self,
+        models_dir: Path,
+        roots: Sequence[Path],
+        *,
+        large_folder: int = LARGE_FOLDER,
+        within: Sequence[Path] = (),
+        nearer: Path | None = None,
+    ) -> None:
+        """`within`: where symbolic links on the volume may lead besides the roots, usually the volume itself.
+
+        `nearer` is a root before all others, of copies that are quicker to read: that it has a name twice is no problem.
+        """
+        self._models = os.path.abspath(models_dir)
+        self._nearer = os.path.abspath(nearer) if nearer else None
+        self._roots = [os.path.abspath(root) for root in ([nearer, *roots] if nearer else roots)]
+        self._within = [str(place) for place in within]
+        self._large_folder = large_folder
+        self._lock = threading.Lock()
+        self._view = View()
+        self._known_problems: frozenset[LinkProblem] = frozenset()
+
+    def refresh(self) -> LinkReport:
+        """Make ComfyUI's models folder show what the roots hold now.
+
+        Costs a listing of both sides when nothing changed. Whatever goes wrong with a name is in the report's problems; the
+        other names are linked all the same. Raises nothing for the disk's sake: a worker with fewer models is of
+        more use than none.
+        """
+        with self._lock:
+            started = time.perf_counter()
+            models = os.path.realpath(self._models)
+            reals = [os.path.realpath(root) for root in self._roots]
+            scan = Scan(map(os.path.realpath, (*self._roots, *self._within)), leave_out=models)
+            # A root that IS the models folder (ComfyUI on the volume, or its models folder one link to it) needs no links.
+            roots = [scan.root(root) for root, real in zip(self._roots, reals, strict=True) if real != models]
+            run = Pass(models, roots, self._view, scan, self._large_folder, nearer=self._nearer)
+            run.folder("", roots)
+            view = View(run.places, run.sources, frozenset(run.linked))
+            _move_clocks(self._view, view)
+            self._view = view
+            problems = {*scan.problems, *run.problems, *_aliased(models, view)}
+            report = LinkReport(
+                files=run.files,
+                folders=len(run.linked),
+                made=run.made,
+                removed=run.removed,
+                problems=tuple(sorted(problems, key=lambda problem: (problem.path, problem.kind.name))),
+                seconds=time.perf_counter() - started,
+            )
+            self._log(report)
+            return report
+
+    def has(self, folders: Sequence[str], name: str) -> bool:
+        """Whether ComfyUI would find `name`; see `find`."""
+        return self.find(folders, name) is not None
+
+    def find(self, folders: Sequence[str], name: str) -> Found | None:
+        """Where ComfyUI would find `name` alive under one of these folders (none given: under any folder at all).
+
+        One stat call for each folder up to that one. What is found needs no refresh. None may also mean that the file came
+        after the last refresh: refresh, then ask again. A folder counts as well, for the loaders that take one (diffusers).
+        """
+        if not _is_plain(name):
+            return None
+        view = self._view
+        places = (f"{folder}/{name}" for folder in _with_aliases(folders or sorted(view.tops())))
+        return next((found for place in places if (found := self._live(view, place))), None)
+
+    def _live(self, view: View, relative: str) -> Found | None:
+        path = f"{self._models}/{relative}"
+        try:
+            found = os.stat(path)
+        except (OSError, ValueError):
+            return None
+        if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
+            return None
+        # What a folder link shows beyond the last refresh is in flight, or newer than ComfyUI's listing (see _move_clocks).
+        folder, _, last = relative.rpartition("/")
+        is_shown = not under(view.linked, relative) or view.holds(folder, last) or relative in view.sources
+        return Found(path, found) if is_shown else None
+
+    def _log(self, report: LinkReport) -> None:
+        if report.made or report.removed:
+            _logger.info(
+                "models: %d files linked, %d folders as one link; %d links made, %d removed in %.0f ms",
+                report.files,
+                report.folders,
+                report.made,
+                report.removed,
+                report.seconds * 1000,
+            )
+        new = [problem for problem in report.problems if problem not in self._known_problems]
+        if new:
+            shown = " ".join(map(str, new[:_SHOWN]))
+            _logger.warning("models: %d names need attention: %s%s", len(new), shown, " ..." if len(new) > _SHOWN else "")
+        self._known_problems = frozenset(report.problems)
+
+
+def _aliased(models: str, view: View) -> Iterator[LinkProblem]:
+    """Names that lie in both of two folders which ComfyUI reads as one, unless they are one file."""
+    for first, second in known().same_folders:
+        for folder in view.folders():
+            if not under((second,), folder):
+                continue
+            twin = first + folder[len(second) :]
+            for name in view.names(folder) & view.names(twin):
+                if _origin(models, view, folder, name) != _origin(models, view, twin, name):
+                    yield LinkProblem(ProblemKind.ALIAS, f"{models}/{folder}/{name}", f"{models}/{twin}/{name}")
+
+
+def _origin(models: str, view: View, folder: str, name: str) -> str:
+    place = view.places.get(folder)
+    if place is None or not (name in place.files or name in place.foreign):
+        for source in view.sources.get(folder, ()):
+            if name in source.files:
+                return source.real_path(name)
+    return os.path.realpath(f"{models}/{folder}/{name}")
+
+
+def _move_clocks(before: View, after: View) -> None:
+    """Where the names in a folder-linked folder changed, see that its mtime did too.
+
+    ComfyUI lists a folder again when its mtime is another one. On a file system with whole-second mtimes (MooseFS) it misses
+    a file that comes within the second of the last change it saw, and a mount may hold an old mtime for a second more. So the
+    mtime is moved on by a second; where that is not allowed (a read-only cache) the file is seen after the next change.
+    """
+    for relative in before.sources.keys() & after.sources.keys():
+        if not (under(before.linked, relative) and under(after.linked, relative)):
+            continue
+        then, now = before.sources[relative][0], after.sources[relative][0]
+        if then.files == now.files and then.folders.keys() == now.folders.keys():
+            continue
+        with suppress(OSError):
+            info = os.stat(now.path)
+            if info.st_mtime_ns % _SECOND_NS == 0:
+                os.utime(now.path, ns=(info.st_atime_ns, info.st_mtime_ns + _SECOND_NS))
+
+
+def _with_aliases(folders: Iterable[str]) -> dict[str, None]:
+    found: dict[str, None] = {}
+    for folder in folders:
+        for name in next((pair for pair in known().same_folders if folder in pair), (folder,)):
+            found[name] = None
+    return found
+
+
+def _is_plain(name: str) -> bool:
+    return "\0" not in name and not any(part in {"", ".", ".."} for part in name.split("/"))

@@ -1,0 +1,477 @@
+"""When the RunPod SDK takes a job, and how the worker leaves without losing one. Touches the network, through the SDK.
+
+The SDK's loop (`rp_scale.JobScaler`, read in 1.12.0) has habits that cost jobs or GPU time, all of which it lets be replaced by
+attributes of the scaler: between two jobs it sleeps up to a second, before a job up to a tenth; on SIGTERM it waits for both of
+its polls, up to 90 s, and swallows a job that comes on them; a stop signal that comes before a job's task exists is dropped; a
+result whose connection breaks is not sent again; a job whose JSON it cannot read, or whose fields it cannot keep, is dropped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import logging
+import re
+import signal
+import time
+from functools import partial
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+
+from worker.base.clock import within
+from worker.errors import InputNotJson, InternalError, ResultRefused
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Coroutine, Mapping
+
+    from worker.base.clock import RunningClock
+    from worker.errors import WorkerError
+
+log = logging.getLogger(__name__)
+
+_POLL_S = 90.0
+# Results may be on their way more slowly than they are made; somewhere that has to end.
+_AT_MOST = 8
+# A job that is on its way when the worker leaves: RunPod's answer takes a round trip, and an idle worker's second costs nobody.
+_ARRIVAL_S = 1.5
+# A job may bring 10 MB along.
+_BODY_S = 30.0
+# Results that are on their way when another one asks for a new worker.
+_SETTLE_S = 120.0
+_PAUSES_S = (0.5, 1.0, 2.0, 5.0)
+# RunPod holds a poll until there is a job. One that is answered with nothing sooner than this is followed by a pause.
+_HELD_S = 1.0
+_IDLE_PAUSES_S = (0.05, 0.1, 0.2, 0.5, 1.0)
+# A result is worth the GPU time it took.
+_POST_PATIENCE_S = 60.0
+# Each attempt: a connection may be accepted and then say nothing. A result may have 20 MB.
+_ATTEMPT_S = 20.0
+_SLOWEST_BYTES_PER_S = 1_000_000
+_POST_BACKOFF_S = (0.2, 0.4, 0.8, 1.6, 3.2, 5.0)
+# What is wrong with the result itself; 404 is a job that RunPod has given up.
+_REFUSED = frozenset({HTTPStatus.BAD_REQUEST, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.UNPROCESSABLE_ENTITY})
+# What the worker and the SDK need of a job. The SDK makes attributes of every field, and ends on names such as `self`.
+_FIELDS = ("id", "input", "s3Config", "webhook", "batchId")
+_TRANSIENT = frozenset({HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS})
+
+
+class Intake:
+    """Jobs come in through `concurrency`, which goes into the SDK's config as `concurrency_modifier`.
+
+    Guarantees, in production mode: the next job is asked for as soon as the engine is free of the last one, while that one's
+    result is still on its way; after SIGTERM no job is taken, those that were are answered, then the SDK's loop ends; RunPod is
+    asked to replace the worker with the result that is its last, when the others have arrived.
+
+    After a freeze (`clock`) RunPod is asked over new connections at once: the old ones may be dead without a word. What still
+    comes on an old poll counts all the same.
+    """
+
+    def __init__(self, clock: RunningClock) -> None:
+        self._clock = clock
+        self._scaler: Any = None
+        self._loop: asyncio.AbstractEventLoop
+        self._session: aiohttp.ClientSession | None = None
+        self._posts: aiohttp.ClientSession | None = None
+        self._old: list[aiohttp.ClientSession] = []
+        self._at_engine: str | None = None
+        self._polls = 0
+        self._lingering: set[asyncio.Task[None]] = set()
+        self._thawed = asyncio.Event()
+        self._ending: asyncio.Task[None] | None = None
+        self._taken: dict[str, asyncio.Task[None]] = {}
+        self._without_result: set[str] = set()
+        self._replacing = False
+        self._last: str | None = None
+        self._moved = asyncio.Event()
+        self._free = asyncio.Event()
+        self._leaving = asyncio.Event()
+        self._gone = asyncio.Event()
+
+    @property
+    def session(self) -> aiohttp.ClientSession:
+        """The connections to RunPod, with its key, while jobs are taken."""
+        assert self._session is not None  # noqa: S101 - a job came over it
+        return self._session
+
+    def concurrency(self, _: int) -> int:
+        """What the SDK is told of how many jobs it may hold, so that it asks instead of sleeping; `_take` is what decides.
+
+        Its first call comes on its loop, once its signal handlers are set: that is when they can be replaced.
+        """
+        if self._scaler is None:
+            self._attach(signal.getsignal(signal.SIGTERM))
+        return _AT_MOST + 1
+
+    def _attach(self, handler: object) -> None:
+        scaler: Any = getattr(handler, "__self__", None)
+        if not hasattr(scaler, "jobs_fetcher"):
+            raise TypeError("the RunPod SDK's job loop is not the one this worker was written for: install runpod~=1.12.0")
+        self._scaler, self._loop = scaler, asyncio.get_running_loop()
+        scaler.jobs_fetcher, scaler.jobs_fetcher_timeout = self._take, None
+        scaler.stop_signals_fetcher, scaler.stop_signals_fetcher_timeout = self._stops, None
+        scaler.jobs_handler = self._handle
+        self._free.set()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._loop.add_signal_handler(number, self.leave)
+        self._clock.on_thaw(self._tell_thaw)
+
+    def _tell_thaw(self, _: float) -> None:
+        with contextlib.suppress(RuntimeError):  # the SDK's loop has ended
+            self._loop.call_soon_threadsafe(self._connect_anew)
+
+    def _connect_anew(self) -> None:
+        """Have everything from now on go over new connections; what is on its way on the old ones may still arrive."""
+        from runpod.http_client import AsyncClientSession  # noqa: PLC0415 - already imported by import_sdk
+
+        if self._posts:
+            self._old.append(self._posts)
+        self._posts, self._session = None, AsyncClientSession()
+        self._old.append(self._session)
+        self._thawed.set()
+        self._thawed = asyncio.Event()
+
+    def engine_free(self, job_id: str) -> None:
+        """The engine is done with this job: the next may be asked for. From any thread."""
+        with contextlib.suppress(RuntimeError):  # the SDK's loop has ended
+            self._loop.call_soon_threadsafe(self._release, job_id)
+
+    def _release(self, job_id: str) -> None:
+        if self._at_engine == job_id:
+            self._at_engine = None
+        if self._at_engine is None and len(self._taken) < _AT_MOST:
+            self._free.set()
+
+    def leave(self) -> None:
+        """Take no more jobs, answer those that were taken, then end the SDK's loop. On its thread; more than once is once."""
+        if self._leaving.is_set():
+            return
+        log.info("leaving: %s", f"{_jobs(len(self._taken))} to finish first" if self._taken else "no job to finish")
+        self._leaving.set()
+        self._end_if_done()
+
+    async def is_last(self, job_id: str, *, asks: bool) -> bool:
+        """Whether this job's result, which is about to be sent, has to ask RunPod for another worker. On the SDK's loop.
+
+        One that `asks` is the reason, after which no job is taken; the last one does it. RunPod may stop the pod as soon as it
+        is asked, and with it what is still under way: a result on its way is waited for, a job that still works will ask in
+        this one's place. When the wait is over without an end, nobody asks, and the worker leaves all the same.
+        """
+        self._without_result.discard(job_id)
+        if asks:
+            self._replacing = True
+            self.leave()
+        if not self._replacing:
+            return False
+        self._last = job_id
+        try:
+            async with within(_SETTLE_S, self._clock):
+                while self._polls or self._taken.keys() - {job_id}:
+                    if self._without_result or self._last != job_id:
+                        return False
+                    self._moved.clear()
+                    await self._moved.wait()
+        except TimeoutError:
+            log.warning("another result is still on its way after %g s: leaving without asking to be replaced", _SETTLE_S)
+            return False
+        return True
+
+    def _end_if_done(self) -> None:
+        # While a poll has no answer the worker may not end: the answer may be a job.
+        if self._leaving.is_set() and not (self._taken or self._polls or self._ending):
+            self._ending = self._loop.create_task(self._end())
+
+    async def _end(self) -> None:
+        for session in (*self._old, self._posts):
+            if session:
+                await session.close()
+        self._gone.set()
+        self._scaler.kill_worker()
+
+    async def _take(self, session: aiohttp.ClientSession, _: int) -> list[dict[str, Any]]:
+        """Take jobs, one whenever the engine is free, and start each at once; returns none, when the worker leaves.
+
+        After what RunPod refuses or breaks off, and after polls that it does not hold, it is asked again more and more slowly.
+        The SDK would do so without a pause.
+        """
+        self._session, failures, idle = self._session or session, 0, 0
+        while await _before(self._leaving, self._free.wait()):
+            self._polls += 1
+            began_s = self._loop.time()
+            try:
+                jobs = await self._ask()
+                for job in jobs:
+                    await self._begin_or_answer(self.session, job)
+                idle = 0 if jobs or self._loop.time() - began_s >= _HELD_S else idle + 1
+                failures = 0
+            except Exception as exc:  # noqa: BLE001 - whatever it is, without jobs there is nothing else to do
+                log.warning("RunPod could not be asked for a job (%s)", str(exc) or type(exc).__name__)
+                failures += 1
+            finally:
+                self._poll_over()
+            for count, pauses_s in ((failures, _PAUSES_S), (idle, _IDLE_PAUSES_S)):
+                if count:
+                    await _before(self._leaving, asyncio.sleep(pauses_s[min(count, len(pauses_s)) - 1]))
+        await self._gone.wait()
+        return []
+
+    def _poll_over(self) -> None:
+        self._polls -= 1
+        self._moved.set()
+        self._end_if_done()
+
+    async def _ask(self) -> list[dict[str, Any]]:
+        """What one poll brings: a job, or none; when the worker leaves meanwhile, what is on its way already.
+
+        After a freeze it brings none at once, and what comes on it later is a job like any other.
+        """
+        line = _Line(self.session)
+        poll = asyncio.create_task(asyncio.wait_for(line.poll(), _POLL_S))
+        thawed = self._thawed
+        await _until_one(poll, self._leaving, thawed)
+        if thawed.is_set() and not (poll.done() or self._leaving.is_set()):
+            self._polls += 1
+            task = asyncio.create_task(self._linger(poll, line), name="old-poll")
+            self._lingering.add(task)
+            task.add_done_callback(self._lingering.discard)
+            return []
+        return await self._brought(poll, line)
+
+    async def _brought(self, poll: asyncio.Task[bytes], line: _Line) -> list[dict[str, Any]]:
+        try:
+            body = await poll if poll.done() else await _arrived(poll, line)
+        except TimeoutError:
+            return []
+        return await self._read(body) if body else []
+
+    async def _linger(self, poll: asyncio.Task[bytes], line: _Line) -> None:
+        """Take what an old poll brings, until its own end: a job that RunPod has handed out would be lost with it."""
+        try:
+            await _until_one(poll, self._leaving)
+            for job in await self._brought(poll, line):
+                await self._begin_or_answer(self.session, job)
+        except Exception as exc:  # noqa: BLE001 - it was frozen: nobody is surprised, and there is a new one
+            log.debug("the poll from before the freeze ended (%s)", str(exc) or type(exc).__name__)
+        finally:
+            self._poll_over()
+
+    async def _read(self, body: bytes) -> list[dict[str, Any]]:
+        """The job in a poll's answer. One that is no JSON for Python is answered, where it has an id. Raises `ValueError`."""
+        try:
+            job = json.loads(body)
+        except (ValueError, RecursionError) as exc:
+            job_id = await asyncio.to_thread(_id_in, body)
+            if job_id is None:
+                raise
+            await self._answer(job_id, InputNotJson(str(exc).partition(";")[0]))
+            return []
+        if not isinstance(job, dict) or not isinstance(job.get("id"), str) or not job["id"]:
+            raise ValueError("its answer is no job with an id")
+        return [{"input": None, **{name: job[name] for name in _FIELDS if name in job}}]
+
+    async def _begin_or_answer(self, session: aiohttp.ClientSession, job: dict[str, Any]) -> None:
+        try:
+            await self._begin(session, job)
+        except Exception:
+            log.exception("job %s could not be started", job["id"])
+            self._over(job)
+            await self._answer(job["id"], InternalError())
+
+    async def _answer(self, job_id: str, error: WorkerError) -> None:
+        """Post an error as the result of a job that no handler has. Logs what goes wrong."""
+        from runpod.serverless.modules.rp_http import send_result  # noqa: PLC0415 - already imported by import_sdk
+
+        log.warning("job %s: failed before it began: %s [%s]", job_id, error, error.code)
+        result = {"error": str(error), "output": {"code": error.code, "retryable": error.retryable}}
+        try:
+            await send_result(self._posting(), result, {"id": job_id})
+        except Exception:
+            log.exception("job %s: its result could not be sent", job_id)
+
+    async def _begin(self, session: aiohttp.ClientSession, job: dict[str, Any]) -> None:
+        """Start a job as the SDK's `run_jobs` does, which looks for one ten times a second."""
+        scaler, job_id = self._scaler, job["id"]
+        if earlier := self._taken.get(job_id):
+            if not earlier.cancelling():
+                log.warning("job %s came again while it is at work, and is done once", job_id)
+                return
+            # It was stopped, and posts nothing: the one that came is another try.
+            await asyncio.wait({earlier})
+            await asyncio.sleep(0)  # its callbacks, which know it as at work, come first
+        self._free.clear()
+        self._at_engine = job_id
+        self._without_result.add(job_id)
+        await scaler.jobs_queue.put(job)  # `handle_job` reports it as done
+        scaler.jobs_queue.get_nowait()
+        scaler.job_progress.add(job)
+        task = self._taken[job_id] = scaler.jobs_tasks[job_id] = asyncio.create_task(scaler.handle_job(session, job))
+        task.add_done_callback(lambda _: self._over(job))
+
+    def _over(self, job: dict[str, Any]) -> None:
+        """A job has ended, by whatever: a task that is cancelled before its first step runs nothing of itself, no `finally`."""
+        scaler, job_id = self._scaler, job["id"]
+        if scaler.jobs_tasks.pop(job_id, None):
+            scaler.jobs_queue.task_done()
+            scaler.job_progress.remove(job)
+        self._taken.pop(job_id, None)
+        self._without_result.discard(job_id)
+        self._moved.set()
+        self._release(job_id)
+        self._end_if_done()
+
+    async def _stops(self, session: aiohttp.ClientSession) -> list[str]:
+        """Jobs to stop, as RunPod says; TimeoutError, after which the SDK asks again or ends, when the worker is gone."""
+        from runpod.serverless.modules.rp_job import get_stop_signals  # noqa: PLC0415 - as above
+
+        self._session = self._session or session
+        poll = asyncio.create_task(asyncio.wait_for(get_stop_signals(self._session), _POLL_S))
+        if not await _until_one(poll, self._gone, self._thawed):
+            poll.cancel()
+            raise TimeoutError
+        ids: list[str] = await poll
+        return ids
+
+    async def _handle(self, _: aiohttp.ClientSession, config: Mapping[str, Any], job: dict[str, Any]) -> None:
+        """Run one job as the SDK does, and send its result until it arrives."""
+        from runpod.serverless.modules.rp_job import handle_job  # noqa: PLC0415 - as above
+
+        try:
+            await handle_job(self._posting(), config, job)
+        except (aiohttp.ClientError, OSError):
+            log.exception("job %s: its result could not be sent", job["id"])
+        except Exception:
+            log.exception("job %s: no result came of it", job["id"])
+            await self._answer(job["id"], InternalError())
+
+    def _posting(self) -> aiohttp.ClientSession:
+        """Connections for results: kept, so that no result waits for a handshake."""
+        from runpod.http_client import AsyncClientSession  # noqa: PLC0415 - as above
+
+        if self._posts is None:
+            self._posts = AsyncClientSession(middlewares=(say_refused, partial(send_again, clock=self._clock)))
+        return self._posts
+
+
+async def say_refused(
+    request: aiohttp.ClientRequest, send: Callable[[aiohttp.ClientRequest], Awaitable[aiohttp.ClientResponse]]
+) -> aiohttp.ClientResponse:
+    """Where RunPod refuses a result, send it a small one that says so: the client would see a job without any end."""
+    response = await send(request)
+    if response.status not in _REFUSED:
+        return response
+    error = ResultRefused(response.status)
+    log.error("%s [%s]", error, error.code)
+    response.release()
+    told = {"error": str(error), "output": {"code": error.code, "retryable": error.retryable}}
+    await request.update_body(json.dumps(told).encode())
+    return await send(request)
+
+
+async def send_again(
+    request: aiohttp.ClientRequest,
+    send: Callable[[aiohttp.ClientRequest], Awaitable[aiohttp.ClientResponse]],
+    clock: Callable[[], float] = time.monotonic,
+) -> aiohttp.ClientResponse:
+    """Send a request until it is answered with something other than "not now"; for a minute at most."""
+    deadline = clock() + _POST_PATIENCE_S
+    for attempt in itertools.count():
+        last = clock() > deadline
+        try:
+            async with asyncio.timeout(_ATTEMPT_S + int(request.headers.get("Content-Length", 0)) / _SLOWEST_BYTES_PER_S):
+                response = await send(request)
+                await response.read()  # the answer's body may be what does not come
+        except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, TimeoutError) as exc:
+            if last:
+                raise
+            reason = str(exc) or type(exc).__name__
+        else:
+            if last or not (response.status in _TRANSIENT or response.status >= HTTPStatus.INTERNAL_SERVER_ERROR):
+                return response
+            reason = f"status {response.status}"
+            response.release()
+        log.warning("RunPod did not take a result (%s); sending it again", reason)
+        await asyncio.sleep(_POST_BACKOFF_S[min(attempt, len(_POST_BACKOFF_S) - 1)])
+    raise AssertionError("the deadline ends the loop")
+
+
+async def _until_one(task: asyncio.Task[Any], *events: asyncio.Event) -> bool:
+    """Return when the task is done (True) or one of the events is set (False); the task goes on either way."""
+    waiting = [asyncio.create_task(event.wait()) for event in events]
+    try:
+        await asyncio.wait((*waiting, task), return_when=asyncio.FIRST_COMPLETED)
+    except asyncio.CancelledError:
+        task.cancel()
+        raise
+    finally:
+        for each in waiting:
+            each.cancel()
+    return task.done()
+
+
+def _jobs(count: int) -> str:
+    return "1 job" if count == 1 else f"{count} jobs"
+
+
+async def _before(event: asyncio.Event, coro: Coroutine[Any, Any, Any]) -> bool:
+    """Whether `coro` ends before the event is set; it is given up otherwise."""
+    task = asyncio.create_task(coro)
+    if event.is_set() or not await _until_one(task, event) or event.is_set():
+        task.cancel()
+        return False
+    return True
+
+
+class _Line:
+    """One poll for a job, which remembers whether its answer has begun to arrive."""
+
+    def __init__(self, session: aiohttp.ClientSession) -> None:
+        self._session = session
+        self.answering = False
+
+    async def poll(self) -> bytes:
+        """Return the answer's body, empty where there is no job. Raises `aiohttp.ClientError`; `ValueError` for no JSON."""
+        from runpod.serverless.modules.rp_job import _job_get_url  # noqa: PLC0415 - already imported by import_sdk
+
+        async with self._session.get(_job_get_url(1)) as response:
+            self.answering = True
+            # 400: what RunPod says to a worker that FlashBoot put aside, says the SDK.
+            if response.status in {HTTPStatus.NO_CONTENT, HTTPStatus.BAD_REQUEST}:
+                return b""
+            response.raise_for_status()
+            body = await response.read()
+            if body and response.content_type != "application/json":
+                raise ValueError(f"it answered with {response.content_type}")
+            return body
+
+
+# Brackets, and texts, with the colon behind one that is a key.
+_TOKENS = re.compile(rb'"((?:[^"\\]|\\.)*)"(\s*:)?|[{}\[\]]', re.DOTALL)
+
+
+def _id_in(body: bytes) -> str | None:
+    """The text under `id` at the top of what is JSON but for something that Python does not read."""
+    depth, is_id = 0, False
+    for token in _TOKENS.finditer(body):
+        text = token[0]
+        if text in b"{[":
+            depth += 1
+        elif text in b"}]":
+            depth -= 1
+        elif is_id and depth == 1:
+            return token[1].decode("ascii", "replace")
+        is_id = depth == 1 and token[1] == b"id" and token[2] is not None
+    return None
+
+
+async def _arrived(poll: asyncio.Task[bytes], line: _Line) -> bytes:
+    """What the poll still brings: an answer that is on its way is taken, then the poll is given up."""
+    await asyncio.wait((poll,), timeout=_ARRIVAL_S)
+    if line.answering:
+        await asyncio.wait((poll,), timeout=_BODY_S)
+    if poll.done():
+        return await poll
+    poll.cancel()
+    return b""

@@ -1,0 +1,115 @@
+"""The RunPod SDK's side: which of its modes to run in, and its quirks. Touches the network through the SDK."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from worker.errors import NothingToServe
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, MutableMapping, Sequence
+
+    from worker.boot import Worker
+    from worker.settings import Settings
+
+_LOCAL_API = "--rp_serve_api"
+_TEST_INPUT = "--test_input"
+
+
+def sdk_arguments(settings: Settings, argv: Sequence[str], environ: Mapping[str, str], cwd: Path) -> list[str]:
+    """The arguments the SDK is to see. Raises `NothingToServe` where it would boot everything, find no job and leave."""
+    arguments = list(argv)
+    if settings.serve_api_locally and _LOCAL_API not in arguments:
+        arguments += [_LOCAL_API, "--rp_api_host", "0.0.0.0"]  # noqa: S104 - asked for by SERVE_API_LOCALLY
+    has_input = any(argument.split("=")[0] == _TEST_INPUT for argument in arguments)
+    on_runpod = "RUNPOD_WEBHOOK_GET_JOB" in environ or "RUNPOD_REALTIME_PORT" in environ
+    if not (on_runpod or _LOCAL_API in arguments or has_input or (cwd / "test_input.json").is_file()):
+        raise NothingToServe
+    return arguments
+
+
+def prepare_environ(environ: MutableMapping[str, str]) -> None:
+    """Set what the SDK reads, where nobody has set it otherwise.
+
+    At DEBUG, its default, it prints every result and every signed URL. Its checks of the machine begin when ComfyUI is up and
+    run one after another: several starts of nvidia-smi, a CUDA context, a connection to 8.8.8.8, a tenth of the disk free.
+    ComfyUI has a GPU's context by then, or did not start and says why, so they would only be paid for.
+    """
+    environ.setdefault("RUNPOD_LOG_LEVEL", "INFO")
+    environ.setdefault("RUNPOD_SKIP_AUTO_SYSTEM_CHECKS", "true")
+    environ.setdefault("RUNPOD_SKIP_GPU_CHECK", "true")
+
+
+def import_sdk(arguments: Sequence[str]) -> None:
+    """Import what `start` will need, so that it overlaps with ComfyUI's boot.
+
+    The SDK asks py-cpuinfo for the processor's name, once, at import, for its debugger. That starts a Python process and takes
+    1.3 s of a core that ComfyUI is booting on; /proc has the name as well.
+    """
+    import cpuinfo  # noqa: PLC0415 - imported while ComfyUI boots, not before it is spawned
+
+    slow, cpuinfo.get_cpu_info = cpuinfo.get_cpu_info, lambda: {"brand_raw": _processor_name()}
+    try:
+        import runpod  # noqa: PLC0415 - as above
+    finally:
+        cpuinfo.get_cpu_info = slow
+    if _LOCAL_API in arguments:
+        import runpod.serverless.modules.rp_fastapi  # noqa: F401, PLC0415 - as above
+
+
+def _processor_name(path: Path = Path("/proc/cpuinfo")) -> str:
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return "unknown"
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def serve(worker: Worker, arguments: Sequence[str], environ: Mapping[str, str]) -> None:
+    """Take jobs until the SDK ends.
+
+    On RunPod that is after SIGTERM or a result that asks for another worker; after one job with a test input.
+    """
+    import multiprocessing  # noqa: PLC0415 - not before ComfyUI is spawned
+
+    import runpod  # noqa: PLC0415 - already imported by import_sdk
+
+    sys.argv[1:] = arguments  # the SDK parses sys.argv itself
+    print("worker-comfyui - Starting handler...", flush=True)  # noqa: T201 - a line people's checks look for
+    # The SDK looks for a port for realtime jobs first, and serves them through its local API.
+    takes = "RUNPOD_WEBHOOK_GET_JOB" in environ and environ.get("RUNPOD_REALTIME_PORT", "0") == "0"
+    if takes and not ({_LOCAL_API, _TEST_INPUT} & {name.split("=")[0] for name in arguments}):
+        runpod.serverless.start(_production(worker))
+        # The heartbeat: a daemon process, which would end with this one, but only after everything else has.
+        for child in multiprocessing.active_children():
+            child.terminate()
+    else:
+        runpod.serverless.start({"handler": lambda job: worker.loop.run(worker.handler.handle(job))})
+
+
+def _production(worker: Worker) -> dict[str, Any]:
+    """The SDK's config where jobs come from RunPod and progress goes there."""
+    import asyncio  # noqa: PLC0415 - as below
+
+    from worker.sdk.job_loop import Intake  # noqa: PLC0415 - asyncio is not imported before ComfyUI is spawned
+    from worker.sdk.progress_posts import ProgressPosts  # noqa: PLC0415 - as above
+
+    intake = Intake(worker.clock)
+
+    async def handle(job: dict[str, Any]) -> dict[str, Any]:
+        async with ProgressPosts(job, intake.session) as posts:
+            engine_free = partial(intake.engine_free, job["id"])
+            try:
+                result = await worker.loop.run(worker.handler.handle(job, posts.tell, engine_free))
+            except asyncio.CancelledError:
+                if worker.handler.refreshes:
+                    intake.leave()
+                raise
+        if await intake.is_last(job["id"], asks=result.pop("refresh_worker", False)):
+            result["refresh_worker"] = True  # the SDK makes `stopPod` of it
+        return result
+
+    return {"handler": handle, "concurrency_modifier": intake.concurrency}

@@ -1,0 +1,179 @@
+"""What every action of the seeder shares: where to, which models, how it is shown. Builds the parts."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import IO, TYPE_CHECKING, Any, Final
+
+from rich.console import Console
+
+from worker.errors import ManifestInvalid, S3Unreachable, SeedUsage
+from worker.fetch.http import Network
+from worker.fetch.hub import Hub, credentials
+from worker.fetch.ranges import Tuning
+from worker.models.sources import Sources, SpecList
+from worker.seed.fill import MountedFiller, S3Filler
+from worker.seed.mounted_volume import MountedVolume
+from worker.seed.options import keys_from
+from worker.seed.relay import Load
+from worker.seed.s3_api import bucket_at
+from worker.seed.s3_volume import S3Volume
+from worker.seed.screen import Bars, JsonLines, Lines
+from worker.seed.selection import Wants
+from worker.store.pod_links import layout_at
+from worker.store.store import Store
+
+if TYPE_CHECKING:
+    import threading
+    from collections.abc import Callable, Mapping
+
+    from worker.errors import SeedError
+    from worker.seed.fill import Filler
+    from worker.seed.options import Options
+    from worker.seed.s3_api import Bucket
+    from worker.seed.screen import Screen
+    from worker.seed.verify import Volume
+    from worker.settings import Settings
+
+_WIDE: Final = 160
+_S3_CALLS: Final = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where to: what fills it, and what looks after it."""
+
+    filler: Filler
+    volumes: tuple[Volume, ...]
+    manifests: tuple[str, ...]
+    """The text of `models.toml` on each volume that has one."""
+    away: tuple[SeedError, ...] = ()
+    """Why a volume could not be reached, for each that could not be."""
+
+
+class Desk:
+    """What a run works with."""
+
+    def __init__(
+        self, options: Options, settings: Settings, environ: Mapping[str, str], stream: IO[str], cancel: threading.Event
+    ) -> None:
+        self.options = options
+        self.settings = settings
+        self.cancel = cancel
+        self.stream = stream
+        self.console = Console(file=stream, highlight=False)
+        if not self.console.is_terminal:
+            self.console = Console(file=stream, highlight=False, width=_WIDE)
+        self.left_out: set[str] = set()
+        self.hub = _hub(settings)
+        self._environ = environ
+        self._volumes: tuple[Volume, ...] = ()
+
+    def place(self) -> Place:
+        """Where to. Raises `SeedUsage`, `S3KeysMissing`, and for S3 what `Bucket.check` does."""
+        place = self._place()
+        self._volumes = place.volumes
+        return place
+
+    def _place(self) -> Place:
+        if self.options.places:
+            return self._over_s3()
+        root = (self.options.volume or self.settings.volume_path).absolute()
+        if not hasattr(os, "fork"):
+            raise SeedUsage("A mounted volume can be filled on Linux, macOS or WSL; from Windows use --s3.")
+        if not root.is_dir():
+            raise SeedUsage(f"There is no folder {root}: say with --volume where the volume is mounted, or use --s3.")
+        layout = layout_at(root)
+        tuning = Tuning(connections=self.settings.download_connections)
+        store = Store(layout, self.hub, f"seeder-{socket.gethostname()}", tuning=tuning)
+        manifests = (layout.manifest.read_text("utf-8-sig"),) if layout.manifest.is_file() else ()
+        return Place(MountedFiller(store), (MountedVolume(layout),), manifests)
+
+    def _over_s3(self) -> Place:
+        """All volumes that can be reached; raises what else is the matter with one, and when none can be."""
+        keys, load = keys_from(self._environ), Load()
+        buckets = [bucket_at(place, keys, load.uploads + _S3_CALLS) for place in self.options.places]
+        volumes: list[S3Volume] = []
+        manifests: list[str] = []
+        away: dict[str, SeedError] = {}
+        # At once: a data centre that is away takes minutes to be believed so.
+        with ThreadPoolExecutor(len(buckets), thread_name_prefix="reach") as pool:
+            for bucket, asked in [(bucket, pool.submit(_reach, bucket)) for bucket in buckets]:
+                try:
+                    manifest = asked.result()
+                except S3Unreachable as exc:
+                    away[bucket.place.title] = exc
+                    continue
+                volumes.append(S3Volume(bucket))
+                manifests += [manifest.decode("utf-8-sig")] if manifest else []
+        for error in away.values():
+            if not volumes:
+                raise error
+            self.tell(f"warning: {error}")
+        return Place(S3Filler(self.hub, volumes, load, away), tuple(volumes), tuple(manifests), tuple(away.values()))
+
+    def sources(self, place: Place) -> Sources:
+        """The lists of models as workers on these volumes have them."""
+        sources = Sources.read(manifest=self.settings.models_manifest, models=self.settings.models)
+        try:
+            # A line end is what tells the text of a manifest from its path.
+            found = [Sources.read(manifest=f"{text}\n").manifests for text in place.manifests]
+        except ManifestInvalid as exc:
+            raise ManifestInvalid("models.toml on the volume", exc.problems) from exc
+        on_volumes = [SpecList("models.toml", models.specs, odd=models.odd) for lists in found for models in lists]
+        sources = replace(sources, manifests=(*on_volumes, *sources.manifests))
+        self.warn(sources)
+        return sources
+
+    def warn(self, sources: Sources) -> None:
+        """Say which entries are left out, because no file can have their name; the others are dealt with."""
+        for fault in sources.odd:
+            if str(fault) not in self.left_out:
+                self.left_out.add(str(fault))
+                self.tell(f"warning: {fault}")
+
+    def wants(self, sources: Sources) -> Wants:
+        """What reads the WHATs."""
+        hosts, folder = self.settings.request_hosts, self.options.folder
+        return Wants(sources, self.hub, hosts, folder, self.cancel, volumes=self._volumes, tell=self.tell, warn=self.warn)
+
+    def screen(self) -> Screen:
+        """Where progress goes: a program's lines, a terminal's bars, or a log's lines."""
+        if self.options.json:
+            return JsonLines(self.stream)
+        return Bars(self.console) if self.console.is_terminal else Lines(self.stream)
+
+    def show(self, event: str, table: Callable[[], Any], **values: Any) -> None:  # noqa: ANN401 - JSON
+        """A result: a table for people, an event for programs."""
+        if self.options.json:
+            JsonLines(self.stream).tell(event, **values)
+        else:
+            self.console.print(table())
+
+    def tell(self, text: str) -> None:
+        """A sentence beside the result."""
+        tell(text, self.stream, as_json=self.options.json)
+
+
+def tell(text: str, stream: IO[str], *, as_json: bool) -> None:
+    """A sentence, where people or programs look for it."""
+    if as_json:
+        JsonLines(stream).say(text)
+    else:
+        print(text, file=sys.stderr)  # noqa: T201 - the command's output
+
+
+def _hub(settings: Settings) -> Hub:
+    tokens = credentials(settings.hf_endpoint, settings.hf_token, settings.civitai_token)
+    return Hub(settings.hf_endpoint, Network(tokens, urllib.request.getproxies()))
+
+
+def _reach(bucket: Bucket) -> bytes | None:
+    """Check that a volume is there and the keys are good for it; its `models.toml`."""
+    bucket.check()
+    return S3Volume(bucket).manifest()

@@ -1,0 +1,103 @@
+"""A volume that is mounted here, for everything but filling it: what is sealed, what fits, hashing. Touches the disk."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from worker.base.text import forms
+from worker.errors import UnsafePath, VolumeFailed
+from worker.plan.places import Places
+from worker.seed.s3_volume import Sealed, sealed_at
+from worker.store.disk import free_bytes, sha256_of, volume_error
+from worker.store.inventory import Look, Standing, look
+from worker.store.seals import Seal, read_seal, stat_file, whole_mtime, write_seal
+from worker.volume_workflows import workflow_bytes, workflow_names
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from worker.base.progress import CancelToken
+    from worker.fetch.hub import Remote
+    from worker.spec import ModelSpec
+    from worker.store.layout import Layout
+
+
+class MountedVolume:
+    """One volume. Raises `VolumeReadOnly` and `VolumeFailed` where the file system refuses."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._places = Places(layout, layout, layout.models)
+
+    @property
+    def title(self) -> str:
+        """What people call it."""
+        return str(self._layout.root)
+
+    @property
+    def free_bytes(self) -> int | None:
+        """What the file system says is free; a quota does not show."""
+        return free_bytes(self._layout.root)
+
+    def workflow(self, name: str) -> bytes | None:
+        """The file of a workflow of this name; None when there is none, or the name can be none."""
+        with contextlib.suppress(UnsafePath):
+            return workflow_bytes(self._layout.root, name)
+        return None
+
+    def workflow_names(self) -> list[str]:
+        """The names of its workflows."""
+        return workflow_names(self._layout.root)
+
+    def look(self, folder: str, name: str) -> Look:
+        """Say how a model's file stands."""
+        looks = (look(self._layout, folder, form) for form in forms(name))
+        return next((found for found in looks if found.standing is not Standing.ABSENT), Look(Standing.ABSENT))
+
+    @staticmethod
+    def expected(spec: ModelSpec, sha256: str | None) -> str | None:
+        """What a file without a fitting seal has to hash to: what the model itself says, as in the worker's store."""
+        del sha256
+        return spec.sha256
+
+    def begun_bytes(self, spec: ModelSpec, remote: Remote) -> int:
+        """How much of it a download that ended left behind."""
+        del spec
+        return self._places.begun_bytes(remote)
+
+    def hash(self, folder: str, name: str, size_bytes: int, on_bytes: Callable[[int], None], cancel: CancelToken) -> str:
+        """The sha256 of a file."""
+        del size_bytes
+        path = self._layout.model(folder, name)
+        try:
+            return sha256_of(path, cancel, on_bytes)
+        except OSError as exc:
+            raise VolumeFailed(path, exc.strerror or str(exc)) from exc
+
+    def sealed(self) -> Iterator[Sealed]:
+        """Every model that has a seal."""
+        root = self._layout.seals
+        for above, _, names in os.walk(root):
+            for name in sorted(names):
+                path = root.joinpath(above, name)
+                found = sealed_at(path.relative_to(root).as_posix(), read_seal(path))
+                with contextlib.suppress(UnsafePath):
+                    if found and self._layout.model(found.folder, found.name):
+                        yield found
+
+    def seal(self, folder: str, name: str, seal: Seal) -> None:
+        """Seal a file as it is now."""
+        there = stat_file(self._layout.model(folder, name))
+        if there:
+            write_seal(self._layout.seal(folder, name), replace(seal, size=there.st_size, mtime=whole_mtime(there)))
+
+    def remove(self, folder: str, name: str) -> None:
+        """Remove a model, then its seal."""
+        try:
+            self._layout.model(folder, name).unlink(missing_ok=True)
+            self._layout.seal(folder, name).unlink(missing_ok=True)
+        except OSError as exc:
+            raise volume_error(self._layout.root, exc) from exc

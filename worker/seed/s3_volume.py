@@ -1,0 +1,244 @@
+"""A volume through its S3 API, with the worker's own layout, seals and checks. Touches the network.
+
+Keys are the paths on the mounted volume. Over S3 nobody can set a file's mtime, or be sure to read the one that a mount shows,
+so a seal from here has `mtime: null`: the first worker that sees the file compares its size and header, and fills the mtime in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from worker.base.text import forms
+from worker.errors import EnsureCancelled, FileIncomplete, S3Failed, S3FileDiffers, UnsafePath
+from worker.store.disk import stated_in
+from worker.store.download import Origin
+from worker.store.file_formats import is_safetensors
+from worker.store.inventory import Look, Standing
+from worker.store.layout import Layout, sealed_by
+from worker.store.seals import Seal, decode_seal, encode_seal, now
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from worker.base.progress import CancelToken
+    from worker.fetch.hub import Remote
+    from worker.seed.outcome import How
+    from worker.seed.s3_api import Bucket, Head
+    from worker.spec import ModelSpec
+
+log = logging.getLogger(__name__)
+
+_READ_BYTES: Final = 8 * 1024 * 1024
+_SEAL_BYTES: Final = 64 * 1024
+_HEADER_BYTES: Final = 256 * 1024
+_LAYOUT: Final = Layout(Path())
+
+
+@dataclass(frozen=True, slots=True)
+class Sealed:
+    """A model that has a seal."""
+
+    folder: str
+    name: str
+    seal: Seal
+
+    @property
+    def title(self) -> str:
+        """The model as people write it."""
+        return f"{self.folder}/{self.name}"
+
+
+def sealed_at(path: str, seal: Seal | None) -> Sealed | None:
+    """What a seal's path below the seals' folder is about: `folder/name.json`."""
+    if seal is None or not path.endswith(".json") or path.rpartition("/")[2].startswith("."):
+        return None
+    folder, _, name = sealed_by(path).partition("/")
+    return Sealed(folder, name, seal)
+
+
+class S3Volume:
+    """One volume. Its errors are those of `Bucket`."""
+
+    free_bytes: int | None = None
+    """The API does not tell."""
+
+    def __init__(self, bucket: Bucket) -> None:
+        self.bucket = bucket
+
+    @property
+    def title(self) -> str:
+        """What people call it."""
+        return self.bucket.place.title
+
+    def key(self, folder: str, name: str) -> str:
+        """A model's file."""
+        return _LAYOUT.model(folder, name).as_posix()
+
+    # --- what is there
+
+    def look(self, folder: str, name: str) -> Look:
+        """Say how a model's file stands, as the worker's inventory does for a mounted volume."""
+        found = self.bucket.head(self.key(folder, name))
+        if found is None:
+            return Look(Standing.ABSENT)
+        seal_key = _LAYOUT.seal(folder, name).as_posix()
+        seal = self._seal(Path(seal_key))
+        if seal and seal.size == found.size_bytes and self._unchanged(found, seal, seal_key):
+            return Look(Standing.READY, found.size_bytes, seal, found)
+        record = self._seal(_LAYOUT.pending_seal(folder, name))
+        if record and (record.size != found.size_bytes or record.sha256 is None):
+            record = None
+        error = None if record else self._trouble(folder, name, found.size_bytes)
+        standing = Standing.INCOMPLETE if error else Standing.REPLACED if seal else Standing.BY_HAND
+        return Look(standing, found.size_bytes, seal, found, error, record)
+
+    def _unchanged(self, found: Head, seal: Seal, seal_key: str) -> bool:
+        """Whether the file is no younger than its seal, and no older than the time that a worker wrote into it.
+
+        Only the server's own times are compared with each other.
+        """
+        sealed = self.bucket.head(seal_key)
+        return sealed is not None and (seal.mtime or 0) <= found.modified_s <= sealed.modified_s
+
+    def _trouble(self, folder: str, name: str, size_bytes: int) -> FileIncomplete | None:
+        """Why the file cannot be used, if it is one of safetensors and its header says another length."""
+        key = self.key(folder, name)
+        if not is_safetensors(name):
+            return None
+        head = self.bucket.read(key, 0, _HEADER_BYTES) or b""
+        length = 8 + int.from_bytes(head[:8], "little")
+        if _READ_BYTES < length <= size_bytes:
+            return None  # so long a header is not worth its reading
+        if len(head) < length <= size_bytes:
+            head = self.bucket.read(key, 0, length) or b""
+        whole = stated_in(io.BytesIO(head), size_bytes)
+        return None if whole == size_bytes else FileIncomplete(Path(key), size_bytes, whole)
+
+    @staticmethod
+    def expected(spec: ModelSpec, sha256: str | None) -> str | None:
+        """What a file without a fitting seal has to hash to, if its source says `sha256`: see `adopt`."""
+        return spec.sha256 or sha256
+
+    def check(self, spec: ModelSpec, what: str, expected: str | None, actual: str | None) -> None:
+        """Raise `S3FileDiffers` where both are known and differ."""
+        if expected and actual and expected != actual:
+            raise S3FileDiffers(self.key(spec.folder, spec.name), what, expected, actual)
+
+    def adopt(self, spec: ModelSpec, found: Look, remote: Remote, on_bytes: Callable[[int], None], cancel: CancelToken) -> How:
+        """Seal a file that has no seal, if it is what it should be; one that nobody knows the sha256 of is left as it is.
+
+        A run that died between Complete and seal left its record: it is believed. Any other file is read over the network.
+        Raises `S3FileDiffers` when it is another file, and why it is of no use.
+        """
+        if remote.sha256:
+            self.check(spec, "size", str(remote.size_bytes), str(found.size_bytes))
+        if found.record and remote.sha256 in {None, found.record.sha256}:
+            self.seal(spec.folder, spec.name, found.record)
+            return "adopted"
+        if found.error:
+            raise found.error
+        if remote.sha256 is None:
+            return "by_hand"
+        actual = self.hash(spec.folder, spec.name, found.size_bytes, on_bytes, cancel)
+        self.check(spec, "sha256", remote.sha256, actual)
+        self.seal(spec.folder, spec.name, new_seal(spec, remote, actual, "seeder"))
+        return "adopted"
+
+    def begun_bytes(self, spec: ModelSpec, remote: Remote) -> int:
+        """What unfinished uploads of the model have, the fullest of them."""
+        del remote
+        key = self.key(spec.folder, spec.name)
+        sizes = [
+            sum(part.size_bytes for part in self.bucket.parts(key, upload).values()) for upload in self.bucket.uploads(key)
+        ]
+        return max(sizes, default=0)
+
+    def hash(self, folder: str, name: str, size_bytes: int, on_bytes: Callable[[int], None], cancel: CancelToken) -> str:
+        """The sha256 of a file, read over the network."""
+        digest, at, key = hashlib.sha256(), 0, self.key(folder, name)
+        while at < size_bytes:
+            if cancel.is_set():
+                raise EnsureCancelled(key)
+            data = self.bucket.read(key, at, _READ_BYTES)
+            if not data:
+                raise S3Failed(self.title, f"GetObject of {key}", f"it ends at {at} of {size_bytes} bytes")
+            digest.update(data)
+            at += len(data)
+            on_bytes(at)
+        return digest.hexdigest()
+
+    def manifest(self) -> bytes | None:
+        """`models.toml`, if there is one."""
+        return self._small(_LAYOUT.manifest)
+
+    def workflow(self, name: str) -> bytes | None:
+        """The file of a workflow of this name; None when there is none, or the name can be none."""
+        with contextlib.suppress(UnsafePath):
+            files = (self._small(_LAYOUT.workflow(form)) for form in forms(name))
+            return next((data for data in files if data is not None), None)
+        return None
+
+    def workflow_names(self) -> list[str]:
+        """The names of its workflows."""
+        prefix = f"{_LAYOUT.workflows.as_posix()}/"
+        keys = (key.removeprefix(prefix) for key in self.bucket.keys(prefix))
+        return sorted(key.removesuffix(".json") for key in keys if key.endswith(".json"))
+
+    def _small(self, path: Path) -> bytes | None:
+        found = io.BytesIO()
+        key = path.as_posix()
+        while data := self.bucket.read(key, found.tell(), _READ_BYTES):
+            found.write(data)
+            if len(data) < _READ_BYTES:
+                break
+        return found.getvalue() or None
+
+    # --- seals
+
+    def sealed(self) -> Iterator[Sealed]:
+        """Every model that has a seal; the folders of models themselves are not listed."""
+        prefix = f"{_LAYOUT.seals.as_posix()}/"
+        for key in self.bucket.keys(prefix):
+            if found := sealed_at(key.removeprefix(prefix), self._seal(Path(key))):
+                yield found
+
+    def announce(self, folder: str, name: str, seal: Seal) -> None:
+        """Write down what a file should be, before it gets its name."""
+        self.bucket.write(_LAYOUT.pending_seal(folder, name).as_posix(), encode_seal(seal))
+
+    def seal(self, folder: str, name: str, seal: Seal) -> None:
+        """Seal a file that is there. The record of its announcement goes."""
+        self.bucket.write(_LAYOUT.seal(folder, name).as_posix(), encode_seal(replace(seal, mtime=None)))
+        with contextlib.suppress(S3Failed):
+            self.bucket.remove(_LAYOUT.pending_seal(folder, name).as_posix())
+
+    def remove(self, folder: str, name: str) -> None:
+        """Remove a model, then its seal."""
+        self.bucket.remove(self.key(folder, name))
+        self.bucket.remove(_LAYOUT.seal(folder, name).as_posix())
+
+    def _seal(self, path: Path) -> Seal | None:
+        data = self.bucket.read(path.as_posix(), 0, _SEAL_BYTES)
+        return decode_seal(data) if data else None
+
+
+def new_seal(spec: ModelSpec, remote: Remote, sha256: str, by: str) -> Seal:
+    """The seal of a file that was uploaded."""
+    origin = Origin.of(spec)
+    return Seal(
+        size=remote.size_bytes,
+        mtime=None,
+        sha256=sha256,
+        etag=remote.etag,
+        repo=origin.repo,
+        file=origin.file,
+        commit=remote.commit,
+        by=by,
+        at=now(),
+    )

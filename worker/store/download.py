@@ -1,0 +1,382 @@
+"""What a source holds -> a checked file under its final name, sealed. Touches the disk and, through `ranges`, the network.
+
+A final name appears only by a hard link to a file whose bytes were checked and are safe on the disk, so that it never takes the
+place of another file; by a rename where the file system has no links, or where a damaged file is replaced. The seal comes last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final, Literal
+
+from worker.base.progress import Meter, Progress
+from worker.errors import ContentMismatch, EnsureCancelled, NotAFile, SourceChanged, SourceRefused, VolumeFull
+from worker.fetch.blocking_call import abandonable
+from worker.fetch.ranges import Fetch, Tuning
+from worker.fetch.xet import XetFetch
+from worker.spec import HubFile
+from worker.store.disk import FULL, free_bytes, git_sha1_of, head_of, patiently, stated_bytes, sync_folder
+from worker.store.file_formats import is_safetensors, misfit
+from worker.store.hashing import HashedPartial
+from worker.store.inventory import stamp_of
+from worker.store.partial import DiskFailed, Partial, Stuck, Taken, sweep
+from worker.store.seals import Seal, now, stat_file, whole_mtime, write_seal
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from worker.base.progress import CancelToken, Listener, Phase
+    from worker.fetch.hub import Hub, Remote
+    from worker.fetch.ranges import Sink
+    from worker.spec import ModelSpec
+    from worker.store.layout import Layout
+    from worker.store.locks import Hold
+
+log = logging.getLogger(__name__)
+
+How = Literal["ready", "adopted", "host_cache", "downloaded", "by_hand"]
+
+_WHOLE_ATTEMPTS: Final = 3
+_IDLE_S: Final = 60.0
+_TICK_S: Final = 0.2
+_PENDING_S: Final = 86_400.0
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A model that can be used. `how` is why: `by_hand` was put there by somebody and is used as it is."""
+
+    path: Path
+    how: How
+    bytes_fetched: int = 0
+    seconds: float = 0.0
+
+
+class Hooks:
+    """Named points between the steps of getting a model. This one does nothing; tests end the process there."""
+
+    def at(self, step: str) -> None:
+        """Called in the thread that does the work, before it goes on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """What getting a model needs besides the model."""
+
+    layout: Layout
+    hub: Hub
+    worker: str
+    tuning: Tuning = field(default_factory=Tuning)
+    hooks: Hooks = field(default_factory=Hooks)
+
+
+@dataclass(slots=True)
+class Task:
+    """One call of `ensure`: what it is about, who listens, and what it has cost so far."""
+
+    spec: ModelSpec
+    path: Path
+    progress: Listener
+    cancel: CancelToken
+    replaces: object = None
+    """The stamp of the file that is to be replaced, where there is one."""
+    needed_bytes: int = 0
+    fetched_bytes: int = 0
+    key: str = ""
+    remote: Remote | None = None
+    """What the source said when the file turned out to be another one than the key's."""
+
+    def meter(self, phase: Phase, total_bytes: int, report: Listener, done_bytes: int = 0) -> Callable[[int], None]:
+        """What turns counts of bytes into progress with a rate, a few times a second."""
+        rate = Meter(time.monotonic(), done_bytes)
+        next_s = 0.0
+
+        def on_bytes(done_bytes: int) -> None:
+            nonlocal next_s
+            now_s = time.monotonic()
+            if now_s >= next_s:
+                next_s = now_s + _TICK_S
+                report(Progress(phase, done_bytes, total_bytes, rate.rate(now_s, done_bytes)))
+
+        return on_bytes
+
+
+class Download:
+    """One content on its way to one name."""
+
+    def __init__(self, tools: Tools, task: Task, remote: Remote, hold: Hold) -> None:
+        self._tools = tools
+        self._task = task
+        self._remote = remote
+        self._hold = hold
+        self._folder = tools.layout.partial(remote.key)
+        self._left: list[Partial] = []
+        self._at = tools.hooks.at
+
+    def run(self) -> Ready | None:
+        """Fetch, check, publish; None when somebody else did, or put a file there, and the scene has to be looked at again.
+
+        A wrong byte on the way is fetched anew. The same wrong file twice is the source's lie: `ContentMismatch`.
+        """
+        log.info("fetching %s (%d bytes)", self._task.spec, self._remote.size_bytes)
+        wrong: set[str] = set()
+        partial = self._claim()
+        while True:
+            try:
+                result = self._attempt(partial)
+            except Stuck:
+                log.warning("the volume keeps locked what a dead host was writing: beginning %s anew", self._task.spec)
+                partial.disown()
+                self._left.append(partial)
+            else:
+                if not isinstance(result, str):
+                    return result
+                partial.discard()
+                self._judge(result, wrong)
+            partial = patiently(lambda: Partial.begin(self._folder, self._remote.size_bytes))
+
+    def _claim(self) -> Partial:
+        if not self._remote.has_validator:
+            # Nobody can tell whether what another worker left is of the version that comes now.
+            return patiently(lambda: Partial.begin(self._folder, self._remote.size_bytes))
+        idle_s = 0.0 if self._hold.state == "held" else _IDLE_S
+        return patiently(lambda: Partial.claim(self._folder, self._remote.size_bytes, idle_s))
+
+    def _attempt(self, partial: Partial) -> Ready | str | None:
+        """As `run`, with one partial; the sha256 when that is wrong."""
+        try:
+            self._at("claimed")
+            self._check_room(partial)
+            if partial.inherited and partial.gaps() and self._task.cancel.wait(self._tools.tuning.handover_s):
+                raise EnsureCancelled(str(self._task.spec))
+            actual = self._fill(partial)
+            if self._is_wrong(partial, actual):
+                return actual
+            self._check_unhashed(partial)
+            return self._publish(partial, actual)
+        except Taken:
+            log.info("another worker goes on with %s", self._task.spec)
+            with contextlib.suppress(OSError):
+                partial.discard()
+            return None
+        except (DiskFailed, OSError) as exc:
+            _make_room(partial, exc)
+            raise
+        except SourceChanged:
+            with contextlib.suppress(OSError):
+                partial.discard()
+            raise
+        finally:
+            with contextlib.suppress(OSError):
+                partial.close()
+
+    def _is_wrong(self, partial: Partial, sha256: str) -> bool:
+        """Whether the file is not the one that the source promised; of a small file the hub tells what git calls it."""
+        if self._remote.sha256 or not self._remote.git_sha1:
+            return self._remote.sha256 not in {None, sha256}
+        return git_sha1_of(partial.path, self._remote.size_bytes) != self._remote.git_sha1
+
+    def _judge(self, actual: str, wrong: set[str]) -> None:
+        """Whether to try again after a file that was wrong: chance does not make the same one twice."""
+        remote = self._remote
+        promised = remote.sha256 or f"that of the git blob {remote.git_sha1}"
+        log.warning("%s came with the sha256 %s, not %s: thrown away", self._task.spec, actual, promised)
+        if actual in wrong or len(wrong) + 1 == _WHOLE_ATTEMPTS:
+            raise ContentMismatch(remote.where, "sha256", promised, actual)
+        wrong.add(actual)
+
+    def _check_room(self, partial: Partial) -> None:
+        """Say no before the download where the file system itself says that it cannot hold it; a quota shows only later."""
+        needed, free = partial.size_bytes - partial.done_bytes, free_bytes(partial.path.parent)
+        if free is not None and needed > free:
+            if not partial.done_bytes:
+                partial.discard()
+            raise VolumeFull(self._tools.layout.root, needed, free)
+
+    # --- the bytes
+
+    def _fill(self, partial: Partial) -> str:
+        """All bytes, safe on the disk, and their sha256, which is taken behind the writers while they write."""
+        tuning = self._tools.tuning
+        partial.keep_journal(tuning.unsaved_bytes * tuning.connections)
+        sink = HashedPartial(partial, tuning)
+        try:
+            self._receive(sink, partial.done_bytes)
+            self._at("fetched")
+            abandonable(lambda: partial.settle(tuning.patience_s, tuning.stuck_s), self._remote.where, self._task.cancel)
+            self._at("settled")
+            sha256 = sink.sha256(self._task.cancel, self._meter("checking"))
+        finally:
+            sink.stop()
+        self._at("hashed")
+        return sha256
+
+    def _receive(self, sink: Sink, done_bytes: int) -> None:
+        meter = self._meter("downloading", done_bytes)
+
+        def on_bytes(done_bytes: int) -> None:
+            meter(done_bytes)
+            self._at("bytes")
+
+        try:
+            self._run(Fetch, sink, on_bytes)
+        except SourceRefused:
+            if self._remote.xet is None:
+                raise
+            log.warning("%s is refused over plain HTTP: going on through Xet", self._remote.where)
+            self._run(XetFetch, sink, on_bytes)
+
+    def _run(self, way: type[Fetch | XetFetch], sink: Sink, on_bytes: Callable[[int], None]) -> None:
+        fetch = way(self._tools.hub, self._remote, sink, self._tools.tuning, self._task.cancel)
+        try:
+            fetch.run(on_bytes)
+        finally:
+            self._task.fetched_bytes += fetch.fetched_bytes
+
+    def _meter(self, phase: Phase, done_bytes: int = 0) -> Callable[[int], None]:
+        return self._task.meter(phase, self._remote.size_bytes, both(self._task.progress, self._hold.report), done_bytes)
+
+    def _check_unhashed(self, partial: Partial) -> None:
+        """Without a hash the length is all there is to check, and what a safetensors header says about it."""
+        size_bytes = self._remote.size_bytes
+        if found := misfit(self._task.path.name, head_of(partial.path), size_bytes, is_verified=self._remote.is_verified):
+            partial.discard()
+            raise NotAFile(self._remote.where, found)
+        if self._remote.sha256 is not None or not is_safetensors(self._task.path.name):
+            return
+        stated = stated_bytes(partial.path, self._remote.size_bytes)
+        if stated != self._remote.size_bytes:
+            partial.discard()
+            promised = "its safetensors header says" if stated is None else str(stated)
+            raise ContentMismatch(self._remote.where, "size", promised, str(self._remote.size_bytes))
+
+    # --- the name
+
+    def _publish(self, partial: Partial, sha256: str) -> Ready | None:
+        """Give the checked file its name, then seal it; None when a file has appeared there meanwhile."""
+        spec, path, layout = self._task.spec, self._task.path, self._tools.layout
+        there = stat_file(path)
+        over = there is not None and stamp_of(there) == self._task.replaces
+        if there is not None and not over:
+            partial.discard()
+            return None
+        seal, inode = self._seal(partial, sha256)
+        # Whoever looks between name and seal, also if this worker dies there, finds here what the file should hash to.
+        pending = layout.pending(inode)
+        write_seal(pending, seal)
+        if path.is_symlink():
+            log.warning("replacing the broken link %s -> %s", path, path.readlink())
+        self._at("replacing")
+        try:
+            published = patiently(lambda: partial.publish(path, over=over))
+        except Taken:
+            # Who goes on with it removes the record with the seal. Where another file has the name by now, nobody does.
+            there = stat_file(path)
+            if there is not None and there.st_ino != inode:
+                pending.unlink(missing_ok=True)
+            raise
+        if not published:
+            pending.unlink(missing_ok=True)
+            partial.discard()
+            return None
+        self._at("replaced")
+        sync_folder(path.parent)
+        if self._hold.state == "held":
+            self._clear_away()
+        write_own_seal(layout, spec, seal, inode, lambda: self._at("seal_half_written"))
+        if self._hold.state != "held":
+            # Others may be fetching it as well. They stop now, and have only to look: without the seal they would have to hash.
+            self._clear_away()
+        self._at("sealed")
+        log.debug("published %s", path)
+        return Ready(path, "downloaded")
+
+    def _clear_away(self) -> None:
+        """Remove what other workers, dead ones above all, left of this content: once it is sealed nobody looks there again."""
+        sweep(self._folder, {partial.path for partial in self._left})
+        for left in self._left:
+            threading.Thread(target=left.discard_later, name="clear-away", daemon=True).start()
+
+    def _seal(self, partial: Partial, sha256: str) -> tuple[Seal, int]:
+        """The seal of a file, and its inode, by which it is known before it has its name."""
+        if not partial.is_ours():
+            raise Taken
+        # A time of our own: what a network file system makes of the last write may still change, and differ between hosts.
+        mtime = int(time.time())
+        os.utime(partial.path, (mtime, mtime))
+        partial.close()
+        found = partial.path.stat()
+        if found.st_size != partial.size_bytes:
+            raise Taken  # somebody cut it short behind the hash
+        origin, remote = Origin.of(self._task.spec), self._remote
+        seal = Seal(
+            size=found.st_size,
+            mtime=whole_mtime(found),
+            sha256=sha256,
+            etag=remote.etag,
+            repo=origin.repo,
+            file=origin.file,
+            commit=remote.commit,
+            by=self._tools.worker,
+            at=now(),
+        )
+        return seal, found.st_ino
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a file is from, for its seal: no secret in it."""
+
+    repo: str | None
+    file: str
+
+    @classmethod
+    def of(cls, spec: ModelSpec) -> Origin:
+        """The source, as far as it may be shown."""
+        if isinstance(spec.source, HubFile):
+            return cls(spec.source.repo, spec.source.path)
+        return cls(None, str(spec.source))
+
+
+def write_own_seal(layout: Layout, spec: ModelSpec, seal: Seal, inode: int, opened: Callable[[], None] = lambda: None) -> None:
+    """Seal a model's file, if that can be: a file that is right is used all the same."""
+    try:
+        write_seal(layout.seal(spec.folder, spec.name), seal, opened)
+        forget_pending(layout, spec, inode)
+    except OSError as exc:
+        log.warning("could not seal %s/%s (%s); it will be checked again at the next start", spec.folder, spec.name, exc)
+
+
+def forget_pending(layout: Layout, spec: ModelSpec, inode: int) -> None:
+    """Remove what was written down about a file for the time without a seal, and what others left there a day ago."""
+    own = layout.pending(inode)
+    for path in (own, layout.pending_seal(spec.folder, spec.name)):
+        path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        for left in own.parent.iterdir():
+            if left.stat().st_mtime < time.time() - _PENDING_S:
+                left.unlink(missing_ok=True)
+
+
+def both(first: Listener, second: Listener) -> Listener:
+    """One listener that tells two."""
+
+    def report(progress: Progress) -> None:
+        first(progress)
+        second(progress)
+
+    return report
+
+
+def _make_room(partial: Partial, exc: DiskFailed | OSError) -> None:
+    """A partial that filled the disk is in the way of everything else on it."""
+    error = exc.error if isinstance(exc, DiskFailed) else exc
+    if error.errno in FULL:
+        with contextlib.suppress(OSError):
+            partial.discard()

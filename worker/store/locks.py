@@ -1,0 +1,282 @@
+"""One downloader in the fleet for each content; a lock that saves bandwidth and that nothing depends on. Touches the disk.
+
+filelock's `SoftReadWriteLock` is the one lock that survives what happens to workers: its holders write heartbeats and waiters
+judge them on their own clocks, so a killed worker and a dead host are both succeeded after `stale_s`. flock stays held for a
+day when a host dies, and is no lock at all on mounts that keep it local.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import random
+import time
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Final, Literal
+
+from filelock import SoftFileLockProtocolError, SoftReadWriteLock, Timeout
+
+from worker.base.progress import Progress
+from worker.errors import EnsureCancelled
+from worker.store.disk import FULL, READ_ONLY, Peek, write_atomically
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from filelock import LeaseCompromise
+
+    from worker.base.progress import CancelToken, Listener
+    from worker.store.layout import Layout
+
+log = logging.getLogger(__name__)
+
+_CANNOT_WRITE: Final = READ_ONLY | FULL
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """How the lock waits. A dead holder is succeeded `quiet_s + stale_s` and two polls later: 45 s are ample with the defaults.
+
+    A waiter looks for the published file each `look_s` and reads the holder's report every second time. It takes part in the
+    lock itself, which costs a volume a hundred times as much, only when no new report came for `quiet_s`. `attempt_s` bounds
+    how long a cancelled waiter stays.
+
+    `patience_s` is how long a holder's phase and count of bytes may stay what they are before a waiter goes on without the
+    lock, each waiter after one to two times that: that a holder still reports says only that it lives. `lone_patience_s` is the
+    same where the file system has no such locks.
+
+    `answer_s` is how long a worker waits for another one's look-up before it asks the source itself, each after one to two
+    times that. It may ask as soon as the same worker has been at it for `quiet_s`.
+    """
+
+    heartbeat_s: float = 5.0
+    stale_s: float = 27.0
+    quiet_s: float = 3.0
+    look_s: float = 1.0
+    poll_s: float = 0.5
+    attempt_s: float = 0.75
+    patience_s: float = 120.0
+    lone_patience_s: float = 6.0
+    report_every_s: float = 1.0
+    trouble_s: float = 3.0
+    answer_s: float = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """What the downloader of a content says about itself, once a second, for those who wait for it.
+
+    `beat` counts what it has said: that it lives, not that it gets on. `left`: it has let go of the lock.
+    """
+
+    by: str
+    phase: Literal["downloading", "checking"]
+    done_bytes: int
+    total_bytes: int
+    bytes_per_s: float
+    beat: int
+    name: str = ""  # the model's `folder/name`; the key says nothing to a person
+    left: bool = False
+
+    def as_progress(self) -> Progress:
+        """The same, as the waiting worker shows it."""
+        return Progress("waiting", self.done_bytes, self.total_bytes, self.bytes_per_s, self.by)
+
+
+class Hold:
+    """The result of waiting: the content was published meanwhile, or it is for this worker to fetch."""
+
+    def __init__(
+        self, path: Path, worker: str, name: str, timing: Timing, state: Literal["held", "unlocked", "published"]
+    ) -> None:
+        self.state = state
+        self._path = path
+        self._worker = worker
+        self._name = name
+        self._timing = timing
+        self._beat = 0
+        self._next_s = 0.0
+        self._last: Progress | None = None
+
+    def report(self, progress: Progress) -> None:
+        """Let the waiting workers see it; at most once a second, and never a reason to fail."""
+        now_s = time.monotonic()
+        if now_s < self._next_s:
+            return
+        self._next_s = now_s + self._timing.report_every_s
+        self._last = progress
+        self._write(progress, left=False)
+
+    def leave(self) -> None:
+        """Let the waiting workers see that the lock is free with nothing published, if they were told that it is held."""
+        if self._last:
+            self._write(self._last, left=True)
+
+    def _write(self, progress: Progress, *, left: bool) -> None:
+        self._beat += 1
+        phase: Literal["downloading", "checking"] = "checking" if progress.phase == "checking" else "downloading"
+        done, total, rate = progress.done_bytes, progress.total_bytes, progress.bytes_per_s
+        holder = Holder(self._worker, phase, done, total, rate, self._beat, self._name, left)
+        with contextlib.suppress(OSError):
+            write_atomically(self._path, json.dumps(asdict(holder)).encode(), durable=False)
+
+
+class Locks:
+    """The locks of one volume, as one worker takes them."""
+
+    def __init__(self, layout: Layout, worker: str, timing: Timing | None = None) -> None:
+        self._layout = layout
+        self._worker = worker
+        self._timing = timing or Timing()
+
+    def holder(self, key: str) -> Holder | None:
+        """Who says they download this content, if anybody does; possibly a worker that died since."""
+        with Peek(self._layout.lock_progress(key)) as peek:
+            return _read(peek)
+
+    @contextlib.contextmanager
+    def hold(
+        self,
+        key: str,
+        *,
+        published: Callable[[], bool],
+        cancel: CancelToken,
+        on_wait: Listener = lambda _: None,
+        name: str = "",
+    ) -> Iterator[Hold]:
+        """Wait until the content is published or is this worker's to fetch; `Hold.state` says which.
+
+        `name` is what people call the content: this worker's log says it, and those of the workers that wait for this one.
+
+        Never waits longer than a holder without progress is given: then the work is done without the lock, which costs
+        bandwidth and nothing else. Raises `EnsureCancelled` within `Timing.attempt_s` and a disk access.
+        """
+        record, lock = self._layout.lock_progress(key), self._make(key)
+        with Peek(record) as peek:
+            state = _Waiter(peek, name or key, self._timing, on_wait).wait(lock, published, cancel)
+        hold = Hold(record, self._worker, name, self._timing, state)
+        left = True
+        try:
+            yield hold
+            left = False
+        finally:
+            if state == "held":
+                _release(lock)
+                if left:
+                    hold.leave()
+
+    def _make(self, key: str) -> SoftReadWriteLock:
+        # One instance for all attempts: how long a holder was silent is remembered in it.
+        return SoftReadWriteLock(
+            self._layout.lock(key),
+            is_singleton=False,
+            heartbeat_interval=self._timing.heartbeat_s,
+            stale_threshold=self._timing.stale_s,
+            poll_interval=self._timing.poll_s,
+            on_compromise=_lost,
+        )
+
+
+def _read(record: Peek) -> Holder | None:
+    try:
+        return Holder(**json.loads(record.read()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+class _Waiter:
+    """One wait for one lock: tries again and again, and watches everything that could end the wait."""
+
+    def __init__(self, record: Peek, name: str, timing: Timing, on_wait: Listener) -> None:
+        self._record = record
+        self._name = name
+        self._timing = timing
+        self._on_wait = on_wait
+        # A fleet that loses patience together would download together: whoever is first shows progress to the others.
+        self._haste = random.uniform(1.0, 2.0)  # noqa: S311 - no secret
+        self._seen: Holder | None = None
+        self._furthest: dict[str, tuple[str, int]] = {}
+        self._moved_s = time.monotonic()
+        self._heard_s = -math.inf
+        self._trouble_since_s: float | None = None
+        self._works = True
+        self._patience_s = timing.patience_s
+
+    def wait(
+        self, lock: SoftReadWriteLock, published: Callable[[], bool], cancel: CancelToken
+    ) -> Literal["held", "unlocked", "published"]:
+        announced: str | None = None
+        while True:
+            if cancel.is_set():
+                raise EnsureCancelled(self._name)
+            if published():
+                return "published"
+            tries = self._works and time.monotonic() - self._heard_s >= self._timing.quiet_s
+            if tries and self._acquired(lock):
+                return "held"
+            if self._out_of_patience():
+                log.warning(
+                    "going on without the lock of %s: its holder shows no progress; this costs bandwidth only", self._name
+                )
+                return "unlocked"
+            if self._seen and self._seen.by != announced:
+                log.info(
+                    "waiting for %s, which another worker fetches (%s)", self._seen.name or self._name, self._seen.as_progress()
+                )
+                announced = self._seen.by
+            cancel.wait(self._timing.look_s * (1 if tries else 2))
+
+    def _acquired(self, lock: SoftReadWriteLock) -> bool:
+        try:
+            lock.acquire_write(timeout=self._timing.attempt_s)
+        except Timeout:
+            self._trouble_since_s = None
+            return False
+        # RuntimeError is how filelock says that its folder belongs to another account or was replaced by a link.
+        except (OSError, RuntimeError) as exc:
+            self._judge(exc)
+            return False
+        return True
+
+    def _judge(self, exc: OSError | RuntimeError) -> None:
+        now_s = time.monotonic()
+        self._trouble_since_s = self._trouble_since_s or now_s
+        final = isinstance(exc, (SoftFileLockProtocolError, RuntimeError)) or exc.errno in _CANNOT_WRITE
+        if final or now_s - self._trouble_since_s > self._timing.trouble_s:
+            log.warning("no locks on this file system (%s): two workers may fetch the same model", exc)
+            self._works = False
+            # Where nothing can be written there is nobody to wait for, and the download will say so better.
+            self._patience_s = 0.0 if isinstance(exc, OSError) and exc.errno in _CANNOT_WRITE else self._timing.lone_patience_s
+
+    def _out_of_patience(self) -> bool:
+        now_s = time.monotonic()
+        before, self._seen = self._seen, _read(self._record)
+        holder = self._seen
+        if holder and self._moves(holder):
+            self._moved_s = now_s
+        if holder and before and (holder.by, holder.beat) != (before.by, before.beat):
+            self._heard_s = -math.inf if holder.left else now_s
+        self._on_wait(holder.as_progress() if holder else Progress("waiting"))
+        return now_s - self._moved_s >= self._patience_s * self._haste
+
+    def _moves(self, holder: Holder) -> bool:
+        """Whether this reporter is in another phase, or further in it, than it ever said: two that alternate do not move."""
+        phase, done_bytes = self._furthest.get(holder.by, ("", -1))
+        if holder.phase == phase and holder.done_bytes <= done_bytes:
+            return False
+        self._furthest[holder.by] = holder.phase, holder.done_bytes
+        return True
+
+
+def _release(lock: SoftReadWriteLock) -> None:
+    try:
+        lock.release()
+    except (OSError, RuntimeError) as exc:
+        log.warning("could not release a lock (%s); it goes stale by itself", exc)
+
+
+def _lost(loss: LeaseCompromise) -> None:
+    log.warning("lost the lock %s (%s): another worker may fetch the same bytes", loss.lock_file, loss.reason)

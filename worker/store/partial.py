@@ -1,0 +1,534 @@
+"""One unfinished copy of a file: its bytes, and the journal of which of them are there. Touches the disk.
+
+A partial is `<nonce>.part` beside `<nonce>.journal`, in the folder of its content. It belongs to whoever renamed it last: a
+worker that goes on with another's partial first gives it a name of its own, and a writer whose file has lost its name stops
+(`Taken`). So a worker that was only believed dead cannot write for long into a file that somebody else may publish; and a
+journal, named like its file, never speaks about another file's bytes.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import errno
+import hashlib
+import json
+import logging
+import os
+import secrets
+import threading
+import time
+from typing import TYPE_CHECKING, Final
+
+from worker.store.disk import create, patiently, write_at, write_atomically
+from worker.store.reorder import Ahead
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterable, Iterator
+    from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+_NO_LINKS: Final = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
+
+MIB: Final = 1024 * 1024
+_VERSION: Final = 1
+_FLUSH_EVERY_S: Final = 1.0
+_OWNED_EVERY_S: Final = 0.25
+_HASH_BYTES: Final = 4 * MIB
+_PATIENCE_S: Final = 120.0
+_STUCK_S: Final = 8.0
+_SLOWEST_BYTES_PER_S: Final = 16 * MIB  # a flush may take as long as a volume of this rate takes for it
+_GONE: Final = frozenset({errno.ENOENT, errno.ESTALE})
+
+
+class Taken(Exception):  # noqa: N818 - it is no error: somebody else goes on with the file
+    """The partial is no longer this worker's: another one continues it, has published it, or threw it away."""
+
+
+class Stuck(Exception):  # noqa: N818 - as above
+    """The file system keeps a write to, or a flush of, a partial that another worker began."""
+
+
+class DiskFailed(Exception):  # noqa: N818 - named for what happened, as all errors here
+    """The file system's error while bytes were written; no OSError, so that nobody takes it for one of the network's."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+def silent(for_s: float) -> DiskFailed:
+    """What to raise when the file system has not answered for that long."""
+    return DiskFailed(TimeoutError(errno.ETIMEDOUT, f"it did not answer for {for_s:.0f} s"))
+
+
+class Ranges:
+    """Byte ranges, half open, disjoint and in order."""
+
+    def __init__(self, ranges: Iterable[tuple[int, int]] = ()) -> None:
+        self._ranges: list[tuple[int, int]] = []
+        for start, end in ranges:
+            self.add(start, end)
+
+    def add(self, start: int, end: int) -> None:
+        """Add a range; it may overlap or touch what is there."""
+        if start >= end:
+            return
+        low = bisect.bisect_left(self._ranges, start, key=lambda found: found[1])
+        high = bisect.bisect_right(self._ranges, end, key=lambda found: found[0])
+        if low < high:
+            start, end = min(start, self._ranges[low][0]), max(end, self._ranges[high - 1][1])
+        self._ranges[low:high] = [(start, end)]
+
+    def gaps(self, size: int) -> list[tuple[int, int]]:
+        """What is missing from `size` bytes, in order."""
+        edges = [0, *(edge for found in self._ranges for edge in found), size]
+        return [(start, end) for start, end in zip(edges[::2], edges[1::2], strict=True) if start < end]
+
+    @property
+    def total(self) -> int:
+        """How many bytes they hold."""
+        return sum(end - start for start, end in self._ranges)
+
+    @property
+    def first_gap(self) -> int:
+        """How many bytes are there from the beginning without a gap."""
+        return self._ranges[0][1] if self._ranges and self._ranges[0][0] == 0 else 0
+
+    def as_list(self) -> list[tuple[int, int]]:
+        """A copy, in order."""
+        return list(self._ranges)
+
+
+class Partial:
+    """A file under way. Any thread may write; `claim` makes one.
+
+    `inherited`: another worker began it, and may still be writing. `rewritten`: bytes came that were there already. What was
+    hashed while it was written says nothing about a file with either.
+    """
+
+    def __init__(self, path: Path, fd: int, size_bytes: int, done: Ranges, *, inherited: bool = False) -> None:
+        self.path = path
+        self.inherited = inherited
+        self.rewritten = False
+        self.size_bytes = size_bytes
+        self._fd = fd
+        self._done = done
+        self._changed = threading.Condition()
+        self._unsaved_bytes = 0
+        self._flushing_bytes = 0
+        self._limit_bytes = 0
+        self._broken: OSError | None = None
+        self._closing = False
+        self._closed = False
+        self._given_up = False
+        self._journalist: threading.Thread | None = None
+        self._owned_until_s = 0.0
+        self._users = 0
+        self._pending: dict[object, float] = {}
+
+    @classmethod
+    def claim(cls, folder: Path, size_bytes: int, idle_s: float = 0.0) -> Partial:
+        """Go on with the fullest partial in `folder` that nobody touched for `idle_s`, else begin one.
+
+        Callers that hold the content's lock pass 0; without the lock an idle time keeps two workers from taking the same
+        partial from each other for ever.
+        """
+        path = folder / f"{secrets.token_hex(8)}.part"
+        candidates = _candidates(folder, size_bytes)
+        if idle_s and candidates:
+            candidates = _idle(candidates, path.with_suffix(".journal"), size_bytes, idle_s)
+        for journal, done in candidates:
+            with contextlib.suppress(FileNotFoundError):
+                return cls._take(journal, path, size_bytes, done)
+        return cls._begin_as(path, size_bytes)
+
+    @classmethod
+    def begin(cls, folder: Path, size_bytes: int) -> Partial:
+        """A new one, with nothing in it."""
+        return cls._begin_as(folder / f"{secrets.token_hex(8)}.part", size_bytes)
+
+    @classmethod
+    def _begin_as(cls, path: Path, size_bytes: int) -> Partial:
+        """Under this name, whose journal may be there already from a claim that found nothing to go on with."""
+        journal = path.with_suffix(".journal")
+        write_atomically(journal, _encode(size_bytes, Ranges()))
+        try:
+            partial = cls(path, create(path), size_bytes, Ranges())
+        except OSError:
+            journal.unlink(missing_ok=True)
+            raise
+        try:
+            # The length first: a sparse file of the final size is where ranges can land in any order, and a quota that
+            # counts lengths says no before anything is downloaded.
+            os.ftruncate(partial._fd, size_bytes)
+        except OSError:
+            partial.discard()
+            raise
+        return partial
+
+    @classmethod
+    def _take(cls, old_journal: Path, path: Path, size_bytes: int, done: Ranges) -> Partial:
+        # The new journal is whole before the file gets its name: a crash in between leaves the old pair as it was.
+        write_atomically(path.with_suffix(".journal"), _encode(size_bytes, done))
+        old_journal.with_suffix(".part").rename(path)
+        old_journal.unlink(missing_ok=True)
+        fd = patiently(lambda: os.open(path, os.O_RDWR | os.O_CLOEXEC))
+        if os.fstat(fd).st_nlink > 1:
+            # It was published under its final name while it was taken: that file is not for us to write into.
+            os.close(fd)
+            path.unlink(missing_ok=True)
+            path.with_suffix(".journal").unlink(missing_ok=True)
+            raise FileNotFoundError(path)
+        return cls(path, fd, size_bytes, done, inherited=True)
+
+    @property
+    def done_bytes(self) -> int:
+        """How many bytes are there."""
+        with self._changed:
+            return self._done.total
+
+    @property
+    def is_rewritable(self) -> bool:
+        """Yes, and `rewritten` tells."""
+        return True
+
+    def gaps(self) -> list[tuple[int, int]]:
+        """What is missing, in order."""
+        with self._changed:
+            return self._done.gaps(self.size_bytes)
+
+    @property
+    def stuck_s(self) -> float:
+        """For how long the file system has kept the oldest write or flush that it has not finished; 0 when there is none.
+
+        MooseFS keeps the parts of a file that a host was writing when it died locked against everybody, for two minutes.
+        """
+        with self._changed:
+            return time.monotonic() - min(self._pending.values()) if self._pending else 0.0
+
+    @contextlib.contextmanager
+    def _pended(self) -> Iterator[None]:
+        """What is done inside waits for the file system, which may never answer: `stuck_s` knows of it."""
+        mine = object()
+        with self._changed:
+            self._pending[mine] = time.monotonic()
+        try:
+            yield
+        finally:
+            with self._changed:
+                del self._pending[mine]
+                self._changed.notify_all()
+
+    def reach(self) -> int:
+        """Everything: the bytes of a file may land in any order."""
+        return self.size_bytes
+
+    def check(self, patience_s: float = _PATIENCE_S, stuck_s: float = _STUCK_S) -> None:
+        """Raise `Stuck` or `DiskFailed` when a write or a flush takes too long: on a network volume it may not end at all.
+
+        `stuck_s` is for a file that another worker began, which a dead host may have left locked; `patience_s` for our own.
+        A flush of much, for which writes wait as well, is given the time that a slow volume takes.
+        """
+        waited_s = self.stuck_s
+        if not waited_s:
+            return
+        if self.inherited and waited_s > max(stuck_s, self._flushing_bytes / _SLOWEST_BYTES_PER_S):
+            raise Stuck
+        if waited_s > patience_s:
+            raise silent(patience_s)
+
+    @contextlib.contextmanager
+    def _using(self) -> Iterator[int]:
+        """The descriptor, which stays open inside even if `close` is called meanwhile: its number may not be reused."""
+        with self._changed:
+            if self._closed:
+                raise Taken
+            self._users += 1
+        try:
+            yield self._fd
+        finally:
+            with self._changed:
+                self._users -= 1
+                last = self._closed and not self._users
+            if last:
+                os.close(self._fd)
+
+    def keep_journal(self, limit_bytes: int) -> None:
+        """Journal in the background from now on; writers wait while more than `limit_bytes` are not yet safe."""
+        if self._journalist:
+            return
+        self._limit_bytes = limit_bytes
+        self._start_journalist()
+
+    def _start_journalist(self) -> threading.Thread:
+        self._journalist = threading.Thread(target=self._journal_often, name="journal", daemon=True)
+        self._journalist.start()
+        return self._journalist
+
+    def write(self, offset: int, view: memoryview) -> None:
+        """Put bytes where they belong; raises `Taken`, or `DiskFailed`, also for what the journal met meanwhile."""
+        with self._using() as fd, self._pended():
+            try:
+                self._check_ours()
+                write_at(fd, view, offset)
+            except OSError as exc:
+                raise DiskFailed(exc) from exc
+        with self._changed:
+            before = self._done.total
+            self._done.add(offset, offset + len(view))
+            self.rewritten = self.rewritten or self._done.total != before + len(view)
+            self._unsaved_bytes += len(view)
+            self._changed.notify_all()
+            while self._journalist and self._unsaved_bytes > self._limit_bytes and not (self._broken or self._closing):
+                self._changed.wait(_FLUSH_EVERY_S)
+        self._raise_broken()
+
+    def _check_ours(self) -> None:
+        now_s = time.monotonic()
+        if now_s < self._owned_until_s:
+            return
+        if not self.is_ours():
+            raise Taken
+        self._owned_until_s = now_s + _OWNED_EVERY_S
+
+    def is_ours(self) -> bool:
+        """Whether the file still has the name that this worker gave it, and that no other file ever has."""
+        try:
+            self.path.stat()
+        except OSError as exc:
+            if exc.errno in _GONE:
+                return False
+            raise
+        return True
+
+    def _save(self, fd: int) -> None:
+        """Make what is there safe, then say so in the journal: a host that dies leaves no journal of bytes it lost."""
+        with self._changed:
+            done, unsaved = Ranges(self._done.as_list()), self._unsaved_bytes
+            self._flushing_bytes = unsaved
+        with self._pended():
+            os.fdatasync(fd)
+            # Nobody would ever remove a journal that comes after its file has gone to somebody else.
+            if not self._given_up and self.is_ours():
+                write_atomically(self.path.with_suffix(".journal"), _encode(self.size_bytes, done))
+        with self._changed:
+            self._flushing_bytes = 0
+            self._unsaved_bytes -= unsaved
+            self._changed.notify_all()
+
+    def _journal_often(self) -> None:
+        try:
+            with self._using() as fd:
+                while not self._wait_for_work():
+                    self._save(fd)
+                self._save(fd)
+        except Taken:
+            return
+        except OSError as exc:
+            with self._changed:
+                self._broken = exc
+                self._changed.notify_all()
+
+    def _raise_broken(self) -> None:
+        """Say what stopped the journal: a folder that was swept under it is no error of the disk."""
+        if self._broken is None:
+            return
+        if self._broken.errno in _GONE and not self.is_ours():
+            raise Taken
+        raise DiskFailed(self._broken)
+
+    def _wait_for_work(self) -> bool:
+        """Return when there is enough to journal, or after a while; True when it is time to end."""
+        until_s = time.monotonic() + _FLUSH_EVERY_S
+        with self._changed:
+            while not self._closing:
+                left_s = until_s - time.monotonic()
+                if self._unsaved_bytes and (left_s <= 0 or self._unsaved_bytes * 2 >= self._limit_bytes):
+                    return False
+                self._changed.wait(left_s if left_s > 0 else _FLUSH_EVERY_S)
+            return True
+
+    def follow(
+        self, stop: Callable[[], bool], on_bytes: Callable[[int], None] = lambda _: None, ahead: Ahead | None = None
+    ) -> str | None:
+        """The sha256 of the whole file, taken behind the writers as they go; None when `stop` says so before its end.
+
+        Bytes come from `ahead` where they are there, so they are those that were given to `write`, and otherwise from the
+        file, so they are what was stored. The page cache is warm afterwards either way.
+        """
+        digest = hashlib.sha256()
+        buffer = memoryview(bytearray(_HASH_BYTES))
+        kept = ahead or Ahead(0, 1)
+        at = 0
+        with self._using() as fd:
+            while at < self.size_bytes:
+                if stop():
+                    return None
+                if block := kept.take(at):
+                    digest.update(block)
+                    at += len(block)
+                    kept.release(block)
+                elif readable := self._readable(at, kept):
+                    length = os.preadv(fd, [buffer[:readable]], at)
+                    if length == 0:
+                        raise Taken  # somebody cut the file short: it is not the one that was journalled
+                    digest.update(buffer[:length])
+                    at += length
+                on_bytes(at)
+        return digest.hexdigest()
+
+    def _readable(self, offset: int, kept: Ahead) -> int:
+        """How many bytes to read back at `offset`; 0 after a moment in which there were too few, or when `kept` has them.
+
+        Bytes are offered to `kept` before they are written: what the file has and `kept` has not will not come there.
+        """
+        with self._changed:
+            until = min(offset + _HASH_BYTES, kept.next_after(offset, self.size_bytes))
+            if self._done.first_gap < until and not kept.has(offset):
+                self._changed.wait(_OWNED_EVERY_S)
+            return until - offset if self._done.first_gap >= until and not kept.has(offset) else 0
+
+    def settle(self, patience_s: float = _PATIENCE_S, stuck_s: float = _STUCK_S) -> None:
+        """Everything is safe and journalled when this returns.
+
+        Raises `Taken`, what the disk says, and as `check` does when that does not answer.
+        """
+        # A connection that was given up can still be in a write: nothing may land after the file was judged.
+        while self.stuck_s:
+            self.check(patience_s, stuck_s)
+            with self._changed:
+                self._changed.wait(_OWNED_EVERY_S / 10)
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        # The last flush is the journalist's as well: it may never end, and this thread has to see that.
+        journalist = self._journalist or self._start_journalist()
+        while journalist.is_alive():
+            self.check(patience_s, stuck_s)
+            journalist.join(_OWNED_EVERY_S / 10)
+        self._raise_broken()
+        if self._closed:
+            raise Taken
+
+    def close(self, wait_s: float = 0.5) -> None:
+        """Let go of the file, keeping it for the next one. A disk slower than `wait_s` journals later."""
+        self._stop_journalist(wait_s)
+        with self._changed:
+            last = not self._closed and not self._users
+            self._closed = True
+        if last:
+            os.close(self._fd)
+
+    def _stop_journalist(self, wait_s: float) -> None:
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        if self._journalist:
+            self._journalist.join(wait_s)
+        self._journalist = None
+
+    def publish(self, target: Path, *, over: bool = False) -> bool:
+        """Give the file its final name and forget the partial; False where another file has that name, and keeps it.
+
+        `over` replaces that file. Raises `Taken` when another worker has this partial.
+        """
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            if over or not self._link(target):
+                self.path.replace(target)
+        except FileExistsError:
+            return False
+        except FileNotFoundError:
+            if not self.is_ours():
+                raise Taken from None
+            raise
+        self.path.with_suffix(".journal").unlink(missing_ok=True)
+        self.path.unlink(missing_ok=True)
+        return True
+
+    def _link(self, target: Path) -> bool:
+        """Give the file this name too; False where only a rename can. Raises `FileExistsError` when a file has the name."""
+        try:
+            target.hardlink_to(self.path)
+        except FileExistsError:
+            if target.exists():
+                raise
+            return False  # a broken link
+        except OSError as exc:
+            if exc.errno not in _NO_LINKS:
+                raise
+            if target.exists():
+                raise FileExistsError(target) from None
+            return False
+        return True
+
+    def disown(self) -> None:
+        """Nobody shall go on with it, but the file stays for now: see `discard_later`."""
+        self._given_up = True
+        self.path.with_suffix(".journal").unlink(missing_ok=True)
+
+    def discard_later(self) -> None:
+        """Throw it away once its stuck writes are through: before, unlinking it would wait for them, with its folder locked."""
+        while self.stuck_s:
+            time.sleep(_FLUSH_EVERY_S)
+        with contextlib.suppress(OSError):
+            self.discard()
+
+    def discard(self) -> None:
+        """Throw it away. It is unlinked, never truncated: another worker may just have published this very inode."""
+        self._given_up = True
+        self.close()
+        if self.is_ours():
+            self.path.unlink(missing_ok=True)
+        self.path.with_suffix(".journal").unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.path.parent.rmdir()  # only if nobody else has anything in it
+
+
+def sweep(folder: Path, but: Collection[Path] = ()) -> None:
+    """Remove a published content's partials, whosever they are; a writer among them notices and stops."""
+    with contextlib.suppress(OSError):
+        for entry in set(folder.iterdir()).difference(but):
+            entry.unlink(missing_ok=True)
+        folder.rmdir()
+
+
+def _encode(size_bytes: int, done: Ranges) -> bytes:
+    return json.dumps({"v": _VERSION, "size": size_bytes, "ranges": done.as_list()}).encode()
+
+
+def _idle(found: list[tuple[Path, Ranges]], clock: Path, size_bytes: int, idle_s: float) -> list[tuple[Path, Ranges]]:
+    """Those that were not journalled for `idle_s`, by the file server's clock alone: `clock` is a file made for that."""
+    write_atomically(clock, _encode(size_bytes, Ranges()))
+    before_s = clock.stat().st_mtime - idle_s
+    idle = []
+    for journal, done in found:
+        with contextlib.suppress(FileNotFoundError):
+            if journal.stat().st_mtime <= before_s:
+                idle.append((journal, done))
+    return idle
+
+
+def _candidates(folder: Path, size_bytes: int) -> list[tuple[Path, Ranges]]:
+    """Journals of files of this size that have bytes, the fullest first."""
+    found = []
+    for journal in folder.glob("*.journal"):
+        done = _read_journal(journal, size_bytes)
+        if done is not None and done.total:
+            found.append((journal, done))
+    return sorted(found, key=lambda pair: (-pair[1].total, pair[0].name))
+
+
+def _read_journal(journal: Path, size_bytes: int) -> Ranges | None:
+    try:
+        text = json.loads(journal.read_bytes())
+        if text["v"] != _VERSION or text["size"] != size_bytes:
+            return None
+        done = Ranges((int(start), int(end)) for start, end in text["ranges"])
+        if journal.with_suffix(".part").stat().st_size != size_bytes:
+            return None
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return done if done.total + sum(end - start for start, end in done.gaps(size_bytes)) == size_bytes else None

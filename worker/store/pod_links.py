@@ -1,0 +1,80 @@
+"""Absolute links that were made where the volume has its other name: in a Pod it is `/workspace`. Reads the disk."""
+
+# ruff: noqa: PTH110, PTH114, PTH115, PTH120
+# No Path objects in what runs once for each link of a large volume.
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from worker.store.layout import Layout
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+NAMES: Final = ("/workspace", "/runpod-volume")
+"""Where RunPod mounts a network volume: in a Pod, in a serverless worker."""
+
+_MOST_LINKS: Final = 40
+
+
+def real_path(path: str, tops: Iterable[str]) -> str:
+    """The path without links. One that leads nowhere below another name of the volume is read as below one of `tops`.
+
+    Raises `OSError` when it leads nowhere even so.
+    """
+    for _ in range(_MOST_LINKS):
+        try:
+            return os.path.realpath(path, strict=True)
+        except FileNotFoundError:
+            lost = os.path.realpath(path)  # with what is missing as it was written
+            moved = next((there for top in tops if (there := _below(top, lost)) and os.path.lexists(there)), None)
+            if moved is None or moved == lost:
+                raise
+            path = moved
+    return os.path.realpath(path, strict=True)
+
+
+def _below(top: str, lost: str) -> str | None:
+    name = next((name for name in NAMES if lost.startswith(f"{name}/")), None)
+    return f"{top}{lost[len(name) :]}" if name else None
+
+
+def is_absolute(link: str) -> bool:
+    """Whether a link names the volume by one of its names, so that it leads nowhere where the volume has the other one."""
+    try:
+        target = os.readlink(link)
+    except OSError:
+        return False
+    return target.startswith(tuple(f"{name}/" for name in NAMES))
+
+
+def mending(link: str, real: str) -> str:
+    """The command that makes such a link lead to the same place wherever the volume is mounted."""
+    return f"ln -sfn {shlex.quote(os.path.relpath(real, os.path.realpath(os.path.dirname(link))))} {shlex.quote(link)}"
+
+
+def layout_at(root: Path) -> Layout:
+    """The layout of a volume as it is: with where `models` and its folders really are, if such links lead there."""
+    top = os.path.realpath(root)
+    models = root / "models"
+    moved = {"": found} if (found := _moved(str(models), top)) else {}
+    try:
+        with os.scandir(moved.get("", models)) as entries:
+            moved |= {entry.name: found for entry in entries if entry.is_symlink() and (found := _moved(entry.path, top))}
+    except OSError:
+        pass
+    return Layout(root, tuple((name, Path(found)) for name, found in moved.items()))
+
+
+def _moved(link: str, top: str) -> str | None:
+    """Where a link leads that the file system itself does not follow."""
+    if not os.path.islink(link) or os.path.exists(link):
+        return None
+    try:
+        return real_path(link, (top,))
+    except OSError:
+        return None

@@ -1,0 +1,102 @@
+"""A seal: the record beside a file that says it is whole, so that nobody has to read the file to know. Touches the disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Final
+
+from worker.store.disk import write_atomically
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+VERSION: Final = 1
+_MAX_BYTES: Final = 64 * 1024
+_READ: Final = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)  # the last two are not everywhere
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seal:
+    """What is known of a whole file. `mtime` is in whole seconds, as network file systems keep it.
+
+    `mtime` is None when the file was uploaded through an interface that does not tell (S3): the first worker that sees it
+    compares size and header, and fills it in. `sha256` is of the bytes that were stored.
+    """
+
+    size: int
+    mtime: int | None
+    sha256: str | None
+    etag: str | None = None
+    repo: str | None = None
+    file: str | None = None
+    commit: str | None = None
+    by: str | None = None
+    at: str | None = None
+    v: int = VERSION
+
+    def fits(self, found: os.stat_result) -> bool:
+        """Whether this is the file that was sealed, and unchanged since."""
+        return self.size == found.st_size and self.mtime == whole_mtime(found)
+
+
+_FIELDS: Final = frozenset(item.name for item in fields(Seal))
+
+
+def whole_mtime(found: os.stat_result) -> int:
+    """The second of the last change; a fraction would not survive every file system."""
+    return found.st_mtime_ns // 1_000_000_000
+
+
+def now() -> str:
+    """The time for `Seal.at`."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def read_seal(path: Path) -> Seal | None:
+    """The seal, or None when there is none that can be read; a newer version's fields are left out."""
+    try:
+        fd = os.open(path, _READ)
+        try:
+            data = os.read(fd, _MAX_BYTES)
+        finally:
+            os.close(fd)
+    except OSError:
+        return None
+    return decode_seal(data)
+
+
+def decode_seal(data: bytes) -> Seal | None:
+    """As `read_seal`, from the bytes of the file."""
+    try:
+        values: Any = json.loads(data)
+        seal = Seal(**{name: value for name, value in values.items() if name in _FIELDS})
+    except (ValueError, TypeError, AttributeError):
+        return None
+    numbers = type(seal.size) is int and type(seal.mtime) in {int, type(None)} and type(seal.v) is int
+    texts = (seal.sha256, seal.etag, seal.repo, seal.file, seal.commit, seal.by, seal.at)
+    sound = numbers and all(isinstance(text, (str, type(None))) for text in texts)
+    return seal if sound and seal.v >= VERSION else None
+
+
+def write_seal(path: Path, seal: Seal, opened: Callable[[], None] = lambda: None) -> None:
+    """Replace the seal at `path`: readers see the old one or all of the new one."""
+    write_atomically(path, encode_seal(seal), opened=opened)
+
+
+def encode_seal(seal: Seal) -> bytes:
+    """The bytes of a seal's file."""
+    return json.dumps(asdict(seal), indent=1).encode()
+
+
+def stat_file(path: Path) -> os.stat_result | None:
+    """The stat of a regular file (links are followed), or None when there is none."""
+    try:
+        found = os.stat(path)  # noqa: PTH116 - a thousand of these at every start
+    except OSError:
+        return None
+    return found if stat.S_ISREG(found.st_mode) else None

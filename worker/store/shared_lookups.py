@@ -1,0 +1,176 @@
+"""One look-up in the fleet for each address: the worker that asks tells the others. Touches the disk.
+
+The answer is a hint whose download to wait for, and nothing depends on it. A worker that fetches has asked the source itself.
+So an answer that is old, wrong or about another version costs one look-up. A worker that gets no answer asks for itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import random
+import re
+import time
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from worker.base.progress import Progress
+from worker.errors import EnsureCancelled
+from worker.store.disk import Peek, create, write_atomically
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from worker.base.progress import CancelToken, Listener
+    from worker.fetch.hub import Remote
+    from worker.store.layout import Layout
+    from worker.store.locks import Timing
+
+log = logging.getLogger(__name__)
+
+_FRESH_S: Final = 60.0
+_KEY: Final = re.compile(r"(url-)?[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a worker tells of its look-up: the content's key, its size, and who asked. No address, no token."""
+
+    key: str
+    size_bytes: int
+    by: str
+
+
+class Turn:
+    """One worker's part in a look-up: `answer` is what another worker told, or None if this worker has to ask."""
+
+    def __init__(self, record: Path, mark: Path, worker: str) -> None:
+        self.answer: Answer | None = None
+        self._record = record
+        self._mark = mark
+        self._worker = worker
+        self._asks = False
+        self._told = False
+
+    def take(self) -> os.stat_result | None:
+        """Say that this worker asks; return the mark's stat, or None if another worker was quicker. Raises `OSError`."""
+        try:
+            fd = create(self._mark)
+        except FileExistsError:
+            return None
+        self._asks = True
+        try:
+            return os.fstat(fd)
+        finally:
+            os.close(fd)
+
+    def tell(self, remote: Remote | None) -> None:
+        """Leave the answer for the others, once; a volume that takes no record is no error."""
+        if remote is None or self._told:
+            return
+        self._told = True
+        answer = json.dumps(asdict(Answer(remote.key, remote.size_bytes, self._worker))).encode()
+        with contextlib.suppress(OSError):
+            write_atomically(self._record, answer, durable=False)
+        self.end()
+
+    def end(self) -> None:
+        """Let the next worker ask, unless there is an answer by now."""
+        if self._asks:
+            self._asks = False
+            _remove(self._mark)
+
+
+class Lookups:
+    """The look-ups of one volume's fleet, as one worker takes part in them."""
+
+    def __init__(self, layout: Layout, worker: str, timing: Timing) -> None:
+        self._layout = layout
+        self._worker = worker
+        self._timing = timing
+
+    @contextlib.contextmanager
+    def turn(self, address: str, fits: Callable[[Answer], bool], cancel: CancelToken, on_wait: Listener) -> Iterator[Turn]:
+        """Wait until another worker told a fresh answer that `fits`, or this worker has to ask.
+
+        `address` is the same for all whose look-ups have one answer. Never waits longer than `Timing.answer_s` allows. Raises
+        `EnsureCancelled`.
+        """
+        digest = hashlib.sha256(address.encode("utf-8", "surrogatepass")).hexdigest()
+        record, mark = self._layout.lookup(digest), self._layout.lookup_mark(digest)
+        turn = Turn(record, mark, self._worker)
+        try:
+            with Peek(record) as record_peek, Peek(mark) as mark_peek, contextlib.suppress(OSError):
+                turn.answer = _Wait(turn, record_peek, mark_peek, self._timing).run(mark, fits, cancel, on_wait)
+            yield turn
+        finally:
+            turn.end()
+
+
+class _Wait:
+    """One wait for an answer. A look costs the volume two or three operations; nothing in it compares clocks of two hosts."""
+
+    def __init__(self, turn: Turn, record: Peek, mark: Peek, timing: Timing) -> None:
+        self._turn = turn
+        self._record = record
+        self._mark = mark
+        self._look_s = timing.look_s
+        # A fleet that loses patience together would ask together.
+        haste = random.uniform(1.0, 2.0)  # noqa: S311 - no secret
+        self._quiet_s = timing.quiet_s * haste
+        self._until_s = time.monotonic() + timing.answer_s * haste
+        self._seen: tuple[int, int] | None = None
+        self._seen_s = 0.0
+
+    def run(self, mark: Path, fits: Callable[[Answer], bool], cancel: CancelToken, on_wait: Listener) -> Answer | None:
+        while not cancel.is_set():
+            others = self._mark.stat()
+            there = others or self._turn.take()
+            if there:
+                answer = self._fresh(there)
+                if answer and fits(answer):
+                    return answer
+                if not others:
+                    return None
+            if others and self._is_quiet(others):
+                # It was killed, or its source is slow: then one more asks, each few seconds.
+                _remove(mark)
+                continue
+            if time.monotonic() >= self._until_s:
+                return None
+            on_wait(Progress("waiting"))
+            cancel.wait(self._look_s * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
+        raise EnsureCancelled(mark.stem)
+
+    def _fresh(self, mark: os.stat_result) -> Answer | None:
+        """Return the answer if it was left about when the mark was made: by the volume's clock, not by this host's."""
+        found = self._record.stat()
+        if found is None or abs(found.st_mtime - mark.st_mtime) > _FRESH_S:
+            return None
+        return _decoded(self._record.read())
+
+    def _is_quiet(self, mark: os.stat_result) -> bool:
+        stamp, now_s = (mark.st_ino, mark.st_mtime_ns), time.monotonic()
+        if stamp != self._seen:
+            self._seen, self._seen_s = stamp, now_s
+        return now_s - self._seen_s >= self._quiet_s
+
+
+def _decoded(data: bytes) -> Answer | None:
+    try:
+        values: Any = json.loads(data)
+        answer = Answer(**values)
+    except (ValueError, TypeError, RecursionError):
+        return None
+    sound = type(answer.key) is str and type(answer.size_bytes) is int and type(answer.by) is str
+    return answer if sound and _KEY.fullmatch(answer.key) else None
+
+
+def _remove(mark: Path) -> None:
+    """Remove a mark, if that can be: one that stays is succeeded."""
+    with contextlib.suppress(OSError):
+        mark.unlink(missing_ok=True)

@@ -1,0 +1,463 @@
+"""A model that is wanted -> a file that can be used: ready, adopted, from the machine's cache, or downloaded. Touches the disk.
+
+Nothing here depends on a lock for its correctness: the lock keeps the fleet from fetching the same bytes twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import re
+import threading
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final, Self
+
+from worker.errors import (
+    ContentMismatch,
+    FileUnusable,
+    ModelError,
+    UnsafePath,
+    UnsealedMismatch,
+    VolumeFailed,
+    VolumeFull,
+    VolumeMissing,
+    VolumeReadOnly,
+    no_volume,
+)
+from worker.fetch.ranges import Tuning
+from worker.spec import HubFile
+from worker.store.disk import Peek, check_whole, patiently, sha256_of, sync_folder, volume_error
+from worker.store.download import Download, Hooks, Origin, Ready, Task, Tools, both, forget_pending, write_own_seal
+from worker.store.inventory import path_of, record, sealed, spelled, stamp_of
+from worker.store.locks import Locks, Timing
+from worker.store.partial import DiskFailed, sweep
+from worker.store.seals import Seal, now, stat_file, whole_mtime, write_seal
+from worker.store.shared_lookups import Lookups
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from worker.base.progress import CancelToken, Listener, Progress
+    from worker.fetch.hub import Hub, Remote
+    from worker.spec import ModelSpec
+    from worker.store.layout import Layout
+    from worker.store.shared_lookups import Answer
+
+__all__ = ["Hooks", "Ready", "Store", "Stores", "Timing", "Tuning", "cached_file"]
+
+log = logging.getLogger(__name__)
+
+_TICK_S: Final = 0.1
+_LOOK_S: Final = 3.0
+_COMMIT: Final = re.compile(r"[0-9a-f]{40}")
+_SHA256: Final = re.compile(r"[0-9a-f]{64}")
+
+
+def _ignore(_: Progress) -> None:
+    """Progress that nobody watches."""
+
+
+def cached_file(host_cache: Layout, spec: ModelSpec) -> Path | None:
+    """A hub model's file in RunPod's host cache, whole as far as its length and header say; None when it is not there.
+
+    It is found by its name there; what it hashes to is not looked at. Touches no network.
+    """
+    if not isinstance(spec.source, HubFile):
+        return None
+    repo = host_cache.host_cache_repo(spec.source.repo, spec.source.repo_type)
+    revision = spec.source.revision
+    with contextlib.suppress(OSError, FileUnusable, UnicodeDecodeError):
+        commit = revision if _COMMIT.fullmatch(revision) else (repo / "refs" / revision).read_text().strip()
+        path = repo / "snapshots" / commit / spec.source.path
+        size_bytes = path.stat().st_size
+        check_whole(path, size_bytes)
+        if spec.size_bytes in {None, size_bytes}:
+            return path
+    return None
+
+
+class Store:
+    """The models below one root: a network volume, or the container's own disk.
+
+    `host_cache` is where RunPod's host cache lies when that is not below the same root. Safe to use from many threads.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        hub: Hub,
+        worker: str,
+        *,
+        tuning: Tuning | None = None,
+        timing: Timing | None = None,
+        host_cache: Layout | None = None,
+        hooks: Hooks | None = None,
+    ) -> None:
+        self.layout = layout
+        self._tools = Tools(layout, hub, worker, tuning or Tuning(), hooks or Hooks())
+        self._timing = timing or Timing()
+        self._locks = Locks(layout, worker, self._timing)
+        self._lookups = Lookups(layout, worker, self._timing)
+        self._host_cache = host_cache or layout
+        self._hashed: dict[tuple[str, int, int], str] = {}
+
+    def ready(self, folder: str, name: str) -> Path | None:
+        """The file, if its size and whole-second mtime are those of its seal: one stat, one small read, no network, no lock."""
+        there = sealed(self.layout, folder, name)
+        return there[0] if there else None
+
+    def ensure(self, spec: ModelSpec, progress: Listener = _ignore, cancel: CancelToken | None = None) -> Ready:
+        """Return when the model is there to be used; `progress` hears of it several times a second.
+
+        The order: a sealed file; a file without a seal, which is never overwritten or removed; RunPod's host cache; a file of
+        the same content that was fetched under another name; a download, by this worker or by the one it waits for. Raises a
+        `ModelError` (or `UnsafePath`) that says what to do; `EnsureCancelled` within a second, with a partial that the next
+        attempt goes on with.
+        """
+        began_s = time.monotonic()
+        spec = spelled(self.layout, spec)
+        path = path_of(self.layout, spec)
+        task = Task(spec, path, progress, cancel or threading.Event())
+        try:
+            found = self._look(task) or self._get(task)
+        except DiskFailed as exc:
+            raise volume_error(self.layout.root, exc.error, task.needed_bytes) from exc
+        except OSError as exc:
+            raise volume_error(self.layout.root, exc, task.needed_bytes) from exc
+        return replace(found, bytes_fetched=task.fetched_bytes, seconds=time.monotonic() - began_s)
+
+    def _get(self, task: Task) -> Ready:
+        """Fetch or adopt the model, or stop as soon as another worker has: whatever this one waits for or met meanwhile."""
+        with Watch(task.cancel, task.path, lambda: self._is_published(task.spec), self._timing.look_s) as watch:
+            task.cancel = watch
+            try:
+                while (found := self._once(task)) is None:
+                    pass
+            except (ModelError, OSError, DiskFailed):
+                if not watch.look():
+                    raise
+                log.info("%s was published by another worker", task.path)
+                if task.key:
+                    sweep(self.layout.partial(task.key))
+                return Ready(task.path, "ready")
+            return found
+
+    def _is_published(self, spec: ModelSpec) -> bool:
+        there = sealed(self.layout, spec.folder, spec.name)
+        return there is not None and (None in {spec.sha256, there[1].sha256} or spec.sha256 == there[1].sha256)
+
+    def replace(self, spec: ModelSpec, stamp: object, progress: Listener = _ignore, cancel: CancelToken | None = None) -> Ready:
+        """Fetch the model again, and put it in the place of the file with this stamp once it was checked.
+
+        Until then the old file stays, and for good when the source cannot be had. A file that changed meanwhile is left alone:
+        then this is `ensure`. Raises as that does.
+        """
+        began_s = time.monotonic()
+        task = Task(spec, path_of(self.layout, spec), progress, cancel or threading.Event(), replaces=stamp)
+        name = f"{spec.folder}/{spec.name}"
+        try:
+            remote = self._look_up(task)
+            while (found := stat_file(task.path)) is not None and stamp_of(found) == stamp:
+                with self._locks.hold(
+                    remote.key, published=lambda: False, cancel=task.cancel, on_wait=progress, name=name
+                ) as hold:
+                    ready = Download(self._tools, task, remote, hold).run()
+                if ready:
+                    return replace(ready, bytes_fetched=task.fetched_bytes, seconds=time.monotonic() - began_s)
+        except DiskFailed as exc:
+            raise volume_error(self.layout.root, exc.error, task.needed_bytes) from exc
+        except OSError as exc:
+            raise volume_error(self.layout.root, exc, task.needed_bytes) from exc
+        return self.ensure(spec, progress, cancel)
+
+    # --- what is there already
+
+    def _look(self, task: Task) -> Ready | None:
+        """What can be used without a lock or the network."""
+        spec = task.spec
+        if self._is_ready(task):
+            return Ready(task.path, "ready")
+        if (found := stat_file(task.path)) is None:
+            if task.path.is_dir():
+                raise VolumeFailed(task.path, "it is a folder where a file belongs")
+            return self._cached(task)
+        if self._sha256_to_have(spec, found) is None:
+            check_whole(task.path, found.st_size)
+            return Ready(task.path, "by_hand")
+        return None
+
+    def _is_ready(self, task: Task) -> bool:
+        """Whether the file is sealed; raises `UnsealedMismatch` when it is sealed as another one than is wanted now."""
+        spec = task.spec
+        there = sealed(self.layout, spec.folder, spec.name)
+        if there is None:
+            return False
+        sha256 = there[1].sha256
+        if spec.sha256 and sha256 and sha256 != spec.sha256:
+            raise UnsealedMismatch(task.path, spec.sha256, sha256)
+        return True
+
+    def _sha256_to_have(self, spec: ModelSpec, found: os.stat_result) -> str | None:
+        """What a file that is not ready should hash to, if anybody says so: the model, or a record of ours about this file."""
+        known = record(self.layout, spec, found)
+        return spec.sha256 or (known.sha256 if known else None)
+
+    def _adopt(self, task: Task, found: os.stat_result, report: Listener) -> Ready:
+        """Use a file that has no seal, and seal it when it is what it should be."""
+        spec, path = task.spec, task.path
+        check_whole(path, found.st_size)
+        known, expected = record(self.layout, spec, found), self._sha256_to_have(spec, found)
+        if expected is None:
+            return Ready(path, "by_hand")
+        actual = self._hash(path, found, task, report)
+        if actual != expected:
+            return self._not_as_recorded(spec, path, found, actual)
+        origin = Origin.of(spec)
+        if known is None or known.sha256 != actual:
+            known = Seal(size=0, mtime=0, sha256=actual, repo=origin.repo, file=origin.file, by=self._tools.worker, at=now())
+        write_own_seal(self.layout, spec, replace(known, size=found.st_size, mtime=whole_mtime(found)), found.st_ino)
+        log.info("adopted %s, whose sha256 is right", path)
+        return Ready(path, "adopted")
+
+    def _not_as_recorded(self, spec: ModelSpec, path: Path, found: os.stat_result, actual: str) -> Ready:
+        """Somebody put another file there: an error where the model is pinned, else theirs to use, and our record is void."""
+        if spec.sha256:
+            raise UnsealedMismatch(path, spec.sha256, actual)
+        log.warning("%s is no longer the file that was sealed; it is used as it is", path)
+        with contextlib.suppress(OSError):
+            self.layout.seal(spec.folder, spec.name).unlink(missing_ok=True)
+            forget_pending(self.layout, spec, found.st_ino)
+        return Ready(path, "by_hand")
+
+    def _hash(self, path: Path, found: os.stat_result, task: Task, report: Listener) -> str:
+        """The file's sha256, remembered for as long as it stays the same."""
+        key = (str(path), found.st_size, found.st_mtime_ns)
+        if key not in self._hashed:
+            meter = task.meter("checking", found.st_size, report)
+            self._hashed[key] = sha256_of(path, task.cancel, meter)
+        return self._hashed[key]
+
+    def cached(self, spec: ModelSpec) -> Path | None:
+        """As `cached_file`, in the host cache that this store uses."""
+        return cached_file(self._host_cache, spec)
+
+    def _cached(self, task: Task) -> Ready | None:
+        """The file in RunPod's host cache, if it is the one asked for: free, and faster than the volume."""
+        with contextlib.suppress(OSError):
+            if (path := self.cached(task.spec)) and self._is_blob(path, path.stat(), task):
+                log.info("using %s from the machine's cache", task.spec)
+                return Ready(path, "host_cache")
+        return None
+
+    def _is_blob(self, path: Path, found: os.stat_result, task: Task) -> bool:
+        """Whether a cached file has the sha256 asked for: the cache names its blobs by it."""
+        wanted = task.spec.sha256
+        if wanted is None:
+            return True
+        blob = path.resolve().name
+        return (blob if _SHA256.fullmatch(blob) else self._hash(path, found, task, task.progress)) == wanted
+
+    # --- getting it
+
+    def _once(self, task: Task) -> Ready | None:
+        """Adopt or fetch it, once in the fleet; None when somebody changed the scene and it has to be looked at again."""
+        if (found := stat_file(task.path)) is not None:
+            expected = self._sha256_to_have(task.spec, found)
+            return self._locked(task, expected, None) if expected else self._look(task)
+        if task.remote:
+            remote, task.remote = task.remote, None
+            return self._locked(task, remote.key, remote)
+        spec, question = task.spec, self._tools.hub.question(task.spec.source)
+        with self._lookups.turn(question, lambda answer: _fits(spec, answer), task.cancel, task.progress) as turn:
+            if turn.answer:
+                log.info("%s was looked up by %s", spec, turn.answer.by)
+                return self._locked(task, spec.sha256 or turn.answer.key, None)
+            self._tools.hooks.at("asking")
+            own = self._look_up(task)
+            # The others hear of it when they can only wait: else one of them might be first, and have to ask as well.
+            return self._locked(task, own.key, own, lambda: turn.tell(own))
+
+    def _locked(self, task: Task, key: str, remote: Remote | None, tell: Callable[[], None] = lambda: None) -> Ready | None:
+        """As `_once`, of a content. `tell` is called once its lock is this worker's or another's."""
+        spec, task.key = task.spec, key
+
+        def on_wait(progress: Progress) -> None:
+            tell()
+            task.progress(progress)
+
+        with self._locks.hold(
+            key,
+            published=lambda: False,  # `Watch` looks for that
+            cancel=task.cancel,
+            on_wait=on_wait,
+            name=f"{spec.folder}/{spec.name}",
+        ) as hold:
+            tell()
+            self._tools.hooks.at("locked")
+            if self._is_ready(task):
+                return Ready(task.path, "ready")
+            if (found := stat_file(task.path)) is not None:
+                there: Ready | None = self._adopt(task, found, both(task.progress, hold.report))
+            else:
+                remote = remote or self._look_up(task)
+                if remote.key != key:
+                    task.remote = remote
+                    return None
+                there = self._linked(task, remote)
+            if there and hold.state == "held":
+                sweep(self.layout.partial(key))
+            return there or (Download(self._tools, task, remote, hold).run() if remote else None)
+
+    def _linked(self, task: Task, remote: Remote) -> Ready | None:
+        """Give this name to a file of the same content that has another one already; None where there is none.
+
+        Whoever fetched the content last left that name beside its lock. A hard link moves no byte; where the file system has
+        none the content is fetched once more, which costs no more than a copy would.
+        """
+        spec, holder = task.spec, self._locks.holder(remote.key)
+        folder, _, name = holder.name.partition("/") if holder else ("", "", "")
+        try:
+            there = sealed(self.layout, folder, name)
+        except UnsafePath:
+            return None
+        if there is None or remote.sha256 is None or there[1].sha256 != remote.sha256 or there[0].is_symlink():
+            return None
+        origin = Origin.of(spec)
+        seal = replace(there[1], etag=remote.etag, repo=origin.repo, file=origin.file, commit=remote.commit)
+        seal = replace(seal, by=self._tools.worker, at=now())
+        if (inode := self._link(there[0], task.path, seal)) is None:
+            return None
+        write_own_seal(self.layout, spec, seal, inode)
+        log.info("%s has the content of %s: linked", task.path, there[0])
+        return Ready(task.path, "adopted")
+
+    def _link(self, old: Path, new: Path, seal: Seal) -> int | None:
+        """Give the sealed file the new name too, unless another file has it; return its inode."""
+        pending = None
+        try:
+            inode = old.stat().st_ino
+            pending = self.layout.pending(inode)
+            write_seal(pending, seal)
+            new.parent.mkdir(parents=True, exist_ok=True)
+            patiently(lambda: new.hardlink_to(old))
+            sync_folder(new.parent)
+            if seal.fits(new.stat()):
+                return inode
+            new.unlink()  # another file had come under the old name
+        except OSError as exc:
+            log.info("%s cannot be linked to %s (%s)", new, old, exc.strerror)
+        if pending:
+            with contextlib.suppress(OSError):
+                pending.unlink(missing_ok=True)
+        return None
+
+    def _look_up(self, task: Task) -> Remote:
+        """What the source holds; raises `ContentMismatch` when that is not what the model says it is."""
+        spec = task.spec
+        remote = self._tools.hub.look_up(spec.source, task.cancel)
+        if spec.sha256 and remote.sha256 and spec.sha256 != remote.sha256:
+            raise ContentMismatch(remote.where, "sha256", spec.sha256, remote.sha256)
+        if spec.size_bytes not in {None, remote.size_bytes}:
+            raise ContentMismatch(remote.where, "size", str(spec.size_bytes), str(remote.size_bytes))
+        task.needed_bytes = remote.size_bytes
+        return replace(remote, sha256=remote.sha256 or spec.sha256)
+
+
+def _fits(spec: ModelSpec, answer: Answer) -> bool:
+    """Whether another worker's answer can be about the model; a wrong pin is for the source itself to deny."""
+    same_content = spec.sha256 in {None, answer.key} or answer.key.startswith("url-")
+    return same_content and spec.size_bytes in {None, answer.size_bytes}
+
+
+class Watch:
+    """A cancel token that is set as well once another worker has published `path`; it looks each `every_s`.
+
+    The looks have a thread of their own: a volume that does not answer holds up nobody who waits.
+    """
+
+    def __init__(self, cancel: CancelToken, path: Path, is_published: Callable[[], bool], every_s: float) -> None:
+        self._cancel = cancel
+        self._path = path
+        self._is_published = is_published
+        self._every_s = every_s
+        self._published = False
+        self._ended = threading.Event()
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._look_often, name="watch", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+
+    def _look_often(self) -> None:
+        with Peek(self._path) as peek:
+            while not self._published and not self._ended.wait(self._every_s):
+                with contextlib.suppress(OSError):
+                    if peek.exists():
+                        self._look_once()
+
+    def _look_once(self) -> None:
+        with contextlib.suppress(OSError):
+            self._published = self._published or self._is_published()
+
+    def look(self) -> bool:
+        """Look now, for as long as a volume that answers may take."""
+        thread = threading.Thread(target=self._look_once, name="look", daemon=True)
+        thread.start()
+        thread.join(_LOOK_S)
+        return self._published
+
+    def is_set(self) -> bool:
+        """Whether nothing is left to wait for."""
+        return self._cancel.is_set() or self._published
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """As `threading.Event.wait`."""
+        until_s = math.inf if timeout is None else time.monotonic() + timeout
+        while not self.is_set() and (left_s := until_s - time.monotonic()) > 0:
+            self._cancel.wait(min(_TICK_S, left_s))
+        return self.is_set()
+
+
+class Stores:
+    """The volume, and the container's own disk for what the volume cannot take."""
+
+    def __init__(self, volume_path: Path, volume: Store | None, local: Store | None, *, require_volume: bool = False) -> None:
+        self._volume_path = volume_path
+        self._volume = volume
+        self._local = None if require_volume else local
+        self._said = False
+
+    def ensure(self, spec: ModelSpec, progress: Listener = _ignore, cancel: CancelToken | None = None) -> Ready:
+        """As `Store.ensure`. A volume that is missing, full or read-only is no error while the container's disk can serve."""
+        local = self._local
+        if self._volume is None:
+            if local is None:
+                raise VolumeMissing(self._volume_path)
+            self._say(no_volume(self._volume_path))
+            return local.ensure(spec, progress, cancel)
+        if local and local.ready(spec.folder, spec.name) and not self._volume.ready(spec.folder, spec.name):
+            return local.ensure(spec, progress, cancel)
+        try:
+            return self._volume.ensure(spec, progress, cancel)
+        except (VolumeFull, VolumeReadOnly) as exc:
+            if local is None:
+                raise
+            refused = exc
+        self._say(str(refused).removesuffix("."))
+        try:
+            return local.ensure(spec, progress, cancel)
+        except (VolumeFull, VolumeReadOnly) as exc:
+            # The volume is what people can enlarge or mount in another way.
+            raise replace(refused, container=exc) from exc
+
+    def _say(self, reason: str) -> None:
+        """Once: a log is not the place to repeat with each model what one look at the volume says."""
+        if not self._said:
+            self._said = True
+            log.warning("%s. Models are kept on this container's disk and are gone with it.", reason)

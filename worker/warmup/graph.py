@@ -1,0 +1,61 @@
+"""From a job's graph to one that only loads its weights and takes one step with them: for a worker's start. Pure.
+
+What is kept is chosen by name: node classes of ComfyUI itself that load, patch, sample and decode, and of their inputs those
+that are numbers, names of models or words from ComfyUI's own lists. Every text, seed, file and title of the job is left out, as
+is every node that is not listed here: custom nodes, paid API nodes, what reads inputs and what saves outputs.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+from worker.comfyui_data import known
+from worker.graph.graph import is_link, named_models
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from worker.graph.graph import Graph
+
+_SINK: Final = "PreviewAny"  # takes an output of any type, and writes no file
+
+
+def loading_part(graph: Graph) -> Graph | None:
+    """What of a valid graph is worth running again to have its weights loaded; None when that is no model at all.
+
+    Its node ids are new. Applied to its own result it changes nothing, so that a graph which lay on a volume can be put
+    through it again.
+    """
+    kept = {node_id: node for node_id, node in graph.items() if node["class_type"] in known().warmup_kept}
+    while lost := [node_id for node_id, node in kept.items() if not _is_fed(graph, kept, node)]:
+        for node_id in lost:
+            del kept[node_id]
+    numbers = {node_id: str(number) for number, node_id in enumerate(kept, start=1)}
+    part = {numbers[node_id]: _bare(graph, node, numbers) for node_id, node in kept.items()}
+    return part if named_models(part) else None
+
+
+def runnable(part: Graph) -> Graph:
+    """The part with an output node behind each end, without which ComfyUI would run nothing."""
+    taken = {value[0] for node in part.values() for value in node["inputs"].values() if is_link(part, value)}
+    ends = [node_id for node_id in part if node_id not in taken]
+    return part | {f"end-{node_id}": {"class_type": _SINK, "inputs": {"source": [node_id, 0]}} for node_id in ends}
+
+
+def _is_fed(graph: Graph, kept: Graph, node: dict[str, Any]) -> bool:
+    """Whether everything that the node takes from other nodes still comes; what is fixed need not."""
+    fixed = known().warmup_kept[node["class_type"]] & known().warmup_fixed.keys()
+    links = ((name, value) for name, value in node["inputs"].items() if is_link(graph, value))
+    return all(value[0] in kept or name in fixed for name, value in links)
+
+
+def _bare(graph: Graph, node: dict[str, Any], numbers: Mapping[str, str]) -> dict[str, Any]:
+    inputs: dict[str, Any] = {}
+    for name, value in node["inputs"].items():
+        if name in known().warmup_kept[node["class_type"]] and name in known().warmup_fixed:
+            inputs[name] = known().warmup_fixed[name]
+        elif is_link(graph, value):
+            inputs[name] = [numbers[value[0]], value[1]]
+        elif name in known().warmup_kept[node["class_type"]] and isinstance(value, (str, int, float)):
+            inputs[name] = value
+    return {"class_type": node["class_type"], "inputs": inputs}

@@ -1,0 +1,221 @@
+"""What is warm before it is needed: weights in memory while ComfyUI boots, and if wished for on the GPU. Threads, disk.
+
+Joins what a graph names with where that lies, who reads it ahead, and what the endpoint's next workers should know of it.
+Nothing here makes a job or a start fail: what is not warm is slower, that is all.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import queue
+import threading
+from concurrent.futures import Future
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from worker.base.volume import is_volume
+from worker.errors import UnsafePath, WorkerError
+from worker.graph.graph import check_paths, named_models, parse_graph, with_slashes
+from worker.links.host_cache import cached_copies
+from worker.store.layout import Layout
+from worker.warmup.graph import loading_part, runnable
+from worker.warmup.memory import free_memory_bytes
+from worker.warmup.reader import Warmer
+from worker.warmup.recent_models import UsedModels
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+    from contextlib import AbstractContextManager
+
+    from worker.engine.engine import Engine
+    from worker.graph.graph import Graph, NamedModel
+    from worker.models.job_models import Name, Supply
+    from worker.settings import Settings
+    from worker.warmup.reader import Warmed
+
+log = logging.getLogger(__name__)
+
+_NO_ENDPOINT: Final = "local"
+# A record and a few seals take milliseconds. Links that wait longer would hold up jobs for what only makes them quicker.
+_COPIES_S: Final = 3.0
+
+
+class Warmth:
+    """Reads ahead for a start and for jobs, and remembers for the next start. No call waits for the disk.
+
+    Safe to use from any thread. `begin` as early as can be; `linked` when the models' names can be looked up.
+    """
+
+    def __init__(self, settings: Settings, warmer: Warmer | None = None) -> None:
+        self._settings = settings
+        self._supply: Supply | None = None
+        self._warmer = warmer or Warmer(lambda: int(settings.warm_memory_share * free_memory_bytes()))
+        self._reads = settings.warm_models != ()
+        self._used: UsedModels | None = None
+        self._warmup: Future[Graph | None] = Future()
+        self._copies: Future[dict[Path, Path]] = Future()
+        self._recent: list[Path] = []
+        self._names: frozenset[Name] = frozenset()
+        # What must look at the disk goes through one thread, in order: a job goes on meanwhile.
+        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="warmth", daemon=True)
+
+    def begin(self) -> None:
+        """Begin to read what the endpoint's last jobs used: the record says where on the volume that is."""
+        self._work.put(self._read_used)
+        self._thread.start()
+
+    def copies(self) -> dict[Path, Path]:
+        """The volume's models with a copy in RunPod's host cache, which is read instead; empty after a few seconds.
+
+        ComfyUI must be shown the copies, or it reads what nobody read ahead.
+        """
+        with suppress(TimeoutError):
+            return self._copies.result(_COPIES_S)
+        return {}
+
+    def linked(self, supply: Supply) -> None:
+        """The models are where ComfyUI finds them: what is known by name can be read as well."""
+        self._work.put(lambda: self._read_named(supply))
+
+    def job(self, models: Iterable[NamedModel]) -> None:
+        """A job needs these now: read them at once, and nothing else. For the same models as the last job's nothing is done."""
+        names = _names_of(models)
+        if self._reads and names and not self._names.issuperset(names):
+            self._work.put(lambda: self._warmer.warm(_files(self._located(names))))
+        self._names = frozenset(names) or self._names
+
+    def standing_back(self) -> AbstractContextManager[None]:
+        """Read nothing while the body runs: a job waits for a download to the same disk."""
+        return self._warmer.standing_back()
+
+    def ran(self, graph: Graph, models: Iterable[NamedModel]) -> None:
+        """A job's graph was run with these models: remember them for the endpoint's next workers."""
+        if names := _names_of(models):
+            self._work.put(lambda: self._remember(graph, names))
+
+    def warmed(self) -> Warmed | None:
+        """How far the reading is; None where there was nothing to read."""
+        warmed = self._warmer.warmed()
+        return warmed if warmed.began_s else None
+
+    async def warm_up(self, engine: Engine) -> str:
+        """Run the warm-up workflow; a note on how it went, empty when there is none to run.
+
+        It ends in time or is taken out of ComfyUI, which is replaced if it does not let go of it.
+        """
+        import asyncio  # noqa: PLC0415 - what is imported before the reading begins delays it
+
+        timeout_s = self._settings.warmup_timeout_s
+        try:
+            graph = await asyncio.wait_for(asyncio.wrap_future(self._warmup), timeout_s)
+            if graph is None:
+                return ""
+            await engine.run(graph, timeout_s=timeout_s)
+        except TimeoutError:
+            log.warning("there is no warm-up: the volume did not answer within %g s", timeout_s)
+            return "given up"
+        except WorkerError as exc:
+            log.warning("the warm-up workflow failed: %s [%s]", exc, exc.code)
+            return "failed"
+        return f"{len(graph)} nodes"
+
+    def stop(self) -> None:
+        """Read and remember no more."""
+        self._work.put(None)
+        self._warmer.stop()
+
+    # --- in the thread `warmth`
+
+    def _run(self) -> None:
+        while work := self._work.get():
+            try:
+                work()
+            except Exception:
+                log.exception("warming ended by a defect of the worker")
+
+    def _read_used(self) -> None:
+        copies: dict[Path, Path] = {}
+        try:
+            copies = cached_copies(Layout(self._settings.volume_path.resolve()))
+        finally:
+            self._copies.set_result(copies)
+        self._used = _record(self._settings)
+        if self._used and self._settings.warm_models is None:
+            self._recent = [copies.get(path, path) for path in self._used.files()]
+        if self._recent:
+            self._warmer.warm(self._recent)
+
+    def _read_named(self, supply: Supply) -> None:
+        """For the warm-up workflow, then what the settings name, then what the last jobs used."""
+        self._supply = supply
+        graph = self._warmup_graph()
+        self._warmup.set_result(graph)
+        names = [_as_name(name) for name in self._settings.warm_models or ()]
+        listed = self._located(names)
+        if len(listed) < len(names):
+            log.warning("WARM_MODELS names %d models, of which %d are there", len(names), len(listed))
+        files = _files([*self._located(_names_of(named_models(graph)) if graph else ()), *listed])
+        if files and self._reads:
+            self._warmer.warm([*files, *self._recent])
+
+    def _remember(self, graph: Graph, names: Sequence[Name]) -> None:
+        if self._used:
+            part = loading_part(graph) if self._settings.warmup_workflow == "auto" else None
+            self._used.note([self._on_volume(path) for path in self._located(names)], part)
+
+    def _on_volume(self, path: Path) -> Path:
+        """The volume's own file of a model, also where ComfyUI was shown a copy of it."""
+        with suppress(ValueError):
+            own = self._settings.volume_path / "models" / path.relative_to(self._settings.base_dir / "models")
+            return own if own.is_file() else path
+        return path
+
+    def _located(self, names: Sequence[Name]) -> list[Path]:
+        return self._supply.located(names) if self._supply else []
+
+    def _warmup_graph(self) -> Graph | None:
+        wanted = self._settings.warmup_workflow
+        if wanted is None:
+            return None
+        try:
+            if isinstance(wanted, Path):
+                graph = parse_graph(json.loads(wanted.read_bytes()))
+                check_paths(graph)
+                return with_slashes(graph, named_models(graph))
+            # Whoever can write to the volume could have written it: only what this worker would have kept itself is run.
+            remembered: Any = self._used.warmup() if self._used else None
+            part = loading_part(parse_graph(remembered)) if remembered else None
+            return runnable(part) if part else None
+        except (OSError, ValueError, WorkerError) as exc:
+            log.warning("there is no warm-up: %s: %s", wanted, exc)
+            return None
+
+
+def _record(settings: Settings) -> UsedModels | None:
+    """The endpoint's record; None without a volume, or where nothing would read it."""
+    reads_it = settings.warm_models is None or settings.warmup_workflow == "auto"
+    if not (reads_it and is_volume(settings.volume_path)):
+        return None
+    try:
+        path = Layout(settings.volume_path).used(settings.runpod_endpoint_id or _NO_ENDPOINT)
+    except UnsafePath:
+        return None
+    return UsedModels(settings.volume_path, path)
+
+
+def _files(paths: Iterable[Path]) -> list[Path]:
+    """The files themselves: ComfyUI's links and the record's names may be two ways to one."""
+    return [path.resolve() for path in paths]
+
+
+def _names_of(models: Iterable[NamedModel]) -> list[Name]:
+    return list(dict.fromkeys((model.folders, model.file_names) for model in models))
+
+
+def _as_name(text: str) -> Name:
+    """`folder/name` or `name`, of which any folder may be the one."""
+    folder, _, name = text.partition("/")
+    return ((folder,), (name,)) if name else ((), (folder,))

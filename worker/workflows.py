@@ -1,0 +1,137 @@
+"""A request's workflow, in whichever form it comes, as the graph that runs. Touches nothing itself."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from worker.comfyui_data import known
+from worker.editor.convert import Control, classes, convert, is_ui
+from worker.editor.embedded_workflow import embedded_workflow, json_fault
+from worker.engine.event_loop import Aside, is_large
+from worker.errors import FieldInvalid, NoWorkflowInFile, UiWorkflowInvalid
+from worker.graph.graph import bare, is_finite, parse_graph
+from worker.graph.overrides import apply_overrides, next_values
+from worker.graph.rejection import nodes_of, unknown_nodes
+from worker.job import check_depth
+from worker.volume_workflows import is_name, read_workflow
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from worker.engine.engine import Engine
+    from worker.graph.graph import Graph
+    from worker.job import Request
+    from worker.media.inputs import JobFiles
+
+# 32 bits: some nodes take no more, and nobody draws so many pictures.
+_SEED_RANGE = 1 << 32
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """The graph to run, what ComfyUI is to embed in its pictures beside it, and where it is to be looked at."""
+
+    graph: Graph
+    extra_pnginfo: dict[str, Any] | None
+    aside: Aside
+
+
+class Workflows:
+    """Takes graphs in the API's format, workflows as the editor saves them, and files that carry either."""
+
+    def __init__(self, engine: Engine, volume: Path) -> None:
+        self._engine = engine
+        self._volume = volume
+
+    async def of(self, request: Request, files: JobFiles, aside: Aside) -> Given:
+        """The request's graph, seeds and overrides applied; what the client sent stays as it is.
+
+        Raises a `RequestError`: nothing is guessed. `InputError` when the file that carries the workflow cannot be had, and
+        `VolumeFailed` when one that is named cannot be read.
+        """
+        value, pnginfo = request.workflow, request.extra_pnginfo
+        if request.workflow_from is not None:
+            value, carried = await _carried(request, request.workflow_from, files)
+            pnginfo = pnginfo or ({"workflow": carried} if carried else None)
+        elif is_name(value):
+            name, value = str(value), await asyncio.to_thread(read_workflow, self._volume, str(value))
+            check_depth(value, f"The workflow '{name}'")
+        if value is not request.workflow and is_large(value):
+            aside = Aside(value)
+        value = bare(value)
+        controls: Sequence[Control] = ()
+        if is_ui(value):
+            graph, controls = await self._converted(value, aside)
+            # As the editor does: the picture can be dropped into it again, and the models' addresses are in there.
+            pnginfo = pnginfo or {"workflow": value}
+            if not await aside(is_finite, pnginfo):
+                raise UiWorkflowInvalid("a number in it is NaN or infinite")
+        else:
+            graph = await aside(parse_graph, value)
+        if request.seed is not None or request.set:
+            graph = await aside(_changed, graph, controls, request)
+        return Given(graph, pnginfo, aside)
+
+    async def check_classes(self, graph: Graph) -> Graph:
+        """Return the graph, known to have only node classes that ComfyUI has: it refuses any other, used or not.
+
+        Raises `UnknownNodes` with all that it does not have. A node that it replaces by one of another class gets the `_meta`
+        without which ComfyUI 0.33.0 fails at that.
+        """
+        lacking, replaced = await self._engine.lacks({node["class_type"] for node in graph.values()})
+        if lacking:
+            raise unknown_nodes(nodes_of(graph, lacking), (await self._engine.versions()).comfyui)
+        if not replaced:
+            return graph
+        return {key: {"_meta": {}, **node} if node["class_type"] in replaced else node for key, node in graph.items()}
+
+    async def _converted(self, ui: Any, aside: Aside) -> tuple[Graph, Sequence[Control]]:  # noqa: ANN401 - what the editor saved
+        needed = await aside(classes, ui)
+        info, versions = await asyncio.gather(self._engine.object_info(needed), self._engine.versions())
+        converted = await asyncio.to_thread(convert, ui, info, frontend=versions.frontend, comfyui=versions.comfyui)
+        return await aside(parse_graph, converted.graph), converted.controls
+
+
+def _changed(graph: Graph, controls: Sequence[Control], request: Request) -> Graph:
+    if request.seed is not None:
+        graph = reseeded(graph, controls, request.seed)
+    return parse_graph(apply_overrides(graph, request.set) if request.set else graph)
+
+
+async def _carried(request: Request, name: str, files: JobFiles) -> tuple[object, Mapping[str, Any] | None]:
+    if not any(file.name == name for file in request.files):
+        raise FieldInvalid("workflow_from", "must be the name of one of the job's 'images' or 'files'")
+    found = await files.look_into(name, lambda data: embedded_workflow(data) or json_fault(name, data))
+    if isinstance(found, str):
+        raise NoWorkflowInFile(name, found)
+    for value in (found.prompt, found.workflow):
+        await asyncio.to_thread(check_depth, value, f"The workflow in '{name}'")
+    # A number that no JSON can carry would be in the pictures, which nobody could read again.
+    return found.best, found.workflow if await asyncio.to_thread(is_finite, found.workflow) else None
+
+
+def reseeded(graph: Graph, controls: Sequence[Control], seed: str | int) -> Graph:
+    """The graph with other seeds: `next` as the editor would have them in the next run, `random`, or all this number.
+
+    Seeds are the values that the editor's format marks with `control_after_generate`, and in a graph that marks none the
+    numbers called `seed` or `noise_seed`.
+    """
+    if seed == "next":
+        return next_values(graph, controls, random.random)
+    if controls and seed == "random":
+        return next_values(graph, [replace(control, mode="randomize") for control in controls], random.random)
+    marked = {target for control in controls for target in control.targets}
+    return {node_id: _with_seeds(node_id, node, marked, seed) for node_id, node in graph.items()}
+
+
+def _with_seeds(node_id: str, node: dict[str, Any], marked: set[tuple[str, str]], seed: str | int) -> dict[str, Any]:
+    values = {
+        name: random.randrange(_SEED_RANGE) if seed == "random" else seed  # noqa: S311 - a picture's seed, no secret
+        for name, value in node["inputs"].items()
+        if isinstance(value, int) and ((node_id, name) in marked if marked else name in known().editor.seeds)
+    }
+    return {**node, "inputs": {**node["inputs"], **values}} if values else node
