@@ -658,13 +658,12 @@ def test_a_cancelled_fetch_ends_at_once_and_is_continued(stand_in: StandIn, tmp_
 
 
 def test_one_slow_connection_is_relieved_by_the_others(stand_in: StandIn, tmp_path: Path) -> None:
-    """At 20 KB/s its range alone would take 25 s."""
+    """At 2 KB/s its range alone would take four minutes."""
     hub = hub_of(stand_in)
     remote = hub.look_up(FILE, NEVER)
-    stand_in.fault("slow", bytes_per_s=20_000, shared=False, sticky=True, count=1, route="cdn")
-    began_s = time.monotonic()
+    stand_in.fault("slow", bytes_per_s=2_000, shared=False, sticky=True, count=1, route="cdn")
     partial, work = fetch(hub, remote, tmp_path)
-    assert time.monotonic() - began_s < 12
+    assert sum(request.bytes_sent for request in stand_in.requests if request.faults) < MIB // 4
     assert partial.path.read_bytes() == WEIGHTS
     assert work.fetched_bytes == len(WEIGHTS)
     assert not partial.rewritten, "no byte came twice"
@@ -686,7 +685,7 @@ def test_a_source_that_drips_is_given_up_after_the_patience_with_what_came(stand
     began_s = time.monotonic()
     with pytest.raises(SourceUnreachable, match="bytes in") as caught:
         fetch(hub, remote, tmp_path, replace(SMALL, patience_s=3))
-    assert 2 < time.monotonic() - began_s < 20
+    assert time.monotonic() - began_s > 2
     assert caught.value.retryable
 
 
@@ -702,16 +701,20 @@ def put(root: Path, content: bytes, modified_s: int) -> None:
     new.replace(path)
 
 
-def change_under_way(stand_in: StandIn, root: Path) -> threading.Thread:
-    """Put the newer version there once a third has been sent."""
+@contextlib.contextmanager
+def changed_under_way(root: Path) -> Iterator[None]:
+    """Put the newer version there when the first bytes have come, before any is written."""
+    real, lock, changed = Partial.write, threading.Lock(), threading.Event()
 
-    def run() -> None:
-        stand_in.wait_until(lambda: stand_in.bytes_sent() > MIB)
-        put(root, NEWER, 1_700_000_009)
+    def write(partial: Partial, offset: int, view: memoryview) -> None:
+        with lock:
+            if not changed.is_set():
+                put(root, NEWER, 1_700_000_009)
+                changed.set()
+        real(partial, offset, view)
 
-    thread = threading.Thread(target=run)
-    thread.start()
-    return thread
+    with mock.patch.object(Partial, "write", write):
+        yield
 
 
 VALIDATORS: dict[str, list[dict[str, Any]]] = {
@@ -733,11 +736,8 @@ def test_bytes_of_two_versions_are_never_in_one_file(
     hub = hub_of(stand_in)
     remote = hub.look_up(Url(f"{stand_in.endpoint}/files/org/repo/sub/model.safetensors"), NEVER)
     assert remote.has_ranges
-    stand_in.fault("slow", bytes_per_s=2 * MIB, count=None)
-    change = change_under_way(stand_in, root)
-    with pytest.raises(SourceChanged):
+    with changed_under_way(root), pytest.raises(SourceChanged):
         fetch(hub, remote, tmp_path)
-    change.join()
 
 
 @pytest.mark.parametrize("cut", [False, True])
@@ -750,10 +750,8 @@ def test_a_source_that_tells_no_version_is_fetched_with_one_answer(
     remote = hub.look_up(Url(f"{stand_in.endpoint}/files/org/repo/sub/model.safetensors"), NEVER)
     if cut:
         stand_in.fault("cut", after_bytes=2 * MIB, count=1)
-    stand_in.fault("slow", bytes_per_s=4 * MIB, count=None)
-    change = change_under_way(stand_in, root)
-    partial, _ = fetch(hub, remote, tmp_path)
-    change.join()
+    with changed_under_way(root):
+        partial, _ = fetch(hub, remote, tmp_path)
     assert partial.path.read_bytes() == (NEWER if cut else WEIGHTS)
 
 

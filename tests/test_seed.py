@@ -29,7 +29,7 @@ from worker.store.seals import read_seal
 from worker.store.store import Store
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from devkit.moosefs import MooseFS
@@ -237,20 +237,36 @@ def test_a_source_that_does_not_answer_is_named_while_it_is_waited_for(desk: Des
 
 
 class Terminal(io.StringIO):
-    """What a person sits at."""
+    """What a person sits at, who does something each time a pattern is shown."""
+
+    def __init__(self, until: str, then: Callable[[], None]) -> None:
+        super().__init__()
+        self._until = re.compile(until)
+        self._then = then
 
     def isatty(self) -> bool:
         return True
+
+    def write(self, text: str) -> int:
+        length = super().write(text)
+        if self._until.search(shown(self.getvalue())):
+            self._then()
+        return length
+
+
+def shown(text: str) -> str:
+    """A terminal's text without its control sequences."""
+    return re.sub(r"\x1b\[[?0-9;]*[A-Za-z]", "", text)
 
 
 def test_at_a_terminal_there_are_bars_marks_and_a_summary(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setenv("COLUMNS", "110")
-    desk.stand_in.fault("slow", file="*b.safetensors", bytes_per_s=SIZE, count=None)
-    screen = Terminal()
+    desk.stand_in.fault("stall", file="*b.safetensors", after_bytes=SIZE // 2)
+    screen = Terminal(until=r"vae/b\.safetensors +[━╸╺]", then=desk.stand_in.release)
     argv = ["vae=hf://org/open/b.safetensors", "loras=hf://org/gated/a.safetensors"]
     assert run(argv, desk.environ, screen) == FAILED
-    text = re.sub(r"\x1b\[[?0-9;]*[A-Za-z]", "", screen.getvalue())
+    text = shown(screen.getvalue())
     assert "total, 1 of 2 models" in text
     assert re.search(r"vae/b\.safetensors +[━╸╺]", text)
     assert "✓ vae/b.safetensors  seeded, 300.0 kB" in text

@@ -311,7 +311,7 @@ def interrupted(desk: Desk, parts: int) -> None:
     run.start()
     desk.proxy.wait_held(FAST.uploads)
     desk.cancel.set()
-    run.join(20)
+    run.join(120)
     assert not run.is_alive()
     desk.cancel.clear()
     desk.proxy.reset()
@@ -413,7 +413,7 @@ def test_a_file_that_appears_meanwhile_is_not_overwritten(desk: Desk) -> None:
     desk.proxy.wait_held()
     desk.server.client.put_object(Bucket="vol1", Key=KEY, Body=DATA)
     desk.proxy.release()
-    run.join(20)
+    run.join(120)
     desk.check_seeded()
     assert desk.proxy.count("CompleteMultipartUpload") == 0
 
@@ -426,7 +426,7 @@ def test_memory_is_bounded_by_the_window(desk: Desk) -> None:
     desk.stand_in.wait_idle()
     fetched = desk.stand_in.bytes_sent("*a.safetensors")
     desk.proxy.release()
-    run.join(20)
+    run.join(120)
     assert fetched <= FAST.memory_bytes + PART
     desk.check_seeded()
 

@@ -416,7 +416,7 @@ def test_whatever_a_worker_waits_for_it_sees_that_another_published_the_model(se
         setup.layout.seal(SPEC.folder, SPEC.name),
         Seal(size=len(WEIGHTS), mtime=whole_mtime(setup.final.stat()), sha256=SHA256),
     )
-    waiting.join(20)
+    waiting.join(120)
     assert [ready.how for ready in found] == ["ready"]
     assert setup.litter() == []
 

@@ -35,7 +35,7 @@ def _read(hub: Hub, command: str, query: dict[str, str]) -> object:
         case "about":
             return {"endpoint": hub.endpoint, "cdn_endpoint": hub.cdn_endpoint}
         case "wait":
-            timeout_s = float(query.get("timeout_s", "10"))
+            timeout_s = float(query.get("timeout_s", "60"))
             if "idle" in query:
                 hub.wait_idle(timeout_s)
             else:

@@ -131,15 +131,15 @@ class Hub(Reading):
         """Let every request that hangs or stalls now go on."""
         self.ledger.release()
 
-    def wait_stalled(self, count: int = 1, timeout_s: float = 10) -> None:
+    def wait_stalled(self, count: int = 1, timeout_s: float = 60) -> None:
         """Return once `count` requests hang or stall; TimeoutError."""
         self.wait_until(lambda: self.ledger.stalled >= count, timeout_s)
 
-    def wait_idle(self, timeout_s: float = 10) -> None:
+    def wait_idle(self, timeout_s: float = 60) -> None:
         """Return once no request is under way, so that each one's `outcome` is final; TimeoutError."""
         self.wait_until(lambda: all(r.outcome != "open" for r in self.requests), timeout_s)
 
-    def wait_until(self, happened: Callable[[], bool], timeout_s: float = 10) -> None:
+    def wait_until(self, happened: Callable[[], bool], timeout_s: float = 60) -> None:
         """Return once `happened()`, which is asked again at every request, answer and MiB sent; TimeoutError."""
         with self.ledger.changed:
             if not self.ledger.changed.wait_for(happened, timeout_s):

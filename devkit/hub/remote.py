@@ -70,15 +70,15 @@ class RemoteHub(Reading):
         """Let every request that hangs or stalls now go on."""
         self._call("release", {})
 
-    def wait_stalled(self, count: int = 1, timeout_s: float = 10) -> None:
+    def wait_stalled(self, count: int = 1, timeout_s: float = 60) -> None:
         """Return once `count` requests hang or stall; TimeoutError."""
         self._call(f"wait?stalled={count}&timeout_s={timeout_s}", timeout_s=timeout_s + _CALL_TIMEOUT_S)
 
-    def wait_idle(self, timeout_s: float = 10) -> None:
+    def wait_idle(self, timeout_s: float = 60) -> None:
         """Return once no request is under way, so that each one's `outcome` is final; TimeoutError."""
         self._call(f"wait?idle=1&timeout_s={timeout_s}", timeout_s=timeout_s + _CALL_TIMEOUT_S)
 
-    def wait_until(self, happened: Callable[[], bool], timeout_s: float = 10) -> None:
+    def wait_until(self, happened: Callable[[], bool], timeout_s: float = 60) -> None:
         """Return once `happened()`, which is asked again every 50 ms; TimeoutError."""
         end_s = time.monotonic() + timeout_s
         while not happened():
