@@ -69,8 +69,8 @@ def test_a_secret_is_never_in_a_repr_nor_in_an_error() -> None:
     assert "secret" not in repr(settings)
 
 
-def test_the_readme_shows_the_settings_that_exist() -> None:
-    assert markdown_table() in (PROJECT / "README.md").read_text("utf-8")
+def test_the_page_of_settings_shows_those_that_exist() -> None:
+    assert markdown_table() in (PROJECT / "docs/settings.md").read_text("utf-8")
 
 
 def test_a_volumes_own_s3_api_is_no_bucket_for_results() -> None:

@@ -1,7 +1,7 @@
 """What the operator can set, read once from an environment that is passed in. Pure.
 
-Each field of `Settings` is one environment variable: the field's name in capitals. The same definitions make the README's
-table (`markdown_table`), so an option cannot be documented and not exist.
+Each field of `Settings` is one environment variable: the field's name in capitals. The same definitions make the table in
+docs/settings.md (`markdown_table`), so the documentation cannot differ from the code.
 """
 
 from __future__ import annotations
@@ -171,150 +171,157 @@ class Settings:
         _path, "/runpod-volume", "Where the network volume is mounted. In a Pod the default is `/workspace`."
     )
     require_volume: bool = _setting(
-        _flag, "false", "Fail instead of keeping models on the container's disk when the volume is missing, read-only or full."
+        _flag,
+        "false",
+        "Fail when the volume is missing, read-only or full. Otherwise models are then kept on the container's disk.",
     )
     models_manifest: str | None = _setting(
         _optional,
         "",
-        "A manifest of models: the path of a file in the image, or its text; `models.toml` on the volume comes first.",
+        "A manifest of models: the path of a file in the image, or the manifest's text. `models.toml` on the volume "
+        "takes precedence.",
     )
     models: str | None = _setting(
-        _optional, "", "Models as short lines: `checkpoints=hf://org/repo/file.safetensors@revision`, one a line."
+        _optional, "", "Models as short lines, one model a line: `checkpoints=hf://org/repo/file.safetensors@revision`."
     )
     model_loading: str = _setting(
         _choice("background", "eager", "on_demand"),
         "background",
-        "`background`: jobs start at once, what the manifests name and the volume lacks is fetched behind them. `eager`: no "
-        "job before all of it is there. `on_demand`: nothing is fetched until a workflow names it.",
+        "When missing models of the manifests are downloaded. `background`: jobs start immediately, and the models "
+        "download in the background. `eager`: before the first job. `on_demand`: when a workflow names them.",
     )
     model_hosts: tuple[str, ...] = _setting(
         _model_hosts,
         "huggingface.co,civitai.com",
-        "The hosts that a request, or a workflow's own metadata, may have models fetched from, or `none`.",
+        "The hosts that a request, or a workflow's own metadata, may have models downloaded from, or `none`.",
     )
-    hf_token: str | None = _setting(_optional, "", "Hugging Face token, for private and gated repositories.", secret=True)
+    hf_token: str | None = _setting(_optional, "", "Hugging Face token for private and gated repositories.", secret=True)
     hf_endpoint: str = _setting(
-        _address, "https://huggingface.co", "Another address of the Hugging Face hub, such as a mirror."
+        _address,
+        "https://huggingface.co",
+        "Another address of the Hugging Face hub, such as a mirror. The mirror receives `HF_TOKEN`.",
     )
-    civitai_token: str | None = _setting(_optional, "", "Civitai API key, for downloads that need one.", secret=True)
-    download_connections: int = _setting(_whole(1, 32), "8", "How many connections one model is fetched with.")
+    civitai_token: str | None = _setting(_optional, "", "Civitai API key for downloads that need one.", secret=True)
+    download_connections: int = _setting(_whole(1, 32), "8", "How many connections one download uses.")
     warm_models: tuple[str, ...] | None = _setting(
         _warm_models,
         "auto",
-        "What is read into memory while ComfyUI boots: `auto` for what the endpoint's last jobs used, remembered on the volume "
-        "by name; a list of models, such as `checkpoints/a.safetensors, b.safetensors`; or `none`. With `none` a job's own "
-        "models are not read ahead of ComfyUI either.",
+        "The models that are read into memory while ComfyUI boots. `auto`: those that the endpoint's last jobs used (the "
+        "volume remembers their names). Or a list, such as `checkpoints/a.safetensors, b.safetensors`. `none` also turns "
+        "off reading a job's own models ahead of ComfyUI.",
     )
     warm_memory_share: float = _setting(
         _number(0, 1),
         "0.5",
-        "How much of the container's free memory may be used for this; ComfyUI needs the rest for its own copy of the weights.",
+        "The share of the container's free memory that this may use. ComfyUI needs the rest for its own copy of the weights.",
     )
     warmup_workflow: Path | Literal["auto"] | None = _setting(
         _workflow_file,
         "",
-        "A workflow that is run before the first job, so that its models are on the GPU: the path of a file in ComfyUI's API "
-        "format, or `auto`: the loaders and one step of the last job, remembered on the volume without its texts, seeds and "
-        "files. It makes each start longer; use it where workers wait for jobs.",
+        "A workflow that runs before the first job, so that its models are on the GPU: the path of a file in ComfyUI's "
+        "API format, or `auto` for the loaders and one step of the last job (the volume remembers them without texts, "
+        "seeds and files). Each start takes longer. Use it where workers wait for jobs.",
     )
     warmup_timeout_s: float = _setting(
-        _number(1, 3600), "120", "How long the warm-up run may take; jobs are then taken without it."
+        _number(1, 3600), "120", "How long the warm-up run may take. After that the worker takes jobs without it."
     )
-    comfyui_dir: Path = _setting(_path, "/comfyui", "The folder that holds ComfyUI's `main.py`.")
+    comfyui_dir: Path = _setting(_path, "/comfyui", "The folder that contains ComfyUI's `main.py`.")
     comfyui_base_dir: Path | None = _setting(
         lambda text: _path(text) if text else None,
         "",
-        "Where ComfyUI keeps `models`, `input`, `output` and `custom_nodes`; `COMFYUI_DIR` itself when not set.",
+        "The folder of ComfyUI's `models`, `input`, `output` and `custom_nodes`. When not set: `COMFYUI_DIR`.",
     )
-    comfyui_python: str = _setting(str, "python3", "The Python that runs ComfyUI: a path or a name on `PATH`.")
-    comfyui_port: int = _setting(_whole(1, 65535), "8188", "The port ComfyUI listens on, inside the container.")
+    comfyui_python: str = _setting(str, "python3", "The Python that runs ComfyUI: a path, or a name on `PATH`.")
+    comfyui_port: int = _setting(_whole(1, 65535), "8188", "The port that ComfyUI listens on inside the container.")
     comfy_args: tuple[str, ...] = _setting(
-        _arguments, "", "More flags for ComfyUI, as on a command line: `--cpu`, `--disable-metadata`, `--novram`."
+        _arguments, "", "More command line flags for ComfyUI, such as `--cpu`, `--disable-metadata` or `--novram`."
     )
     comfy_log_level: str = _setting(_choice("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"), "INFO", "How much ComfyUI logs.")
-    comfy_start_timeout_s: float = _setting(
-        _number(1, 3600), "400", "How long ComfyUI may take to answer its first request before the worker gives up."
-    )
+    comfy_start_timeout_s: float = _setting(_number(1, 3600), "400", "How long ComfyUI may take to answer its first request.")
     comfy_org_api_key: str | None = _setting(
-        _optional, "", "Key for ComfyUI's paid API nodes; a job's own `comfy_org_api_key` comes first.", secret=True
+        _optional, "", "Key for ComfyUI's paid API nodes. A job's own `comfy_org_api_key` takes precedence.", secret=True
     )
     job_timeout_s: float = _setting(
         _number(1, 86400),
         "3600",
-        "A workflow that runs longer is interrupted; a request can ask for less, and RunPod's own limit applies as well.",
+        "How long ComfyUI may run a workflow before it is interrupted. A request can ask for less. RunPod's own limit "
+        "also applies.",
     )
     comfy_hang_timeout_s: float = _setting(
         _number(1, 86400),
         "180",
-        "ComfyUI is replaced when it has a job and has sent nothing and answered nothing for this long.",
+        "ComfyUI is replaced when it has a job and has sent no event and given no answer for this long.",
     )
     input_url_hosts: tuple[str, ...] | None = _setting(
         _input_hosts,
         "any",
         "The hosts that a request may name in `images[].url` and `files[].url`: `any`, `none`, or a list such as "
-        "`cdn.example.com,.amazonaws.com` (a dot in front: everything below it).",
+        "`cdn.example.com,.amazonaws.com`. A leading dot allows all subdomains.",
     )
     input_url_allow_private: tuple[str, ...] = _setting(
         _places,
         "",
-        "Hosts, IP addresses and networks that those addresses, and a job's `s3Config`, may lead to although they are private, "
-        "such as `minio.internal,10.1.0.0/16`. Everything else in private, local and reserved networks is refused.",
+        "Private hosts, IP addresses and networks that those addresses, and a job's `s3Config`, may lead to, such as "
+        "`minio.internal,10.1.0.0/16`. All other private, local and reserved networks are refused.",
     )
-    input_max_mb: int = _setting(_whole(1, 100_000), "512", "The largest input file a job may bring or name, decoded, in MB.")
+    input_max_mb: int = _setting(_whole(1, 100_000), "512", "The largest input file of a job, decoded, in MB.")
     input_timeout_s: float = _setting(
-        _number(1, 86400), "120", "How long all the files that a job names by address may take together."
+        _number(1, 86400), "120", "How long all files that a job names by address may take together."
     )
     websocket_reconnect_attempts: int = _setting(
-        _whole(0, 1000), "5", "How often a lost connection to a living ComfyUI is tried again before the job fails."
+        _whole(0, 1000), "5", "How often the worker reconnects to a living ComfyUI before the job fails."
     )
     websocket_reconnect_delay_s: float = _setting(
-        _number(0, 60), "3", "The pause between those attempts; the first is made at once."
+        _number(0, 60), "3", "The pause between those attempts. The first is immediate."
     )
     bucket_endpoint_url: str | None = _setting(
         lambda text: _store(text) if text else None,
         "",
-        "An S3-compatible store that results are uploaded to: its address, with or without the bucket in it, such as "
+        "The address of an S3-compatible store for results, with or without the bucket in it, such as "
         "`https://ACCOUNT.r2.cloudflarestorage.com/results` or `https://results.s3.eu-central-1.amazonaws.com`.",
     )
     bucket_access_key_id: str | None = _setting(_optional, "", "The store's access key id.", secret=True)
     bucket_secret_access_key: str | None = _setting(_optional, "", "The store's secret access key.", secret=True)
     bucket_name: str | None = _setting(
-        _optional, "", "The bucket, if the address does not hold it; without both it is the month's, such as `11-26`."
+        _optional,
+        "",
+        "The bucket, if the address does not contain it. Without both, the bucket is named after the month, such as `11-26`.",
     )
     bucket_prefix: str | None = _setting(_optional, "", "What the keys of results begin with, before the job's id.")
     bucket_region: str | None = _setting(
-        _optional, "", "The bucket's region, if the address does not hold it; Amazon S3 wants the right one."
+        _optional, "", "The bucket's region, if the address does not contain it. Amazon S3 requires the right one."
     )
     bucket_addressing: str = _setting(
         _choice("auto", "virtual", "path"),
         "auto",
-        "Where the bucket stands in the store's addresses: `virtual`, as a host of its own; `path`; or `auto`, as the provider "
-        "wants it, and `path` for a host that nobody knows.",
+        "How addresses name the bucket: `virtual`, as a host name; `path`, as the first part of the path; `auto`, as the "
+        "provider requires, and `path` for unknown hosts.",
     )
     bucket_url_expiry_s: int = _setting(
-        _whole(1, 604_800), "604800", "How long the signed addresses of results are valid; 7 days is what the protocol allows."
+        _whole(1, 604_800), "604800", "How long the signed addresses of results are valid. The protocol allows at most 7 days."
     )
     result_limit_mb: float | None = _setting(
         lambda text: _number(0.01, 10_000)(text) if text else None,
         "",
-        "The largest result as JSON, in MB of 1,000,000 bytes. When not set, what RunPod carries: 10, or 20 through /runsync, "
-        "less a little. The largest files of a larger result are written to the volume, as `outputs/<job id>/<name>`.",
+        "The largest result as JSON, in MB. When not set: a little less than what RunPod accepts, 10 or 20 through "
+        "`/runsync`. The largest files of a larger result are written to the volume, as `outputs/<job id>/<name>`.",
     )
     output_keep_mb: int = _setting(
         _whole(0, 1_000_000),
         "2048",
-        "How much of what ComfyUI wrote stays on the disk, in MB, for cached runs to return again; the oldest goes first.",
+        "How many MB of ComfyUI's outputs stay on the disk, so that cached runs can return them again. The oldest are "
+        "removed first.",
     )
     serve_api_locally: bool = _setting(
-        _flag, "false", "Serve RunPod's local API on port 8000 and ComfyUI on its port, both on all interfaces."
+        _flag, "false", "Serve RunPod's local API on port 8000, and ComfyUI on its port, both on all interfaces."
     )
     refresh_worker: bool = _setting(_flag, "false", "Have RunPod replace the worker after each job.")
-    network_volume_debug: bool = _setting(_flag, "false", "Log what is in each model folder of the volume at start.")
+    network_volume_debug: bool = _setting(_flag, "false", "Log the contents of each model folder of the volume at start.")
     runpod_pod_id: str | None = _setting(
-        _optional, "", "Set by RunPod: what other workers call this one while they wait for it."
+        _optional, "", "Set by RunPod. Other workers show this name while they wait for this one."
     )
     runpod_endpoint_id: str | None = _setting(
-        _optional, "", "Set by RunPod: what the list of an endpoint's models is called on the volume."
+        _optional, "", "Set by RunPod. Names the endpoint's list of recent models on the volume."
     )
     worker_log_level: str = _setting(_choice("DEBUG", "INFO", "WARNING", "ERROR"), "INFO", "How much the worker itself logs.")
 
@@ -429,7 +436,7 @@ def _is_pod(environ: Mapping[str, str]) -> bool:
 
 
 def markdown_table() -> str:
-    """The table of all settings, as the README shows it."""
+    """Return the table of all settings, as docs/settings.md shows it."""
     rows = ["| Variable | Default | What it does |", "| --- | --- | --- |"]
     for item in dataclasses.fields(Settings):
         default = item.metadata["default"]
