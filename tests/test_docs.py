@@ -37,7 +37,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 PAGES = sorted(
-    str(path.relative_to(PROJECT)) for pattern in ("*.md", "docs/*.md", "*/README.md") for path in PROJECT.glob(pattern)
+    str(path.relative_to(PROJECT))
+    for pattern in ("*.md", "docs/*.md", "docs/decisions/*.md", "*/README.md")
+    for path in PROJECT.glob(pattern)
 )
 COMMAND_TIMEOUT_S = 60.0
 
