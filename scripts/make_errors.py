@@ -27,6 +27,7 @@ from client import errors as client  # noqa: E402 - found through the path above
 from worker import doctor, errors  # noqa: E402 - as above
 from worker.plan import command as plan  # noqa: E402 - as above
 from worker.seed import cli as seeder  # noqa: E402 - as above
+from worker.seed import errors as seed_errors  # noqa: E402 - as above
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 ErrorClass: TypeAlias = type[errors.WorkerError] | type[client.ClientError]
 
 PAGE: Final = PROJECT / "docs" / "errors.md"
+MODULES: Final = (errors, seed_errors, client)
+"""Where errors are defined."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +89,7 @@ SECTIONS: Final = (
     Section("`python -m worker convert`", errors.ConvertUsage, "A command for people."),
     Section(
         "`python -m worker seed`, `scripts/seed_volume.py`",
-        errors.SeedError,
+        seed_errors.SeedError,
         "Beside these it meets the errors of models and lists above. With `--json` each has its `code` and `text`.",
     ),
     Section(
@@ -103,7 +106,7 @@ SECTIONS: Final = (
 NEVER_RAISED: Final = frozenset(
     {
         *(errors.WorkerError, errors.StartError, errors.RequestError, errors.InputError, errors.ModelError, errors.EngineError),
-        *(errors.DeliveryError, errors.BucketFailed, errors.SeedError, errors.FileUnusable),
+        *(errors.DeliveryError, errors.BucketFailed, seed_errors.SeedError, errors.FileUnusable),
         *(client.ClientError, client.JobError, client.ServiceError),
     }
 )
@@ -337,7 +340,7 @@ MORE: Final[Mapping[str, str]] = {
 HEAD: Final = """\
 # Errors
 
-<!-- Made by `python -m scripts.make_errors` from worker/errors.py and client/errors.py; a test holds it to them. -->
+<!-- Made by `python -m scripts.make_errors` from every errors.py; a test holds it to them. -->
 
 A failed job has one sentence in `error`: what happened and what to do. Beside it stand `code`, which never changes and is what
 a program should look at, `retryable`, and for some errors `details`, a list with one finding a line. In the worker's log the
@@ -378,13 +381,24 @@ def main(argv: Sequence[str]) -> int:
 
 def classes() -> tuple[ErrorClass, ...]:
     """Every error that is raised, in the order of the code."""
-    return (*_classes_of(errors, errors.WorkerError), *_classes_of(client, client.ClientError))
+    return tuple(kind for module in MODULES for kind in _classes_of(module) if kind not in NEVER_RAISED)
 
 
-def _classes_of(module: ModuleType, root: ErrorClass) -> Iterator[ErrorClass]:
+def _classes_of(module: ModuleType) -> Iterator[ErrorClass]:
     for value in vars(module).values():
-        if isinstance(value, type) and issubclass(value, root) and value not in NEVER_RAISED:
+        if (
+            isinstance(value, type)
+            and issubclass(value, (errors.WorkerError, client.ClientError))
+            and value.__module__ == module.__name__
+        ):
             yield value
+
+
+def fields_of(kind: ErrorClass) -> tuple[str, ...]:
+    """Return the names of an error's fields."""
+    if issubclass(kind, errors.WorkerError):
+        return kind.fields
+    return tuple(field.name for field in dataclasses.fields(kind)) if dataclasses.is_dataclass(kind) else ()
 
 
 def section_of(kind: ErrorClass) -> Section:
@@ -397,9 +411,7 @@ def section_of(kind: ErrorClass) -> Section:
 
 def example(kind: ErrorClass) -> errors.WorkerError | client.ClientError:
     """An instance with example values. Raises `Incomplete` at a field that has none."""
-    if not dataclasses.is_dataclass(kind):
-        return kind()
-    return kind(**{field.name: _value(kind, field.name) for field in dataclasses.fields(kind)})
+    return kind(**{name: _value(kind, name) for name in fields_of(kind)})
 
 
 def _value(kind: ErrorClass, field: str) -> Any:  # noqa: ANN401 - of whatever type the field has

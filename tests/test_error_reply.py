@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from worker.base.text import shortened
 from worker.error_reply import DETAIL_CHARACTERS, DETAILS, SENTENCE_CHARACTERS, failure, sentences
-from worker.errors import EngineDied, EngineGaveUp, NodeFailed, WorkflowMissing, WorkflowRejected, shortened
+from worker.errors import EngineDied, EngineGaveUp, NodeFailed, WorkflowMissing, WorkflowRejected
 from worker.graph.rejection import dropped_outputs, rejection, with_sent
 from worker.logs import RedactingFilter
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import dataclasses
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ from worker import errors
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+    from types import ModuleType
 
 SOURCES = [*(PROJECT / "worker").rglob("*.py"), *(PROJECT / "client").rglob("*.py")]
 TREES: list[make_errors.ErrorClass] = [errors.WorkerError, client.ClientError]
@@ -48,10 +48,6 @@ def whole_tree(kind: make_errors.ErrorClass) -> Iterator[make_errors.ErrorClass]
     yield kind
     for below in kind.__subclasses__():
         yield from whole_tree(below)
-
-
-def fields_of(kind: make_errors.ErrorClass) -> list[str]:
-    return [field.name for field in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
 
 
 ALL = [kind for root in TREES for kind in whole_tree(root)]
@@ -118,7 +114,6 @@ def test_what_is_only_a_kind_of_error_is_never_raised() -> None:
 
 
 def test_an_error_that_the_script_knows_nothing_of_is_named() -> None:
-    @dataclasses.dataclass(eq=False)
     class NeverSeen(errors.WorkerError):
         never_seen: str
 
@@ -132,8 +127,53 @@ def test_an_error_that_the_script_knows_nothing_of_is_named() -> None:
 
 
 def test_every_example_is_of_use() -> None:
-    wanted = [(f"{kind.__name__}.{name}", name) for kind in RAISED for name in fields_of(kind)]
+    wanted = [(f"{kind.__name__}.{name}", name) for kind in RAISED for name in make_errors.fields_of(kind)]
     assert {next(key for key in keys if key in make_errors.EXAMPLES) for keys in wanted} == set(make_errors.EXAMPLES)
+
+
+# --- the trees ------------------------------------------------------------------------------------
+
+
+def drawn(module: ModuleType) -> dict[str, str | None]:
+    """Each class in the tree of a module's docstring, with the class that it stands below."""
+    below: dict[str, str | None] = {}
+    path: list[tuple[int, str]] = []
+    tree = (module.__doc__ or "").partition("Error\n")
+    for line in [re.split(r"\s", tree[0])[-1] + "Error", *tree[2].partition("\n\n")[0].splitlines()]:
+        column = len(line) - len(line.lstrip(" │├└─"))
+        path = [(at, name) for at, name in path if at < column]
+        names = line[column:].partition("  ")[0].split(", ")
+        below.update(dict.fromkeys(names, path[-1][1] if path else None))
+        path.append((column, names[-1]))
+    return below
+
+
+@pytest.mark.parametrize("module", make_errors.MODULES)
+def test_a_module_draws_its_whole_tree(module: ModuleType) -> None:
+    kinds = {kind.__name__: kind for kind in ALL if kind.__module__ == module.__name__}
+    tree = drawn(module)
+    assert set(tree) - set(kinds) <= {"WorkerError"}, "it draws classes that are not there"
+    assert {name: kind.__bases__[0].__name__ for name, kind in kinds.items() if kind not in TREES} == {
+        name: base for name, base in tree.items() if base
+    }
+
+
+def test_fields_are_taken_as_a_dataclass_takes_them() -> None:
+    class Fault(errors.WorkerError):
+        path: str
+        reasons: list[str]
+        times: int = 1
+        template = "{path} failed {times} times: {reasons}; {reasons: and }"
+
+    fault = Fault("x", reasons=["a", "b"])
+    assert (fault.path, fault.times, str(fault)) == ("x", 1, "x failed 1 times: a; b; a and b")
+    again = fault.copy(times=2)
+    assert again is not fault
+    assert str(again) == "x failed 2 times: a; b; a and b"
+    kind: Any = Fault
+    for values, named in (("x",), {}), (("x", [], 1, 2), {}), (("x", []), {"path": "y"}), (("x", []), {"nothing": 1}):
+        with pytest.raises(TypeError, match="Fault takes path, reasons, times"):
+            kind(*values, **named)
 
 
 # --- the errors themselves ------------------------------------------------------------------------
@@ -164,7 +204,7 @@ def test_its_sentence_is_one_that_can_be_acted_on(kind: make_errors.ErrorClass) 
 
 @pytest.mark.parametrize("kind", RAISED)
 def test_it_shows_no_secret(kind: make_errors.ErrorClass) -> None:
-    for name in fields_of(kind):
+    for name in make_errors.fields_of(kind):
         assert {name, f"{kind.__name__}.{name}"} & NO_SECRET or not SECRET.search(name)
 
 
@@ -173,7 +213,7 @@ def test_its_sentence_is_built_from_its_fields(kind: make_errors.ErrorClass) -> 
     """Each text is in it: what is not shown helps nobody."""
     error: Any = make_errors.example(kind)
     beside = {"ModelUnavailable.cause", "JobFailed.worker_code"}  # for programs
-    for name in fields_of(kind):
+    for name in make_errors.fields_of(kind):
         value = getattr(error, name)
         if isinstance(value, str) and f"{kind.__name__}.{name}" not in beside:
             assert value in str(error)

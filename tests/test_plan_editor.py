@@ -15,13 +15,14 @@ from devkit.local_worker import PROJECT
 from devkit.recorded import recorded_pairs, recording
 from scripts.make_catalog import fetch_wheel, templates
 from worker.editor.convert import convert
-from worker.errors import RequestError, SeedUsage, UiWorkflowInvalid, UnknownNodes
+from worker.errors import RequestError, UiWorkflowInvalid, UnknownNodes
 from worker.fetch.http import Network
 from worker.fetch.hub import Hub
 from worker.graph.graph import named_models, needed_nodes, parse_graph
 from worker.models.sources import Sources, embedded_models
 from worker.plan.document import Unreadable, Wanted, read_document
 from worker.plan.editor import naming_graph
+from worker.seed.errors import SeedUsage
 from worker.seed.selection import Wants
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ import pytest
 
 from devkit.hub import Hub as StandIn
 from devkit.s3 import RunPodProxy, S3Server
-from worker.errors import S3FileDiffers, S3KeysRefused, S3Unreachable, S3VolumeFull, S3VolumeNotFound
 from worker.fetch.http import Network
 from worker.fetch.hub import Hub, credentials
+from worker.seed.errors import S3FileDiffers, S3KeysRefused, S3Unreachable, S3VolumeFull, S3VolumeNotFound
 from worker.seed.fill import S3Filler
 from worker.seed.relay import Load
 from worker.seed.s3_api import Bucket, Keys, Place, bucket_at

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from worker.errors import StartError, shortened
+from worker.base.text import shortened
+from worker.errors import StartError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

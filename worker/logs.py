@@ -7,7 +7,7 @@ import re
 import sys
 from typing import TYPE_CHECKING
 
-from worker.errors import shortened
+from worker.base.text import shortened
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -87,3 +87,12 @@ def shown(text: str, limit: int = _SHOWN_CHARS) -> str:
     """Return a name or title from a request for use in a sentence: one line, printable, cut at `limit` characters."""
     line = "".join(char if char.isprintable() else "?" for char in text[:limit])
     return line + "..." if len(text) > limit else line
+
+
+def shortened(text: str, most: int) -> str:
+    """Return at most `most` characters of a text: its beginning and its end. Sentences quote what clients send."""
+    if len(text) <= most:
+        return text
+    mark = f" ... ({len(text)} characters) ... "
+    end = max(0, (most - len(mark)) // 3)
+    return text[: most - len(mark) - end] + mark + text[len(text) - end :]

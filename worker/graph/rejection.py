@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from worker.base.text import shown
+from worker.base.text import shortened, shown
 from worker.comfyui_data import known, older
-from worker.errors import ModelMissing, UnknownNodes, WorkflowInvalid, WorkflowRejected, shortened
+from worker.errors import ModelMissing, UnknownNodes, WorkflowInvalid, WorkflowRejected
 from worker.graph.graph import BrokenLink, named_models, needed_nodes, reached, takers_in
 
 if TYPE_CHECKING:

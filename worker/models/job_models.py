@@ -9,7 +9,6 @@ import contextlib
 import logging
 import stat
 import threading
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -125,7 +124,7 @@ class Supply:
         """Raises `ManifestInvalid` when there is a mistake in a manifest."""
         sources = self._current_sources()
         for error in (*sources.errors, *sources.odd):
-            raise replace(error)
+            raise error.copy()
 
     def fetch_behind(self, specs: Iterable[ModelSpec]) -> None:
         """Have those of these that are not there fetched while jobs run."""

@@ -27,8 +27,9 @@ from itertools import chain, islice
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol
 
+from worker.base.text import shortened
 from worker.comfyui_data import known
-from worker.errors import AmbiguousModel, ManifestInvalid, ModelsInvalid, RequestError, SpecInvalid, WorkerError, shortened
+from worker.errors import AmbiguousModel, ManifestInvalid, ModelsInvalid, RequestError, SpecInvalid, WorkerError
 from worker.spec import ModelSpec, check_from_request, check_spec, parse_spec
 
 if TYPE_CHECKING:
@@ -225,7 +226,7 @@ class Sources:
                 if models.deliberate:
                     break
         if wrong:
-            raise replace(wrong)  # one of its own for each job: the list keeps this one
+            raise wrong.copy()  # one of its own for each job: the list keeps this one
         if problem:
             raise problem
         return None

@@ -9,19 +9,10 @@ import sys
 import threading
 from typing import IO, TYPE_CHECKING, Final
 
-from worker.errors import (
-    DatacenterUnknown,
-    EnsureCancelled,
-    ManifestInvalid,
-    S3KeysMissing,
-    SeedUsage,
-    SettingsError,
-    SpecInvalid,
-    WhatUnknown,
-    WorkerError,
-)
+from worker.errors import EnsureCancelled, ManifestInvalid, SettingsError, SpecInvalid, WorkerError
 from worker.seed import maintenance, seeding
 from worker.seed.context import Desk, tell
+from worker.seed.errors import DatacenterUnknown, S3KeysMissing, SeedUsage, WhatUnknown
 from worker.seed.options import parse
 from worker.seed.screen import JsonLines
 from worker.settings import Settings

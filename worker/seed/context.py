@@ -12,11 +12,12 @@ from typing import IO, TYPE_CHECKING, Any, Final
 
 from rich.console import Console
 
-from worker.errors import ManifestInvalid, S3Unreachable, SeedUsage
+from worker.errors import ManifestInvalid
 from worker.fetch.http import Network
 from worker.fetch.hub import Hub, credentials
 from worker.fetch.ranges import Tuning
 from worker.models.sources import Sources, SpecList
+from worker.seed.errors import S3Unreachable, SeedUsage
 from worker.seed.fill import MountedFiller, S3Filler
 from worker.seed.mounted_volume import MountedVolume
 from worker.seed.options import keys_from
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     import threading
     from collections.abc import Callable, Mapping
 
-    from worker.errors import SeedError
+    from worker.seed.errors import SeedError
     from worker.seed.fill import Filler
     from worker.seed.options import Options
     from worker.seed.s3_api import Bucket

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from worker.base.progress import Meter, Progress
 from worker.base.text import forms
-from worker.errors import ContentMismatch, EnsureCancelled, S3Failed, SeedError, VolumeReadOnly, WorkerError
+from worker.errors import ContentMismatch, EnsureCancelled, VolumeReadOnly, WorkerError
 from worker.plan.lookup import check_promises
+from worker.seed.errors import S3Failed, SeedError
 from worker.seed.outcome import NEWER, Outcome
 from worker.seed.relay import Load, Relay, Upload
 from worker.seed.s3_api import UploadGone

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from worker.base.progress import Progress
 from worker.base.text import count, size_text
-from worker.errors import SeedUsage
 from worker.seed import tables
+from worker.seed.errors import SeedUsage
 from worker.seed.outcome import Outcome
 from worker.seed.seeding import FAILED, code_of, fill
 from worker.seed.verify import Checked, is_as_sealed, repair_spec, unnamed, verify

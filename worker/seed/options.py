@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from worker.errors import S3KeysMissing, SeedUsage
+from worker.seed.errors import S3KeysMissing, SeedUsage
 from worker.seed.s3_api import DATACENTERS, Keys, Place
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from worker.errors import ModelUnavailable
+from worker.seed.errors import ModelUnavailable
 
 if TYPE_CHECKING:
     from worker.errors import WorkerError

@@ -18,17 +18,9 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from worker.errors import (
-    ContentMismatch,
-    EnsureCancelled,
-    NotAFile,
-    S3Failed,
-    S3Unreachable,
-    SeedError,
-    SourceRefused,
-    SourceUnreachable,
-)
+from worker.errors import ContentMismatch, EnsureCancelled, NotAFile, SourceRefused, SourceUnreachable
 from worker.fetch.ranges import Fetch, Tuning
+from worker.seed.errors import S3Failed, S3Unreachable, SeedError
 from worker.seed.s3_api import UploadGone
 from worker.seed.window import Window, WindowClosed
 from worker.store.disk import stated_in

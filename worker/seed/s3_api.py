@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from botocore.exceptions import BotoCoreError, ClientError
 
-from worker.errors import (
+from worker.media.s3 import S3Target, make_client
+from worker.seed.errors import (
     DatacenterUnknown,
     S3Failed,
     S3KeysRefused,
@@ -24,7 +25,6 @@ from worker.errors import (
     S3VolumeNotFound,
     SeedError,
 )
-from worker.media.s3 import S3Target, make_client
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from worker.base.text import forms
-from worker.errors import EnsureCancelled, FileIncomplete, S3Failed, S3FileDiffers, UnsafePath
+from worker.errors import EnsureCancelled, FileIncomplete, UnsafePath
+from worker.seed.errors import S3Failed, S3FileDiffers
 from worker.store.disk import stated_in
 from worker.store.download import Origin
 from worker.store.file_formats import is_safetensors

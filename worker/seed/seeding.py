@@ -14,11 +14,12 @@ from rich.text import Text
 
 from worker.base.progress import Progress
 from worker.base.text import count, size_text
-from worker.errors import EnsureCancelled, ModelUnavailable, SeedUsage, VolumeFull
+from worker.errors import EnsureCancelled, VolumeFull
 from worker.plan.items import State
 from worker.plan.lookup import ask
 from worker.seed import tables
 from worker.seed.dry_run import look_ahead
+from worker.seed.errors import ModelUnavailable, SeedUsage
 from worker.seed.outcome import Outcome
 from worker.spec import HubFile
 from worker.store.inventory import Standing

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from worker.comfyui_data import known
-from worker.errors import FileNotInRepo, ManifestInvalid, RequestError, SeedUsage, WhatUnknown, WorkflowUnknown
+from worker.errors import FileNotInRepo, ManifestInvalid, RequestError, WorkflowUnknown
 from worker.graph.rejection import Origin, unknown_nodes
 from worker.models.sources import Catalog, Sources, SpecList
 from worker.plan.document import Unreadable, Wanted, is_text, read_document
 from worker.plan.items import Item, State
 from worker.plan.lookup import meaning, of_spec
+from worker.seed.errors import SeedUsage, WhatUnknown
 from worker.spec import HubFile, ModelSpec, parse_source, parse_spec
 from worker.volume_workflows import decoded
 

@@ -126,7 +126,7 @@ def path_of(layout: Layout, spec: ModelSpec) -> Path:
     for place in (*reversed(path.relative_to(layout.root).parents), path.relative_to(layout.root)):
         link = layout.root / place
         if link.is_symlink() and not (link.resolve().is_relative_to(root) and (link.exists() or link == path)):
-            raise LinkAstray("The link", str(link), str(link.readlink()), link.exists())
+            raise LinkAstray("The link", str(link), target=str(link.readlink()), exists=link.exists())
     return path
 
 

@@ -454,7 +454,7 @@ class Stores:
             return local.ensure(spec, progress, cancel)
         except (VolumeFull, VolumeReadOnly) as exc:
             # The volume is what people can enlarge or mount in another way.
-            raise replace(refused, container=exc) from exc
+            raise refused.copy(container=exc) from exc
 
     def _say(self, reason: str) -> None:
         """Once: a log is not the place to repeat with each model what one look at the volume says."""
