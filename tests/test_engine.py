@@ -13,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from websockets.asyncio.client import connect
 
 from devkit.cutting_proxy import CuttingProxy
 from devkit.engine.models import make_volume
@@ -175,7 +176,7 @@ def test_a_websocket_that_went_deaf_is_replaced_before_the_next_run(address: str
     async def scenario() -> None:
         async with proxied(address, silence_s=0.2) as (proxy, client):
             old = client._client_id
-            other = await client._http.ws_connect(f"/ws?clientId={old}", max_msg_size=0)
+            other = await connect(f"ws://{proxy.address}/ws?clientId={old}")
             await other.close()  # ComfyUI forgets the name
             assert len((await client.run(tiny(60), timeout_s=TIMEOUT_S)).outputs) == 1, "from the history"
             result = await client.run(tiny(61), timeout_s=TIMEOUT_S)

@@ -3,7 +3,7 @@
 One websocket for as long as the process lives, opened before the first prompt, so that no event of a run can be missed;
 after any gap or silence /history and /queue are asked instead. Runs on one event loop.
 
-Both go through aiohttp: the RunPod SDK brings it anyway, and a request costs it a third of the processor time of httpx.
+HTTP goes through aiohttp: the RunPod SDK brings it anyway, and a request costs it a third of the processor time of httpx.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote
 
 import aiohttp
+from websockets.asyncio.client import connect
+from websockets.exceptions import ConnectionClosed, WebSocketException
 
 from worker.base.clock import within
 from worker.comfyui_data import older
@@ -39,6 +41,8 @@ from worker.graph.rejection import dropped_outputs, options_of, rejection
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+
+    from websockets.asyncio.client import ClientConnection
 
     from worker.engine.events import Event, Outputs
     from worker.graph.graph import Graph
@@ -198,7 +202,7 @@ class ComfyClient:
         """Connect the websocket. Raises `EngineUnreachable`."""
         try:
             socket = await self._connect()
-        except (aiohttp.ClientError, TimeoutError) as exc:
+        except (OSError, WebSocketException) as exc:
             raise EngineUnreachable(self.address, _reason(exc)) from exc
         self._listener = asyncio.create_task(self._listen(socket), name="comfyui-websocket")
 
@@ -472,24 +476,33 @@ class ComfyClient:
                 raise EngineHung(self._hang_s) from exc
             raise
 
-    async def _connect(self) -> aiohttp.ClientWebSocketResponse:
+    async def _connect(self) -> ClientConnection:
+        """Open a websocket. Raises `OSError` (`TimeoutError` is one) or `WebSocketException`."""
         # No heartbeat: a node that holds the interpreter for a minute is busy, not gone; a dead process closes the socket.
         # No compression and no size limit: both ends are on this machine, and previews can be large.
-        return await self._http.ws_connect(f"/ws?clientId={self._client_id}", max_msg_size=0)
+        async with within(self._hang_s, self._clock):
+            return await connect(
+                f"ws://{self.address}/ws?clientId={self._client_id}",
+                proxy=None,
+                compression=None,
+                max_size=None,
+                ping_interval=None,
+                open_timeout=None,  # the limit is ours, by a clock that stands still in a freeze
+                close_timeout=_CLOSE_S,  # a peer that is gone does not answer
+            )
 
-    async def _listen(self, socket: aiohttp.ClientWebSocketResponse) -> None:
+    async def _listen(self, socket: ClientConnection) -> None:
         while True:
             try:
-                async for message in socket:  # ends when the connection does, however that comes
-                    self._heard_at = self._clock()
-                    if isinstance(message.data, bytes):
-                        self._take(sent_png(message.data))
-                    elif (event := decode(message.data)) is not None:
-                        self._dispatch(event)
+                with contextlib.suppress(ConnectionClosed):  # however it ends
+                    async for message in socket:
+                        self._heard_at = self._clock()
+                        if isinstance(message, bytes):
+                            self._take(sent_png(message))
+                        elif (event := decode(message)) is not None:
+                            self._dispatch(event)
             finally:
-                if not socket.closed:
-                    with contextlib.suppress(TimeoutError):
-                        await asyncio.wait_for(socket.close(), _CLOSE_S)  # a peer that is gone does not answer
+                await socket.close()
             log.warning("the websocket to ComfyUI closed; connecting again")
             self._deaf = True  # perhaps, once ComfyUI notices the end of the old one
             for run in self._runs.values():
@@ -501,14 +514,14 @@ class ComfyClient:
             for run in self._runs.values():
                 run.news.set()
 
-    async def _connect_again(self) -> aiohttp.ClientWebSocketResponse | None:
+    async def _connect_again(self) -> ClientConnection | None:
         reason = ""
         for attempt in range(self._reconnect.attempts):
             if attempt:
                 await asyncio.sleep(self._reconnect.delay_s)
             try:
                 return await self._connect()
-            except (aiohttp.ClientError, TimeoutError) as exc:
+            except (OSError, WebSocketException) as exc:
                 reason = _reason(exc)
         log.error("the websocket to ComfyUI could not be opened again: %s", reason)
         self.fail_all(EngineUnreachable(self.address, reason))
