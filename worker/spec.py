@@ -1,4 +1,4 @@
-"""What a model file is and where its bytes come from: `ModelSpec`, and the addresses people write. Pure."""
+"""A model file and its source: `ModelSpec`, and the addresses that people write. Pure."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 
 REQUEST_SUFFIXES = (".safetensors", ".sft", ".gguf")
-"""What a request may have fetched: formats that hold tensors and nothing that runs when they are loaded."""
+"""The formats that a request may have downloaded. They hold tensors, and loading them runs no code."""
 
 WEIGHT_SUFFIXES = (*REQUEST_SUFFIXES, ".ckpt", ".pt", ".pt2", ".bin", ".pth", ".pkl", ".onnx")
 
@@ -34,13 +34,13 @@ _REPO_PART = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?")
 _SHA256 = re.compile(r"(?:sha256:)?([0-9a-fA-F]{64})")
 _DRIVE = re.compile(r"[A-Za-z]:")
 _SECRET_KEYS = re.compile(r"(?i)token|key|secret|signature|sig|password|auth|credential")
-_COMPONENT_MAX_BYTES = 255  # the most that Linux file systems take for one name
+_COMPONENT_MAX_BYTES = 255  # Linux file systems allow no more for one name
 _NAME_MAX_BYTES = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class HubFile:
-    """A file of a repository on Hugging Face (or the mirror that `HF_ENDPOINT` names)."""
+    """A file of a repository on Hugging Face, or on the mirror that `HF_ENDPOINT` names."""
 
     repo: str
     path: str
@@ -49,12 +49,12 @@ class HubFile:
 
     @property
     def host(self) -> str:
-        """The host that a request must be allowed to use for it."""
+        """Return the host that a request must be allowed to use for this file."""
         return HUB_HOST
 
     @property
     def file_name(self) -> str | None:
-        """What the file is called there."""
+        """Return the file's name in the repository."""
         return self.path.rpartition("/")[2]
 
     def __str__(self) -> str:
@@ -65,18 +65,18 @@ class HubFile:
 
 @dataclass(frozen=True, slots=True)
 class Url:
-    """A file behind a plain address. Its text form hides what may be a secret in it; `url` does not."""
+    """A file behind a plain address. Its text form hides possible secrets; `url` does not."""
 
     url: str
 
     @property
     def host(self) -> str:
-        """The host, in lower case, without the port."""
+        """Return the host in lower case, without the port."""
         return (urlsplit(self.url).hostname or "").rstrip(".")
 
     @property
     def file_name(self) -> str | None:
-        """What the address calls the file, if it ends like one of weights."""
+        """Return the file name in the address, if it ends like a weights file."""
         last = unquote(urlsplit(self.url).path).rpartition("/")[2]
         return last if last.lower().endswith(WEIGHT_SUFFIXES) else None
 
@@ -94,9 +94,9 @@ Source: TypeAlias = HubFile | Url
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """One model file: where it belongs under `models/`, and where its bytes come from.
+    """One model file: its place under `models/` and its source.
 
-    An instance is always sound: folder and name are relative and stay where they are put, `sha256` is 64 lower-case hex digits.
+    An instance is always valid: folder and name are relative and stay in their folder, `sha256` is 64 lower-case hex digits.
 
     Raises:
         SpecInvalid: from the constructor, naming the field.
@@ -126,10 +126,10 @@ def parse_spec(
     sha256: object = None,
     size_bytes: object = None,
 ) -> ModelSpec:
-    """The model that these values, as somebody wrote them, describe; without `name` it is called as its source calls it.
+    """Return the model that these values describe. Without `name` it has its source's file name.
 
     Raises:
-        SpecInvalid: naming the first field that is wrong and what would be right.
+        SpecInvalid: naming the first wrong field and what would be right.
     """
     spec, problems = check_spec(folder, source, name=name, sha256=sha256, size_bytes=size_bytes)
     if spec is None:
@@ -145,7 +145,7 @@ def check_spec(
     sha256: object = None,
     size_bytes: object = None,
 ) -> tuple[ModelSpec | None, tuple[SpecInvalid, ...]]:
-    """As `parse_spec`, with every field that is wrong: the model and no problems, or None and at least one."""
+    """Return the model and no problems, or None and a problem for each wrong field. Otherwise like `parse_spec`."""
     model = name if isinstance(name, str) else None
     problems: list[SpecInvalid] = []
 
@@ -184,7 +184,7 @@ def _name_in_source(source: Source) -> str:
 
 
 def check_from_request(spec: ModelSpec, allowed_hosts: Collection[str]) -> None:
-    """A request may have this model fetched: a format that holds no code, over https, from an allowed host.
+    """Raise unless a request may have this model downloaded: a format without code, over https, from an allowed host.
 
     Raises:
         SuffixNotAllowed, HostNotAllowed: as they say.
@@ -204,7 +204,7 @@ def check_from_request(spec: ModelSpec, allowed_hosts: Collection[str]) -> None:
 
 
 def check_name(field: str, value: object, *, model: str | None = None) -> None:
-    """A relative name of folders and a file, with `/` between, that stays under where it is put and that a disk can hold.
+    """Return a relative name of folders and a file, separated by `/`, that stays in its folder and that a disk can store.
 
     Raises:
         SpecInvalid: naming `field` and what is wrong with it.
@@ -264,11 +264,11 @@ def _check_size(value: object, model: str | None) -> None:
 
 
 def parse_source(text: object, *, model: str | None = None) -> Source:
-    """The source that an address means; the many spellings of one file on Hugging Face give one `HubFile`.
+    """Return the source that an address means. The different spellings of one file on Hugging Face give one `HubFile`.
 
-    Read are `hf://org/repo/path[@revision]` (also `hf://org/repo@revision/path`, and `hf://datasets/...`), links from Hugging
-    Face's pages with `resolve`, `blob` or `raw` in them, Civitai's download addresses and its page addresses that name a
-    version, ModelScope's addresses of files, and any other http or https address.
+    Accepted are `hf://org/repo/path[@revision]` (also `hf://org/repo@revision/path`, and `hf://datasets/...`), links from
+    Hugging Face's pages with `resolve`, `blob` or `raw` in them, Civitai's download addresses and those of its pages that name
+    a version, ModelScope's addresses of files, and any other http or https address.
 
     Raises:
         SpecInvalid: saying what would be right.
@@ -290,7 +290,7 @@ def parse_source(text: object, *, model: str | None = None) -> Source:
 
 
 class _Malformed(Exception):  # noqa: N818 - never leaves this module
-    """What is wrong with an address, as the end of a sentence."""
+    """A problem with an address, as the end of a sentence."""
 
 
 _HUB_FORM = "write hf://org/repo/path/to/file, with @revision at the end for another one than main"
@@ -307,7 +307,7 @@ def _hub_file(rest: str) -> HubFile:
 
 
 def _cut_revision(path: str) -> tuple[str, str]:
-    # "sprite@2x.safetensors" is a file's name: nobody calls a revision like a weights file.
+    # "sprite@2x.safetensors" is a file name: no revision ends like a weights file.
     head, at, revision = path.rpartition("@")
     if not at or revision.lower().endswith(WEIGHT_SUFFIXES):
         return path, ""
@@ -356,7 +356,7 @@ def _from_hub_page(parts: SplitResult) -> HubFile:
     pieces = path.split("/")
     if len(pieces) < 5 or pieces[2] not in {"resolve", "blob", "raw"}:  # noqa: PLR2004 - org, repo, verb, revision, file
         raise _Malformed("is a page of Hugging Face and no file; open the file there and copy its download link")
-    # A revision's own slashes are escaped, but the hub also takes refs/pr/1 and refs/convert/parquet as they are.
+    # Slashes in a revision are escaped, but the hub also accepts refs/pr/1 and refs/convert/parquet.
     size = 3 if pieces[3] == "refs" and len(pieces) > 6 else 1  # noqa: PLR2004 - refs, kind, id, file
     revision, rest = "/".join(pieces[3 : 3 + size]), "/".join(pieces[3 + size :])
     return _checked_hub_file(pieces[0], pieces[1], unquote(rest), unquote(revision), repo_type)
@@ -383,7 +383,7 @@ def _from_modelscope(parts: SplitResult) -> Url:
 
 
 def modelscope_listing(source: Url) -> tuple[str, str] | None:
-    """Where ModelScope's API lists a file beside those of its folder, and the file's path there; None for any other address."""
+    """Return the address of ModelScope's listing that contains a file, and the file's path in it. None for other hosts."""
     parts = urlsplit(source.url)
     found = _MODELSCOPE_FILE.fullmatch(parts.path) if source.host == _MODELSCOPE_HOST else None
     if not found:
@@ -394,7 +394,7 @@ def modelscope_listing(source: Url) -> tuple[str, str] | None:
 
 
 def at_endpoint(source: Source, endpoint: str) -> Source:
-    """The hub's file that an address below `endpoint`, the hub's own or a mirror's, means; any other source as it is."""
+    """Return the hub's file for an address below `endpoint`, the hub's own or a mirror's. Return other sources unchanged."""
     base = f"{endpoint.rstrip('/')}/"
     if isinstance(source, Url) and source.url.startswith(base):
         try:
@@ -405,7 +405,10 @@ def at_endpoint(source: Source, endpoint: str) -> Source:
 
 
 def content_key(sha256: str | None, address: str, etag: str | None, size_bytes: int) -> str:
-    """Return the name of a content's partial downloads and lock: its sha256, else a digest of its address, ETag and size."""
+    """Return the name of a content's partial downloads and lock.
+
+    It is the sha256. If that is unknown, it is a digest of the address, the ETag and the size.
+    """
     if sha256:
         return sha256.lower()
     return "url-" + hashlib.sha256(f"{address}\n{etag or ''}\n{size_bytes}".encode()).hexdigest()

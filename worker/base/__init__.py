@@ -1,1 +1,1 @@
-"""What every wing uses: texts, progress, clocks, waiting for blocking work."""
+"""Helpers that every folder uses: text, progress, clock, volume."""

@@ -1,7 +1,7 @@
-"""Time that passed for this worker: a clock that stands still while the process is frozen. Touches threads.
+"""A clock that stops while the process is frozen. Touches threads.
 
-RunPod's FlashBoot freezes idle workers and thaws them later. A deadline on the system's clock is over then, although nobody has
-had a chance to answer, and connections to other machines are dead without a word.
+RunPod's FlashBoot freezes idle workers and thaws them later. A deadline on the system's clock has then passed, although nobody
+could answer in the meantime. Connections to other machines are dead, but no error says so.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _TICK_S = 0.5
-# A machine that is busy, or a library that holds the interpreter, makes ticks late by a second or two.
+# A busy machine, or a library that holds the interpreter, delays ticks by a second or two.
 _LATE_S = 4.0
 
 
 class RunningClock:
     """Seconds that this process was able to run. Call it like `time.monotonic`, from any thread.
 
-    Once started, it ticks. A gap of more than `late_s` between two ticks is a freeze. It does not count, and the functions
-    given to `on_thaw` are called with its length in seconds, on the clock's own thread. A wall clock that jumps ahead tells of
-    a freeze, too: the monotonic clock of a machine that was thawed may have stood still.
+    After `start` it ticks. A gap of more than `late_s` between two ticks is a freeze. The clock leaves it out, and calls the
+    functions given to `on_thaw` with its length in seconds, on its own thread. A wall clock that jumps ahead also means a
+    freeze, because the monotonic clock of a thawed machine may have stood still.
     """
 
     def __init__(
@@ -50,16 +50,16 @@ class RunningClock:
         self._stopped = threading.Event()
 
     def __call__(self) -> float:
-        """Return the seconds; the difference of two answers is what passed while the process ran."""
+        """Return the seconds. The difference of two calls is the time that the process ran."""
         with self._lock:
             return self._look() - self._frozen_s
 
     def on_thaw(self, tell: Callable[[float], None]) -> None:
-        """Have a function called after each freeze. It runs on the clock's thread and returns at once."""
+        """Call a function after each freeze, on the clock's thread. It must return at once."""
         self._on_thaw.append(tell)
 
     def start(self) -> RunningClock:
-        """Begin to tick; return this clock."""
+        """Start ticking and return this clock."""
         with self._lock:
             self._look()
             self._ticking = True
@@ -67,7 +67,7 @@ class RunningClock:
         return self
 
     def stop(self) -> None:
-        """End the ticks; freezes are not noticed any more."""
+        """Stop ticking. Freezes are then no longer noticed."""
         self._stopped.set()
 
     def _tick(self) -> None:
@@ -75,7 +75,7 @@ class RunningClock:
             self.notice()
 
     def notice(self) -> None:
-        """Look whether there was a freeze, and tell those who want to know."""
+        """Check for a freeze, and call the functions of `on_thaw` if there was one."""
         with self._lock:
             self._look()
             thawed_s, self._thawed_s = self._thawed_s, None
@@ -86,7 +86,7 @@ class RunningClock:
             tell(thawed_s)
 
     def _look(self) -> float:
-        """Return the monotonic time, after a gap since the last look was taken for what it is. The lock is held."""
+        """Return the monotonic time, and record a gap since the last call as a freeze. The caller holds the lock."""
         now_s = self._monotonic()
         offset_s = self._wall() - now_s
         gap_s, jump_s = now_s - self._seen_s, offset_s - self._offset_s
@@ -100,7 +100,7 @@ class RunningClock:
 
 @contextlib.asynccontextmanager
 async def within(seconds: float, clock: Callable[[], float]) -> AsyncIterator[None]:
-    """Raise `TimeoutError` in the body after `seconds` by this clock, as `asyncio.timeout` does by the loop's."""
+    """Raise `TimeoutError` in the body after `seconds` on this clock. Like `asyncio.timeout`, which uses the loop's clock."""
     loop = asyncio.get_running_loop()
     until_s = clock() + seconds
     timer: asyncio.TimerHandle

@@ -1,4 +1,4 @@
-"""How far a model is, and who may stop waiting for it: the values that every part of getting one shares. Pure."""
+"""Progress and cancellation: the values that every part of a download shares. Pure."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ _SMOOTHING_S = 3.0
 
 
 class CancelToken(Protocol):
-    """What every long call here watches; `threading.Event` is one."""
+    """What every long call watches. `threading.Event` is one."""
 
     def is_set(self) -> bool:
-        """Whether the caller no longer wants the result."""
+        """Return whether the caller no longer wants the result."""
         ...
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Sleep until it is set or the time is over; whether it is set."""
+        """Sleep until it is set or the time is over. Return whether it is set."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """A moment of one model's way to the disk. `by` is the other worker whose download this one waits for."""
+    """The progress of one model. `by` names the other worker whose download this one waits for."""
 
     phase: Phase
     done_bytes: int = 0
@@ -36,7 +36,7 @@ class Progress:
     by: str | None = None
 
     def __str__(self) -> str:
-        """Such as `worker abc: 3.1 of 11.9 GB, 240 MB/s`."""
+        """Return text such as `worker abc: 3.1 of 11.9 GB, 240 MB/s`."""
         amount = part_text(self.done_bytes, self.total_bytes) if self.total_bytes else "waiting"
         rate = f", {size_text(int(self.bytes_per_s))}/s" if self.bytes_per_s >= 1 else ""
         check = ", checking" if self.phase == "checking" else ""
@@ -47,7 +47,7 @@ Listener: TypeAlias = Callable[[Progress], None]
 
 
 class Meter:
-    """Bytes over time as a smoothed rate; the clock is passed in with each reading."""
+    """A smoothed byte rate. Each reading passes the clock's time in."""
 
     def __init__(self, now_s: float, done_bytes: int = 0) -> None:
         self._at_s = now_s
@@ -55,7 +55,7 @@ class Meter:
         self._rate: float | None = None
 
     def rate(self, now_s: float, done_bytes: int) -> float:
-        """Bytes a second, averaged over the last few seconds."""
+        """Return bytes a second, averaged over the last few seconds."""
         passed_s = now_s - self._at_s
         if passed_s <= 0:
             return self._rate or 0.0

@@ -1,4 +1,4 @@
-"""Text for people, and questions about names: sizes, counts, wrapped lines, accents. Pure."""
+"""Text for people, and checks of names: sizes, counts, line wrapping, accents. Pure."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ _ILLEGIBLE: Final = frozenset({"Cc", "Cs", "Zl", "Zp"})
 
 
 def is_legible(text: str) -> bool:
-    """Return whether a name has no control character, line end or half of a character.
+    """Return whether a name has no control character, no line end and no unpaired surrogate.
 
-    Blanks of any width, joined emoji and characters newer than this Python are letters to those who write them.
+    Blanks of any width, joined emoji and characters newer than this Python are allowed.
     """
     return text.isprintable() or not any(unicodedata.category(char) in _ILLEGIBLE for char in text)
 
 
 def form_of(text: str) -> Literal["NFC", "NFD"]:
-    """Return which of the two ways to write accents a text keeps to."""
+    """Return which Unicode normalisation form (of accents) the text uses."""
     return "NFC" if unicodedata.is_normalized("NFC", text) else "NFD"
 
 
 def forms(text: str) -> tuple[str, ...]:
-    """Return the text, then its other spellings of accents.
+    """Return the text, then its other normalisation forms.
 
-    A Mac writes `e` and an accent (NFD) where others write `é` (NFC).
+    A Mac stores `é` as `e` and an accent (NFD), other systems as one character (NFC).
     """
     if text.isascii():
         return (text,)
@@ -44,12 +44,12 @@ def size_text(size_bytes: int) -> str:
 
 
 def part_text(part_bytes: int, whole_bytes: int) -> str:
-    """Return how much of a size is there, in one unit: `3.1 of 11.9 GB`."""
+    """Return a part of a size in one unit: `3.1 of 11.9 GB`."""
     return f"{_scaled(part_bytes, whole_bytes).partition(' ')[0]} of {size_text(whole_bytes)}"
 
 
 def compared_sizes(*sizes_bytes: int) -> list[str]:
-    """Return sizes in one unit with two decimals, for two that are nearly the same."""
+    """Return sizes in one unit with two decimals, so that two similar sizes differ in the text."""
     return [_scaled(each, max(sizes_bytes), 2) for each in sizes_bytes]
 
 
@@ -59,14 +59,17 @@ def _scaled(size_bytes: int, like_bytes: int, decimals: int = 1) -> str:
 
 
 def count(things: int | Sized, what: str) -> str:
-    """Return how many there are, with the noun: `1 model`, `2 models`, `2 entries`."""
+    """Return a count with its noun: `1 model`, `2 models`, `2 entries`."""
     number = things if isinstance(things, int) else len(things)
     plural = f"{what[:-1]}ies" if what.endswith("y") else f"{what}s"
     return f"{number} {what if number == 1 else plural}"
 
 
 def wrapped(text: str, indent: int, width: int) -> list[str]:
-    """Return the indented lines of a text, as wide as the terminal. Addresses and paths stay whole, to be copied."""
+    """Return the text as indented lines of the terminal's width.
+
+    Addresses and paths are not broken, so that they can be copied.
+    """
     margin = " " * indent
     return textwrap.wrap(
         text,

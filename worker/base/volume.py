@@ -1,4 +1,4 @@
-"""Whether there is a network volume. Touches the disk."""
+"""Check for a network volume. Touches the disk."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _HOST_CACHE = "huggingface-cache"
 
 
 def is_volume(path: Path) -> bool:
-    """Whether the folder is one to keep things in.
+    """Return whether files in the folder outlive the container.
 
-    RunPod mounts the host's cache of models below /runpod-volume also for endpoints that have no network volume. The folder
-    above is the container's own then: what is written there goes with the container, and no other worker sees it.
+    RunPod mounts the host's cache of models below /runpod-volume even for endpoints without a network volume. The folder above
+    it then belongs to the container: files there are lost with the container, and no other worker sees them.
     """
     try:
         with os.scandir(path) as entries:

@@ -1,1 +1,1 @@
-"""A graph in ComfyUI's API format: what it names, whether it is safe, what ComfyUI says against it."""
+"""A graph in ComfyUI's API format: validation, the models and files that it names, and ComfyUI's refusals."""

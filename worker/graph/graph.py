@@ -1,7 +1,7 @@
-"""What a graph in ComfyUI's API format names: models and files; whether it is one, and whether it is safe. Pure.
+"""A graph in ComfyUI's API format: validation, path checks, and the models and files that it names. Pure.
 
-Nothing here knows which node classes are installed. Where ComfyUI decides by a class's definition, this module decides by the
-class's name and the input's name, and is strict only where ComfyUI would answer with an exception's text, or would open a
+This module does not know which node classes are installed. Where ComfyUI decides by a class's definition, this module decides
+by the names of the class and the input. It is strict only where ComfyUI would answer with an exception's text, or would open a
 file outside its folders.
 """
 
@@ -30,23 +30,23 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 Graph: TypeAlias = dict[str, dict[str, Any]]
-"""Node id to `{"class_type": str, "inputs": {name: value or [node id, slot]}, ...}`, as ComfyUI's `POST /prompt` takes it."""
+"""Maps a node id to `{"class_type": str, "inputs": {name: value or [node id, slot]}, ...}`, as `POST /prompt` expects it."""
 
 # --- is it a graph ------------------------------------------------------------------------------
 
 _LINK_LENGTH = 2
-# Several times what is in use. ComfyUI is asked about each class, and each name is compared with patterns.
+# Several times what real workflows use. ComfyUI is asked about each class, and each name is matched against patterns.
 _MAX_CLASSES = 2_000
 _MAX_NAME_CHARS = 500
 _MAX_MODELS = 1_000
 
 
 class BrokenLink(list[Any]):
-    """A link that leads nowhere or closes a cycle, as ComfyUI gets it: an empty list. `problem` says what is wrong with it.
+    """A link that leads nowhere or closes a cycle, as ComfyUI gets it: an empty list. `problem` says what is wrong.
 
-    ComfyUI refuses the input that holds one, drops the outputs that need its node and runs the others. With the link itself
-    ComfyUI 0.3.75 does so only where the class declares the input: in any other the link ends the thread that runs all prompts.
-    And outputs behind a cycle are dropped without a word.
+    ComfyUI refuses an input that holds an empty list, drops the outputs that need its node, and runs the others. With the link
+    itself, ComfyUI 0.3.75 does so only if the class declares the input. For any other input the link ends the thread that runs
+    all prompts. It also drops outputs behind a cycle silently.
     """
 
     def __init__(self, problem: str) -> None:
@@ -55,15 +55,15 @@ class BrokenLink(list[Any]):
 
 
 def parse_graph(value: object) -> Graph:
-    """The workflow of a request, the very object that was given, once it is known to be a graph.
+    """Return a request's workflow, unchanged, after checking that it is a graph.
 
-    Every node has a class and inputs, every number is finite, every link leads to a node, and no links form a cycle. Links that
-    do not are `BrokenLink`s in a copy, as long as something that may be an output does without them: which nodes are outputs is
-    for ComfyUI to say.
+    Every node has a class and inputs, every number is finite, every link leads to a node, and links form no cycle. Links that
+    break these rules become `BrokenLink`s in a copy, if something that may be an output does not need them. ComfyUI decides
+    which nodes are outputs.
 
     Raises:
-        WorkflowMissing: there is none.
-        WorkflowUiFormat: it is what the editor saves; `convert` comes first.
+        WorkflowMissing: there is no workflow.
+        WorkflowUiFormat: it is in the editor's format; `convert` comes first.
         WorkflowEmpty: it has no nodes.
         WorkflowNotFinite: a number in it is NaN or infinite.
         WorkflowInvalid: anything else, naming the node and what to do.
@@ -85,7 +85,7 @@ def parse_graph(value: object) -> Graph:
 
 
 def bare(value: object) -> object:
-    """Return a workflow without what it is wrapped in, `{"prompt": ...}` or `{"output": ...}` alone, and without notes."""
+    """Return a workflow without its wrapper, `{"prompt": ...}` or `{"output": ...}`, and without ComfyUI's notes."""
     match value:
         case {"prompt": dict(inner), **rest} | {"output": dict(inner), **rest} if not rest and "class_type" not in inner:
             value = inner
@@ -93,7 +93,7 @@ def bare(value: object) -> object:
 
 
 def without_notes(graph: dict[str, Any]) -> dict[str, Any]:
-    """Return a graph without what ComfyUI noted in it while it ran, `is_changed`, which is often not a finite number."""
+    """Return a graph without `is_changed`. ComfyUI adds it while it runs, and it is often not a finite number."""
     if not any(isinstance(node, dict) and "is_changed" in node for node in graph.values()):
         return graph
     return {
@@ -103,7 +103,7 @@ def without_notes(graph: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_not_wrapped(value: dict[str, Any]) -> None:
-    # What people paste: a POST /prompt body, the frontend's {output, workflow}, a whole request.
+    # What people paste: a POST /prompt body, the frontend's {output, workflow}, or a whole request.
     for key in ("prompt", "output", "workflow", "input"):
         inner = value.get(key)
         if not isinstance(inner, dict) or "class_type" in inner:
@@ -126,7 +126,7 @@ def _check_node(node_id: object, node: object) -> None:
         )
     if len(class_type) > _MAX_NAME_CHARS:
         raise WorkflowInvalid(f"node {_titled(node_id, node)} has a 'class_type' of {len(class_type)} characters")
-    # Used or not: ComfyUI takes such a graph, looks at every node's inputs, and the thread that runs all prompts ends (0.3.75).
+    # Even if it is unused: ComfyUI accepts such a graph, reads every node's inputs, and its prompt thread ends (0.3.75).
     if not isinstance(node.get("inputs"), dict):
         raise WorkflowInvalid(f"node {node_id} ({class_type}) has no object 'inputs'; send {{}} where there are none")
     for name, value in node["inputs"].items():
@@ -144,7 +144,7 @@ def _titled(node_id: str, node: dict[str, Any]) -> str:
 
 
 def is_finite(value: object) -> bool:
-    """Whether every number in it is one that JSON can carry: no NaN, nothing infinite."""
+    """Return whether JSON can represent every number in it: no NaN and no infinity."""
     stack = [value]
     while stack:
         item = stack.pop()
@@ -171,7 +171,7 @@ def _with_links_broken(graph: Graph) -> Graph:
 
 
 def with_inputs(graph: Graph, values: Mapping[str, Mapping[str, Any]]) -> Graph:
-    """The graph with these inputs set, by node; the given graph stays as it is. Each node is copied once."""
+    """Return a copy of the graph with these inputs set, by node. Copy each changed node once."""
     changed = {
         node_id: {**graph[node_id], "inputs": {**graph[node_id]["inputs"], **inputs}} for node_id, inputs in values.items()
     }
@@ -179,7 +179,7 @@ def with_inputs(graph: Graph, values: Mapping[str, Mapping[str, Any]]) -> Graph:
 
 
 def _broken_links(graph: Graph) -> Iterator[tuple[tuple[str, str], BrokenLink]]:
-    """Node, input and what is wrong, for those that lead nowhere, then for one of each cycle's."""
+    """Yield node, input and problem: first for links that lead nowhere, then for one link of each cycle."""
     for node_id, node in graph.items():
         for name, value in node["inputs"].items():
             if isinstance(value, BrokenLink):
@@ -192,7 +192,7 @@ def _broken_links(graph: Graph) -> Iterator[tuple[tuple[str, str], BrokenLink]]:
 
 
 def _leaves_an_output(graph: Graph, broken: Iterable[str]) -> bool:
-    """Whether anything that may be an output needs none of these nodes: what takes a link, and what nobody takes one from."""
+    """Return whether a possible output needs none of these nodes. It takes a link, and no node takes a link from it."""
     takers = takers_in(graph)
     spoiled = reached(broken, takers)
     takes = {taker for each in takers.values() for taker in each}
@@ -200,7 +200,7 @@ def _leaves_an_output(graph: Graph, broken: Iterable[str]) -> bool:
 
 
 def takers_in(graph: Graph) -> dict[str, list[str]]:
-    """By a node's id, the nodes that take a link from it, or mean to and name its output or its id in the wrong way."""
+    """Map a node's id to the nodes that take a link from it, or that try to and name its output or its id wrongly."""
     takers: dict[str, list[str]] = {}
     for node_id, node in graph.items():
         for value in node["inputs"].values():
@@ -211,7 +211,7 @@ def takers_in(graph: Graph) -> dict[str, list[str]]:
 
 
 def reached(starts: Iterable[str], nexts: Mapping[str, Iterable[str]]) -> frozenset[str]:
-    """The starts and all that follows them."""
+    """Return the starts and everything that can be reached from them."""
     found = set(starts)
     waiting = list(found)
     while waiting:
@@ -222,16 +222,16 @@ def reached(starts: Iterable[str], nexts: Mapping[str, Iterable[str]]) -> frozen
 
 
 def _link_problem(graph: Graph, pair: list[Any]) -> str | None:
-    """What is wrong with a two-element list, or None for a good link and for what may be a plain value.
+    """Return what is wrong with a two-element list. None for a good link and for a possible plain value.
 
-    ComfyUI takes every two-element list in an input that the class declares for a link, and lists in other inputs as they are
-    (validate_inputs in its execution.py). A list that can only be meant as a link and would end in its
-    `exception_during_validation` is refused here; the rest is ComfyUI's to judge.
+    ComfyUI treats a two-element list as a link if the class declares the input for one. It accepts lists in other inputs as
+    they are (validate_inputs in its execution.py). A list that can only be meant as a link, and that would end in ComfyUI's
+    `exception_during_validation`, is refused here. ComfyUI judges the rest.
     """
     source, slot = pair
     number = isinstance(slot, (int, float))
     if isinstance(source, str) and source in graph:
-        if isinstance(slot, int) and slot >= 0:  # ComfyUI counts a negative one from the end
+        if isinstance(slot, int) and slot >= 0:  # ComfyUI counts a negative index from the end
             return None
         return f"takes output {slot!r} of node {source} ({graph[source]['class_type']}); an output is a whole number from 0"
     if isinstance(source, str) and number:
@@ -241,11 +241,11 @@ def _link_problem(graph: Graph, pair: list[Any]) -> str | None:
     return None
 
 
-_SHOWN_CYCLE = 20  # nodes of a cycle that a sentence names
+_SHOWN_CYCLE = 20  # nodes of a cycle that a sentence lists
 
 
 def _closing_links(graph: Graph) -> Iterator[tuple[str, str, str]]:
-    """Node, input and the cycle's nodes, for links without which no cycle is left."""
+    """Yield node, input and the cycle's nodes, for links whose removal breaks every cycle."""
     done: set[str] = set()
     for root in graph:
         if root in done:
@@ -273,14 +273,14 @@ def _links_into(graph: Graph, node_id: str) -> Iterator[tuple[str, str]]:
 
 
 def _cycle(path: Sequence[str], start: int) -> str:
-    """The nodes from a place in the path to its end, each of which takes from the one behind it, as the data flows."""
+    """Return the nodes of the path from `start` on, in the order in which data flows."""
     behind = path[max(start + 1, len(path) - _SHOWN_CYCLE) :]
     left_out = ["..."] if len(path) - start - 1 > len(behind) else []
     return " -> ".join([path[start], *reversed(behind), *left_out, path[start]])
 
 
 def is_link(graph: Graph, value: object) -> bool:
-    """Whether an input's value is a link to a node of this graph: `[node id, slot]`."""
+    """Return whether an input's value is a link to a node of this graph: `[node id, slot]`."""
     return (
         isinstance(value, list)
         and len(value) == _LINK_LENGTH
@@ -299,11 +299,10 @@ def _kind(value: object) -> str:
 
 
 def _strings(name: str, value: object) -> Iterator[tuple[str, str]]:
-    """Every string of an input's value, with the dotted name that leads to it, in order.
+    """Yield every string of an input's value with its dotted name, in order.
 
-    Lists arrive as `{"__value__": [...]}` (the frontend's way to tell them from links) and some inputs are objects
-    (Load3D's `image`, a lora row), so a file name may lie deeper than the input itself. Raises `WorkflowInvalid` for names that
-    are too long to be any.
+    Lists arrive as `{"__value__": [...]}`, which is the frontend's way to tell them from links. Some inputs are objects
+    (Load3D's `image`, a row of LoRAs), so a file name may be nested. Raises `WorkflowInvalid` for names that are too long.
     """
     stack: list[tuple[str, object]] = [(name, value)]
     while stack:
@@ -318,7 +317,7 @@ def _strings(name: str, value: object) -> Iterator[tuple[str, str]]:
             stack.extend((key, inner) for inner in reversed(item))
 
 
-# Inputs that by their name hold words for a model or a program: prompts may begin with "/" and end in ".pt".
+# Inputs whose names say that they hold text for a model or a program. Prompts may begin with "/" and end in ".pt".
 _TEXT_INPUT = re.compile(
     r"(.*_)?(text|texts|prompt|prompts|positive|negative|caption|captions|tags|lyrics|instruction|instructions|query|question"
     r"|message|messages|expression|regex|pattern|find|replace|replacement|search|code|script|json|description|title|delimiter"
@@ -326,21 +325,21 @@ _TEXT_INPUT = re.compile(
     r"|clip_[lg]|t5xxl|mt5xl|llama|bert|regex_pattern|json_string|system_instruction"
 )
 
-# Inputs that name a file or a folder that ComfyUI or a custom node opens.
+# Inputs that name a file or folder that ComfyUI or a custom node opens.
 _PATH_INPUT = re.compile(
     r"(.*_)?(image|images|mask|masks|video|videos|audio|audios|file|files|filename|filenames|file_?name|path|paths|filepath|dir"
     r"|directory|folder|subfolder|latent|name|upload|(file|name|filename|save|output|image|path)_?prefix)(_?\d+)?"
 )
 
 
-# Nodes that encode a prompt; not the loaders of text encoders. CLIPTextEncodeFlux calls its two prompts clip_l and t5xxl.
+# Nodes that encode a prompt, but not loaders of text encoders. CLIPTextEncodeFlux names its two prompts clip_l and t5xxl.
 _ENCODES_TEXT = re.compile(r"[Tt]ext[ _]?[Ee]ncode(?!r)")
 
 
 def _is_prompt(class_type: str, key: str, text: str) -> bool:
-    """Whether an input's value is words, going by the input's name.
+    """Return whether an input's value is prose, judged by the input's name.
 
-    One word that ends like a model file is a file's name unless the node encodes text: loaders too have inputs such as
+    A single word that ends like a model file is a file name, unless the node encodes text: loaders also have inputs such as
     `clip_l`, `t5xxl` and `lora_style`.
     """
     if not _is_text_input(key):
@@ -349,7 +348,7 @@ def _is_prompt(class_type: str, key: str, text: str) -> bool:
     return not (one_word and text.lower().endswith(WEIGHT_SUFFIXES)) or _ENCODES_TEXT.search(class_type) is not None
 
 
-# A list may hold a million texts under one name.
+# A list may hold a million strings under one name.
 @lru_cache(maxsize=1024)
 def _is_text_input(name: str) -> bool:
     return _TEXT_INPUT.fullmatch(name.rpartition(".")[2].lower()) is not None
@@ -367,15 +366,15 @@ def _is_path_input(name: str) -> bool:
 
 # --- is it safe ---------------------------------------------------------------------------------
 
-# Linux refuses to open a longer one, so a longer string is content (base64 in an image input), not a path.
+# Linux refuses to open a longer path. A longer string is content (base64 in an image input).
 _PATH_MAX_BYTES = 4096
 _URL = re.compile(r"(?!file:)[a-z][a-z0-9+.-]+://|data:", re.IGNORECASE)
 _FILE_URL = re.compile(r"\s*file:", re.IGNORECASE)
 _DRIVE = re.compile(r"[A-Za-z]:")
 _HOME = re.compile(r"~[\w-]*(/|\\|$)")
 _SEPARATORS = re.compile(r"[/\\]")
-_JPEG_BASE64 = re.compile(r"/9j/[A-Za-z0-9+/]*={0,2}")  # the one file kind whose base64 begins like an absolute path
-# folder_paths.annotated_filepath cuts the annotation and the ONE character before it, whatever it is.
+_JPEG_BASE64 = re.compile(r"/9j/[A-Za-z0-9+/]*={0,2}")  # the one file type whose base64 begins like an absolute path
+# folder_paths.annotated_filepath removes the annotation and the ONE character before it, whatever that is.
 _ANNOTATION = re.compile(r".?\[(?:input|output|temp)\]", re.DOTALL)
 _SYSTEM_PATH = re.compile(
     r"/+(bin|boot|comfyui|data|dev|etc|home|lib|lib64|media|mnt|opt|proc|root|run|runpod-volume|sbin|srv|sys|tmp|usr|var|workspace)/\S*"
@@ -384,14 +383,18 @@ _SHOWN_CHARS = 200
 
 
 def check_paths(graph: Graph) -> None:
-    """Nothing in the graph makes ComfyUI read or write outside the folder that an input's files belong to.
+    """Raise if a value makes ComfyUI read or write outside the folder of an input's files.
 
-    ComfyUI's LoadImage and its kin join the value to the input folder unchecked, so an absolute path or a `..` reads any file
-    of the container; custom nodes do the same for writing. In an input that by its name holds a path (or that ends like a model
-    file) every way out is refused: absolute, also behind a backslash, `..` between slashes of either kind, `~`, a drive letter,
-    NUL, with or without ComfyUI's ` [input]`, ` [output]` and ` [temp]`. Elsewhere only what is nothing but a path out (`../x`,
-    `/etc/x`) is refused, and a prompt is not looked at unless its node feeds an input that holds a path. A web address is no
-    path. Out of reach: a path that nodes put together while the graph runs.
+    ComfyUI's LoadImage and similar nodes join the value to the input folder without a check, so an absolute path or `..` reads
+    any file of the container. Custom nodes do the same when they write.
+
+    - An input whose name says that it holds a path, or whose value ends like a model file: every way out is refused. That is an
+      absolute path (also after a backslash), `..` between slashes of either kind, `~`, a drive letter and NUL, with or without
+      ComfyUI's ` [input]`, ` [output]` and ` [temp]`.
+    - Other inputs: only a value that is nothing but a path out (`../x`, `/etc/x`) is refused. A prompt is checked only if its
+      node feeds an input that holds a path. A web address is not a path.
+
+    A path that nodes assemble while the graph runs cannot be checked here.
 
     Raises:
         UnsafePath: naming node, input and value.
@@ -408,7 +411,7 @@ def check_paths(graph: Graph) -> None:
 
 
 def _feeders_of_paths(graph: Graph) -> frozenset[str]:
-    """The nodes with an output that goes straight into an input that holds a path: a text node may write one."""
+    """Return the nodes with an output that goes directly into an input that holds a path. Text nodes can feed paths."""
     inputs = ((name, value) for node in graph.values() for name, value in node["inputs"].items())
     return frozenset(value[0] for name, value in inputs if is_link(graph, value) and _is_path_input(name))
 
@@ -425,7 +428,7 @@ _OPENS_FILES = re.compile(r"dir|export|file|folder|import|load|open|read|save|wr
 
 
 def _points_into_json(class_type: str, key: str, text: str) -> bool:
-    """Whether an input's value is a JSON pointer, such as `/data/0/url`, going by the names of the input and its class."""
+    """Return whether a value is a JSON pointer, such as `/data/0/url`, judged by the names of input and class."""
     if not text.startswith("/") or ".." in _SEPARATORS.split(text):
         return False
     leaf = key.rpartition(".")[2].lower()
@@ -436,7 +439,7 @@ def _points_into_json(class_type: str, key: str, text: str) -> bool:
 
 
 def _readings(text: str) -> Iterator[str]:
-    """The value as nodes may read it: as it is, and with the annotation cut off."""
+    """Yield the value as nodes may read it: unchanged, and without the annotation."""
     yield text
     end = text.rfind("[")
     if end >= 0 and (found := _ANNOTATION.fullmatch(text, max(end - 1, 0))):
@@ -448,7 +451,7 @@ def _escapes(text: str) -> bool:
         return True
     if _JPEG_BASE64.fullmatch(text) or _cannot_be_a_path(text):
         return False
-    # Between scheme and host a URL has no folder that exists, but nodes that normalise it drop "https:/.." all the same.
+    # A URL has no real folder between scheme and host, but nodes that normalise it still drop "https:/..".
     if ".." in (part.strip() for part in _SEPARATORS.split(text)):
         return True
     if _URL.match(text):
@@ -458,7 +461,7 @@ def _escapes(text: str) -> bool:
 
 
 def _cannot_be_a_path(text: str) -> bool:
-    """Whether it is too long, also for a node that normalises paths: what `//`, `/./` and `x/..` add does not count."""
+    """Return whether it is too long for a path, even after a node removes `//`, `/./` and `x/..`."""
     if len(text) <= _PATH_MAX_BYTES:
         return False
     kept: list[str] = []
@@ -481,7 +484,7 @@ def _is_plainly_foreign(text: str) -> bool:
 
 # --- which models it names ----------------------------------------------------------------------
 
-# Inputs whose files are what the job works on or writes, whatever they end in.
+# Inputs with the files that a job works on or writes, whatever their suffix.
 _MEDIA_INPUT = re.compile(
     r"(.*_)?(image|images|mask|masks|video|videos|audio|audios|latent|upload)(_?\d+)?"
     r"|(file_?name|file|save|output|image)_?prefix|(save|output|export|dest|destination)_.*"
@@ -492,10 +495,10 @@ _MEDIA_INPUT = re.compile(
 class NamedModel:
     """A model file that a graph names.
 
-    `folders` are the folders under `models/` that its loader reads, the one for new files first; empty when unknown: any.
-    `guessed` when only the input's name tells them. `spellings` are the file names that satisfy it where ComfyUI completes the
-    name; else the name itself is the file's. `optional` when ComfyUI runs without it (an embedding in a prompt: it warns and
-    goes on). `written` is the name with the backslashes that the graph has in it; empty where it has none.
+    `folders` are the folders under `models/` that its loader reads, first the one for new files. It is empty if any folder is
+    possible. `guessed`: only the input's name tells the folders. `spellings` are the file names that satisfy it where ComfyUI
+    completes the name; otherwise the name is the file's. `optional`: ComfyUI runs without it (it warns about a missing
+    embedding in a prompt). `written` is the name with the graph's backslashes, or empty.
     """
 
     name: str
@@ -510,26 +513,27 @@ class NamedModel:
 
     @property
     def file_names(self) -> tuple[str, ...]:
-        """File names that satisfy it, in the order to try, relative to a folder, with `/` between."""
+        """Return the file names that satisfy it, in the order to try, relative to a folder, separated by `/`."""
         return self.spellings or (self.name,)
 
     @property
     def loader(self) -> tuple[str, str] | None:
-        """A class and an input of ComfyUI's own that list the files of the first folder."""
+        """Return a class and an input of ComfyUI's own that list the files of the first folder."""
         return _loaders().get(self.folders[0]) if self.folders else None
 
     def as_written(self) -> NamedModel:
-        """The model that the name means where a backslash is no separator but a character of it."""
+        """Return the model whose name contains the backslash as a character, not as a separator."""
         spellings = tuple(self.written + file.removeprefix(self.name) for file in self.spellings)
         return replace(self, name=self.written, spellings=spellings, written="")
 
 
 def named_models(graph: Graph) -> tuple[NamedModel, ...]:
-    """Every model file that the graph names, once for each input that names it, in the order of nodes and inputs.
+    """Return every model file that the graph names, once for each input, in the order of nodes and inputs.
 
     A name is any string that ends like a weights file, in any node; an `embedding:name` in any text; a VAELoader's short name.
-    Not: what an input's name says is media or an output, prompts that merely end so (several words, or what a node encodes),
-    web addresses, a lora row that is off, and names that leave their folder (`check_paths` refuses those).
+    Left out are inputs whose names say that they are media or outputs, prompts that happen to end so (several words, or text
+    that a node encodes), web addresses, LoRA rows that are off, and names that leave their folder (`check_paths` refuses
+    those).
     """
     models = (model for node_id, node in graph.items() for model in _models_of_node(graph, node_id, node))
     found: dict[NamedModel, None] = {}
@@ -541,10 +545,9 @@ def named_models(graph: Graph) -> tuple[NamedModel, ...]:
 
 
 def needed_nodes(graph: Graph, outputs: Collection[str]) -> frozenset[str]:
-    """The nodes that run when these are the graph's output nodes: those that can run, and all that they take from.
+    """Return the nodes that run if these are the graph's output nodes: those that can run, and all their inputs.
 
-    ComfyUI looks at no other node's values (validate_prompt in its execution.py), so that whatever else a graph names need not
-    be there.
+    ComfyUI ignores the values of all other nodes (validate_prompt in its execution.py), so their models need not exist.
     """
     broken = (node_id for node_id, node in graph.items() if any(isinstance(v, BrokenLink) for v in node["inputs"].values()))
     spoiled = reached(broken, takers_in(graph))
@@ -552,21 +555,21 @@ def needed_nodes(graph: Graph, outputs: Collection[str]) -> frozenset[str]:
 
 
 def last_nodes(graph: Graph) -> dict[str, str]:
-    """The nodes that no other takes from, and their classes. One of them that runs is an output."""
+    """Return the nodes that no other node takes from, with their classes. Each of them that runs is an output."""
     taken = {source for node_id in graph for _, source in _links_into(graph, node_id)}
     return {node_id: node["class_type"] for node_id, node in graph.items() if node_id not in taken}
 
 
 def ancestry(graph: Graph, *node_ids: str) -> frozenset[str]:
-    """These nodes and all that they take from."""
+    """Return these nodes and all nodes that they take from."""
     return reached(node_ids, {node_id: [source for _, source in _links_into(graph, node_id)] for node_id in graph})
 
 
 def with_slashes(graph: Graph, models: Iterable[NamedModel]) -> Graph:
-    r"""The graph with its model names as a Linux disk spells them; the same object where that changes nothing.
+    r"""Return the graph with model names as Linux spells them. Return the same object if nothing changes.
 
-    An editor on Windows exports `sub\x.safetensors` for what is `sub/x.safetensors` here, and ComfyUI takes the names of its
-    own listing only. Names in rows, lists and objects count, and those of embeddings in a prompt.
+    An editor on Windows exports `sub\x.safetensors` for `sub/x.safetensors`, and ComfyUI accepts only the names of its own
+    listing. This includes names in rows, lists and objects, and embeddings in a prompt.
     """
     names: dict[str, dict[str, object]] = {}
     for model in models:
@@ -579,7 +582,7 @@ def with_slashes(graph: Graph, models: Iterable[NamedModel]) -> Graph:
 
 
 def respellable_names(graph: Graph) -> frozenset[str]:
-    """Every string of the graph that may be a file's name as another system spells it: Windows's separators, accents."""
+    """Return every string of the graph that may be a file name in another system's spelling: backslashes, accents."""
     texts = (
         text
         for node in graph.values()
@@ -593,7 +596,7 @@ def respellable_names(graph: Graph) -> frozenset[str]:
 
 
 def renamed(graph: Graph, names: Mapping[str, str]) -> Graph:
-    """The graph with these strings in place of those; the same object where that changes nothing."""
+    """Return the graph with these strings replaced. Return the same object if nothing changes."""
     changed = dict(graph)
     for node_id, node in graph.items() if names else ():
         inputs = {
@@ -613,7 +616,7 @@ def declares(definition: Mapping[str, Any], input_name: str) -> bool:
 
 
 def with_strings(value: object, change: Callable[[str], str]) -> object:
-    """A copy of an input's value with each string in it changed."""
+    """Return a copy of an input's value with `change` applied to each string in it."""
     root: list[Any] = [value]
     waiting: list[tuple[Any, Any]] = [(root, 0)]
     while waiting:
@@ -632,9 +635,9 @@ def with_accents(
     models: Iterable[NamedModel],
     forms: Mapping[tuple[tuple[str, ...], tuple[str, ...]], Literal["NFC", "NFD"]],
 ) -> Graph:
-    """The graph with its model names as the files have them. ComfyUI compares letter by letter, and a Mac writes `é` as two.
+    """Return the graph with model names spelled as the files are. ComfyUI compares letter by letter.
 
-    `forms` says, by folders and file names, which files write their accents otherwise than the graph, and how.
+    `forms` maps folders and file names to the normalisation form of files whose accents differ from the graph's.
     """
     changed = dict(graph)
     for model in models:
@@ -656,7 +659,7 @@ def _with_slashes(text: str, model: NamedModel) -> str:
     return _EMBEDDING.sub(partial(_embedding_with_slashes, written=model.written), text) if model.optional else text
 
 
-# Where an embedding's name ends: a comma or a weight may follow, and what closes a segment.
+# The end of an embedding's name: a comma, a weight or the end of a segment may follow.
 _EMBEDDING = re.compile(r"(?<![^\s(])embedding:\S+")
 _NAME_ENDS = frozenset(",:()")
 
@@ -696,7 +699,7 @@ def _is_switched_off(value: object) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Name:
-    """A model's name as one string has it."""
+    """A model's name as it appears in one string."""
 
     written: str
     folders: tuple[str, ...]
@@ -738,14 +741,14 @@ def _is_plain_name(name: str) -> bool:
 def _folders_of(class_type: str, leaf: str, name: str) -> tuple[str, ...]:
     folder = known().folder_of(class_type, leaf) or _folder_of_input(leaf.lower())
     if folder == "text_encoders" and "clipvision" in class_type.lower():
-        folder = "clip_vision"  # CLIPVisionLoader's many descendants keep its input's name, clip_name
+        folder = "clip_vision"  # CLIPVisionLoader and the many nodes derived from it name this input clip_name
     if folder == "vae" and name.rpartition(".")[0] in known().video_taes:
         folder = "vae_approx"
     return known().one_folder.get(folder, (folder,)) if folder else ()
 
 
 def _folder_of_input(leaf: str) -> str | None:
-    """Return the folder that an input's name tells, whatever the class."""
+    """Return the folder that an input's name implies, whatever the class."""
     return next((folder for pattern, folder in _input_folders() if pattern.fullmatch(leaf)), None)
 
 
@@ -766,13 +769,13 @@ def _input_folders() -> tuple[tuple[re.Pattern[str], str], ...]:
 
 
 def _embeddings(text: str) -> Iterator[str]:
-    r"""The embeddings that ComfyUI's tokenizer sees in a prompt (comfy/sd1_clip.py, tokenize_with_weights).
+    r"""Yield the embeddings that ComfyUI's tokenizer finds in a prompt (comfy/sd1_clip.py, tokenize_with_weights).
 
-    It sees one at the start of a weighted segment or after white space, reads to the next white space, `<` or `[`, and falls
-    back to the name without its commas. `\(` and `\)` are part of a name; plain ones bound a segment. (0.3.75 sees none after a
-    tab, and reads past `<` and `[`.)
+    An embedding begins at the start of a weighted segment or after white space, and ends before the next white space, `<` or
+    `[`. ComfyUI falls back to the name without its commas. `\(` and `\)` belong to a name; plain parentheses end a segment.
+    (0.3.75 finds none after a tab, and reads past `<` and `[`.)
     """
-    # What no prompt is as long as is not cut into segments, which takes a pass for each level of parentheses.
+    # A longer text is no prompt, and is not split into segments: that takes one pass for each level of parentheses.
     pieces = [text] if len(text) > _LONGEST_PROMPT else _segments(text.replace("\\)", "\0\1").replace("\\(", "\0\2"))
     for segment in pieces:
         words = re.split(r"(?:^|\s)embedding:", segment.replace("\0\1", ")").replace("\0\2", "("))
@@ -783,11 +786,11 @@ def _embeddings(text: str) -> Iterator[str]:
 
 
 _LONGEST_PROMPT = 100_000
-_NESTING_MAX = 32  # ComfyUI gives up at its recursion limit; here each level costs one more pass over the text
+_NESTING_MAX = 32  # ComfyUI stops at its recursion limit; here each level costs one more pass over the text
 
 
 def _segments(text: str) -> Iterator[str]:
-    """The pieces of a prompt that ComfyUI's weights cut it into, without the weights: `a (b:1.2)` is `a ` and `b`."""
+    """Yield the segments into which ComfyUI's weights split a prompt, without the weights: `a (b:1.2)` gives `a ` and `b`."""
     waiting = [(text, 0)]
     while waiting:
         piece, depth = waiting.pop()
@@ -804,7 +807,7 @@ def _without_weight(text: str) -> str:
 
 
 def _outer_pieces(text: str) -> list[str]:
-    """The text cut before and after each outermost pair of parentheses. An odd one never pairs, as in ComfyUI."""
+    """Return the text split at each outermost pair of parentheses. An unpaired one is ignored, as in ComfyUI."""
     pieces, start, depth = [], 0, 0
     for at, char in enumerate(text):
         if char == "(":

@@ -1,4 +1,4 @@
-"""A graph with some of its values changed: by a request's overrides, or as the editor changes seeds between runs. Pure."""
+"""Change values of a graph: by a request's overrides, or as the editor changes seeds between runs. Pure."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ if TYPE_CHECKING:
     from worker.editor.convert import Control
     from worker.graph.graph import Graph
 
-_NAMED = 8  # candidates that a sentence names
+_NAMED = 8  # candidates that a sentence lists
 _MAX_KEY_CHARS = 1_000
-_MAX_DOTS = 16  # in a key, from its end, that may be the one between node and input
+_MAX_DOTS = 16  # dots, counted from a key's end, that may separate node and input
 
 
 def apply_overrides(graph: Graph, overrides: Mapping[str, Any]) -> Graph:
-    """A graph with the values set that `overrides` gives by `NODE.INPUT`; the given graph stays as it is.
+    """Return a copy of the graph with the values set that `overrides` gives by `NODE.INPUT`.
 
-    NODE is a node's id (`6`, in a subgraph `12:5`), else its title, else its class, the latter two when only one node has it.
-    INPUT is what follows the last dot, or an earlier one where the input's own name has dots (`3.resize_type.width`). An input
-    that was linked is no longer. A list that is no link to a node of the graph is sent as a list.
+    NODE is a node's id (`6`, in a subgraph `12:5`), or its title, or its class. Title and class must be unique. INPUT follows
+    the last dot, or an earlier one if the input's own name contains dots (`3.resize_type.width`). A value replaces a link. A
+    list that is not a link to a node of the graph is sent as a list.
 
     Raises:
         OverrideInvalid: no node, several nodes or no such input; the sentence names the candidates. Also a link to an output
@@ -66,7 +66,7 @@ class _Index:
             self._classes.setdefault(str(node.get("class_type")), []).append(node_id)
 
     def find(self, key: object) -> tuple[str, str]:
-        """Node id and input that a key means."""
+        """Return the node id and the input that a key means."""
         if not isinstance(key, str) or not key.strip(".") or len(key) > _MAX_KEY_CHARS:
             raise OverrideInvalid(shown(str(key)), "is not NODE.INPUT; write '6.text' or 'KSampler.seed'")
         problem = None
@@ -113,15 +113,15 @@ def _list(items: Any) -> str:  # noqa: ANN401 - any iterable of strings
 
 # --- what changes from run to run ---------------------------------------------------------------
 
-# The editor's own bounds for a random number: what a double can tell apart and a slider still moves over.
+# The editor's own limits for a random number: exact in a double, and usable by a slider.
 _LOWEST, _HIGHEST = -(2**50), 2**50
 
 
 def next_values(graph: Graph, controls: Sequence[Control], random: Callable[[], float]) -> Graph:
-    """The graph with every controlled value as the editor would have it in the next run; the given graph stays as it is.
+    """Return a copy of the graph with every controlled value as the editor would set it for the next run.
 
-    `fixed` keeps it, `increment`, `increment-wrap` and `decrement` go one step or option on, `randomize` draws one. A value
-    that was overridden with something that cannot be counted is kept.
+    `fixed` keeps the value, `increment`, `increment-wrap` and `decrement` move one step or option, `randomize` draws one. A
+    value that was overridden with something that cannot be counted stays.
     """
     values: dict[str, dict[str, Any]] = {}
     for control in controls:

@@ -1,4 +1,4 @@
-"""ComfyUI's refusal of a graph, as sentences a person can act on. Pure."""
+"""Turn ComfyUI's refusal of a graph into sentences that say what to do. Pure."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
     from worker.graph.graph import Graph, NamedModel
 
 _SHOWN_CHOICES = 8
-_COMPARED = 2_000  # choices that are looked at for one that is like what was asked for
-_MOST_FINDINGS = 200  # a client is shown fifty
+_COMPARED = 2_000  # choices that are compared with the requested name
+_MOST_FINDINGS = 200  # a client sees fifty
 _EXPLAINED = 50
 _SEND = "; send it in 'images' or 'files' under that name"
-_NO_FILE = re.compile(r"\S+ - Invalid \w+ file: ")  # of nodes that load a file from ComfyUI's input folder
-_QUOTED = 300  # characters of a value: some clients put a whole file where its name belongs
+_NO_FILE = re.compile(r"\S+ - Invalid \w+ file: ")  # classes of nodes that load a file from ComfyUI's input folder
+_QUOTED = 300  # characters of a value; some clients put a whole file where its name belongs
 
 
 def rejection(graph: Graph, body: object, comfyui: str | None = None) -> RequestError:
-    """The error for a 400 of `POST /prompt`, whose JSON is `body`, from a ComfyUI of this version."""
+    """Return the error for a 400 of `POST /prompt` with the JSON `body`, from a ComfyUI of this version."""
     if not isinstance(body, dict):
         return WorkflowInvalid("ComfyUI could not read it")
     found = _findings(graph, body)
@@ -40,12 +40,12 @@ def rejection(graph: Graph, body: object, comfyui: str | None = None) -> Request
     if not problems:
         return WorkflowRejected([_graph_problem(body.get("error") or {})])
     if all(finding.is_link for finding in found):
-        return WorkflowInvalid("; ".join(problems))  # as for a graph of which nothing is left without these links
+        return WorkflowInvalid("; ".join(problems))  # as for a graph that has no node left without these links
     return ModelMissing(problems) if all(finding.is_model for finding in found) else WorkflowRejected(problems)
 
 
 def dropped_outputs(graph: Graph, body: Mapping[str, Any]) -> tuple[str, ...]:
-    """Sentences about the outputs that ComfyUI dropped from a graph it otherwise took (a 200 with `node_errors`)."""
+    """Return sentences about outputs that ComfyUI dropped from a graph that it accepted (a 200 with `node_errors`)."""
     found, takers = _findings(graph, body), takers_in(graph)
     problems = dict.fromkeys(finding.problem + _left_out(graph, takers, finding) for finding in found[:_EXPLAINED])
     return tuple(problems | dict.fromkeys(finding.problem for finding in found[_EXPLAINED:]))
@@ -53,7 +53,7 @@ def dropped_outputs(graph: Graph, body: Mapping[str, Any]) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class _Finding:
-    """What ComfyUI found in a node, and the outputs that it dropped by then, for whatever reason."""
+    """A problem that ComfyUI found in a node, and the outputs that it had dropped by then for any reason."""
 
     node_id: str
     problem: str
@@ -63,7 +63,7 @@ class _Finding:
 
 
 def _findings(graph: Graph, body: Mapping[str, Any]) -> list[_Finding]:
-    """Everything that ComfyUI found, but models for which nobody looked: those that only outputs with a broken link need."""
+    """Return all of ComfyUI's findings, except models that only outputs with a broken link need: nobody looked for these."""
     reports = body.get("node_errors") or {}
     errors = [error for report in reports.values() for error in report.get("errors") or ()]
     named = named_models(graph) if any(error.get("type") == "value_not_in_list" for error in errors) else ()
@@ -90,7 +90,7 @@ def _findings_in(
 
 
 def _left_out(graph: Graph, takers: Mapping[str, Sequence[str]], finding: _Finding) -> str:
-    """Which outputs this cost, where the problem is not their own: ComfyUI lists others with them."""
+    """Return which outputs the problem cost, if it is not their own. ComfyUI lists unrelated outputs with them."""
     spoiled = reached([finding.node_id], takers) - {finding.node_id}
     nodes = [f"{node_id} ({graph[node_id]['class_type']})" for node_id in finding.dropped if node_id in spoiled]
     return f"; so there is no output of node {', '.join(nodes)}" if nodes else ""
@@ -113,7 +113,7 @@ def _graph_problem(error: Mapping[str, Any]) -> str:
 
 
 def _missing_model(models: Mapping[tuple[str, str], NamedModel], node_id: str, error: Mapping[str, Any]) -> str | None:
-    """The sentence for a value that is not in a loader's list because the model file is not there."""
+    """Return the sentence for a value that is not in a loader's list because the model file is missing."""
     if error.get("type") != "value_not_in_list":
         return None
     extra = error.get("extra_info") or {}
@@ -122,7 +122,7 @@ def _missing_model(models: Mapping[tuple[str, str], NamedModel], node_id: str, e
 
 
 def missing_model(model: NamedModel, name: str, choices: Sequence[str]) -> str:
-    """The sentence for a model that is nowhere; `choices` are the names its loader lists."""
+    """Return the sentence for a missing model. `choices` are the names that its loader lists."""
     folder = model.folders[0] if model.folders else "(the folder its loader reads)"
     where = f"perhaps in models/{folder}" if model.guessed else f"in models/{folder}"
     name = shortened(name, _QUOTED)
@@ -151,7 +151,7 @@ def _node_problem(node_id: str, class_type: str, error: Mapping[str, Any]) -> st
 
 
 def with_sent(problems: Iterable[str], sent: Sequence[str]) -> tuple[str, ...]:
-    """Return the sentences; those about an input file that is not there name the files that the job sent."""
+    """Return the sentences. Those about a missing input file also list the files that the job sent."""
     names = ", ".join(f"'{shortened(name, 60)}'" for name in sent[:_SHOWN_CHOICES])
     more = f" and {len(sent) - _SHOWN_CHOICES} more" if len(sent) > _SHOWN_CHOICES else ""
     told = f"{_SEND}, as {names}{more} {'was' if len(sent) == 1 else 'were'}" if sent else _SEND
@@ -163,7 +163,7 @@ def _choices(extra: Mapping[str, Any]) -> Sequence[str]:
 
 
 def options_of(config: object) -> Sequence[str] | None:
-    """A combo's options, in either of ComfyUI's two schema forms; None for an input that is no combo."""
+    """Return a combo's options, in either of ComfyUI's two schema forms. None for an input that is no combo."""
     for part in config if isinstance(config, list) else ():
         if isinstance(part, list):
             return [str(choice) for choice in part]
@@ -173,7 +173,7 @@ def options_of(config: object) -> Sequence[str] | None:
 
 
 def _similar(name: str, choices: Sequence[str]) -> str:
-    """Up to three choices like `name`, quoted; by whole name first, then by file name alone."""
+    """Return up to three quoted choices that resemble `name`: first by whole name, then by file name."""
     return ", ".join(f"'{choice}'" for choice in dict.fromkeys(_close(name, choices)))
 
 
@@ -190,7 +190,7 @@ _CORE = "comfy-core"
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """A node and where its class is from. `saved` says of which pack and version it was saved, as the editor does."""
+    """A node and the source of its class. `saved` has the pack and version that the editor saved with it."""
 
     class_type: str
     node_id: str
@@ -206,13 +206,13 @@ class Origin:
 
     @property
     def is_own(self) -> bool:
-        """Whether the class is ComfyUI's own: it was saved so, or a release of it or an official template has it."""
+        """Return whether the class is ComfyUI's own: it was saved so, or a release or an official template has it."""
         pack = self._told("cnr_id") or self._told("aux_id")
         return pack == _CORE if pack else known().is_own(self.class_type)
 
     @property
     def release(self) -> str:
-        """The oldest release of ComfyUI that is known to have the class, empty where none is."""
+        """Return the oldest release of ComfyUI that is known to have the class, or an empty text."""
         saved = self._told("ver") if self._told("cnr_id") == _CORE else ""
         told = [version for version in (known().since(self.class_type), known().newer.get(self.class_type), saved) if version]
         return next((version for version in told if not any(older(other, version) for other in told)), "")
@@ -223,7 +223,7 @@ class Origin:
 
 
 def nodes_of(graph: Graph, class_types: Collection[str] | None = None) -> list[Origin]:
-    """Return a node of each of these classes, or of all. A graph that a modern editor exported says where they are from."""
+    """Return one node of each of these classes, or of all. Graphs that a modern editor exported name their sources."""
     found: dict[str, Origin] = {}
     for node_id, node in graph.items():
         if class_types is None or node["class_type"] in class_types:
@@ -233,7 +233,7 @@ def nodes_of(graph: Graph, class_types: Collection[str] | None = None) -> list[O
 
 
 def unknown_nodes(missing: Iterable[Origin], comfyui: str | None) -> UnknownNodes:
-    """Return the error for classes that the ComfyUI of this version does not have. None: it does not tell its version."""
+    """Return the error for classes that this version of ComfyUI lacks. None means that the version is unknown."""
     packs, newer, gone, off = list[str](), list[Origin](), list[str](), list[str]()
     for node in missing:
         since = known().since(node.class_type)
@@ -249,7 +249,7 @@ def unknown_nodes(missing: Iterable[Origin], comfyui: str | None) -> UnknownNode
 
 
 def _wanted(newer: Sequence[Origin], comfyui: str | None) -> str:
-    """Return the release that has all of these classes, "" where that of one is unknown, or is not newer than this one."""
+    """Return the release that has all of these classes. Empty if one is unknown, or if it is not newer than this one."""
     releases = [node.release for node in newer]
     if not all(releases) or any(comfyui and older(release, comfyui, or_same=True) for release in releases):
         return ""
@@ -257,7 +257,7 @@ def _wanted(newer: Sequence[Origin], comfyui: str | None) -> str:
 
 
 def _unknown_class(graph: Graph, error: Mapping[str, Any]) -> str | None:
-    """Return the class that ComfyUI refuses the graph for: it names the first one only."""
+    """Return the class that ComfyUI refuses the graph for. ComfyUI names only the first one."""
     kind, message = error.get("type"), str(error.get("message") or "")
     if kind == "missing_node_type" or (kind == "invalid_prompt" and "does not exist" in message):
         node = graph.get(str(error.get("details") or "").rpartition("#")[2].strip("'"))
