@@ -1,1 +1,1 @@
-"""The editor's own workflow format, converted to the graph that the editor would send."""
+"""Convert a workflow in the editor's format to the graph that the editor would send."""

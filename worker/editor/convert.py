@@ -1,8 +1,9 @@
-"""A workflow as the editor saves it, turned into the API graph that the editor itself would have sent. Pure.
+"""Convert a workflow in the editor's format to the API graph that the editor itself would send. Pure.
 
-The rules are those of ComfyUI's own frontend, versions 1.32 and 1.58, as observed: where the two differ, the engine's version
-decides. Two things are done better than there. A link that one of them loses (it trusts the nodes, the other the list of
-links) is kept. And what they would send although it cannot run, such as a node without a class, is refused with a sentence.
+The rules are those of ComfyUI's own frontend, versions 1.32 and 1.58, as observed. Where they differ, the engine's version
+decides. Two things differ from the frontends. One of them follows the links of nodes, the other the list of links, and each
+loses some: this module keeps them. And a graph that they would send although it cannot run, such as one with a node without a
+class, is refused with a sentence.
 """
 
 from __future__ import annotations
@@ -37,14 +38,15 @@ if TYPE_CHECKING:
 __all__ = ["Converted", "classes", "convert", "is_ui"]
 
 _SUBGRAPH = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)  # how the editor names a subgraph's class
-_MAX_NAME_CHARS = 10_000  # of a file's, many times what a file system takes
+_MAX_NAME_CHARS = 10_000  # of a file's name, many times what a file system allows
 
 
 @dataclass(frozen=True, slots=True)
 class Control:
-    """A value that the editor changes after each run, as `control_after_generate` beside it was saved.
+    """A value that the editor changes after each run, as its `control_after_generate` was saved.
 
-    `targets` are the inputs that hold it, as node id and name: several where one promoted widget or PrimitiveNode feeds them.
+    `targets` are the inputs that hold it, as node id and name. There are several if a promoted widget or PrimitiveNode feeds
+    them.
     """
 
     targets: tuple[tuple[str, str], ...]
@@ -54,17 +56,17 @@ class Control:
 
 @dataclass(frozen=True, slots=True)
 class Converted:
-    """A graph for `POST /prompt`, and which of its values the editor would change for the next run, and how."""
+    """A graph for `POST /prompt`, and the values that the editor would change for the next run."""
 
     graph: Graph
     controls: tuple[Control, ...]
 
 
 def classes(ui: object) -> frozenset[str]:
-    """The node classes whose definitions `convert` needs, those inside subgraphs and the new names of renamed ones included.
+    """Return the node classes whose definitions `convert` needs, inside subgraphs too, and new names of renamed ones.
 
     Raises:
-        UiWorkflowInvalid: as `convert` does for a workflow that has no right shape.
+        UiWorkflowInvalid: as `convert` does for a workflow with the wrong structure.
     """
     graph = read_ui(ui)
     scopes = [graph.root, *graph.definitions.values()]
@@ -83,16 +85,15 @@ def convert(
     now: datetime | None = None,
     random: Callable[[], float] = chance.random,
 ) -> Converted:
-    """The graph that the editor would send for this workflow, with the seeds as they were saved.
+    """Return the graph that the editor would send for this workflow, with the seeds as saved.
 
-    `object_info` is the running engine's, at least for `classes(ui)`; `frontend` is the version that this engine asks for
-    (`/system_stats`, `required_frontend_version`); without it /object_info tells. `comfyui` is the engine's own version, for
-    what it lacks. `now` (default: this moment, local time) fills `%date:...%` in file names, `random` picks among
-    `{a|b}`.
+    `object_info` is the running engine's, at least for `classes(ui)`. `frontend` is the version that this engine requires
+    (`/system_stats`, `required_frontend_version`); without it /object_info decides. `comfyui` is the engine's own version, used
+    to name what it lacks. `now` (default: now, in local time) fills `%date:...%` in file names. `random` chooses among `{a|b}`.
 
     Raises:
         UnknownNodes: classes are missing in `object_info`; all of them are named, with their packs.
-        UiWorkflowInvalid: anything else that keeps the workflow from being converted faithfully.
+        UiWorkflowInvalid: anything else that prevents an exact conversion.
     """
     dialect = dialect_of(frontend, object_info)
     budget = Budget()
@@ -122,7 +123,7 @@ class _Writer:
     names: dict[str, Part] = field(default_factory=dict)
 
     def graph(self) -> Graph:
-        """Every node that runs, its links resolved; a link to one that does not run is left out."""
+        """Return every node that runs, with its links resolved. Leave out links to nodes that do not run."""
         running = [
             (frame, part)
             for frame, part in self.flat.nodes
@@ -185,7 +186,7 @@ class _Writer:
     def _inputs(self, frame: Frame, part: Part, resolver: Resolver) -> dict[str, object]:
         inputs: dict[str, object] = {}
         for widget in part.widgets:
-            # An upload that names no file stands for the first one there, and there may be none.
+            # An upload that names no file means the first file there, and there may be none.
             if widget.in_prompt and widget.value is not UNSET and (sent := self._sent(part, widget)) is not UNSET:
                 inputs[widget.name] = sent
         node_id = f"{frame.prefix}{part.node.id}"
@@ -207,7 +208,7 @@ class _Writer:
         return inputs
 
     def _note_control(self, node_id: str, widget: Widget, holder: Part, port: int) -> None:
-        """Remember that this input changes from run to run, together with what else has its value from the same place."""
+        """Record that this input changes from run to run, with all inputs that get their value from the same place."""
         primitive = self.steered.get((id(holder), port))
         mode, key = widget.mode, (id(holder), port)
         if primitive is not None:
@@ -221,7 +222,7 @@ class _Writer:
         self.found[key] = replace(known, targets=(*known.targets, target)) if known else Control((target,), mode, widget.spec)
 
     def controls(self) -> tuple[Control, ...]:
-        """What `graph` found to change from run to run."""
+        """Return what `graph` found to change from run to run."""
         return tuple(self.found.values())
 
     def _sent(self, part: Part, widget: Widget) -> object:
@@ -251,7 +252,7 @@ class _Writer:
         return filled
 
     def _lookup(self, name: str, widget_name: str) -> str | None:
-        """The value of a widget of the first node that is called so: by its name for this purpose, else by its title."""
+        """Return the value of a widget of the first node with this name. Its name for this purpose comes before its title."""
         if not self.names:
             for naming in (_search_name, self._shown_title):
                 for _, part in self.flat.nodes:
@@ -270,7 +271,7 @@ class _Writer:
 
 
 def _without_browser(part: Part, widget: Widget) -> object:
-    """What the editor sends for an input that it makes while queueing: a view of a scene it did not draw, or nothing."""
+    """Return what the editor sends for an input that it fills while queueing: a 3D view that was not drawn, or nothing."""
     if widget.name != "viewport_state" or part.node.type.startswith("Load3D"):
         if part.linked(widget.name):
             return widget.value
@@ -297,7 +298,7 @@ def _savers(dialect: Dialect) -> frozenset[str]:
 def _wrapped(value: object, kind: str = "") -> object:
     if kind == "CURVE" and value is not None:
         return {"__type__": "CURVE", "__value__": value}
-    return {"__value__": value} if isinstance(value, list) else value  # a bare list would be taken for a link
+    return {"__value__": value} if isinstance(value, list) else value  # ComfyUI would take a bare list for a link
 
 
 def _as_classic(widget: Widget, value: object) -> object:

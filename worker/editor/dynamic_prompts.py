@@ -1,4 +1,7 @@
-"""What the editor does to a text when it queues: `{a|b}` choices, `%...%` in file names. Pure; clock and chance are given."""
+"""Texts as the editor changes them when it queues: `{a|b}` choices and `%...%` in file names.
+
+Pure; clock and chance are passed in.
+"""
 
 from __future__ import annotations
 
@@ -20,19 +23,19 @@ _ESCAPED = re.compile(r"\\([{}|])")
 
 
 def choose(text: str, random: Callable[[], float]) -> str:
-    """The text with its comments cut and one option of each `{a|b}` kept, nested ones included; an escaped brace stays.
+    """Return the text without comments and with one option of each `{a|b}`, also nested. An escaped brace stays.
 
-    The comments are cut as the editor cuts them, so `https://` loses its rest as well.
+    Comments are removed as the editor removes them, so the part after `https:` is lost as well.
 
     Raises:
-        UiWorkflowInvalid: the braces are nested too deep.
+        UiWorkflowInvalid: the braces are nested too deeply.
     """
     if "{" not in text and "/" not in text and "\\" not in text:
         return text
     if sum(text.count(mark) for mark in "{}|/\\") > _MAX_MARKS:
         raise UiWorkflowInvalid(f"a prompt has more than {_MAX_MARKS} braces, bars and slashes")
     text = _without_comments(text)
-    # Each level: the options that are complete, and the pieces of the one that is being read.
+    # Each level has the complete options and the pieces of the current one.
     levels: list[tuple[list[str], list[str]]] = [([], [])]
     at = 0
     for mark in _MARK.finditer(text):
@@ -50,7 +53,7 @@ def choose(text: str, random: Callable[[], float]) -> str:
         else:
             levels[-1][1].append(mark[0])
     rest = text[at:]
-    # A backslash with nothing behind it: the editor appends what JavaScript finds there.
+    # A backslash at the end: the editor appends what JavaScript finds there.
     levels[-1][1].append(rest + "undefined" if rest.endswith("\\") else rest)
     while len(levels) > 1:
         _close(levels, random)
@@ -66,7 +69,7 @@ def _without_comments(text: str) -> str:
             stop = end.start() if end else len(text)
         else:
             close = text.find("*/", found.end())
-            if close < 0:  # no comment, and no later one is either
+            if close < 0:  # no comment, and no later one either
                 return "".join(kept) + re.sub(r"//[^\n\r\u2028\u2029]*", "", text[at:])
             stop = close + 2
         kept.append(text[at : found.start()])
@@ -86,9 +89,9 @@ _UNFIT = re.compile(r"[/?<>\\:*|\"\x00-\x1f\x7f]")
 
 
 def fill_tokens(text: str, now: datetime, lookup: Callable[[str, str], str | None]) -> str:
-    """The text with `%date:FORMAT%` and `%Node.widget%` filled in; what is neither, or names nothing, stays.
+    """Return the text with `%date:FORMAT%` and `%Node.widget%` replaced. Other tokens, and unknown names, stay.
 
-    `lookup(node, widget)` gives the value of a widget by its node's name, None where there is none.
+    `lookup(node, widget)` returns the value of a widget by its node's name, or None.
     """
 
     def fill(token: re.Match[str]) -> str:

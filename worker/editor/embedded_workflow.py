@@ -1,6 +1,7 @@
-"""The workflow that a picture or a video of ComfyUI carries in its metadata, or a JSON file is. Pure: bytes in, some at a time.
+"""Read the workflow from a picture or video that ComfyUI saved, or from a JSON file. Pure: it reads some bytes at a time.
 
-ComfyUI's savers write two texts: `prompt`, the API graph exactly as it ran, and `workflow`, the editor's file it came from.
+ComfyUI's savers write two texts: `prompt`, the API graph exactly as it ran, and `workflow`, the editor's file that it came
+from.
 
 | file | written by | where |
 | --- | --- | --- |
@@ -10,8 +11,8 @@ ComfyUI's savers write two texts: `prompt`, the API graph exactly as it ran, and
 | MP4, MOV | SaveVideo | `moov/udta/meta`: `keys` and `ilst` |
 | WEBM, MKV | SaveWEBM | `Segment/Tags` |
 
-Nothing here trusts a length: what does not fit its file is passed over. So are pixels, frames and sound, unread: a video has
-its texts behind them, and may be larger than the memory there is.
+The reader trusts no length: a part that does not fit into its file is skipped. It also skips pixels, frames and sound without
+reading them, because a video has its texts behind them and may be larger than memory.
 """
 
 from __future__ import annotations
@@ -30,48 +31,48 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 MAX_TEXT_BYTES = 16 * 1024 * 1024
-"""The longest text that is looked at, uncompressed; the largest workflows in use have a few megabytes."""
+"""The longest text that is parsed, uncompressed. The largest real workflows have a few megabytes."""
 
 _MAX_LOOKED_AT_BYTES = 4 * MAX_TEXT_BYTES  # of all texts together: a small file may unpack to any number of them
-_MAX_EXIF_BYTES = 2 * MAX_TEXT_BYTES + (1 << 20)  # both texts, and what else a camera would write
-_MAX_PARTS = 100_000  # chunks, boxes or tags that are looked at: a file of nothing else must not take for ever
+_MAX_EXIF_BYTES = 2 * MAX_TEXT_BYTES + (1 << 20)  # both texts, and the strings that a camera would write
+_MAX_PARTS = 100_000  # chunks, boxes or tags that are read: a file with nothing else must not take for ever
 _NAMES = ("prompt", "workflow")
-_UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # as Windows PowerShell writes a JSON
+_UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # as Windows PowerShell writes JSON
 
 
 class Readable(Protocol):
-    """A file's bytes: `bytes`, or something that reads them from a disk when they are asked for."""
+    """A file's bytes: `bytes`, or an object that reads them from a disk on demand."""
 
     def __len__(self) -> int:
-        """How many there are."""
+        """Return the number of bytes."""
 
     def __getitem__(self, where: slice, /) -> bytes:
-        """Some of them; fewer where the file ends."""
+        """Return some of the bytes, fewer at the end of the file."""
 
 
 @dataclass(frozen=True, slots=True)
 class Embedded:
-    """What a file carries: `prompt` is the API graph that ran, `workflow` the editor's; either may be missing, not both."""
+    """The texts in a file: `prompt` is the API graph that ran, `workflow` the editor's. One of them may be missing."""
 
     prompt: dict[str, Any] | None
     workflow: dict[str, Any] | None
 
     @property
     def best(self) -> dict[str, Any]:
-        """What to run: the prompt, which is exactly what made the file, and the workflow where there is none.
+        """Return the graph to run: the prompt, which made the file, or the workflow if there is no prompt.
 
-        A workflow would be converted for the engine that is here, with other choices at each `{a|b}`.
+        A workflow would be converted for this engine, with other choices at each `{a|b}`.
         """
         found = self.prompt if self.prompt is not None else self.workflow
         if found is None:
-            raise AssertionError  # embedded_workflow makes none like this
+            raise AssertionError  # embedded_workflow creates none like this
         return found
 
 
 def embedded_workflow(data: Readable) -> Embedded | None:
-    """What this file carries, None when that is nothing, or the file is damaged or of another kind.
+    """Return the texts in this file. None if there are none, or if the file is damaged or of another kind.
 
-    Raises nothing but what `data` does. At most some tens of MB of it are in memory at a time, and for most files some KB.
+    Raises only what `data` raises. At most some tens of MB are in memory at a time, and for most files some KB.
     """
     found: dict[str, dict[str, Any]] = {}
     if _begins_as_json(data):
@@ -94,7 +95,10 @@ def embedded_workflow(data: Readable) -> Embedded | None:
 
 
 def json_fault(name: str, data: Readable) -> str:
-    """Say why a `.json` holds no workflow, as the end of a sentence; empty for any other name, and where it is no text."""
+    """Return why a `.json` contains no workflow, as the end of a sentence.
+
+    Empty for other names and for a file that is no text.
+    """
     if not name.lower().endswith(".json"):
         return ""
     text = data[: MAX_TEXT_BYTES + 1]
@@ -150,7 +154,7 @@ def _png_text(kind: bytes, chunk: bytes) -> Iterator[tuple[str, bytes]]:
         return
     if kind == b"iTXt":
         packed, rest = rest[:1] == b"\1", rest[2:]
-        rest = rest.partition(b"\0")[2].partition(b"\0")[2]  # the language, and the key in that language
+        rest = rest.partition(b"\0")[2].partition(b"\0")[2]  # the language, and the keyword in that language
         yield name, _inflated(rest) if packed else rest
     elif kind == b"zTXt":
         yield name, _inflated(rest[1:]).decode("latin-1").encode()
@@ -186,7 +190,7 @@ def _webp(data: Readable) -> Iterator[tuple[str, bytes]]:
 
 
 def _exif(data: bytes) -> Iterator[tuple[str, bytes]]:
-    """The strings of the first directory, which ComfyUI writes as `name:text` under tags that mean something else."""
+    """Yield the strings of the first directory. ComfyUI writes them as `name:text` under tags with another meaning."""
     order = {b"II": "<", b"MM": ">"}.get(data[:2])
     if order is None or len(data) < 8:  # noqa: PLR2004 - the header
         return
@@ -225,7 +229,7 @@ def _mp4(data: Readable) -> Iterator[tuple[str, bytes]]:
 
 
 def _boxes(data: Readable, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
-    """The boxes between two places: kind, where the content starts, where it ends."""
+    """Yield the boxes between two offsets: kind, start and end of the content."""
     at = start
     for _ in range(_MAX_PARTS):
         if at + 8 > end:
@@ -244,8 +248,8 @@ def _boxes(data: Readable, start: int, end: int) -> Iterator[tuple[bytes, int, i
 
 
 def _items(data: Readable, start: int, end: int) -> Iterator[tuple[str, bytes]]:
-    """The texts of a `meta` box: `keys` names them from 1 on, `ilst` has them by that number."""
-    boxes = list(_boxes(data, start + 4, end)) or list(_boxes(data, start, end))  # QuickTime's has no version before it
+    """Yield the texts of a `meta` box. `keys` names them from 1 on, `ilst` has them by that number."""
+    boxes = list(_boxes(data, start + 4, end)) or list(_boxes(data, start, end))  # QuickTime's has no version field before it
     names: list[str] = []
     for kind, inner, after in boxes:
         if kind == b"keys":
@@ -280,7 +284,7 @@ def _matroska(data: Readable) -> Iterator[tuple[str, bytes]]:
         if element is None or size is None:
             return
         if element in _MASTERS:
-            continue  # its elements come next
+            continue  # its elements follow
         if element == _TAG_NAME:
             name = data[at : at + min(size, 64)].decode("utf-8", "replace").rstrip("\0")
         elif element == _TAG_STRING:
@@ -289,7 +293,7 @@ def _matroska(data: Readable) -> Iterator[tuple[str, bytes]]:
 
 
 def _vint(data: Readable, at: int, *, keep_marker: bool) -> tuple[int | None, int]:
-    """A number of one to eight bytes whose first bits say how many, and where it ends; None when there is none."""
+    """Return a number of one to eight bytes, whose first bits give its length, and where it ends. None if there is none."""
     read = data[at : at + 8]
     length = 9 - read[0].bit_length() if read else 0
     if not 0 < length <= len(read):

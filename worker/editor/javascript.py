@@ -1,4 +1,4 @@
-"""Values as JavaScript has them: what a browser's JSON makes of a saved value. Pure."""
+"""Values as JavaScript has them: what a browser's JSON does to a saved value. Pure."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ _MAX_DEPTH = 100
 
 
 def plain(value: object, budget: Budget) -> object:
-    """The value after a trip through JavaScript, whose only number is a double: 8.0 becomes 8, 2**64 - 1 loses its last digits.
+    """Return the value after a round trip through JavaScript.
+
+    It has only doubles: 8.0 becomes 8, 2**64 - 1 loses its last digits.
 
     Raises:
-        UiWorkflowInvalid: it is nested too deep, or the values of the workflow are more than any has.
+        UiWorkflowInvalid: it is nested too deeply, or the workflow has more values than any real one.
     """
     budget.value(1, len(value) if isinstance(value, str) else 0)
     if isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -56,15 +58,15 @@ def _number(value: float) -> float:
     try:
         double = float(value)
     except OverflowError:
-        return math.inf  # refused with the graph's other numbers that JSON cannot carry
+        return math.inf  # refused later, with the graph's other numbers that JSON cannot represent
     return int(Decimal(repr(double))) if abs(double) < _EXPONENT_FROM else double
 
 
 def text_of(value: object, depth: int = 0) -> str:
-    """The value as JavaScript's String() writes it.
+    """Return the value as JavaScript's String() writes it.
 
     Raises:
-        UiWorkflowInvalid: a list in it is nested too deep.
+        UiWorkflowInvalid: a list in it is nested too deeply.
     """
     if depth > _MAX_DEPTH:
         raise UiWorkflowInvalid("a widget's value is nested too deep")

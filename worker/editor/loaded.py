@@ -1,4 +1,4 @@
-"""The nodes and sheets of a saved workflow once loaded, as values that the other steps of a conversion work on. Pure."""
+"""The nodes and sheets of a loaded workflow, on which the other steps of a conversion work. Pure."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ if TYPE_CHECKING:
 
 PRIMITIVE, SETTER, GETTER = "PrimitiveNode", "SetNode", "GetNode"
 GROUP_PREFIXES = ("workflow>", "workflow/")
-"""How the class of a group node begins, the editor's older kind of subgraph."""
+"""Prefixes of the class of a group node, the editor's older form of subgraph."""
 
 
 class _Hidden:
-    """In place of a promoted value: the classic frontend shows the inner widget instead, so that one counts."""
+    """Placeholder for a promoted value: the classic frontend shows the inner widget instead, so that one counts."""
 
 
 HIDDEN = _Hidden()
@@ -33,9 +33,9 @@ class PartSlot:
 
 @dataclass(slots=True)
 class Part:
-    """A loaded node. `values` are the promoted widgets of a subgraph instance, by input; absent where it has none.
+    """A loaded node. `values` are the promoted widgets of a subgraph instance, by input. Absent inputs have none.
 
-    `left` describes the saved values that nothing is known to take.
+    `left` describes the saved values that no known input takes.
     """
 
     node: Node
@@ -49,11 +49,11 @@ class Part:
     left: tuple[str, ...] = ()
 
     def widget(self, name: str | None) -> Widget | None:
-        """Its widget of that name."""
+        """Return the node's widget of that name."""
         return next((widget for widget in self.widgets if widget.name == name), None)
 
     def linked(self, name: str) -> bool:
-        """Whether a link ends in the input of that widget."""
+        """Return whether a link ends in the input of that widget."""
         return any(slot.widget == name and slot.link is not None for slot in self.slots)
 
 
@@ -63,19 +63,19 @@ class Sheet:
 
     scope: Scope
     parts: dict[str, Part] = field(default_factory=dict)
-    promoted: dict[int, tuple[str, str]] = field(default_factory=dict)  # input to the inner node and widget behind it
+    promoted: dict[int, tuple[str, str]] = field(default_factory=dict)  # an input, and the inner node and widget behind it
     initial: dict[int, object] = field(default_factory=dict)
-    ends: dict[tuple[str, str], int] = field(default_factory=dict)  # node and link to the input that the link ends in
+    ends: dict[tuple[str, str], int] = field(default_factory=dict)  # a node and link, and the input that the link ends in
     size: int = 0
 
 
 def setter_of(getter: Part) -> Part | None:
-    """The SetNode whose name a GetNode asks for, on the same sheet."""
+    """Return the SetNode with the name that a GetNode asks for, on the same sheet."""
     name = first_value(getter)
     return next((part for part in getter.sheet.parts.values() if part.kind == SETTER and first_value(part) == name), None)
 
 
 def first_value(part: Part) -> object:
-    """The first of the values that a node was saved with, None where there is none."""
+    """Return the first of the values that a node was saved with, or None."""
     values = part.node.values
     return values[0] if isinstance(values, list) and values else None

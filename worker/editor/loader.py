@@ -1,7 +1,7 @@
-"""A saved workflow loaded as the editor loads it: each node with its inputs, links and values, sheet by sheet. Pure.
+"""Load a saved workflow as the editor does: each node with its inputs, links and values, sheet by sheet. Pure.
 
-A node inside a subgraph definition is made once, however many instances there are: what differs between instances is only the
-value of a promoted widget, which the instance itself holds.
+A node inside a subgraph definition is created once, however many instances there are. Instances differ only in the values of
+promoted widgets, which each instance holds itself.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 
 def load(ui: UiGraph, object_info: Mapping[str, Any], dialect: Dialect, budget: Budget) -> Sheet:
-    """The workflow as it is in the editor right after it was opened.
+    """Return the workflow as it is in the editor right after opening.
 
     Raises:
-        UiWorkflowInvalid: subgraphs hold each other in a circle, or a node is one that no server can evaluate.
+        UiWorkflowInvalid: subgraphs contain each other in a cycle, or a node is one that no server can evaluate.
     """
     if dialect is Dialect.MODERN:
         ui = renumbered(ui)
@@ -56,7 +56,7 @@ def _leaves_first(ui: UiGraph) -> tuple[str, ...]:
 
 
 def renumbered(ui: UiGraph) -> UiGraph:
-    """The workflow with the ids that a modern frontend gives: an inner node whose id is taken gets the next free one."""
+    """Return the workflow with the ids that a modern frontend gives: an inner node whose id is taken gets the next free one."""
     used = set(ui.root.nodes)
     last = max([ui.last_node_id, *(int(key) for key in used if _is_number(key))])
     moved: dict[str, dict[str, str]] = {}
@@ -169,7 +169,7 @@ class _Loader:
         return Part(node, sheet, "subgraph", slots, [port.type for port in inner.scope.outputs], [], inner)
 
     def _is_early(self, part: Part) -> bool:
-        """Whether a classic frontend, which opens definitions in the file's order, makes it before it knows its widgets."""
+        """Return True if frontend 1.32 creates this instance before its definition is loaded (it follows the file's order)."""
         own = part.sheet.scope.id
         if self.dialect is Dialect.MODERN or own is None:
             return False
@@ -179,19 +179,22 @@ class _Loader:
 def _link_of(
     node: Node, at: int, scope: Scope, by_target: Mapping[tuple[str, int], Link], taken: Collection[str | None]
 ) -> Link | None:
-    """The link of an input: the one it names, else the one that names it. Frontends trust one or the other and lose some."""
+    """Return the link of an input: the one it names, or the one that names it.
+
+    Frontends trust one of the two and lose links.
+    """
     named = node.slots[at].link
     if named is not None and named in scope.links:
         return scope.links[named]
     found = by_target.get((node.id, at))
-    # A link that some other input of the node names belongs there.
+    # If another input of the node names the link, the link belongs there.
     return None if found is None or found.id in taken else found
 
 
 def _matched(
     declared: Sequence[ShapeSlot], node: Node, links: Sequence[Link | None], by_target: Mapping[tuple[str, int], Link]
 ) -> list[PartSlot]:
-    """The declared inputs with the links that the saved ones of the same names have; of two with a name the last counts."""
+    """Return the declared inputs with the links of saved inputs of the same names. If two share a name, the last one counts."""
     saved = {slot.name: link for slot, link in zip(node.slots, links, strict=True)}
     if not node.slots:
         return [PartSlot(slot.name, slot.type, by_target.get((node.id, at)), slot.widget) for at, slot in enumerate(declared)]
@@ -205,7 +208,7 @@ def _slots_of(
     known, closed = {slot.name for slot in shape.slots}, tuple(shape.closed)
     for slot, link in zip(node.slots, links, strict=True):
         if slot.name in known or slot.widget is not None:
-            continue  # a widget that the class has no longer goes, and its link with it
+            continue  # a widget that the class no longer has is dropped, with its link
         if not slot.name.startswith(closed):
             slots.append(PartSlot(slot.name, slot.type, link))
         else:
@@ -214,7 +217,7 @@ def _slots_of(
 
 
 def _land(slots: list[PartSlot], link: Link | None) -> None:
-    """Put the link of an input that the chosen option no longer has where the modern frontend finds it: at its number."""
+    """Move the link of an input that the chosen option no longer has to where the modern frontend finds it: its number."""
     if link is not None and link.target_slot < len(slots):
         slot = slots[link.target_slot]
         if slot.link is None and slot.type != DYNAMIC_COMBO:

@@ -1,4 +1,4 @@
-"""PrimitiveNode: its value, copied into the widgets that it is linked to. Pure."""
+"""Copy the value of each PrimitiveNode into the widgets that it is linked to. Pure."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def apply_primitives(sheet: Sheet, budget: Budget) -> dict[tuple[int, int], Part]:
     """Copy the value of each PrimitiveNode into the widgets that it is linked to, as the editor does when it queues.
 
-    Returns which PrimitiveNode now steers which input, by the id() of its node and its index.
+    Return the PrimitiveNode that controls each input, by the id() of the input's node and its index.
     """
     steered: dict[tuple[int, int], Part] = {}
     targets: dict[str, list[tuple[Part, int]]] = {}
@@ -49,7 +49,7 @@ def _apply_primitive(primitive: Part, targets: list[tuple[Part, int]]) -> None:
 
 
 def spec_behind(part: Part, at: int) -> InputSpec | None:
-    """What the widget that an input stands for was declared as, through however many subgraphs."""
+    """Return the InputSpec of the widget behind this input, following nested subgraphs."""
     for _ in range(MAX_DEFINITIONS):
         if part.inner is None:
             widget = part.widget(part.slots[at].widget) if at < len(part.slots) else None
@@ -86,7 +86,7 @@ def _limit(spec: InputSpec, key: str, default: float) -> float:
 
 
 def rounded(spec: InputSpec, value: object) -> object:
-    """The value as a number widget keeps it when it is set: a whole number of steps, or rounded to its precision."""
+    """Return the value as a number widget stores it: a whole number of steps, or rounded to its precision."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return value
     if spec.widget_type == "INT":
@@ -99,7 +99,7 @@ def rounded(spec: InputSpec, value: object) -> object:
     to = _limit(spec, "round", 0) or (10.0**-precision if precision else 0)
     if not to:
         return value
-    # toFixed looks at the double's exact value and rounds a tie up.
+    # toFixed uses the double's exact value and rounds a tie up.
     near = Decimal(math.floor(value / to + 0.5) * to).quantize(Decimal(1).scaleb(-precision), ROUND_HALF_UP)
     return min(max(float(near), _limit(spec, "min", 0)), _limit(spec, "max", 2048))
 

@@ -1,7 +1,7 @@
 """Widgets of a subgraph's inner nodes that its instances show and hold values for. Pure.
 
-Two generations of files: in the older one an instance's `widgets_values` follow the subgraph's inputs, in the newer one
-`proxyWidgets` says for each value which inner widget it belongs to, whether the subgraph has an input for it or not.
+There are two generations of files. In the older one an instance's `widgets_values` follow the subgraph's inputs. In the newer
+one `proxyWidgets` names the inner widget of each value, whether or not the subgraph has an input for it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def find_promoted(sheet: Sheet, dialect: Dialect) -> None:
-    """Note for each input of a subgraph which inner widget it stands for, and what that says."""
+    """Record for each input of a subgraph its inner widget, and that widget's value."""
     for at, port in enumerate(sheet.scope.inputs):
         for link_id in port.links:
             found = _behind(sheet, link_id, by_index=dialect is Dialect.CLASSIC)
@@ -34,10 +34,10 @@ def find_promoted(sheet: Sheet, dialect: Dialect) -> None:
 
 
 def _behind(sheet: Sheet, link_id: str, *, by_index: bool = False) -> tuple[Part, str, object] | None:
-    """The inner node, widget and value that a link from a subgraph's input ends in.
+    """Return the inner node, widget and value that a link from a subgraph's input ends in.
 
-    A classic frontend goes by the link's slot number, which is wrong where the file leaves out inputs: the value of another
-    widget is promoted then, and that is what it sends.
+    A classic frontend uses the link's slot number, which is wrong if the file leaves out inputs. It then promotes another
+    widget's value, and sends that.
     """
     link = sheet.scope.links.get(link_id)
     part = sheet.parts.get(link.target) if link is not None else None
@@ -57,7 +57,7 @@ def _behind(sheet: Sheet, link_id: str, *, by_index: bool = False) -> tuple[Part
 
 @dataclass(slots=True)
 class Instance:
-    """A subgraph instance taking its own values out of its `widgets_values`."""
+    """A subgraph instance that takes its own values from its `widgets_values`."""
 
     part: Part
     dialect: Dialect
@@ -66,11 +66,11 @@ class Instance:
     @property
     def _sheet(self) -> Sheet:
         if self.part.inner is None:
-            raise AssertionError  # only made for instances
+            raise AssertionError  # created only for instances
         return self.part.inner
 
     def take_values(self) -> None:
-        """In the order of the inputs first; then as `proxyWidgets` says, which newer files have."""
+        """Take the values in the order of the inputs, then as `proxyWidgets` says, which newer files have."""
         saved = self.part.node.values
         values: list[Any] = saved if isinstance(saved, list) else []
         sheet = self._sheet
@@ -113,7 +113,7 @@ class Instance:
             self.part.values[at] = value
 
     def _plain_name(self, node_id: str, name: str) -> str:
-        """The widget's name without the `12: ` that older editors put before it."""
+        """Return the widget's name without the `12: ` that older editors put before it."""
         inner = self._sheet.parts.get(node_id)
         self.budget.step(len(inner.slots) if inner is not None else 1)
         if len(name) > _MAX_NAME_CHARS:
@@ -123,7 +123,7 @@ class Instance:
         return name
 
     def _promote(self, node_id: str, name: str) -> int | None:
-        """A new input of the subgraph for an inner widget, as the modern frontend makes when it opens such a file."""
+        """Return a new input of the subgraph for an inner widget, as the modern frontend adds when it opens such a file."""
         inner = self._sheet.parts.get(node_id)
         self.budget.step(len(inner.slots) if inner is not None and inner.kind != PRIMITIVE else self._sheet.size)
         if inner is None or name.startswith("$$"):
@@ -166,7 +166,7 @@ class Instance:
 
 
 _HOLE = object()
-_MAX_NAME_CHARS = 1_000  # of a widget's
+_MAX_NAME_CHARS = 1_000  # of a widget
 
 
 def _has(part: Part, name: str) -> bool:
@@ -174,7 +174,7 @@ def _has(part: Part, name: str) -> bool:
 
 
 def _slot_with(part: Part, name: str) -> int | None:
-    """The input of a node that its widget of this name has; of a subgraph instance, the input that stands for it."""
+    """Return the input of a node's widget with this name. For a subgraph instance, the input that stands for it."""
     if part.inner is None:
         return next((at for at, slot in enumerate(part.slots) if slot.widget == name and part.widget(name) is not None), None)
     initial, promoted = part.inner.initial, part.inner.promoted

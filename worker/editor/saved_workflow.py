@@ -1,8 +1,8 @@
-"""A workflow as ComfyUI's editor saves it, read into values whose shape is known. Pure.
+"""Parse a workflow in the editor's format into values of known structure. Pure.
 
-Both schemas are read: 0.4 (links as lists) and 1 (links as objects), subgraph definitions at any depth of `definitions`.
-Whatever the frontend ignores is ignored here too: positions, colours, groups, reroutes that are drawing only, floating links.
-Ids may be numbers or strings and become strings, as the frontend's own keys are.
+Both schemas are supported: 0.4 (links as lists) and 1 (links as objects), with subgraph definitions at any depth of
+`definitions`. The parser ignores what the frontend ignores: positions, colours, groups, reroutes that are only drawn, floating
+links. Ids may be numbers or strings and become strings, as the frontend's own keys are.
 """
 
 from __future__ import annotations
@@ -23,32 +23,35 @@ INPUT_NODE, OUTPUT_NODE = "-10", "-20"
 MUTED, BYPASSED = 2, 4
 
 MAX_NODES = 5_000
-"""The most nodes a workflow may have, subgraphs expanded: several times the largest in use, and a bound on hostile ones."""
+"""The most nodes a workflow may have with subgraphs expanded. Several times the largest real one; limits hostile input."""
 
 MAX_LINKS = 50_000
 MAX_SLOTS = 50_000
 MAX_DEFINITIONS = 1_000
-_MAX_TYPE_CHARS = 2_000  # a slot that takes every 3D format lists a few hundred
+_MAX_TYPE_CHARS = 2_000  # a slot that accepts every 3D format lists a few hundred
 _MAX_ID_CHARS = 100
 _MAX_NAMED_VALUES = 10_000
 
 
 @dataclass(slots=True)
 class Budget:
-    """What converting one workflow may cost. A few short definitions, used often enough, say more than fits any machine."""
+    """The cost limit of converting one workflow.
+
+    A few short definitions, used often enough, expand to more than any machine can hold.
+    """
 
     steps: int = 100_000
     values: int = 200_000
     chars: int = 50_000_000
 
     def step(self, count: int = 1) -> None:
-        """Note work that was done, such as inputs looked through for a link."""
+        """Count work, such as inputs that were searched for a link."""
         self.steps -= count
         if self.steps < 0:
             raise UiWorkflowInvalid("its links run through too many nodes and inputs to follow")
 
     def value(self, count: int, chars: int = 0) -> None:
-        """Note values that go into the graph."""
+        """Count values that go into the graph."""
         self.values -= count
         self.chars -= chars
         if self.values < 0 or self.chars < 0:
@@ -57,7 +60,7 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """An input as it was saved: `link` is the id of its link, `widget` the name of the widget that it stands for."""
+    """An input as saved: `link` is the id of its link, `widget` the name of its widget."""
 
     name: str
     type: str
@@ -67,7 +70,7 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A node as it was saved. `values` is `widgets_values` untouched: a list, an object, or None."""
+    """A node as saved. `values` is `widgets_values` unchanged: a list, an object, or None."""
 
     id: str
     type: str
@@ -79,14 +82,14 @@ class Node:
     properties: Mapping[str, Any]
 
     def __str__(self) -> str:
-        """Its id, class and title, for people."""
+        """Return the node's id, class and title, for people."""
         title = f" '{shown(self.title)}'" if self.title and self.title != self.type else ""
         return f"{shown(self.id)} ({shown(self.type)}{title})"
 
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """One link; slots are indexes."""
+    """One link. Slots are indexes."""
 
     id: str
     origin: str
@@ -106,7 +109,7 @@ class Port:
 
 @dataclass(slots=True)
 class Scope:
-    """One sheet of the editor: the workflow itself, or the inside of a subgraph definition (which has an id and ports)."""
+    """One sheet of the editor: the workflow itself, or the inside of a subgraph definition, which has an id and ports."""
 
     nodes: dict[str, Node]
     links: dict[str, Link]
@@ -126,18 +129,18 @@ class UiGraph:
 
 
 def is_ui(value: object) -> bool:
-    """Whether this is a workflow as the editor saves it, told by its shape: a list of nodes.
+    """Return whether this is a workflow in the editor's format: a list of nodes.
 
-    An API graph is an object of nodes by id, so a node there may be called "nodes" but is never a list.
+    An API graph maps ids to nodes. One may be called "nodes" but is never a list.
     """
     return isinstance(value, dict) and isinstance(value.get("nodes"), list)
 
 
 def read_ui(value: object) -> UiGraph:
-    """The workflow, once its shape is known to be right.
+    """Return the parsed workflow.
 
     Raises:
-        UiWorkflowInvalid: something in it has the wrong type, an id is there twice, or it is larger than any workflow is.
+        UiWorkflowInvalid: a part has the wrong type, an id appears twice, or it is larger than any real workflow.
     """
     if not is_ui(value):
         raise UiWorkflowInvalid("it has no list 'nodes'; send what the editor's Save writes")
@@ -154,12 +157,12 @@ def read_ui(value: object) -> UiGraph:
 
 
 def _state(document: dict[str, Any]) -> dict[str, Any]:
-    state = document.get("state")  # where schema 1 keeps the counters
+    state = document.get("state")  # where schema 1 stores the counters
     return state if isinstance(state, dict) else {}
 
 
 def _definitions(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Every subgraph definition, those inside definitions right after the one that holds them, as the frontend hoists them."""
+    """Yield every subgraph definition. Nested ones follow the one that contains them, in the frontend's order."""
     waiting, count = [document], 0
     while waiting:
         current = waiting.pop()
@@ -179,7 +182,7 @@ def _definitions(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 @dataclass(slots=True)
 class _Reader:
-    """Counts what it has read, so that a document of any size is refused before it costs anything."""
+    """Counts what it has read, so that an oversized document is refused before it costs anything."""
 
     nodes: int = 0
     links: int = 0
@@ -202,7 +205,7 @@ class _Reader:
                 raise UiWorkflowInvalid(f"{where} has two nodes with the id {shown(node.id)}")
             scope.nodes[node.id] = node
         for item in links or ():
-            if item is not None:  # older editors left holes
+            if item is not None:  # older editors left gaps
                 link = _link(item, where)
                 scope.links.setdefault(link.id, link)
         return scope
@@ -328,7 +331,7 @@ def _text(value: object) -> str:
 
 
 def _type(value: object, label: str) -> str:
-    """A slot's type as the frontend compares them. Old files hold a combo's options in its place, and 0 for any type."""
+    """Return a slot's type as the frontend compares it. Old files have a combo's options in its place, and 0 for any type."""
     if isinstance(value, list):
         value = "COMBO"
     text = value if isinstance(value, str) else "*" if value in (0, None, True, False) else str(value)

@@ -1,6 +1,6 @@
-"""Every node of a workflow with its subgraphs expanded, and where each link comes from in the end. Pure.
+"""Expand the subgraphs of a workflow, and resolve where each link comes from. Pure.
 
-A node in a subgraph gets the ids of the instances around it before its own: `12:5`, `12:5:7`.
+The id of a node in a subgraph begins with the ids of the instances around it: `12:5`, `12:5:7`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Frame:
 
 @dataclass(slots=True)
 class Flat:
-    """Every node of the workflow with the frame it is in, and every sheet once."""
+    """Every node of the workflow with its frame, and every sheet once."""
 
     root: Frame
     nodes: list[tuple[Frame, Part]] = field(default_factory=list)
@@ -44,10 +44,10 @@ class Flat:
 
 
 def flatten(root: Sheet, dialect: Dialect) -> Flat:
-    """Every node of the workflow, those of each subgraph instance behind the sheet that holds it.
+    """Return every node of the workflow. Those of a subgraph instance follow the sheet that contains it.
 
     Raises:
-        UiWorkflowInvalid: they are more than `MAX_NODES`.
+        UiWorkflowInvalid: there are more than `MAX_NODES`.
     """
     flat = Flat(Frame("", root))
     waiting = deque([flat.root])
@@ -59,7 +59,7 @@ def flatten(root: Sheet, dialect: Dialect) -> Flat:
             flat.sheets.append(frame.sheet)
         for part in frame.sheet.parts.values():
             flat.nodes.append((frame, part))
-            # A modern frontend leaves out what is inside a muted or bypassed subgraph, but looks only at the outermost one.
+            # A modern frontend leaves out the inside of a muted or bypassed subgraph, but checks only the outermost one.
             closed = dialect is Dialect.MODERN and frame.parent is None and part.node.mode in {MUTED, BYPASSED}
             if part.inner is not None and not closed:
                 child = Frame(f"{frame.prefix}{part.node.id}:", part.inner, part, frame)
@@ -75,7 +75,7 @@ def flatten(root: Sheet, dialect: Dialect) -> Flat:
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """A promoted widget's value in place of a link, and the subgraph instance that holds it, at which input."""
+    """The value of a promoted widget in place of a link, with the subgraph instance and the input that hold it."""
 
     value: object
     holder: Part
@@ -84,13 +84,13 @@ class Value:
 
 @dataclass(slots=True)
 class Resolver:
-    """Where a link comes from in the end: through reroutes, bypassed nodes, and in and out of subgraphs."""
+    """Resolves links through reroutes, bypassed nodes, and into and out of subgraphs."""
 
     dialect: Dialect
     budget: Budget
 
     def source(self, frame: Frame, part: Part, at: int) -> tuple[str, int] | Value | None:
-        """The node's id and its output, a value, or None where nothing feeds this input."""
+        """Return the node's id and its output, a value, or None if nothing feeds this input."""
         if at < len(part.slots) and part.slots[at].link is None:
             return None
         seen: set[tuple[int, int, bool, int]] = set()
@@ -114,7 +114,7 @@ class Resolver:
             frame, part, at, kind, incoming = out.frame, out.part, out.at, out.kind, out.incoming
 
     def _into(self, frame: Frame, part: Part, at: int, kind: str | None) -> _Step | Value | None:
-        """From an input to what its link comes from."""
+        """Go from an input to the source of its link."""
         if at >= len(part.slots):
             return None
         slot = part.slots[at]
@@ -127,20 +127,20 @@ class Resolver:
             raise UiWorkflowInvalid(
                 f"input '{shown(slot.name)}' of node {part.node} is linked to node {slot.link.origin}, which does not exist"
             )
-        # A classic frontend looks for PrimitiveNodes on the root sheet only. Frontends show this value and send the inner one.
+        # A classic frontend looks for PrimitiveNodes on the root sheet only. Frontends show this value but send the inner one.
         if origin.kind == PRIMITIVE and part.inner is not None and (self.dialect is Dialect.MODERN or frame.parent is None):
             return _promoted(part, at)
         return _Step(frame, origin, slot.link.origin_slot, kind or slot.type, incoming=False)
 
     @staticmethod
     def _up(parent: Frame, instance: Part, at: int) -> _Step | Value | None:
-        """Out of a subgraph through its input: on in the sheet around it, or the value of the promoted widget."""
+        """Leave a subgraph through its input: continue in the sheet around it, or return the promoted widget's value."""
         if at < len(instance.slots) and instance.slots[at].link is not None:
             return _Step(parent, instance, at, None, incoming=True)
         return _promoted(instance, at)
 
     def _out_of(self, frame: Frame, part: Part, at: int, kind: str) -> _Step | tuple[str, int] | Value | None:
-        """From an output to the node behind it: the node itself, or past it where it is not there when the graph runs."""
+        """Go from an output to its node, or past the node if it does not exist when the graph runs."""
         mode = part.node.mode
         if mode == MUTED and self.dialect is Dialect.MODERN:
             return None
@@ -170,7 +170,7 @@ class Resolver:
         link = next((scope.links[key] for key in scope.outputs[at].links), None)
         if link is None:
             return None
-        if link.origin == INPUT_NODE:  # wired straight through
+        if link.origin == INPUT_NODE:  # connected straight through
             return self._up(frame, part, link.origin_slot)
         origin = child.sheet.parts.get(link.origin)
         if origin is None:
@@ -180,7 +180,7 @@ class Resolver:
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """The next place to look at: an input or an output of a node, and the type that is wanted there."""
+    """The next position: an input or an output of a node, and the type that is required there."""
 
     frame: Frame
     part: Part
@@ -190,7 +190,7 @@ class _Step:
 
 
 def _promoted(instance: Part, at: int) -> Value | None:
-    """The value of the widget that a subgraph instance shows for one of its inputs."""
+    """Return the value of the widget that a subgraph instance shows for one of its inputs."""
     initial = instance.inner.initial if instance.inner is not None else {}
     value = instance.values.get(at, initial.get(at, HIDDEN))
     return None if value is HIDDEN else Value(value, instance, at)
@@ -204,7 +204,7 @@ def _setter(getter: Part) -> Part:
 
 
 def _past(part: Part, at: int, kind: str) -> int | None:
-    """The input that a bypassed node passes on to an output, for a consumer that takes `kind`."""
+    """Return the input that a bypassed node passes on to an output, for a consumer of type `kind`."""
     slots = part.slots
     if kind in ("", "*"):
         return at if at < len(slots) else 0

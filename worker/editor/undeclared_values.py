@@ -1,7 +1,7 @@
-"""Saved values that no declared input takes, under the names that a node pack's own code in the editor sends them. Pure.
+"""Saved values that no declared input takes, under the names that a node pack's own code sends. Pure.
 
-A pack's code may add widgets to its nodes that `/object_info` does not describe. The editor drops such a value where that code
-is not there, and so would a conversion: the node then runs without it, and nobody is told.
+A pack's code in the editor may add widgets to its nodes that `/object_info` does not describe. Without that code the editor
+drops such a value. A conversion would do the same, and the node would silently run without it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from worker.editor.saved_workflow import Node
     from worker.editor.widgets import Definition, Shape
 
-# A widget that only shows something, saved by name. It holds paths of the machine that made it.
+# A widget that only displays something, saved by name. It contains paths of the machine that saved it.
 _SHOWS: Final = frozenset({"videopreview"})
 _CONTROLS: Final = frozenset({"decrement", "fixed", "increment", "increment-wrap", "randomize"})
 _BUTTONS: Final = frozenset({"audio", "image", "upload", "video"})
@@ -27,12 +27,12 @@ _LORA_MANAGER: Final = "(LoraManager)"
 
 
 def is_foreign(definition: Definition) -> bool:
-    """Return whether a class is a custom node, whose pack may have code of its own in the editor."""
+    """Return whether a class is a custom node, whose pack may have its own code in the editor."""
     return str(definition.get("python_module", "")).startswith("custom_nodes")
 
 
 def place(node: Node, definition: Definition, shape: Shape) -> tuple[str, ...]:
-    """Give a name to each value in `shape.left` that the pack's code sends. Return the others, described for people."""
+    """Name each value in `shape.left` that the pack's code sends. Return descriptions of the others."""
     if not is_foreign(definition):
         return ()
     nameless = [value for name, value in shape.left if name is None and value not in (None, "", {}, [])]
@@ -51,7 +51,7 @@ def place(node: Node, definition: Definition, shape: Shape) -> tuple[str, ...]:
         if name in saved:
             shape.slots.append(ShapeSlot(name, saved[name].type, name))
     if definition.get("output_node") and not shape.widgets:
-        return ()  # what it showed when it ran last
+        return ()  # the text that it showed after its last run
     return tuple(_described(value) for value in nameless if not _is_no_input(value))
 
 
@@ -71,7 +71,7 @@ def _lora_manager(node: Node, values: Sequence[object]) -> Iterator[tuple[str, o
 
 
 def _is_no_input(value: object) -> bool:
-    """Return whether a value is what the editor saves for a control, a button or a text that it shows below a node."""
+    """Return whether the editor saved a value for a control, a button or a text below a node."""
     if not isinstance(value, str):
         return False
     return value in _CONTROLS or value in _BUTTONS or (value.startswith("<") and value.endswith(">"))

@@ -1,8 +1,8 @@
 """The inputs that the editor gives a node, from its class's definition and its saved values. Pure.
 
 A definition is an entry of ComfyUI's /object_info. Inputs of a widget's type become widgets, which take their values from
-`widgets_values` in order; the others become sockets. Some widgets bring more: a seed its `control_after_generate`, a dynamic
-combo the inputs of the option that is chosen.
+`widgets_values` in order. The others become sockets. Some widgets add inputs: a seed its `control_after_generate`, a dynamic
+combo the inputs of the chosen option.
 """
 
 from __future__ import annotations
@@ -26,20 +26,21 @@ Definition: TypeAlias = "Mapping[str, Any]"
 
 
 class Dialect(enum.Enum):
-    """The two ways in which ComfyUI's frontend is known to convert a saved workflow, by the version that was observed."""
+    """How ComfyUI's frontend converts a saved workflow, by the version that was observed."""
 
     CLASSIC = "1.32"
     MODERN = "1.58"
 
 
-_FIRST_MODERN = (1, 45)  # between the two that were observed; nothing is known about the exact release of each change
+_FIRST_MODERN = (1, 45)  # between the two observed versions; the exact release of each change is unknown
 _VERSION = re.compile(r"v?(\d{1,6})\.(\d{1,6})")
 
 
 def dialect_of(frontend: str | None, object_info: Mapping[str, Any]) -> Dialect:
-    """Which dialect a frontend speaks, by its version as `/system_stats` says it (`required_frontend_version`).
+    """Return the dialect of a frontend, by its version in `/system_stats` (`required_frontend_version`).
 
-    Without one, /object_info tells: engines that pin a modern frontend describe every class with `has_intermediate_output`.
+    Without a version /object_info decides: engines that pin a modern frontend describe every class with
+    `has_intermediate_output`.
     """
     if frontend and (found := _VERSION.match(frontend)):
         return Dialect.MODERN if (int(found[1]), int(found[2])) >= _FIRST_MODERN else Dialect.CLASSIC
@@ -50,13 +51,13 @@ def dialect_of(frontend: str | None, object_info: Mapping[str, Any]) -> Dialect:
 # --- what a class declares ----------------------------------------------------------------------
 
 DYNAMIC_COMBO, _DYNAMIC_GROUP = "COMFY_DYNAMICCOMBO_V3", "COMFY_DYNAMICGROUP_V3"
-"""An input whose options bring inputs of their own."""
+"""An input whose options add inputs of their own."""
 _AUTOGROW, _MATCH_TYPE = "COMFY_AUTOGROW_V3", "COMFY_MATCHTYPE_V3"
 
 
 @dataclass(frozen=True, slots=True)
 class InputSpec:
-    """One input that a class declares. `type` is the socket's, `widget_type` the one that decides about the widget."""
+    """One input that a class declares. `type` is the socket's; `widget_type` decides about the widget."""
 
     name: str
     type: str
@@ -65,25 +66,25 @@ class InputSpec:
 
     @property
     def choices(self) -> Sequence[Any]:
-        """A combo's options."""
+        """Return a combo's options."""
         found = self.options.get("options")
         return found if isinstance(found, list) else ()
 
     def is_widget(self, dialect: Dialect) -> bool:
-        """Whether the editor shows a widget for it."""
+        """Return whether the editor shows a widget for it."""
         editor = known().editor
         widgets = editor.modern_widgets if dialect is Dialect.MODERN else editor.classic_widgets
         return self.widget_type in widgets and not self.options.get("forceInput")
 
     def has_control(self) -> bool:
-        """Whether a `control_after_generate` follows it: asked for, or a seed by its name that does not refuse it."""
+        """Return whether a `control_after_generate` follows: declared, or a seed by its name that does not refuse it."""
         asked = self.options.get("control_after_generate")
         if self.widget_type == "INT" and asked is None:
             return self.name in known().editor.seeds
         return self.widget_type in {"INT", "COMBO"} and bool(asked)
 
     def refuses_control(self) -> bool:
-        """Whether it is a seed by its name that wants no `control_after_generate`."""
+        """Return whether it is a seed by its name that declares no `control_after_generate`."""
         return (
             self.widget_type == "INT"
             and self.name in known().editor.seeds
@@ -91,7 +92,7 @@ class InputSpec:
         )
 
     def default(self) -> object:
-        """The value of a new node's widget; `UNSET` where there is none."""
+        """Return the value of a new node's widget, or `UNSET`."""
         given = self.options.get("default")
         match self.widget_type:
             case "COMBO":
@@ -113,7 +114,10 @@ UNSET = object()
 
 
 def read_spec(name: str, raw: object) -> InputSpec:
-    """One input from /object_info: `[type or list of options, options?]`; anything else becomes a socket that takes all."""
+    """Return one input of /object_info: `[type or list of options, options?]`.
+
+    Anything else becomes a socket that accepts all.
+    """
     kind, options = (raw[0], raw[1] if len(raw) > 1 else {}) if isinstance(raw, (list, tuple)) and raw else ("*", {})
     if not isinstance(options, dict):
         options = {}
@@ -126,7 +130,7 @@ def read_spec(name: str, raw: object) -> InputSpec:
 
 
 def read_specs(definition: Definition) -> tuple[InputSpec, ...]:
-    """The inputs of a class as the editor orders them: required, optional, each in `input_order`, then what that leaves out."""
+    """Return the inputs of a class in the editor's order: required, optional, each in `input_order`, then the others."""
     inputs, order = _object(definition.get("input")), _object(definition.get("input_order"))
     held = {section: _object(inputs.get(section)) for section in ("required", "optional")}
     names: dict[str, object] = {}
@@ -150,7 +154,7 @@ def _object(value: object) -> Mapping[str, Any]:
 
 @dataclass(slots=True)
 class Widget:
-    """A widget of one node. `mode` is what its `control_after_generate` says, None where it has none."""
+    """A widget of one node. `mode` is the value of its `control_after_generate`, or None."""
 
     spec: InputSpec
     name: str
@@ -160,13 +164,13 @@ class Widget:
 
     @property
     def multiline(self) -> bool:
-        """Whether it is a text area, which turns whatever it gets into text."""
+        """Return whether it is a text area, which converts every value to text."""
         return self.spec.widget_type == "STRING" and bool(self.spec.options.get("multiline"))
 
 
 @dataclass(frozen=True, slots=True)
 class ShapeSlot:
-    """An input of a node by the class's definition; `widget` names the widget that a link to it replaces."""
+    """An input of a node by the class's definition. `widget` names the widget that a link to it replaces."""
 
     name: str
     type: str
@@ -175,9 +179,9 @@ class ShapeSlot:
 
 @dataclass(slots=True)
 class Shape:
-    """All inputs of a node in the editor's order. A name under one of `closed` that is not among them does not exist.
+    """All inputs of a node in the editor's order. A name that begins with one of `closed` exists only if it is among them.
 
-    `left` are the saved values that no widget took, with their names where they were saved by name.
+    `left` are the saved values that no widget took, with their names if they were saved by name.
     """
 
     slots: list[ShapeSlot] = field(default_factory=list)
@@ -187,9 +191,9 @@ class Shape:
 
 
 def shape_of(node: Node, specs: Sequence[InputSpec], dialect: Dialect, *, foreign: bool = False) -> Shape:
-    """The inputs of a node of a class that declares `specs`, its saved values in them.
+    """Return the inputs of a node whose class declares `specs`, with its saved values.
 
-    A `foreign` class is a custom node: its pack may show widgets for types of its own, which the saved inputs tell.
+    A `foreign` class is a custom node: its pack may show widgets for its own types, which the saved inputs reveal.
     """
     own = frozenset(slot.widget for slot in node.slots if slot.widget) if foreign else frozenset()
     return _Shaper(node, dialect, _Values.of(node, specs, dialect), own).shape(specs)
@@ -197,7 +201,7 @@ def shape_of(node: Node, specs: Sequence[InputSpec], dialect: Dialect, *, foreig
 
 @dataclass(slots=True)
 class _Values:
-    """The saved values, taken one after the other, or by name where a custom node's own code saved them so."""
+    """The saved values, taken in order, or by name if a custom node's own code saved them so."""
 
     items: Sequence[Any] = ()
     named: Mapping[str, Any] | None = None
@@ -216,7 +220,7 @@ class _Values:
         return cls(_without_forced([value for value in values if not _is_note(value)], specs, dialect))
 
     def take(self, name: str, default: object) -> object:
-        """The value for the next widget, which is called `name`."""
+        """Return the value for the next widget, which has this name."""
         self.asked.add(name)
         if self.named is not None:
             return self.named.get(name, default)
@@ -226,7 +230,7 @@ class _Values:
         return default
 
     def left(self) -> Iterator[tuple[str | None, object]]:
-        """The values that nothing took, with the names that they were saved by."""
+        """Yield the values that no widget took, with the names that they were saved by."""
         if self.named is not None:
             yield from ((name, value) for name, value in self.named.items() if name not in self.asked)
         else:
@@ -234,18 +238,18 @@ class _Values:
 
 
 def _is_note(value: object) -> bool:
-    """Whether a saved value is the note that one pack keeps about the text beside it: it takes no widget's place."""
+    """Return whether a saved value is one pack's note about the text next to it, which belongs to no widget."""
     return isinstance(value, dict) and "textWidgetName" in value
 
 
 def _in_key_order(values: dict[str, Any]) -> list[Any]:
-    """What JavaScript makes of an object that stands for a list: by index where it has indexes, else as its keys come."""
+    """Return what JavaScript makes of an object that stands for a list: ordered by index, otherwise in key order."""
     indexed = sorted((int(key), value) for key, value in values.items() if re.fullmatch("[0-9]{1,4}", key))
     return [value for _, value in indexed] if indexed else list(values.values())
 
 
 def _without_forced(values: list[Any], specs: Sequence[InputSpec], dialect: Dialect) -> list[Any]:
-    """The values without those of forced inputs, which frontends before 1.16 still saved a place for."""
+    """Return the values without those of forced inputs, for which frontends before 1.16 still saved a place."""
     forced: list[bool] = []
     for spec in specs:
         is_forced = bool(spec.options.get("forceInput"))
@@ -275,7 +279,7 @@ class _Shaper:
         _add_extras(self.node, self.made, self.values, self.dialect)
         sockets = {slot.name for slot in self.made.slots}
         left = [(name, value) for name, value in self.values.left() if name not in sockets]
-        # A file from before a seed refused its control has a value more for it. There the editor shifts the others, too.
+        # A file that was saved before a seed refused its control has one more value. The editor then shifts the others, too.
         self.made.left = left[: max(len(left) - sum(spec.refuses_control() for spec in specs), 0)]
         return self.made
 
@@ -343,7 +347,7 @@ class _Shaper:
         chosen = self.values.take(spec.name, default)
         values = self.values
         if chosen is None:
-            # The inputs of the first option come back after the values were given out, so they get none.
+            # The inputs of the first option come back after the values were assigned, so they get none.
             chosen, self.values = default, _Values()
         self.made.widgets.append(Widget(spec, spec.name, chosen))
         self.made.closed.append(f"{spec.name}.")
@@ -353,7 +357,7 @@ class _Shaper:
         self.values = values
 
     def _autogrow(self, spec: InputSpec) -> None:
-        """A group of sockets that has one more than are linked. A number or text among them is a widget as well."""
+        """Add a group of sockets with one more than are linked. A number or text among them is also a widget."""
         template = _object(spec.options.get("template"))
         declared = _object(template.get("input"))
         fields = [
@@ -411,7 +415,7 @@ _MAX_OPTIONS = 1_000
 
 
 def _add_extras(node: Node, made: Shape, values: _Values, dialect: Dialect) -> None:
-    # Classic frontends send these along; they are no inputs of the class, and ComfyUI passes over them.
+    # Classic frontends send these too. They are no inputs of the class, and ComfyUI ignores them.
     if dialect is Dialect.CLASSIC and node.type in known().editor.audio_players:
         _extra(made, "audioUI", "")
     if dialect is Dialect.CLASSIC and node.type == "PreviewAny":
@@ -428,7 +432,7 @@ def _extra(made: Shape, name: str, value: object) -> None:
 
 
 def _add_custom_combo(made: Shape, values: _Values) -> None:
-    """Its options are widgets that the editor adds, and `index` is where among them the choice is."""
+    """Add the options as widgets, as the editor does, and `index`, the position of the choice among them."""
     values.take("index", None)
     if len(values.items) > _MAX_OPTIONS:
         raise UiWorkflowInvalid(f"a CustomCombo has more than {_MAX_OPTIONS} options")
@@ -442,7 +446,7 @@ def _add_custom_combo(made: Shape, values: _Values) -> None:
 
 
 def uploaded(spec: InputSpec, value: object) -> object:
-    """What a classic frontend makes of the value of a file chooser: a path, in the output folder said so."""
+    """Return a file chooser's value as a classic frontend changes it: a path, marked if it is in the output folder."""
     if spec.widget_type != "COMBO" or not any(spec.options.get(key) for key in known().editor.uploads):
         return value
     if isinstance(value, list):

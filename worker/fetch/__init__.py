@@ -1,1 +1,1 @@
-"""The bytes of a file from its source, over HTTP or Xet."""
+"""Download the bytes of a file from its source, over HTTP or Xet."""

@@ -1,4 +1,4 @@
-"""Blocking work that cannot be interrupted, and a caller who does not wait for it for ever. Touches threads."""
+"""Run blocking work in a thread. On cancellation return at once and let the thread finish. Touches threads."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _TICK_S: Final = 0.1
 
 
 def abandonable(work: Callable[[], T], name: str, cancel: CancelToken) -> T:
-    """What `work` returns or raises, from a thread of its own that is left to end by itself when nobody waits any longer.
+    """Run `work` in its own thread and return what it returns, or raise what it raises.
 
-    Raises `EnsureCancelled` (naming `name`) within a tenth of a second. Work that is left alone
-    goes on: it must harm nobody when it finishes.
+    Raise `EnsureCancelled` (naming `name`) within a tenth of a second after cancellation. The work then continues alone, so it
+    must be harmless when it finishes late.
     """
     future: Future[T] = Future()
 
@@ -34,7 +34,7 @@ def abandonable(work: Callable[[], T], name: str, cancel: CancelToken) -> T:
 
     threading.Thread(target=run, name="abandonable", daemon=True).start()
     while not cancel.is_set():
-        # Not `result(timeout=...)`: its TimeoutError cannot be told from one of the work's own.
+        # Not `result(timeout=...)`: its TimeoutError looks like one that the work raised.
         wait([future], _TICK_S)
         if future.done():
             return future.result()

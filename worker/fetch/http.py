@@ -1,7 +1,7 @@
-"""One HTTP GET after another over a kept connection, redirects by hand. Touches the network.
+"""HTTP GET requests over a kept connection, with redirects followed by hand. Touches the network.
 
-The standard library's client, because nothing else reads a body into a buffer of ours: a third of the processor time, and
-three times the rate, of the clients that hand out `bytes`.
+It uses the standard library's client, because that reads a body into the caller's buffer. This takes a third of the processor
+time of clients that return `bytes`, and reaches three times their rate.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ OK: Final = 200
 PARTIAL: Final = 206
 UNSATISFIABLE: Final = 416
 UNAUTHORISED: Final = frozenset({401, 403})
-# Too Early is what a server that saw a replayed TLS request says; the others are timeouts, rate limits and broken back ends.
+# Too Early answers a replayed TLS request. The others are time-outs, rate limits and broken back ends.
 TRANSIENT: Final = frozenset({408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529})
 
 
 @dataclass(frozen=True, slots=True)
 class Credential:
-    """A token, the one origin (`https://host[:port]`) that may see it, and the variable it is set with."""
+    """A token, the one origin (`https://host[:port]`) that may see it, and the variable that sets it."""
 
     origin: str
     variable: str
@@ -62,7 +62,7 @@ class Network:
     tls: ssl.SSLContext = field(default_factory=ssl.create_default_context, repr=False)
 
     def credential(self, url: str) -> Credential | None:
-        """The credential of the address's origin, whether or not its token is set; raises `TokenMalformed`."""
+        """Return the credential of the address's origin, even if its token is not set. Raises `TokenMalformed`."""
         found = next((found for found in self.credentials if origin(found.origin) == origin(url)), None)
         if found and found.token and not set(found.token) <= set(_PRINTABLE):
             raise TokenMalformed(found.variable)
@@ -70,13 +70,13 @@ class Network:
 
     @property
     def has_other_proxies(self) -> bool:
-        """Whether there is a proxy that does not speak HTTP, for whichever addresses."""
+        """Return whether there is a proxy, for any address, that does not speak HTTP."""
         return any(name != "no" and _kind(proxy) != "http" for name, proxy in self.proxies.items())
 
     def proxy(self, url: str) -> str | None:
-        """The HTTP proxy that the address is reached through; raises `ProxyUnusable` for one of another kind.
+        """Return the HTTP proxy for the address. Raises `ProxyUnusable` for a proxy of another kind.
 
-        One for the address's own scheme comes before `all`.
+        A proxy for the address's own scheme comes before `all`.
         """
         parts = urlsplit(url)
         host = f".{(parts.hostname or '').lower()}"
@@ -101,7 +101,7 @@ def _kind(proxy: str) -> str:
 
 
 def basic(url: str) -> str | None:
-    """What `Authorization` is for the user and password in an address; None where there are none."""
+    """Return the `Authorization` value for the user and password in an address, or None."""
     parts = urlsplit(url)
     if parts.username is None:
         return None
@@ -110,22 +110,22 @@ def basic(url: str) -> str | None:
 
 
 def origin(url: str) -> str:
-    """Scheme, host and port of an address: who may see a token that is meant for it."""
+    """Return scheme, host and port of an address. They decide who may see a token."""
     parts = urlsplit(url)
     return f"{parts.scheme}://{(parts.hostname or '').lower()}:{parts.port or _PORTS.get(parts.scheme, 0)}"
 
 
 def shown(url: str) -> str:
-    """An address without its query and user, where tokens and signatures are: fit for logs and errors."""
+    """Return an address without its query and user, which may contain tokens and signatures. For logs and errors."""
     parts = urlsplit(url)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 def sendable(url: str) -> str:
-    """An address as it goes over the wire: in ASCII, without its fragment.
+    """Return an address as it is sent: in ASCII, without its fragment.
 
-    In the path and the query only what is no printable ASCII is escaped: a signature may cover the rest as it is, `%` escapes
-    included. A host is written by IDNA. Raises ValueError for what is no address.
+    In path and query only characters outside printable ASCII are escaped, because a signature may cover the rest, including `%`
+    escapes. A host is encoded with IDNA. Raises ValueError for an invalid address.
     """
     parts = urlsplit(url)
     host, port = parts.hostname or "", parts.port
@@ -139,29 +139,29 @@ def sendable(url: str) -> str:
 
 
 def what_failed(exc: Exception) -> str:
-    """The network's error in a few words, for logs and errors: without any address's query, where signatures and tokens are."""
+    """Return a network error in a few words, for logs and errors, without any address's query."""
     text = "" if isinstance(exc, http.client.InvalidURL) else without_query(str(exc))
     return f"{type(exc).__name__}: {text}".removesuffix(": ")
 
 
 def without_query(text: str) -> str:
-    """A text without the queries of the addresses in it."""
+    """Return a text without the queries of the addresses in it."""
     return _QUERY.sub("", text)
 
 
 def bare_etag(etag: str | None) -> str | None:
-    """An ETag without its quotes and its mark of weakness, as huggingface_hub has it."""
+    """Return an ETag without its quotes and its weakness mark, as huggingface_hub does."""
     return etag.removeprefix("W/").strip('"') if etag else None
 
 
 def content_coding(headers: Message | Mapping[str, str]) -> str | None:
-    """How a body is compressed, though nobody asked for that: its bytes are not the file's."""
+    """Return how a body is compressed although nobody asked for that, so that its bytes are not the file's."""
     coding = (headers.get("Content-Encoding") or "").strip().lower()
     return coding if coding not in {"", "identity"} else None
 
 
 def retry_after_s(headers: Message | Mapping[str, str]) -> float | None:
-    """What `Retry-After` (seconds or a date) or an exhausted `RateLimit` asks for; None when neither does."""
+    """Return the delay that `Retry-After` (seconds or a date) or an exhausted `RateLimit` asks for, or None."""
     text = headers.get("Retry-After")
     if text and text.strip().isdecimal():
         return float(text)
@@ -173,19 +173,19 @@ def retry_after_s(headers: Message | Mapping[str, str]) -> float | None:
 
 
 def token_refused(url: str, status: int, credential: Credential | None) -> TokenRefused:
-    """What to tell the person whose token was missing or not good enough."""
+    """Return the error for a missing or refused token."""
     if credential is None:
         return TokenRefused(shown(url), status, None, has_token=False)
     return TokenRefused(shown(url), status, credential.variable, has_token=bool(credential.token))
 
 
 class Response(http.client.HTTPResponse):
-    """An answer whose body can be read as it comes. `linked_etag`: what the hub calls the file, also before a redirect."""
+    """An answer whose body can be read as it arrives. `linked_etag` is the hub's name of the file, also before a redirect."""
 
     linked_etag: str | None = None
 
     def readinto1(self, buffer: memoryview) -> int:  # type: ignore[override] # the base class takes any buffer
-        """Read what one receive gives, without waiting until `buffer` is full; 0 at the end of the body."""
+        """Read the result of one receive without waiting for a full `buffer`. Return 0 at the end of the body."""
         if self.fp is None or not buffer:
             return 0
         if self.chunked:
@@ -208,7 +208,7 @@ def _proxy_headers(proxy: str | None) -> dict[str, str]:
 
 
 class Channel:
-    """A connection that is kept from one request to the next; one thread uses it, any thread may break it off."""
+    """A connection that is kept between requests. One thread uses it; any thread may break it off."""
 
     def __init__(self, network: Network) -> None:
         self._network = network
@@ -218,9 +218,9 @@ class Channel:
         self._broken_off = False
 
     def get(self, url: str, headers: Mapping[str, str]) -> tuple[Response, str]:
-        """The answer to a GET, and the address it came from after redirects.
+        """Send a GET. Return the answer, and the address it came from after redirects.
 
-        A token goes to its own origin only, whatever the redirects are. Raises `OSError`, `http.client.HTTPException`, and
+        A token is sent to its own origin only, whatever the redirects are. Raises `OSError`, `http.client.HTTPException`, and
         `TokenRefused` or `NotAFile` for redirects that lead nowhere.
         """
         start = url
@@ -241,7 +241,7 @@ class Channel:
 
     def _next(self, start: str, url: str, location: str, status: int) -> str:
         try:
-            # Headers come as latin-1, and what servers write there is UTF-8, if it is not ASCII.
+            # Headers arrive as latin-1. Servers write UTF-8 there if it is not ASCII.
             target = sendable(urljoin(url, location.encode("latin-1").decode("utf-8", "surrogateescape")))
         except ValueError:
             raise NotAFile(shown(start), "a redirect to what is no address") from None
@@ -250,7 +250,7 @@ class Channel:
             parts = parts._replace(netloc=f"{own.netloc.rpartition('@')[0]}@{parts.netloc}")
             target = urlunsplit(parts)
         if parts.path.rstrip("/") == "/login":
-            # Civitai sends those who need a token to a page for people.
+            # Civitai redirects to a page for people if a token is needed.
             credential = self._network.credential(start)
             raise token_refused(start, status, credential)
         if parts.scheme not in _PORTS or (urlsplit(url).scheme == "https" and parts.scheme != "https"):
@@ -303,18 +303,18 @@ class Channel:
         self._connection, self._socket, self._origin = connection, connection.sock, origin(url)
 
     def break_off(self) -> None:
-        """End whatever the using thread waits for, now and from here on."""
+        """End the current wait of the using thread, and all later ones."""
         self._broken_off = True
         self.hang_up()
 
     def hang_up(self) -> None:
-        """End the request under way; the using thread's next one makes a new connection."""
+        """End the current request. The using thread's next request opens a new connection."""
         if (found := self._socket) is not None:
             with contextlib.suppress(OSError):
                 found.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Forget the connection; the next request makes a new one."""
+        """Close the connection. The next request opens a new one."""
         connection, self._connection, self._socket = self._connection, None, None
         if connection is not None:
             connection.close()

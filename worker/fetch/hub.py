@@ -1,7 +1,7 @@
-"""An address -> what is behind it: size, sha256, commit, and an address that ranges can be fetched from. Touches the network.
+"""Look up an address: size, sha256, commit, and an address for range requests. Touches the network.
 
-Hugging Face's metadata comes through `huggingface_hub`, everything else from a GET of the first byte: many signed addresses
-refuse HEAD.
+Hugging Face's metadata comes from `huggingface_hub`. For other sources this sends a GET for the first byte, because many signed
+addresses refuse HEAD.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ _MOST_LISTED_BYTES: Final = 16 << 20
 
 @dataclass(frozen=True, slots=True)
 class Remote:
-    """What a source said it holds. `url` gives ranges and may be signed and short-lived: it is never shown or stored."""
+    """A source's description of a file. `url` serves ranges and may be signed and short-lived: it is never shown or stored."""
 
     source: Source
     size_bytes: int
@@ -100,43 +100,43 @@ class Remote:
     has_ranges: bool = True
     xet: Any = field(default=None, repr=False)  # huggingface_hub's XetFileData, which it does not export
     modified: str | None = None
-    git_sha1: str | None = None  # what git calls the content: the hub tells no other hash of a small file
+    git_sha1: str | None = None  # the content's name in git: the hub gives no other hash of a small file
 
     @property
     def where(self) -> str:
-        """The address as people know it."""
+        """Return the address as people know it."""
         return str(self.source)
 
     @property
     def key(self) -> str:
-        """What its partials and its lock are called."""
+        """Return the name of its partial downloads and its lock."""
         address = self.source.url if isinstance(self.source, Url) else str(self.source)
         return content_key(self.sha256, address, "\n".join(filter(None, (self.etag, self.modified))), self.size_bytes)
 
     @property
     def is_verified(self) -> bool:
-        """Whether the source tells a hash of the content."""
+        """Return whether the source gives a hash of the content."""
         return bool(self.sha256 or self.git_sha1)
 
     @property
     def has_validator(self) -> bool:
-        """Whether two answers of the source can be known to be of one version."""
+        """Return whether two answers of the source can be known to be the same version."""
         return self.is_verified or bool(self.etag or self.modified)
 
     @property
     def strong_etag(self) -> str | None:
-        """The ETag as it goes into a request; a weak one does not promise the same bytes."""
+        """Return the ETag for a request. A weak one does not promise the same bytes."""
         return None if not self.etag or self.etag.startswith("W/") else f'"{bare_etag(self.etag)}"'
 
     def is_version(self, headers: Message) -> bool:
-        """Whether an answer is of the version that was looked up, as far as that can matter: a hash finds any other."""
+        """Return whether an answer is of the version that was looked up, if that matters: a hash detects any other."""
         if self.is_verified:
             return True
         same_etag = bare_etag(headers.get("ETag")) == bare_etag(self.etag)
         return same_etag and (bool(self.strong_etag) or self.modified in {None, headers.get("Last-Modified")})
 
     def same_content(self, other: Remote) -> bool:
-        """Whether both speak of the same bytes."""
+        """Return whether both describe the same bytes."""
         if self.sha256 and other.sha256:
             return self.sha256 == other.sha256
         if self.git_sha1 and other.git_sha1:
@@ -147,7 +147,7 @@ class Remote:
 
 @dataclass(frozen=True, slots=True)
 class XetAccess:
-    """What opens a repository's files in Xet's storage until `expires_s` (Unix time), and where to get the next such."""
+    """Access to a repository's files in Xet's storage until `expires_s` (Unix time), and where to renew it."""
 
     endpoint: str
     token: str = field(repr=False)
@@ -157,15 +157,15 @@ class XetAccess:
 
 
 def credentials(endpoint: str, hf_token: str | None, civitai_token: str | None) -> tuple[Credential, ...]:
-    """Which token goes to which origin: the hub's to the hub alone, Civitai's to civitai.com alone."""
+    """Return which token goes to which origin: the hub's only to the hub, Civitai's only to civitai.com."""
     return Credential(endpoint, HF_TOKEN, hf_token), Credential(_CIVITAI, CIVITAI_TOKEN, civitai_token)
 
 
 class Backoff:
-    """When to try again, and when it has been long enough: fewer than `enough_bytes` in `patience_s`, however many failures.
+    """Decide when to retry and when to give up: at fewer than `enough_bytes` in `patience_s`, however many failures.
 
-    Shared by `width` threads, which meet one bad moment of the server together. A server that names a time is given it, within
-    15 minutes of the last progress.
+    `width` threads share it, because one bad moment of the server hits them together. If a server names a time, it gets that
+    time, within 15 minutes of the last progress.
     """
 
     def __init__(
@@ -184,7 +184,7 @@ class Backoff:
         self._until_s = self._since_s + patience_s
 
     def progressed(self, length: int = 0) -> None:
-        """Bytes came: failures count anew, and with enough bytes the patience does."""
+        """Record bytes. The count of failures restarts. With enough bytes the patience restarts as well."""
         with self._lock:
             self._failures = 0
             self._came_bytes += length
@@ -194,19 +194,19 @@ class Backoff:
                 self._until_s = self._since_s + self._patience_s
 
     def pause(self, for_s: float) -> None:
-        """Leave a time out of account that was not the source's."""
+        """Exclude a time that was not the source's fault."""
         with self._lock:
             self._since_s += for_s
             self._until_s += for_s
 
     @property
     def is_over(self) -> bool:
-        """Whether it has been long enough."""
+        """Return whether the patience is used up."""
         with self._lock:
             return self._clock() >= self._until_s
 
     def check(self) -> None:
-        """Raise `SourceUnreachable` when it has been long enough."""
+        """Raise `SourceUnreachable` if the patience is used up."""
         with self._lock:
             self._give_up_after(self._clock())
 
@@ -215,7 +215,7 @@ class Backoff:
             raise SourceUnreachable(self._where, self._reason, now_s - self._since_s, self._came_bytes)
 
     def failed(self, reason: str, named_s: float | None = None) -> float:
-        """How long to wait before the next attempt; raises `SourceUnreachable` when there shall be none."""
+        """Return how long to wait before the next attempt. Raises `SourceUnreachable` if there is none."""
         with self._lock:
             now_s = self._clock()
             self._failures += 1
@@ -230,20 +230,20 @@ class Backoff:
 
 
 class Hub:
-    """Looks addresses up. Holds the tokens, and gives each to its own origin only."""
+    """Looks up addresses. It holds the tokens and sends each only to its own origin."""
 
     def __init__(self, endpoint: str, network: Network, patience_s: float = 60.0) -> None:
         self.network = network
         self._endpoint = endpoint.rstrip("/")
         self._patience_s = patience_s
         if network.has_other_proxies:
-            # huggingface_hub's client would not start where any proxy is of a kind that it lacks a package for.
+            # huggingface_hub's client does not start if any proxy is of a kind that it lacks a package for.
             set_client_factory(partial(_client, network))
 
     def look_up(self, source: Source, cancel: CancelToken) -> Remote:
-        """Ask a source what it holds, again while it is busy.
+        """Ask a source for its metadata, and retry while it is busy.
 
-        Raises what is permanent at once (gated, not found, unauthorised), `SourceUnreachable` after `patience_s`, and
+        Raises permanent errors at once (gated, not found, unauthorised), `SourceUnreachable` after `patience_s`, and
         `EnsureCancelled` at once.
         """
         found = at_endpoint(source, self._endpoint)
@@ -255,9 +255,9 @@ class Hub:
         return remote
 
     def question(self, source: Source) -> str:
-        """Return what look-ups with the same answer have in common: the address, and whether a token goes with it.
+        """Return a key that look-ups with the same answer share: the address, and whether a token is sent.
 
-        It may hold a secret: it is never shown or stored. Raises `TokenMalformed`.
+        It may contain a secret: it is never shown or stored. Raises `TokenMalformed`.
         """
         found = at_endpoint(source, self._endpoint)
         url, address = (found.url, found.url) if isinstance(found, Url) else (self._endpoint, str(found))
@@ -265,7 +265,7 @@ class Hub:
         return f"{address}\n{bool(credential and credential.token)}"
 
     def list_files(self, folder: HubFile, cancel: CancelToken) -> tuple[str, ...]:
-        """Every file of a repository at a revision, in alphabetical order; `folder.path` is not looked at. As `look_up`."""
+        """Return every file of a repository at a revision, sorted. `folder.path` is ignored. Raises what `look_up` raises."""
         return self._asked(lambda: self._ask_files(folder), f"hf://{folder.repo}", cancel)
 
     def _asked(self, ask: Callable[[], T], where: str, cancel: CancelToken) -> T:
@@ -320,19 +320,19 @@ class Hub:
         sha256, git_sha1 = _hashes(found.etag)
         location = found.location
         if found.size is None and location != url:
-            # A mirror that sends on, and leaves out the length that the hub tells with it.
+            # A mirror that redirects and leaves out the length that the hub gives.
             there = self._ask_url(Url(location))
             return replace(there, source=source, sha256=sha256, git_sha1=git_sha1, commit=found.commit_hash)
         if found.size is None:
             raise NotAFile(str(source), "of unknown length")
         if location == url and found.commit_hash:
-            # The hub serves a small file itself, at an address that may soon be another commit's.
+            # The hub serves a small file itself, at an address that may soon mean another commit.
             location = url_at(revision=found.commit_hash)
         remote = Remote(source, found.size, sha256, found.etag, found.commit_hash, location, xet=found.xet_file_data)
         return replace(remote, git_sha1=git_sha1)
 
     def _hub_token(self) -> str | None:
-        """The hub's token; raises `TokenMalformed`, and `ProxyUnusable` for what huggingface_hub would trip over."""
+        """Return the hub's token. Raises `TokenMalformed`, and `ProxyUnusable` for proxies that huggingface_hub fails on."""
         self.network.proxy(self._endpoint)
         credential = self.network.credential(self._endpoint)
         return credential.token if credential else None
@@ -340,7 +340,7 @@ class Hub:
     def _refusal(  # noqa: PLR0911 - one for each answer
         self, exc: HfHubHTTPError, source: HubFile, revision: str, *, has_token: bool
     ) -> ModelError | None:
-        """What a permanent answer means; None for one that may become better. Order matters: gated is a kind of not found."""
+        """Return the error of a permanent answer. None if a retry may succeed. Order matters: gated is a kind of not found."""
         status = exc.response.status_code
         match exc:
             case GatedRepoError():
@@ -379,7 +379,7 @@ class Hub:
             return replace(remote, git_sha1=git_sha1, has_ranges=status != OK)
 
     def _with_sha256(self, remote: Remote, listing: str, path: str) -> Remote:
-        """As ModelScope's API has it; without a hash where that does not say."""
+        """Add the hash from ModelScope's API, if it gives one."""
         with contextlib.closing(Channel(self.network)) as channel:
             response, _ = channel.get(listing, {})
             status = response.status
@@ -395,7 +395,7 @@ class Hub:
         return replace(remote, sha256=sha256)
 
     def renew(self, remote: Remote, cancel: CancelToken) -> Remote:
-        """A fresh address for the same file: the commit is pinned, so that what is fetched is what was looked up."""
+        """Return a fresh address for the same file. The commit is pinned, so that the bytes are those that were looked up."""
         source = remote.source
         if isinstance(source, HubFile) and remote.commit:
             fresh = self.look_up(replace(source, revision=remote.commit), cancel)
@@ -403,7 +403,7 @@ class Hub:
         return self.look_up(source, cancel)
 
     def xet_access(self, remote: Remote, cancel: CancelToken) -> XetAccess:
-        """A way into Xet's storage for a file that is there (`Remote.xet`), with a token for an hour or so. As `look_up`."""
+        """Get a Xet access token for a file (`Remote.xet`), valid for about an hour. Raises the same errors as `look_up`."""
         return self._asked(lambda: self._ask_xet(remote), remote.where, cancel)
 
     def _ask_xet(self, remote: Remote) -> XetAccess:
@@ -428,13 +428,13 @@ class Hub:
 
 
 def _hashes(etag: str | None) -> tuple[str | None, str | None]:
-    """What the hub's ETag says of a file: its sha256, or for a small one what git calls it."""
+    """Return the sha256 and the git hash in the hub's ETag. A small file has only the latter."""
     found = bare_etag(etag) or ""
     return (found.lower() if _SHA256.fullmatch(found) else None), (found if _SHA1.fullmatch(found) else None)
 
 
 def _modified(headers: Message) -> str | None:
-    """The Last-Modified that tells versions apart: within its second a file may have changed once more."""
+    """Return the Last-Modified that identifies a version. A file may change twice within its second."""
     text, date = headers.get("Last-Modified"), headers.get("Date")
     if not text or not date:
         return text
@@ -446,14 +446,14 @@ def _modified(headers: Message) -> str | None:
 
 
 class _Route(httpx2.BaseTransport):
-    """Sends huggingface_hub's requests by the proxies that all others take."""
+    """Sends huggingface_hub's requests through the same proxies as all others."""
 
     def __init__(self, network: Network) -> None:
         self._network = network
         self._ways: dict[str | None, httpx2.HTTPTransport] = {}
 
     def handle_request(self, request: httpx2.Request) -> httpx2.Response:
-        """Send it by its address's proxy."""
+        """Send a request through its address's proxy."""
         proxy = self._network.proxy(str(request.url))
         way = self._ways.setdefault(proxy, httpx2.HTTPTransport(verify=self._network.tls, proxy=proxy, trust_env=False))
         return way.handle_request(request)
@@ -464,7 +464,7 @@ def _client(network: Network) -> httpx2.Client:
 
 
 class _Busy(Exception):  # noqa: N818 - never leaves this module
-    """The source asks to come back."""
+    """The source asks the client to come back later."""
 
     def __init__(self, reason: str, named_s: float | None) -> None:
         super().__init__(reason)

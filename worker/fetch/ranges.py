@@ -1,7 +1,7 @@
-"""The body of a file: parallel byte ranges into a `Sink`, until nothing is missing. Touches the network.
+"""Download a file's body: parallel byte ranges into a `Sink`, until nothing is missing. Touches the network.
 
-Each thread has a connection and a buffer of its own; `Spans` hands out the ranges. A range that fails goes back to the others
-with what is left of it, so whatever the faults are, bytes that came once are not asked for again.
+Each thread has its own connection and buffer. `Spans` hands out the ranges. The rest of a failed range goes back to the others,
+so bytes that arrived once are not requested again.
 """
 
 from __future__ import annotations
@@ -32,25 +32,25 @@ log = logging.getLogger(__name__)
 MIB: Final = 1024 * 1024
 _DOUBTS: Final = 3
 _TICK_S: Final = 0.2
-_IDLE_S: Final = 0.1  # how soon an idle connection looks again for one to take over from
-_BATCH_S: Final = 1.0  # how long bytes wait for their buffer to be full
-_FULL_S: Final = 0.02  # how soon to look again whether a full sink takes more
+_IDLE_S: Final = 0.1  # how soon an idle connection checks again for a range to take over
+_BATCH_S: Final = 1.0  # how long bytes wait for a full buffer
+_FULL_S: Final = 0.02  # how soon to check again whether a full sink accepts more
 _CONTENT_RANGE: Final = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
-# What a signed address answers once it has expired, by the name of the store behind it.
+# What an expired signed address answers, depending on the store behind it.
 _ADDRESS_IS_OLD: Final = frozenset({400, 401, 403, 404, 410})
 
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """How a body is fetched.
+    """Parameters of a download.
 
-    `unsaved_bytes` bounds, for each connection, what is written and not yet journalled: a killed worker costs that much and
-    a buffer. `ahead_bytes` bounds the memory for bytes that wait for their turn to be hashed; `request_bytes` for each
-    connection is how far ahead they come. `patience_s` is how long less than `slowest_bytes_per_s` may come.
+    `unsaved_bytes` limits, for each connection, the bytes that are written but not yet journalled: a killed worker loses those
+    and a buffer. `ahead_bytes` limits the memory for bytes that wait to be hashed; `request_bytes` for each connection is how
+    far ahead they arrive. `patience_s` is how long less than `slowest_bytes_per_s` may arrive.
 
-    A partial that another worker began is left alone for `handover_s`, so that whoever still writes into it notices: two hosts
-    that write one part of a file keep each other waiting for half a minute on MooseFS. `stuck_s` is how long a write into it
-    may take then: what a host was writing when it died stays locked for two minutes.
+    A partial that another worker began is left alone for `handover_s`, so that its writer notices the change: on MooseFS two
+    hosts that write one part of a file block each other for half a minute. `stuck_s` is how long a write to it may then take:
+    MooseFS keeps what a host was writing when it died locked for two minutes.
     """
 
     connections: int = 8
@@ -66,49 +66,49 @@ class Tuning:
 
 
 class Sink(Protocol):
-    """Where a body's bytes go. Any thread writes, in any order; after a fault without ranges a byte may come a second time.
+    """The destination of a body's bytes. Any thread writes, in any order. Without range support a byte may arrive twice.
 
-    A sink that keeps bytes until it can pass them on in order bounds what it keeps with `reach`: the first missing byte is
-    always being fetched or the next to be, so a sink that raises its reach as that byte comes never waits in vain.
+    An in-order sink limits its buffer with `reach()`. The lowest missing range is always fetched first, so such a sink cannot
+    deadlock.
     """
 
     @property
     def size_bytes(self) -> int:
-        """The whole file's length."""
+        """Return the file's length."""
         ...
 
     @property
     def done_bytes(self) -> int:
-        """How many bytes are there, for the progress."""
+        """Return the number of bytes that are there, for the progress."""
         ...
 
     @property
     def is_rewritable(self) -> bool:
-        """Whether bytes that came may come again, and be others."""
+        """Return whether bytes may arrive again with other values."""
         ...
 
     def gaps(self) -> list[tuple[int, int]]:
-        """What is missing, half open and in order; asked once, before the first byte."""
+        """Return the missing ranges, half open and in order. Called once, before the first byte."""
         ...
 
     def reach(self) -> int:
-        """The offset up to which bytes may come now, beyond the first missing one; `size_bytes` where any order will do."""
+        """Return the offset up to which bytes may arrive now. `size_bytes` if any order is fine."""
         ...
 
     def write(self, offset: int, view: memoryview) -> None:
-        """Take bytes; the memory is used again after the return. It may wait for a slower consumer, not for other bytes.
+        """Accept bytes. The caller reuses the memory afterwards. It may wait for a slower consumer, not for other bytes.
 
-        What it raises ends the fetch. `OSError` would be taken for the network's: wrap it.
+        An exception ends the download. Wrap an `OSError`, because it would be taken for the network's.
         """
         ...
 
     def check(self) -> None:
-        """Raise when what was written does not get through; asked a few times a second while the fetch goes on."""
+        """Raise if writes do not get through. Called a few times a second during the download."""
         ...
 
 
 class _Retry(Exception):  # noqa: N818 - never leaves this module
-    """This answer was no good; the next one may be."""
+    """This answer was unusable; the next one may be good."""
 
     def __init__(self, reason: str, named_s: float | None = None) -> None:
         super().__init__(reason)
@@ -116,11 +116,11 @@ class _Retry(Exception):  # noqa: N818 - never leaves this module
 
 
 class _NoRanges(Exception):  # noqa: N818 - never leaves this module
-    """The server gives the whole file whatever it is asked for."""
+    """The server always sends the whole file."""
 
 
 class Fetch:
-    """One file's body on its way; `run` does it all."""
+    """The download of one file's body. Call `run`."""
 
     def __init__(self, hub: Hub, remote: Remote, sink: Sink, tuning: Tuning, cancel: CancelToken) -> None:
         self._hub = hub
@@ -144,7 +144,7 @@ class Fetch:
         """Return when every byte is in the sink.
 
         Raises `EnsureCancelled` within a second, `SourceUnreachable`, `SourceChanged`, `ContentMismatch` (of the length),
-        `SourceRefused`, what `Hub.look_up` raises, and what the sink does.
+        `SourceRefused`, what `Hub.look_up` raises, and what the sink raises.
         """
         try:
             self._run(on_bytes)
@@ -178,7 +178,7 @@ class Fetch:
             raise self._error
 
     def _width(self, missing_bytes: int) -> int:
-        """One connection for each range of a useful size, and a second one in any case, to take over from a slow first."""
+        """Return the number of connections: one for each range of a useful size, but at least two for takeovers."""
         if not self._remote.has_ranges:
             return 1
         return min(self._tuning.connections, max(2, missing_bytes // self._tuning.smallest_bytes))
@@ -194,9 +194,9 @@ class Fetch:
                 self._judge()
 
     def _judge(self) -> None:
-        """Give up a source that drips, and the connections that are far slower than the others."""
+        """Give up a source that is too slow, and connections that are far slower than the others."""
         if not self._spans.waits:
-            self._backoff.pause(_TICK_S)  # the disk, or whoever takes the bytes, is what takes so long
+            self._backoff.pause(_TICK_S)  # the disk, or the consumer of the bytes, is slow
         self._backoff.check()
         for pull in self._spans.laggards(self._tuning.slowest_bytes_per_s, time.monotonic()):
             self._channels[pull.owner].hang_up()
@@ -207,7 +207,7 @@ class Fetch:
             channel.break_off()
         with self._spans.changed:
             self._spans.changed.notify_all()
-        # A thread that is connecting, or that a slow disk holds, ends by itself later: it finds everything stopped.
+        # A thread that is connecting, or that a slow disk holds, ends by itself later, when it sees that everything stopped.
         until_s = time.monotonic() + _TICK_S
         for thread in threads:
             thread.join(max(0.0, until_s - time.monotonic()))
@@ -238,14 +238,14 @@ class Fetch:
         return self._spans.take(number, self._sink.reach(), now_s)
 
     def _pull(self, channel: Channel, pull: Pull, buffer: memoryview) -> None:
-        """Fetch a range, or as much of it as comes; the rest is given back for whoever is next."""
+        """Fetch a range, or as much of it as arrives. The rest goes back for another connection."""
         start = pull.at
         try:
             response = self._open(channel, pull.at, pull.end, buffer)
             while pull.at < pull.end and not pull.cut:
                 self._receive(response, pull, buffer)
             if not response.isclosed():
-                channel.close()  # more comes than is wanted by now; a kept connection would go on with that
+                channel.close()  # the server sends more than is wanted now, and would continue with that on a kept connection
         except (_Retry, http.client.HTTPException, OSError) as exc:
             channel.close()
             if not pull.cut:
@@ -257,7 +257,10 @@ class Fetch:
             self._spans.end(pull, time.monotonic())
 
     def _receive(self, response: Response, pull: Pull, buffer: memoryview) -> None:
-        """Read until the buffer is full, the range ends, or a second has passed; then write what came, whatever happened."""
+        """Read until the buffer is full, the range ends, or a second has passed.
+
+        Then write what arrived, even after an error.
+        """
         at, filled, until_s = pull.at, 0, time.monotonic() + _BATCH_S
         try:
             while pull.at < pull.end and filled < len(buffer) and not pull.cut:
@@ -282,7 +285,7 @@ class Fetch:
             self.fetched_bytes += len(view)
 
     def _begin_anew(self, pull: Pull, start: int) -> None:
-        """Fetch the whole file again: nothing tells whether the rest would be of the version that the first bytes are of."""
+        """Fetch the whole file again, because nothing shows that the rest is of the same version as the first bytes."""
         self._check_anew(pull.at - start)
         pull.at = start
 
@@ -291,7 +294,7 @@ class Fetch:
             raise SourceUnreachable(self._remote.where, "cut off, and it names no version to go on with", 0.0)
 
     def _open(self, channel: Channel, start: int, end: int, buffer: memoryview) -> Response:
-        """An answer whose next byte is the one at `start`."""
+        """Return an answer whose next byte is the one at `start`."""
         remote = self._remote
         response, _ = channel.get(remote.url, _headers(remote, start, end))
         status = response.status
@@ -314,7 +317,7 @@ class Fetch:
         return response
 
     def _check_version(self, remote: Remote, response: Response) -> None:
-        """Without a hash, the only bytes taken are those of the version that was looked up."""
+        """Without a hash, accept only bytes of the version that was looked up."""
         if not remote.is_version(response.headers):
             raise SourceChanged(remote.where)
         if coding := content_coding(response.headers):
@@ -339,9 +342,9 @@ class Fetch:
         return ContentMismatch(self._remote.where, "size", str(self._remote.size_bytes), stated.rpartition("/")[2] or "another")
 
     def _doubt(self, remote: Remote, meaning: Exception) -> NoReturn:
-        """Something is wrong with this address: ask for a fresh one, and believe what is wrong when that does not help."""
+        """Get a fresh address after an error. Raise the error if a fresh address does not help."""
         with self._renewing:
-            # Whoever comes second with the same old address finds it renewed already, and only tries again.
+            # Another thread with the same old address has renewed it already: only retry.
             if self._remote is remote:
                 with self._lock:
                     self._doubts += 1
@@ -358,7 +361,7 @@ def _headers(remote: Remote, start: int, end: int) -> dict[str, str]:
     if not remote.has_ranges:
         return {}
     asked = {"Range": f"bytes={start}-{end - 1}"}
-    # With no hash to find it later, bytes of a changed file must not come in: the server sends the whole new one instead.
+    # Without a hash to detect it later, bytes of a changed file must not arrive: the server sends the whole new file instead.
     if not remote.is_verified and (validator := remote.strong_etag or remote.modified):
         asked["If-Range"] = validator
     return asked

@@ -1,4 +1,4 @@
-"""Which connection fetches which bytes of a file, and which one takes over from a slow one. Pure; any thread may call.
+"""Decide which connection fetches which bytes of a file, and which one takes over from a slow one. Pure; any thread may call.
 
 The clock is passed in. Ranges are handed out from the front of the file. When none is left, an idle connection takes over the
 rest of the range that would end last, or the part of it that makes both end together.
@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-_GRACE_S: Final = 1.0  # how long a range is left alone before it is judged
-_WORTH_S: Final = 0.2  # what a takeover has to save: it costs a request
+_GRACE_S: Final = 1.0  # how long a range runs before it is judged
+_WORTH_S: Final = 0.2  # the minimum saving of a takeover, which costs a request
 _WINDOW_S: Final = 1.0
 _SMALL_BYTES: Final = 64 * 1024
-_LAG: Final = 8  # a connection that is this many times slower than the others is made anew
+_LAG: Final = 8  # a connection that is this many times slower than the others is replaced
 _LAG_GRACE_S: Final = 2.0
 _DRIP_GRACE_S: Final = 5.0
 _MOST_DOUBLINGS: Final = 6
@@ -28,7 +28,7 @@ _MOST_DOUBLINGS: Final = 6
 
 @dataclass(eq=False, slots=True)
 class Pull:
-    """A range that one connection fetches. `at` is where its next byte belongs; a takeover moves `end` towards it."""
+    """A range that one connection fetches. `at` is the offset of its next byte. A takeover moves `end` towards it."""
 
     owner: int
     at: int
@@ -36,7 +36,7 @@ class Pull:
     began_s: float
     takeovers: int = 0
     cut: bool = False
-    """Whether the connection was ended from outside, so that its error says nothing about the source."""
+    """Whether the connection was ended on purpose, so that its error says nothing about the source."""
     first_s: float | None = None
     _idle_since_s: float | None = None
     _idle_s: float = 0.0
@@ -47,21 +47,21 @@ class Pull:
 
     @property
     def left(self) -> int:
-        """How many bytes are missing."""
+        """Return how many bytes are missing."""
         return self.end - self.at
 
     @property
     def waits(self) -> bool:
-        """Whether it waits for the source now, not for the sink."""
+        """Return whether it waits for the source now, not for the sink."""
         return self._idle_since_s is None
 
     def waited_s(self, now_s: float) -> float:
-        """For how long it has waited for the source, without what the sink took."""
+        """Return how long it has waited for the source, without the sink's time."""
         idle_s = now_s - self._idle_since_s if self._idle_since_s is not None else 0.0
         return now_s - self.began_s - self._idle_s - idle_s
 
     def rate(self, now_s: float) -> float:
-        """Bytes a second in the last seconds of waiting."""
+        """Return bytes a second over the last seconds of waiting."""
         waited_s = self.waited_s(now_s)
         if waited_s - self._marks[-1][0] >= _WINDOW_S:
             self._marks.append((waited_s, self.at))
@@ -69,11 +69,11 @@ class Pull:
         return (self.at - mark_at) / max(waited_s - mark_s, 0.001)
 
     def pause(self, now_s: float) -> None:
-        """Stop the clock: the bytes go to the sink."""
+        """Stop the clock while the sink takes the bytes."""
         self._idle_since_s = now_s
 
     def resume(self, now_s: float) -> None:
-        """Let the clock go on."""
+        """Restart the clock."""
         if self._idle_since_s is not None:
             self._idle_s += now_s - self._idle_since_s
             self._idle_since_s = None
@@ -95,18 +95,18 @@ class Spans:
 
     @property
     def is_done(self) -> bool:
-        """Whether nothing is missing and nothing under way."""
+        """Return whether nothing is missing and nothing is under way."""
         with self.changed:
             return not self._todo and not self._pulls
 
     @property
     def waits(self) -> bool:
-        """Whether any connection waits for the source."""
+        """Return whether any connection waits for the source."""
         with self.changed:
             return any(pull.waits for pull in self._pulls)
 
     def take(self, owner: int, reach: int, now_s: float) -> Pull | None:
-        """Hand out the next range that begins before `reach`; None if there is none and no takeover is worth it."""
+        """Return the next range that begins before `reach`, or a takeover. None if there is none that is worth it."""
         with self.changed:
             if self._todo and self._todo[0][0] < reach:
                 start, end = self._todo[0]
@@ -116,7 +116,7 @@ class Spans:
             return self._take_over(owner, now_s)
 
     def take_whole(self, owner: int, now_s: float) -> Pull | None:
-        """Hand out everything from the first missing byte on: the source gives no ranges."""
+        """Return everything from the first missing byte on, for a source without range support."""
         with self.changed:
             if not self._todo:
                 return None
@@ -125,7 +125,7 @@ class Spans:
             return self._begin(Pull(owner, start, end, now_s))
 
     def _length(self) -> int:
-        """Large ranges first, small ones at the end, so that all connections finish together."""
+        """Return the next length: large ranges first and small ones at the end, so that all connections finish together."""
         left = sum(end - start for start, end in self._todo)
         share = left // (2 * self._connections)
         return max(self._smallest_bytes, min(share, self._request_bytes))
@@ -135,14 +135,14 @@ class Spans:
         return pull
 
     def _take_over(self, owner: int, now_s: float) -> Pull | None:
-        """Halve what would end last, in proportion to the rates; all of it where its connection gives next to nothing."""
+        """Split what would end last, in proportion to the rates. Take all of it if its connection is nearly stalled."""
         slowest, saved_s, keep_bytes = None, max(_WORTH_S, 2 * self._usual_first_s()), 0
         for pull in self._pulls:
             usual = self._usual(pull, now_s)
             if pull.waited_s(now_s) >= self._grace_s(pull):
                 rate = max(pull.rate(now_s), 1.0)
             elif usual:
-                rate = max(pull.rate(now_s), usual)  # too young to be judged: as quick as the others
+                rate = max(pull.rate(now_s), usual)  # too young to be judged: assumed to be as fast as the others
             else:
                 continue
             usual = usual or rate
@@ -159,20 +159,20 @@ class Spans:
         return self._begin(mine)
 
     def _grace_s(self, pull: Pull) -> float:
-        """Each takeover of one range doubles it: a source that halts as a whole is not asked again and again."""
+        """Return the time before a takeover. It doubles with each one, so that a source that halts is not asked repeatedly."""
         return max(_GRACE_S, 2 * self._usual_first_s()) * 2.0 ** min(pull.takeovers, _MOST_DOUBLINGS)
 
     def _usual_first_s(self) -> float:
         return statistics.median(self._first_s) if self._first_s else 0.0
 
     def _usual(self, but: Pull, now_s: float) -> float:
-        """The rate of the other connections: now, and of those that ended last."""
+        """Return the rate of the other connections, running or recently finished."""
         others = [pull.rate(now_s) for pull in self._pulls if pull is not but and pull.first_s is not None]
         known = [*others, *self._rates]
         return statistics.median(known) if known else 0.0
 
     def came(self, pull: Pull, length: int, now_s: float) -> int:
-        """Count bytes; return how many of them are still this pull's."""
+        """Count bytes. Return how many of them still belong to this pull."""
         with self.changed:
             length = max(0, min(length, pull.end - pull.at))
             pull.at += length
@@ -182,9 +182,9 @@ class Spans:
             return length
 
     def end(self, pull: Pull, now_s: float) -> None:
-        """Take back a range: what is left of it goes to the others, in its place.
+        """Take back a range. Its rest goes to the others, in its place.
 
-        A full sink waits for the first missing byte, so what is nearest to the front has to go first.
+        A full sink waits for the first missing byte, so ranges nearest to the front go first.
         """
         with self.changed:
             self._pulls.remove(pull)
@@ -195,7 +195,7 @@ class Spans:
             self.changed.notify_all()
 
     def laggards(self, slowest_bytes_per_s: float, now_s: float) -> list[Pull]:
-        """Mark as cut the pulls that are far slower than the others, or a drip; return all whose connection has to end."""
+        """Mark pulls as cut that are far slower than the others or nearly stalled. Return all whose connection must end."""
         with self.changed:
             found = [pull for pull in self._pulls if not pull.cut and self._lags(pull, slowest_bytes_per_s, now_s)]
             for pull in found:

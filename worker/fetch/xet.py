@@ -1,7 +1,7 @@
-"""The body of a file that plain HTTP refuses: by hf_xet, in a process of its own, into a `Sink`. Touches processes, network.
+"""Download a file that plain HTTP refuses, with hf_xet in a separate process, into a `Sink`. Touches processes, network.
 
-The bytes come in order through a pipe and go the way of all others: into the partial, its journal and the hash. So a download
-by Xet is continued like any other, whoever began it, and by whichever way.
+The bytes arrive in order through a pipe and go into the partial, its journal and the hash, like all others. So any worker can
+continue a download by Xet, by either way.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Its own would let hf_xet take gigabytes; with these it stays below 400 MB. The times are shorter than its own, since whoever
-# waits here has a patience of their own and goes on from what came.
+# With its defaults hf_xet takes gigabytes; with these values it stays below 400 MB. The time-outs are shorter than its own,
+# because the caller has its own patience and resumes from the bytes that arrived.
 SETTINGS: Final[dict[str, str | int]] = {
     "reconstruction.download_buffer_size": "256mb",
     "reconstruction.download_buffer_perfile_size": "0",
@@ -44,7 +44,7 @@ SETTINGS: Final[dict[str, str | int]] = {
     "client.retry_base_delay": "1s",
     "telemetry.enabled": False,
 }
-"""What hf_xet is told, by the names of its `XetConfig`."""
+"""Settings of hf_xet, by the names of its `XetConfig`."""
 
 _PUMP: Final = Path(__file__).with_name("xet_process.py")
 _DOUBTS: Final = 3
@@ -57,7 +57,7 @@ _SAID_CHARS: Final = 300
 
 
 class _BrokenOff(Exception):  # noqa: N818 - never leaves this module
-    """The process ended before all bytes had come."""
+    """The process ended before all bytes arrived."""
 
     def __init__(self, reason: str, status: int | None) -> None:
         super().__init__(reason)
@@ -65,7 +65,7 @@ class _BrokenOff(Exception):  # noqa: N818 - never leaves this module
 
 
 class XetFetch:
-    """One file's missing bytes on their way by Xet; `run` does it all."""
+    """The download of one file's missing bytes by Xet. Call `run`."""
 
     def __init__(self, hub: Hub, remote: Remote, sink: Sink, tuning: Tuning, cancel: CancelToken) -> None:
         self._hub = hub
@@ -88,8 +88,8 @@ class XetFetch:
     def run(self, on_bytes: Callable[[int], None] = lambda _: None) -> None:
         """Return when every byte is in the sink.
 
-        Raises `EnsureCancelled` within a second, `SourceUnreachable`, `SourceRefused`, `TokenRefused`, and what the sink does.
-        The process has ended by then.
+        Raises `EnsureCancelled` within a second, `SourceUnreachable`, `SourceRefused`, `TokenRefused`, and what the sink
+        raises. The process has ended by then.
         """
         worker = threading.Thread(target=self._work, name="xet", daemon=True)
         worker.start()
@@ -130,7 +130,7 @@ class XetFetch:
             self._error = exc
 
     def _try(self) -> None:
-        """Go on until it is done or breaks off. Each attempt has a token of its own, since an old one is refused."""
+        """Run until the download is complete or breaks off. Each attempt gets a new token, because an old one is refused."""
         try:
             self._pump(self._hub.xet_access(self._remote, self._cancel))
         except _BrokenOff as exc:
@@ -178,13 +178,13 @@ class XetFetch:
             "refresh_headers": access.refresh_headers,
         }
         left = memoryview(json.dumps(wanted).encode() + b"\n")
-        with contextlib.suppress(BrokenPipeError):  # it ended already, and says why
+        with contextlib.suppress(BrokenPipeError):  # it has ended already, and says why
             while left:
                 left = left[_stream(process.stdin).write(left) :]
 
     def _drain(self, process: subprocess.Popen[bytes]) -> None:
         stream = _stream(process.stdout)
-        with contextlib.suppress(ImportError, AttributeError, OSError):  # a small pipe is slower and no more
+        with contextlib.suppress(ImportError, AttributeError, OSError):  # a small pipe is slower, but works
             import fcntl  # noqa: PLC0415 - not on Windows, where the seeder imports this module
 
             fcntl.fcntl(stream, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
@@ -204,7 +204,7 @@ class XetFetch:
             self.fetched_bytes += length
 
     def _read(self, stream: IO[bytes], into: memoryview) -> int:
-        """Fill it, since a pipe gives a little at a time and a network volume wants much; less at the end only."""
+        """Fill the buffer. A pipe gives little at a time, and a network volume wants large writes. Less only at the end."""
         done = 0
         while done < len(into):
             self._waits_since_s = time.monotonic()
@@ -218,7 +218,7 @@ class XetFetch:
         return done
 
     def _why(self, process: subprocess.Popen[bytes]) -> _BrokenOff:
-        """What the process said last; hf_xet does not always tell, so that what it told before is kept."""
+        """Return the process's last words. hf_xet does not always give a reason, so an earlier one is kept."""
         said = _stream(process.stderr).read().decode(errors="replace").strip().rpartition("\n")[2]
         with contextlib.suppress(ValueError, KeyError, TypeError):
             said = str(json.loads(said)["text"])

@@ -1,8 +1,10 @@
-"""The process that speaks Xet: byte ranges asked for on standard input come out of standard output. Touches the network.
+"""The process that speaks Xet: it reads byte ranges from standard input and writes bytes to standard output.
 
-hf_xet runs on through a call that nobody waits for any longer, and its buffers are large. A process can be ended, and its
-memory goes with it. This one imports nothing of the worker, ends when its standard input does, and says on standard error, as
-one line of JSON, why it broke off.
+Touches the network.
+
+hf_xet continues a call after it is cancelled, and its buffers are large. A process can be killed, which frees its memory. This
+one imports nothing of the worker, ends when its standard input does, and reports a failure as one line of JSON on standard
+error.
 """
 
 from __future__ import annotations
@@ -17,16 +19,16 @@ from hf_xet import XetConfig, XetFileInfo, XetSession  # type: ignore[import-unt
 
 
 def main() -> None:
-    """Read what is wanted, write it, and end, whatever hf_xet still does."""
+    """Read the requests, write the bytes, and exit, whatever hf_xet still does."""
     output, says = os.dup(1), os.dup(2)
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in (1, 2):  # a library's remark must not get between a file's bytes
+    for stream in (1, 2):  # a library's message must not get between a file's bytes
         os.dup2(nowhere, stream)
     wanted = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_input, daemon=True).start()
     try:
         _pump(wanted, output)
-    except Exception as exc:  # noqa: BLE001 - hf_xet raises what it likes, and whoever started this decides
+    except Exception as exc:  # noqa: BLE001 - hf_xet raises any exception, and the parent process decides
         os.write(says, json.dumps({"error": type(exc).__name__, "text": str(exc)}).encode())
         os._exit(1)
     os._exit(0)

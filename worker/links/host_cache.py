@@ -1,7 +1,7 @@
-"""Models of the volume that RunPod's host cache holds as well: quicker to read from there. Touches the disk.
+"""Models of the volume that RunPod's host cache also holds, where they are faster to read. Touches the disk.
 
-A file counts as the same when the volume's seal has its sha256 and the cache has a blob of that name and size: the cache calls
-its blobs by what they hash to. Nothing is hashed or compared here.
+A file counts as the same if the volume's seal has its sha256 and the cache has a blob of that name and size. The cache names
+its blobs by their hash. Nothing is hashed or compared here.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ _SEAL: Final = ".json"
 
 
 def cached_copies(layout: Layout) -> dict[Path, Path]:
-    """The volume's models that the host cache holds as well, each with its copy there.
+    """Map the volume's models that are also in the host cache to their copies there.
 
-    Costs a listing of the cache, which RunPod keeps of the one or few repositories that the endpoint names. Where it has
-    something, every seal of the volume is read; where there is no cache, nothing of the volume is.
+    This lists the cache, in which RunPod keeps the one or few repositories that the endpoint names. If the cache holds files,
+    every seal of the volume is read. Without a cache nothing of the volume is read.
     """
     blobs = dict(_blobs(layout.host_cache))
     return dict(_sealed_as(layout, blobs)) if blobs else {}
 
 
 def _blobs(cache: Path) -> Iterator[tuple[str, Path]]:
-    """The sha256 and the place of each file in the cache that is called by one; small files are called by another hash."""
+    """Yield the sha256 and the path of each file in the cache that is named by one. Small files are named by another hash."""
     for repo in _entries(cache):
         if repo.name.startswith("models--"):
             for blob in _entries(repo / "blobs"):
@@ -64,15 +64,15 @@ def _sealed_as(layout: Layout, blobs: dict[str, Path]) -> Iterator[tuple[Path, P
 
 
 def _is_same(own: Look, copy: Path) -> bool:
-    """Whether the seal is that of the file, which somebody may have replaced since, and the copy is as long."""
+    """Return whether the seal still fits the file, and the copy has the same length."""
     found = stat_file(copy)
     return own.standing is Standing.READY and found is not None and found.st_size == own.size_bytes
 
 
 def lay_out(copies: dict[Path, Path], layout: Layout, root: Path) -> int:
-    """Make `root` a models folder of links to the copies, as ModelLinks takes it for `nearer`; how many there are.
+    """Fill `root` with links to the copies, as a models folder for `ModelLinks`. Return the number of links.
 
-    What an earlier worker of this container left there goes first: its volume may have other models by now.
+    Remove what an earlier worker of this container left there, because its volume may have had other models.
     """
     shutil.rmtree(root, ignore_errors=True)
     made = 0
@@ -80,6 +80,6 @@ def lay_out(copies: dict[Path, Path], layout: Layout, root: Path) -> int:
         link = root / path.relative_to(layout.models)
         with suppress(OSError):
             link.parent.mkdir(parents=True, exist_ok=True)
-            os.symlink(copy, link)  # noqa: PTH211 - the same thing
+            os.symlink(copy, link)  # noqa: PTH211 - the same operation
             made += 1
     return made

@@ -1,14 +1,14 @@
-"""The network volume as ComfyUI sees it: its models, linked into ComfyUI's own `models` folder. Touches the disk.
+"""Link the volume's models into ComfyUI's own `models` folder. Touches the disk.
 
-Every file under a root's `<folder>/` appears under ComfyUI's `models/<folder>/`: all folders, nested ones, and ones that no
-ComfyUI has heard of. Real files, and links that lead elsewhere, are never touched: a link is only replaced or removed when it
-leads to its own name under one of the roots, which is what this module makes.
+Every file under a root's `<folder>/` appears under ComfyUI's `models/<folder>/`: in all folders, nested ones, and ones unknown
+to ComfyUI. Real files, and links that lead elsewhere, are never touched. A link is only replaced or removed if it leads to its
+own name under one of the roots, which is what this module creates.
 
-**One link for each file, or one for a folder.** ComfyUI lists models by walking folders through links. Each file link costs
-it a look at the link's target, and on a network volume that is a round trip; through one link for the whole folder it reads
-names only. Folder links have a price too: what a custom node saves there lands on the volume, and when the folder
-disappears ComfyUI answers 500 until somebody puts a folder in its place. So they are for large folders; see `LARGE_FOLDER`.
-A folder can only be one link where ComfyUI's own has no real file in it, not even `put_loras_here`.
+**One link for each file, or one for a folder.** ComfyUI lists models by walking folders through links. For each file link it
+stats the target, which is a round trip on a network volume. Through one link for the whole folder it reads only names. But
+folder links have a price: what a custom node saves there lands on the volume, and if the folder disappears ComfyUI answers 500
+until the folder exists again. So they are used for large folders only; see `LARGE_FOLDER`. A folder can be one link only if
+ComfyUI's own folder has no real file in it, not even `put_loras_here`.
 """
 
 # ruff: noqa: PTH100, PTH116
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["LARGE_FOLDER", "Found", "LinkProblem", "LinkReport", "ModelLinks", "ProblemKind"]
 
 LARGE_FOLDER = 64
-"""From how many files on (here and below) a folder is one link.
+"""From this number of files on (here and below) a folder becomes one link.
 
 `bench/links.py` lists a folder with ComfyUI's own code, medians in ms, on MooseFS (on ext4):
 
@@ -44,9 +44,9 @@ LARGE_FOLDER = 64
     a link for each file    15  (1.0)   56 (3.6)   184 (12)  1,845 (122)
     one link for the folder  2  (0.6)    4 (1.8)     7  (6)     91  (63)
 
-So each file link adds 0.1-0.2 ms on a network volume (0.006 on a disk): below 64, at most 13 ms for a folder, in an engine
-that takes seconds to start: less than a folder link's risks are worth. Making 10,000 file links takes 0.3-1.1 s, the one link
-and the look at what it shows 10-13 ms.
+So each file link adds 0.1-0.2 ms on a network volume (0.006 on a disk). Below 64 files that is at most 13 ms for a folder, in
+an engine that takes seconds to start, which is less than the risks of a folder link are worth. Creating 10,000 file links takes
+0.3-1.1 s. Creating the one link and looking at what it shows takes 10-13 ms.
 """
 
 _SECOND_NS = 1_000_000_000
@@ -57,12 +57,12 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class LinkReport:
-    """How ComfyUI's models folder stands after a refresh."""
+    """The state of ComfyUI's models folder after a refresh."""
 
     files: int
-    """Files of the roots that ComfyUI sees, through links of either kind."""
+    """The number of the roots' files that ComfyUI sees, through links of either kind."""
     folders: int
-    """Folders that are one link."""
+    """The number of folders that are one link."""
     made: int
     removed: int
     problems: tuple[LinkProblem, ...]
@@ -71,17 +71,17 @@ class LinkReport:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A file or folder that ComfyUI sees: its path below ComfyUI's models folder, and what stat says of what that leads to."""
+    """A file or folder that ComfyUI sees: its path below ComfyUI's models folder, and the stat of its target."""
 
     path: str
     info: os.stat_result
 
 
 class ModelLinks:
-    """Keeps ComfyUI's models folder in step with one or more roots; the first root that has a name wins.
+    """Keeps ComfyUI's models folder in sync with one or more roots. The first root that has a name wins.
 
-    Safe to use from several threads: refreshes take turns, the questions answer from the last one. A new object over links
-    that another process made takes them over.
+    It is safe to use from several threads: refreshes take turns, and queries use the last one. A new object takes over links
+    that another process made.
     """
 
     def __init__(
@@ -93,9 +93,9 @@ class ModelLinks:
         within: Sequence[Path] = (),
         nearer: Path | None = None,
     ) -> None:
-        """`within`: where symbolic links on the volume may lead besides the roots, usually the volume itself.
+        """Set the folders. `within` is where symlinks on the volume may lead besides the roots, usually the volume itself.
 
-        `nearer` is a root before all others, of copies that are quicker to read: that it has a name twice is no problem.
+        `nearer` is a root before all others, with copies that are faster to read. That it repeats a name is no problem.
         """
         self._models = os.path.abspath(models_dir)
         self._nearer = os.path.abspath(nearer) if nearer else None
@@ -107,11 +107,10 @@ class ModelLinks:
         self._known_problems: frozenset[LinkProblem] = frozenset()
 
     def refresh(self) -> LinkReport:
-        """Make ComfyUI's models folder show what the roots hold now.
+        """Make ComfyUI's models folder show the current files of the roots.
 
-        Costs a listing of both sides when nothing changed. Whatever goes wrong with a name is in the report's problems; the
-        other names are linked all the same. Raises nothing for the disk's sake: a worker with fewer models is of
-        more use than none.
+        If nothing changed, this lists both sides. A problem with a name is added to the report, and the other names are still
+        linked. Disk errors are not raised: a worker with fewer models is better than none.
         """
         with self._lock:
             started = time.perf_counter()
@@ -138,14 +137,14 @@ class ModelLinks:
             return report
 
     def has(self, folders: Sequence[str], name: str) -> bool:
-        """Whether ComfyUI would find `name`; see `find`."""
+        """Return whether ComfyUI would find `name`; see `find`."""
         return self.find(folders, name) is not None
 
     def find(self, folders: Sequence[str], name: str) -> Found | None:
-        """Where ComfyUI would find `name` alive under one of these folders (none given: under any folder at all).
+        """Return where ComfyUI would find an existing `name` under one of these folders. Without folders, search all of them.
 
-        One stat call for each folder up to that one. What is found needs no refresh. None may also mean that the file came
-        after the last refresh: refresh, then ask again. A folder counts as well, for the loaders that take one (diffusers).
+        It makes one stat call for each folder up to that one. What it finds needs no refresh. None may also mean that the file
+        came after the last refresh: refresh, then ask again. A folder counts as well, for loaders that take one (diffusers).
         """
         if not _is_plain(name):
             return None
@@ -161,7 +160,8 @@ class ModelLinks:
             return None
         if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
             return None
-        # What a folder link shows beyond the last refresh is in flight, or newer than ComfyUI's listing (see _move_clocks).
+        # A folder link shows more than the last refresh saw: files in flight, or newer than ComfyUI's listing (see
+        # _move_clocks).
         folder, _, last = relative.rpartition("/")
         is_shown = not under(view.linked, relative) or view.holds(folder, last) or relative in view.sources
         return Found(path, found) if is_shown else None
@@ -184,7 +184,7 @@ class ModelLinks:
 
 
 def _aliased(models: str, view: View) -> Iterator[LinkProblem]:
-    """Names that lie in both of two folders which ComfyUI reads as one, unless they are one file."""
+    """Yield names that exist in both of two folders that ComfyUI reads as one, unless they are the same file."""
     for first, second in known().same_folders:
         for folder in view.folders():
             if not under((second,), folder):
@@ -205,11 +205,11 @@ def _origin(models: str, view: View, folder: str, name: str) -> str:
 
 
 def _move_clocks(before: View, after: View) -> None:
-    """Where the names in a folder-linked folder changed, see that its mtime did too.
+    """Make sure that the mtime of a folder-linked folder changed if its names did.
 
-    ComfyUI lists a folder again when its mtime is another one. On a file system with whole-second mtimes (MooseFS) it misses
-    a file that comes within the second of the last change it saw, and a mount may hold an old mtime for a second more. So the
-    mtime is moved on by a second; where that is not allowed (a read-only cache) the file is seen after the next change.
+    ComfyUI lists a folder again if its mtime changed. On a file system with whole-second mtimes (MooseFS) it misses a file that
+    arrives within the second of the last change it saw, and a mount may keep an old mtime for a second more. So the mtime is
+    moved forward by a second. Where that is not allowed (a read-only cache) the file is seen after the next change.
     """
     for relative in before.sources.keys() & after.sources.keys():
         if not (under(before.linked, relative) and under(after.linked, relative)):

@@ -1,7 +1,7 @@
-"""What lies in a tree of models, by name alone. Reads the disk.
+"""List a tree of models by name alone. Reads the disk.
 
-`scan(root)` lists names and never stats a regular file: on a network volume that is 10-20 ms for 10,000 files against 0.8 s
-for one stat each. Only symbolic links cost a look at their target, and there are few.
+`scan(root)` lists names and never stats a regular file. On a network volume that takes 10-20 ms for 10,000 files, against 0.8 s
+with one stat each. Only symlinks need a look at their target, and there are few.
 """
 
 # ruff: noqa: PTH110, PTH114, PTH115, PTH116
@@ -25,8 +25,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
 IN_FLIGHT = (".tmp", ".temp", ".incomplete", ".part", ".partial", ".download", ".crdownload", ".aria2", ".opdownload")
-"""How names end while their bytes still arrive (huggingface_hub, curl and rsync wrappers, browsers, aria2, our own staging).
-Such a file passes ComfyUI's validation and fails when it is read, or worse, loads as a shorter file."""
+"""Suffixes of names whose bytes still arrive: huggingface_hub, curl and rsync wrappers, browsers, aria2, our own staging.
+
+Such a file passes ComfyUI's validation and fails when it is read. Or, worse, it loads as a shorter file.
+"""
 
 _CONTROL = ".aria2"
 """aria2 writes under the FINAL name and keeps `NAME.aria2` beside it until it is done, so that one hides NAME too."""
@@ -37,7 +39,7 @@ _RETRY_S = 0.02
 
 
 class ProblemKind(Enum):
-    """Why a name on the volume is not what ComfyUI shows; the value is the sentence."""
+    """Why ComfyUI does not show a name of the volume. The value is the sentence."""
 
     LEAVES_VOLUME = "{path} leads to {other}, outside the volume, and is not followed: put the file itself on the volume."
     BROKEN = "{path} is a link to {other}, which does not exist: rm {quoted}, or put the file there."
@@ -55,7 +57,7 @@ class ProblemKind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class LinkProblem:
-    """One name that ComfyUI does not see, or not as somebody may expect: `path` is about it, `other` is the reason."""
+    """One name that ComfyUI does not see, or not as expected: `path` is the name, `other` is the reason."""
 
     kind: ProblemKind
     path: str
@@ -71,46 +73,46 @@ class Folder:
     """One folder of models, with everything below it."""
 
     path: str
-    """As it is reached from the root that was scanned: links are made to this spelling."""
+    """The path as reached from the scanned root. Links use this spelling."""
     real: str
-    """The same folder with no symbolic link in its path."""
+    """The same folder with no symlink in its path."""
     files: set[str] = field(default_factory=set)
     folders: dict[str, Folder] = field(default_factory=dict)
     resolved: dict[str, str] = field(default_factory=dict)
-    """Real paths of the files that are symbolic links."""
+    """Real paths of the files that are symlinks."""
     moved: dict[str, str] = field(default_factory=dict)
-    """Of these, where files really are whose links the file system does not follow (see `mounts`)."""
+    """The subset of these whose links the file system does not follow, with the files' real paths (see `mounts`)."""
     known: bool = True
     """Everything here and below could be read."""
     whole: bool = True
-    """And nothing is broken, a loop, or leads outside: the folder can be shown as it is."""
+    """`known`, and nothing is broken, a loop, or leads outside: the folder can be shown as it is."""
     count: int = 0
-    """Files here and below."""
+    """The number of files here and below."""
 
     def real_path(self, name: str) -> str:
-        """Where the bytes of this folder's file `name` are; tells two names of one file from two files."""
+        """Return where the bytes of this folder's file `name` are. Two names of one file have the same path."""
         return self.resolved.get(name) or f"{self.real}/{name}"
 
     def spelled(self, name: str) -> str:
-        """Where a link to this folder's file `name` leads."""
+        """Return where a link to this folder's file `name` leads."""
         return self.moved.get(name) or f"{self.path}/{name}"
 
     def below(self, relative: str) -> Iterator[tuple[str, Folder]]:
-        """This folder as `relative`, and every folder under it."""
+        """Yield this folder as `relative`, and every folder under it."""
         yield relative, self
         for name, child in self.folders.items():
             yield from child.below(f"{relative}/{name}")
 
 
 class Scan:
-    """One look at the roots. `problems` and `unreadable` (folder paths) are filled as it goes.
+    """One scan of the roots. `problems` and `unreadable` (folder paths) are filled while it runs.
 
-    So are `moved`, the real paths behind links that the file system does not follow, and `absolute`: where each link leads
-    that names the volume by its mount.
+    So are `moved`, the real paths behind links that the file system does not follow, and `absolute`, the targets of links that
+    name the volume by its mount.
     """
 
     def __init__(self, within: Iterable[str], leave_out: str) -> None:
-        """Links may lead into `within` and nowhere else; the folder `leave_out` is not entered. Both are real paths."""
+        """Set where links may lead: into `within`, both real paths, and nowhere else. The folder `leave_out` is not entered."""
         self.problems: list[LinkProblem] = []
         self.unreadable: list[str] = []
         self.moved: set[str] = set()
@@ -120,7 +122,7 @@ class Scan:
         self._patient_until = time.monotonic() + _LAG_S
 
     def root(self, path: str) -> Folder:
-        """Everything under `path`; empty when there is no such folder, which is how an endpoint without models looks."""
+        """Return everything under `path`. Empty if the folder does not exist, as on an endpoint without models."""
         folder = Folder(path, os.path.realpath(path))
         if os.path.islink(path) and not os.path.exists(path):
             self._report(folder, ProblemKind.BROKEN, path, _target(path))
@@ -128,7 +130,7 @@ class Scan:
         return folder
 
     def _fill(self, folder: Folder, above: frozenset[str]) -> bool:
-        """Read one folder and those below it; False when it is gone."""
+        """Read one folder and those below it. Return False if it is gone."""
         try:
             entries = self._entries(folder.path)
             if entries is None:
@@ -201,10 +203,10 @@ class Scan:
         self.problems.append(LinkProblem(kind, path, other))
 
     def _entries(self, path: str) -> list[os.DirEntry[str]] | None:
-        """What the folder holds, None when it was removed; OSError when it is there and cannot be read.
+        """Return the entries of a folder, or None if it was removed. Raise OSError if it exists and cannot be read.
 
-        A folder that another host has just made can be listed and yet give ENOENT or ESTALE for a moment: as long as its
-        parent lists it, it is tried again, for at most a second in all.
+        A folder that another host has just made can be listed and still give ENOENT or ESTALE for a moment. While its parent
+        lists it, this retries for at most a second in all.
         """
         while True:
             try:

@@ -1,8 +1,8 @@
-"""One pass that brings ComfyUI's models folder in step with the roots. Touches the disk.
+"""One pass that brings ComfyUI's models folder in sync with the roots. Touches the disk.
 
-What is there is compared with what should be there, folder by folder, and only the difference is written. Every state in
-between is one that ComfyUI can live with and that the next pass completes: links appear whole, and what has to be exchanged is
-made aside and moved into place. The rules are those of `links`, whose tool this is.
+It compares the existing entries with the wanted ones, folder by folder, and writes only the difference. ComfyUI can work with
+every state in between, and the next pass completes it: links appear whole, and replacements are prepared aside and moved into
+place. The rules are those of `model_links`, which uses this module.
 """
 
 # ruff: noqa: PTH102, PTH103, PTH104, PTH105, PTH106, PTH108, PTH114, PTH116, PTH211
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from worker.links.scan import Scan
 
 _ASIDE = ".worker-links-aside"
-"""What a link or folder is called, next to its place, until it is whole; a killed worker can leave one, the next removes it."""
+"""The name of an unfinished link or folder, next to its place. A killed worker can leave one, and the next removes it."""
 
 _SECOND_NS = 1_000_000_000
 _TICK_NS = 20_000_000
@@ -33,16 +33,16 @@ _TICK_NS = 20_000_000
 
 @dataclass(slots=True)
 class Place:
-    """What a real folder of ComfyUI's holds."""
+    """The contents of a real folder of ComfyUI's."""
 
     files: set[str] = field(default_factory=set)
     folders: set[str] = field(default_factory=set)
     own: dict[str, str] = field(default_factory=dict)
-    """Our links and where they lead; one to a folder ends in a slash, so that it is known for one when its target is gone."""
+    """Our links and their targets. A link to a folder ends in a slash, so that it is known as one even without its target."""
     foreign: set[str] = field(default_factory=set)
     changed_ns: int = 0
     settled: bool = False
-    """The mtime, and whether it proves that nothing changed for as long as it stays the same."""
+    """The mtime, and whether it proves that nothing changed while it stays the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,35 +51,35 @@ class View:
 
     places: Mapping[str, Place] = field(default_factory=dict)
     sources: Mapping[str, Sequence[Folder]] = field(default_factory=dict)
-    """The roots' folders that each folder shows, also those that are seen through a folder link."""
+    """The roots' folders that each folder shows, including those that are seen through a folder link."""
     linked: frozenset[str] = frozenset()
     """The folders that are one link."""
 
     def names(self, folder: str) -> set[str]:
-        """The files of one folder; hidden ones of the roots, and those still arriving, are not among them."""
+        """Return the files of one folder, without hidden files of the roots and files that still arrive."""
         place = self.places.get(folder)
         found = place.files | place.foreign if place else set()
         return found.union(*(source.files for source in self.sources.get(folder, ())))
 
     def holds(self, folder: str, name: str) -> bool:
-        """Whether `names(folder)` has `name`, without gathering them."""
+        """Return whether `names(folder)` contains `name`, without building the set."""
         place = self.places.get(folder)
         return (place is not None and (name in place.files or name in place.foreign)) or any(
             name in source.files for source in self.sources.get(folder, ())
         )
 
     def folders(self) -> set[str]:
-        """Every folder, real or seen through a folder link."""
+        """Return every folder, real or seen through a folder link."""
         return self.places.keys() | self.sources.keys()
 
     def tops(self) -> set[str]:
-        """The folders that loaders name."""
+        """Return the folders that loaders name."""
         top = self.places.get("")
         return {folder.split("/", 1)[0] for folder in self.folders() if folder} | (top.foreign if top else set())
 
 
 class Pass:
-    """One pass; the counts, problems, places, sources and links are its result."""
+    """One pass. Its results are the counts, problems, places, sources and links."""
 
     def __init__(
         self, models: str, roots: Sequence[Folder], before: View, scan: Scan, large_folder: int, *, nearer: str | None = None
@@ -99,7 +99,7 @@ class Pass:
         self._nearer = (nearer,) if nearer else ()
 
     def folder(self, relative: str, sources: Sequence[Folder]) -> None:
-        """Make one real folder of ComfyUI's show what `sources` hold, and the folders below it likewise."""
+        """Make one real folder of ComfyUI's, and the folders below it, show the contents of `sources`."""
         try:
             place = self._look(relative)
         except OSError as exc:
@@ -123,7 +123,10 @@ class Pass:
     # --- what is there ------------------------------------------------------------------------------
 
     def _look(self, relative: str) -> Place:
-        """What the folder holds now; from memory where its mtime proves that nothing changed. Makes it when it is missing."""
+        """Return the folder's current contents, from memory if its mtime proves that nothing changed.
+
+        Create a missing folder.
+        """
         if relative not in self._looked:
             self._looked[relative] = self._look_again(relative)
         return self._looked[relative]
@@ -137,7 +140,7 @@ class Pass:
             changed_ns = os.stat(path).st_mtime_ns
         known = self._before.places.get(relative)
         if known and known.settled and known.changed_ns == changed_ns:
-            # A copy: a pass that ends half-way must leave alone what the next one trusts.
+            # A copy: a pass that ends half-way must not change what the next one relies on.
             return replace(known, folders=set(known.folders), own=dict(known.own))
         return self._read(relative, changed_ns)
 
@@ -164,7 +167,7 @@ class Pass:
         return place
 
     def _sort_links(self, relative: str, place: Place, folder: int, links: Sequence[str]) -> None:
-        """Tell our links from others: ours lead to their own name in one of the roots."""
+        """Separate our links from others. Ours lead to their own name in one of the roots."""
         homes = {_join(root, relative) for root in self._spellings}
         for name in links:
             target = _read_link(name, folder)
@@ -177,7 +180,7 @@ class Pass:
     # --- what should be there -----------------------------------------------------------------------
 
     def _merge(self, sources: Sequence[Folder]) -> tuple[dict[str, str], dict[str, list[Folder]]]:
-        """Files, with where their links should lead, and folders, with those of the sources that have them."""
+        """Return files with their link targets, and folders with the sources that have them."""
         wanted: dict[str, str] = {}
         groups: dict[str, list[Folder]] = {}
         for source in sources:
@@ -195,7 +198,7 @@ class Pass:
         return wanted, {name: _that_count(group) for name, group in groups.items()}
 
     def _yield_files(self, relative: str, place: Place, sources: Sequence[Folder], wanted: dict[str, str]) -> None:
-        """Leave out the files whose name the image uses itself, and report them unless both are one file."""
+        """Leave out files whose name the image uses itself. Report them unless both are one file."""
         path = self._path(relative)
         for name in wanted.keys() & (place.files | place.foreign):
             target, there = wanted.pop(name), f"{path}/{name}"
@@ -204,14 +207,14 @@ class Pass:
                 self._report(ProblemKind.HIDDEN, target, there)
         for name in wanted.keys() & place.folders:
             try:
-                os.rmdir(f"{path}/{name}")  # an empty one is what a folder link that lost its folder leaves
+                os.rmdir(f"{path}/{name}")  # a folder link that lost its folder leaves an empty one
             except OSError:
                 self._report(ProblemKind.SHAPE, wanted.pop(name), f"{path}/{name}")
             else:
                 place.folders.discard(name)
 
     def _yield_folders(self, relative: str, place: Place, groups: dict[str, list[Folder]]) -> None:
-        """Leave out the folders whose name is a file or somebody else's link in the image, and report them."""
+        """Leave out folders whose name is a file or a foreign link in the image, and report them."""
         path = self._path(relative)
         for name in groups.keys() & place.files:
             self._report(ProblemKind.SHAPE, groups.pop(name)[0].path, f"{path}/{name}")
@@ -221,10 +224,10 @@ class Pass:
                 self._report(ProblemKind.FOLDER_TAKEN, source.path, f"{path}/{name}")
 
     def _as_one_link(self, relative: str, place: Place, name: str, group: Sequence[Folder]) -> str | None:
-        """Where the one link for this folder leads; None when it has to be a real folder.
+        """Return the target of the one link for this folder, or None if it must be a real folder.
 
-        A folder that is one link stays one for as long as it can be shown whole, whatever its size: changing over is a moment
-        in which ComfyUI misses it.
+        A folder that is one link stays one while it can be shown whole, whatever its size: during a change ComfyUI misses it
+        for a moment.
         """
         source = group[0]
         target = f"{source.path}/"
@@ -246,7 +249,7 @@ class Pass:
     # --- making it so -------------------------------------------------------------------------------
 
     def _update(self, relative: str, place: Place, wanted: Mapping[str, str]) -> None:
-        """Make this folder's links the wanted ones."""
+        """Make this folder's links equal the wanted ones."""
         path = self._path(relative)
         if place.own == wanted:
             return
@@ -257,7 +260,8 @@ class Pass:
             for name, target in wanted.items() - place.own.items():
                 self._put(path, place, name, target)
         except OSError as exc:
-            # Full, read-only or not ours: the next name would meet the same, so it is one report for the folder.
+            # The disk is full, read-only or not ours. The next name would fail in the same way, so report it once for the
+            # folder.
             self._report(ProblemKind.NOT_LINKED, path, _reason(exc))
 
     def _put(self, path: str, place: Place, name: str, target: str) -> None:
@@ -268,7 +272,7 @@ class Pass:
         else:
             try:
                 os.symlink(target, link)
-            except FileExistsError:  # somebody put a file there meanwhile: the next pass sees it
+            except FileExistsError:  # a file was put there meanwhile: the next pass sees it
                 return
         place.own[name] = target
         self.made += 1
@@ -277,14 +281,14 @@ class Pass:
         with suppress(FileNotFoundError):
             os.unlink(f"{path}/{name}")
         if place.own.pop(name).endswith("/"):
-            # ComfyUI asks for the mtime of every folder that it has listed, and answers 500 when one is gone.
+            # ComfyUI asks for the mtime of every folder that it has listed, and answers 500 if one is gone.
             with suppress(FileExistsError):
                 os.mkdir(f"{path}/{name}")
             place.folders.add(name)
         self.removed += 1
 
     def _as_real_folder(self, relative: str, place: Place, name: str, group: Sequence[Folder]) -> None:
-        """See that the folder is a real one, for `folder` to fill; an empty one of the volume's is not worth making."""
+        """Make sure that the folder is a real one, for `folder` to fill. Skip an empty folder of the volume."""
         path = _join(self._path(relative), name)
         if name in place.folders or not (name in place.own or any(source.count for source in group)):
             return
@@ -302,7 +306,7 @@ class Pass:
         place.folders.add(name)
 
     def _replace_by_folder(self, relative: str, path: str, group: Sequence[Folder]) -> None:
-        """Turn one link into a real folder, filled aside first: a running engine misses it for microseconds."""
+        """Turn one link into a real folder that was filled aside: a running engine misses it for microseconds."""
         aside = _join(relative, _ASIDE)
         filling = Pass(self._models, self._roots, View(), self._scan, self._large_folder, nearer=next(iter(self._nearer), None))
         filling.folder(aside, group)
@@ -312,7 +316,7 @@ class Pass:
         self.removed += 1
 
     def _replace_by_link(self, relative: str, place: Place, name: str, target: str) -> bool:
-        """Put one link in the place of a real folder, if that has nothing but our links in it."""
+        """Replace a real folder by one link, if it contains nothing but our links."""
         if not self._is_ours(_join(relative, name)):
             return False
         path, aside = _join(self._path(relative), name), _join(self._path(relative), _ASIDE)
@@ -328,7 +332,7 @@ class Pass:
         return True
 
     def _is_ours(self, relative: str) -> bool:
-        """Whether a real folder holds our links only, or nothing."""
+        """Return whether a real folder contains only our links, or nothing."""
         try:
             place = self._look(relative)
         except OSError:
@@ -356,32 +360,32 @@ class Pass:
 
 
 def under(tops: Iterable[str], path: str) -> bool:
-    """Whether `path` is one of `tops` or lies below one, going by the text alone."""
+    """Return whether `path` is one of `tops` or lies below one, by the text alone."""
     return any(path == top or path.startswith(f"{top}/") for top in tops)
 
 
 def _is_settled(changed_ns: int) -> bool:
-    """Whether a later change than this one, as of now, is sure to show as another mtime.
+    """Return whether a later change is sure to show as another mtime.
 
-    The clock of a file system ticks: within one tick a second change leaves the same mtime. On ext4 that is some milliseconds
-    (a jiffy), on MooseFS a whole second, and its clock is another machine's.
+    A file system's clock ticks. Within one tick a second change leaves the same mtime. On ext4 a tick is some milliseconds (a
+    jiffy), on MooseFS a whole second, by another machine's clock.
     """
     tick_ns = _TICK_NS if changed_ns % _SECOND_NS else 2 * _SECOND_NS
     return time.time_ns() - changed_ns > tick_ns
 
 
 def _that_count(group: list[Folder]) -> list[Folder]:
-    """Without the empty ones: a root whose folder is empty does not keep another root's from being one link."""
+    """Return the folders without empty ones: a root whose folder is empty must not prevent one link to another root's."""
     return [child for child in group if child.count] or group[:1]
 
 
 def _real_path(sources: Sequence[Folder], name: str) -> str:
-    """The bytes behind `name` in the first source that has it."""
+    """Return the bytes' path of `name` in the first source that has it."""
     return next(source.real_path(name) for source in sources if name in source.files)
 
 
 def _remove_or_rename(folder: str, aside: str) -> None:
-    """A folder of an image's layer cannot be renamed on overlayfs (EXDEV), but it can be removed when it is empty."""
+    """Remove an empty folder, or rename it. overlayfs cannot rename a folder of an image's layer (EXDEV)."""
     try:
         os.rmdir(folder)
     except OSError as exc:
@@ -395,7 +399,7 @@ def _join(folder: str, name: str) -> str:
 
 
 def _read_link(path: str, folder: int | None = None) -> str:
-    """Where a link leads; nowhere when it is gone."""
+    """Return a link's target, or an empty text if the link is gone."""
     try:
         return os.readlink(path, dir_fd=folder)
     except OSError:
