@@ -1,7 +1,7 @@
-"""Which addresses a request may have the worker fetch. Pure.
+"""Decide which addresses a request may have the worker fetch. Pure.
 
-The judgement is about the number that a connection goes to: names and spellings are only the way there. Who connects asks
-`UrlRules.admits` about each number, after the name was resolved, and connects to no other.
+It judges the IP address that a connection goes to; names and spellings only lead there. The caller resolves the name, asks
+`UrlRules.admits` about each IP address, and connects to no other.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 Address = IPv4Address | IPv6Address
 
-# Global in Python's tables (of some versions), and yet not the internet: protocol assignments, among them the port control
-# and relay servers of the local network and Oracle's metadata; the 6to4 relay; Azure's host, which answers every machine there.
+# Global in Python's tables (of some versions), but not the internet: protocol assignments, among them the port control and
+# relay servers of the local network and Oracle's metadata; the 6to4 relay; Azure's host, which answers every machine there.
 _NEVER_V4: Final = tuple(map(IPv4Network, ("192.0.0.0/24", "192.88.99.0/24", "168.63.129.16/32")))
-# Protocol assignments with Teredo, documentation, 6to4: what tunnels hides the address that is reached in the end.
+# Protocol assignments with Teredo, documentation, 6to4: a tunnel hides the address that is reached in the end.
 _NEVER_V6: Final = tuple(map(IPv6Network, ("2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20")))
 _GLOBAL_V6: Final = IPv6Network("2000::/3")
-# The prefix under which a network without IPv4 reaches the IPv4 internet: an everyday answer of its name servers.
+# The prefix under which a network without IPv4 reaches the IPv4 internet: its name servers return it every day.
 _NAT64: Final = IPv6Network("64:ff9b::/96")
 
 _HOST: Final = re.compile(r"[a-z0-9._-]+|[0-9a-f:.]+")
@@ -33,15 +33,15 @@ _NUMBER: Final = re.compile(r"[0-9]+|0x[0-9a-f]*")
 
 @dataclass(frozen=True, slots=True)
 class UrlRules:
-    """What the operator allows. A host may be `example.com`, or `.example.com` for it and everything under it."""
+    """What the operator allows. A host may be `example.com`, or `.example.com` for it and all its subdomains."""
 
     hosts: tuple[str, ...] | None = None
-    """The only hosts that may be named; None for every public one, empty for none at all."""
+    """The only hosts that may be named. None allows every public one, an empty list none."""
     private: tuple[str, ...] = ()
     """Hosts, addresses and networks (`10.1.0.0/16`) that may be reached although they are not public."""
 
     def refusal(self, url: URL) -> str | None:
-        """Why this address may not even be looked up, as the end of a sentence; None when it may."""
+        """Return why this address may not even be looked up, as the end of a sentence, or None."""
         host = bare_host(url)
         if self.hosts == ():
             return "requests to this endpoint may name no addresses (INPUT_URL_HOSTS): send the file itself as base64"
@@ -58,19 +58,19 @@ class UrlRules:
     def _refusal_of_number(self, host: str) -> str | None:
         if parse_address(host) is not None:
             return None if self.admits(host, host) else PRIVATE
-        # As browsers have it: a host whose last part is a number is an address; resolvers read 127.1, 0x7f000001 and
-        # 2130706433 as one, and nobody writes those in good faith.
+        # As in browsers: a host whose last part is a number is an address. Resolvers read 127.1, 0x7f000001 and 2130706433 as
+        # one, and nobody writes those in good faith.
         if ":" in host or _NUMBER.fullmatch(host.rpartition(".")[2]):
             return "an IP address must be written in the usual form"
         return None
 
     def admits(self, host: str, address: str) -> bool:
-        """Whether a connection may go to `address`, which is what `host` was resolved to."""
+        """Return whether a connection may go to `address`, to which `host` was resolved."""
         parsed = parse_address(address)
         return parsed is not None and (is_public(parsed) or self.excepts(host, parsed))
 
     def excepts(self, host: str, address: Address) -> bool:
-        """Whether the operator's exceptions name this host or this address."""
+        """Return whether the operator's exceptions name this host or this address."""
         if _named(host.lower().removesuffix("."), self.private):
             return True
         numbers = {address, embedded(address) or address}
@@ -84,12 +84,12 @@ PRIVATE: Final = (
 
 
 def bare_host(url: URL) -> str:
-    """The host of an address, in lower case and without the dot that ends a full name."""
+    """Return the host of an address in lower case, without the dot that ends a full name."""
     return (url.raw_host or "").lower().removesuffix(".")
 
 
 def parse_address(text: str) -> Address | None:
-    """The IP address a text is in the usual form, else None."""
+    """Return the IP address that a text is in the usual form, or None."""
     try:
         return ip_address(text)
     except ValueError:
@@ -97,7 +97,7 @@ def parse_address(text: str) -> Address | None:
 
 
 def embedded(address: Address) -> IPv4Address | None:
-    """The IPv4 address that a connection to this IPv6 address reaches in truth: mapped, or behind the well-known NAT64."""
+    """Return the IPv4 address that this IPv6 address really reaches: mapped, or through the well-known NAT64 prefix."""
     if isinstance(address, IPv4Address):
         return None
     if address in _NAT64:
@@ -106,9 +106,9 @@ def embedded(address: Address) -> IPv4Address | None:
 
 
 def is_public(address: Address) -> bool:
-    """Whether it is an address of one machine on the internet, and by no detour one of a private network.
+    """Return whether it is the address of one machine on the internet, and leads to no private network by a detour.
 
-    Stricter than `is_global`, which calls multicast and a few local services global, differently in each version of Python.
+    Stricter than `is_global`, which also accepts multicast and a few local services, differently in each version of Python.
     """
     inner = embedded(address)
     if inner is not None:

@@ -1,7 +1,7 @@
-"""Uploads a job's files to a bucket, in parallel and in a stream, and signs their addresses. Touches the network.
+"""Upload a job's files to a bucket, in parallel and streamed, and sign their addresses. Touches the network.
 
-A bucket that a request names is connected to only where `UrlRules` let a request reach: what answers is judged by the address
-of the socket itself, before a byte is sent, so a name that resolves to something else a moment later gains nothing.
+For a bucket that a request names, each connection is judged by `UrlRules`. The check uses the address of the connected socket,
+before a byte is sent, so a name that resolves to something else a moment later gains nothing.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _MIB: Final = 1 << 20
-# Files and parts of files that are under way at once; each holds one connection and a buffer, no part of a file.
+# Files and parts of files in transfer at once. Each holds one connection and a buffer, no part of a file.
 _PARALLEL: Final = 8
 _MULTIPART_FROM_BYTES: Final = 32 * _MIB
 _PART_BYTES: Final = 16 * _MIB
@@ -59,7 +59,7 @@ _PASSING: Final = frozenset({"SlowDown", "RequestTimeout", "ServiceUnavailable",
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """One object to make: a file on the disk, or bytes."""
+    """One object to create: a file on the disk, or bytes."""
 
     filename: str
     media_type: str
@@ -67,9 +67,9 @@ class Upload:
 
 
 class Bucket:
-    """Where results are uploaded to. Builds its client at first use, or ahead of it with `open`; safe to use from many threads.
+    """The destination of results. It builds its client at first use, or earlier with `open`. Safe to use from many threads.
 
-    `rules` are for a bucket that a request names: which addresses may be connected to.
+    `rules` are for a bucket that a request names: they say which addresses may be connected to.
     """
 
     def __init__(
@@ -84,42 +84,42 @@ class Bucket:
 
     @property
     def name(self) -> str:
-        """The bucket; without one in the settings it is the month's, as in worker-comfyui."""
+        """Return the bucket's name. Without one in the settings it is the month's, as in worker-comfyui."""
         return self.target.bucket or datetime.now(UTC).strftime("%m-%y")
 
     def open(self) -> Any:  # noqa: ANN401 - boto3 makes its classes at run time
-        """The client, made once. It imports boto3 and reads its description of S3, which takes half a second."""
+        """Return the client, created once. This imports boto3 and loads its description of S3, which takes half a second."""
         with self._lock:
             if self._client is None:
                 if self._rules is None:
                     self._client = make_client(self.target)
                 else:
-                    # The environment's proxies would look the name up behind the guard.
+                    # The environment's proxies would resolve the name behind the guard.
                     self._client = make_client(self.target, config={"proxies": {}})
                     _guard(self._client, self._rules)
             return self._client
 
     def key(self, job_id: str, filename: str) -> str:
-        """A new object's key: `<prefix>/<job id>/<8 hex>.<ext>`."""
+        """Return a new object's key: `<prefix>/<job id>/<8 hex>.<ext>`."""
         suffix = Path(filename).suffix[1:].lower()
         ending = f".{suffix}" if re.fullmatch(rf"[a-z0-9]{{1,{_LONGEST_SUFFIX}}}", suffix) else ""
         return "/".join([*self._prefix, clean_id(job_id), uuid.uuid4().hex[:8] + ending])
 
     def signed_url(self, key: str, bucket: str) -> str:
-        """Where anybody gets the object until the address expires."""
+        """Return an address from which anybody can download the object until it expires."""
         url: str = self.open().generate_presigned_url(
             "get_object", Params={"Bucket": bucket, "Key": key}, ExpiresIn=self._url_expiry_s
         )
         return url
 
     def check_reachable(self) -> None:
-        """Raise `S3ConfigInvalid` when a request's bucket is where requests must not reach. Resolves a name."""
+        """Raise `S3ConfigInvalid` if a request's bucket is at a forbidden address. Resolves a name."""
         if self._rules is None:
             return
         url = URL(self.target.endpoint_url)
         refusal = self._rules.refusal(url)
         if refusal is None:
-            # A name that does not resolve is found out by the upload, with its own sentence.
+            # If a name does not resolve, the upload fails with its own sentence.
             with contextlib.suppress(OSError):
                 host = url.host or ""
                 found = socket.getaddrinfo(host, url.port, type=socket.SOCK_STREAM)
@@ -129,7 +129,7 @@ class Bucket:
             raise S3ConfigInvalid(f"has the endpointUrl {self.target.host}, and {refusal}")
 
     def explain(self, error: Exception, bucket: str) -> BucketFailed:
-        """What boto3 raised, as one sentence that says what to check."""
+        """Return boto3's error as one sentence that says what to check."""
         from botocore import exceptions  # noqa: PLC0415 - see worker.media.s3
 
         own = self._rules is not None
@@ -156,7 +156,7 @@ class Bucket:
 
 
 class Uploads:
-    """The uploads of one job. `run` in a thread; `stop` from any other."""
+    """The uploads of one job. Call `run` in a thread, and `stop` from any other."""
 
     def __init__(self, bucket: Bucket, job_id: str, files: Sequence[Upload]) -> None:
         self._bucket = bucket
@@ -167,15 +167,15 @@ class Uploads:
         self._under_way: list[Any] = []
 
     def run(self) -> list[str | BucketFailed]:
-        """For each file its signed address, or why it could not be uploaded; failures have been tried again by then.
+        """Return for each file its signed address, or its error after all retries.
 
-        Raises `OutputGone` for a file that is not there, `S3ConfigInvalid` for a bucket that a request may not reach.
+        Raises `OutputGone` for a missing file, `S3ConfigInvalid` for a bucket at an address that requests must not reach.
         """
         self._bucket.check_reachable()
         name = self._bucket.name
         try:
             client = self._bucket.open()
-        except Exception as exc:  # noqa: BLE001 - boto3's own checks of what it is given raise whatever they like
+        except Exception as exc:  # noqa: BLE001 - boto3's own argument checks raise any exception
             failure = self._bucket.explain(exc, name)
             return [failure] * len(self._files)
         manager = _manager(client)
@@ -186,7 +186,7 @@ class Uploads:
             manager.shutdown(cancel=self._stopped)
 
     def stop(self) -> None:
-        """Have `run` return soon; parts that were uploaded are withdrawn."""
+        """Make `run` return soon. Uploaded parts are aborted."""
         with self._lock:
             self._stopped = True
             for future in self._under_way:
@@ -213,12 +213,12 @@ class Uploads:
 
 
 def clean_id(job_id: str) -> str:
-    """A job's id as one part of a path or a key."""
+    """Return a job's id as one part of a path or a key."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", job_id).strip(".-")[:_LONGEST_ID] or "job"
 
 
 def job_target(config: object) -> S3Target | None:
-    """The target in RunPod's field `s3Config` of a job; None where there is none. Raises `S3ConfigInvalid`."""
+    """Return the target in RunPod's field `s3Config` of a job, or None. Raises `S3ConfigInvalid`."""
     if config is None or config == {}:
         return None
     names = ("accessId", "accessSecret", "bucketName", "endpointUrl")
@@ -242,7 +242,7 @@ def _text(config: Mapping[str, object], name: str) -> str:
 
 
 def _headers(file: Upload) -> dict[str, str]:
-    """What the object says of itself when it is got: its kind, and the name to save it under."""
+    """Return the object's metadata for downloads: its media type and file name."""
     plain = re.sub(r"[^ !#-\[\]-~]", "_", file.filename)
     encoded = quote(file.filename, safe="", errors="replace")
     return {
@@ -258,13 +258,13 @@ def _manager(client: Any) -> Any:  # noqa: ANN401 - s3transfer has no types
         multipart_threshold=_MULTIPART_FROM_BYTES,
         multipart_chunksize=_PART_BYTES,
         max_concurrency=_PARALLEL,
-        preferred_transfer_client="classic",  # the other one, where it is installed, brings its own connections
+        preferred_transfer_client="classic",  # the other one, if it is installed, brings its own connections
     )
     return create_transfer_manager(client, config)
 
 
 def _names(own: bool) -> dict[str, str]:  # noqa: FBT001 - a lookup, not a mode
-    """What the two kinds of configuration call their parts."""
+    """Return the field names of the two kinds of configuration."""
     if own:
         return {
             "keys": "accessId and accessSecret of the s3Config",
@@ -296,10 +296,10 @@ def _advice(code: str, *, own: bool) -> str:
 
 
 def _guard(client: Any, rules: UrlRules) -> None:  # noqa: ANN401 - as above
-    """Let the client's connections lead only where `rules` admit.
+    """Let the client connect only to addresses that `rules` admit.
 
-    botocore offers no way to choose the connections, so this reaches into it; were the attributes gone, this would fail and
-    no request's bucket would be used.
+    botocore offers no way to choose connections, so this uses its internals. If they changed, this would fail and no request's
+    bucket would be used.
     """
     from botocore.awsrequest import (  # noqa: PLC0415 - see worker.media.s3
         AWSHTTPConnection,
@@ -309,7 +309,7 @@ def _guard(client: Any, rules: UrlRules) -> None:  # noqa: ANN401 - as above
     )
 
     class _Judged:
-        """Mixed into a connection: looks at who answered before a byte is sent."""
+        """Mixin for a connection: check the peer's address before a byte is sent."""
 
         def _new_conn(self) -> socket.socket:
             made: socket.socket = super()._new_conn()  # type: ignore[misc]  # of the connection it is mixed into
@@ -337,5 +337,5 @@ def _guard(client: Any, rules: UrlRules) -> None:  # noqa: ANN401 - as above
 
 
 def describe(target: S3Target) -> str:
-    """The bucket for a log line."""
+    """Return the bucket for a log line."""
     return f"{target.bucket or 'the bucket of the month'} at {urlsplit(target.endpoint_url).netloc}"

@@ -1,7 +1,7 @@
-"""How a job's outputs reach the client: in the result, a bucket, or on the volume, and never lost. Touches disk and network.
+"""Deliver a job's outputs: in the result, in a bucket, or on the volume. Touches disk and network.
 
-The result's size is known before a file is read: base64 has four characters for three bytes, the rest is measured as JSON
-without it. Only what fits is read; what does not goes elsewhere, or the job fails with the size and what to set.
+The result's size is known before a file is read: base64 has four characters for three bytes, and the rest is measured as JSON.
+Only files that fit are read. Others go elsewhere, or the job fails with the size and what to set.
 """
 
 from __future__ import annotations
@@ -39,24 +39,24 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# What RunPod carries, less what it and the SDK add around a result: read in its documentation as 10 and 20 MB.
+# What RunPod accepts (10 and 20 MB in its documentation), less what it and the SDK add around a result.
 _RUN_LIMIT_BYTES: Final = 9_800_000
 _RUNSYNC_LIMIT_BYTES: Final = 19_800_000
-# What is added after the measuring: the envelope, and the timings if the client asked for them.
+# Added after the measuring: the envelope, and the timings if the client asked for them.
 _RESERVE_BYTES: Final = 4096
-# Reading and encoding so much takes a few milliseconds, and a hop to a thread about as long when the loop is busy.
+# Reading and encoding this much takes a few milliseconds, about as long as a hop to a thread when the loop is busy.
 _ON_THE_LOOP_BYTES: Final = 4_000_000
-# Where there is a bucket, a text larger than this is a file in it; below, it is of more use in the result.
+# With a bucket, a larger text becomes a file in it. A smaller one is more useful in the result.
 _LARGE_TEXT_BYTES: Final = 100_000
 _BASE64_PIECE: Final = 3 << 18  # a multiple of 3, so that only the last piece is padded
-# A store or a network file system that hangs does not hold up a cancelled job for longer.
+# A hanging store or network file system must not hold up a cancelled job for longer.
 _LEAVING_S: Final = 10.0
 
 _T = TypeVar("_T", covariant=True)  # noqa: PLC0105 - the protocol below is its one use
 
 
 class _Work(Protocol[_T]):
-    """Something slow that runs in a thread and can be stopped from another."""
+    """A slow operation that runs in a thread and can be stopped from another."""
 
     def run(self) -> _T: ...
 
@@ -69,17 +69,17 @@ class _Planned:
 
     output: Output
     item: OutputItem
-    """With `data` empty where it will be base64."""
+    """With empty `data` if it will be base64."""
 
     @property
     def size_bytes(self) -> int:
-        """What it takes in the result's JSON."""
+        """Return its size in the result's JSON."""
         encoded = _base64_length(self.output.size_bytes) if self.item.type == "base64" else 0
         return _json_length(self.item.to_dict()) + encoded
 
 
 class Delivery:
-    """Delivers the outputs of ComfyUI's runs. Made without importing boto3 or touching the disk; then `start`, once."""
+    """Delivers the outputs of ComfyUI's runs. The constructor neither imports boto3 nor touches the disk; call `start` once."""
 
     def __init__(
         self,
@@ -105,7 +105,7 @@ class Delivery:
 
     @classmethod
     def of(cls, settings: Settings) -> Delivery:
-        """As the settings have it."""
+        """Create it from the settings."""
         limit_mb = settings.result_limit_mb
         return cls(
             settings.base_dir / "output",
@@ -120,11 +120,11 @@ class Delivery:
         )
 
     def start(self) -> None:
-        """Begin, in a thread, what would delay the first job: the import of boto3, and a look at what is in the folders."""
+        """Begin slow work in a thread, so that it does not delay the first job: import boto3, and list the folders."""
         threading.Thread(target=self._prepare, name="delivery", daemon=True).start()
 
     def job_bucket(self, s3_config: object) -> Bucket | None:
-        """The bucket of a job that brings its own; None for one that does not. Pure: call it before the GPU is used.
+        """Return the bucket of a job that brings its own, or None. Pure: call it before the GPU is used.
 
         Raises `S3ConfigInvalid`.
         """
@@ -144,16 +144,17 @@ class Delivery:
         cached: Collection[str] = (),
         pictures: PictureFormat | None = None,
     ) -> Result:
-        """The result of a run: everything to the bucket (the job's own, or the settings'), or else into the result itself.
+        """Return the result of a run. All outputs go to the bucket (the job's own, or the settings'), or into the result.
 
-        What a bucket does not take comes in the result, or on the volume when that is too large, with a sentence in `warnings`;
-        without a bucket the largest files go to the volume until the rest fits. A listed file that is not there has a sentence,
-        and so has a node that gave nothing; `silent` are output nodes that are not in `outputs`, with their classes. PNGs come
-        as `pictures` says. On cancellation uploads and copies are stopped before this returns, and leave nothing unfinished.
+        If a bucket does not accept a file, the file comes in the result, or goes to the volume if it is too large, with a
+        sentence in `warnings`. Without a bucket the largest files go to the volume until the rest fits. A listed file that is
+        missing gets a sentence, and so does a node without outputs; `silent` are output nodes that are not in `outputs`, with
+        their classes. PNGs are converted to `pictures`. On cancellation uploads and copies are stopped before this returns, and
+        leave nothing unfinished.
 
-        Raises `OutputGone` for a file of one of the `cached` nodes that is not there, and for one that goes meanwhile;
-        `OutputElsewhere` when files are missing and nothing else is left; `ResultTooLarge`, or the `BucketFailed` that led to
-        it, when there is no place for a file; `S3ConfigInvalid` for a bucket at an address that jobs must not reach.
+        Raises `OutputGone` if a file of one of the `cached` nodes is missing, or if a file disappears meanwhile;
+        `OutputElsewhere` if files are missing and nothing else is left; `ResultTooLarge`, or the `BucketFailed` that led to it,
+        if there is no place for a file; `S3ConfigInvalid` for a bucket at an address that jobs must not reach.
         """
         collected = self._collect(outputs, nodes, previews=previews)
         found, missing = collected.outputs, collected.missing
@@ -174,12 +175,12 @@ class Delivery:
                 sent, notes = await _off_the_loop(Encoding(self._python, found, pictures, Path(folder)))
                 said += notes
             result = await _Job(self, clean_id(job_id), self._limit_bytes(job_id), bucket or self._bucket).deliver(sent, said)
-        # The next job may be running by now, and some nodes write over a file of a fixed name.
+        # The next job may be running by now, and some nodes overwrite a file of a fixed name.
         self._outputs.check_same(found)
         return result
 
     def _collect(self, outputs: Mapping[str, Mapping[str, Any]], nodes: Collection[str] | None, *, previews: bool) -> Collected:
-        """The outputs; a file that was removed to make room, and whose number an empty one holds, is missing."""
+        """Return the outputs. A file that was removed to make room, and replaced by an empty one, is missing."""
         collected = self._outputs.collect(outputs, nodes=nodes, previews=previews)
         held = [
             item
@@ -193,24 +194,24 @@ class Delivery:
         return replace(collected, outputs=left, missing=(*collected.missing, *missing))
 
     def job_ended(self) -> None:
-        """However it ended, it may have left files: the oldest are removed, in a thread, when it is time."""
+        """Note that a job ended, and may have left files. If it is time, remove the oldest in a thread."""
         self._kept.count_job()
         if self._kept.due():
             threading.Thread(target=self._kept.sweep, name="keep-outputs", daemon=True).start()
 
     @property
     def volume(self) -> Path | None:
-        """The network volume's root, where there is one."""
+        """Return the network volume's root, or None."""
         return self._volume if self._volume and is_volume(self._volume) else None
 
     def no_volume(self) -> str:
-        """Why there is no volume, for a sentence."""
+        """Return why there is no volume, for a sentence."""
         return f"there is no network volume at {self._volume}" if self._volume else "there is no network volume"
 
     def _limit_bytes(self, job_id: str) -> int:
         if self._result_limit_bytes is not None:
             return self._result_limit_bytes
-        # RunPod begins the ids of jobs sent through /runsync so.
+        # The ids of jobs sent through /runsync begin like this.
         return _RUNSYNC_LIMIT_BYTES if job_id.startswith("sync-") else _RUN_LIMIT_BYTES
 
     def _prepare(self) -> None:
@@ -247,7 +248,7 @@ class _Job:
         return _result(planned, items, warnings)
 
     async def _upload(self, bucket: Bucket, planned: list[_Planned]) -> tuple[list[_Planned], BucketFailed | None]:
-        """Files and large texts become addresses. The second value is the first failure."""
+        """Turn files and large texts into addresses. The second value is the first failure."""
         files = [each for each in planned if each.item.type != "text" or each.output.size_bytes > _LARGE_TEXT_BYTES]
         if not files:
             return planned, None
@@ -268,7 +269,7 @@ class _Job:
         return uploaded, failure
 
     async def _fit(self, planned: list[_Planned], warnings: Sequence[str], failure: BucketFailed | None) -> list[_Planned]:
-        """The same plan within the limit: the largest go to the volume until the rest fits."""
+        """Return the plan within the limit: the largest files go to the volume until the rest fits."""
         size_bytes = _size(planned, warnings)
         if size_bytes <= self._limit_bytes - _RESERVE_BYTES:
             return planned
@@ -288,7 +289,7 @@ class _Job:
         return fitted
 
     def _spill(self, planned: Sequence[_Planned], size_bytes: int) -> tuple[list[_Planned], list[int]]:
-        """Which of them go to the volume: as few as possible, the largest first."""
+        """Return which of them go to the volume: as few as possible, the largest first."""
         fitted, moved = list(planned), []
         names: set[str] = set()
         for index in sorted(range(len(planned)), key=lambda index: -planned[index].size_bytes):
@@ -306,7 +307,7 @@ class _Job:
         return fitted, moved
 
     def _place(self, output: Output, names: set[str]) -> str:
-        """A path below the volume's root, which is a key of its S3 API as well; no two outputs of a job have the same."""
+        """Return a path below the volume's root, also a key of its S3 API. It is unique among a job's outputs."""
         folder = "/".join(
             ["outputs", self._job_id, *(part for part in output.subfolder.split("/") if part not in {"", ".", ".."})]
         )
@@ -323,12 +324,12 @@ class _Job:
 
 
 def measure(result: Result) -> int:
-    """The bytes that a result takes as the SDK sends it. Raises ValueError for what is no JSON, such as NaN."""
+    """Return a result's size as the SDK sends it. Raises ValueError for values outside JSON, such as NaN."""
     return _json_length(result.to_dict())
 
 
 def _json_length(value: object) -> int:
-    # As runpod 1.12 encodes a result, but for allow_nan: it would send what no parser takes.
+    # As runpod 1.12 encodes a result, except allow_nan: it would send NaN, which no parser accepts.
     return len(json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace"))
 
 
@@ -337,7 +338,7 @@ def _base64_length(size_bytes: int) -> int:
 
 
 def _size(planned: Sequence[_Planned], warnings: Sequence[str]) -> int:
-    """What the result will take as JSON, exactly, without having encoded a file."""
+    """Return the result's exact size as JSON, without encoding a file."""
     without = measure(_result(planned, [each.item for each in planned], warnings))
     return without + sum(_base64_length(each.output.size_bytes) for each in planned if each.item.type == "base64")
 
@@ -360,7 +361,7 @@ def _encode(planned: Sequence[_Planned]) -> list[OutputItem]:
 
 
 def _base64(output: Output) -> str:
-    """The file piece by piece into a text of known length: of its bytes only one piece is in memory."""
+    """Encode a file into a text of known length, piece by piece: only one piece of its bytes is in memory."""
     source = _source(output)
     text, at = bytearray(_base64_length(output.size_bytes)), 0
     try:
@@ -373,7 +374,7 @@ def _base64(output: Output) -> str:
     except FileNotFoundError as exc:
         raise OutputGone(output.filename, frozenset({output.node_id})) from exc
     if length != output.size_bytes:
-        # Somebody writes it at this moment; its size was the base of the measuring.
+        # A node is writing it at this moment. Its earlier size was measured.
         raise OutputGone(output.filename, frozenset({output.node_id}))
     return text.decode("ascii")
 
@@ -387,13 +388,13 @@ def _upload(output: Output) -> Upload:
 
 
 async def _off_the_loop(work: _Work[_T]) -> _T:
-    """Run it in a thread. On cancellation it is stopped, and waited for, so that it leaves nothing unfinished."""
+    """Run it in a thread. On cancellation stop it and wait for it, so that it leaves nothing unfinished."""
     running = asyncio.ensure_future(asyncio.to_thread(work.run))
     try:
         return await asyncio.shield(running)
     except asyncio.CancelledError:
         work.stop()
-        # What it raises now, nobody asks for.
+        # Nobody waits for its exceptions any more.
         running.add_done_callback(lambda done: done.cancelled() or done.exception())
         await asyncio.wait({running}, timeout=_LEAVING_S)
         raise

@@ -1,4 +1,4 @@
-"""The files that come with a job, put where ComfyUI looks for inputs, and taken away again. Touches disk and the network."""
+"""Put a job's files into ComfyUI's input folder, and remove them again. Touches disk and network."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ T = TypeVar("T")
 _STAGING: Final = ".job-"
 _FOLDERS: Final = frozenset({"input", "output", "temp"})
 _DRIVE: Final = re.compile("[A-Za-z]:")
-_LONGEST_PART_BYTES: Final = 255  # what Linux file systems take
+_LONGEST_PART_BYTES: Final = 255  # the limit of Linux file systems
 _MOST_FOLDERS: Final = 32
-_LONGEST_NAME_BYTES: Final = 1024  # with the folders above it well within what a system call takes
-# Up to here data is decoded in the loop, in one piece: a hop to a thread costs more than decoding a picture does.
+_LONGEST_NAME_BYTES: Final = 1024  # with the folders above it well below the limit of a system call
+# Smaller data is decoded in the loop in one piece: a hop to a thread costs more than decoding a picture.
 _PIECE_CHARACTERS: Final = 4 << 20
 _AT_ONCE: Final = 16
 _AROUND: Final = " \t\r\n\"'"
@@ -45,13 +45,13 @@ class InputFiles:
 
     @contextlib.contextmanager
     def of_job(self, files: Sequence[InputFile]) -> Iterator[JobFiles]:
-        """What a job has of the folder while the context lasts; none of the files is there yet."""
+        """Yield a job's files. None of them is in the folder yet."""
         with contextlib.ExitStack() as undo:
             yield JobFiles(self._input_dir, self._fetcher, files, undo)
 
 
 class JobFiles:
-    """A job's files: decoded or fetched once for a run, even one that was looked into before."""
+    """A job's files, decoded or fetched once for a run, even if one was read before."""
 
     def __init__(self, input_dir: Path, fetcher: Fetcher, files: Sequence[InputFile], undo: contextlib.ExitStack) -> None:
         self._input_dir = input_dir
@@ -62,12 +62,12 @@ class JobFiles:
 
     @contextlib.asynccontextmanager
     async def placed(self) -> AsyncIterator[None]:
-        """Have the files in the folder for as long as the context lasts; afterwards it is as it was.
+        """Keep the files in the folder while the context lasts. Afterwards the folder is as before.
 
-        One job at a time: two may send different files under one name. All are decoded or fetched before the first appears; of
-        two of a job with one name the later counts, as in ComfyUI's own upload. A file of the image that has the same name is
-        put aside meanwhile. Raises `UnsafePath`, `InputNameInvalid`, `ImageNotBase64`, `InputTooLarge`, `InputNotStored`, and
-        what `Fetcher.fetch` raises, naming the file.
+        One job at a time: two may send different files under one name. All are decoded or fetched before the first appears. If
+        two files of a job share a name, the later one counts, as in ComfyUI's own upload. A file of the image with the same
+        name is moved away meanwhile. Raises `UnsafePath`, `InputNameInvalid`, `ImageNotBase64`, `InputTooLarge`,
+        `InputNotStored`, and what `Fetcher.fetch` raises, naming the file.
         """
         wanted = self.check() if len(self._files) <= _AT_ONCE else await asyncio.to_thread(self.check)
         if not wanted:
@@ -87,7 +87,7 @@ class JobFiles:
             yield
 
     def check(self) -> dict[PurePosixPath, InputFile]:
-        """The files by where they go; raises for names and addresses that cannot be, before anybody waits for anything."""
+        """Return the files by target path. Raises for impossible names and addresses, before anything is awaited."""
         wanted = self._wanted()
         _check_apart(list(wanted))
         for name, file in wanted.items():
@@ -97,9 +97,9 @@ class JobFiles:
         return wanted
 
     async def look_into(self, file_name: str, look: Callable[[FileBytes], T]) -> T:
-        """What `look` finds, in a thread, in the job's file that is called so; the next `placed` has that file already.
+        """Run `look` on the job's file of this name, in a thread, and return its result. `placed` reuses the file.
 
-        Raises what `look` raises, and otherwise as `placed` does.
+        Raises what `look` raises, and otherwise what `placed` raises.
         """
         name = next(_relative(file) for file in reversed(self._files) if file.name == file_name)
         file = (await asyncio.to_thread(self.check))[name]
@@ -110,14 +110,14 @@ class JobFiles:
 
     @property
     def names(self) -> list[str]:
-        """The files' names, as a workflow loads them."""
+        """Return the files' names, as a workflow loads them."""
         return [str(name) for name in self._wanted()]
 
     def as_placed(self, names: Iterable[str]) -> dict[str, str]:
-        """Those of the names that are files here in another spelling, and in which.
+        """Map names to the spelling of an existing file, if that differs.
 
-        Backslashes may be separators, as on Windows, and accents be written as on a Mac or not. A file is one of the job's, or
-        in the folder of ComfyUI that the name's annotation says. A file that is called exactly so wins.
+        Backslashes may be separators, as on Windows, and accents may be in a Mac's form or not. The file is one of the job's,
+        or in the folder of ComfyUI that the name's annotation says. An exact match wins.
         """
         wanted = self._wanted()
         found: dict[str, str] = {}
@@ -145,7 +145,7 @@ class JobFiles:
         return {_relative(file): file for file in self._files}
 
     def _make_staging(self, undo: contextlib.ExitStack) -> Path:
-        """A folder beside the final names, so that a rename is all it takes."""
+        """Create a folder beside the final names, so that a rename is enough."""
         with storing(_STAGING):
             self._input_dir.mkdir(parents=True, exist_ok=True)
             # A thread of a cancelled job may still write there.
@@ -166,7 +166,7 @@ class JobFiles:
             await self._fetcher.fetch(downloads)
 
     def _target(self, name: PurePosixPath) -> Path:
-        """Where a file goes. Raises `UnsafePath` or `InputNameInvalid` for what the folder's own contents forbid."""
+        """Return where a file goes. Raises `UnsafePath` or `InputNameInvalid` if existing entries forbid the name."""
         target = self._input_dir / name
         if not Path(os.path.realpath(target.parent)).is_relative_to(os.path.realpath(self._input_dir)):
             raise UnsafePath("The name of an input file, through a link,", str(name))
@@ -191,7 +191,7 @@ class JobFiles:
 
 
 def _relative(file: InputFile) -> PurePosixPath:
-    """The file's name below the input folder, with Windows's separators as ours. Raises `UnsafePath` or `InputNameInvalid`."""
+    """Return the file's name below the input folder, with `/`. Raises `UnsafePath` or `InputNameInvalid`."""
     full = f"{file.subfolder}/{file.name}" if file.subfolder else file.name
     name, slashed = file.name.replace("\\", "/"), full.replace("\\", "/")
     path = PurePosixPath(slashed)
@@ -215,7 +215,7 @@ def _relative(file: InputFile) -> PurePosixPath:
 
 
 def _check_apart(names: Sequence[PurePosixPath]) -> None:
-    """Raise `InputNameInvalid` when one of the names would be a folder for another."""
+    """Raise `InputNameInvalid` if one of the names would be a folder for another."""
     taken = set(names)
     for name in names:
         if below := taken.intersection(name.parents):
@@ -242,12 +242,12 @@ def _decode(target: StagedFile, data: str) -> None:
 
 
 def base64_pieces(name: str, data: str) -> Iterator[bytes]:
-    """The bytes of base64 text, with or without a prefix such as `data:image/png;base64,` and line breaks, some at a time.
+    """Yield the bytes of base64 text, some at a time. It may have a `data:image/png;base64,` prefix and line breaks.
 
-    As clients of worker-comfyui send it: the prefix ends at the first comma, whatever it says, and quotes around the text or
-    more padding than needed do no harm. Raises `ImageNotBase64`, also when there are no bytes.
+    It accepts what clients of worker-comfyui send: the prefix ends at the first comma, and quotes around the text or excess
+    padding do no harm. Raises `ImageNotBase64`, also if there are no bytes.
     """
-    begin = data.find(",") + 1  # base64 itself has none
+    begin = data.find(",") + 1  # base64 itself contains none
     end = len(data.rstrip(_AROUND + "="))
     padding, empty, rest = data.count("=", max(begin, end)), True, ""
     for at in range(begin, end, _PIECE_CHARACTERS):
@@ -255,7 +255,7 @@ def base64_pieces(name: str, data: str) -> Iterator[bytes]:
         text = rest + "".join((piece.lstrip(_AROUND) if at == begin else piece).split())
         whole = len(text) - len(text) % 4
         text, rest = text[:whole], text[whole:]
-        if "=" in text:  # something comes after the padding
+        if "=" in text:  # something follows the padding
             raise ImageNotBase64(name)
         if text:
             empty = False
@@ -281,7 +281,7 @@ def _remove_empty(folders: Sequence[Path]) -> None:
 
 
 def clear_leftovers(input_dir: Path) -> None:
-    """Remove what a killed worker left staged on a disk that outlives it."""
+    """Remove files that a killed worker left staged on a disk that outlives it."""
     for entry in os.scandir(input_dir) if input_dir.is_dir() else ():
         if entry.name.startswith(_STAGING):
             shutil.rmtree(entry.path, ignore_errors=True)

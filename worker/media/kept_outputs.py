@@ -1,11 +1,11 @@
-"""Keeps what ComfyUI wrote until there is too much of it: a cached re-run returns the same files again. Touches disk.
+"""Keep ComfyUI's outputs up to a size limit, because a cached run returns the same files again. Touches disk.
 
-The oldest goes first, where a file is as old as its writing or its last delivery. Never touched: files of the jobs being
-delivered, of the last one and of one that runs; files that were there before the first worker used the folder, and folders on
-the network volume: they are somebody's; and the folders below `output` from which ComfyUI loads models.
+The oldest files are removed first; a file's age is that of its writing or its last delivery. Never removed: files of the jobs
+being delivered, of the last job and of a running one; files that existed before the first worker used the folder; folders on
+the network volume; and the folders below `output` from which ComfyUI loads models.
 
-ComfyUI numbers its files from the highest number it finds. If that file went, the next one would get its name, and a cached
-re-run that still names it would return somebody else's picture. So an empty file stays in its place, and counts as gone.
+ComfyUI numbers its files from the highest existing number. If that file were removed, the next one would get its name, and a
+cached run that still names it would return another job's picture. So an empty file stays in its place, and counts as missing.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ log = logging.getLogger(__name__)
 
 _MARKER: Final = ".kept-by-worker"
 _PLACEHOLDER: Final = "_output_images_will_be_put_here"
-# Files that no node lists are found by a walk only; one every so many jobs finds them at no cost that shows.
+# Only a walk finds files that no node lists. One walk in so many jobs costs nothing measurable.
 _JOBS_A_WALK: Final = 100
-# File systems stamp a file with a clock that lags a little behind.
+# File systems stamp a file with a clock that lags a little.
 _CLOCKS_APART_S: Final = 2.0
-# Empty files that hold a number. With more of them ComfyUI's own look at the folder takes milliseconds; it remembers the
-# results of the last graph, or of as many as --cache-lru says, so the oldest are of no use any more.
+# Empty files that hold a number. With more of them ComfyUI's own listing takes milliseconds. It remembers the results of the
+# last graph, or of as many as --cache-lru says, so the oldest are no longer needed.
 _MOST_HELD: Final = 1_000
 _HOLDER: Final = ".kept-by-worker.new"
-# Down to less than the limit, so that a full folder is not walked after every job.
+# Sweep to less than the limit, so that a full folder is not walked after every job.
 _DOWN_TO: Final = 0.9
 
 
 class KeptOutputs:
-    """ComfyUI's output and preview folders, together kept below a size. Safe to use from many threads.
+    """Keeps ComfyUI's output and preview folders together below a size. Safe to use from many threads.
 
-    Nothing is walked but at `start` and when `due` says so: between walks the sizes of delivered files are added up.
+    It walks the folders only at `start` and when `due` says so. Between walks it adds up the sizes of delivered files.
     """
 
     def __init__(self, output_dir: Path, temp_dir: Path, limit_bytes: int, *, spare: Sequence[Path] = ()) -> None:
@@ -64,7 +64,7 @@ class KeptOutputs:
         self._jobs = 0
 
     def start(self) -> None:
-        """Learn which files are the worker's to remove, before the first job writes one."""
+        """Record which files the worker may remove, before the first job writes one."""
         with self._sweeping:
             if self._folders is None:
                 folders = [self._temp_dir]
@@ -96,23 +96,23 @@ class KeptOutputs:
                 self._latest = names
 
     def count_job(self) -> None:
-        """A job has run. What it left may be in no delivery: it failed, or nobody could take its files."""
+        """Count a job. It may leave files that no delivery lists: it failed, or nobody could take them."""
         with self._lock:
             self._jobs += 1
 
     def due(self) -> bool:
-        """Whether `sweep` could have something to do, and is not at it; costs nothing."""
+        """Return whether `sweep` could have work and is not running. Costs nothing."""
         if self._sweeping.locked():
             return False
         with self._lock:
             return self._bytes > self._limit_bytes or self._jobs >= _JOBS_A_WALK
 
     def is_gone(self, path: Path, size_bytes: int) -> bool:
-        """Whether the file only holds the number of one that was removed."""
+        """Return whether the file only holds the number of a removed one."""
         return size_bytes == 0 and str(path) in self._held
 
     def sweep(self) -> None:
-        """Walk the folders and remove the oldest files until what is left is below the limit."""
+        """Walk the folders and remove the oldest files until the rest is below the limit."""
         self.start()
         with self._sweeping:
             found = sorted(self._walk())
@@ -135,17 +135,17 @@ class KeptOutputs:
             log.info("removed the %d oldest outputs, %.0f MB are kept", removed, total_bytes / 1e6)
 
     def _walk(self) -> Iterator[tuple[float, int, str]]:
-        """Age, size and path of every file that may be removed."""
+        """Yield age, size and path of every file that may be removed."""
         for folder in self._folders or ():
             for path, found in _files(str(folder), spare_models=folder == self._output_dir):
                 if found.st_size:
                     self._held.pop(path, None)  # a node has written it again
-                # What was written since the last delivery began belongs to a job that runs, perhaps beside that delivery.
+                # Files newer than the last delivery's start belong to a job that runs, perhaps beside that delivery.
                 if path not in self._foreign and found.st_mtime < self._begun_at - _CLOCKS_APART_S:
                     yield max(found.st_mtime, self._delivered.get(path, 0.0)), found.st_size, path
 
     def _remove(self, path: str, *, hold: bool) -> bool:
-        # Under the lock: a delivery that begins now either has the file, or does not find it and the job runs again.
+        # Under the lock: a delivery that begins now either has the file, or does not find it and runs its node again.
         with self._lock:
             if path in self._in_use or path in self._latest:
                 return False
@@ -159,7 +159,7 @@ class KeptOutputs:
         return False
 
     def _let_go(self, highest: Mapping[tuple[str, str], int]) -> None:
-        """Remove the empty files that hold no number any more, and the oldest when there are too many."""
+        """Remove empty files that hold no number any more, and the oldest if there are too many."""
         holding = [path for path in self._held if _is_highest(path, highest)]
         kept = set(holding[-_MOST_HELD:])
         for path in [path for path in self._held if path not in kept]:
@@ -168,14 +168,14 @@ class KeptOutputs:
 
 
 def _numbers(path: str) -> Iterator[tuple[tuple[str, str], int]]:
-    """Each way to read a file's name as a prefix and a number: a_2_00005_.png is number 2 of a, and number 5 of a_2."""
+    """Yield each way to read a file's name as prefix and number: a_2_00005_.png is number 2 of a, and number 5 of a_2."""
     folder, name = os.path.split(path)
     for match in re.finditer(r"_0*([0-9]{1,18})(?![0-9])", name):
         yield (folder, name[: match.start()]), int(match[1])
 
 
 def _highest(paths: Iterable[str]) -> dict[tuple[str, str], int]:
-    """The highest number of each prefix in each folder."""
+    """Return the highest number of each prefix in each folder."""
     highest: dict[tuple[str, str], int] = {}
     for path in paths:
         for prefix, number in _numbers(path):
@@ -188,7 +188,7 @@ def _is_highest(path: str, highest: Mapping[tuple[str, str], int]) -> bool:
 
 
 def _empty(path: Path) -> None:
-    """Put an empty file of the same age in a file's place, at once."""
+    """Replace a file atomically by an empty file of the same age."""
     found, holder = path.stat(), path.with_name(_HOLDER)
     holder.touch()
     os.utime(holder, (found.st_atime, found.st_mtime))
@@ -196,7 +196,7 @@ def _empty(path: Path) -> None:
 
 
 def _foreign(folder: Path) -> frozenset[str]:
-    """What was in the folder before any worker: all of it, unless a worker found it empty once and marked it as its own."""
+    """Return what was in the folder before any worker: all of it, unless a worker found it empty and marked it as its own."""
     marker = folder / _MARKER
     if marker.exists():
         return frozenset()
@@ -209,7 +209,7 @@ def _foreign(folder: Path) -> frozenset[str]:
 
 
 def _files(folder: str, *, spare_models: bool = False) -> Iterable[tuple[str, os.stat_result]]:
-    """Every regular file below, following no links."""
+    """Yield every regular file below, without following links."""
     try:
         entries = list(os.scandir(folder))
     except OSError:

@@ -1,4 +1,4 @@
-"""What a run produced, sorted: history -> files and texts, and what of it cannot be returned. Touches disk; reads no file."""
+"""Sort a run's outputs: from the history to files and texts, and what cannot be returned. Touches disk; reads no file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from worker.errors import OutputGone
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
-# Not in every Debian's mime.types, and Python's own table lacks them before 3.13.
+# Not in every Debian's mime.types, and missing in Python's own table before 3.13.
 _MEDIA_TYPES: Final = {
     ".webp": "image/webp",
     ".avif": "image/avif",
@@ -36,17 +36,17 @@ _MEDIA_TYPES: Final = {
     ".obj": "model/obj",
     ".stl": "model/stl",
 }
-# Which list of the result the files of a history key go to; those of any other key go to `files`.
+# The list of the result for the files of each history key. Files of any other key go to `files`.
 _KINDS: Final = {
     "images": "images",
-    "gifs": "videos",  # VideoHelperSuite's name for all it makes
+    "gifs": "videos",  # VideoHelperSuite's key for all its outputs
     "videos": "videos",
     "video": "videos",
     "audio": "audio",
 }
-# Under these keys anything is a text; under others, strings and numbers are.
+# Under these keys any value is a text. Under others, strings and numbers are.
 _TEXT_KEYS: Final = ("text", "string")
-# Preview3D names its model by a path in the output folder, beside values that are none.
+# Preview3D names its model by a path in the output folder, beside values that are no paths.
 _PATH_KEYS: Final = ("result",)
 _SHOWN_CHARACTERS: Final = 200
 _LONGEST_PATH: Final = 4096
@@ -54,7 +54,7 @@ _LONGEST_PATH: Final = 4096
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """One thing to deliver; `kind` is the result's list it belongs to."""
+    """One output to deliver. `kind` is its list in the result."""
 
     kind: str
     node_id: str
@@ -63,20 +63,20 @@ class Output:
     media_type: str
     size_bytes: int
     source: Path | str | bytes
-    """Where the file is, the text itself, or the bytes of a picture that was never a file."""
+    """The file's path, the text itself, or the bytes of a picture that was never a file."""
     stamp: tuple[int, int] = (0, 0)
     """Inode and time of change: a node may write another job's file under the same name."""
 
 
 @dataclass(frozen=True, slots=True)
 class Missing:
-    """A file that a node lists and that is not in the folder that ComfyUI keeps such files in."""
+    """A file that a node lists but that is not in the folder where ComfyUI keeps such files."""
 
     node_id: str
     path: str
     folder: str
     outside: bool
-    """The node says itself that it is elsewhere, so that running it again changes nothing."""
+    """The node itself says that the file is elsewhere, so that running it again changes nothing."""
 
     def __str__(self) -> str:
         where = "is outside of" if self.outside else "is not in"
@@ -88,16 +88,16 @@ class Missing:
 
 @dataclass(frozen=True, slots=True)
 class Collected:
-    """A run's outputs, sorted: what can be returned, which listed files are missing, and which nodes gave nothing."""
+    """A run's outputs, sorted: those that can be returned, missing listed files, and nodes without outputs."""
 
     outputs: tuple[Output, ...] = ()
     missing: tuple[Missing, ...] = ()
     empty: tuple[str, ...] = ()
     """Nodes that list no files although they have a list for them."""
     passed_over: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """By node id, the keys with values that are neither files nor texts, where a node has nothing else."""
+    """By node id, the keys whose values are neither files nor texts, if the node has no others."""
     silent: tuple[str, ...] = ()
-    """Nodes that put out nothing at all."""
+    """Nodes without any output."""
 
 
 class OutputFiles:
@@ -109,10 +109,10 @@ class OutputFiles:
     def collect(
         self, outputs: Mapping[str, Mapping[str, Any]], *, nodes: Collection[str] | None = None, previews: bool = False
     ) -> Collected:
-        """Everything that the history lists and that is a file or a text: by node id (9 before 10), then as produced.
+        """Return every listed file and text: by node id (9 before 10), then in the order of creation.
 
-        The order in which nodes ran depends on what ComfyUI had cached, so it is not kept. `nodes` limits whose outputs are
-        returned; `previews` adds the files of preview nodes. A file that is listed twice by a node comes once.
+        The order in which nodes ran depends on ComfyUI's cache, so it is not kept. `nodes` limits whose outputs are returned;
+        `previews` adds the files of preview nodes. A file that a node lists twice is returned once.
         """
         found: dict[tuple[str, object], Output] = {}
         missing: dict[Missing, None] = {}
@@ -154,7 +154,7 @@ class OutputFiles:
         yield from _texts(node_id, output, texts)
 
     def _listed(self, key: str, node_id: str, entry: Mapping[str, Any], *, previews: bool) -> Output | Missing | None:
-        """What an entry of a list of files is; None for an input, and for a preview that nobody asked for."""
+        """Return an entry of a list of files. None for an input, and for a preview that nobody asked for."""
         if isinstance(entry.get("data"), bytes):
             return _sent(node_id, entry)
         folder = str(entry.get("type") or "output")
@@ -168,7 +168,7 @@ class OutputFiles:
         if folder not in self._folders:
             return Missing(node_id, listed, clean(shortened(folder, _SHOWN_CHARACTERS)), outside=True)
         path = self._folders[folder] / subfolder / name
-        # Following every part of the path costs more than the rest of it all; a plain file right in the folder is nowhere else.
+        # Resolving every part of the path costs more than all the rest. A plain file directly in the folder is nowhere else.
         linked = os.path.islink(path)  # noqa: PTH114 - Path.is_symlink raises for a name that is too long
         plain = not subfolder and "/" not in name and "\0" not in name and not linked
         if not plain and not _is_below(path, self._folders[folder]):
@@ -181,7 +181,7 @@ class OutputFiles:
 
     @staticmethod
     def check_same(found: Sequence[Output]) -> None:
-        """Raise `OutputGone` when one of these files is no longer the one that was found."""
+        """Raise `OutputGone` if one of these files is no longer the one that was found."""
         for item in found:
             if isinstance(item.source, Path):
                 now = _regular(item.source)
@@ -189,7 +189,7 @@ class OutputFiles:
                     raise OutputGone(item.filename, frozenset({item.node_id}))
 
     def _named(self, node_id: str, text: str) -> Output | None:
-        """A file of the output folder named by a plain string; None for any other string."""
+        """Return a file of the output folder that a plain string names, or None."""
         name = text.removesuffix(" [output]")
         root = self._folders["output"]
         path = root / name
@@ -209,10 +209,10 @@ class OutputFiles:
 
 
 def unanswered(nodes: Collection[str] | None, collected: Collected, silent: Mapping[str, str]) -> list[str]:
-    """A sentence for each thing that is missing beside what is returned.
+    """Return a sentence for each thing that is missing in the result.
 
-    `silent` are output nodes that ran without a word to ComfyUI, with their classes. Many nodes have nothing to say; one that
-    saves does, and where nothing at all is returned, each is worth a sentence.
+    `silent` are output nodes that ran without reporting anything to ComfyUI, with their classes. Many nodes have nothing to
+    report, but one that saves does. If nothing at all is returned, each gets a sentence.
     """
     there = {item.node_id for item in collected.outputs} | {item.node_id for item in collected.missing}
     said: dict[str, list[str]] = {}
@@ -238,25 +238,25 @@ def unanswered(nodes: Collection[str] | None, collected: Collected, silent: Mapp
 
 
 def node_order(node_id: str) -> tuple[tuple[int, int, str], ...]:
-    """Sorts node ids as people count: 9 before 10, 57:3 (a node of a subgraph) after 57."""
+    """Return a sort key that orders node ids as people count: 9 before 10, 57:3 (a node of a subgraph) after 57."""
     parts = re.findall(r"0*([0-9]+)|([^0-9]+)", node_id)
     ordered = [(0, len(number), number) if number else (1, 0, text) for number, text in parts]
     return (*ordered, (-1, 0, node_id))
 
 
 def media_type(filename: str) -> str:
-    """The media type a file name stands for."""
+    """Return the media type of a file name."""
     suffix = "." + filename.rsplit(".", 1)[-1].lower()
     return _MEDIA_TYPES.get(suffix) or mimetypes.guess_type(filename)[0] or "application/octet-stream"
 
 
 def clean(text: str) -> str:
-    """The same text without halves of characters, which no UTF-8 can carry: the SDK fails on them and loses the result."""
+    """Return the text without unpaired surrogates, which UTF-8 cannot encode: the SDK would fail and lose the result."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _texts(node_id: str, output: Mapping[str, Any], more: Iterable[str]) -> Iterator[Output]:
-    """The texts of the keys that are meant for them, then those of other keys, each of these once."""
+    """Yield the texts of the keys that are meant for them, then those of other keys, each of these once."""
     values = [value for key in _TEXT_KEYS for value in _entries(output.get(key)) if value is not None and not _is_file(value)]
     texts = [value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str) for value in values]
     texts += [text for text in more if text not in texts]
@@ -278,7 +278,7 @@ def _is_text(value: object) -> bool:
 
 
 def _says_something(values: object) -> bool:
-    """Whether a key's values are more than flags and empty lists."""
+    """Return whether a key's values are more than flags and empty lists."""
     return any(isinstance(value, dict | list) and value for value in _entries(values))
 
 
@@ -295,7 +295,7 @@ def _is_file(value: object) -> bool:
 
 
 def _regular(path: Path) -> os.stat_result | None:
-    """What is known of a file; None when there is none, or can be none of this name."""
+    """Return the stat of a regular file, or None if there is none or the name is impossible."""
     try:
         found = path.stat()
     except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -308,10 +308,10 @@ def _regular(path: Path) -> os.stat_result | None:
 
 
 def _is_below(path: Path, folder: Path) -> bool:
-    """Whether a path, its links followed, stays in a folder."""
+    """Return whether a path, with its links followed, stays in a folder."""
     try:
         return path.resolve().is_relative_to(folder.resolve())
-    except ValueError:  # characters that no file name can have
+    except ValueError:  # characters that no file name can contain
         return False
 
 

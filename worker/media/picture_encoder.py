@@ -1,7 +1,7 @@
-"""The process that encodes pictures: it runs under ComfyUI's Python, which has Pillow, and imports nothing of the worker.
+"""The process that encodes pictures. It runs under ComfyUI's Python, which has Pillow, and imports nothing of the worker.
 
-Standard input is one JSON, `{"format", "quality", "pictures": [[source, target], ...]}`. Standard output is a list of as many:
-null, or why a picture could not be encoded.
+Standard input is one JSON, `{"format", "quality", "pictures": [[source, target], ...]}`. Standard output is a list of the same
+length: null, or why a picture could not be encoded.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from PIL import Image, UnidentifiedImageError  # type: ignore[import-not-found,u
 
 _AT_ONCE = 4
 _PLAIN = frozenset({"1", "L", "LA", "P", "RGB", "RGBA"})
-# Where ComfyUI's own WEBP writer puts its metadata, and its editor looks for it.
+# Where ComfyUI's own WEBP writer puts its metadata, and where its editor looks for it.
 _PROMPT_TAG, _FIRST_TAG, _LAST_TAG = 0x0110, 0x010F, 0x0100
-# A segment of a JPEG has 65,535 bytes, its length and the header of EXIF included.
+# A JPEG segment has at most 65,535 bytes, including its length and the EXIF header.
 _JPEG_EXIF_BYTES = 65_000
 
 
 def encode(source: str, target: str, kind: str, quality: int) -> str | None:
-    """Encode one picture; why not, where it cannot be."""
+    """Encode one picture. Return why it cannot be encoded, or None."""
     try:
         with Image.open(source) as image:
             if getattr(image, "n_frames", 1) > 1:
@@ -44,7 +44,7 @@ def _has_alpha(image: Image.Image) -> bool:
 
 
 def _opaque(image: Image.Image) -> Image.Image:
-    """The picture on white: JPEG has no transparency."""
+    """Return the picture on white, because JPEG has no transparency."""
     if not _has_alpha(image):
         return image.convert("RGB")
     over = image.convert("RGBA")
@@ -53,7 +53,7 @@ def _opaque(image: Image.Image) -> Image.Image:
 
 
 def _metadata(image: Image.Image, kind: str) -> bytes:
-    """The texts of the PNG as EXIF; none where they are too long for the format."""
+    """Return the PNG's texts as EXIF. Empty if they are too long for the format."""
     exif, tag = Image.Exif(), _FIRST_TAG
     for name, text in getattr(image, "text", {}).items():
         value = f"{name}:{text}".encode("ascii", "backslashreplace").decode()
@@ -67,7 +67,7 @@ def _metadata(image: Image.Image, kind: str) -> bytes:
 
 
 def main() -> None:
-    """Encode what standard input names."""
+    """Encode the pictures that standard input names."""
     asked = json.load(sys.stdin)
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         pairs = asked["pictures"]

@@ -1,6 +1,7 @@
-"""A job's PNGs as WEBP or JPEG, encoded by a process of ComfyUI's Python. Touches processes and disk.
+"""Convert a job's PNGs to WEBP or JPEG, in a process of ComfyUI's Python. Touches processes and disk.
 
-The worker's own packages have no Pillow: 20 MB in the image, against a start of a tenth of a second for each job that asks.
+The worker's own packages lack Pillow. It would add 20 MB to the image; the process costs a tenth of a second for each job that
+asks.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ _EACH_S: Final = 30.0
 
 @dataclass(frozen=True, slots=True)
 class PictureFormat:
-    """What PNGs are returned as: `webp` or `jpeg`, with a quality from 1 to 100."""
+    """The format in which PNGs are returned: `webp` or `jpeg`, with a quality from 1 to 100."""
 
     kind: str
     quality: int
 
 
 class Encoding:
-    """The PNGs among a job's outputs, to be encoded into a folder. `run` in a thread; `stop` from any other."""
+    """The PNGs among a job's outputs, to be encoded into a folder. Call `run` in a thread, and `stop` from any other."""
 
     def __init__(self, python: str, outputs: Sequence[Output], wanted: PictureFormat, folder: Path) -> None:
         self._python = python
@@ -47,7 +48,7 @@ class Encoding:
         self._stopped = False
 
     def run(self) -> tuple[list[Output], list[str]]:
-        """All outputs, the encoded ones in place of their PNGs, and a sentence for each that stays as it is."""
+        """Return all outputs with the encoded ones replaced, and a sentence for each that stays as it is."""
         pairs = [self._pair(index, each) for index, each in enumerate(self._outputs)]
         asked = [pair for pair in pairs if pair]
         answers = iter(self._encoded(asked) if asked else ())
@@ -64,14 +65,14 @@ class Encoding:
         return outputs, said
 
     def stop(self) -> None:
-        """Have `run` return soon."""
+        """Make `run` return soon."""
         with self._lock:
             self._stopped = True
             if self._process:
                 self._process.kill()
 
     def _pair(self, index: int, output: Output) -> tuple[Path, Path] | None:
-        """Where a PNG is, and where its encoded form goes; None for any other output."""
+        """Return a PNG's path and the path of its encoded form. None for any other output."""
         if output.kind != "images" or output.media_type != "image/png" or isinstance(output.source, str):
             return None
         source = output.source if isinstance(output.source, Path) else self._folder / f"{index}.png"
@@ -90,7 +91,7 @@ class Encoding:
         )
 
     def _encoded(self, pairs: Sequence[tuple[Path, Path]]) -> list[str | None]:
-        """For each pair None, or why it could not be encoded."""
+        """Return for each pair None, or why it could not be encoded."""
         asked = {
             "format": self._wanted.kind,
             "quality": self._wanted.quality,

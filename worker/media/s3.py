@@ -1,6 +1,6 @@
-"""Object stores: where one is, from what people write down about it, and the one client for it. Makes no connection itself.
+"""Object stores: parse the addresses that people write, and create the client. Makes no connection itself.
 
-boto3 is imported by `make_client` only: it takes a third of a second that a worker without a bucket never spends.
+Only `make_client` imports boto3, which takes a third of a second: a worker without a bucket never spends it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from urllib.parse import urlsplit, urlunsplit
 if TYPE_CHECKING:
     from urllib.parse import SplitResult
 
-# Hosts that carry the bucket before the service's own name, as the consoles of these providers show them.
+# Hosts that contain the bucket before the service's own name, as the consoles of these providers show them.
 _BUCKET_IN_HOST: Final = re.compile(
     r"(?P<bucket>[a-z0-9][a-z0-9.-]*?)\.(?P<service>"
     r"s3(?:[.-][a-z0-9-]+)*\.amazonaws\.com(?:\.cn)?"
@@ -29,7 +29,7 @@ _BUCKET_IN_HOST: Final = re.compile(
     r")"
 )
 _NO_BUCKET_IN_HOST: Final = re.compile(r"s3\.oss-[a-z0-9-]+\.aliyuncs\.com")
-# TOS speaks S3 at hosts of its own, beside those that its console shows.
+# TOS speaks S3 at separate hosts, beside those that its console shows.
 _TOS_OWN: Final = re.compile(r"tos-(?!s3-)(?P<rest>[a-z0-9-]+\.i?(?:volces|bytepluses)\.com)")
 _REGION_IN_HOST: Final = (
     re.compile(r"s3[.-](?:dualstack\.|fips\.)?(?P<region>[a-z]{2}(?:-[a-z]+)+-\d)\.amazonaws\.com(?:\.cn)?"),
@@ -41,9 +41,9 @@ _REGION_IN_HOST: Final = (
     re.compile(r"tos-s3-(?P<region>[a-z0-9-]+)\.i?(?:volces|bytepluses)\.com"),
 )
 _RUNPOD: Final = re.compile(r"s3api-(?P<data_center>[a-z0-9-]+)\.runpod\.io")
-# These take any region; "auto" is what their documents say.
+# These accept any region; "auto" is what their documents say.
 _REGION_AUTO: Final = (".r2.cloudflarestorage.com", "storage.googleapis.com")
-# These serve a bucket only as a host of its own.
+# These serve a bucket only under its own host name.
 _VIRTUAL_ONLY: Final = (
     *(".aliyuncs.com", ".myqcloud.com", ".myhuaweicloud.com", ".myhuaweicloud.eu"),
     *(".volces.com", ".ivolces.com", ".bytepluses.com", ".ibytepluses.com"),
@@ -52,7 +52,7 @@ _VIRTUAL_ONLY: Final = (
 
 @dataclass(frozen=True, slots=True)
 class S3Target:
-    """An object store, a key for it, and perhaps a bucket in it. The key is in no repr."""
+    """An object store, a key for it, and perhaps a bucket in it. The repr does not show the key."""
 
     endpoint_url: str
     access_key_id: str = field(repr=False)
@@ -60,7 +60,7 @@ class S3Target:
     bucket: str | None
     region: str
     addressing_style: str
-    """`virtual` (the bucket is a host of its own) or `path`."""
+    """`virtual` (the bucket is part of the host name) or `path`."""
 
     @classmethod
     def at(
@@ -73,11 +73,11 @@ class S3Target:
         region: str | None = None,
         addressing: str = "auto",
     ) -> S3Target:
-        """The target behind an address as people copy it: with the bucket as its path, as part of its host, or without it.
+        """Return the target of an address as people copy it: with the bucket in its path, in its host, or without it.
 
-        A `bucket` that is given comes first; the address then is the service's, with or without that bucket in it. The region
-        is read from the host where the provider writes it there. `addressing` is `virtual` or `path` for a store that wants
-        another style than its host lets on. Raises ValueError for what is no such address.
+        A given `bucket` takes precedence; the address then is the service's, with or without that bucket in it. The region is
+        read from the host if the provider writes it there. `addressing` is `virtual` or `path` for a store whose host does not
+        reveal its style. Raises ValueError for other addresses.
         """
         parts = _service(endpoint_url.strip())
         path, bucket = _split_path(parts.path.strip("/"), bucket)
@@ -89,12 +89,12 @@ class S3Target:
 
     @property
     def signs_addresses(self) -> bool:
-        """Whether what it holds can be had through a signed address: RunPod's volumes have none (facts of their S3 API)."""
+        """Return whether signed addresses work. RunPod's volumes do not support them (facts of their S3 API)."""
         return _RUNPOD.fullmatch(urlsplit(self.endpoint_url).hostname or "") is None
 
     @property
     def host(self) -> str:
-        """The service's host and port, for people."""
+        """Return the service's host and port, for people."""
         return urlsplit(self.endpoint_url).netloc
 
 
@@ -112,7 +112,7 @@ def _service(address: str) -> SplitResult:
 
 
 def _split_path(path: str, bucket: str | None) -> tuple[str, str | None]:
-    """The service's own path and the bucket: a path of one part is a bucket, one of several may end with it."""
+    """Return the service's own path and the bucket. A path of one part is a bucket; one of several may end with it."""
     parts = [part for part in path.split("/") if part]
     if bucket is None and len(parts) == 1:
         return "", parts[0]
@@ -147,7 +147,7 @@ def _region(host: str) -> str:
 def _addressing(parts: SplitResult, host: str, bucket: str | None) -> str:
     if host.endswith(_VIRTUAL_ONLY):
         return "virtual"
-    # A dot in the bucket's name is one label more than Amazon's certificate covers.
+    # With a dot in the bucket's name, the host has one label more than Amazon's certificate covers.
     aws = host.endswith((".amazonaws.com", ".amazonaws.com.cn"))
     return "virtual" if aws and not (parts.scheme == "https" and bucket and "." in bucket) else "path"
 
@@ -161,15 +161,15 @@ def make_client(
     connections: int = 16,
     config: dict[str, Any] | None = None,
 ) -> Any:  # noqa: ANN401 - boto3 makes its classes at run time
-    """A boto3 client, for uploads and signed addresses that Amazon S3, R2, GCS, MinIO and RunPod's volumes all accept.
+    """Return a boto3 client whose uploads and signed addresses Amazon S3, R2, GCS, MinIO and RunPod's volumes all accept.
 
-    Signature version 4, retries in standard mode (`attempts` in all), and checksums only where the protocol asks for them:
-    those that boto3 adds by itself since 1.36 are refused by other stores. `config` is more for `botocore.config.Config`.
+    It uses signature version 4, retries in standard mode (`attempts` in all), and checksums only where the protocol requires
+    them: other stores refuse those that boto3 adds by default since 1.36. `config` is passed on to `botocore.config.Config`.
     """
     import boto3.session  # noqa: PLC0415 - see the module's docstring
     from botocore.config import Config  # noqa: PLC0415 - as above
 
-    # A session of its own: boto3's default one is shared by every thread and must not be made by two at once.
+    # Use a separate session: boto3's default one is shared by every thread and must not be created by two at once.
     return boto3.session.Session().client(
         "s3",
         endpoint_url=target.endpoint_url,

@@ -1,7 +1,4 @@
-"""A file of a job: on its way to disk counted against the limit and written in large pieces, there read in small ones.
-
-Touches disk.
-"""
+"""Write one file of a job to disk within a size limit, in large pieces, and read a file in small ones. Touches disk."""
 
 from __future__ import annotations
 
@@ -20,9 +17,9 @@ _FULL_BYTES: Final = 1 << 20
 
 
 class StagedFile:
-    """One new file, open while the context lasts. Holds at most a piece or two of it in memory.
+    """One new file, open while the context lasts. At most a piece or two of it are in memory.
 
-    Closing waits for a `flush` in another thread, so that thread never writes to a file that is not this one.
+    Closing waits for a `flush` in another thread, so that this thread never writes to another file.
     """
 
     def __init__(self, name: str, path: Path, max_bytes: int) -> None:
@@ -38,39 +35,39 @@ class StagedFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(OSError):  # a disk that is full says so again; what mattered was flushed
+        with contextlib.suppress(OSError):  # a full disk reports it again; what mattered was flushed
             self._file.close()
 
     @property
     def full(self) -> bool:
-        """Whether so much is waiting in memory that it should be flushed."""
+        """Return whether enough bytes wait in memory to be flushed."""
         return len(self._buffer) >= _FULL_BYTES
 
     @property
     def size_bytes(self) -> int:
-        """How much was added."""
+        """Return how many bytes were added."""
         return self._size_bytes
 
     def add(self, data: bytes) -> None:
-        """Take the next bytes, into memory. Raises `InputTooLarge`."""
+        """Take the next bytes into memory. Raises `InputTooLarge`."""
         self._size_bytes += len(data)
         self.check_size(self._size_bytes)
         self._buffer += data
 
     def check_size(self, size_bytes: int) -> None:
-        """Raise `InputTooLarge` when a file of this size would be."""
+        """Raise `InputTooLarge` if a file of this size would be too large."""
         if size_bytes > self._max_bytes:
             raise InputTooLarge(self.name, self._max_bytes)
 
     def flush(self) -> None:
-        """Write what is waiting. Raises `InputNotStored`."""
+        """Write the waiting bytes. Raises `InputNotStored`."""
         with storing(self.name):
             data, self._buffer = self._buffer, bytearray()
             self._file.write(data)
             self._file.flush()
 
     def restart(self) -> None:
-        """Forget what came so far: it will come again. Raises `InputNotStored`."""
+        """Discard the bytes so far: they will come again. Raises `InputNotStored`."""
         self._buffer.clear()
         self._size_bytes = 0
         with storing(self.name):
@@ -79,25 +76,25 @@ class StagedFile:
 
 
 class FileBytes:
-    """A file's bytes as slices of it, read from the disk when they are asked for: of a video, its metadata alone."""
+    """A file's bytes as slices, read from the disk on demand: of a video, only its metadata."""
 
     def __init__(self, stream: FileIO) -> None:
         self._stream = stream
         self._size_bytes = os.fstat(stream.fileno()).st_size
 
     def __len__(self) -> int:
-        """How large the file is."""
+        """Return the file's size."""
         return self._size_bytes
 
     def __getitem__(self, where: slice) -> bytes:
-        """As of `bytes`, without steps. Raises `OSError`."""
+        """Return a slice as `bytes` does, without steps. Raises `OSError`."""
         start, stop, _ = where.indices(self._size_bytes)
         return os.pread(self._stream.fileno(), max(0, stop - start), start)
 
 
 @contextlib.contextmanager
 def storing(name: str) -> Iterator[None]:
-    """Say which file the disk would not take. Raises `InputNotStored` for an `OSError`."""
+    """Turn an `OSError` into `InputNotStored`, which names the file."""
     try:
         yield
     except OSError as exc:

@@ -1,8 +1,8 @@
-"""Files from the addresses that a request names, and never from the worker's own network. Touches the network.
+"""Download files from addresses that a request names, but never from the worker's own network. Touches the network.
 
-A name is resolved once, each of its addresses is judged, and a socket opens only to one of those that passed: a name that
-resolves to something else a moment later gains nothing. Redirects start again from the judgement. Proxies of the environment
-are not used: they would resolve the name themselves, behind the guard.
+A name is resolved once, each of its addresses is judged, and a socket opens only to one that passed. So a name that resolves to
+something else a moment later gains nothing. Each redirect is judged again. Proxies of the environment are not used: they would
+resolve the name themselves, behind the guard.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# No Accept-Encoding: a file is wanted as it lies there. Nothing else that tells who asks.
+# No Accept-Encoding: the file is wanted as it is stored. No other header that tells who asks.
 _HEADERS: Final = {"User-Agent": "comfyui-volume-worker", "Accept": "*/*", "Accept-Encoding": "identity"}
 _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 _TRANSIENT: Final = frozenset({408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529})
 _OK: Final = 200
 _READ_BYTES: Final = 1 << 18
 _LAST_PART_CHARACTERS: Final = 60
-# What may stand in a path or a query as it is; the rest is percent-encoded, above all what would end the request's line.
+# Characters that may stay in a path or a query. The rest is percent-encoded, above all what would end the request line.
 _AS_IT_IS: Final = "!$%&'()*+,/:;=?@[]~"
-# In this order: each is a kind of one further down.
+# The order matters: each is a subclass of a later one.
 _REASONS: Final = (
     (aiohttp.ClientConnectorDNSError, "its host name does not resolve"),
     (aiohttp.ClientSSLError, "no TLS connection could be made"),
@@ -60,7 +60,7 @@ _REASONS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class FetchLimits:
-    """How much and how long. `timeout_s` is for all files of a job together, the other waits are for one attempt."""
+    """Sizes and times. `timeout_s` is for all files of a job together, the others are for one attempt."""
 
     max_bytes: int = 512_000_000
     timeout_s: float = 120.0
@@ -75,14 +75,14 @@ class FetchLimits:
 
 @dataclass(frozen=True, slots=True)
 class Download:
-    """An address, and the file that its bytes go to."""
+    """An address, and the file for its bytes."""
 
     url: str
     file: StagedFile
 
 
 class Fetcher:
-    """Fetches what requests name, under the operator's rules. Keeps no connection, cookie or address from job to job."""
+    """Downloads what requests name, under the operator's rules. Keeps no connection, cookie or address between jobs."""
 
     def __init__(
         self,
@@ -93,17 +93,17 @@ class Fetcher:
     ) -> None:
         self._rules = rules or UrlRules()
         self.limits = limits or FetchLimits()
-        # Threads of its own: a name server that does not answer holds a thread longer than the job that asked.
+        # Its own threads: a name server that does not answer blocks a thread longer than the job that asked.
         self._pool = ThreadPoolExecutor(8, thread_name_prefix="input-dns")
         self._lookup = lookup or self._ask_system
         self._tls = tls
 
     def check(self, name: str, url: str) -> None:
-        """Refuse an address that needs no look-up to be refused. Raises `InputUrlRefused`."""
+        """Refuse an address if that needs no look-up. Raises `InputUrlRefused`."""
         _checked(self._rules, name, url)
 
     async def fetch(self, downloads: Sequence[Download]) -> None:
-        """Have every file whole, a few at a time; at the first that cannot be had, or on cancellation, all end at once.
+        """Download every file, a few at a time. At the first failure, or on cancellation, all end at once.
 
         Raises `InputUrlRefused`, `InputTooLarge`, `InputNotServed`, `InputUnreachable`, `InputTimedOut`, `InputNotStored`.
         """
@@ -149,7 +149,7 @@ class Fetcher:
 
 
 class _TransientError(Exception):
-    """An attempt failed in a way that another one may not; `pause_s` is what the server asked for."""
+    """A failed attempt that may be retried. `pause_s` is what the server asked for."""
 
     def __init__(self, reason: str, pause_s: float = 0.0) -> None:
         super().__init__(reason)
@@ -158,11 +158,11 @@ class _TransientError(Exception):
 
 
 class _PrivateAddressError(Exception):
-    """A host has no address that may be reached. No `OSError`: aiohttp would make a failed look-up of it."""
+    """A host has no address that may be reached. No `OSError`: aiohttp would report it as a failed look-up."""
 
 
 class _Line:
-    """The connections of one job: an aiohttp session that opens sockets only to addresses which were judged."""
+    """The connections of one job: an aiohttp session that opens sockets only to judged addresses."""
 
     def __init__(self, rules: UrlRules, limits: FetchLimits, lookup: Lookup, tls: ssl.SSLContext | None) -> None:
         self._rules = rules
@@ -170,7 +170,7 @@ class _Line:
         self._resolver = _JudgingResolver(rules, lookup)
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(
-                # aiohttp asks no resolver about addresses in numbers; the socket is where every way ends.
+                # aiohttp does not resolve numeric addresses. Every connection opens a socket.
                 resolver=self._resolver,
                 socket_factory=self._resolver.open_socket,
                 use_dns_cache=False,
@@ -192,7 +192,7 @@ class _Line:
         await self._session.close()
 
     async def receive(self, download: Download) -> None:
-        """One attempt, redirects included. Raises `_TransientError` for what another attempt may mend."""
+        """Make one attempt, including redirects. Raises `_TransientError` if a retry may help."""
         name, start, text = download.file.name, shown(download.url), download.url
         for hop in range(self._limits.redirects + 1):
             url = _checked(self._rules, name, text, start if hop else "")
@@ -217,7 +217,7 @@ class _Line:
             expired = ", which is also how an expired signature looks" if response.status == 403 else ""  # noqa: PLR2004 - HTTP's
             raise InputNotServed(file.name, shown(download.url), f"it answered with status {response.status}{expired}")
         file.check_size(response.content_length or 0)
-        # aiohttp inflates an encoded body in bounded steps, so what is counted is what is written.
+        # aiohttp inflates an encoded body in limited steps, so the bytes counted are the bytes written.
         async for chunk in response.content.iter_chunked(_READ_BYTES):
             file.add(chunk)
             if file.full:
@@ -228,7 +228,7 @@ class _Line:
 
     @contextlib.contextmanager
     def _faults(self, name: str, start: str, redirected_to: URL | None) -> Iterator[None]:
-        """Turn aiohttp's errors into ours. Their own texts hold whole addresses, signatures included."""
+        """Turn aiohttp's errors into ours. Their own texts contain whole addresses, including signatures."""
         try:
             yield
         except _PrivateAddressError:
@@ -264,7 +264,7 @@ class _JudgingResolver(AbstractResolver):
         port: int = 0,
         family: socket.AddressFamily = socket.AF_UNSPEC,  # noqa: ARG002 - aiohttp's interface
     ) -> list[ResolveResult]:
-        """The host's addresses without those that are refused; raises when none is left."""
+        """Return the host's addresses without refused ones. Raises if none is left."""
         addresses = await self._lookup(host)
         if not addresses:
             raise OSError(errno.EADDRNOTAVAIL, "no address")
@@ -278,7 +278,7 @@ class _JudgingResolver(AbstractResolver):
         ]
 
     def admit(self, host: str, address: str) -> bool:
-        """Judge an address of `host`; only after this said yes will a socket open to it."""
+        """Judge an address of `host`. Sockets open only to addresses that passed."""
         parsed = parse_address(address)
         if parsed is None or not self._rules.admits(host, address):
             return False
@@ -288,19 +288,19 @@ class _JudgingResolver(AbstractResolver):
         return True
 
     def admit_number(self, host: str) -> None:
-        """Judge a host that is an address already, which aiohttp asks no resolver about."""
+        """Judge a host that is already an IP address, which aiohttp does not resolve."""
         if parse_address(host) is not None and not self.admit(host, host):
             raise _PrivateAddressError
 
     def open_socket(self, info: tuple[Any, ...]) -> socket.socket:
-        """A socket for a connection that is about to be made to `info`, as aiohttp has it from here or from the address."""
+        """Return a socket for a connection to `info`, which comes from this resolver or from a numeric address."""
         family, kind, protocol, _, address = info
         if address[0] not in self._admitted:
             raise PermissionError(errno.EACCES, "an address that was not judged")
         return socket.socket(family, kind, protocol)
 
     async def close(self) -> None:
-        """Nothing is kept."""
+        """Do nothing: there is nothing to close."""
 
 
 def _family(address: str) -> socket.AddressFamily:
@@ -308,7 +308,7 @@ def _family(address: str) -> socket.AddressFamily:
 
 
 def _is_this_machine(address: str) -> bool:
-    """Whether a public address is this machine's own: what listens here may rely on a firewall towards the outside."""
+    """Return whether a public address is this machine's own. Services here may rely on a firewall towards the outside."""
     try:
         with socket.socket(_family(address), socket.SOCK_DGRAM) as probe:
             probe.bind((address, 0))
@@ -318,7 +318,7 @@ def _is_this_machine(address: str) -> bool:
 
 
 def _checked(rules: UrlRules, name: str, text: str, start: str = "") -> URL:
-    """The address as it goes on the wire, once the rules let it pass; `start` is what redirected to it."""
+    """Return the address to send if the rules allow it. `start` is the address that redirected to it."""
     try:
         url = URL(text)
         refusal = rules.refusal(url)
@@ -330,7 +330,7 @@ def _checked(rules: UrlRules, name: str, text: str, start: str = "") -> URL:
 
 
 def _verbatim(url: URL, text: str) -> URL:
-    """The address with path and query as they came: yarl decodes what need not be encoded, which breaks some signatures."""
+    """Return the address with path and query as given: yarl decodes some escapes, which breaks some signatures."""
     parts, host = urlsplit(text), url.raw_host or ""
     return URL.build(
         scheme=url.scheme,
@@ -354,7 +354,7 @@ def _through(redirected_to: URL | None, reason: str) -> str:
 
 
 def shown(url: str) -> str:
-    """Scheme, host and the path's last part: fit for logs and errors. Tokens are in queries, users and sometimes in paths."""
+    """Return scheme, host and the path's last part, for logs and errors. Queries, users and sometimes paths contain tokens."""
     try:
         parsed = URL(url)
         host, port = parsed.host, f":{parsed.explicit_port}" if parsed.explicit_port else ""

@@ -1,4 +1,4 @@
-"""Files too large for a result, copied to the network volume, where a name appears once its file is whole. Touches disk."""
+"""Copy files that are too large for a result to the network volume. A name appears when its file is complete. Touches disk."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _CHUNK_BYTES: Final = 4 << 20
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """One file to write: `path` is relative to the volume's root, `source` a file or the bytes themselves."""
+    """One file to write: `path` is relative to the volume's root, `source` is a file or the bytes themselves."""
 
     path: str
     source: Path | bytes
 
 
 class Copies:
-    """The copies of one job. `run` in a thread; `stop` from any other."""
+    """The copies of one job. Call `run` in a thread, and `stop` from any other."""
 
     def __init__(self, root: Path, copies: Sequence[Copy]) -> None:
         self._root = root
@@ -36,10 +36,10 @@ class Copies:
         self._stopped = threading.Event()
 
     def run(self) -> None:
-        """Write every file and have it on the disk; none is there under its name before it is whole.
+        """Write every file to the disk. No name appears before its file is complete.
 
-        When one fails, those before it stay; a second attempt at the same job replaces them. Raises OSError as the volume does,
-        `OutputGone` for a source that is not there; returns early once stopped, with no unfinished file left.
+        If one fails, those before it stay; a second attempt at the same job replaces them. Raises OSError as the volume does,
+        `OutputGone` for a missing source. Returns early once stopped, with no unfinished file left.
         """
         for copy in self._copies:
             if self._stopped.is_set():
@@ -47,7 +47,7 @@ class Copies:
             self._write(copy)
 
     def stop(self) -> None:
-        """Have `run` return soon."""
+        """Make `run` return soon."""
         self._stopped.set()
 
     def _write(self, copy: Copy) -> None:
@@ -68,7 +68,7 @@ class Copies:
             partial.unlink(missing_ok=True)
 
     def _fill(self, sink: int, source: Path | bytes) -> bool:
-        """Whether all of it was written; it is not when the job was cancelled meanwhile."""
+        """Return whether all of it was written. It is not if the job was cancelled meanwhile."""
         if isinstance(source, bytes):
             _write_all(sink, source)
             return True
@@ -92,7 +92,7 @@ def _write_all(sink: int, data: bytes) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Have the new name on the disk; some network file systems refuse this on a folder, and need it least."""
+    """Flush the new name to the disk. Some network file systems refuse this for a folder, and do not need it."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:

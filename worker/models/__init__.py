@@ -1,1 +1,1 @@
-"""Which models a job needs, where they come from, and in which order they are downloaded."""
+"""The models that a job needs: their sources, and the order of their downloads."""

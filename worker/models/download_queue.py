@@ -1,8 +1,8 @@
-"""WHEN models are fetched: a job's own at once and before all others, the manifests' behind the jobs. Touches threads.
+"""The order of downloads: a job's own models first, then those of the manifests in the background. Touches threads.
 
-One queue, a few files at a time whoever wants them: each takes memory and connections. While any job waits for a model, nothing
-else is fetched: background downloads stand back at once and go on later from what they have. A download that nobody waits for
-any more, and no manifest names, stops.
+There is one queue, and a few downloads run at a time, because each takes memory and connections. While any job waits for a
+model, no background download runs: it stops at once and resumes later from what it has. A download that no job waits for and no
+manifest names stops.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _TELL_EVERY_S = 0.5
 
 
 class Ensurer(Protocol):
-    """What makes a model be there; `Stores` is one."""
+    """Makes a model available. `Stores` is one."""
 
     def ensure(self, spec: ModelSpec, progress: Listener, cancel: CancelToken | None) -> Ready:
-        """Return when it is there; raises a `WorkerError`."""
+        """Return when the model is available. Raises a `WorkerError`."""
         ...
 
 
@@ -45,7 +45,7 @@ class Waiting:
     total_bytes: int
     bytes_per_s: float
     models: tuple[tuple[str, Progress | None], ...]
-    """`folder/name` of each model that is not there yet, and how far it is."""
+    """`folder/name` of each model that is not there yet, with its progress."""
 
     def __str__(self) -> str:
         return "; ".join(f"{name}: {progress or 'queued'}" for name, progress in self.models)
@@ -53,12 +53,12 @@ class Waiting:
 
 @dataclass(eq=False, slots=True)
 class _Fetch:
-    """One model on its way, for whoever wants it."""
+    """The download of one model, for whoever wants it."""
 
     spec: ModelSpec
     order: int
     wanted: bool = False
-    """A manifest names it: it is fetched even when no job waits."""
+    """A manifest names it: it is downloaded even if no job waits."""
     jobs: int = 0
     running: bool = False
     stop: threading.Event = field(default_factory=threading.Event)
@@ -72,19 +72,19 @@ class _Fetch:
 
     @property
     def rank(self) -> tuple[bool, int]:
-        """Smaller goes first: what jobs wait for, then the order of asking."""
+        """Return the sort key, smallest first: what jobs wait for, then the order of requests."""
         return (self.jobs == 0, self.order)
 
     @property
     def place(self) -> tuple[str, str]:
-        """Where its file belongs. Two that differ in source or pin may belong to one place."""
+        """Return where its file belongs. Two models that differ in source or pin may belong to one place."""
         return (self.spec.folder, self.spec.name)
 
 
 class Provisioner:
-    """Fetches models in the right order. Safe to use from any thread; its own threads end by themselves when there is no work.
+    """Downloads models in the right order. Safe to use from any thread. Its own threads end when there is no work.
 
-    `on_ready` is called, in a fetching thread, for each model that is there, before anybody who waited for it goes on.
+    `on_ready` is called in a download thread for each model that is available, before any waiter continues.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Provisioner:
         self._stopped = threading.Event()
 
     def want(self, specs: Iterable[ModelSpec]) -> None:
-        """Have these fetched behind the jobs; returns at once. What cannot be had is logged and leaves the others alone."""
+        """Download these in the background and return at once. Errors are logged and do not affect the others."""
         with self._changed:
             for spec in specs:
                 self._fetch_of(spec).wanted = True
@@ -108,9 +108,9 @@ class Provisioner:
     def wait(
         self, specs: Sequence[ModelSpec], cancel: CancelToken, on_progress: Callable[[Waiting], None] | None = None
     ) -> None:
-        """Return when all are there; they go before everything that no job waits for.
+        """Return when all are available. They go before everything that no job waits for.
 
-        `on_progress` is called about twice a second. Raises the first model's error, whatever becomes of the others;
+        `on_progress` is called about twice a second. Raises the first model's error, whatever happens to the others;
         `EnsureCancelled` soon after `cancel` is set, and at once after `stop`.
         """
         with self._changed:
@@ -118,7 +118,7 @@ class Provisioner:
         self._finish(fetches, cancel, on_progress)
 
     def settle(self, specs: Sequence[ModelSpec]) -> None:
-        """Want these and return when each is there or has failed. Raises the first error; `EnsureCancelled` after `stop`."""
+        """Request these, and return when each is available or has failed. Raises the first error, or `EnsureCancelled`."""
         with self._changed:
             fetches = self._joined(specs)
             for fetch in fetches:
@@ -126,7 +126,7 @@ class Provisioner:
         self._finish(fetches, threading.Event(), None)
 
     def stop(self) -> None:
-        """End every download, and start none any more; each can be gone on with by any worker."""
+        """End every download and start none any more. Any worker can resume them."""
         self._stopped.set()
         with self._changed:
             for fetch in self._fetches.values():
@@ -172,14 +172,14 @@ class Provisioner:
         return cancel.is_set() or self._stopped.is_set()
 
     def _fetch_of(self, spec: ModelSpec) -> _Fetch:
-        """The fetch of this very model that is under way, or a new one; one that has ended is looked at afresh."""
+        """Return the running download of this very model, or a new one. A finished one is checked again."""
         fetch = self._fetches.get(spec)
         if fetch is None or fetch.ended:
             fetch = self._fetches[spec] = _Fetch(spec, next(self._numbers))
         return fetch
 
     def _schedule(self) -> None:
-        """Start what goes first into the free slots; make room for jobs."""
+        """Start the first ones in the free slots, and make room for jobs."""
         if self._stopped.is_set():
             return
         open_ = sorted((fetch for fetch in self._fetches.values() if not fetch.ended), key=lambda fetch: fetch.rank)
@@ -188,7 +188,7 @@ class Provisioner:
             if jobs_wait and not fetch.jobs:
                 fetch.stop.set()
         running = [fetch for fetch in open_ if fetch.running]
-        # A job does not wait until what stands back for it is gone; the next in the background does.
+        # A job does not wait until a paused download has ended; the next background download does.
         staying = [fetch for fetch in running if not fetch.stop.is_set()]
         for fetch in open_:
             if len(staying if fetch.jobs else running) >= self._slots:
@@ -196,7 +196,7 @@ class Provisioner:
             if fetch.running or not (fetch.jobs or (fetch.wanted and not jobs_wait)):
                 continue
             if any(other.place == fetch.place for other in staying):
-                continue  # two would fetch it all, and one of them for nothing
+                continue  # both would download all of it, one of them for nothing
             self._start(fetch)
             running.append(fetch)
             staying.append(fetch)
@@ -229,7 +229,7 @@ class Provisioner:
         except EnsureCancelled as exc:
             error = exc
         except WorkerError as exc:
-            log.error("model %s: %s", name, exc)  # noqa: TRY400 - the sentence is the news
+            log.error("model %s: %s", name, exc)  # noqa: TRY400 - the sentence says it all
             error = exc
         except Exception:
             log.exception("model %s: a defect of the worker", name)
@@ -240,7 +240,7 @@ class Provisioner:
         with self._changed:
             fetch.running = False
             if isinstance(error, EnsureCancelled) and fetch.stop.is_set():
-                # It stood back for a job, or nobody wants it: in the first case it is in the queue again.
+                # It paused for a job, or nobody wants it. In the first case it is in the queue again.
                 fetch.progress = None
             else:
                 fetch.result, fetch.error = (result, None) if error is None else (None, error)

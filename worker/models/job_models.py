@@ -1,6 +1,6 @@
-"""The models a job names, made visible to ComfyUI: found, fetched where missing, linked. Touches disk and network.
+"""Make a job's models visible to ComfyUI: find them, download missing ones, link them. Touches disk and network.
 
-What fetches is built when the first model has to be fetched: a worker whose models are all there never imports it.
+The downloader is built when the first model must be downloaded: a worker whose models are all present never imports it.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Name = tuple[tuple[str, ...], tuple[str, ...]]
-"""The folders a loader reads (none: any), and the file names that satisfy it, in the order to try."""
+"""The folders that a loader reads (none: any), and the file names that satisfy it, in the order to try."""
 
 
 class Supply:
-    """Joins what is on the volume, who knows where a model comes from, and the fetching of it. Safe to use from any thread.
+    """Joins the volume, the lists of sources, and the downloads. Safe to use from any thread.
 
-    `places` are where models may lie, in the order they are asked. `nearer` is the root that `links` has before all others:
-    this container's own, for what lies outside the places.
+    `places` are where models may lie, in the order in which they are asked. `nearer` is the root that `links` has before all
+    others: this container's own, for files outside the places.
     """
 
     def __init__(
@@ -65,10 +65,10 @@ class Supply:
         self._stopped = False
 
     def missing(self, names: Sequence[Name]) -> list[Name]:
-        """Those of the names that no folder has, also not after a fresh look at the volume.
+        """Return the names that no folder has, even after a fresh look at the volume.
 
-        Raises `FileUnusable` for one that is there and shorter than its own header says: somebody's copy that is under way
-        or was cut off, which ComfyUI would report as a defect of the node.
+        Raises `FileUnusable` for a file that is shorter than its own header says: a copy that is unfinished or was cut off,
+        which ComfyUI would report as a defect of the node.
         """
         found = {name: self._find(name) for name in names}
         if None in found.values():
@@ -80,11 +80,11 @@ class Supply:
         return [name for name, there in found.items() if there is None]
 
     def located(self, names: Iterable[Name]) -> list[Path]:
-        """The files that ComfyUI would read for these names, in their order; names that no folder has are left out."""
+        """Return the files that ComfyUI would read for these names, in order. Leave out names that no folder has."""
         return [Path(there.path) for name in names if (there := self._find(name))]
 
     def respelled(self, names: Iterable[Name]) -> dict[Name, Literal["NFC", "NFD"]]:
-        """How accents are written in the files that are there for these names, where a name writes them in the other way."""
+        """Return the form of accents in existing files, for names that use the other form."""
         found = {(folders, files): self._find((folders, files)) for folders, files in names}
         own = {name: there for name, there in found.items() if there and not there.path.endswith(name[1])}
         return {name: form_of(there.path) for name, there in own.items()}
@@ -98,11 +98,10 @@ class Supply:
         optional: Collection[Name] = (),
         guessed: Collection[Name] = (),
     ) -> dict[Name, ModelSpec | None]:
-        """What each name means: to this job's `models`, its workflow's metadata, the manifests, the catalogue, in that order.
+        """Return the meaning of each name: from the job's `models`, its workflow's metadata, the manifests or the catalogue.
 
-        None for a name that nobody knows. For `guessed` see `Sources.find`. Raises a `RequestError` for models that the request
-        may not ask for, `AmbiguousModel`, and `ManifestInvalid` for a name that only a manifest with a mistake may know, unless
-        it is optional.
+        None for an unknown name. For `guessed` see `Sources.find`. Raises a `RequestError` for models that the request may not
+        ask for, `AmbiguousModel`, and `ManifestInvalid` for a name that only a broken manifest may know, unless it is optional.
         """
         sources = self._current_sources().with_request(request, self._hosts).with_workflow(embedded, self._hosts)
         return {name: _meaning(sources, name, needed=name not in optional, guessed=name in guessed) for name in names}
@@ -112,32 +111,32 @@ class Supply:
         self._current_sources().with_request(request, self._hosts)
 
     def fetch(self, specs: Sequence[ModelSpec], cancel: CancelToken, on_progress: Callable[[Waiting], None]) -> None:
-        """Return when all of them are there and linked. Raises a `ModelError`, or `EnsureCancelled`."""
+        """Return when all of them are available and linked. Raises a `ModelError`, or `EnsureCancelled`."""
         self._fetcher(specs).wait(specs, cancel, on_progress)
         self._links.refresh()
 
     def manifest(self) -> tuple[ModelSpec, ...]:
-        """What the operator's manifests name; a mistake in one of them is in the log, once, and costs what that one names."""
+        """Return the models of the operator's manifests. A broken manifest is logged once and left out."""
         return self._current_sources().manifest()
 
     def check_manifests(self) -> None:
-        """Raises `ManifestInvalid` when there is a mistake in a manifest."""
+        """Raise `ManifestInvalid` if a manifest has a mistake."""
         sources = self._current_sources()
         for error in (*sources.errors, *sources.odd):
             raise error.copy()
 
     def fetch_behind(self, specs: Iterable[ModelSpec]) -> None:
-        """Have those of these that are not there fetched while jobs run."""
+        """Download the missing ones in the background."""
         if left := lacking(self._places, specs):
             self._fetcher(left).want(left)
 
     def fetch_first(self, specs: Iterable[ModelSpec]) -> None:
-        """Return when all of them are there. Raises the first `ModelError`."""
+        """Return when all of them are available. Raises the first `ModelError`."""
         if left := lacking(self._places, specs):
             self._fetcher(left).settle(left)
 
     def stop(self) -> None:
-        """End all fetching and begin none; what is half there is gone on with by the next worker."""
+        """End all downloads and begin none. The next worker resumes partial ones."""
         with self._lock:
             self._stopped = True
             if self._provisioner:
@@ -149,7 +148,7 @@ class Supply:
         return next((there for file in named if (there := self._links.find(folders, file))), None)
 
     def _check_whole(self, there: Found) -> None:
-        """Once for each file that was found whole, while it stays the same: under a millisecond on a disk."""
+        """Check each found file once while it stays the same: under a millisecond on a disk."""
         seen = there.info.st_size, there.info.st_mtime_ns
         if self._whole.get(there.path) != seen and stat.S_ISREG(there.info.st_mode):
             error = trouble_of(Path(there.path).resolve(), there.info.st_size)
@@ -176,7 +175,7 @@ class Supply:
             return self._provisioner
 
     def _on_ready(self, spec: ModelSpec, ready: Ready) -> None:
-        """Show ComfyUI what it does not see yet; a look at all folders for each file that is there would be one too many."""
+        """Show ComfyUI a model that it does not see yet. Do not list all folders again for each file."""
         if ready.how == "host_cache":
             self._show(spec, ready.path)
         elif ready.how != "downloaded" and self._links.has((spec.folder,), spec.name):
@@ -184,7 +183,7 @@ class Supply:
         self._links.refresh()
 
     def _show(self, spec: ModelSpec, path: Path) -> None:
-        """Link what lies on this machine alone into the container's own root: on the volume it would be broken for others."""
+        """Link a file of this machine into the container's own root: on the volume the link would be broken for others."""
         link = self._nearer / spec.folder / spec.name
         try:
             link.parent.mkdir(parents=True, exist_ok=True)
@@ -201,7 +200,7 @@ def _meaning(sources: Sources, name: Name, *, needed: bool, guessed: bool) -> Mo
         try:
             if spec := sources.find(file, folders, guessed=guessed):
                 return spec
-        except ManifestInvalid as error:  # another spelling may be known to a list that is right
+        except ManifestInvalid as error:  # a valid list may know another spelling
             wrong = error
     if wrong and needed:
         raise wrong

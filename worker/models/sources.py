@@ -1,18 +1,16 @@
-"""Which file a model's name means: every list of models behind one lookup. Reads files, no network.
+"""Find the source of a model by its name: one lookup over every list of models. Reads files, no network.
 
-In this order, the first that knows (folder, name) decides:
+The lists are asked in this order. The first one that knows (folder, name) decides:
 
-1. the request's `models`;
-2. the metadata that ComfyUI's editor embeds in a workflow;
-3. `models.toml` on the volume;
-4. `MODELS_MANIFEST`, the path of a manifest in the image or the manifest itself, then `MODELS`, short lines;
-5. the official catalogue, generated from ComfyUI's own templates and read when first asked.
+1. the request's `models`; 2. the metadata that ComfyUI's editor embeds in a workflow; 3. `models.toml` on the volume; 4.
+`MODELS_MANIFEST`, the path of a manifest in the image or the manifest itself, then `MODELS`, short lines; 5. the official
+catalogue, generated from ComfyUI's own templates and read when first asked.
 
-A manifest (3 and 4) is TOML, or JSON with the same keys, or one of three formats that people have: ComfyUI-Manager's
-`model-list.json`, comfy-cli's `comfy-lock.yaml`, comfyui-api's manifest (JSON or YAML). Which one, its content says.
+A manifest (3 and 4) is TOML, or JSON with the same keys, or one of three existing formats: ComfyUI-Manager's `model-list.json`,
+comfy-cli's `comfy-lock.yaml`, comfyui-api's manifest (JSON or YAML). Its content shows which.
 
-A manifest with a mistake says nothing, and one that was right before says what it said then: the other lists decide, and a
-model that none of them knows fails with the mistake.
+A manifest with a mistake is left out; if it was valid before, its earlier content counts. The other lists decide, and a model
+that none of them knows fails with the mistake.
 """
 
 from __future__ import annotations
@@ -45,39 +43,39 @@ _NEAR_COUNT = 3
 
 
 class ModelList(Protocol):
-    """One list of models among those that are asked in turn."""
+    """One of the lists of models that are asked in order."""
 
     @property
     def title(self) -> str:
-        """What people call it."""
+        """Return the list's name for people."""
         ...
 
     @property
     def paths(self) -> Iterable[str]:
-        """Every model in it as `folder/name`."""
+        """Return every model in it as `folder/name`."""
         ...
 
     @property
     def deliberate(self) -> bool:
-        """Whether it decides on its own; see `SpecList`."""
+        """Return whether it decides alone; see `SpecList`."""
         ...
 
     @property
     def error(self) -> ManifestInvalid | None:
-        """What is wrong with it; then it may not have all that it should."""
+        """Return its mistake, or None. With a mistake it may be incomplete."""
         ...
 
     def find(self, name: str, folders: Collection[str]) -> Sequence[ModelSpec]:
-        """Its models of this name in one of the folders, in its own order; no folders: in any."""
+        """Return its models of this name in one of the folders, in its own order. Without folders: in any."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class SpecList:
-    """A list that is in memory.
+    """A list in memory.
 
-    `deliberate` when somebody put each model there for this worker or this job: then it decides, and two files for one name are
-    an error at once. A catalogue or a workflow's metadata is not: a later list may settle what it leaves open.
+    `deliberate`: a person put each model there for this worker or this job. It then decides, and two files for one name are an
+    error at once. A catalogue or a workflow's metadata is not deliberate: a later list may resolve the ambiguity.
     """
 
     title: str
@@ -85,22 +83,22 @@ class SpecList:
     deliberate: bool = True
     error: ManifestInvalid | None = None
     odd: ManifestInvalid | None = None
-    """Entries that were left out because no file can have their name; the others hold."""
+    """Entries that were left out because no file can have their name. The others count."""
 
     @property
     def paths(self) -> Iterable[str]:
-        """Every model in it as `folder/name`."""
+        """Return every model in it as `folder/name`."""
         return (f"{spec.folder}/{spec.name}" for spec in self.specs)
 
     def find(self, name: str, folders: Collection[str]) -> Sequence[ModelSpec]:
-        """Its models of this name in one of the folders, in the order of the list; no folders: in any."""
+        """Return its models of this name in one of the folders, in the order of the list. Without folders: in any."""
         named = zip(self.specs, self.paths, strict=True)
         return [spec for spec, path in named if _is_meant(path, name, folders) or (not folders and spec.name == name)]
 
 
 @dataclass(frozen=True, slots=True)
 class _Refused:
-    """An embedded entry that a request may not have fetched, and why."""
+    """An embedded entry that a request may not have downloaded, and why."""
 
     path: str
     error: RequestError
@@ -108,7 +106,7 @@ class _Refused:
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """The lists of models in their order, and the lookup over them. It never changes; its methods give another one."""
+    """The lists of models in order, and the lookup over them. Immutable; its methods return new ones."""
 
     manifests: tuple[SpecList, ...]
     catalog: ModelList
@@ -126,7 +124,7 @@ class Sources:
         models: str | None = None,
         catalog: Path = CATALOG,
     ) -> Sources:
-        """The lists that hold for every job; what is wrong with them is in `errors`.
+        """Return the lists that apply to every job. Mistakes in them are in `errors`.
 
         `volume_manifest` need not exist; `manifest` and `models` are the values of `MODELS_MANIFEST` and `MODELS`.
         """
@@ -140,10 +138,10 @@ class Sources:
 
     @classmethod
     def read(cls, **lists: Any) -> Sources:  # noqa: ANN401 - what `gather` takes
-        """As `gather`, for those who want all lists to be right.
+        """Like `gather`, but require all lists to be valid.
 
         Raises:
-            ManifestInvalid: with everything that is wrong in the first list that has something wrong.
+            ManifestInvalid: with all mistakes of the first list that has any.
         """
         sources = cls.gather(**lists)
         for error in sources.errors:
@@ -152,21 +150,21 @@ class Sources:
 
     @property
     def errors(self) -> tuple[ManifestInvalid, ...]:
-        """What is wrong with the manifests, one error for each that is."""
+        """Return the mistakes of the manifests, one error for each that has any."""
         return tuple(models.error for models in self._manifests() if models.error)
 
     @property
     def odd(self) -> tuple[ManifestInvalid, ...]:
-        """What manifests that are right otherwise name as no file can be named: only these entries are left out."""
+        """Return entries with impossible file names in otherwise valid manifests. Only these are left out."""
         return tuple(models.odd for models in self._manifests() if models.odd)
 
     def refreshed(self) -> Sources:
-        """These with `models.toml` as it is now; the same object when nothing changed, which costs one stat."""
+        """Return these with the current `models.toml`, or the same object if nothing changed. Costs one stat."""
         now = self.volume.reread() if self.volume else None
         return self if now is self.volume else replace(self, volume=now)
 
     def with_request(self, models: object, allowed_hosts: Collection[str]) -> Sources:
-        """These with a request's `models`: a list of objects, or of short lines as in `MODELS`; None changes nothing.
+        """Return these with a request's `models`: a list of objects, or of short lines as in `MODELS`, or None.
 
         Raises:
             ModelsInvalid, SpecInvalid, HostNotAllowed, SuffixNotAllowed: the request may not ask for one of them, or not so.
@@ -184,10 +182,10 @@ class Sources:
         return replace(self, request=replace(self.request, specs=specs))
 
     def with_workflow(self, workflow: object, allowed_hosts: Collection[str]) -> Sources:
-        """These with the metadata of a workflow in the editor's format, or of an `extra_data` or `extra_pnginfo` that has one.
+        """Return these with a workflow's metadata: the editor's format, or an `extra_data` or `extra_pnginfo`.
 
-        Whoever drew the workflow wrote it, so an entry that makes no sense, or that a request may not ask for, is passed over;
-        `find` raises for it only when no other list knows the model.
+        The workflow's author wrote it. So an entry that makes no sense, or that a request may not ask for, is skipped; `find`
+        raises for it only if no other list knows the model.
         """
         specs, refused = [], []
         for entry in embedded_models(workflow):
@@ -201,15 +199,15 @@ class Sources:
         return replace(self, embedded=replace(self.embedded, specs=tuple(specs)), refused=tuple(refused))
 
     def find(self, name: str, folders: Collection[str] = (), *, guessed: bool = False) -> ModelSpec | None:
-        """The file that `name` means to a loader that reads these folders (none given: any), or None when no list knows it.
+        """Return the file that `name` means to a loader that reads these folders (none: any), or None if no list knows it.
 
-        The request's own models count in any folder. Where the folders are `guessed`, so do those of the manifests that no list
-        has in these folders: whoever wrote them down knew what the loader reads.
+        The request's own models count in any folder. If the folders are `guessed`, so do the manifests' models that no list has
+        in these folders: their author knew what the loader reads.
 
         Mirrors of one file (the same sha256, or the same source given twice) count once: the first in its list.
 
         Raises:
-            AmbiguousModel: a list has different files for the name, and it is a deliberate one or no later list knows better.
+            AmbiguousModel: a list has different files for the name, and it is deliberate or no later list knows better.
             ManifestInvalid: no list knows the name, but there is a manifest with a mistake, which may.
             HostNotAllowed, SuffixNotAllowed, SpecInvalid: only the workflow's metadata knows it, with an entry that is refused.
         """
@@ -226,15 +224,15 @@ class Sources:
                 if models.deliberate:
                     break
         if wrong:
-            raise wrong.copy()  # one of its own for each job: the list keeps this one
+            raise wrong.copy()  # a copy for each job: the list keeps this one
         if problem:
             raise problem
         return None
 
     def manifest(self) -> tuple[ModelSpec, ...]:
-        """What the operator wants on the volume: every model of the manifests, once for each path, first list first.
+        """Return every model of the manifests, which the operator wants on the volume. Once a path, first list first.
 
-        What is wrong with one of them does not matter here; see `errors`.
+        Mistakes in them do not matter here; see `errors`.
         """
         wanted = (spec for models in self._manifests() if models.deliberate for spec in models.specs)
         found: dict[str, ModelSpec] = {}
@@ -243,17 +241,17 @@ class Sources:
         return tuple(found.values())
 
     def requested(self) -> tuple[ModelSpec, ...]:
-        """What the request's own `models` name, whether the graph names it or not."""
+        """Return the models of the request's own `models`, whether or not the graph names them."""
         return self.request.specs
 
     def near(self, name: str) -> tuple[str, ...]:
-        """Up to three models, as `folder/name`, that are called like this: for saying that a name is unknown."""
+        """Return up to three models, as `folder/name`, with similar names, for an error about an unknown name."""
         by_stem = {PurePosixPath(path).stem: path for models in self._lists() for path in models.paths}
         close = difflib.get_close_matches(PurePosixPath(name).stem, by_stem, n=_NEAR_COUNT)
         return tuple(by_stem[match] for match in close)
 
     def _steps(self, folders: Collection[str], *, guessed: bool) -> Iterator[tuple[ModelList, Collection[str]]]:
-        """The lists in the order to ask them, each with the folders to ask it for."""
+        """Yield the lists in the order to ask them, each with the folders to ask for."""
         first, *others = ((models, folders) for models in self._lists())
         anywhere: tuple[ModelList, Collection[str]] = (self.request, ())
         yield first
@@ -275,7 +273,7 @@ class Sources:
 
 
 def _is_meant(path: str, name: str, folders: Collection[str]) -> bool:
-    # Compared as paths: folder "loras/flux" with name "x" and folder "loras" with name "flux/x" are one file.
+    # Compare them as paths: folder "loras/flux" with name "x" and folder "loras" with name "flux/x" are one file.
     if folders:
         return any(path == f"{folder}/{name}" for folder in folders)
     return path.partition("/")[2] == name
@@ -299,7 +297,7 @@ def _is_same_file(one: ModelSpec, other: ModelSpec) -> bool:
 
 
 class Catalog:
-    """The official catalogue; its file is read when it is first asked, and one of its entries parsed when it is found."""
+    """The official catalogue. Its file is read when it is first asked, and an entry is parsed when it is found."""
 
     title = "the official catalogue"
     deliberate = False
@@ -319,27 +317,27 @@ class Catalog:
 
     @property
     def version(self) -> str:
-        """The version of the package that it was generated from."""
+        """Return the version of the package that it was generated from."""
         return str(self._document["version"])
 
     @property
     def paths(self) -> Iterable[str]:
-        """Every model in it as `folder/name`."""
+        """Return every model in it as `folder/name`."""
         return self._entries
 
     @property
     def templates(self) -> Collection[str]:
-        """The names of the official templates that use models."""
+        """Return the names of the official templates that use models."""
         names: Mapping[str, object] = self._document["by_template"]
         return names.keys()
 
     def of_template(self, name: str) -> tuple[ModelSpec, ...]:
-        """The models of an official template's active nodes; `KeyError` when there is none of that name that has any."""
+        """Return the models of an official template's active nodes. Raises `KeyError` if it has none."""
         entries = self._document["models"]
         return tuple(parse_spec(**_known_values(entries[number])) for number in self._document["by_template"][name])
 
     def find(self, name: str, folders: Collection[str]) -> Sequence[ModelSpec]:
-        """Its models of this name, one for each folder; no folders: in any."""
+        """Return its models of this name, one for each folder. Without folders: in any."""
         paths = [f"{folder}/{name}" for folder in folders] if folders else [p for p in self._entries if _is_meant(p, name, ())]
         return [parse_spec(**_known_values(self._entries[path])) for path in paths if path in self._entries]
 
@@ -347,12 +345,12 @@ class Catalog:
 # --- one entry, in everybody's words ------------------------------------------------------------
 
 _FIELDS = frozenset({"folder", "source", "name", "sha256", "size_bytes"})
-_OTHER_WORDS = {"url": "source", "directory": "folder"}  # as ComfyUI's own metadata calls them
+_OTHER_WORDS = {"url": "source", "directory": "folder"}  # as ComfyUI's own metadata names them
 _IGNORED = frozenset({"hash", "hash_type", "description"})
 
 
 def _known_values(entry: Mapping[str, object]) -> dict[str, Any]:
-    """The fields that `parse_spec` takes, from an entry in our words or in those of ComfyUI's metadata."""
+    """Return the fields that `parse_spec` accepts, from an entry with our field names or those of ComfyUI's metadata."""
     values: dict[str, Any] = {"folder": None, "source": None}
     for key, value in entry.items():
         word = _OTHER_WORDS.get(key, key)
@@ -372,7 +370,7 @@ def _is_sha256(kind: object) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """One model as a manifest has it. `where` gives the place of a field for people: a line where the format has one."""
+    """One model of a manifest. `where` gives the position of a field for people: a line if the format has lines."""
 
     values: Mapping[str, object]
     where: Callable[[str], str]
@@ -381,7 +379,7 @@ class _Entry:
 
 @dataclass(frozen=True, slots=True)
 class _VolumeFile:
-    """`models.toml` as it was when it was read last and was right; an empty list while there is no such file."""
+    """The last valid content of `models.toml`. An empty list while there is no such file."""
 
     path: Path
     models: SpecList = field(default_factory=lambda: SpecList("models.toml"))
@@ -389,7 +387,7 @@ class _VolumeFile:
     """None while there is no file, and while it cannot be read: then it is tried again."""
 
     def reread(self) -> _VolumeFile:
-        """The same object when there is nothing new."""
+        """Return the current content, or the same object if nothing is new."""
         title = str(self.path)
         try:
             stamp = _stamp(self.path.stat())
@@ -428,7 +426,7 @@ def _decoded(data: bytes, title: str) -> str:
 
 
 def _or_wrong(title: str, parse: Callable[[], SpecList]) -> SpecList:
-    """What the environment says, or an empty list with the error: nobody can correct it while the worker runs."""
+    """Return the list from the environment, or an empty one with its error: it cannot be corrected while the worker runs."""
     try:
         return parse()
     except ManifestInvalid as error:
@@ -436,7 +434,7 @@ def _or_wrong(title: str, parse: Callable[[], SpecList]) -> SpecList:
 
 
 def _environment_manifest(value: str) -> SpecList:
-    """`MODELS_MANIFEST`: the manifest itself when it has more than a line or begins like JSON or TOML, else its path."""
+    """Read `MODELS_MANIFEST`: a manifest if it has several lines or begins like JSON or TOML, otherwise a path."""
     value = value.strip()
     if "\n" in value or re.match(r"[{\[]|models?\s*[=:]", value):
         return _parse(value, "MODELS_MANIFEST")
@@ -448,12 +446,12 @@ def _environment_manifest(value: str) -> SpecList:
 
 
 def _parse(text: str, title: str) -> SpecList:
-    """The models of a manifest in whichever format it is; raises `ManifestInvalid` with everything that is wrong with it."""
+    """Return the models of a manifest in any format. Raises `ManifestInvalid` with all its mistakes."""
     try:
         entries = _entries(text)
     except _Malformed as error:
         raise ManifestInvalid(title, [str(error)]) from None
-    except (ValueError, RecursionError) as exc:  # a number of thousands of digits, or brackets as deep
+    except (ValueError, RecursionError) as exc:  # a number of thousands of digits, or brackets nested as deeply
         raise ManifestInvalid(title, [f"it cannot be read: {str(exc).partition(';')[0]}"]) from None
     specs, problems, odd = _checked(entries)
     if problems:
@@ -463,7 +461,7 @@ def _parse(text: str, title: str) -> SpecList:
 
 
 def _checked(entries: Sequence[_Entry]) -> tuple[list[ModelSpec], list[str], list[str]]:
-    """The models, what is wrong with the list, and the entries that are only named as no file can be."""
+    """Return the models, the list's mistakes, and the entries that are only named as no file can be."""
     problems: list[str] = []
     odd: list[str] = []
     placed: dict[str, tuple[ModelSpec, _Entry]] = {}
@@ -491,14 +489,14 @@ def _checked(entries: Sequence[_Entry]) -> tuple[list[ModelSpec], list[str], lis
 
 
 def _check_fields(entry: Mapping[str, object]) -> None:
-    """Raise `SpecInvalid` for a field that no model has."""
+    """Raise `SpecInvalid` for an unknown field."""
     name = entry.get("name")
     for key, hint in _unknown_fields(entry):
         raise SpecInvalid(f"field {shortened(key, 60)!r}", f"is unknown{hint}", name if isinstance(name, str) else None)
 
 
 def _unknown_fields(values: Mapping[str, object]) -> Iterator[tuple[str, str]]:
-    """Yield each field that no model has, and "; write ..." where one is like it."""
+    """Yield each unknown field, with "; write ..." if a known one is similar."""
     known = _FIELDS | _OTHER_WORDS.keys() | _IGNORED
     for key in values:
         if key not in known:
@@ -527,7 +525,7 @@ def _json_entries(text: str) -> list[_Entry]:
 
 
 def _yaml_entries(text: str) -> list[_Entry]:
-    # It costs 27 ms of a cold start to import, and few manifests are YAML. huggingface_hub depends on it, so it is there.
+    # Importing it costs 27 ms of a cold start, and few manifests are YAML. huggingface_hub depends on it, so it is installed.
     import yaml  # type: ignore[import-untyped]  # noqa: PLC0415 - it ships no types; see above
 
     try:
@@ -539,7 +537,7 @@ def _yaml_entries(text: str) -> list[_Entry]:
 
 
 def _document_entries(document: object) -> list[_Entry]:
-    """The entries of JSON or YAML: a list of models, or an object that has one, in one of the known shapes."""
+    """Return the entries of JSON or YAML: a list of models, or an object that has one, in one of the known forms."""
     models = document.get("models", document.get("model")) if isinstance(document, dict) else document
     if isinstance(models, dict):
         stages = [stage for key in ("before_start", "after_start") for stage in _list_of(models.get(key), f"models.{key}")]
@@ -564,7 +562,7 @@ def _list_of(value: object, what: str) -> list[dict[str, Any]]:
 
 
 def _shown(address: object) -> str:
-    # What follows the question mark, and what precedes an @, may be somebody's token.
+    # The part after the question mark, and the part before an @, may be a token.
     return re.sub(r"//[^/@]*@", "//", str(address).partition("?")[0])
 
 
@@ -616,13 +614,13 @@ def _toml_place(lines: Sequence[str], header: int) -> Callable[[str], str]:
 
 # --- short lines --------------------------------------------------------------------------------
 
-# An address has no white space, but it may have a comma: only one before another "folder=address" ends an entry.
+# An address contains no white space, but it may contain a comma: only one before another "folder=address" ends an entry.
 _BETWEEN_LINES = re.compile(r"[\s,;]+(?=[^\s,;=?&]*=[A-Za-z]+://)|\s+")
 _SHORT_FORM = "write folder=hf://org/repo/file@revision or folder/name=https://..., with #sha256=... at the end if you know it"
 
 
 def _short_lines(text: str) -> SpecList:
-    """`MODELS`: entries between line ends, spaces, commas or semicolons; a line that begins with # is a comment."""
+    """Parse `MODELS`: entries separated by line ends, spaces, commas or semicolons. A line that begins with # is a comment."""
     lines = "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#"))
     words = [word for word in _BETWEEN_LINES.split(lines.strip().strip(",;")) if word]
     problems = [
@@ -637,7 +635,10 @@ def _short_lines(text: str) -> SpecList:
 
 
 def _short_line(text: str) -> dict[str, object]:
-    """`folder=source`, `folder/name=source`; `#sha256=...` after the source. A left side that ends like a file has a name."""
+    """Parse `folder=source` or `folder/name=source`, with `#sha256=...` after the source.
+
+    A left side that ends like a file contains the name.
+    """
     place, equals, source = text.strip().partition("=")
     if not equals or ":" in place:  # an address alone, with or without a "=" in its query
         return {"source": text.strip()}
@@ -653,7 +654,7 @@ def _short_line(text: str) -> dict[str, object]:
 
 
 def _from_manager(model: Mapping[str, Any]) -> dict[str, object] | None:
-    """ComfyUI-Manager's `model-list.json`; None for what is no file of a model folder (whole repositories, custom nodes)."""
+    """Read an entry of ComfyUI-Manager's `model-list.json`. None for whole repositories and custom nodes."""
     save_path, file_name = str(model.get("save_path", "")), str(model.get("filename", ""))
     if save_path == "default":
         save_path = known().manager_folders.get(str(model.get("type", "")).lower(), "")
@@ -664,7 +665,7 @@ def _from_manager(model: Mapping[str, Any]) -> dict[str, object] | None:
 
 
 def _from_comfy_lock(model: Mapping[str, Any]) -> Iterator[dict[str, object]]:
-    """comfy-cli's `comfy-lock.yaml`: one file at one or more paths; without a path, its type tells the folder."""
+    """Read an entry of comfy-cli's `comfy-lock.yaml`: one file at some paths. Without one, its type tells the folder."""
     hashes = [model, *(item for item in model.get("hashes") or () if isinstance(item, dict))]
     sha256 = next((item.get("hash") for item in hashes if _is_sha256(item.get("type"))), None)
     common = {"source": model.get("url"), "sha256": sha256}
@@ -676,14 +677,14 @@ def _from_comfy_lock(model: Mapping[str, Any]) -> Iterator[dict[str, object]]:
 
 
 def _from_comfyui_api(model: Mapping[str, Any]) -> dict[str, object]:
-    """comfyui-api's manifest."""
+    """Read an entry of comfyui-api's manifest."""
     return _place(model.get("local_path")) | {"source": model.get("url")}
 
 
 def _place(path: object) -> dict[str, object]:
-    """Folder and name of a path such as `models/loras/x.safetensors` or `/opt/ComfyUI/models/loras/x.safetensors`."""
+    """Return folder and name of a path such as `models/loras/x.safetensors` or `/opt/ComfyUI/models/loras/x.safetensors`."""
     parts = [part for part in str(path or "").replace("\\", "/").split("/") if part not in {"", "."}]
-    # The last "models" that still has a folder and a file behind it: /models/ComfyUI/models/loras/x.safetensors.
+    # The last "models" that is followed by a folder and a file: /models/ComfyUI/models/loras/x.safetensors.
     start = max((at + 1 for at, part in enumerate(parts[:-2]) if part == "models"), default=0)
     below = parts[start:]
     if start == 0 and str(path or "").startswith("/"):
@@ -697,10 +698,10 @@ _MUTED, _BYPASSED = 2, 4
 
 
 def embedded_models(workflow: object) -> tuple[Mapping[str, Any], ...]:
-    """The entries `{name, url, directory, hash?, hash_type?}` of the models that a workflow in the editor's format uses.
+    """Return the entries `{name, url, directory, hash?, hash_type?}` of the models that an editor's workflow uses.
 
-    From `properties.models` of every active node, those inside used subgraphs included, and from a `models` at the top; only
-    where the name is now the value of a widget, because editing a node leaves old entries behind.
+    They come from `properties.models` of every active node, including those inside used subgraphs, and from a `models` at the
+    top. The name must be the current value of a widget, because editing a node leaves old entries behind.
     """
     graph = _editor_graph(workflow)
     if graph is None:
@@ -721,7 +722,7 @@ def _editor_graph(value: object) -> Mapping[str, Any] | None:
 
 
 def _active_nodes(graph: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Nodes that are neither muted nor bypassed; a subgraph's nodes once, if any active node is an instance of it."""
+    """Yield nodes that are neither muted nor bypassed. Yield a subgraph's nodes once, if any active node is an instance."""
     definitions = graph.get("definitions")
     subgraphs = definitions.get("subgraphs") if isinstance(definitions, dict) else None
     by_id = {str(inner.get("id")): inner for inner in _dicts(subgraphs)}

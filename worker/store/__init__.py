@@ -1,1 +1,1 @@
-"""Model files on a volume: found, downloaded once by the fleet, checked, sealed."""
+"""Model files on a volume: found, downloaded once for all workers, verified, sealed."""

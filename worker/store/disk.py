@@ -1,4 +1,4 @@
-"""Small file operations that hold on a network file system. Touches the disk."""
+"""Small file operations that are reliable on a network file system. Touches the disk."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _MAX_HEADER_BYTES: Final = 100_000_000  # safetensors' own limit
 
 
 def volume_error(path: Path, exc: OSError, needed_bytes: int = 0) -> ModelError:
-    """What an error of the file system under `path` means to a person."""
+    """Return the error that describes a file system error under `path` to a person."""
     if exc.errno in FULL:
         return VolumeFull(path, needed_bytes, free_bytes(path) or 0)
     if exc.errno in READ_ONLY:
@@ -42,7 +42,7 @@ def volume_error(path: Path, exc: OSError, needed_bytes: int = 0) -> ModelError:
 
 
 def free_bytes(path: Path) -> int | None:
-    """What the file system says is free to us; None when it cannot be asked. Quotas do not show in it."""
+    """Return the free bytes of the file system, or None if it cannot be asked. Quotas are not included."""
     try:
         return shutil.disk_usage(path).free
     except OSError:
@@ -50,7 +50,7 @@ def free_bytes(path: Path) -> int | None:
 
 
 def patiently(operate: Callable[[], T], wait_s: float = _SETTLE_S) -> T:
-    """Run `operate`, again for up to `wait_s` while a folder that another host just made is not there yet."""
+    """Run `operate`. Retry for up to `wait_s` while a folder that another host just made is not visible yet."""
     until_s = time.monotonic() + wait_s
     while True:
         try:
@@ -62,9 +62,9 @@ def patiently(operate: Callable[[], T], wait_s: float = _SETTLE_S) -> T:
 
 
 def write_atomically(path: Path, data: bytes, *, durable: bool = True, opened: Callable[[], None] = lambda: None) -> None:
-    """Readers see the old content or all of the new one, also after a crash of this host when `durable`.
+    """Write a file so that readers see the old content or all of the new. If `durable`, also after a crash of this host.
 
-    The temporary name is nobody else's, so that two writers cannot mix their bytes. `opened` runs while it is empty.
+    The temporary name is unique, so that two writers cannot mix their bytes. `opened` runs while the file is empty.
     """
     temporary = path.with_name(f".{_shortened(path.name)}.{secrets.token_hex(4)}.tmp")
     fd = patiently(lambda: _create(temporary))
@@ -83,7 +83,7 @@ def write_atomically(path: Path, data: bytes, *, durable: bool = True, opened: C
 
 
 def _shortened(name: str) -> str:
-    """So much of a name that what is put around it stays below the 255 bytes that a disk takes."""
+    """Return a name shortened so that it stays below the 255 bytes of a disk with a prefix and a suffix."""
     while len(os.fsencode(name)) > _LONGEST_STEM_BYTES:
         name = name[:-1]
     return name
@@ -95,19 +95,22 @@ def _create(path: Path) -> int:
 
 
 def create(path: Path) -> int:
-    """A descriptor of a new file, its folders made; FileExistsError when there is one."""
+    """Create a file and its folders and return its descriptor. Raises FileExistsError."""
     return patiently(lambda: _create(path))
 
 
 def write_at(fd: int, view: memoryview, offset: int) -> None:
-    """Write all of it; a short write is what a quota reached in the middle looks like, so the rest is asked for again."""
+    """Write all of it.
+
+    A short write means that a quota was reached in the middle, so the rest is written again to get the error.
+    """
     while view:
         written = os.pwrite(fd, view, offset)
         view, offset = view[written:], offset + written
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename inside it survive a crash; file systems that cannot sync a folder are left to their own ways."""
+    """Make a rename in the folder survive a crash. Ignore file systems that cannot sync a folder."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
@@ -119,9 +122,9 @@ def sync_folder(folder: Path) -> None:
 
 
 class Peek:
-    """Look at one path again and again. Its folder stays open, so that a look costs a network volume one operation or two.
+    """Look at one path repeatedly. Its folder stays open, so that a look costs a network volume one or two operations.
 
-    A folder that was replaced is noticed after `_RENEW_S`. One thread uses it.
+    A replaced folder is noticed after `_RENEW_S`. One thread uses it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -142,7 +145,7 @@ class Peek:
             os.close(fd)
 
     def _open(self) -> int:
-        """The nearest folder above that is there."""
+        """Open the nearest folder above the path that exists."""
         if self._fd < 0 or time.monotonic() >= self._until_s:
             self._close()
             folder = next(above for above in self._path.parents if above.is_dir())
@@ -152,11 +155,11 @@ class Peek:
         return self._fd
 
     def exists(self) -> bool:
-        """Whether anything is there; raises `OSError` when that cannot be known."""
+        """Return whether the path exists. Raises `OSError` if that cannot be known."""
         return self.stat() is not None
 
     def stat(self) -> os.stat_result | None:
-        """Return the stat, or None when nothing is there; raises `OSError` when that cannot be known."""
+        """Return the stat, or None if nothing is there. Raises `OSError` if that cannot be known."""
         try:
             folder = self._open()
             return os.stat(self._name, dir_fd=folder)
@@ -164,7 +167,7 @@ class Peek:
             return None
 
     def read(self, most_bytes: int = 64 * 1024) -> bytes:
-        """Read the beginning of the file; raises `OSError`."""
+        """Read the beginning of the file. Raises `OSError`."""
         folder = self._open()
         fd = os.open(self._name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=folder)
         try:
@@ -174,7 +177,7 @@ class Peek:
 
 
 def sha256_of(path: Path, cancel: CancelToken, on_bytes: Callable[[int], None]) -> str:
-    """The sha256 of a whole file, stopping within one buffer when cancelled; `on_bytes` gets the count so far."""
+    """Return the sha256 of a whole file. Stop within one buffer if cancelled. `on_bytes` gets the count so far."""
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(_BUFFER_BYTES))
     done = 0
@@ -189,7 +192,7 @@ def sha256_of(path: Path, cancel: CancelToken, on_bytes: Callable[[int], None]) 
 
 
 def git_sha1_of(path: Path, size_bytes: int) -> str:
-    """What git calls a file of this content, which is small."""
+    """Return git's hash of a file, which must be small."""
     digest = hashlib.sha1(b"blob %d\0" % size_bytes, usedforsecurity=False)
     with path.open("rb", buffering=0) as stream:
         while block := stream.read(_BUFFER_BYTES):
@@ -198,9 +201,9 @@ def git_sha1_of(path: Path, size_bytes: int) -> str:
 
 
 def check_whole(path: Path, size_bytes: int) -> None:
-    """Raise `FileIncomplete` when a safetensors file's header and size disagree, `NotAModel` for a web page or the like.
+    """Raise `FileIncomplete` if a safetensors file's header and size disagree, `NotAModel` for a web page or the like.
 
-    Other formats say nothing of their length. This finds a truncated copy in under a millisecond; it cannot find a wrong byte.
+    Other formats do not state their length. This finds a truncated copy in under a millisecond, but no wrong byte.
     """
     whole = stated_bytes(path, size_bytes) if is_safetensors(path.name) else size_bytes
     if not (is_safetensors(path.name) and whole == size_bytes) and (found := foreign_in(path)):
@@ -210,24 +213,24 @@ def check_whole(path: Path, size_bytes: int) -> None:
 
 
 def foreign_in(path: Path) -> str | None:
-    """What a file of weights is instead, if its first bytes leave no doubt."""
+    """Return what a weights file is instead, if its first bytes leave no doubt."""
     return foreign(path.name, head_of(path)) if is_weights(path.name) else None
 
 
 def head_of(path: Path) -> bytes:
-    """The first bytes of a file."""
+    """Return the first bytes of a file."""
     with path.open("rb", buffering=0) as stream:
         return stream.read(HEAD_BYTES)
 
 
 def stated_bytes(path: Path, size_bytes: int) -> int | None:
-    """How long a safetensors file says it is: 8 + header length + the end of the last tensor; None when that cannot be read."""
+    """Return the length that a safetensors file states: 8 + header length + end of the last tensor. None if unreadable."""
     with path.open("rb") as stream:
         return stated_in(stream, size_bytes)
 
 
 def stated_in(stream: BinaryIO, size_bytes: int) -> int | None:
-    """As `stated_bytes`, of a stream that is at the beginning of a file of `size_bytes`."""
+    """Like `stated_bytes`, for a stream at the beginning of a file of `size_bytes`."""
     length = int.from_bytes(stream.read(8), "little")
     if not len(b"{}") <= length <= min(size_bytes - 8, _MAX_HEADER_BYTES):
         return None

@@ -1,7 +1,10 @@
-"""What a source holds -> a checked file under its final name, sealed. Touches the disk and, through `ranges`, the network.
+"""Download a file, verify it, publish it under its final name, and seal it.
 
-A final name appears only by a hard link to a file whose bytes were checked and are safe on the disk, so that it never takes the
-place of another file; by a rename where the file system has no links, or where a damaged file is replaced. The seal comes last.
+Touches the disk and, through `ranges`, the network.
+
+A final name appears only as a hard link to a file whose bytes were verified and are safe on the disk, so that it never replaces
+another file. If the file system has no hard links, or a damaged file is replaced, a rename is used instead. The seal is written
+last.
 """
 
 from __future__ import annotations
@@ -50,7 +53,7 @@ _PENDING_S: Final = 86_400.0
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """A model that can be used. `how` is why: `by_hand` was put there by somebody and is used as it is."""
+    """A model that can be used. `how` is the reason: a `by_hand` file was put there by a person and is used as it is."""
 
     path: Path
     how: How
@@ -59,15 +62,15 @@ class Ready:
 
 
 class Hooks:
-    """Named points between the steps of getting a model. This one does nothing; tests end the process there."""
+    """Named points between the steps. This class does nothing; tests end the process there."""
 
     def at(self, step: str) -> None:
-        """Called in the thread that does the work, before it goes on."""
+        """Run at a step, in the thread that does the work."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tools:
-    """What getting a model needs besides the model."""
+    """What a download needs besides the model."""
 
     layout: Layout
     hub: Hub
@@ -78,22 +81,22 @@ class Tools:
 
 @dataclass(slots=True)
 class Task:
-    """One call of `ensure`: what it is about, who listens, and what it has cost so far."""
+    """One call of `ensure`: the model, the listener, and the cost so far."""
 
     spec: ModelSpec
     path: Path
     progress: Listener
     cancel: CancelToken
     replaces: object = None
-    """The stamp of the file that is to be replaced, where there is one."""
+    """The stamp of the file that is to be replaced, if there is one."""
     needed_bytes: int = 0
     fetched_bytes: int = 0
     key: str = ""
     remote: Remote | None = None
-    """What the source said when the file turned out to be another one than the key's."""
+    """The source's answer, if the file turned out to be another one than the key's."""
 
     def meter(self, phase: Phase, total_bytes: int, report: Listener, done_bytes: int = 0) -> Callable[[int], None]:
-        """What turns counts of bytes into progress with a rate, a few times a second."""
+        """Return a function that turns byte counts into progress with a rate, a few times a second."""
         rate = Meter(time.monotonic(), done_bytes)
         next_s = 0.0
 
@@ -108,7 +111,7 @@ class Task:
 
 
 class Download:
-    """One content on its way to one name."""
+    """The download of one content to one name."""
 
     def __init__(self, tools: Tools, task: Task, remote: Remote, hold: Hold) -> None:
         self._tools = tools
@@ -120,9 +123,10 @@ class Download:
         self._at = tools.hooks.at
 
     def run(self) -> Ready | None:
-        """Fetch, check, publish; None when somebody else did, or put a file there, and the scene has to be looked at again.
+        """Download, verify and publish. None if another worker changed the file meanwhile; call again.
 
-        A wrong byte on the way is fetched anew. The same wrong file twice is the source's lie: `ContentMismatch`.
+        A file with a wrong byte is downloaded again. If the same wrong file arrives twice, the source is wrong:
+        `ContentMismatch`.
         """
         log.info("fetching %s (%d bytes)", self._task.spec, self._remote.size_bytes)
         wrong: set[str] = set()
@@ -143,13 +147,13 @@ class Download:
 
     def _claim(self) -> Partial:
         if not self._remote.has_validator:
-            # Nobody can tell whether what another worker left is of the version that comes now.
+            # Nothing shows whether the bytes that another worker left are of the current version.
             return patiently(lambda: Partial.begin(self._folder, self._remote.size_bytes))
         idle_s = 0.0 if self._hold.state == "held" else _IDLE_S
         return patiently(lambda: Partial.claim(self._folder, self._remote.size_bytes, idle_s))
 
     def _attempt(self, partial: Partial) -> Ready | str | None:
-        """As `run`, with one partial; the sha256 when that is wrong."""
+        """Do what `run` does, with one partial. Return the sha256 if it is wrong."""
         try:
             self._at("claimed")
             self._check_room(partial)
@@ -177,13 +181,13 @@ class Download:
                 partial.close()
 
     def _is_wrong(self, partial: Partial, sha256: str) -> bool:
-        """Whether the file is not the one that the source promised; of a small file the hub tells what git calls it."""
+        """Return whether this is not the file that the source promised. For a small file the hub gives git's hash."""
         if self._remote.sha256 or not self._remote.git_sha1:
             return self._remote.sha256 not in {None, sha256}
         return git_sha1_of(partial.path, self._remote.size_bytes) != self._remote.git_sha1
 
     def _judge(self, actual: str, wrong: set[str]) -> None:
-        """Whether to try again after a file that was wrong: chance does not make the same one twice."""
+        """Raise if the same wrong file arrived twice, which is no coincidence. Otherwise retry."""
         remote = self._remote
         promised = remote.sha256 or f"that of the git blob {remote.git_sha1}"
         log.warning("%s came with the sha256 %s, not %s: thrown away", self._task.spec, actual, promised)
@@ -192,7 +196,7 @@ class Download:
         wrong.add(actual)
 
     def _check_room(self, partial: Partial) -> None:
-        """Say no before the download where the file system itself says that it cannot hold it; a quota shows only later."""
+        """Raise before the download if the file system reports too little space. A quota shows only later."""
         needed, free = partial.size_bytes - partial.done_bytes, free_bytes(partial.path.parent)
         if free is not None and needed > free:
             if not partial.done_bytes:
@@ -202,7 +206,7 @@ class Download:
     # --- the bytes
 
     def _fill(self, partial: Partial) -> str:
-        """All bytes, safe on the disk, and their sha256, which is taken behind the writers while they write."""
+        """Download all bytes to the disk. Return their sha256, which is computed while the writers write."""
         tuning = self._tools.tuning
         partial.keep_journal(tuning.unsaved_bytes * tuning.connections)
         sink = HashedPartial(partial, tuning)
@@ -243,7 +247,7 @@ class Download:
         return self._task.meter(phase, self._remote.size_bytes, both(self._task.progress, self._hold.report), done_bytes)
 
     def _check_unhashed(self, partial: Partial) -> None:
-        """Without a hash the length is all there is to check, and what a safetensors header says about it."""
+        """Without a hash, check the length and what a safetensors header says about it."""
         size_bytes = self._remote.size_bytes
         if found := misfit(self._task.path.name, head_of(partial.path), size_bytes, is_verified=self._remote.is_verified):
             partial.discard()
@@ -259,7 +263,7 @@ class Download:
     # --- the name
 
     def _publish(self, partial: Partial, sha256: str) -> Ready | None:
-        """Give the checked file its name, then seal it; None when a file has appeared there meanwhile."""
+        """Give the verified file its name, then seal it. None if a file appeared there meanwhile."""
         spec, path, layout = self._task.spec, self._task.path, self._tools.layout
         there = stat_file(path)
         over = there is not None and stamp_of(there) == self._task.replaces
@@ -267,7 +271,7 @@ class Download:
             partial.discard()
             return None
         seal, inode = self._seal(partial, sha256)
-        # Whoever looks between name and seal, also if this worker dies there, finds here what the file should hash to.
+        # Between name and seal, even if this worker dies there, others find here what the file should hash to.
         pending = layout.pending(inode)
         write_seal(pending, seal)
         if path.is_symlink():
@@ -276,7 +280,8 @@ class Download:
         try:
             published = patiently(lambda: partial.publish(path, over=over))
         except Taken:
-            # Who goes on with it removes the record with the seal. Where another file has the name by now, nobody does.
+            # A worker that continues the file removes the record with the seal. If another file has the name by now, nobody
+            # does.
             there = stat_file(path)
             if there is not None and there.st_ino != inode:
                 pending.unlink(missing_ok=True)
@@ -291,29 +296,29 @@ class Download:
             self._clear_away()
         write_own_seal(layout, spec, seal, inode, lambda: self._at("seal_half_written"))
         if self._hold.state != "held":
-            # Others may be fetching it as well. They stop now, and have only to look: without the seal they would have to hash.
+            # Other workers may download it as well. They stop now and look again: without the seal they would have to hash.
             self._clear_away()
         self._at("sealed")
         log.debug("published %s", path)
         return Ready(path, "downloaded")
 
     def _clear_away(self) -> None:
-        """Remove what other workers, dead ones above all, left of this content: once it is sealed nobody looks there again."""
+        """Remove what other workers, mostly dead ones, left of this content. Once it is sealed nobody looks there."""
         sweep(self._folder, {partial.path for partial in self._left})
         for left in self._left:
             threading.Thread(target=left.discard_later, name="clear-away", daemon=True).start()
 
     def _seal(self, partial: Partial, sha256: str) -> tuple[Seal, int]:
-        """The seal of a file, and its inode, by which it is known before it has its name."""
+        """Return the seal of a file and its inode, which identifies it before it has its name."""
         if not partial.is_ours():
             raise Taken
-        # A time of our own: what a network file system makes of the last write may still change, and differ between hosts.
+        # Set our own time: what a network file system records for the last write may still change, and differ between hosts.
         mtime = int(time.time())
         os.utime(partial.path, (mtime, mtime))
         partial.close()
         found = partial.path.stat()
         if found.st_size != partial.size_bytes:
-            raise Taken  # somebody cut it short behind the hash
+            raise Taken  # it was truncated after it was hashed
         origin, remote = Origin.of(self._task.spec), self._remote
         seal = Seal(
             size=found.st_size,
@@ -331,21 +336,21 @@ class Download:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a file is from, for its seal: no secret in it."""
+    """Where a file is from, for its seal. It contains no secret."""
 
     repo: str | None
     file: str
 
     @classmethod
     def of(cls, spec: ModelSpec) -> Origin:
-        """The source, as far as it may be shown."""
+        """Return the source, without secrets."""
         if isinstance(spec.source, HubFile):
             return cls(spec.source.repo, spec.source.path)
         return cls(None, str(spec.source))
 
 
 def write_own_seal(layout: Layout, spec: ModelSpec, seal: Seal, inode: int, opened: Callable[[], None] = lambda: None) -> None:
-    """Seal a model's file, if that can be: a file that is right is used all the same."""
+    """Seal a model's file if possible. Without a seal the file is still used."""
     try:
         write_seal(layout.seal(spec.folder, spec.name), seal, opened)
         forget_pending(layout, spec, inode)
@@ -354,7 +359,7 @@ def write_own_seal(layout: Layout, spec: ModelSpec, seal: Seal, inode: int, open
 
 
 def forget_pending(layout: Layout, spec: ModelSpec, inode: int) -> None:
-    """Remove what was written down about a file for the time without a seal, and what others left there a day ago."""
+    """Remove the pending record of a file, and those that others left a day ago."""
     own = layout.pending(inode)
     for path in (own, layout.pending_seal(spec.folder, spec.name)):
         path.unlink(missing_ok=True)
@@ -365,7 +370,7 @@ def forget_pending(layout: Layout, spec: ModelSpec, inode: int) -> None:
 
 
 def both(first: Listener, second: Listener) -> Listener:
-    """One listener that tells two."""
+    """Return one listener that calls two."""
 
     def report(progress: Progress) -> None:
         first(progress)
@@ -375,7 +380,7 @@ def both(first: Listener, second: Listener) -> Listener:
 
 
 def _make_room(partial: Partial, exc: DiskFailed | OSError) -> None:
-    """A partial that filled the disk is in the way of everything else on it."""
+    """Remove a partial that filled the disk, because it blocks everything else."""
     error = exc.error if isinstance(exc, DiskFailed) else exc
     if error.errno in FULL:
         with contextlib.suppress(OSError):

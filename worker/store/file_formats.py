@@ -1,4 +1,4 @@
-"""What a file's first bytes say it is, whatever its name promises. Pure."""
+"""Recognise a file's format by its first bytes, whatever its name says. Pure."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Final
 
 HEAD_BYTES: Final = 512
 SAFETENSORS: Final = (".safetensors", ".sft")
-# Formats whose header tells no length, so that nothing else is looked at before they are used.
+# Formats whose header states no length, so nothing else is checked before they are used.
 _OTHERS: Final = (".pth", ".pt", ".ckpt", ".bin", ".gguf", ".onnx")
 _GGUF: Final = b"GGUF"
 _LFS: Final = b"version https://git-lfs"
@@ -16,17 +16,17 @@ _SHORT_BYTES: Final = 1_000_000
 
 
 def is_safetensors(name: str) -> bool:
-    """Whether the name is that of a safetensors file, in whichever case."""
+    """Return whether the name is that of a safetensors file, in upper or lower case."""
     return name.lower().endswith(SAFETENSORS)
 
 
 def is_weights(name: str) -> bool:
-    """Whether the name is that of a file of weights."""
+    """Return whether the name is that of a weights file."""
     return name.lower().endswith((*_OTHERS, *SAFETENSORS))
 
 
 def foreign(name: str, head: bytes) -> str | None:
-    """Say what a file of weights is instead, when its first bytes leave no doubt; None for any other file."""
+    """Return what a weights file is instead, if its first bytes leave no doubt. None for any other file."""
     if is_weights(name) and head.startswith(_LFS):
         return "a Git LFS pointer, which stands for the file in a repository"
     if not name.lower().endswith(_OTHERS):
@@ -39,9 +39,10 @@ def foreign(name: str, head: bytes) -> str | None:
 
 
 def misfit(name: str, head: bytes, size_bytes: int, *, is_verified: bool) -> str | None:
-    """As `foreign`, of what a source sent.
+    """Like `foreign`, for a file that a source sent.
 
-    Where no hash says that it is the right file, also what is empty, a short text, or lacks its format's first bytes.
+    Without a hash that proves the right file, also reject an empty file, a short text, and a file without its format's first
+    bytes.
     """
     if (found := foreign(name, head)) or is_verified:
         return found

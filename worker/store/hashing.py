@@ -1,17 +1,17 @@
-"""What a download's bytes go through: into the partial, and in their order past a sha256. Touches the disk.
+"""Write a download's bytes into the partial, and hash them in order. Touches the disk.
 
-On a network volume, reading back what eight connections are writing costs as much as writing it. So the hash takes a file's
-bytes from memory on their way to the disk, where that is as good as reading them back:
+On a network volume, reading back what eight connections write costs as much as writing it. So the hash takes a file's bytes
+from memory on their way to the disk, where that is as good as reading them back:
 
-- The file carried a name that only this worker knew from its first byte on, so nobody else ever had it open for writing; one
-  that lost its name is `Taken` and never published. Its length is looked at again before it is.
-- Every byte was written once, and nothing was published before each write, the flush after them and the close said that they
-  went well. A lost write is reported there; the page cache, which is what a read back shows, would have hidden it.
-- What came too far ahead of its turn to be kept in memory is read back.
+- From its first byte on, the file had a name that only this worker knew, so nobody else had it open for writing. A file that
+  lost its name is `Taken` and never published. Its length is checked again before that.
+- Every byte was written once. Nothing was published before each write, the following flush and the close reported success. A
+  lost write is reported there; the page cache, which a read back shows, would have hidden it.
+- Bytes that came too early to be kept in memory are read back.
 
-Where it is not, the whole file is read back. A partial that was `inherited` holds another worker's bytes, and until that worker
-notices its loss, more of them may come. In one that was `rewritten` (a server that stopped honouring ranges sends the file from
-its beginning again) the disk may hold other bytes than those that were hashed.
+Otherwise the whole file is read back. An `inherited` partial contains another worker's bytes, and until that worker notices its
+loss, more of them may arrive. In a `rewritten` one (a server that stops honouring ranges sends the file from its beginning
+again) the disk may hold other bytes than those that were hashed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _TICK_S: Final = 0.2
 
 
 class HashedPartial:
-    """A `Sink` over a partial, with a thread that hashes behind the writers; `stop` ends it."""
+    """A `Sink` over a partial, with a thread that hashes behind the writers. `stop` ends it."""
 
     def __init__(self, partial: Partial, tuning: Tuning) -> None:
         self._partial = partial
@@ -53,35 +53,35 @@ class HashedPartial:
 
     @property
     def size_bytes(self) -> int:
-        """The file's length."""
+        """Return the file's length."""
         return self._partial.size_bytes
 
     @property
     def done_bytes(self) -> int:
-        """How many bytes are written."""
+        """Return how many bytes are written."""
         return self._partial.done_bytes
 
     @property
     def is_rewritable(self) -> bool:
-        """Yes: the whole file is read back then."""
+        """Return True: the whole file is read back then."""
         return True
 
     def gaps(self) -> list[tuple[int, int]]:
-        """What is missing."""
+        """Return the missing ranges."""
         return self._partial.gaps()
 
     def reach(self) -> int:
-        """Everything: a connection that stalls holds the others up no more than the disk does."""
+        """Return the whole size: a stalled connection delays the others no more than the disk does."""
         return self._partial.reach()
 
     def write(self, offset: int, view: memoryview) -> None:
-        """As `Partial.write`. The copy comes first: once the file has the bytes, whoever finds no copy reads them back."""
+        """Like `Partial.write`. Copy first: once the file has the bytes, a reader without a copy reads them back."""
         if self._ahead is not None:
             self._ahead.put(offset, view)
         self._partial.write(offset, view)
 
     def check(self) -> None:
-        """As `Partial.check`, with the patience of the tuning."""
+        """Like `Partial.check`, with the patience of the tuning."""
         self._partial.check(self._tuning.patience_s, self._tuning.stuck_s)
 
     # --- the hash
@@ -96,9 +96,9 @@ class HashedPartial:
         self._hashed_bytes = hashed_bytes
 
     def sha256(self, cancel: CancelToken, on_bytes: Callable[[int], None]) -> str:
-        """The sha256 of the file, which must be complete and settled by now.
+        """Return the sha256 of the file, which must be complete and settled by now.
 
-        Raises `EnsureCancelled`, `Taken`, what the file system says, and `DiskFailed` when that gives no byte for `patience_s`.
+        Raises `EnsureCancelled`, `Taken`, file system errors, and `DiskFailed` if no byte can be read for `patience_s`.
         """
         seen_bytes, moved_s = -1, time.monotonic()
         while self._thread.is_alive():

@@ -1,4 +1,4 @@
-"""How a model's file stands, by one look without a lock or the network: every command asks here. Touches the disk."""
+"""The state of a model's file, by one look without a lock or the network. Every command asks here. Touches the disk."""
 
 from __future__ import annotations
 
@@ -30,27 +30,27 @@ _R = TypeVar("_R")
 _LOOKERS: Final = 8
 _PROBED: Final = 16
 _UPLOADED_S: Final = 60.0
-_SLOW_LOOK_S: Final = 0.0003  # a look at a network file system takes about a millisecond, at a disk a tenth of this
+_SLOW_LOOK_S: Final = 0.0003  # a look takes about a millisecond on a network file system, a tenth of that on a disk
 
 
 class Standing(StrEnum):
-    """How a file stands. No look finds `DAMAGED`: the file has to be read for it."""
+    """The state of a file. No look finds `DAMAGED`: that requires reading the file."""
 
-    READY = "ready"  # its size and time are those of its seal
-    BY_HAND = "by hand"  # there without a seal
+    READY = "ready"  # size and time equal its seal
+    BY_HAND = "by hand"  # present without a seal
     REPLACED = "replaced by hand"  # sealed once, with another size or time
-    INCOMPLETE = "incomplete"  # neither, and its own header says another length
+    INCOMPLETE = "incomplete"  # neither, and its own header states another length
     ABSENT = "absent"
-    DAMAGED = "damaged"  # size and time are those of its seal, the content is not
+    DAMAGED = "damaged"  # size and time equal its seal, but the content differs
 
 
 @dataclass(frozen=True, slots=True)
 class Look:
     """One file as a look found it.
 
-    `seal` is its seal, whether or not it fits. `stamp` differs once the file is another one or was written to. `error` is why
-    an incomplete file cannot be used, or a ready one that is no model: what a source sent was once sealed without a look.
-    `record` is what a seeder wrote down before an upload that it did not get to seal.
+    `seal` is its seal, whether or not it fits. `stamp` changes if the file is replaced or written to. `error` is why an
+    incomplete file cannot be used, or why a ready one is no model (old versions sealed a source's answer without a look).
+    `record` is what a seeder wrote down before an upload that it did not seal.
     """
 
     standing: Standing
@@ -62,12 +62,12 @@ class Look:
 
 
 def look(layout: Layout, folder: str, name: str) -> Look:
-    """Say how a model's file stands. Nothing is written."""
+    """Return the state of a model's file. Write nothing."""
     return look_at(layout.model(folder, name), layout.seal(folder, name))
 
 
 def look_at(path: Path, seal_path: Path) -> Look:
-    """As `look`, of a file and its seal."""
+    """Like `look`, for a file and its seal."""
     found = stat_file(path)
     if found is None:
         return Look(Standing.ABSENT)
@@ -87,12 +87,12 @@ def _foreign(path: Path) -> ModelError | None:
 
 
 def stamp_of(found: os.stat_result) -> tuple[int, ...]:
-    """What another file under this name would have otherwise, and this one too once it was written to."""
+    """Return values that change if the file is replaced or written to."""
     return found.st_size, found.st_mtime_ns, found.st_ino
 
 
 def trouble_of(path: Path, size_bytes: int) -> ModelError | None:
-    """Why a file without a fitting seal cannot be used, as far as that can be told without reading all of it."""
+    """Return why a file without a fitting seal cannot be used, as far as that shows without reading all of it."""
     try:
         check_whole(path, size_bytes)
     except FileUnusable as exc:
@@ -103,11 +103,11 @@ def trouble_of(path: Path, size_bytes: int) -> ModelError | None:
 
 
 def _fits(seal: Seal, seal_path: Path, path: Path, found: os.stat_result) -> bool:
-    """Whether the seal is about this file.
+    """Return whether the seal describes this file.
 
-    One that was uploaded has no time yet. Its header has to agree with its size, and nothing may have changed it since it was
-    sealed: a file of the same length that somebody put there later is known by its bytes only. What S3 stores may take a
-    moment to be as it stays.
+    An uploaded file has no time in its seal yet. Its header must then agree with its size, and nothing may have changed it
+    since it was sealed: another file of the same length, put there later, differs only in its bytes. What S3 stores may take a
+    moment to become stable.
     """
     if seal.mtime is not None:
         return seal.fits(found)
@@ -118,7 +118,7 @@ def _fits(seal: Seal, seal_path: Path, path: Path, found: os.stat_result) -> boo
 
 
 def path_of(layout: Layout, spec: ModelSpec) -> Path:
-    """The model's final path; raises `LinkAstray` for a link above it that leads nowhere, or out of the layout's root."""
+    """Return the model's final path. Raises `LinkAstray` if a link above it leads nowhere, or out of the layout's root."""
     path = layout.model(spec.folder, spec.name)
     root = layout.root.resolve()
     if path.parent.resolve().is_relative_to(root) and path.resolve().is_relative_to(root) and path.parent.exists():
@@ -131,7 +131,7 @@ def path_of(layout: Layout, spec: ModelSpec) -> Path:
 
 
 def sealed(layout: Layout, folder: str, name: str) -> tuple[Path, Seal] | None:
-    """The file and its seal, if it is ready: one stat, one small read. A seal without a time gets the file's."""
+    """Return the file and its seal if it is ready: one stat, one small read. A seal without a time gets the file's."""
     path = layout.model(folder, name)
     found = stat_file(path)
     seal = read_seal(layout.seal(folder, name)) if found else None
@@ -144,10 +144,10 @@ def sealed(layout: Layout, folder: str, name: str) -> tuple[Path, Seal] | None:
 
 
 def lacking(layouts: Iterable[Layout], specs: Iterable[ModelSpec]) -> list[ModelSpec]:
-    """Those of the models that something is left to do for: to fetch or adopt them, or to say what is wrong with them.
+    """Return the models that still need work: a download, an adoption, or an error message.
 
-    The others lie under the first layout that has them: sealed, as the file that is asked for, or put there by hand where
-    nobody says what the file should hash to.
+    The others lie under the first layout that has them: sealed as the requested file, or put there by hand where no hash is
+    known.
     """
     left = list(specs)
     for layout in layouts:
@@ -157,7 +157,7 @@ def lacking(layouts: Iterable[Layout], specs: Iterable[ModelSpec]) -> list[Model
 
 
 def record(layout: Layout, spec: ModelSpec, found: os.stat_result) -> Seal | None:
-    """What was written down about a file of this size: by a publication that was cut short, or before it was touched."""
+    """Return a record about a file of this size: from a publication that was cut short, or from before it was touched."""
     for place in (layout.pending(found.st_ino), layout.pending_seal(spec.folder, spec.name)):
         pending = read_seal(place)
         if pending and pending.fits(found):
@@ -167,7 +167,7 @@ def record(layout: Layout, spec: ModelSpec, found: os.stat_result) -> Seal | Non
 
 
 def spelled(layout: Layout, spec: ModelSpec) -> ModelSpec:
-    """The model with its name as the file that is there has it, where that only writes accents in the other way."""
+    """Return the model with its name as the existing file spells it, if only the form of accents differs."""
     names = forms(spec.name)
     there = (name for name in names if len(names) > 1 and stat_file(layout.model(spec.folder, name)))
     return replace(spec, name=next(there, spec.name))
@@ -183,7 +183,7 @@ def _is_settled(layout: Layout, spec: ModelSpec) -> bool:
 
 
 def _is_by_hand(layout: Layout, spec: ModelSpec) -> bool:
-    """Whether it is a file that is used as it is, because nobody says what it should hash to."""
+    """Return whether the file is used as it is, because no hash is known for it."""
     found = stat_file(layout.model(spec.folder, spec.name))
     if found is None or record(layout, spec, found):
         return False
@@ -193,12 +193,13 @@ def _is_by_hand(layout: Layout, spec: ModelSpec) -> bool:
 
 
 def _each(look: Callable[[_T], _R], items: Sequence[_T]) -> list[_R]:
-    """What each look says, in their order."""
+    """Return the results of the looks, in order."""
     first, rest = items[:_PROBED], items[_PROBED:]
     began_s = time.monotonic()
     said = [look(item) for item in first]
     if time.monotonic() - began_s < _SLOW_LOOK_S * len(first):
-        # Threads on a local disk wait for each other's interpreter lock, not for the disk: 1,000 models take 30 ms, not 80.
+        # On a local disk threads wait for the interpreter lock, not for the disk: without them 1,000 models take 30 ms instead
+        # of 80.
         return said + [look(item) for item in rest]
     with ThreadPoolExecutor(_LOOKERS, thread_name_prefix="ready") as pool:
         return said + list(pool.map(look, rest, chunksize=32))

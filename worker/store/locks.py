@@ -1,8 +1,8 @@
-"""One downloader in the fleet for each content; a lock that saves bandwidth and that nothing depends on. Touches the disk.
+"""One downloader for each content. The lock saves bandwidth; correctness does not depend on it. Touches the disk.
 
-filelock's `SoftReadWriteLock` is the one lock that survives what happens to workers: its holders write heartbeats and waiters
-judge them on their own clocks, so a killed worker and a dead host are both succeeded after `stale_s`. flock stays held for a
-day when a host dies, and is no lock at all on mounts that keep it local.
+filelock's `SoftReadWriteLock` is the one lock that survives what happens to workers. Its holders write heartbeats, and waiters
+judge them by their own clocks, so a killed worker and a dead host are both replaced after `stale_s`. flock stays held for a day
+when a host dies, and does not lock at all on mounts that keep it local. See docs/decisions/004.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ _CANNOT_WRITE: Final = READ_ONLY | FULL
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """How the lock waits. A dead holder is succeeded `quiet_s + stale_s` and two polls later: 45 s are ample with the defaults.
+    """How the lock waits. A dead holder is replaced after `quiet_s + stale_s` and two polls: within 45 s with the defaults.
 
     A waiter looks for the published file each `look_s` and reads the holder's report every second time. It takes part in the
-    lock itself, which costs a volume a hundred times as much, only when no new report came for `quiet_s`. `attempt_s` bounds
-    how long a cancelled waiter stays.
+    lock itself, which costs a volume a hundred times as much, only if no new report came for `quiet_s`. `attempt_s` limits how
+    long a cancelled waiter stays.
 
-    `patience_s` is how long a holder's phase and count of bytes may stay what they are before a waiter goes on without the
-    lock, each waiter after one to two times that: that a holder still reports says only that it lives. `lone_patience_s` is the
-    same where the file system has no such locks.
+    `patience_s` is how long a holder's phase and byte count may stay the same before a waiter continues without the lock, each
+    waiter after one to two times that. A holder that still reports only shows that it lives. `lone_patience_s` is the same for
+    file systems without such locks.
 
     `answer_s` is how long a worker waits for another one's look-up before it asks the source itself, each after one to two
-    times that. It may ask as soon as the same worker has been at it for `quiet_s`.
+    times that. It may ask sooner if the same worker has been asking for `quiet_s`.
     """
 
     heartbeat_s: float = 5.0
@@ -67,9 +67,9 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """What the downloader of a content says about itself, once a second, for those who wait for it.
+    """What the downloader of a content reports once a second to those who wait for it.
 
-    `beat` counts what it has said: that it lives, not that it gets on. `left`: it has let go of the lock.
+    `beat` counts its reports: it lives, which does not mean progress. `left`: it has released the lock.
     """
 
     by: str
@@ -78,16 +78,16 @@ class Holder:
     total_bytes: int
     bytes_per_s: float
     beat: int
-    name: str = ""  # the model's `folder/name`; the key says nothing to a person
+    name: str = ""  # the model's `folder/name`; the key means nothing to a person
     left: bool = False
 
     def as_progress(self) -> Progress:
-        """The same, as the waiting worker shows it."""
+        """Return the report as the waiting worker's progress."""
         return Progress("waiting", self.done_bytes, self.total_bytes, self.bytes_per_s, self.by)
 
 
 class Hold:
-    """The result of waiting: the content was published meanwhile, or it is for this worker to fetch."""
+    """The result of waiting: the content was published meanwhile, or this worker shall download it."""
 
     def __init__(
         self, path: Path, worker: str, name: str, timing: Timing, state: Literal["held", "unlocked", "published"]
@@ -102,7 +102,7 @@ class Hold:
         self._last: Progress | None = None
 
     def report(self, progress: Progress) -> None:
-        """Let the waiting workers see it; at most once a second, and never a reason to fail."""
+        """Show the progress to the waiting workers, at most once a second. It never raises."""
         now_s = time.monotonic()
         if now_s < self._next_s:
             return
@@ -111,7 +111,7 @@ class Hold:
         self._write(progress, left=False)
 
     def leave(self) -> None:
-        """Let the waiting workers see that the lock is free with nothing published, if they were told that it is held."""
+        """Tell the waiting workers that the lock is free and nothing was published, if they were told that it is held."""
         if self._last:
             self._write(self._last, left=True)
 
@@ -133,7 +133,7 @@ class Locks:
         self._timing = timing or Timing()
 
     def holder(self, key: str) -> Holder | None:
-        """Who says they download this content, if anybody does; possibly a worker that died since."""
+        """Return who reports a download of this content, possibly a worker that has died since."""
         with Peek(self._layout.lock_progress(key)) as peek:
             return _read(peek)
 
@@ -147,11 +147,12 @@ class Locks:
         on_wait: Listener = lambda _: None,
         name: str = "",
     ) -> Iterator[Hold]:
-        """Wait until the content is published or is this worker's to fetch; `Hold.state` says which.
+        """Wait until the content is published or this worker may download it. `Hold.state` says which.
 
-        `name` is what people call the content: this worker's log says it, and those of the workers that wait for this one.
+        `name` is the content's name for people: it appears in this worker's log, and in those of workers that wait for this
+        one.
 
-        Never waits longer than a holder without progress is given: then the work is done without the lock, which costs
+        A waiter never waits longer than a holder without progress is allowed. It then continues without the lock, which costs
         bandwidth and nothing else. Raises `EnsureCancelled` within `Timing.attempt_s` and a disk access.
         """
         record, lock = self._layout.lock_progress(key), self._make(key)
@@ -169,7 +170,7 @@ class Locks:
                     hold.leave()
 
     def _make(self, key: str) -> SoftReadWriteLock:
-        # One instance for all attempts: how long a holder was silent is remembered in it.
+        # One instance for all attempts, because it remembers how long a holder was silent.
         return SoftReadWriteLock(
             self._layout.lock(key),
             is_singleton=False,
@@ -188,14 +189,15 @@ def _read(record: Peek) -> Holder | None:
 
 
 class _Waiter:
-    """One wait for one lock: tries again and again, and watches everything that could end the wait."""
+    """One wait for one lock. It retries and watches everything that could end the wait."""
 
     def __init__(self, record: Peek, name: str, timing: Timing, on_wait: Listener) -> None:
         self._record = record
         self._name = name
         self._timing = timing
         self._on_wait = on_wait
-        # A fleet that loses patience together would download together: whoever is first shows progress to the others.
+        # If all workers lost patience together, all would download. With a random delay the first one shows progress to the
+        # others.
         self._haste = random.uniform(1.0, 2.0)  # noqa: S311 - no secret
         self._seen: Holder | None = None
         self._furthest: dict[str, tuple[str, int]] = {}
@@ -235,7 +237,7 @@ class _Waiter:
         except Timeout:
             self._trouble_since_s = None
             return False
-        # RuntimeError is how filelock says that its folder belongs to another account or was replaced by a link.
+        # filelock raises RuntimeError if its folder belongs to another account or was replaced by a link.
         except (OSError, RuntimeError) as exc:
             self._judge(exc)
             return False
@@ -248,7 +250,7 @@ class _Waiter:
         if final or now_s - self._trouble_since_s > self._timing.trouble_s:
             log.warning("no locks on this file system (%s): two workers may fetch the same model", exc)
             self._works = False
-            # Where nothing can be written there is nobody to wait for, and the download will say so better.
+            # If nothing can be written there is nobody to wait for, and the download gives a better error.
             self._patience_s = 0.0 if isinstance(exc, OSError) and exc.errno in _CANNOT_WRITE else self._timing.lone_patience_s
 
     def _out_of_patience(self) -> bool:
@@ -263,7 +265,7 @@ class _Waiter:
         return now_s - self._moved_s >= self._patience_s * self._haste
 
     def _moves(self, holder: Holder) -> bool:
-        """Whether this reporter is in another phase, or further in it, than it ever said: two that alternate do not move."""
+        """Return whether this reporter is in a new phase, or further in it than before. Alternating reports do not count."""
         phase, done_bytes = self._furthest.get(holder.by, ("", -1))
         if holder.phase == phase and holder.done_bytes <= done_bytes:
             return False

@@ -1,9 +1,9 @@
-"""One unfinished copy of a file: its bytes, and the journal of which of them are there. Touches the disk.
+"""One partial download: its bytes, and the journal of those that are there. Touches the disk.
 
-A partial is `<nonce>.part` beside `<nonce>.journal`, in the folder of its content. It belongs to whoever renamed it last: a
-worker that goes on with another's partial first gives it a name of its own, and a writer whose file has lost its name stops
-(`Taken`). So a worker that was only believed dead cannot write for long into a file that somebody else may publish; and a
-journal, named like its file, never speaks about another file's bytes.
+A partial is `<nonce>.part` beside `<nonce>.journal`, in the folder of its content. It belongs to whoever renamed it last. A
+worker that continues another's partial first renames it, and a writer whose file has lost its name stops (`Taken`). So a worker
+that was wrongly believed dead cannot write for long into a file that another worker may publish. And a journal, named like its
+file, never describes another file's bytes.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ _OWNED_EVERY_S: Final = 0.25
 _HASH_BYTES: Final = 4 * MIB
 _PATIENCE_S: Final = 120.0
 _STUCK_S: Final = 8.0
-_SLOWEST_BYTES_PER_S: Final = 16 * MIB  # a flush may take as long as a volume of this rate takes for it
+_SLOWEST_BYTES_PER_S: Final = 16 * MIB  # the flush may take as long as a volume of this rate needs
 _GONE: Final = frozenset({errno.ENOENT, errno.ESTALE})
 
 
-class Taken(Exception):  # noqa: N818 - it is no error: somebody else goes on with the file
-    """The partial is no longer this worker's: another one continues it, has published it, or threw it away."""
+class Taken(Exception):  # noqa: N818 - not an error: another worker continues the file
+    """The partial is no longer this worker's: another one continues it, has published it, or removed it."""
 
 
 class Stuck(Exception):  # noqa: N818 - as above
-    """The file system keeps a write to, or a flush of, a partial that another worker began."""
+    """The file system does not finish a write to, or a flush of, a partial that another worker began."""
 
 
 class DiskFailed(Exception):  # noqa: N818 - named for what happened, as all errors here
-    """The file system's error while bytes were written; no OSError, so that nobody takes it for one of the network's."""
+    """The file system's error during a write. It is no OSError, so that it is not taken for the network's."""
 
     def __init__(self, error: OSError) -> None:
         super().__init__(str(error))
@@ -59,7 +59,7 @@ class DiskFailed(Exception):  # noqa: N818 - named for what happened, as all err
 
 
 def silent(for_s: float) -> DiskFailed:
-    """What to raise when the file system has not answered for that long."""
+    """Return the error for a file system that has not answered for that long."""
     return DiskFailed(TimeoutError(errno.ETIMEDOUT, f"it did not answer for {for_s:.0f} s"))
 
 
@@ -72,7 +72,7 @@ class Ranges:
             self.add(start, end)
 
     def add(self, start: int, end: int) -> None:
-        """Add a range; it may overlap or touch what is there."""
+        """Add a range. It may overlap or touch existing ones."""
         if start >= end:
             return
         low = bisect.bisect_left(self._ranges, start, key=lambda found: found[1])
@@ -82,30 +82,30 @@ class Ranges:
         self._ranges[low:high] = [(start, end)]
 
     def gaps(self, size: int) -> list[tuple[int, int]]:
-        """What is missing from `size` bytes, in order."""
+        """Return the missing ranges of `size` bytes, in order."""
         edges = [0, *(edge for found in self._ranges for edge in found), size]
         return [(start, end) for start, end in zip(edges[::2], edges[1::2], strict=True) if start < end]
 
     @property
     def total(self) -> int:
-        """How many bytes they hold."""
+        """Return the total length of the ranges."""
         return sum(end - start for start, end in self._ranges)
 
     @property
     def first_gap(self) -> int:
-        """How many bytes are there from the beginning without a gap."""
+        """Return how many bytes are there from the beginning without a gap."""
         return self._ranges[0][1] if self._ranges and self._ranges[0][0] == 0 else 0
 
     def as_list(self) -> list[tuple[int, int]]:
-        """A copy, in order."""
+        """Return a copy, in order."""
         return list(self._ranges)
 
 
 class Partial:
-    """A file under way. Any thread may write; `claim` makes one.
+    """A partial download. Any thread may write. `claim` creates one.
 
-    `inherited`: another worker began it, and may still be writing. `rewritten`: bytes came that were there already. What was
-    hashed while it was written says nothing about a file with either.
+    `inherited`: another worker began it and may still be writing. `rewritten`: bytes arrived again. Partials of either kind
+    cannot be hashed on the fly and are re-read before publishing.
     """
 
     def __init__(self, path: Path, fd: int, size_bytes: int, done: Ranges, *, inherited: bool = False) -> None:
@@ -130,9 +130,9 @@ class Partial:
 
     @classmethod
     def claim(cls, folder: Path, size_bytes: int, idle_s: float = 0.0) -> Partial:
-        """Go on with the fullest partial in `folder` that nobody touched for `idle_s`, else begin one.
+        """Continue the fullest partial in `folder` that nobody touched for `idle_s`, or begin a new one.
 
-        Callers that hold the content's lock pass 0; without the lock an idle time keeps two workers from taking the same
+        Callers that hold the content's lock pass 0. Without the lock, an idle time prevents two workers from taking the same
         partial from each other for ever.
         """
         path = folder / f"{secrets.token_hex(8)}.part"
@@ -146,12 +146,12 @@ class Partial:
 
     @classmethod
     def begin(cls, folder: Path, size_bytes: int) -> Partial:
-        """A new one, with nothing in it."""
+        """Create an empty partial."""
         return cls._begin_as(folder / f"{secrets.token_hex(8)}.part", size_bytes)
 
     @classmethod
     def _begin_as(cls, path: Path, size_bytes: int) -> Partial:
-        """Under this name, whose journal may be there already from a claim that found nothing to go on with."""
+        """Create a partial under this name. Its journal may exist from a claim that found nothing to continue."""
         journal = path.with_suffix(".journal")
         write_atomically(journal, _encode(size_bytes, Ranges()))
         try:
@@ -160,8 +160,8 @@ class Partial:
             journal.unlink(missing_ok=True)
             raise
         try:
-            # The length first: a sparse file of the final size is where ranges can land in any order, and a quota that
-            # counts lengths says no before anything is downloaded.
+            # Set the length first: ranges can then land in any order in a sparse file, and a quota that counts lengths fails
+            # before the download begins.
             os.ftruncate(partial._fd, size_bytes)
         except OSError:
             partial.discard()
@@ -170,13 +170,13 @@ class Partial:
 
     @classmethod
     def _take(cls, old_journal: Path, path: Path, size_bytes: int, done: Ranges) -> Partial:
-        # The new journal is whole before the file gets its name: a crash in between leaves the old pair as it was.
+        # The new journal is complete before the file gets its name: a crash in between leaves the old pair as it was.
         write_atomically(path.with_suffix(".journal"), _encode(size_bytes, done))
         old_journal.with_suffix(".part").rename(path)
         old_journal.unlink(missing_ok=True)
         fd = patiently(lambda: os.open(path, os.O_RDWR | os.O_CLOEXEC))
         if os.fstat(fd).st_nlink > 1:
-            # It was published under its final name while it was taken: that file is not for us to write into.
+            # It was published under its final name while it was claimed: this worker must not write into that file.
             os.close(fd)
             path.unlink(missing_ok=True)
             path.with_suffix(".journal").unlink(missing_ok=True)
@@ -185,32 +185,32 @@ class Partial:
 
     @property
     def done_bytes(self) -> int:
-        """How many bytes are there."""
+        """Return how many bytes are there."""
         with self._changed:
             return self._done.total
 
     @property
     def is_rewritable(self) -> bool:
-        """Yes, and `rewritten` tells."""
+        """Return True; `rewritten` records whether it happened."""
         return True
 
     def gaps(self) -> list[tuple[int, int]]:
-        """What is missing, in order."""
+        """Return the missing ranges, in order."""
         with self._changed:
             return self._done.gaps(self.size_bytes)
 
     @property
     def stuck_s(self) -> float:
-        """For how long the file system has kept the oldest write or flush that it has not finished; 0 when there is none.
+        """Return how long the oldest unfinished write or flush has waited for the file system. 0 if there is none.
 
-        MooseFS keeps the parts of a file that a host was writing when it died locked against everybody, for two minutes.
+        If a host dies while it writes, MooseFS keeps those parts of the file locked for two minutes.
         """
         with self._changed:
             return time.monotonic() - min(self._pending.values()) if self._pending else 0.0
 
     @contextlib.contextmanager
     def _pended(self) -> Iterator[None]:
-        """What is done inside waits for the file system, which may never answer: `stuck_s` knows of it."""
+        """Count the body as a wait for the file system, which may never answer, in `stuck_s`."""
         mine = object()
         with self._changed:
             self._pending[mine] = time.monotonic()
@@ -222,14 +222,14 @@ class Partial:
                 self._changed.notify_all()
 
     def reach(self) -> int:
-        """Everything: the bytes of a file may land in any order."""
+        """Return the whole size: bytes may land in any order."""
         return self.size_bytes
 
     def check(self, patience_s: float = _PATIENCE_S, stuck_s: float = _STUCK_S) -> None:
-        """Raise `Stuck` or `DiskFailed` when a write or a flush takes too long: on a network volume it may not end at all.
+        """Raise `Stuck` or `DiskFailed` if a write or a flush takes too long. On a network volume it may never end.
 
-        `stuck_s` is for a file that another worker began, which a dead host may have left locked; `patience_s` for our own.
-        A flush of much, for which writes wait as well, is given the time that a slow volume takes.
+        `stuck_s` is for a file that another worker began, which a dead host may have left locked; `patience_s` for our own. A
+        large flush, which writes wait for as well, gets the time that a slow volume needs.
         """
         waited_s = self.stuck_s
         if not waited_s:
@@ -241,7 +241,7 @@ class Partial:
 
     @contextlib.contextmanager
     def _using(self) -> Iterator[int]:
-        """The descriptor, which stays open inside even if `close` is called meanwhile: its number may not be reused."""
+        """Yield the descriptor. It stays open in the body even if `close` is called, because its number must not be reused."""
         with self._changed:
             if self._closed:
                 raise Taken
@@ -256,7 +256,7 @@ class Partial:
                 os.close(self._fd)
 
     def keep_journal(self, limit_bytes: int) -> None:
-        """Journal in the background from now on; writers wait while more than `limit_bytes` are not yet safe."""
+        """Write the journal in the background. Writers wait while more than `limit_bytes` are not safe."""
         if self._journalist:
             return
         self._limit_bytes = limit_bytes
@@ -268,7 +268,7 @@ class Partial:
         return self._journalist
 
     def write(self, offset: int, view: memoryview) -> None:
-        """Put bytes where they belong; raises `Taken`, or `DiskFailed`, also for what the journal met meanwhile."""
+        """Write bytes at their offset. Raises `Taken`, or `DiskFailed`, also for an earlier error of the journal."""
         with self._using() as fd, self._pended():
             try:
                 self._check_ours()
@@ -294,7 +294,7 @@ class Partial:
         self._owned_until_s = now_s + _OWNED_EVERY_S
 
     def is_ours(self) -> bool:
-        """Whether the file still has the name that this worker gave it, and that no other file ever has."""
+        """Return whether the file still has the unique name that this worker gave it."""
         try:
             self.path.stat()
         except OSError as exc:
@@ -304,13 +304,13 @@ class Partial:
         return True
 
     def _save(self, fd: int) -> None:
-        """Make what is there safe, then say so in the journal: a host that dies leaves no journal of bytes it lost."""
+        """Flush the bytes, then record them in the journal: a dead host leaves no journal of bytes that it lost."""
         with self._changed:
             done, unsaved = Ranges(self._done.as_list()), self._unsaved_bytes
             self._flushing_bytes = unsaved
         with self._pended():
             os.fdatasync(fd)
-            # Nobody would ever remove a journal that comes after its file has gone to somebody else.
+            # Nobody would ever remove a journal that is written after another worker took its file.
             if not self._given_up and self.is_ours():
                 write_atomically(self.path.with_suffix(".journal"), _encode(self.size_bytes, done))
         with self._changed:
@@ -332,7 +332,7 @@ class Partial:
                 self._changed.notify_all()
 
     def _raise_broken(self) -> None:
-        """Say what stopped the journal: a folder that was swept under it is no error of the disk."""
+        """Raise what stopped the journal. A folder that was removed under it is not a disk error."""
         if self._broken is None:
             return
         if self._broken.errno in _GONE and not self.is_ours():
@@ -340,7 +340,7 @@ class Partial:
         raise DiskFailed(self._broken)
 
     def _wait_for_work(self) -> bool:
-        """Return when there is enough to journal, or after a while; True when it is time to end."""
+        """Wait until there is enough to journal, or for a while. Return True if it is time to end."""
         until_s = time.monotonic() + _FLUSH_EVERY_S
         with self._changed:
             while not self._closing:
@@ -353,10 +353,10 @@ class Partial:
     def follow(
         self, stop: Callable[[], bool], on_bytes: Callable[[int], None] = lambda _: None, ahead: Ahead | None = None
     ) -> str | None:
-        """The sha256 of the whole file, taken behind the writers as they go; None when `stop` says so before its end.
+        """Return the sha256 of the whole file, computed while the writers write. None if `stop` says so before its end.
 
-        Bytes come from `ahead` where they are there, so they are those that were given to `write`, and otherwise from the
-        file, so they are what was stored. The page cache is warm afterwards either way.
+        Bytes come from `ahead` if they are there, and are then those that were given to `write`. Otherwise they come from the
+        file, and are what was stored. Either way the page cache is warm afterwards.
         """
         digest = hashlib.sha256()
         buffer = memoryview(bytearray(_HASH_BYTES))
@@ -373,16 +373,17 @@ class Partial:
                 elif readable := self._readable(at, kept):
                     length = os.preadv(fd, [buffer[:readable]], at)
                     if length == 0:
-                        raise Taken  # somebody cut the file short: it is not the one that was journalled
+                        raise Taken  # the file was truncated: it is not the one that was journalled
                     digest.update(buffer[:length])
                     at += length
                 on_bytes(at)
         return digest.hexdigest()
 
     def _readable(self, offset: int, kept: Ahead) -> int:
-        """How many bytes to read back at `offset`; 0 after a moment in which there were too few, or when `kept` has them.
+        """Return how many bytes to read back at `offset`. 0 after a short wait for more, or if `kept` has them.
 
-        Bytes are offered to `kept` before they are written: what the file has and `kept` has not will not come there.
+        Bytes are offered to `kept` before they are written: if the file has bytes that `kept` lacks, they will not appear
+        there.
         """
         with self._changed:
             until = min(offset + _HASH_BYTES, kept.next_after(offset, self.size_bytes))
@@ -391,11 +392,11 @@ class Partial:
             return until - offset if self._done.first_gap >= until and not kept.has(offset) else 0
 
     def settle(self, patience_s: float = _PATIENCE_S, stuck_s: float = _STUCK_S) -> None:
-        """Everything is safe and journalled when this returns.
+        """Return when everything is safe and journalled.
 
-        Raises `Taken`, what the disk says, and as `check` does when that does not answer.
+        Raises `Taken`, the disk's errors, and what `check` raises if the disk does not answer.
         """
-        # A connection that was given up can still be in a write: nothing may land after the file was judged.
+        # An abandoned connection can still be in a write: nothing may land after the file was judged.
         while self.stuck_s:
             self.check(patience_s, stuck_s)
             with self._changed:
@@ -403,7 +404,7 @@ class Partial:
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        # The last flush is the journalist's as well: it may never end, and this thread has to see that.
+        # The journal's thread does the last flush. It may never end, and this thread must notice that.
         journalist = self._journalist or self._start_journalist()
         while journalist.is_alive():
             self.check(patience_s, stuck_s)
@@ -413,7 +414,7 @@ class Partial:
             raise Taken
 
     def close(self, wait_s: float = 0.5) -> None:
-        """Let go of the file, keeping it for the next one. A disk slower than `wait_s` journals later."""
+        """Release the file and keep it for the next worker. A disk slower than `wait_s` journals later."""
         self._stop_journalist(wait_s)
         with self._changed:
             last = not self._closed and not self._users
@@ -430,9 +431,9 @@ class Partial:
         self._journalist = None
 
     def publish(self, target: Path, *, over: bool = False) -> bool:
-        """Give the file its final name and forget the partial; False where another file has that name, and keeps it.
+        """Give the file its final name and forget the partial. Return False if another file has that name.
 
-        `over` replaces that file. Raises `Taken` when another worker has this partial.
+        `over` replaces that file. Raises `Taken` if another worker has this partial.
         """
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -449,7 +450,7 @@ class Partial:
         return True
 
     def _link(self, target: Path) -> bool:
-        """Give the file this name too; False where only a rename can. Raises `FileExistsError` when a file has the name."""
+        """Link the file to this name too. Return False if only a rename can. Raises `FileExistsError` if the name is taken."""
         try:
             target.hardlink_to(self.path)
         except FileExistsError:
@@ -465,30 +466,30 @@ class Partial:
         return True
 
     def disown(self) -> None:
-        """Nobody shall go on with it, but the file stays for now: see `discard_later`."""
+        """Prevent others from continuing it, but keep the file for now: see `discard_later`."""
         self._given_up = True
         self.path.with_suffix(".journal").unlink(missing_ok=True)
 
     def discard_later(self) -> None:
-        """Throw it away once its stuck writes are through: before, unlinking it would wait for them, with its folder locked."""
+        """Remove it once its stuck writes are through. Unlinking it earlier would wait for them and lock its folder."""
         while self.stuck_s:
             time.sleep(_FLUSH_EVERY_S)
         with contextlib.suppress(OSError):
             self.discard()
 
     def discard(self) -> None:
-        """Throw it away. It is unlinked, never truncated: another worker may just have published this very inode."""
+        """Remove it. It is unlinked, never truncated: another worker may just have published this inode."""
         self._given_up = True
         self.close()
         if self.is_ours():
             self.path.unlink(missing_ok=True)
         self.path.with_suffix(".journal").unlink(missing_ok=True)
         with contextlib.suppress(OSError):
-            self.path.parent.rmdir()  # only if nobody else has anything in it
+            self.path.parent.rmdir()  # only if nobody else has a file in it
 
 
 def sweep(folder: Path, but: Collection[Path] = ()) -> None:
-    """Remove a published content's partials, whosever they are; a writer among them notices and stops."""
+    """Remove a published content's partials, of all workers. A writer among them notices and stops."""
     with contextlib.suppress(OSError):
         for entry in set(folder.iterdir()).difference(but):
             entry.unlink(missing_ok=True)
@@ -500,7 +501,7 @@ def _encode(size_bytes: int, done: Ranges) -> bytes:
 
 
 def _idle(found: list[tuple[Path, Ranges]], clock: Path, size_bytes: int, idle_s: float) -> list[tuple[Path, Ranges]]:
-    """Those that were not journalled for `idle_s`, by the file server's clock alone: `clock` is a file made for that."""
+    """Return those not journalled for `idle_s`, by the file server's clock alone: `clock` is a file made for that."""
     write_atomically(clock, _encode(size_bytes, Ranges()))
     before_s = clock.stat().st_mtime - idle_s
     idle = []
@@ -512,7 +513,7 @@ def _idle(found: list[tuple[Path, Ranges]], clock: Path, size_bytes: int, idle_s
 
 
 def _candidates(folder: Path, size_bytes: int) -> list[tuple[Path, Ranges]]:
-    """Journals of files of this size that have bytes, the fullest first."""
+    """Return partials of this size that have bytes, the fullest first."""
     found = []
     for journal in folder.glob("*.journal"):
         done = _read_journal(journal, size_bytes)

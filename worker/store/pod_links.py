@@ -1,4 +1,4 @@
-"""Absolute links that were made where the volume has its other name: in a Pod it is `/workspace`. Reads the disk."""
+"""Resolve absolute links that were made where the volume has its other mount point: `/workspace` in a Pod. Reads the disk."""
 
 # ruff: noqa: PTH110, PTH114, PTH115, PTH120
 # No Path objects in what runs once for each link of a large volume.
@@ -22,15 +22,15 @@ _MOST_LINKS: Final = 40
 
 
 def real_path(path: str, tops: Iterable[str]) -> str:
-    """The path without links. One that leads nowhere below another name of the volume is read as below one of `tops`.
+    """Return the path without links. Read a broken link to the volume's other mount point as below one of `tops`.
 
-    Raises `OSError` when it leads nowhere even so.
+    Raises `OSError` if it still leads nowhere.
     """
     for _ in range(_MOST_LINKS):
         try:
             return os.path.realpath(path, strict=True)
         except FileNotFoundError:
-            lost = os.path.realpath(path)  # with what is missing as it was written
+            lost = os.path.realpath(path)  # with missing parts as they were written
             moved = next((there for top in tops if (there := _below(top, lost)) and os.path.lexists(there)), None)
             if moved is None or moved == lost:
                 raise
@@ -44,7 +44,7 @@ def _below(top: str, lost: str) -> str | None:
 
 
 def is_absolute(link: str) -> bool:
-    """Whether a link names the volume by one of its names, so that it leads nowhere where the volume has the other one."""
+    """Return whether a link names the volume by a mount point, so that it is broken at the other one."""
     try:
         target = os.readlink(link)
     except OSError:
@@ -53,12 +53,12 @@ def is_absolute(link: str) -> bool:
 
 
 def mending(link: str, real: str) -> str:
-    """The command that makes such a link lead to the same place wherever the volume is mounted."""
+    """Return the command that makes such a link work wherever the volume is mounted."""
     return f"ln -sfn {shlex.quote(os.path.relpath(real, os.path.realpath(os.path.dirname(link))))} {shlex.quote(link)}"
 
 
 def layout_at(root: Path) -> Layout:
-    """The layout of a volume as it is: with where `models` and its folders really are, if such links lead there."""
+    """Return the layout of a volume, with the real places of `models` and its folders if such links lead there."""
     top = os.path.realpath(root)
     models = root / "models"
     moved = {"": found} if (found := _moved(str(models), top)) else {}
@@ -71,7 +71,7 @@ def layout_at(root: Path) -> Layout:
 
 
 def _moved(link: str, top: str) -> str | None:
-    """Where a link leads that the file system itself does not follow."""
+    """Return the target of a link that the file system itself does not follow."""
     if not os.path.islink(link) or os.path.exists(link):
         return None
     try:

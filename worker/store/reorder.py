@@ -1,6 +1,6 @@
-"""Bytes that came before their turn, kept in memory until it is. Touches nothing; any thread may call.
+"""Keep bytes that arrive early in memory until their turn. Touches nothing; any thread may call.
 
-Ranges are fetched side by side and a hash wants their bytes in order: what is here need not be read back from the disk.
+Ranges arrive in parallel, but a hash needs their bytes in order. Bytes kept here need not be read back from the disk.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ import threading
 
 
 class Ahead:
-    """Copies of blocks by their offset, at most `limit_bytes` of them; those furthest from their turn give way.
+    """Copies of blocks by their offset, at most `limit_bytes`. Those furthest from their turn are dropped first.
 
-    Nobody may rely on a block being here: what gave way, or came twice, has to be found elsewhere. Memory is taken as it is
-    needed, in buffers of `block_bytes` that are used again.
+    No caller may rely on a block: a dropped or repeated block must be found elsewhere. Memory is allocated as needed, in
+    buffers of `block_bytes` that are reused.
     """
 
     def __init__(self, limit_bytes: int, block_bytes: int) -> None:
@@ -24,14 +24,14 @@ class Ahead:
         self._at = 0
 
     def put(self, offset: int, view: memoryview) -> bool:
-        """Keep a copy, if there is room for it or for it rather than for a later one; whether it is kept."""
+        """Keep a copy if there is room, or instead of a later block. Return whether it is kept."""
         with self._lock:
             if len(view) > self._block_bytes or offset < self._at or offset in self._kept:
                 return False
             buffer = self._buffer(offset)
             if buffer is None:
                 return False
-        # Copied without the lock: eight writers would wait for each other. Nobody else knows the buffer yet.
+        # Copy without the lock, or eight writers would wait for each other. Nobody else knows the buffer yet.
         buffer[: len(view)] = view
         with self._lock:
             if offset < self._at:
@@ -50,7 +50,7 @@ class Ahead:
         return self._kept.pop(last)[0] if last > offset else None
 
     def take(self, offset: int) -> memoryview | None:
-        """The block that begins at `offset`, to be given back with `release`; None when it is not here."""
+        """Return the block that begins at `offset`, or None. The caller gives it back with `release`."""
         with self._lock:
             self._at = max(self._at, offset)
             for passed in [found for found in self._kept if found < offset]:
@@ -59,17 +59,17 @@ class Ahead:
         return None if found is None else found[0][: found[1]]
 
     def release(self, block: memoryview) -> None:
-        """Its memory may be used again."""
+        """Allow the block's memory to be reused."""
         buffer = memoryview(block.obj)
         with self._lock:
             self._free.append(buffer)
 
     def has(self, offset: int) -> bool:
-        """Whether a kept block begins at `offset`."""
+        """Return whether a kept block begins at `offset`."""
         with self._lock:
             return offset in self._kept
 
     def next_after(self, offset: int, end: int) -> int:
-        """Where the first kept block beyond `offset` begins; `end` when that comes first."""
+        """Return where the first kept block beyond `offset` begins, at most `end`."""
         with self._lock:
             return min((found for found in self._kept if found > offset), default=end)

@@ -1,4 +1,4 @@
-"""A seal: the record beside a file that says it is whole, so that nobody has to read the file to know. Touches the disk."""
+"""A seal: the record that a file is whole, so that nobody has to read the file to know. Touches the disk."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
 VERSION: Final = 1
 _MAX_BYTES: Final = 64 * 1024
-_READ: Final = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)  # the last two are not everywhere
+_READ: Final = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)  # the last two do not exist everywhere
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seal:
     """What is known of a whole file. `mtime` is in whole seconds, as network file systems keep it.
 
-    `mtime` is None when the file was uploaded through an interface that does not tell (S3): the first worker that sees it
-    compares size and header, and fills it in. `sha256` is of the bytes that were stored.
+    `mtime` is None if the file was uploaded through S3, which does not report it: the first worker that sees the file compares
+    size and header, and fills it in. `sha256` is of the bytes that were stored.
     """
 
     size: int
@@ -40,7 +40,7 @@ class Seal:
     v: int = VERSION
 
     def fits(self, found: os.stat_result) -> bool:
-        """Whether this is the file that was sealed, and unchanged since."""
+        """Return whether this is the sealed file, unchanged."""
         return self.size == found.st_size and self.mtime == whole_mtime(found)
 
 
@@ -48,17 +48,17 @@ _FIELDS: Final = frozenset(item.name for item in fields(Seal))
 
 
 def whole_mtime(found: os.stat_result) -> int:
-    """The second of the last change; a fraction would not survive every file system."""
+    """Return the second of the last change. Some file systems drop the fraction."""
     return found.st_mtime_ns // 1_000_000_000
 
 
 def now() -> str:
-    """The time for `Seal.at`."""
+    """Return the time for `Seal.at`."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def read_seal(path: Path) -> Seal | None:
-    """The seal, or None when there is none that can be read; a newer version's fields are left out."""
+    """Return the seal, or None if there is no readable one. Ignore fields of a newer version."""
     try:
         fd = os.open(path, _READ)
         try:
@@ -71,7 +71,7 @@ def read_seal(path: Path) -> Seal | None:
 
 
 def decode_seal(data: bytes) -> Seal | None:
-    """As `read_seal`, from the bytes of the file."""
+    """Like `read_seal`, from the bytes of the file."""
     try:
         values: Any = json.loads(data)
         seal = Seal(**{name: value for name, value in values.items() if name in _FIELDS})
@@ -84,17 +84,17 @@ def decode_seal(data: bytes) -> Seal | None:
 
 
 def write_seal(path: Path, seal: Seal, opened: Callable[[], None] = lambda: None) -> None:
-    """Replace the seal at `path`: readers see the old one or all of the new one."""
+    """Replace the seal at `path`. Readers see the old one or all of the new one."""
     write_atomically(path, encode_seal(seal), opened=opened)
 
 
 def encode_seal(seal: Seal) -> bytes:
-    """The bytes of a seal's file."""
+    """Return the bytes of a seal's file."""
     return json.dumps(asdict(seal), indent=1).encode()
 
 
 def stat_file(path: Path) -> os.stat_result | None:
-    """The stat of a regular file (links are followed), or None when there is none."""
+    """Return the stat of a regular file, following links, or None."""
     try:
         found = os.stat(path)  # noqa: PTH116 - a thousand of these at every start
     except OSError:

@@ -1,6 +1,6 @@
-"""One look-up in the fleet for each address: the worker that asks tells the others. Touches the disk.
+"""One look-up of each address for all workers: the worker that asks tells the others. Touches the disk.
 
-The answer is a hint whose download to wait for, and nothing depends on it. A worker that fetches has asked the source itself.
+The answer only says whose download to wait for, and nothing depends on it. A worker that downloads has asked the source itself.
 So an answer that is old, wrong or about another version costs one look-up. A worker that gets no answer asks for itself.
 """
 
@@ -38,7 +38,7 @@ _KEY: Final = re.compile(r"(url-)?[0-9a-f]{64}")
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a worker tells of its look-up: the content's key, its size, and who asked. No address, no token."""
+    """A worker's answer for the others: the content's key, its size, and who asked. No address, no token."""
 
     key: str
     size_bytes: int
@@ -46,7 +46,7 @@ class Answer:
 
 
 class Turn:
-    """One worker's part in a look-up: `answer` is what another worker told, or None if this worker has to ask."""
+    """One worker's part in a look-up: `answer` is another worker's, or None if this worker has to ask."""
 
     def __init__(self, record: Path, mark: Path, worker: str) -> None:
         self.answer: Answer | None = None
@@ -57,7 +57,7 @@ class Turn:
         self._told = False
 
     def take(self) -> os.stat_result | None:
-        """Say that this worker asks; return the mark's stat, or None if another worker was quicker. Raises `OSError`."""
+        """Mark that this worker asks and return the mark's stat. None if another worker was quicker. Raises `OSError`."""
         try:
             fd = create(self._mark)
         except FileExistsError:
@@ -69,7 +69,7 @@ class Turn:
             os.close(fd)
 
     def tell(self, remote: Remote | None) -> None:
-        """Leave the answer for the others, once; a volume that takes no record is no error."""
+        """Leave the answer for the others, once. Ignore a volume that cannot be written to."""
         if remote is None or self._told:
             return
         self._told = True
@@ -86,7 +86,7 @@ class Turn:
 
 
 class Lookups:
-    """The look-ups of one volume's fleet, as one worker takes part in them."""
+    """The shared look-ups of one volume, as one worker takes part in them."""
 
     def __init__(self, layout: Layout, worker: str, timing: Timing) -> None:
         self._layout = layout
@@ -95,10 +95,10 @@ class Lookups:
 
     @contextlib.contextmanager
     def turn(self, address: str, fits: Callable[[Answer], bool], cancel: CancelToken, on_wait: Listener) -> Iterator[Turn]:
-        """Wait until another worker told a fresh answer that `fits`, or this worker has to ask.
+        """Wait until another worker left a fresh answer that `fits`, or this worker has to ask.
 
-        `address` is the same for all whose look-ups have one answer. Never waits longer than `Timing.answer_s` allows. Raises
-        `EnsureCancelled`.
+        `address` is the same for all whose look-ups have one answer. It never waits longer than `Timing.answer_s` allows.
+        Raises `EnsureCancelled`.
         """
         digest = hashlib.sha256(address.encode("utf-8", "surrogatepass")).hexdigest()
         record, mark = self._layout.lookup(digest), self._layout.lookup_mark(digest)
@@ -112,14 +112,14 @@ class Lookups:
 
 
 class _Wait:
-    """One wait for an answer. A look costs the volume two or three operations; nothing in it compares clocks of two hosts."""
+    """One wait for an answer. A look costs the volume two or three operations. It never compares clocks of two hosts."""
 
     def __init__(self, turn: Turn, record: Peek, mark: Peek, timing: Timing) -> None:
         self._turn = turn
         self._record = record
         self._mark = mark
         self._look_s = timing.look_s
-        # A fleet that loses patience together would ask together.
+        # If all workers lost patience together, all would ask.
         haste = random.uniform(1.0, 2.0)  # noqa: S311 - no secret
         self._quiet_s = timing.quiet_s * haste
         self._until_s = time.monotonic() + timing.answer_s * haste
@@ -137,7 +137,7 @@ class _Wait:
                 if not others:
                     return None
             if others and self._is_quiet(others):
-                # It was killed, or its source is slow: then one more asks, each few seconds.
+                # It was killed, or its source is slow: then one more asks, every few seconds.
                 _remove(mark)
                 continue
             if time.monotonic() >= self._until_s:
@@ -147,7 +147,7 @@ class _Wait:
         raise EnsureCancelled(mark.stem)
 
     def _fresh(self, mark: os.stat_result) -> Answer | None:
-        """Return the answer if it was left about when the mark was made: by the volume's clock, not by this host's."""
+        """Return the answer if it was written about when the mark was made, by the volume's clock, not by this host's."""
         found = self._record.stat()
         if found is None or abs(found.st_mtime - mark.st_mtime) > _FRESH_S:
             return None
@@ -171,6 +171,6 @@ def _decoded(data: bytes) -> Answer | None:
 
 
 def _remove(mark: Path) -> None:
-    """Remove a mark, if that can be: one that stays is succeeded."""
+    """Remove a mark if possible. Other workers replace one that stays."""
     with contextlib.suppress(OSError):
         mark.unlink(missing_ok=True)

@@ -1,6 +1,6 @@
-"""A model that is wanted -> a file that can be used: ready, adopted, from the machine's cache, or downloaded. Touches the disk.
+"""Make a model available: ready, adopted, from the machine's cache, or downloaded. Touches the disk.
 
-Nothing here depends on a lock for its correctness: the lock keeps the fleet from fetching the same bytes twice.
+Correctness does not depend on a lock. The lock keeps workers from downloading the same bytes twice.
 """
 
 from __future__ import annotations
@@ -58,13 +58,13 @@ _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 
 
 def _ignore(_: Progress) -> None:
-    """Progress that nobody watches."""
+    """Ignore progress."""
 
 
 def cached_file(host_cache: Layout, spec: ModelSpec) -> Path | None:
-    """A hub model's file in RunPod's host cache, whole as far as its length and header say; None when it is not there.
+    """Return a hub model's file in RunPod's host cache, if its length and header say that it is whole.
 
-    It is found by its name there; what it hashes to is not looked at. Touches no network.
+    It is found by its name; its hash is not checked. Touches no network.
     """
     if not isinstance(spec.source, HubFile):
         return None
@@ -83,7 +83,7 @@ def cached_file(host_cache: Layout, spec: ModelSpec) -> Path | None:
 class Store:
     """The models below one root: a network volume, or the container's own disk.
 
-    `host_cache` is where RunPod's host cache lies when that is not below the same root. Safe to use from many threads.
+    `host_cache` is the location of RunPod's host cache if it is not below the same root. Safe to use from many threads.
     """
 
     def __init__(
@@ -106,17 +106,17 @@ class Store:
         self._hashed: dict[tuple[str, int, int], str] = {}
 
     def ready(self, folder: str, name: str) -> Path | None:
-        """The file, if its size and whole-second mtime are those of its seal: one stat, one small read, no network, no lock."""
+        """Return the file if its size and whole-second mtime equal its seal: one stat, one small read, no network, no lock."""
         there = sealed(self.layout, folder, name)
         return there[0] if there else None
 
     def ensure(self, spec: ModelSpec, progress: Listener = _ignore, cancel: CancelToken | None = None) -> Ready:
-        """Return when the model is there to be used; `progress` hears of it several times a second.
+        """Return when the model can be used. `progress` is called several times a second.
 
         The order: a sealed file; a file without a seal, which is never overwritten or removed; RunPod's host cache; a file of
-        the same content that was fetched under another name; a download, by this worker or by the one it waits for. Raises a
-        `ModelError` (or `UnsafePath`) that says what to do; `EnsureCancelled` within a second, with a partial that the next
-        attempt goes on with.
+        the same content that was downloaded under another name; a download, by this worker or by the one it waits for. Raises a
+        `ModelError` (or `UnsafePath`) that says what to do. Raises `EnsureCancelled` within a second; the next attempt
+        continues the partial.
         """
         began_s = time.monotonic()
         spec = spelled(self.layout, spec)
@@ -131,7 +131,7 @@ class Store:
         return replace(found, bytes_fetched=task.fetched_bytes, seconds=time.monotonic() - began_s)
 
     def _get(self, task: Task) -> Ready:
-        """Fetch or adopt the model, or stop as soon as another worker has: whatever this one waits for or met meanwhile."""
+        """Download or adopt the model. Stop as soon as another worker has it, whatever this one waits for."""
         with Watch(task.cancel, task.path, lambda: self._is_published(task.spec), self._timing.look_s) as watch:
             task.cancel = watch
             try:
@@ -151,10 +151,10 @@ class Store:
         return there is not None and (None in {spec.sha256, there[1].sha256} or spec.sha256 == there[1].sha256)
 
     def replace(self, spec: ModelSpec, stamp: object, progress: Listener = _ignore, cancel: CancelToken | None = None) -> Ready:
-        """Fetch the model again, and put it in the place of the file with this stamp once it was checked.
+        """Download the model again, verify it, and then replace the file with this stamp.
 
-        Until then the old file stays, and for good when the source cannot be had. A file that changed meanwhile is left alone:
-        then this is `ensure`. Raises as that does.
+        Until then the old file stays, and it stays if the source is unavailable. If the file changed meanwhile, it is left
+        alone and this does what `ensure` does. Raises what `ensure` raises.
         """
         began_s = time.monotonic()
         task = Task(spec, path_of(self.layout, spec), progress, cancel or threading.Event(), replaces=stamp)
@@ -177,7 +177,7 @@ class Store:
     # --- what is there already
 
     def _look(self, task: Task) -> Ready | None:
-        """What can be used without a lock or the network."""
+        """Return what can be used without a lock or the network."""
         spec = task.spec
         if self._is_ready(task):
             return Ready(task.path, "ready")
@@ -191,7 +191,7 @@ class Store:
         return None
 
     def _is_ready(self, task: Task) -> bool:
-        """Whether the file is sealed; raises `UnsealedMismatch` when it is sealed as another one than is wanted now."""
+        """Return whether the file is sealed. Raises `UnsealedMismatch` if it is sealed as another file than the wanted one."""
         spec = task.spec
         there = sealed(self.layout, spec.folder, spec.name)
         if there is None:
@@ -202,12 +202,12 @@ class Store:
         return True
 
     def _sha256_to_have(self, spec: ModelSpec, found: os.stat_result) -> str | None:
-        """What a file that is not ready should hash to, if anybody says so: the model, or a record of ours about this file."""
+        """Return the expected sha256 of a file that is not ready, from the model or from our record of this file."""
         known = record(self.layout, spec, found)
         return spec.sha256 or (known.sha256 if known else None)
 
     def _adopt(self, task: Task, found: os.stat_result, report: Listener) -> Ready:
-        """Use a file that has no seal, and seal it when it is what it should be."""
+        """Use a file that has no seal, and seal it if it is the expected one."""
         spec, path = task.spec, task.path
         check_whole(path, found.st_size)
         known, expected = record(self.layout, spec, found), self._sha256_to_have(spec, found)
@@ -224,7 +224,7 @@ class Store:
         return Ready(path, "adopted")
 
     def _not_as_recorded(self, spec: ModelSpec, path: Path, found: os.stat_result, actual: str) -> Ready:
-        """Somebody put another file there: an error where the model is pinned, else theirs to use, and our record is void."""
+        """Handle a file that was replaced: an error if the model is pinned. Otherwise use it and drop our record."""
         if spec.sha256:
             raise UnsealedMismatch(path, spec.sha256, actual)
         log.warning("%s is no longer the file that was sealed; it is used as it is", path)
@@ -234,7 +234,7 @@ class Store:
         return Ready(path, "by_hand")
 
     def _hash(self, path: Path, found: os.stat_result, task: Task, report: Listener) -> str:
-        """The file's sha256, remembered for as long as it stays the same."""
+        """Return the file's sha256, cached while the file stays the same."""
         key = (str(path), found.st_size, found.st_mtime_ns)
         if key not in self._hashed:
             meter = task.meter("checking", found.st_size, report)
@@ -242,11 +242,11 @@ class Store:
         return self._hashed[key]
 
     def cached(self, spec: ModelSpec) -> Path | None:
-        """As `cached_file`, in the host cache that this store uses."""
+        """Like `cached_file`, in the host cache that this store uses."""
         return cached_file(self._host_cache, spec)
 
     def _cached(self, task: Task) -> Ready | None:
-        """The file in RunPod's host cache, if it is the one asked for: free, and faster than the volume."""
+        """Return the file in RunPod's host cache if it is the requested one. It is faster than the volume and costs nothing."""
         with contextlib.suppress(OSError):
             if (path := self.cached(task.spec)) and self._is_blob(path, path.stat(), task):
                 log.info("using %s from the machine's cache", task.spec)
@@ -254,7 +254,7 @@ class Store:
         return None
 
     def _is_blob(self, path: Path, found: os.stat_result, task: Task) -> bool:
-        """Whether a cached file has the sha256 asked for: the cache names its blobs by it."""
+        """Return whether a cached file has the requested sha256, which names the cache's blobs."""
         wanted = task.spec.sha256
         if wanted is None:
             return True
@@ -264,7 +264,7 @@ class Store:
     # --- getting it
 
     def _once(self, task: Task) -> Ready | None:
-        """Adopt or fetch it, once in the fleet; None when somebody changed the scene and it has to be looked at again."""
+        """Adopt or download it, once for all workers. None if another worker changed the file meanwhile; call again."""
         if (found := stat_file(task.path)) is not None:
             expected = self._sha256_to_have(task.spec, found)
             return self._locked(task, expected, None) if expected else self._look(task)
@@ -278,11 +278,12 @@ class Store:
                 return self._locked(task, spec.sha256 or turn.answer.key, None)
             self._tools.hooks.at("asking")
             own = self._look_up(task)
-            # The others hear of it when they can only wait: else one of them might be first, and have to ask as well.
+            # Tell the others only when they can only wait. Otherwise one of them might get the lock first, and have to ask as
+            # well.
             return self._locked(task, own.key, own, lambda: turn.tell(own))
 
     def _locked(self, task: Task, key: str, remote: Remote | None, tell: Callable[[], None] = lambda: None) -> Ready | None:
-        """As `_once`, of a content. `tell` is called once its lock is this worker's or another's."""
+        """Like `_once`, for a content. Call `tell` once this or another worker has its lock."""
         spec, task.key = task.spec, key
 
         def on_wait(progress: Progress) -> None:
@@ -313,10 +314,10 @@ class Store:
             return there or (Download(self._tools, task, remote, hold).run() if remote else None)
 
     def _linked(self, task: Task, remote: Remote) -> Ready | None:
-        """Give this name to a file of the same content that has another one already; None where there is none.
+        """Give this name to an existing file of the same content. None if there is none.
 
-        Whoever fetched the content last left that name beside its lock. A hard link moves no byte; where the file system has
-        none the content is fetched once more, which costs no more than a copy would.
+        The last downloader of the content left that name beside its lock. A hard link copies no byte. If the file system has no
+        hard links, the content is downloaded again, which costs no more than a copy.
         """
         spec, holder = task.spec, self._locks.holder(remote.key)
         folder, _, name = holder.name.partition("/") if holder else ("", "", "")
@@ -336,7 +337,7 @@ class Store:
         return Ready(task.path, "adopted")
 
     def _link(self, old: Path, new: Path, seal: Seal) -> int | None:
-        """Give the sealed file the new name too, unless another file has it; return its inode."""
+        """Link the sealed file to the new name, unless another file has it. Return its inode."""
         pending = None
         try:
             inode = old.stat().st_ino
@@ -347,7 +348,7 @@ class Store:
             sync_folder(new.parent)
             if seal.fits(new.stat()):
                 return inode
-            new.unlink()  # another file had come under the old name
+            new.unlink()  # another file had appeared under the old name
         except OSError as exc:
             log.info("%s cannot be linked to %s (%s)", new, old, exc.strerror)
         if pending:
@@ -356,7 +357,7 @@ class Store:
         return None
 
     def _look_up(self, task: Task) -> Remote:
-        """What the source holds; raises `ContentMismatch` when that is not what the model says it is."""
+        """Return the source's metadata. Raises `ContentMismatch` if that differs from the model's."""
         spec = task.spec
         remote = self._tools.hub.look_up(spec.source, task.cancel)
         if spec.sha256 and remote.sha256 and spec.sha256 != remote.sha256:
@@ -368,15 +369,15 @@ class Store:
 
 
 def _fits(spec: ModelSpec, answer: Answer) -> bool:
-    """Whether another worker's answer can be about the model; a wrong pin is for the source itself to deny."""
+    """Return whether another worker's answer can be about the model. The source itself must report a wrong pin."""
     same_content = spec.sha256 in {None, answer.key} or answer.key.startswith("url-")
     return same_content and spec.size_bytes in {None, answer.size_bytes}
 
 
 class Watch:
-    """A cancel token that is set as well once another worker has published `path`; it looks each `every_s`.
+    """A cancel token that is also set once another worker has published `path`. It looks each `every_s`.
 
-    The looks have a thread of their own: a volume that does not answer holds up nobody who waits.
+    Its own thread looks, so that a volume that does not answer delays no waiter.
     """
 
     def __init__(self, cancel: CancelToken, path: Path, is_published: Callable[[], bool], every_s: float) -> None:
@@ -406,18 +407,18 @@ class Watch:
             self._published = self._published or self._is_published()
 
     def look(self) -> bool:
-        """Look now, for as long as a volume that answers may take."""
+        """Look now, for as long as a volume may take to answer."""
         thread = threading.Thread(target=self._look_once, name="look", daemon=True)
         thread.start()
         thread.join(_LOOK_S)
         return self._published
 
     def is_set(self) -> bool:
-        """Whether nothing is left to wait for."""
+        """Return whether there is nothing left to wait for."""
         return self._cancel.is_set() or self._published
 
     def wait(self, timeout: float | None = None) -> bool:
-        """As `threading.Event.wait`."""
+        """Wait like `threading.Event.wait`."""
         until_s = math.inf if timeout is None else time.monotonic() + timeout
         while not self.is_set() and (left_s := until_s - time.monotonic()) > 0:
             self._cancel.wait(min(_TICK_S, left_s))
@@ -425,7 +426,7 @@ class Watch:
 
 
 class Stores:
-    """The volume, and the container's own disk for what the volume cannot take."""
+    """The volume, and the container's own disk if the volume cannot be used."""
 
     def __init__(self, volume_path: Path, volume: Store | None, local: Store | None, *, require_volume: bool = False) -> None:
         self._volume_path = volume_path
@@ -434,7 +435,7 @@ class Stores:
         self._said = False
 
     def ensure(self, spec: ModelSpec, progress: Listener = _ignore, cancel: CancelToken | None = None) -> Ready:
-        """As `Store.ensure`. A volume that is missing, full or read-only is no error while the container's disk can serve."""
+        """Like `Store.ensure`. A missing, full or read-only volume is no error while the container's disk can be used."""
         local = self._local
         if self._volume is None:
             if local is None:
@@ -453,11 +454,11 @@ class Stores:
         try:
             return local.ensure(spec, progress, cancel)
         except (VolumeFull, VolumeReadOnly) as exc:
-            # The volume is what people can enlarge or mount in another way.
+            # Prefer the volume's error: people can enlarge it or mount it in another way.
             raise refused.copy(container=exc) from exc
 
     def _say(self, reason: str) -> None:
-        """Once: a log is not the place to repeat with each model what one look at the volume says."""
+        """Log this once: one look at the volume need not be repeated with each model."""
         if not self._said:
             self._said = True
             log.warning("%s. Models are kept on this container's disk and are gone with it.", reason)

@@ -1,1 +1,1 @@
-"""Weights in memory, and on the GPU, before the first job needs them."""
+"""Load weights into memory, and onto the GPU, before the first job needs them."""

@@ -1,8 +1,8 @@
-"""From a job's graph to one that only loads its weights and takes one step with them: for a worker's start. Pure.
+"""Reduce a job's graph to one that only loads its weights and takes one step, for a worker's start. Pure.
 
-What is kept is chosen by name: node classes of ComfyUI itself that load, patch, sample and decode, and of their inputs those
-that are numbers, names of models or words from ComfyUI's own lists. Every text, seed, file and title of the job is left out, as
-is every node that is not listed here: custom nodes, paid API nodes, what reads inputs and what saves outputs.
+The parts are chosen by name: node classes of ComfyUI itself that load, patch, sample and decode, and of their inputs numbers,
+names of models, and words from ComfyUI's own lists. Every text, seed, file and title of the job is left out. So is every
+unlisted node: custom nodes, paid API nodes, and nodes that read inputs or save outputs.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _SINK: Final = "PreviewAny"  # takes an output of any type, and writes no file
 
 
 def loading_part(graph: Graph) -> Graph | None:
-    """What of a valid graph is worth running again to have its weights loaded; None when that is no model at all.
+    """Return the part of a valid graph that loads its weights, or None if it loads no model.
 
-    Its node ids are new. Applied to its own result it changes nothing, so that a graph which lay on a volume can be put
-    through it again.
+    Its node ids are new. The result is a fixed point: applied again it changes nothing, so a graph from a volume can be put
+    through it.
     """
     kept = {node_id: node for node_id, node in graph.items() if node["class_type"] in known().warmup_kept}
     while lost := [node_id for node_id, node in kept.items() if not _is_fed(graph, kept, node)]:
@@ -36,14 +36,14 @@ def loading_part(graph: Graph) -> Graph | None:
 
 
 def runnable(part: Graph) -> Graph:
-    """The part with an output node behind each end, without which ComfyUI would run nothing."""
+    """Return the part with an output node behind each end. Without these ComfyUI would run nothing."""
     taken = {value[0] for node in part.values() for value in node["inputs"].values() if is_link(part, value)}
     ends = [node_id for node_id in part if node_id not in taken]
     return part | {f"end-{node_id}": {"class_type": _SINK, "inputs": {"source": [node_id, 0]}} for node_id in ends}
 
 
 def _is_fed(graph: Graph, kept: Graph, node: dict[str, Any]) -> bool:
-    """Whether everything that the node takes from other nodes still comes; what is fixed need not."""
+    """Return whether everything that the node takes from other nodes is still there. Constants do not matter."""
     fixed = known().warmup_kept[node["class_type"]] & known().warmup_fixed.keys()
     links = ((name, value) for name, value in node["inputs"].items() if is_link(graph, value))
     return all(value[0] in kept or name in fixed for name, value in links)

@@ -1,8 +1,8 @@
-"""How much memory this container can still use: its own limit, not only the machine's. Reads /proc and /sys.
+"""The memory that this container can still use: its own limit, not only the machine's. Reads /proc and /sys.
 
-A container on a shared machine sees the machine's /proc/meminfo. What ends a process that goes too far is its control group's
-limit, and what is read through the page cache counts towards it. Both versions of control groups are read, at each level from
-the process's own group up: the tightest counts. Files in the page cache can be given back, so they count as free.
+A container on a shared machine sees the machine's /proc/meminfo. But its control group's limit ends a process, and reads
+through the page cache count towards it. Both versions of control groups are read, at each level from the process's own group
+up: the tightest counts. Files in the page cache can be evicted, so they count as free.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 _ROOT: Final = Path("/")
 _SYS: Final = Path("sys/fs/cgroup")
-# Version 1 has no word for "no limit": it says the largest number of whole pages.
+# Version 1 has no word for "no limit": it reports the largest number of whole pages.
 _NO_LIMIT_BYTES: Final = 1 << 60
 
 
 def free_memory_bytes(root: Path = _ROOT) -> int:
-    """What can be used before anything is killed or swapped out; 0 where nothing says how much that is.
+    """Return how much memory can be used before a process is killed or swapped out. 0 if unknown.
 
     `root` is where `proc` and `sys` are found.
     """
@@ -52,9 +52,9 @@ def _of_groups(root: Path) -> Iterator[int]:
 
 
 def _levels(mount: Path, path: str, names: tuple[str, str, str, str]) -> Iterator[int]:
-    """What each group from `path` up to the mount's own has left.
+    """Yield the remaining memory of each group from `path` up to the mount's own.
 
-    Without a namespace of its own a container reads its path as the machine has it, and sees its own group as the mount's top.
+    Without its own namespace a container reads its path as the machine has it, and sees its own group as the mount's top.
     """
     group = mount / path.lstrip("/")
     while group.is_relative_to(mount):

@@ -1,7 +1,7 @@
-"""Which parts of a file are in memory already, so that nobody reads them again. Reads the disk's cache, not the disk.
+"""Find the parts of a file that are already in memory, so that they are not read again. Reads the page cache, not the disk.
 
-mincore(2) looks at the page cache through a mapping: 10 ms for a gigabyte, where reading it out of the cache takes 70 ms of a
-core that ComfyUI is booting on. Only what was read is counted as read, too.
+mincore(2) inspects the page cache through a mapping. That takes 10 ms for a gigabyte; reading a gigabyte out of the cache takes
+70 ms of a core on which ComfyUI boots. It also keeps the count of bytes read correct.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ if TYPE_CHECKING:
 
 _WINDOW_BYTES: Final = 1 << 30
 _COARSE_BYTES: Final = 8 << 20
-# What the kernel usually reads of a file at once: a smaller hole costs as much to fill as what is around it.
+# The kernel usually reads this much at once: a smaller hole costs as much to fill as the pages around it.
 _FINE_BYTES: Final = 128 << 10
 _FAILED: Final = ctypes.c_void_p(-1).value
 
 Range = tuple[int, int]
-"""Where it begins and where it ends, in bytes."""
+"""Start and end, in bytes."""
 
 
 def missing_ranges(fd: int, size_bytes: int) -> list[Range]:
-    """What of an open file is not in memory, in order, to within 128 KiB; all of it where that cannot be known."""
+    """Return the ranges of an open file that are not in memory, in order, to within 128 KiB. All of it if unknown."""
     everything = [(0, size_bytes)] if size_bytes else []
-    # To anybody else the kernel says that all of it is there (mincore(2), since Linux 5.2).
+    # To others the kernel reports that all of it is there (mincore(2), since Linux 5.2).
     if not everything or not (os.fstat(fd).st_uid == os.geteuid() or os.access(f"/proc/self/fd/{fd}", os.W_OK)):
         return everything
     missing: list[Range] = []
@@ -43,7 +43,7 @@ def missing_ranges(fd: int, size_bytes: int) -> list[Range]:
 
 
 def _holes(pages: bytes) -> Iterator[Range]:
-    """The parts that are not wholly there: closely looked at only where some of it is."""
+    """Yield the parts that are not wholly there. Only partly present parts are examined in detail."""
     for begin, end, count in _parts(pages, 0, len(pages), _COARSE_BYTES):
         if count == 0:
             yield begin * mmap.PAGESIZE, end * mmap.PAGESIZE
@@ -54,7 +54,7 @@ def _holes(pages: bytes) -> Iterator[Range]:
 
 
 def _parts(pages: bytes, begin: int, end: int, part_bytes: int) -> Iterator[tuple[int, int, int]]:
-    """Each part's first page, the page after its last, and how many of its pages are there."""
+    """Yield for each part its first page, the page after its last, and how many of its pages are there."""
     step = part_bytes // mmap.PAGESIZE
     for first in range(begin, end, step):
         after = min(first + step, end)
@@ -68,7 +68,7 @@ def _append(ranges: list[Range], begin: int, end: int) -> None:
 
 
 def _residency(libc: ctypes.CDLL, fd: int, start: int, length: int) -> bytes | None:
-    """One byte for each page: 1 when it is in memory."""
+    """Return one byte for each page: 1 if it is in memory."""
     address = libc.mmap(None, length, mmap.PROT_READ, mmap.MAP_SHARED, fd, start)
     if address == _FAILED:
         return None
@@ -80,8 +80,8 @@ def _residency(libc: ctypes.CDLL, fd: int, start: int, length: int) -> bytes | N
 
 
 def _libc() -> ctypes.CDLL:
-    # ctypes and not the mmap module: that one gives out the address of writable mappings only, and a writable private
-    # mapping of a file larger than memory may be refused.
+    # ctypes instead of the mmap module: that one gives the address of writable mappings only, and the kernel may refuse a
+    # writable private mapping of a file larger than memory.
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p
     libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_longlong)

@@ -1,10 +1,9 @@
-"""Reads weights into the page cache before ComfyUI asks for them. Touches the disk, in threads of its own.
+"""Read weights into the page cache before ComfyUI asks for them. Touches the disk, in its own threads.
 
-ComfyUI maps a weights file and copies it tensor by tensor, which on a network volume waits for each piece in turn. A file that
-is in memory by then costs a copy. What works everywhere is reading: on MooseFS posix_fadvise(WILLNEED) and readahead(2) fetch
-nothing, on ext4 one window of readahead (0.01 of 768 MB after 8 s). Four threads through buffers of 1 MiB fill a network
-volume's line (205 of 212 MB/s) and read a disk faster than buffers of 8 MiB do (1.9 against 0.5 GB/s), which leave the
-processor's cache.
+ComfyUI maps a weights file and copies it tensor by tensor. On a network volume each piece is a round trip. A file in memory
+costs only a copy. Plain reads work everywhere: on MooseFS posix_fadvise(WILLNEED) and readahead(2) fetch nothing, on ext4 one
+window of readahead (0.01 of 768 MB after 8 s). Four threads with buffers of 1 MiB saturate a network volume (205 of 212 MB/s).
+They read a disk faster than with buffers of 8 MiB (1.9 against 0.5 GB/s), which do not fit into the processor's cache.
 """
 
 from __future__ import annotations
@@ -39,21 +38,21 @@ _STOP_S: Final = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Warmed:
-    """What one list of files has come to: `what` without, `str()` with how long it took."""
+    """The result of one list of files: `what` without, `str()` with the time that it took."""
 
     began_s: float = 0.0
     """On the clock of `time.monotonic`."""
     read_bytes: int = 0
     cached_bytes: int = 0
-    """In memory already when it was its turn."""
+    """Bytes that were already in memory."""
     left_bytes: int = 0
-    """Not read, because the share of the memory was used up."""
+    """Bytes that were not read, because the memory limit was reached."""
     seconds: float = 0.0
     running: bool = False
 
     @property
     def what(self) -> str:
-        """How much was read, and was not."""
+        """Return how much was read and how much was not."""
         parts = [size_text(self.read_bytes)] if self.read_bytes or not self.cached_bytes else []
         parts += [f"{size_text(self.cached_bytes)} were in memory"] if self.cached_bytes else []
         parts += [f"no memory for {size_text(self.left_bytes)}"] if self.left_bytes else []
@@ -73,15 +72,15 @@ class _Plan:
     current: Path | None = None
 
     def so_far(self, *, running: bool) -> Warmed:
-        """What has come of it by now."""
+        """Return the result so far."""
         return replace(self.warmed, seconds=time.monotonic() - self.warmed.began_s, running=running)
 
 
 class Warmer:
-    """Reads files into the page cache behind everything else; safe to use from any thread, no call waits for the disk.
+    """Reads files into the page cache in the background. Safe to use from any thread; no call waits for the disk.
 
-    `budget_bytes` is asked, in a thread, how much may be read when a list of files begins. Trouble with a file is logged and
-    ends nothing: a file that is not warm is only slower.
+    `budget_bytes` is called in a thread when a list of files begins, and returns how much may be read. An error of a file is
+    logged and ends nothing: such a file is only slower to load.
     """
 
     def __init__(self, budget_bytes: Callable[[], int], readers: int = _READERS) -> None:
@@ -94,9 +93,9 @@ class Warmer:
         self._last = Warmed()
 
     def warm(self, files: Iterable[Path]) -> None:
-        """Read these, in this order, instead of what is being read, with a budget of their own.
+        """Read these files, in this order, instead of the current ones, with a new budget.
 
-        What is in memory of them by then, from whatever was read before, is not read again.
+        Parts that are already in memory are not read again.
         """
         wanted = deque(dict.fromkeys(files))
         with self._changed:
@@ -108,7 +107,7 @@ class Warmer:
 
     @contextlib.contextmanager
     def standing_back(self) -> Iterator[None]:
-        """Read nothing while the body runs, from the next piece on: the disk and its line belong to a job."""
+        """Read nothing while the body runs, from the next piece on: a job needs the disk."""
         with self._changed:
             self._holders += 1
         try:
@@ -119,7 +118,7 @@ class Warmer:
                 self._changed.notify_all()
 
     def warmed(self) -> Warmed:
-        """How far the current list is, or what became of the last one."""
+        """Return the state of the current list, or the result of the last one."""
         with self._changed:
             return self._plan.so_far(running=True) if self._plan else self._last
 
@@ -130,7 +129,7 @@ class Warmer:
         return self.warmed()
 
     def stop(self) -> None:
-        """Read no more. Returns soon, also where a read hangs: its thread does not keep the process."""
+        """Stop reading. Return soon, even if a read hangs: its thread does not keep the process alive."""
         self.warm(())
         self.wait(_STOP_S)
 
@@ -184,7 +183,7 @@ class Warmer:
             pieces = _first_pieces(missing, plan.budget_bytes)
             planned_bytes = sum(end - begin for begin, end in pieces)
             cached_bytes = found.st_size - missing_bytes
-            # What is in memory already counts as free there: later files of the list must not push it out.
+            # What is already in memory counts as free there. Later files of the list must not evict it.
             plan.budget_bytes -= planned_bytes + cached_bytes
             self._count(plan, cached_bytes=cached_bytes, left_bytes=missing_bytes - planned_bytes)
             self._read_pieces(plan, fd, pieces)
@@ -192,7 +191,7 @@ class Warmer:
             os.close(fd)
 
     def _read_pieces(self, plan: _Plan, fd: int, pieces: Sequence[Range]) -> None:
-        """Return when all of them are read, or nobody wants them any more."""
+        """Return when all pieces are read or no longer wanted."""
         rest = deque(pieces)
         errors: list[OSError] = []
 
@@ -221,7 +220,7 @@ class Warmer:
             raise errors[0]
 
     def _may_go_on(self, plan: _Plan) -> bool:
-        """Wait while a job has the disk, which ends with the job's own deadline; false when this plan is no longer the one."""
+        """Wait while a job has the disk, which the job's own deadline ends. Return False if this plan was replaced."""
         with self._changed:
             self._changed.wait_for(lambda: not self._holders or self._plan is not plan)
             return self._plan is plan
@@ -233,7 +232,7 @@ class Warmer:
 
 
 def _first_pieces(ranges: Iterable[Range], budget_bytes: int) -> list[Range]:
-    """The ranges in pieces, as far as the budget goes."""
+    """Return the ranges in pieces, up to the budget."""
     pieces: list[Range] = []
     for begin, end in ranges:
         for offset in range(begin, end, _PIECE_BYTES):
@@ -249,7 +248,7 @@ def _read_piece(fd: int, begin: int, end: int, buffer: memoryview) -> int:
     done = 0
     while done < end - begin:
         length = os.preadv(fd, [buffer[: end - begin - done]], begin + done)
-        if length == 0:  # it became shorter
+        if length == 0:  # the file became shorter
             break
         done += length
     return done

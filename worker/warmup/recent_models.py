@@ -1,8 +1,8 @@
-"""Which models an endpoint's jobs used last, remembered on the volume for its next workers. Touches the disk.
+"""The models that an endpoint's jobs used last, stored on the volume for its next workers. Touches the disk.
 
-One small file for each endpoint, the most recent first: names of model files and, where a warm-up is made from it, the part of
-a graph that loads them. Nothing else of a job is in it. Several workers write it and the last one wins: a list that misses a
-name only costs the next worker a read at the usual time.
+There is one small file for each endpoint, the most recent model first. It contains names of model files and, if a warm-up uses
+it, the part of a graph that loads them; nothing else of a job. Several workers write it and the last one wins: a missing name
+only costs the next worker a read at the usual time.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _WRITE_EVERY_S: Final = 60.0
 
 
 class UsedModels:
-    """The record of one endpoint, in the file `path` on the volume below `root`. Not for several threads at once."""
+    """The record of one endpoint, in the file `path` on the volume below `root`. Not thread-safe."""
 
     def __init__(self, root: Path, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self._root = root
@@ -40,19 +40,19 @@ class UsedModels:
         self._noted: tuple[Sequence[str], Mapping[str, Any] | None] | None = None
 
     def files(self) -> list[Path]:
-        """The files that jobs used, the latest first; those that are gone, or never were on the volume, are left out."""
+        """Return the files that jobs used, the latest first, without those that are gone or never were on the volume."""
         root = self._root.resolve()
         found = [(self._root / name).resolve() for name in self._names(self._read())]
         return [path for path in found if path.is_relative_to(root) and path.is_file()]
 
     def warmup(self) -> Any:  # noqa: ANN401 - JSON that anybody may have written
-        """The graph that was remembered with them, unchecked; None when there is none."""
+        """Return the graph that was stored with them, unchecked, or None."""
         return self._read().get("warmup")
 
     def note(self, files: Sequence[Path], warmup: Mapping[str, Any] | None = None) -> bool:
-        """Put a job's files first in the record. Whether it was written: it is not where that would change little.
+        """Put a job's files first in the record. Return whether it was written; small changes are not.
 
-        A name that is new is written at once, a new order once a minute. Trouble is logged: it is no job's.
+        A new name is written at once, a new order once a minute. Errors are logged and do not affect the job.
         """
         names = [name for path in files if (name := self._name(path))]
         if not names or self._failed or self._noted == (names, warmup):
@@ -73,7 +73,7 @@ class UsedModels:
         try:
             write_atomically(self._path, json.dumps(record, indent=1).encode(), durable=False)
         except OSError as exc:
-            # Said once: a volume that is read-only or full is so for each job.
+            # Log this once: a volume that is read-only or full is so for each job.
             log.warning("which models jobs use is not remembered on the volume: %s", exc)
             self._failed = True
             return False
@@ -81,7 +81,7 @@ class UsedModels:
         return True
 
     def _name(self, path: Path) -> str | None:
-        """What a file below the volume is called in the record; None for one on the container's own disk."""
+        """Return the name of a file below the volume in the record. None for a file on the container's own disk."""
         try:
             return path.resolve().relative_to(self._root.resolve()).as_posix()
         except (OSError, ValueError):

@@ -1,7 +1,7 @@
-"""What is warm before it is needed: weights in memory while ComfyUI boots, and if wished for on the GPU. Threads, disk.
+"""Read weights into memory while ComfyUI boots, and optionally load them onto the GPU. Threads, disk.
 
-Joins what a graph names with where that lies, who reads it ahead, and what the endpoint's next workers should know of it.
-Nothing here makes a job or a start fail: what is not warm is slower, that is all.
+This joins a graph's model names with their files, the reader, and the record for the endpoint's next workers. No error here
+fails a job or a start: without a warm-up they are only slower.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _NO_ENDPOINT: Final = "local"
-# A record and a few seals take milliseconds. Links that wait longer would hold up jobs for what only makes them quicker.
+# A record and a few seals take milliseconds. A longer wait would delay links, and with them jobs, for an optimisation.
 _COPIES_S: Final = 3.0
 
 
 class Warmth:
-    """Reads ahead for a start and for jobs, and remembers for the next start. No call waits for the disk.
+    """Reads ahead for a start and for jobs, and records models for the next start. No call waits for the disk.
 
-    Safe to use from any thread. `begin` as early as can be; `linked` when the models' names can be looked up.
+    Safe to use from any thread. Call `begin` as early as possible, and `linked` when the models' names can be looked up.
     """
 
     def __init__(self, settings: Settings, warmer: Warmer | None = None) -> None:
@@ -58,30 +58,30 @@ class Warmth:
         self._copies: Future[dict[Path, Path]] = Future()
         self._recent: list[Path] = []
         self._names: frozenset[Name] = frozenset()
-        # What must look at the disk goes through one thread, in order: a job goes on meanwhile.
+        # One thread does all disk work, in order, while jobs continue.
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="warmth", daemon=True)
 
     def begin(self) -> None:
-        """Begin to read what the endpoint's last jobs used: the record says where on the volume that is."""
+        """Begin to read what the endpoint's last jobs used. The record has the paths on the volume."""
         self._work.put(self._read_used)
         self._thread.start()
 
     def copies(self) -> dict[Path, Path]:
-        """The volume's models with a copy in RunPod's host cache, which is read instead; empty after a few seconds.
+        """Return the volume's models with a copy in RunPod's host cache, which is read instead. Empty after a time-out.
 
-        ComfyUI must be shown the copies, or it reads what nobody read ahead.
+        ComfyUI must then use the copies, or it reads files that were not read ahead.
         """
         with suppress(TimeoutError):
             return self._copies.result(_COPIES_S)
         return {}
 
     def linked(self, supply: Supply) -> None:
-        """The models are where ComfyUI finds them: what is known by name can be read as well."""
+        """Note that ComfyUI can find the models, so that models known by name can be read as well."""
         self._work.put(lambda: self._read_named(supply))
 
     def job(self, models: Iterable[NamedModel]) -> None:
-        """A job needs these now: read them at once, and nothing else. For the same models as the last job's nothing is done."""
+        """Read the models of a job now, and nothing else. Do nothing if they are the last job's models."""
         names = _names_of(models)
         if self._reads and names and not self._names.issuperset(names):
             self._work.put(lambda: self._warmer.warm(_files(self._located(names))))
@@ -92,21 +92,21 @@ class Warmth:
         return self._warmer.standing_back()
 
     def ran(self, graph: Graph, models: Iterable[NamedModel]) -> None:
-        """A job's graph was run with these models: remember them for the endpoint's next workers."""
+        """Record the models of a job that ran, for the endpoint's next workers."""
         if names := _names_of(models):
             self._work.put(lambda: self._remember(graph, names))
 
     def warmed(self) -> Warmed | None:
-        """How far the reading is; None where there was nothing to read."""
+        """Return the state of the reading, or None if there was nothing to read."""
         warmed = self._warmer.warmed()
         return warmed if warmed.began_s else None
 
     async def warm_up(self, engine: Engine) -> str:
-        """Run the warm-up workflow; a note on how it went, empty when there is none to run.
+        """Run the warm-up workflow. Return a note on how it went, or an empty text if there is none.
 
-        It ends in time or is taken out of ComfyUI, which is replaced if it does not let go of it.
+        It ends in time or is interrupted. If ComfyUI does not stop it, ComfyUI is replaced.
         """
-        import asyncio  # noqa: PLC0415 - what is imported before the reading begins delays it
+        import asyncio  # noqa: PLC0415 - an import before the reading begins delays it
 
         timeout_s = self._settings.warmup_timeout_s
         try:
@@ -123,7 +123,7 @@ class Warmth:
         return f"{len(graph)} nodes"
 
     def stop(self) -> None:
-        """Read and remember no more."""
+        """Stop reading and recording."""
         self._work.put(None)
         self._warmer.stop()
 
@@ -149,7 +149,7 @@ class Warmth:
             self._warmer.warm(self._recent)
 
     def _read_named(self, supply: Supply) -> None:
-        """For the warm-up workflow, then what the settings name, then what the last jobs used."""
+        """Read for the warm-up workflow, then for the settings, then for the last jobs."""
         self._supply = supply
         graph = self._warmup_graph()
         self._warmup.set_result(graph)
@@ -167,7 +167,7 @@ class Warmth:
             self._used.note([self._on_volume(path) for path in self._located(names)], part)
 
     def _on_volume(self, path: Path) -> Path:
-        """The volume's own file of a model, also where ComfyUI was shown a copy of it."""
+        """Return the volume's own file of a model, also if ComfyUI uses a copy of it."""
         with suppress(ValueError):
             own = self._settings.volume_path / "models" / path.relative_to(self._settings.base_dir / "models")
             return own if own.is_file() else path
@@ -185,7 +185,7 @@ class Warmth:
                 graph = parse_graph(json.loads(wanted.read_bytes()))
                 check_paths(graph)
                 return with_slashes(graph, named_models(graph))
-            # Whoever can write to the volume could have written it: only what this worker would have kept itself is run.
+            # Anyone who can write to the volume could have written it: run only what this worker would have stored itself.
             remembered: Any = self._used.warmup() if self._used else None
             part = loading_part(parse_graph(remembered)) if remembered else None
             return runnable(part) if part else None
@@ -195,7 +195,7 @@ class Warmth:
 
 
 def _record(settings: Settings) -> UsedModels | None:
-    """The endpoint's record; None without a volume, or where nothing would read it."""
+    """Return the endpoint's record. None without a volume, or if nothing would read it."""
     reads_it = settings.warm_models is None or settings.warmup_workflow == "auto"
     if not (reads_it and is_volume(settings.volume_path)):
         return None
@@ -207,7 +207,7 @@ def _record(settings: Settings) -> UsedModels | None:
 
 
 def _files(paths: Iterable[Path]) -> list[Path]:
-    """The files themselves: ComfyUI's links and the record's names may be two ways to one."""
+    """Return the real files: ComfyUI's links and the record's names may be two paths to one."""
     return [path.resolve() for path in paths]
 
 
@@ -216,6 +216,6 @@ def _names_of(models: Iterable[NamedModel]) -> list[Name]:
 
 
 def _as_name(text: str) -> Name:
-    """`folder/name` or `name`, of which any folder may be the one."""
+    """Parse `folder/name`, or `name` for any folder."""
     folder, _, name = text.partition("/")
     return ((folder,), (name,)) if name else ((), (folder,))
