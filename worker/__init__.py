@@ -1,3 +1,3 @@
-"""A RunPod serverless worker for ComfyUI whose image holds no weights."""
+"""A RunPod serverless worker for ComfyUI whose image contains no weights."""
 
 __version__ = "1.0.0"

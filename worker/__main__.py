@@ -49,9 +49,9 @@ jobs; elsewhere it wants --rp_serve_api for a local API (with --rp_api_host and 
 
 
 def main(argv: Sequence[str], environ: MutableMapping[str, str]) -> int:
-    """Run a command, or the worker; returns the exit status. A failure to start is one line and status 1."""
+    """Run a command, or the worker. Return the exit status. A failed start is one line and status 1."""
     command, rest = (argv[0], argv[1:]) if argv else ("", argv)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal's encoding lacks is no reason to end
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal's encoding lacks is no reason to fail
         sys.stdout.reconfigure(errors="replace")
     try:
         if command in {"-h", "--help", "help"}:
@@ -79,7 +79,7 @@ def run_worker(argv: Sequence[str], environ: MutableMapping[str, str]) -> int:
     arguments = sdk_arguments(settings, argv, environ, Path.cwd())
     command = EngineCommand.of(settings, environ)
     prepare_base_dir(settings)
-    if (settings.volume_path / "custom_nodes").is_dir():  # one look where there are none
+    if (settings.volume_path / "custom_nodes").is_dir():  # one look if there are none
         command = with_custom_nodes(settings, command)
     logging.getLogger("worker").info("comfyui-volume-worker %s", __version__)
     process = EngineProcess.spawn(command)
@@ -87,7 +87,7 @@ def run_worker(argv: Sequence[str], environ: MutableMapping[str, str]) -> int:
     from worker.warmup.warmup import Warmth  # noqa: PLC0415 - after the spawn: ComfyUI boots meanwhile
 
     warmth = Warmth(settings)
-    warmth.begin()  # on a network volume it takes longest of all, so it begins before the other imports
+    warmth.begin()  # it takes longest of all on a network volume, so it begins before the other imports
 
     from worker.boot import Worker, process_start  # noqa: PLC0415 - as above
 
@@ -102,7 +102,7 @@ def run_worker(argv: Sequence[str], environ: MutableMapping[str, str]) -> int:
 
 
 def with_custom_nodes(settings: Settings, command: EngineCommand) -> EngineCommand:
-    """Link the volume's custom nodes and have their packages there, before ComfyUI imports them. Never raises for a node."""
+    """Link the volume's custom nodes and install their packages, before ComfyUI imports them. A node never raises."""
     import socket  # noqa: PLC0415 - only where a volume has custom nodes
     import threading  # noqa: PLC0415 - as above
     from dataclasses import replace  # noqa: PLC0415 - as above
@@ -160,7 +160,7 @@ _ANYWHERE = frozenset({"settings", "plan", "seed"})
 
 
 def _leave(number: int, _: object) -> None:
-    """Unwind, so that ComfyUI is ended too. Uvicorn hands the signal on to this handler when it has shut down."""
+    """Unwind, so that ComfyUI is ended too. Uvicorn calls this handler when it has shut down."""
     sys.exit(128 + number)
 
 

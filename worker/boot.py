@@ -1,6 +1,6 @@
-"""The cold start, as a timeline of overlapping steps with a logged duration each.
+"""The cold start: overlapping steps, each with a logged duration.
 
-ComfyUI takes longest, so it was spawned before this module was even imported; everything here happens while it boots.
+ComfyUI takes longest, so it was started before this module was imported. Everything here happens while it boots.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Step:
-    """One thing the cold start waits for, in seconds since the process began."""
+    """One step of the cold start, in seconds since the process began."""
 
     name: str
     start_s: float
@@ -56,7 +56,7 @@ class Step:
 
     def __str__(self) -> str:
         took_s = self.end_s - self.start_s
-        took = f"{took_s:.2f} s" if took_s >= 0.1 else f"{took_s * 1000:.0f} ms"  # noqa: PLR2004 - where ms read better
+        took = f"{took_s:.2f} s" if took_s >= 0.1 else f"{took_s * 1000:.0f} ms"  # noqa: PLR2004 - below this, ms are easier to read
         return f"{self.name} {took}" + (f" ({self.note})" if self.note else "")
 
 
@@ -69,18 +69,18 @@ class Timeline:
 
     @contextlib.contextmanager
     def step(self, name: str, since: float | None = None) -> Iterator[Step]:
-        """Record how long the body takes, counted from `since` if the step began before; the body may set the step's note."""
+        """Record how long the body takes, counted from `since` if the step began before. The body may set the step's note."""
         step = Step(name, (since or time.monotonic()) - self._began)
         self._steps.append(step)
         yield step
         step.end_s = time.monotonic() - self._began
 
     def add(self, name: str, since: float, took_s: float, note: str) -> None:
-        """Record a step that is over, or still going on where nothing waits for its end."""
+        """Record a step that is over, or that continues while nothing waits for its end."""
         self._steps.append(Step(name, since - self._began, since - self._began + took_s, note))
 
     def summary(self) -> str:
-        """One line: the whole, then each step in the order of their beginnings, the one that ended last marked as critical."""
+        """Return one line: the whole, then each step in the order of their beginnings. The step that ended last is critical."""
         done = sorted((step for step in self._steps if step.end_s), key=lambda step: step.start_s)
         last = max(done, key=lambda step: step.end_s)
         parts = [f"{step}{', critical' if step is last else ''} [{step.start_s:.2f}-{step.end_s:.2f}]" for step in done]
@@ -88,7 +88,7 @@ class Timeline:
 
 
 def process_start() -> float:
-    """When this process began, on the clock of `time.monotonic`: the interpreter's own start belongs to the cold start."""
+    """Return when this process began, by `time.monotonic`: the interpreter's own start belongs to the cold start."""
     try:
         ticks = float(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
         uptime_s = float(Path("/proc/uptime").read_text().split()[0])
@@ -128,10 +128,10 @@ class Worker:
         self.handler = JobHandler(settings, self._engine, self._supply, inputs, self._delivery, warmth=self._warmth)
 
     def start(self, import_sdk: Callable[[], object], began: float) -> None:
-        """Do everything that must be done before the first job, at once.
+        """Do everything that must be done before the first job, in parallel.
 
-        Raises `StartError` when ComfyUI does not come up, or where a volume is required and there is none; with
-        MODEL_LOADING=eager also `ManifestInvalid` and any `ModelError`.
+        Raises `StartError` if ComfyUI does not start, or if a volume is required and missing. With MODEL_LOADING=eager it also
+        raises `ManifestInvalid` and any `ModelError`.
         """
         if self._settings.require_volume and not is_volume(self._settings.volume_path):
             raise VolumeMissing(self._settings.volume_path)
@@ -146,7 +146,7 @@ class Worker:
                 for done in wait((up, supplied), return_when=FIRST_EXCEPTION).done:
                     done.result()
             except BaseException:
-                # SIGTERM, or a ComfyUI that does not start, while models are fetched: the pool waits for its threads.
+                # SIGTERM, or a ComfyUI that does not start, while models are downloaded: the pool waits for its threads.
                 self._supply.stop()
                 raise
         if warmed := self._warmth.warmed():
@@ -171,7 +171,7 @@ class Worker:
         self.clock.stop()
 
     def _report_custom_nodes(self) -> None:
-        """Name the custom nodes that ComfyUI started without, the image's too, in the log and for `doctor`."""
+        """Report custom nodes that ComfyUI started without, also the image's, in the log and for `doctor`."""
         failed = self._process.failed_imports
         if failed or (self._settings.volume_path / "custom_nodes").is_dir():
             from worker.engine.custom_nodes import report_failures  # noqa: PLC0415 - only where there are any
@@ -179,7 +179,7 @@ class Worker:
             report_failures(self._settings, failed)
 
     def _give_up(self) -> None:
-        """Leave as if RunPod had said so: the jobs that were taken get the engine's failure, no more are taken."""
+        """Leave as if RunPod had asked for it: accepted jobs get the engine's failure, no more are taken."""
         self.failed = True
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -208,7 +208,7 @@ class Worker:
 
 
 def _nearer(settings: Settings) -> Path:
-    """Where models of the volume are shown from RunPod's host cache: links, made anew at each start."""
+    """Return the folder of links to RunPod's host cache, created anew at each start."""
     return settings.base_dir / "host-cache-links"
 
 
@@ -225,7 +225,7 @@ def _log_volume(settings: Settings) -> None:
 
 
 def read_sources(settings: Settings) -> Sources:
-    """Every list of models that these settings name."""
+    """Return every list of models that these settings name."""
     from worker.models.sources import Sources  # noqa: PLC0415 - 50 ms that a worker without missing models never spends
 
     manifest = Layout(settings.volume_path).manifest
@@ -233,7 +233,7 @@ def read_sources(settings: Settings) -> Sources:
 
 
 def build_store(settings: Settings) -> Stores:
-    """The volume's store with the container's disk behind it, and the network they fetch from."""
+    """Return the volume's store, with the container's disk as fallback and the network to download from."""
     from worker.fetch.http import Network  # noqa: PLC0415 - as above
     from worker.fetch.hub import Hub, credentials  # noqa: PLC0415 - huggingface_hub takes 0.3 s to import
     from worker.store.store import Store, Stores, Tuning  # noqa: PLC0415 - as above

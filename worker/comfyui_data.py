@@ -1,4 +1,4 @@
-"""Load data/comfyui.json: the node classes, model folders and editor rules of the ComfyUI releases that were looked at.
+"""Load data/comfyui.json: node classes, model folders and editor rules of the recorded ComfyUI releases.
 
 `scripts/make_comfyui.py` generates the file from recorded engines and from scripts/comfyui.toml, which has the reasons.
 """
@@ -20,9 +20,9 @@ KNOWN = Path(__file__).parent / "data" / "comfyui.json"
 
 @dataclass(frozen=True, slots=True)
 class Editor:
-    """The rules of ComfyUI's frontend. `modern` sets and tables hold for version 1.58, `classic` ones for 1.32.
+    """The rules of ComfyUI's frontend. `modern` sets and tables are for version 1.58, `classic` ones for 1.32.
 
-    `virtual` classes exist in the editor only; `own_virtual` are those of them that are no custom nodes.
+    `virtual` classes exist only in the editor; `own_virtual` are those of them that are not custom nodes.
     """
 
     aliases: Mapping[str, str]
@@ -46,7 +46,7 @@ class Editor:
 
     @classmethod
     def of(cls, raw: Mapping[str, Any]) -> Editor:
-        """Return the rules; what 1.32 knows, 1.58 knows as well."""
+        """Return the rules. 1.58 knows all that 1.32 knows."""
         savers, widgets, titles = raw["savers"], raw["widgets"], raw["titles"]
         names = ("audio_players", "broadcasters", "reroutes", "seeds", "uploads")
         return cls(
@@ -69,12 +69,12 @@ class Editor:
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What is known of ComfyUI without asking one.
+    """What is known of ComfyUI without asking a running one.
 
-    `same_folders` are those that ComfyUI reads as one, in its order: where both have a name, the first one's file is loaded.
-    `one_folder` has them by the folder that new files go to, that one first. `releases` has the classes by the oldest recorded
-    release that has them, `gone` all that a release has no longer. `newer` are classes that no recorded release has, with the
-    one that official templates were saved with ("" where they do not say). `lacking_templates` are official templates with
+    `same_folders` are those that ComfyUI reads as one, in its order: if both have a name, the first one's file is loaded.
+    `one_folder` maps the folder for new files to them, that one first. `releases` has the classes by the oldest recorded
+    release that has them, `gone` all that a release no longer has. `newer` are classes that no recorded release has, with the
+    release that official templates were saved with ("" if they do not say). `lacking_templates` are official templates with
     classes that the newest release lacks, each with the id of a node.
     """
 
@@ -102,7 +102,7 @@ class Known:
 
     @classmethod
     def of(cls, raw: Mapping[str, Any]) -> Known:
-        """Return what the file's JSON says."""
+        """Return the content of the file's JSON."""
         same, taes = raw["same_folders"], raw["vae_approx"]
         return cls(
             class_folders=raw["class_folders"],
@@ -129,20 +129,20 @@ class Known:
         )
 
     def folder_of(self, class_type: str, input_name: str) -> str | None:
-        """Return the folder that a class's input reads, where the class is known for it."""
+        """Return the folder that a class's input reads, if the class is known."""
         found = self.class_folders.get(class_type)
         return found if isinstance(found, str) or found is None else found.get(input_name)
 
     def is_no_output(self, class_type: str) -> bool:
-        """Return whether it is a class of ComfyUI that is no output."""
+        """Return whether it is a class of ComfyUI that is not an output."""
         return class_type not in self.outputs and self.since(class_type) is not None
 
     def since(self, class_type: str) -> str | None:
-        """Return the oldest recorded release that has the class; None where none has it."""
+        """Return the oldest recorded release that has the class, or None."""
         return next((release for release, names in self.releases.items() if class_type in names), None)
 
     def is_own(self, class_type: str) -> bool:
-        """Return whether the class is known for ComfyUI's own, of whatever release."""
+        """Return whether the class is known as ComfyUI's own, in any release."""
         return class_type in self.newer or self.since(class_type) is not None
 
     def has(self, class_type: str, release: str) -> bool:
@@ -152,7 +152,7 @@ class Known:
 
     @property
     def newest(self) -> str:
-        """The newest recorded release."""
+        """Return the newest recorded release."""
         return list(self.releases)[-1]
 
 
@@ -164,5 +164,5 @@ def older(one: str, other: str, *, or_same: bool = False) -> bool:
 
 @cache
 def known() -> Known:
-    """Return what the file says. The first call reads it."""
+    """Return the file's content. The first call reads it."""
     return Known.of(json.loads(KNOWN.read_bytes()))

@@ -1,4 +1,4 @@
-"""`python -m worker convert`: a workflow as the editor saves it, printed as the graph that runs. Touches disk and loopback."""
+"""The command `convert`: print the graph of a workflow in the editor's format. Touches disk and loopback."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def run(argv: Sequence[str], settings: Settings) -> int:
-    """Print the graph; returns 0. Raises `ConvertUsage` for what cannot be read or asked, a `RequestError` for the workflow."""
+    """Print the graph and return 0. Raises `ConvertUsage` for unreadable input, a `RequestError` for the workflow."""
     parser = argparse.ArgumentParser(
         prog="python -m worker convert",
         description="Print a workflow that ComfyUI's editor saved, or a picture or video that carries one, as the graph that "
@@ -59,7 +59,7 @@ def _read(name: str) -> Any:  # noqa: ANN401 - a workflow of either format
 
 
 def _definitions(ui: object, settings: Settings, path: Path | None) -> tuple[dict[str, Any], Versions]:
-    """Return the definitions of the workflow's node classes, and what ComfyUI is, where that is known."""
+    """Return the definitions of the workflow's node classes, and ComfyUI's versions if they are known."""
     if path is None:
         return asyncio.run(_ask(ui, f"127.0.0.1:{settings.comfyui_port}"))
     try:

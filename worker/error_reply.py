@@ -1,8 +1,8 @@
-"""What a client is told when its job fails: short enough to arrive, without secrets. Pure.
+"""Turn an error into a client's answer: short enough to arrive, without secrets. Pure.
 
-RunPod refuses a result above 10 or 20 MB, an error's as well, and the client then sees a job that completed with nothing. A
-sentence may quote what the client sent (a picture in base64 where its name belongs), and ComfyUI's own lines may show what its
-custom nodes print.
+RunPod refuses a result above 10 or 20 MB, an error's as well, and the client then sees a job that completed without output. A
+sentence may quote what the client sent (a picture in base64 where its name belongs), and ComfyUI's own lines may contain what
+its custom nodes print.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _READ_CHARACTERS: Final = 200_000
 
 
 def carried(value: Any) -> Any:  # noqa: ANN401 - JSON
-    """The same JSON with nothing in its texts that UTF-8 cannot carry. The SDK loses a result with half a character."""
+    """Return the same JSON without characters that UTF-8 cannot encode. The SDK loses a result with an unpaired surrogate."""
     if isinstance(value, str):
         return value if value.isascii() else value.encode("utf-8", "replace").decode("utf-8")
     if isinstance(value, dict):
@@ -33,22 +33,22 @@ def carried(value: Any) -> Any:  # noqa: ANN401 - JSON
 
 
 def sentence(text: str, redact: Callable[[str], str], most: int = SENTENCE_CHARACTERS) -> str:
-    """A text as a client may see it: without secrets, of bounded length, and nothing in it that UTF-8 cannot carry.
+    """Return a text as a client may see it: without secrets, of limited length, and encodable in UTF-8.
 
-    Half a character comes from a request that quotes one, or from a file's name.
+    Unpaired surrogates come from a request that quotes one, or from a file's name.
     """
-    # Redacted before it gets its length: half of a secret is not recognised. Megabytes are cut far from what is left of them.
+    # Redact before shortening: half of a secret is not recognised. Megabytes are cut first, far from the part that is kept.
     return shortened(redact(carried(shortened(text, _READ_CHARACTERS))), most)
 
 
 def sentences(texts: Sequence[str], redact: Callable[[str], str]) -> list[str]:
-    """As `sentence`, for the first of many; the last then says how many there are."""
+    """Like `sentence`, for the first of many. The last one then says how many there are."""
     shown = [sentence(text, redact, DETAIL_CHARACTERS) for text in texts[:DETAILS]]
     return [*shown, f"... and {len(texts) - DETAILS} more"] if len(texts) > DETAILS else shown
 
 
 def failure(error: WorkerError, redact: Callable[[str], str]) -> dict[str, Any]:
-    """What the client gets for an error. RunPod shows `error` beside status FAILED, the rest as the job's output.
+    """Return a client's answer for an error. RunPod shows `error` beside status FAILED, the rest as the job's output.
 
     A worker whose engine does not come back asks to be replaced instead of failing every job in the queue.
     """

@@ -56,23 +56,23 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-# Clients of worker-comfyui know a job that failed by these beginnings.
+# Clients of worker-comfyui recognise a failed job by these beginnings.
 _INPUTS_FAILED = "Failed to upload one or more input images: "
 _FAILED = "Job processing failed: "
 
 
 @dataclass_transform(eq_default=False)
 class WorkerError(Exception):
-    """The root: whatever is raised on purpose is one of these.
+    """The root: every error that is raised on purpose is one of these.
 
-    A subclass declares fields as a dataclass does (`path: Path`, `reason: str = ""`) and takes them by position or by name. It
-    is no dataclass: one is made with `exec`, and ninety of them cost 20 ms of every cold start.
+    A subclass declares fields as a dataclass does (`path: Path`, `reason: str = ""`) and accepts them by position or by name.
+    It is no dataclass: those are made with `exec`, and ninety of them cost 20 ms of every cold start.
     """
 
     code: ClassVar[str] = "internal"
     retryable: ClassVar[bool] = False
     opening: ClassVar[str] = ""
-    """The beginning that clients know, for one whose `details` are the rest of the sentence."""
+    """The beginning that clients know, if the `details` are the rest of the sentence."""
     template: ClassVar[str] = ""
     """The sentence, with fields and properties in braces. A list is joined by "; ", or by what follows its colon."""
     details_field: ClassVar[str] = ""
@@ -97,22 +97,22 @@ class WorkerError(Exception):
 
     @property
     def sentence(self) -> str:
-        """The sentence without the beginning that clients know."""
+        """Return the sentence without the beginning that clients know."""
         return self.template.format_map(_Shown(self))
 
     def details(self) -> list[str]:
-        """More than the sentence, one finding a line; empty when the sentence says it all."""
+        """Return more than the sentence, one finding a line. Empty if the sentence says it all."""
         if self.details_field:
             return list(getattr(self, self.details_field))
         return [self.sentence] if self.opening else []
 
     def copy(self, **changed: object) -> Self:
-        """Return another with the same fields, for a second raiser: a traceback belongs to one."""
+        """Return another error with the same fields, for a second raiser: a traceback belongs to one."""
         return type(self)(**{name: getattr(self, name) for name in self.fields} | changed)
 
 
 class _Shown(dict[str, Any]):
-    """What a template's names stand for: an error's attributes, lists among them joined."""
+    """The values of a template's names: an error's attributes, with lists joined."""
 
     def __init__(self, error: WorkerError) -> None:
         super().__init__()
@@ -235,7 +235,7 @@ class VolumeMissing(StartError):
 
 
 def no_volume(path: Path) -> str:
-    """The beginning of every sentence that says so."""
+    """Return the beginning of every sentence about a missing volume."""
     return f"There is no network volume at {path}"
 
 

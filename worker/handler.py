@@ -1,4 +1,4 @@
-"""One job, start to end; the only place where an error becomes a result."""
+"""Run one job from start to end. The only place where an error becomes a result."""
 
 from __future__ import annotations
 
@@ -64,22 +64,22 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Tell = Callable[[dict[str, Any]], None]
-"""Takes a job's progress, from any thread; the latest counts."""
+"""Receives a job's progress, from any thread. Only the latest counts."""
 
 _SAY_EVERY_S = 10.0
 _SHOWN_IDS = 10
 
 
 def _tell_nobody(_: dict[str, Any]) -> None:
-    """Progress where nobody can see it, as in RunPod's local API."""
+    """Ignore progress, because nobody can see it, as in RunPod's local API."""
 
 
 def _not_waited_for() -> None:
-    """The engine is free, and nobody hands out a job for that reason."""
+    """Default `engine_free`: ignore the signal (the local API has no queue)."""
 
 
 class JobHandler:
-    """Takes a job as RunPod hands it out, gives back what RunPod is to send."""
+    """Takes a job as RunPod hands it out, and returns the result for RunPod."""
 
     def __init__(
         self, settings: Settings, engine: Engine, supply: Supply, inputs: InputFiles, delivery: Delivery, *, warmth: Warmth
@@ -92,16 +92,16 @@ class JobHandler:
         self._delivery = delivery
         self._warmth = warmth
         self._redact = RedactingFilter(settings.secrets()).redact
-        # ComfyUI runs one graph at a time anyway; one job at a time keeps their input files apart.
+        # ComfyUI runs one graph at a time anyway. One job at a time keeps their input files apart.
         self._turn = asyncio.Lock()
 
     async def handle(
         self, job: Mapping[str, Any], tell: Tell = _tell_nobody, engine_free: Callable[[], None] = _not_waited_for
     ) -> dict[str, Any]:
-        """The job's result, or `{"error", "code", "retryable", "details"?}`; `tell` hears of its progress meanwhile.
+        """Return the job's result, or `{"error", "code", "retryable", "details"?}`. Report progress to `tell`.
 
-        `engine_free` is called when the job's graph has run: the next job may come while this one's result is delivered.
-        Raises nothing but the cancellation it is given.
+        `engine_free` is called when the job's graph has run: the next job may come while this one's result is delivered. Only a
+        cancellation is raised.
         """
         job_id, laps = str(job.get("id", "?")), Laps()
         log.info("job %s: started", job_id)
@@ -125,7 +125,7 @@ class JobHandler:
 
     @property
     def refreshes(self) -> bool:
-        """Whether each job is this worker's last: REFRESH_WORKER."""
+        """Return whether each job is this worker's last: REFRESH_WORKER."""
         return self._settings.refresh_worker
 
     async def _run(self, job: Mapping[str, Any], job_id: str, around: Around) -> Result:
@@ -189,9 +189,9 @@ class JobHandler:
     async def _what_there_is(
         self, error: NodeFailed, deliver: Callable[..., Awaitable[Result]], job_id: str, around: Around
     ) -> Result:
-        """What other nodes had saved before one failed, with the failure beside it, as worker-comfyui has it.
+        """Return what other nodes had saved before one failed, with the failure beside it, as worker-comfyui does.
 
-        Raises the failure where there is nothing to deliver, or no place for it.
+        Raises the failure if there is nothing to deliver, or no place for it.
         """
         if not error.outputs:
             raise error
@@ -217,7 +217,7 @@ class JobHandler:
     async def _run_graph(
         self, graph: Graph, request: Request, files: JobFiles, around: Around, targets: Collection[str] | None = None
     ) -> RunResult:
-        """Run the graph, or only these of its outputs, with the job's files in place, when it is this job's turn."""
+        """Run the graph, or only these outputs, with the job's files in place, when it is this job's turn."""
         key = request.comfy_org_api_key or self._settings.comfy_org_api_key
         extra_data: dict[str, Any] = {"api_key_comfy_org": key} if key else {}
         if request.extra_pnginfo is not None:
@@ -249,8 +249,8 @@ class JobHandler:
     ) -> None:
         """Make the graph's models available. Download only missing models that this graph names.
 
-        A name that nobody knows is ComfyUI's to refuse, unless others would be fetched for nothing first, or ComfyUI does not
-        look at it: then its node would run without the model.
+        ComfyUI refuses a name without a known source. The exceptions: other models would be downloaded in vain first, or
+        ComfyUI does not check the name, so that its node would run without the model.
         """
         if request.models is not None:
             await asyncio.to_thread(self._supply.check_request, request.models)
@@ -277,19 +277,19 @@ class JobHandler:
         return await asyncio.to_thread(missing_model, model, model.name, choices)
 
     async def _nowhere(self, names: Sequence[Name], guessed: Collection[Name]) -> list[Name]:
-        """Those of the names that no folder at all has, where nothing but a guess tells their folder."""
+        """Return the names that no folder at all has, if their folder is only a guess."""
         anywhere = {name: ((), name[1]) for name in names if name in guessed}
         missing = await asyncio.to_thread(self._supply.missing, tuple(anywhere.values())) if anywhere else []
         return [name for name in names if name not in anywhere or anywhere[name] in missing]
 
     async def _unchecked(self, graph: Graph, models: Sequence[NamedModel]) -> list[NamedModel]:
-        """Those of the models that are in rows whose class does not declare them: ComfyUI looks at no value there."""
+        """Return the models in rows that their class does not declare: ComfyUI checks no value there."""
         rows = [model for model in models if not isinstance(graph[model.node_id]["inputs"][model.input_name], str)]
         info = await self._engine.object_info({model.class_type for model in rows}) if rows else {}
         return [model for model in rows if model.class_type in info and not declares(info[model.class_type], model.input_name)]
 
     async def _as_written(self, models: Sequence[NamedModel]) -> Sequence[NamedModel]:
-        """The models, where a file really has a backslash in its name with that name."""
+        """Return the models, with the backslash in a name if a file's name really contains it."""
         return [model.as_written() if model.written and await self._has_backslash(model) else model for model in models]
 
     async def _has_backslash(self, model: NamedModel) -> bool:
@@ -301,10 +301,10 @@ class JobHandler:
     async def _absent(
         self, graph: Graph, named: Sequence[NamedModel]
     ) -> tuple[Mapping[Name, Sequence[NamedModel]], list[Name]]:
-        """The models that are not there, of those that the job runs with.
+        """Return the missing models, of those that the job runs with.
 
-        Raises `FileUnusable` for one of them that is not whole. Only where anything is the matter at all is ComfyUI asked
-        which nodes are outputs: a model that no output needs is none of the job's business, and neither is its absence.
+        Raises `FileUnusable` for one that is incomplete. ComfyUI is asked for the output nodes only if something is missing: a
+        model that no output needs does not matter.
         """
         models = by_name(named)
         try:
@@ -321,22 +321,22 @@ class JobHandler:
         return models, [name for name in absent if name in models]
 
     async def _unseen(self, models: Mapping[Name, Sequence[NamedModel]]) -> list[Name]:
-        """Those that are neither on the volume nor in a place of ComfyUI's own."""
+        """Return those that are neither on the volume nor in ComfyUI's own folders."""
         missing = await asyncio.to_thread(self._supply.missing, tuple(models)) if models else []
         return [name for name in missing if not any([await self._listed(model) for model in models[name]])]
 
     async def _outputs(self, graph: Graph) -> list[str]:
-        """The graph's output nodes, and those of classes that ComfyUI does not have: it will say so itself."""
+        """Return the graph's output nodes, and nodes of unknown classes: ComfyUI will report these itself."""
         info = await self._engine.object_info({node["class_type"] for node in graph.values()})
         unknown = {"output_node": True}
         return [node_id for node_id, node in graph.items() if info.get(node["class_type"], unknown).get("output_node")]
 
     async def _listed(self, model: NamedModel) -> bool:
-        """Whether ComfyUI sees it in a place of its own, such as one from an extra_model_paths.yaml."""
+        """Return whether ComfyUI sees it in one of its own folders, such as one from an extra_model_paths.yaml."""
         return model.name in await self._choices(model)
 
     async def _choices(self, model: NamedModel) -> Sequence[str]:
-        """What ComfyUI lists for the input, or for a loader of the same folder where the class does not declare it."""
+        """Return what ComfyUI lists for the input. If the class does not declare it, for a loader of the same folder."""
         found = await self._engine.choices(model.class_type, model.input_name)
         if found is None and model.loader:
             found = await self._engine.choices(*model.loader)
@@ -364,17 +364,17 @@ class JobHandler:
 def timed(
     result: Result, request: Request, around: Around, queued_s: float = 0.0, node_s: Mapping[str, float] | None = None
 ) -> Result:
-    """The result with where its time went, if the client asked for that."""
+    """Return the result with its timings, if the client asked for them."""
     return replace(result, timings=around.laps.to_dict(queued_s, node_s or {})) if request.return_timings else result
 
 
 def picture_format(request: Request) -> PictureFormat | None:
-    """What the request wants its PNGs as; None for as they are."""
+    """Return the format in which the request wants its PNGs, or None."""
     return PictureFormat(request.output_format, request.quality) if request.output_format else None
 
 
 def check_outputs(graph: Graph, node_ids: Collection[str] | None) -> None:
-    """Refuse `outputs` that no node of the graph could have, before the GPU works for nothing. Raises `FieldInvalid`.
+    """Refuse `outputs` that no node of the graph could have, before the GPU is used. Raises `FieldInvalid`.
 
     A node that others are expanded from while the graph runs has outputs under ids that begin with its own, as `5.0.1`.
     """
@@ -385,7 +385,7 @@ def check_outputs(graph: Graph, node_ids: Collection[str] | None) -> None:
 
 
 def by_name(models: Iterable[NamedModel]) -> dict[Name, list[NamedModel]]:
-    """The models by what the supply knows them by, each with everything that names it."""
+    """Map the supply's names to the models that use them."""
     found: dict[Name, list[NamedModel]] = {}
     for model in models:
         found.setdefault((model.folders, model.file_names), []).append(model)
@@ -394,7 +394,7 @@ def by_name(models: Iterable[NamedModel]) -> dict[Name, list[NamedModel]]:
 
 @dataclass(frozen=True, slots=True)
 class Around:
-    """What a job has beside its input: who hears of its progress, who waits for the engine, its clock, and where it is read."""
+    """A job's context: the listener of its progress, the waiter for the engine, its clock, and where it is read."""
 
     tell: Tell
     engine_free: Callable[[], None]
@@ -403,7 +403,7 @@ class Around:
 
 
 def made_again(graph: Graph, nodes: Collection[str], nonce: str) -> Graph:
-    """The graph with these nodes changed in a way that only ComfyUI's cache notices: an input that they do not have."""
+    """Return the graph with an extra input in these nodes, which only ComfyUI's cache notices."""
     return {
         node_id: {**node, "inputs": {**node["inputs"], "run_again": nonce}} if node_id in nodes else node
         for node_id, node in graph.items()
@@ -411,7 +411,7 @@ def made_again(graph: Graph, nodes: Collection[str], nonce: str) -> Graph:
 
 
 def sampling_progress(step: Progress) -> dict[str, Any]:
-    """What a client sees while a node works: step `value` of `max` in the node with this id."""
+    """Return what a client sees while a node works: step `value` of `max` in the node with this id."""
     percent = 100 * step.value / step.maximum if step.maximum else 0.0
     return {"type": "progress", "value": step.value, "max": step.maximum, "percent": round(percent, 1), "node": step.node_id}
 
@@ -423,7 +423,7 @@ def contents(result: Mapping[str, Any]) -> str:
 
 
 def download_progress(waiting: Waiting) -> dict[str, Any]:
-    """What a client sees while a job waits for models: bytes and bytes a second over all of them, and a line for each."""
+    """Return what a client sees while a job waits for models: total bytes and bytes a second, and a line for each model."""
     percent = 100 * waiting.done_bytes / waiting.total_bytes if waiting.total_bytes else 0.0
     return {
         "type": "download",

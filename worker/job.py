@@ -1,6 +1,6 @@
-"""What a request and a result are. Pure: values in, values out.
+"""The request and the result. Pure: values in, values out.
 
-The shapes are those of runpod-workers/worker-comfyui, so that its clients work unchanged; what is added is additive.
+The shapes are those of runpod-workers/worker-comfyui, so that its clients work unchanged. Additions are optional.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from worker.errors import (
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-# The largest seed of ComfyUI's samplers; it refuses a larger one, but only once the job's models are there.
+# The largest seed of ComfyUI's samplers. It refuses a larger one, but only after the job's models are loaded.
 _LARGEST_SEED = (1 << 64) - 1
 _QUALITY, _BEST_QUALITY = 90, 100
-# Base64 has no colon; a prefix such as `data:image/png;base64,` begins otherwise.
+# Base64 contains no colon. A prefix such as `data:image/png;base64,` begins otherwise.
 _ADDRESS = re.compile(r"\s*https?://", re.IGNORECASE)
-# Saved workflows with subgraphs in subgraphs are some 20 deep.
+# Real workflows with nested subgraphs are some 20 levels deep.
 _DEEPEST = 100
-# Each file costs some system calls on a disk that may be a network's.
+# Each file costs some system calls on a disk that may be remote.
 _MOST_FILES = 2_000
 
 
 @dataclass(frozen=True, slots=True)
 class InputFile:
-    """A file the client sends along, of any kind: base64 with or without a `data:` prefix, or an address to fetch it from.
+    """A file that the client sends, of any kind: base64 with or without a `data:` prefix, or an address.
 
-    Exactly one of `data` and `url` is set. `name` may have folders in it; `subfolder` goes before it.
+    Exactly one of `data` and `url` is set. `name` may contain folders; `subfolder` is put in front of it.
     """
 
     name: str
@@ -51,41 +51,41 @@ class InputFile:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One job's input. `workflow` is checked for presence here, for shape where graphs are understood."""
+    """One job's input. `workflow` is checked for presence here; other modules check its structure."""
 
     workflow: object
-    """A graph in the API's format, a workflow as the editor saves it, or the name of one that is on the volume.
+    """A graph in API format, a workflow in the editor's format, or the name of one on the volume.
 
-    None only where `workflow_from` is set.
+    None only if `workflow_from` is set.
     """
     files: tuple[InputFile, ...] = ()
-    """`images` first, then `files`: they differ in nothing but the name of the key that holds the data."""
+    """`images` first, then `files`: they differ only in the name of the key that holds the data."""
     comfy_org_api_key: str | None = None
     models: object = None
-    """Where models come from, for this job; its shape is checked where models are understood."""
+    """Sources of models for this job. `models.sources` checks its structure."""
     extra_pnginfo: dict[str, Any] | None = None
-    """What ComfyUI's editor sends along, above all its own form of the workflow: embedded in pictures, and read for models."""
+    """What ComfyUI's editor sends too, mainly its own form of the workflow: embedded in pictures, and read for models."""
     timeout_s: float | None = None
-    """How long the workflow may run; never longer than the operator's JOB_TIMEOUT_S."""
+    """How long the workflow may run, at most the operator's JOB_TIMEOUT_S."""
     outputs: frozenset[str] | None = None
     """The nodes whose outputs are returned; None for all."""
     workflow_from: str | None = None
-    """The name of one of the job's files, which carries the workflow."""
+    """The name of one of the job's files, which contains the workflow."""
     set: dict[str, Any] | None = None
     """Values to put into the graph, by `NODE.INPUT`."""
     seed: str | int | None = None
-    """`random`, `next` or a number; None leaves the seeds as they were saved."""
+    """`random`, `next` or a number. None leaves the seeds as saved."""
     previews: bool = False
-    """Return what preview nodes made, too."""
+    """Also return the outputs of preview nodes."""
     return_timings: bool = False
     output_format: str | None = None
-    """`webp` or `jpeg`, for pictures that nodes saved as PNG; None returns them as they are."""
+    """`webp` or `jpeg`, for pictures that nodes saved as PNG. None returns them unchanged."""
     quality: int = _QUALITY
-    """Of these, from 1 to 100."""
+    """The quality of that format, from 1 to 100."""
 
     @classmethod
     def parse(cls, value: object) -> Request:
-        """Read `job["input"]`: an object, or a string that is the JSON of one. Keys nobody knows are ignored.
+        """Parse `job["input"]`: an object, or a string that is the JSON of one. Ignore unknown keys.
 
         Raises a `RequestError` that says what to send instead.
         """
@@ -115,9 +115,9 @@ class Request:
 
 
 def check_depth(value: object, what: str = "The input") -> None:
-    """Refuse what is nested deeper than anybody needs. Raises `InputTooDeep`.
+    """Refuse values that are nested too deeply. Raises `InputTooDeep`.
 
-    ComfyUI copies a graph and what comes with it by recursion: a value of some 500 levels ends its thread that runs prompts.
+    ComfyUI copies a graph and its extra data by recursion: a value of some 500 levels ends its prompt thread.
     """
     level = [value]
     for _ in range(_DEEPEST + 1):
@@ -147,7 +147,7 @@ def _object(value: object) -> dict[str, Any]:
 
 
 def _workflow(value: object) -> object:
-    """The workflow, also where it is the JSON of one; another string is the name of one."""
+    """Return the workflow. A string may contain its JSON; another string is the name of one."""
     if not isinstance(value, str) or not value.lstrip().startswith("{"):
         return value
     try:
@@ -161,7 +161,7 @@ def _workflow(value: object) -> object:
 
 
 def _images(value: object) -> tuple[InputFile, ...]:
-    """`images: [{name, image}]` as every client sends it, or `{name, url}`."""
+    """Parse `images: [{name, image}]` as every client sends it, or `{name, url}`."""
     if value is None:
         return ()
     if not isinstance(value, list):
@@ -192,7 +192,7 @@ def _files(value: object) -> tuple[InputFile, ...]:
 
 
 def _file(item: object, data_key: str) -> InputFile | None:
-    """The file an entry describes; None for what describes none."""
+    """Return the file that an entry describes, or None."""
     if not isinstance(item, dict):
         return None
     name, subfolder, data, url = (item.get(key) for key in ("name", "subfolder", data_key, "url"))
@@ -200,7 +200,7 @@ def _file(item: object, data_key: str) -> InputFile | None:
         return None
     if isinstance(data, str) and _ADDRESS.match(data):
         return InputFile(name, url=data.strip(), subfolder=subfolder or "")
-    if isinstance(data, str):  # as before there were addresses: 'image' is what counts
+    if isinstance(data, str):  # base64 wins over 'url', for clients that predate URLs
         return InputFile(name, data=data, subfolder=subfolder or "")
     if isinstance(url, str) and url and data is None:
         return InputFile(name, url=url, subfolder=subfolder or "")
@@ -208,7 +208,7 @@ def _file(item: object, data_key: str) -> InputFile | None:
 
 
 def _key(value: object) -> str | None:
-    """The key; an empty one is none. What is no text is refused: the job would be charged to the worker's own key."""
+    """Return the key; an empty one is None. Refuse other types: the job would be charged to the worker's own key."""
     if value is not None and not isinstance(value, str):
         raise FieldInvalid("comfy_org_api_key", "must be a string")
     return value or None
@@ -225,7 +225,7 @@ def _pnginfo(value: object) -> dict[str, Any] | None:
 
 
 def _seconds(value: object) -> float | None:
-    """How long; None, as for 0, where the operator's limit alone counts."""
+    """Return the limit. None, also for 0, means that only the operator's limit applies."""
     if value is None:
         return None
     seconds = math.nan
@@ -240,14 +240,14 @@ def _seconds(value: object) -> float | None:
 
 
 def _whole(value: object) -> int | None:
-    """The whole number that JSON wrote as 9 or as 9.0, which mean the same there; None for anything else."""
+    """Return the whole number that JSON wrote as 9 or as 9.0, which mean the same there. None for anything else."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def _node_ids(value: object) -> frozenset[str] | None:
-    """The nodes; None for all, as for an empty list: nobody runs a GPU to have nothing of it."""
+    """Return the nodes. None means all, also for an empty list: nobody runs a GPU for no output."""
     if value is None or value == []:
         return None
     ids = [item if isinstance(item, str) else _whole(item) for item in value] if isinstance(value, list) else []
@@ -265,7 +265,7 @@ def _overrides(value: object) -> dict[str, Any] | None:
 def _seed(value: object) -> str | int | None:
     if value is None or value in ("random", "next"):
         return value
-    if value == -1:  # what many front ends mean by it
+    if value == -1:  # many front ends mean it so
         return "random"
     number = _whole(value)
     if number is None or not 0 <= number <= _LARGEST_SEED:
@@ -296,8 +296,8 @@ def _flag(name: str, value: object) -> bool:
 class OutputItem:
     """One file or text of the result.
 
-    What `data` is depends on `type`. `base64`: the file's bytes, without a prefix. `s3_url`: a signed address. `volume_path`:
-    its path below the network volume's root, which is its key in the volume's S3 API as well. `text`: the text itself.
+    `type` says what `data` is. `base64`: the file's bytes, without a prefix. `s3_url`: a signed address. `volume_path`: its
+    path below the network volume's root, which is its key in the volume's S3 API as well. `text`: the text itself.
     """
 
     filename: str
@@ -309,7 +309,7 @@ class OutputItem:
     size_bytes: int
 
     def to_dict(self) -> dict[str, Any]:
-        """As it stands in the result."""
+        """Return the item as it appears in the result."""
         return {
             "filename": self.filename,
             "type": self.type,
@@ -323,7 +323,7 @@ class OutputItem:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A job's success: what the client gets as `output`. `warnings` name what is missing beside what is there."""
+    """A job's success: the client's `output`. `warnings` name what is missing in it."""
 
     images: tuple[OutputItem, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -335,13 +335,13 @@ class Result:
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing at all is delivered."""
+        """Return whether nothing at all is delivered."""
         return not (self.images or self.videos or self.audio or self.text or self.files)
 
     def to_dict(self) -> dict[str, Any]:
-        """The result's JSON: `images` always, the other lists when they hold something.
+        """Return the result's JSON: `images` always, the other lists if they are not empty.
 
-        `status` is there only when nothing at all is delivered, as worker-comfyui's clients expect.
+        `status` is present only if nothing at all is delivered, as worker-comfyui's clients expect.
         """
         result: dict[str, Any] = {"images": [item.to_dict() for item in self.images]}
         more = {"videos": self.videos, "audio": self.audio, "text": self.text, "files": self.files}

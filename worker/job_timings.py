@@ -1,4 +1,4 @@
-"""Where a job's time goes, as a client can ask for it. Pure but for the clock."""
+"""Where a job's time goes, for clients that ask. Pure but for the clock."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class Laps:
-    """A job's clock: seconds by step, each the sum of its turns."""
+    """A job's clock: seconds by step, summed over its turns."""
 
     def __init__(self) -> None:
         self._began = time.monotonic()
@@ -19,7 +19,7 @@ class Laps:
 
     @contextlib.contextmanager
     def step(self, name: str) -> Iterator[None]:
-        """Count the body's time to a step."""
+        """Add the body's time to a step."""
         began = time.monotonic()
         try:
             yield
@@ -27,13 +27,13 @@ class Laps:
             self._steps[name] = self._steps.get(name, 0.0) + time.monotonic() - began
 
     def total_s(self) -> float:
-        """Seconds since the job began."""
+        """Return the seconds since the job began."""
         return time.monotonic() - self._began
 
     def to_dict(self, queued_s: float, node_s: Mapping[str, float]) -> dict[str, Any]:
-        """The times as `return_timings` gives them: seconds, to the millisecond.
+        """Return the times for `return_timings`: seconds, to the millisecond.
 
-        What ComfyUI had the graph in its queue for (`queued_s`) counts as queueing, not as running.
+        The time in ComfyUI's queue (`queued_s`) counts as queueing, not as running.
         """
         steps = {"models": 0.0, "inputs": 0.0, "queueing": 0.0, "running": 0.0, "delivering": 0.0, **self._steps}
         steps["queueing"] += queued_s

@@ -1,4 +1,4 @@
-"""How the worker logs: one line a record, to standard error, with secrets blotted out. Touches standard error only."""
+"""The worker's log: one line a record, to standard error, with secrets redacted. Touches standard error only."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from worker.base.text import shortened
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-# A signed URL is a key for as long as it lives: its query is never shown. Tokens are known by how their issuers begin them.
-# Each pattern reads a text once: whoever sends a job writes some of what is logged.
+# A signed URL is a key while it is valid, so its query is never shown. Tokens are recognised by their issuers' prefixes. Each
+# pattern reads a text once, because the sender of a job writes some of what is logged.
 _URL = re.compile(r"https?://[^\s\"']+")
 _KEY = re.compile(r"(?i:signature|token|key|[?&;]sig=|auth|secret|passw|credential)")
 _USER = re.compile(r"(https?://)[^\s/@\"']+@")
@@ -26,27 +26,27 @@ _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 def printable(text: str) -> str:
-    r"""The text as one line of a log: without colours, and with other control characters as `\n` and the like.
+    r"""Return the text as one log line: without colours, and with other control characters as `\n` and the like.
 
-    What a job names may hold line breaks that would begin another record, or sequences that a terminal obeys.
+    A name in a job may contain line breaks that would begin another record, or sequences that a terminal obeys.
     """
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), _COLOUR.sub("", text))
 
 
 class RedactingFilter(logging.Filter):
-    """Replaces known secrets, things shaped like tokens, and the query of signed URLs in every record that passes."""
+    """Replaces known secrets, token-like strings, and the query of signed URLs in every record."""
 
     def __init__(self, secrets: Iterable[str] = ()) -> None:
         super().__init__()
         self._secrets = [secret for secret in secrets if len(secret) >= _SHORTEST_SECRET]
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Keep every record, with its text made safe."""
+        """Keep every record, with its text redacted."""
         record.msg, record.args = printable(self.redact(shortened(record.getMessage(), _LONGEST))), None
         return True
 
     def redact(self, text: str) -> str:
-        """The same text without secrets."""
+        """Return the text without secrets."""
         for secret in self._secrets:
             text = text.replace(secret, "***")
         text = _URL.sub(_without_key, _USER.sub(_without_password, text))
@@ -64,19 +64,19 @@ def _without_key(found: re.Match[str]) -> str:
 
 
 class _RedactingFormatter(logging.Formatter):
-    """Redacts tracebacks too: they are formatted after the filters have run."""
+    """Also redacts tracebacks, which are formatted after the filters have run."""
 
     def __init__(self, redactor: RedactingFilter) -> None:
         super().__init__("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S")
         self._redactor = redactor
 
     def formatException(self, ei: object) -> str:  # noqa: N802 - logging's name
-        """The traceback without secrets."""
+        """Return the traceback without secrets."""
         return self._redactor.redact(super().formatException(ei))  # type: ignore[arg-type]  # typeshed's private alias
 
 
 def configure(level: str, secrets: Iterable[str] = ()) -> None:
-    """Send the worker's records at `level` and above to standard error; other libraries' from WARNING on."""
+    """Send the worker's records at `level` and above to standard error, and other libraries' from WARNING on."""
     redactor = RedactingFilter(secrets)
     handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(redactor)

@@ -1,4 +1,4 @@
-"""What the operator can set, read once from an environment that is passed in. Pure.
+"""The operator's settings, read once from an environment that is passed in. Pure.
 
 Each field of `Settings` is one environment variable: the field's name in capitals. The same definitions make the table in
 docs/settings.md (`markdown_table`), so the documentation cannot differ from the code.
@@ -26,7 +26,7 @@ _HOST_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-.:")
 
 
 def _setting(parse: Callable[[str], Any], default: str, text: str, *, secret: bool = False) -> Any:  # noqa: ANN401 - as dataclasses.field
-    """A field with what its variable needs; `default` is what an unset or empty variable stands for."""
+    """Return a field for one variable. `default` is the value of an unset or empty variable."""
     metadata = {"parse": parse, "default": default, "text": text, "secret": secret}
     return field(repr=not secret, metadata=metadata)
 
@@ -98,7 +98,7 @@ def _model_hosts(text: str) -> tuple[str, ...]:
 
 
 def _input_hosts(text: str) -> tuple[str, ...] | None:
-    """None for any host, () for none."""
+    """Parse hosts: None for any host, () for none."""
     if text.strip().lower() in {"any", "none"}:
         return None if text.strip().lower() == "any" else ()
     hosts = _hosts(text)
@@ -108,7 +108,7 @@ def _input_hosts(text: str) -> tuple[str, ...] | None:
 
 
 def _places(text: str) -> tuple[str, ...]:
-    """Host names, IP addresses, and networks such as 10.1.0.0/16."""
+    """Parse host names, IP addresses, and networks such as 10.1.0.0/16."""
     places = tuple(place.strip().lower() for place in text.split(",") if place.strip())
     try:
         for place in places:
@@ -128,7 +128,7 @@ def _address(text: str) -> str:
 
 
 def _store(text: str) -> str:
-    """The address of an object store: a host, perhaps a port and a path, and nothing else."""
+    """Parse the address of an object store: a host, perhaps a port and a path, and nothing else."""
     address = _address(text)
     parts = urlsplit(address)
     try:
@@ -141,7 +141,7 @@ def _store(text: str) -> str:
 
 
 def _warm_models(text: str) -> tuple[str, ...] | None:
-    """`auto` is None, `none` is nothing."""
+    """Parse a list of models: `auto` is None, `none` is empty."""
     if text.strip().lower() == "auto":
         return None
     names = tuple(name.strip() for name in text.replace("\n", ",").split(",") if name.strip())
@@ -165,7 +165,7 @@ def _optional(text: str) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """The worker's settings; every value is valid once an instance exists."""
+    """The worker's settings. Every value of an instance is valid."""
 
     volume_path: Path = _setting(
         _path, "/runpod-volume", "Where the network volume is mounted. In a Pod the default is `/workspace`."
@@ -327,24 +327,24 @@ class Settings:
 
     @property
     def request_hosts(self) -> tuple[str, ...]:
-        """`MODEL_HOSTS`, and where the hub is one of them, the address that stands for it."""
+        """Return `MODEL_HOSTS`. If the hub is one of them, add the host of its mirror."""
         mirror = urlsplit(self.hf_endpoint).hostname or ""
         is_hub = "huggingface.co" in self.model_hosts and mirror not in self.model_hosts
         return (*self.model_hosts, mirror) if is_hub else self.model_hosts
 
     @property
     def base_dir(self) -> Path:
-        """The folder under which ComfyUI keeps its models, inputs and outputs."""
+        """Return the folder under which ComfyUI keeps its models, inputs and outputs."""
         return self.comfyui_base_dir or self.comfyui_dir
 
     @property
     def local_store(self) -> Path:
-        """Where models are kept when the volume cannot take them: on the container's disk, laid out as a volume."""
+        """Return the folder on the container's disk for models that the volume cannot take, laid out as a volume."""
         return self.base_dir / "container-volume"
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> Settings:
-        """Read the settings; raises `SettingsError` with every problem found, each naming its variable."""
+        """Read the settings. Raises `SettingsError` with every problem found, each naming its variable."""
         problems: list[str] = []
         values: dict[str, Any] = {}
         for item in dataclasses.fields(cls):
@@ -364,12 +364,12 @@ class Settings:
         return cls(**values)
 
     def secrets(self) -> tuple[str, ...]:
-        """Every secret value that is set, so that no log line shows one."""
+        """Return every secret value that is set, so that no log line shows one."""
         fields = (item for item in dataclasses.fields(self) if item.metadata["secret"])
         return tuple(value for item in fields if (value := getattr(self, item.name)))
 
 
-# What worker-comfyui takes and means no more than the largest number that is taken here.
+# worker-comfyui accepts these; larger numbers mean no more than the largest one here.
 _LARGEST = {"WEBSOCKET_RECONNECT_ATTEMPTS": 1000, "WEBSOCKET_RECONNECT_DELAY_S": 60}
 _BUCKET_KEYS = ("BUCKET_ACCESS_KEY_ID", "BUCKET_SECRET_ACCESS_KEY", "BUCKET_NAME", "BUCKET_PREFIX", "BUCKET_REGION")
 
@@ -388,7 +388,7 @@ def _is_too_large(name: str, text: str) -> bool:
 
 
 def remarks(environ: Mapping[str, str]) -> list[str]:
-    """Sentences about variables that worker-comfyui takes without harm and that have no effect, or another, here."""
+    """Return sentences about variables of worker-comfyui that have no effect, or another effect, here."""
     found = [
         f"{name} is {environ[name].strip()}; {most} is used, the largest that makes sense"
         for name, most in _LARGEST.items()
@@ -401,7 +401,7 @@ def remarks(environ: Mapping[str, str]) -> list[str]:
 
 
 def _bucket_problems(values: dict[str, Any]) -> list[str]:
-    """What contradicts itself about the bucket, or is half there; nothing about a value that is wrong by itself."""
+    """Return contradictions and missing parts of the bucket's settings, but not wrong single values."""
     needed = ("bucket_endpoint_url", "bucket_access_key_id", "bucket_secret_access_key")
     if "bucket_endpoint_url" in values and not values["bucket_endpoint_url"]:
         values.update(dict.fromkeys((*needed, "bucket_name", "bucket_prefix", "bucket_region")))
@@ -431,7 +431,7 @@ def _bucket_problems(values: dict[str, Any]) -> list[str]:
 
 
 def _is_pod(environ: Mapping[str, str]) -> bool:
-    """A RunPod Pod, where volumes are mounted elsewhere than in a serverless worker."""
+    """Return whether this is a RunPod Pod, where volumes are mounted elsewhere than in a serverless worker."""
     return "RUNPOD_POD_ID" in environ and "RUNPOD_ENDPOINT_ID" not in environ
 
 

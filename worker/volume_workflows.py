@@ -1,4 +1,4 @@
-"""Workflows that are kept on the volume and asked for by name. Touches the disk."""
+"""Read workflows that are stored on the volume and requested by name. Touches the disk."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _ABSENT: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG})
-# Names are listed for a sentence; a folder of more is listed no further.
+# Names are listed for a sentence. A folder with more is not listed to the end.
 _LISTED: Final = 1000
 
 
 def is_name(workflow: object) -> bool:
-    """Whether a request's `workflow` is the name of one: a text that is not the JSON of an object."""
+    """Return whether a request's `workflow` is a name: a text that is not the JSON of an object."""
     return isinstance(workflow, str) and not workflow.lstrip().startswith("{")
 
 
 def read_workflow(volume: Path, name: str) -> dict[str, Any]:
-    """The workflow of this name, in whichever format it is.
+    """Return the workflow of this name, in either format.
 
-    Raises `UnsafePath` for a name that leaves the folder, `WorkflowUnknown` with the names that there are, `NoWorkflowInFile`
-    and `VolumeFailed`.
+    Raises `UnsafePath` for a name that leaves the folder, `WorkflowUnknown` with the existing names, `NoWorkflowInFile` and
+    `VolumeFailed`.
     """
     data = workflow_bytes(volume, name)
     if data is None:
@@ -39,7 +39,7 @@ def read_workflow(volume: Path, name: str) -> dict[str, Any]:
 
 
 def decoded(name: str, data: bytes) -> dict[str, Any]:
-    """The workflow that a file holds. Raises `NoWorkflowInFile`."""
+    """Return the workflow in a file. Raises `NoWorkflowInFile`."""
     found = embedded_workflow(data)
     if found is None:
         file = f"{name.removesuffix('.json')}.json"
@@ -48,7 +48,7 @@ def decoded(name: str, data: bytes) -> dict[str, Any]:
 
 
 def workflow_bytes(volume: Path, name: str) -> bytes | None:
-    """The file of the workflow of this name, its accents in either form; None if no regular file is there.
+    """Return the file of the workflow of this name, with accents in either form. None if no regular file is there.
 
     Raises `UnsafePath` and `VolumeFailed`.
     """
@@ -72,7 +72,7 @@ def _file_bytes(layout: Layout, path: Path, name: str) -> bytes | None:
 
 
 def workflow_names(volume: Path) -> list[str]:
-    """The names of the workflows on the volume, in alphabetical order."""
+    """Return the names of the workflows on the volume, sorted."""
     return sorted(name for name, _ in zip(_names(Layout(volume).workflows), range(_LISTED), strict=False))
 
 

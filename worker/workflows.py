@@ -1,4 +1,4 @@
-"""A request's workflow, in whichever form it comes, as the graph that runs. Touches nothing itself."""
+"""Turn a request's workflow, in any form, into the graph that runs. Touches nothing itself."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
     from worker.job import Request
     from worker.media.inputs import JobFiles
 
-# 32 bits: some nodes take no more, and nobody draws so many pictures.
+# 32 bits: some nodes accept no more, and nobody makes that many pictures.
 _SEED_RANGE = 1 << 32
 
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """The graph to run, what ComfyUI is to embed in its pictures beside it, and where it is to be looked at."""
+    """The graph to run, what ComfyUI embeds in its pictures, and where large requests are processed."""
 
     graph: Graph
     extra_pnginfo: dict[str, Any] | None
@@ -41,17 +41,17 @@ class Given:
 
 
 class Workflows:
-    """Takes graphs in the API's format, workflows as the editor saves them, and files that carry either."""
+    """Accepts graphs in API format, workflows in the editor's format, and files that contain either."""
 
     def __init__(self, engine: Engine, volume: Path) -> None:
         self._engine = engine
         self._volume = volume
 
     async def of(self, request: Request, files: JobFiles, aside: Aside) -> Given:
-        """The request's graph, seeds and overrides applied; what the client sent stays as it is.
+        """Return the request's graph with seeds and overrides applied. The request itself is not changed.
 
-        Raises a `RequestError`: nothing is guessed. `InputError` when the file that carries the workflow cannot be had, and
-        `VolumeFailed` when one that is named cannot be read.
+        Raises a `RequestError`: nothing is guessed. Raises `InputError` if the file that contains the workflow is unavailable,
+        and `VolumeFailed` if a named one cannot be read.
         """
         value, pnginfo = request.workflow, request.extra_pnginfo
         if request.workflow_from is not None:
@@ -77,10 +77,10 @@ class Workflows:
         return Given(graph, pnginfo, aside)
 
     async def check_classes(self, graph: Graph) -> Graph:
-        """Return the graph, known to have only node classes that ComfyUI has: it refuses any other, used or not.
+        """Return the graph if ComfyUI has all its node classes. It refuses any other graph, even if a node is unused.
 
-        Raises `UnknownNodes` with all that it does not have. A node that it replaces by one of another class gets the `_meta`
-        without which ComfyUI 0.33.0 fails at that.
+        Raises `UnknownNodes` with all missing classes. If ComfyUI replaces a node's class, the node gets the `_meta` without
+        which ComfyUI 0.33.0 fails.
         """
         lacking, replaced = await self._engine.lacks({node["class_type"] for node in graph.values()})
         if lacking:
@@ -110,14 +110,14 @@ async def _carried(request: Request, name: str, files: JobFiles) -> tuple[object
         raise NoWorkflowInFile(name, found)
     for value in (found.prompt, found.workflow):
         await asyncio.to_thread(check_depth, value, f"The workflow in '{name}'")
-    # A number that no JSON can carry would be in the pictures, which nobody could read again.
+    # A number outside JSON would be in the pictures, and nobody could read them again.
     return found.best, found.workflow if await asyncio.to_thread(is_finite, found.workflow) else None
 
 
 def reseeded(graph: Graph, controls: Sequence[Control], seed: str | int) -> Graph:
-    """The graph with other seeds: `next` as the editor would have them in the next run, `random`, or all this number.
+    """Return the graph with other seeds: `next` as the editor would set them for the next run, `random`, or all this number.
 
-    Seeds are the values that the editor's format marks with `control_after_generate`, and in a graph that marks none the
+    Seeds are the values that the editor's format marks with `control_after_generate`. In a graph without marks they are the
     numbers called `seed` or `noise_seed`.
     """
     if seed == "next":

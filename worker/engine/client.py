@@ -1,9 +1,11 @@
-"""One living ComfyUI over HTTP and a websocket: queue a graph, follow it, learn how it ended. Touches the loopback network.
+"""Talk to one running ComfyUI over HTTP and a websocket: queue a graph, follow it, learn how it ended.
 
-One websocket for as long as the process lives, opened before the first prompt, so that no event of a run can be missed;
-after any gap or silence /history and /queue are asked instead. Runs on one event loop.
+Touches the loopback network.
 
-HTTP goes through aiohttp: the RunPod SDK brings it anyway, and a request costs it a third of the processor time of httpx.
+One websocket stays open for as long as the process lives. It is opened before the first prompt, so that no event of a run can
+be missed. After a gap or silence /history and /queue are asked instead. Everything runs on one event loop.
+
+HTTP goes through aiohttp. The RunPod SDK imports it anyway, and a request takes a third of the processor time of httpx.
 """
 
 from __future__ import annotations
@@ -50,24 +52,24 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _HTTP_TIMEOUT_S = 30.0
-_NO_LIMIT = aiohttp.ClientTimeout()  # the limits are ours, by a clock that stands still in a freeze
+_NO_LIMIT = aiohttp.ClientTimeout()  # the limits are ours, by a clock that stops during a freeze
 _PROBE_TIMEOUT = aiohttp.ClientTimeout(total=5.0)
-# ComfyUI closes an idle connection after 75 s (aiohttp's default); letting go first avoids a request into a closing one.
+# ComfyUI closes an idle connection after 75 s (aiohttp's default). Closing first avoids a request on a closing connection.
 _KEEPALIVE_S = 60.0
 _JSON = {"content-type": "application/json"}
-# ComfyUI loads weights and runs nodes beside its server thread, so seconds of silence are normal; asking costs 1 ms.
+# ComfyUI loads weights and runs nodes beside its server thread, so seconds of silence are normal. A question costs 1 ms.
 _SILENCE_S = 5.0
-# Between two prompts ComfyUI unloads models and collects garbage, for seconds; after so many silences its thread is gone.
+# Between two prompts ComfyUI unloads models and collects garbage for seconds. After this many silences its thread is gone.
 _STALLED_SILENCES = 2
-# A node that sends nothing and a server thread that does not get the interpreter look like this for a while, too.
+# A node that sends nothing, and a server thread that does not get the interpreter, look like this for a while as well.
 _HANG_S = 180.0
 # Sampling stops within a step, and a step of a large video model takes seconds.
 _WITHDRAW_S = 15.0
 _LEAVING_POLL_S = 0.02
-# A request for each run would cost a millisecond each; so few graphs cost little memory.
+# One request for each run would cost a millisecond each. This many graphs take little memory.
 _REMEMBERED = 20
 _CLOSE_S = 0.5
-# Each open question is a connection; a workflow may name thousands of classes.
+# Each open question is a connection, and a workflow may name thousands of classes.
 _QUESTIONS_AT_ONCE = 16
 OLDEST = "0.3.75"
 """The oldest ComfyUI that the worker is tested on."""
@@ -75,14 +77,14 @@ OLDEST = "0.3.75"
 
 @dataclass(frozen=True, slots=True)
 class Versions:
-    """What a ComfyUI says of itself: its own version, and that of the editor it asks for. None where it does not say."""
+    """What a ComfyUI reports: its own version, and that of the editor it requires. None if it does not say."""
 
     comfyui: str | None = None
     frontend: str | None = None
 
     @classmethod
     def of(cls, system_stats: object) -> Versions:
-        """Return the versions in an answer of /system_stats; an answer of another shape has none."""
+        """Return the versions in an answer of /system_stats. An answer of another form has none."""
         system = system_stats.get("system") if isinstance(system_stats, dict) else None
         told = system if isinstance(system, dict) else {}
         comfyui, frontend = (told.get(key) for key in ("comfyui_version", "required_frontend_version"))
@@ -90,7 +92,7 @@ class Versions:
 
     @property
     def too_old(self) -> bool:
-        """Whether this is a ComfyUI from before the oldest one that the worker is tested on."""
+        """Return whether this ComfyUI is older than the oldest one that the worker is tested on."""
         version = self.comfyui or ""
         return version.removeprefix("v")[:1].isdigit() and older(version, OLDEST)
 
@@ -99,8 +101,8 @@ class Versions:
 class RunResult:
     """A finished run: its outputs by node id, and a sentence for each output that ComfyUI refused to run.
 
-    `cached` are the nodes that did not run again, `silent` the output nodes that put out nothing, with their classes.
-    `queued_s` passed until its first node began, `node_s` in each node that ran; without a gap, they are measured here.
+    `cached` are the nodes that did not run again, `silent` the output nodes without outputs, with their classes. `queued_s` is
+    the time until its first node began, `node_s` the time of each node that ran. Both are measured here, without gaps.
     """
 
     outputs: Outputs
@@ -122,7 +124,7 @@ class _Run:
     stalled_at: float | None = None
 
     def result(self, finished: Finished, dropped: tuple[str, ...]) -> RunResult:
-        """The run's result, with its times."""
+        """Return the run's result, with its times."""
         outputs, cached = finished.outputs, finished.cached
         if self.tracker.lost_pictures:
             lost = self.tracker.lost_pictures
@@ -140,22 +142,22 @@ class _Run:
         return RunResult(outputs, dropped, cached, silent, self.nodes[0][1] - self.began_at, node_s)
 
     def sends(self, node_id: str) -> bool:
-        """Whether pictures of this node are outputs: nothing else could be done with them."""
+        """Return whether pictures of this node are outputs: nothing else could be done with them."""
         return not last_nodes(self.graph).keys().isdisjoint({node_id, node_id.partition(".")[0]})
 
 
 @dataclass(frozen=True, slots=True)
 class Reconnect:
-    """How often a lost websocket is tried again, and the pause between two tries; the first is at once."""
+    """How often to reconnect a lost websocket, and the pause between attempts. The first is immediate."""
 
     attempts: int = 5
     delay_s: float = 3.0
 
 
 class ComfyClient:
-    """What the worker asks of one ComfyUI process. `open` before use; `close` when the process is gone.
+    """The client of one ComfyUI process. Call `open` before use, and `close` when the process is gone.
 
-    Errors: a `RequestError` where ComfyUI refuses the graph; an `EngineError` where it fails with it.
+    It raises a `RequestError` if ComfyUI refuses the graph, and an `EngineError` if ComfyUI fails.
     """
 
     def __init__(
@@ -188,7 +190,7 @@ class ComfyClient:
         self._classes: set[str] = set()
 
     async def answers(self) -> bool:
-        """Return whether ComfyUI answers requests by now. Once it does, `versions` says what it is."""
+        """Return whether ComfyUI answers requests. Once it does, `versions` is set."""
         try:
             async with self._http.get("/system_stats", timeout=_PROBE_TIMEOUT) as response:
                 if response.status != HTTPStatus.OK:
@@ -207,10 +209,10 @@ class ComfyClient:
         self._listener = asyncio.create_task(self._listen(socket), name="comfyui-websocket")
 
     async def _reopen(self) -> None:
-        """A new websocket under a name that ComfyUI does not know yet, when no run is open.
+        """Open a websocket under a name that is new to ComfyUI, while no run is open.
 
-        ComfyUI keeps one socket for a name. When an earlier one ends late, as a half-open one does, it forgets the newer one
-        with it (server.py, `self.sockets.pop(sid)`): that one stays open and says nothing any more.
+        ComfyUI keeps one socket for a name. If an earlier one ends late, as a half-open one does, ComfyUI forgets the newer one
+        with it (server.py, `self.sockets.pop(sid)`): that one stays open but receives nothing any more.
         """
         if self._listener:
             self._listener.cancel()
@@ -219,7 +221,7 @@ class ComfyClient:
         await self.open()
 
     async def close(self) -> None:
-        """Let go of every connection; runs that are still open end as unreachable."""
+        """Close every connection. Open runs end as unreachable."""
         self.fail_all(EngineUnreachable(self.address, "the connection was closed"))
         if self._listener:
             self._listener.cancel()
@@ -228,14 +230,14 @@ class ComfyClient:
             await self._session.close()
 
     async def choices(self, class_type: str, input_name: str) -> Sequence[str] | None:
-        """What a node's input may be, as ComfyUI lists it now: for a loader, the files it sees. None for what is no list."""
+        """Return the current choices of a node's input: for a loader, the files it sees. None if there is no list."""
         info = await self.object_info([class_type])
         with _understood(f"GET /object_info/{class_type}", HTTPStatus.OK):
             inputs = (info.get(class_type) or {}).get("input") or {}
             return next((options_of(group[input_name]) for group in inputs.values() if input_name in group), None)
 
     async def object_info(self, class_types: Collection[str]) -> dict[str, Any]:
-        """ComfyUI's definitions of these node classes; those it does not have are missing."""
+        """Return ComfyUI's definitions of these node classes, without those that it does not have."""
         few = asyncio.Semaphore(_QUESTIONS_AT_ONCE)
 
         async def ask(name: str) -> dict[str, Any]:
@@ -250,9 +252,9 @@ class ComfyClient:
         return found
 
     async def lacks(self, class_types: Collection[str]) -> tuple[frozenset[str], frozenset[str]]:
-        """Return those of these node classes that ComfyUI does not have, and those that it replaces by others.
+        """Return the node classes that ComfyUI does not have, and those that it replaces by others.
 
-        It is asked once for each class that it has, not for each job.
+        It asks once for each class that exists, not for each job.
         """
         asked = set(class_types) - self._classes
         if not asked or not (lacking := asked - (await self.object_info(asked)).keys()):
@@ -280,11 +282,11 @@ class ComfyClient:
         targets: Collection[str] | None = None,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> RunResult:
-        """Queue a graph and wait for its end. `targets` are the output nodes to run; all of them where it is None.
+        """Queue a graph and wait for its end. `targets` are the output nodes to run; None means all of them.
 
-        On cancellation and after `timeout_s` (`RunTimedOut`) the prompt is taken out of ComfyUI before this returns, so that
-        the next job finds it idle; where it does not let go, `holds_prompt` is true from then on. Raises `EngineHung` when
-        it neither sends events nor answers.
+        On cancellation and after `timeout_s` (`RunTimedOut`) the prompt is removed from ComfyUI before this returns, so that
+        the next job finds it idle. If ComfyUI does not stop it, `holds_prompt` is true from then on. Raises `EngineHung` if
+        ComfyUI neither sends events nor answers.
         """
         if self._listener is None or self._listener.done() or (self._deaf and not self._runs):
             await self._reopen()
@@ -312,23 +314,23 @@ class ComfyClient:
         raise tracker.outcome
 
     def _forget_later(self, prompt_id: str) -> None:
-        """Have ComfyUI forget what ended: it keeps the last 10,000 graphs, with whatever inputs they hold, in memory."""
+        """Make ComfyUI forget an ended run: it keeps the last 10,000 graphs with all their inputs in memory."""
         self._ended.append(prompt_id)
         if len(self._ended) >= _REMEMBERED and (self._forgetting is None or self._forgetting.done()):
             ended, self._ended = self._ended, []
             self._forgetting = asyncio.create_task(self._forget(ended), name="comfyui-forget")
 
     async def _forget(self, prompt_ids: Sequence[str]) -> None:
-        with contextlib.suppress(EngineUnreachable):  # it will be restarted, and has forgotten then
+        with contextlib.suppress(EngineUnreachable):  # it will be restarted, and forgets everything
             await self._ask("POST", "/history", {"delete": prompt_ids})
 
     async def _queue(self, graph: Graph, tracker: RunTracker, more: Mapping[str, Any]) -> tuple[str, ...]:
-        """Hand the graph in, once: when the answer is lost, ComfyUI is asked whether it has it before it is sent again."""
+        """Send the graph once. If the answer is lost, ask ComfyUI whether it has the prompt before sending it again."""
         prompt_id = tracker.prompt_id
         prompt = {"prompt": graph, "client_id": self._client_id, "prompt_id": prompt_id, **more}
         for last in (False, False, True):
             try:
-                # Validation lists folders, which a cold volume may take its time for; only a hang is a hang.
+                # Validation lists folders, which may take time on a cold volume. Only a hang is a hang.
                 status, body = await self._wait_for("POST", "/prompt", prompt)
             except EngineUnreachable:
                 if last:
@@ -349,7 +351,7 @@ class ComfyClient:
         raise AssertionError("the last attempt returns or raises")
 
     async def _add_choices(self, refusal: object) -> None:
-        """Put in what an input takes where ComfyUI left it out of its refusal: lists of more than 20 choices."""
+        """Add an input's choices if ComfyUI left them out of its refusal: lists of more than 20 choices."""
         reports = (refusal.get("node_errors") if isinstance(refusal, dict) else None) or {}
         asked: dict[tuple[str, str], Sequence[str] | None] = {}
         for report in reports.values():
@@ -371,15 +373,15 @@ class ComfyClient:
                     await run.news.wait()
             except TimeoutError:
                 await self._consult_history(run)
-                self._deaf = self._deaf or run.tracker.outcome is not None  # it ended, and nobody said so
+                self._deaf = self._deaf or run.tracker.outcome is not None  # it ended, and no event said so
             run.news.clear()
             if run.tracker.wants_history:
                 await self._consult_history(run)
 
     async def _consult_history(self, run: _Run) -> None:
-        """Ask ComfyUI what it knows of the prompt. Silence on its side is not an answer: the caller asks again.
+        """Ask ComfyUI about the prompt. If ComfyUI is silent, the caller asks again.
 
-        Raises `EngineStalled` when the prompt waits again and again while nothing runs: the thread that runs prompts is gone.
+        Raises `EngineStalled` if the prompt waits repeatedly while nothing runs: the thread that runs prompts is gone.
         """
         tracker = run.tracker
         try:
@@ -410,7 +412,7 @@ class ComfyClient:
             return body.get(prompt_id)  # type: ignore[no-any-return]  # ComfyUI's JSON
 
     async def _place(self, prompt_id: str) -> Literal["running", "waiting", "stalled"] | None:
-        """Where the prompt is in ComfyUI's queue, if it is there. `stalled`: it waits, and nothing runs."""
+        """Return the prompt's place in ComfyUI's queue, or None. `stalled`: it waits, and nothing runs."""
         status, body = await self._ask("GET", "/queue")
         with _understood("GET /queue", status):
             running = [item[1] for item in body["queue_running"]]
@@ -421,13 +423,13 @@ class ComfyClient:
             return None
 
     async def _withdraw(self, run: _Run, queueing: asyncio.Task[tuple[str, ...]]) -> None:
-        """Take the prompt out of ComfyUI, running or queued, and wait until it has let go."""
+        """Remove the prompt from ComfyUI, running or queued, and wait until ComfyUI has stopped it."""
         prompt_id = run.tracker.prompt_id
         self.holds_prompt = True
         with contextlib.suppress(WorkerError, TimeoutError):
             async with within(_WITHDRAW_S, self._clock):
                 try:
-                    await queueing  # a prompt that is still being handed in would be queued after it was deleted
+                    await queueing  # a prompt that is still being sent would be queued after it was deleted
                 except RequestError:
                     self.holds_prompt = False  # refused
                     return
@@ -435,14 +437,14 @@ class ComfyClient:
                     log.debug("%s; is it queued?", exc)
                 await self._ask("POST", "/queue", {"delete": [prompt_id]})
                 await self._ask("POST", "/interrupt", {"prompt_id": prompt_id})
-                # The news of the interruption comes before the prompt has left the queue.
-                while await self._place(prompt_id):  # noqa: ASYNC110 - ComfyUI tells nobody when a prompt leaves its queue
+                # The event of the interruption comes before the prompt has left the queue.
+                while await self._place(prompt_id):  # noqa: ASYNC110 - ComfyUI sends no event when a prompt leaves its queue
                     await asyncio.sleep(_LEAVING_POLL_S)
                 self.holds_prompt = False
 
     @property
     def _http(self) -> aiohttp.ClientSession:
-        # Made on first use: aiohttp binds a session to the loop that runs then.
+        # Created on first use: aiohttp binds a session to the loop that runs then.
         if self._session is None:
             self._session = aiohttp.ClientSession(
                 f"http://{self.address}",
@@ -451,7 +453,7 @@ class ComfyClient:
         return self._session
 
     async def _ask(self, method: str, path: str, body: object = None, limit_s: float = _HTTP_TIMEOUT_S) -> tuple[int, Any]:
-        """Status and decoded JSON; None for what is no JSON, as in ComfyUI's answer to its own defects."""
+        """Return status and decoded JSON. The latter is None for other bodies, as in ComfyUI's answer to its own defects."""
         data = None if body is None else json.dumps(body, allow_nan=False).encode()
         limit_s = min(limit_s, self._hang_s)
         if self._http.closed:
@@ -468,7 +470,7 @@ class ComfyClient:
             raise EngineUnreachable(self.address, f"{_reason(exc)} on {method} {path}") from exc
 
     async def _wait_for(self, method: str, path: str, body: object = None) -> tuple[int, Any]:
-        """As `_ask`, for as long as a busy ComfyUI may take. Raises `EngineHung` when that is over."""
+        """Like `_ask`, for as long as a busy ComfyUI may take. Raises `EngineHung` after that."""
         try:
             return await self._ask(method, path, body, self._hang_s)
         except EngineUnreachable as exc:
@@ -478,7 +480,7 @@ class ComfyClient:
 
     async def _connect(self) -> ClientConnection:
         """Open a websocket. Raises `OSError` (`TimeoutError` is one) or `WebSocketException`."""
-        # No heartbeat: a node that holds the interpreter for a minute is busy, not gone; a dead process closes the socket.
+        # No heartbeat: a node that holds the interpreter for a minute is busy, not gone, and a dead process closes the socket.
         # No compression and no size limit: both ends are on this machine, and previews can be large.
         async with within(self._hang_s, self._clock):
             return await connect(
@@ -487,14 +489,14 @@ class ComfyClient:
                 compression=None,
                 max_size=None,
                 ping_interval=None,
-                open_timeout=None,  # the limit is ours, by a clock that stands still in a freeze
-                close_timeout=_CLOSE_S,  # a peer that is gone does not answer
+                open_timeout=None,  # the limit is ours, by a clock that stops during a freeze
+                close_timeout=_CLOSE_S,  # a dead peer does not answer
             )
 
     async def _listen(self, socket: ClientConnection) -> None:
         while True:
             try:
-                with contextlib.suppress(ConnectionClosed):  # however it ends
+                with contextlib.suppress(ConnectionClosed):  # in whatever way it ends
                     async for message in socket:
                         self._heard_at = self._clock()
                         if isinstance(message, bytes):
@@ -543,7 +545,7 @@ class ComfyClient:
                 try:
                     run.on_progress(event)
                 except Exception:
-                    log.exception("progress could not be passed on")  # the listener serves every run, and goes on
+                    log.exception("progress could not be passed on")  # the listener serves every run, and continues
             return
         if isinstance(event, Executing):
             self._at = (event.prompt_id, event.node_id)
@@ -555,7 +557,7 @@ class ComfyClient:
 
 @contextlib.contextmanager
 def _understood(request: str, status: int) -> Iterator[None]:
-    """Read an answer of ComfyUI. What has another shape than its answers have raises `EngineAnswerInvalid`."""
+    """Read an answer of ComfyUI. Raises `EngineAnswerInvalid` if the answer has an unexpected form."""
     try:
         yield
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as exc:
@@ -570,5 +572,5 @@ def _decoded(content: bytes) -> Any:  # noqa: ANN401 - ComfyUI's JSON
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong, for a sentence; many of these errors have no text of their own."""
+    """Return what went wrong, for a sentence. Many of these errors have no text."""
     return str(error) or type(error).__name__

@@ -1,17 +1,17 @@
-"""Custom nodes that live on the volume: linked into ComfyUI, their packages installed once. Touches the disk and processes.
+"""Custom nodes on the volume: link them into ComfyUI, and install their packages once. Touches the disk and processes.
 
-    VOLUME/custom_nodes/<name>                  the nodes, as somebody put them there
-    VOLUME/.worker/nodes/<layer>/               what their requirements.txt ask for, beside what ComfyUI has
-    VOLUME/.worker/nodes/<layer>.installing     who installs that, for those who wait for it
-    VOLUME/.worker/nodes/failed.json            nodes that could not be imported at the last start that saw them
+    VOLUME/custom_nodes/<name>                  the nodes, as people put them there
+    VOLUME/.worker/nodes/<layer>/               the packages of their requirements.txt that ComfyUI lacks
+    VOLUME/.worker/nodes/<layer>.installing     who installs that, for waiting workers
+    VOLUME/.worker/nodes/failed.json            nodes that could not be imported at the last start
 
-Everything here happens before ComfyUI is spawned, because it imports its nodes first thing. So it must cost next to nothing: a
-look into a folder, a link for each node, a small read for each requirements.txt; packages are installed by one worker of the
-fleet, once for each state of (Python, torch, ComfyUI's packages, the nodes' requirements), whose digest is the layer's name.
+All of this happens before ComfyUI starts, because ComfyUI imports its nodes first. So it must cost next to nothing: a look into
+a folder, a link for each node, a small read for each requirements.txt. One worker installs the packages, once for each state of
+(Python, torch, ComfyUI's packages, the nodes' requirements), whose digest is the layer's name.
 
-A layer only adds. What ComfyUI's environment has is pinned while it is installed, torch above all, so nothing in a layer can
-stand before something of ComfyUI's, and pip leaves out what is there. It is a folder on PYTHONPATH and no venv,
-because a venv holds its own path and its interpreter's, and another image has another one.
+A layer only adds. ComfyUI's own packages, above all torch, are pinned during the installation, so nothing in a layer can shadow
+them, and pip skips what exists. It is a folder on PYTHONPATH and no venv, because a venv contains its own path and its
+interpreter's, which differ in another image.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ _COMPLETE = "layer.json"
 _WHAT = ("-r", "--requirement", "-e", "--editable")  # also with the value joined on
 _PIP_OPTIONS = ("--disable-pip-version-check", "--no-input", "--no-warn-script-location")
 _NETWORK = ("Retrying (Retry(", "Temporary failure in name resolution", "ReadTimeoutError", "No space left")
-# At these levels ComfyUI prints no warnings, and a node that cannot be imported is one.
+# At these levels ComfyUI prints no warnings, and a failed import of a node is a warning.
 _SILENT = ("ERROR", "CRITICAL")
 _CANNOT_IMPORT = re.compile(r"Cannot import (.+) module for custom nodes: (.*)")
 
 
 @dataclass(frozen=True, slots=True)
 class NodeFolders:
-    """Where the volume's nodes are, where ComfyUI looks for nodes, where layers are kept, and which Python runs ComfyUI."""
+    """The folders of the volume's nodes, of ComfyUI's nodes and of the layers, and the Python that runs ComfyUI."""
 
     source: Path
     target: Path
@@ -62,17 +62,17 @@ class NodeFolders:
 
     @classmethod
     def below(cls, volume: Path, base_dir: Path, python: str) -> NodeFolders:
-        """The folders of a volume and of ComfyUI's base directory."""
+        """Return the folders of a volume and of ComfyUI's base directory."""
         return cls(volume / "custom_nodes", base_dir / "custom_nodes", volume / ".worker" / "nodes", python)
 
 
 def node_packages(
     folders: NodeFolders, once: Callable[[str, Callable[[], bool]], AbstractContextManager[object]], environ: Mapping[str, str]
 ) -> dict[str, str]:
-    """Link the volume's nodes and have their packages there; returns the environment ComfyUI is to be spawned with.
+    """Link the volume's nodes and install their packages. Return the environment for ComfyUI.
 
-    `once(key, done)` is a lock in the fleet: its body runs when the lock is held, or when `done()` is true, or when it makes no
-    sense to wait any longer. No node's failure raises: what cannot be had is said in the log, and ComfyUI starts.
+    `once(key, done)` is a lock across workers: its body runs when the lock is held, or when `done()` is true, or when waiting
+    makes no sense any more. A node's failure never raises: it is logged, and ComfyUI starts.
     """
     try:
         names = link(folders)
@@ -87,9 +87,9 @@ def node_packages(
 
 
 def link(folders: NodeFolders) -> tuple[str, ...]:
-    """Make ComfyUI see the volume's nodes; returns the names of those that it sees. A node of the image's wins.
+    """Make ComfyUI see the volume's nodes. Return the names that it sees. A node of the image takes precedence.
 
-    Links of nodes that left the volume are removed; nothing else is ever touched.
+    Links of nodes that left the volume are removed. Nothing else is ever touched.
     """
     folders.target.mkdir(parents=True, exist_ok=True)
     _unlink_gone(folders)
@@ -108,7 +108,7 @@ def link(folders: NodeFolders) -> tuple[str, ...]:
 
 
 def _node_names(folder: Path) -> list[str]:
-    """What ComfyUI would load from there (nodes.py, init_external_custom_nodes)."""
+    """Return the names that ComfyUI would load from there (nodes.py, init_external_custom_nodes)."""
     if not folder.is_dir():
         return []
     with os.scandir(folder) as entries:
@@ -128,7 +128,7 @@ def _unlink_gone(folders: NodeFolders) -> None:
 
 
 def requirements(folders: NodeFolders, names: Sequence[str]) -> dict[str, str]:
-    """Node name to its requirements.txt, of the nodes that have one with a line in it."""
+    """Map node names to their requirements.txt, for nodes whose file is not empty."""
     found = {}
     for name in names:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
@@ -143,18 +143,18 @@ def requirements(folders: NodeFolders, names: Sequence[str]) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class EnginePackages:
-    """What ComfyUI's own environment has, read from the names of its metadata folders: one look, no process."""
+    """The packages of ComfyUI's own environment, read from the names of its metadata folders without a process."""
 
     python: str
     versions: Mapping[str, str]
 
     @classmethod
     def of(cls, python: str) -> EnginePackages:
-        """The packages of the venv that this interpreter belongs to, and of what its .pth files add."""
+        """Return the packages of the venv of this interpreter, and of what its .pth files add."""
         lib = Path(shutil.which(python) or python).parent.parent / "lib"
         own = sorted(lib.glob("python3*/site-packages"))
         linked = [Path(line) for site in own for pth in site.glob("*.pth") for line in pth.read_text().splitlines()]
-        # The nearer one counts, as it does when it is imported.
+        # The nearer one counts, as it does for an import.
         versions: dict[str, str] = {}
         for site in [*own, *(folder for folder in linked if folder.is_absolute() and folder.is_dir())]:
             for name, version in _installed(site).items():
@@ -162,7 +162,7 @@ class EnginePackages:
         return cls(own[0].parent.name if own else "python", versions)
 
     def layer_name(self, wanted: Mapping[str, str]) -> str:
-        """The layer for these nodes' requirements; says the two things that people ask about, and changes with everything."""
+        """Return the layer's name: Python's and torch's version, and a digest that changes with everything."""
         digest = hashlib.sha256(json.dumps([dict(self.versions), dict(wanted)], sort_keys=True).encode()).hexdigest()
         return f"{self.python}-torch{self.versions.get('torch', '-none')}-{digest[:12]}"
 
@@ -178,7 +178,7 @@ def _site(
     once: Callable[[str, Callable[[], bool]], AbstractContextManager[object]],
     environ: Mapping[str, str],
 ) -> Path:
-    """The folder of packages for these nodes, installed now if no worker has done it yet."""
+    """Return the folder of packages for these nodes. Install it if no worker has done so."""
     engine = EnginePackages.of(folders.python)
     layer = folders.layers / engine.layer_name(wanted)
 
@@ -193,14 +193,14 @@ def _site(
 
 
 class _Wait:
-    """Another worker's installation, as the log of a worker that waits for it shows it."""
+    """Another worker's installation, logged by a worker that waits for it."""
 
     def __init__(self, layer: Path) -> None:
         self._layer = layer
         self._next_s = time.monotonic() + _SAY_AFTER_S
 
     def over(self) -> bool:
-        """Whether the layer is whole; asked again and again. Every ten seconds the log says who is at it."""
+        """Return whether the layer is complete; called repeatedly. Every ten seconds it logs who installs."""
         if _failed_in(self._layer) is not None:
             return True
         now_s = time.monotonic()
@@ -212,7 +212,7 @@ class _Wait:
 
 @contextlib.contextmanager
 def _announced(layer: Path, environ: Mapping[str, str]) -> Iterator[None]:
-    """Let those who wait know who installs; never a reason to fail."""
+    """Record who installs, for waiting workers. It never raises."""
     note = layer.with_name(f"{layer.name}.installing")
     with contextlib.suppress(OSError):
         note.parent.mkdir(parents=True, exist_ok=True)
@@ -225,7 +225,7 @@ def _announced(layer: Path, environ: Mapping[str, str]) -> Iterator[None]:
 
 
 def _who_installs(layer: Path) -> str:
-    """The rest of a sentence. Hosts' clocks differ by a little, so it is a time of day and no duration."""
+    """Return the rest of a sentence. It gives a time of day, not a duration, because hosts' clocks differ a little."""
     try:
         note = json.loads(layer.with_name(f"{layer.name}.installing").read_text("utf-8"))
         return f"worker {note['by']} installs since {time.strftime('%H:%M:%S', time.localtime(note['since']))}"
@@ -234,7 +234,7 @@ def _who_installs(layer: Path) -> str:
 
 
 def _failed_in(layer: Path) -> dict[str, list[str]] | None:
-    """What a layer lacks: node name to sentences. None where no whole layer is: a host's crash can leave an empty record."""
+    """Return what a layer lacks, node name to sentences. None without a complete layer: a crash can leave an empty record."""
     try:
         record = json.loads((layer / _COMPLETE).read_text("utf-8"))["failed"]
         return {str(name): [str(reason) for reason in reasons] for name, reasons in record.items()}
@@ -245,7 +245,7 @@ def _failed_in(layer: Path) -> dict[str, list[str]] | None:
 def _install(
     folders: NodeFolders, wanted: Mapping[str, str], engine: EnginePackages, layer: Path, environ: Mapping[str, str]
 ) -> Path:
-    """Install into this container, where small files are quick, then hand it to the fleet by one rename."""
+    """Install into this container, where small files are fast, then publish the layer by one rename."""
     began_s = time.monotonic()
     log.info("installing the packages of %d custom nodes, once for the fleet: %s", len(wanted), ", ".join(wanted))
     home = Path(tempfile.mkdtemp(prefix="nodes-"))
@@ -275,7 +275,7 @@ def _publish(site: Path, layer: Path, failed: Mapping[str, Sequence[str]]) -> Pa
             layer.rename(layer.with_name(f"{partial.name}.broken"))
         partial.rename(layer)
     except OSError:
-        # Another worker's, who was first without the lock, is as good: the same content.
+        # Another worker that was first without the lock has the same content.
         if _failed_in(layer) is None:
             raise
     finally:
@@ -285,7 +285,7 @@ def _publish(site: Path, layer: Path, failed: Mapping[str, Sequence[str]]) -> Pa
 
 
 class _Installer:
-    """pip, told what ComfyUI has; first for all nodes together, then, where they do not agree, for as much as can be had."""
+    """pip, with ComfyUI's packages as constraints: first for all nodes together, then for as many as possible."""
 
     def __init__(self, folders: NodeFolders, engine: EnginePackages, home: Path, environ: Mapping[str, str]) -> None:
         self.site = home / "packages"
@@ -298,7 +298,7 @@ class _Installer:
         self._environ = environ
 
     def install(self, wanted: Mapping[str, str]) -> dict[str, list[str]]:
-        """Returns what failed: node name to sentences."""
+        """Install. Return what failed, node name to sentences."""
         files = [self._folders.source / name / "requirements.txt" for name in wanted]
         if self._pip(*(option for file in files for option in ("-r", str(file)))) is None:
             return {}
@@ -309,27 +309,27 @@ class _Installer:
         return failed
 
     def _as_much_as_can_be_had(self, node: Path, text: str) -> list[str]:
-        """One node's requirements, alone, then line by line; returns a sentence for each that cannot be had."""
+        """Install one node's requirements together, then line by line. Return a sentence for each failure."""
         if self._pip("-r", "requirements.txt", cwd=node) is None:
             return []
         lines = [words for line in text.splitlines() if (words := _words(line))]
-        # An index, a folder of wheels or a file of constraints is meant for all lines.
+        # An index, a folder of wheels or a constraints file applies to all lines.
         options = [word for words in lines if _is_option(words) for word in words]
         single = [words for words in lines if not _is_option(words)]
         problems = [(" ".join(words), self._one(words, options, node)) for words in single]
         return [f"{line}: {reason}" for line, reason in problems if reason is not None]
 
     def _one(self, words: Sequence[str], options: Sequence[str], node: Path) -> str | None:
-        """Install what one line asks for; as `_pip`."""
+        """Install one line; otherwise like `_pip`."""
         if words[0].startswith("-"):
             return self._pip(*options, *words, cwd=node)
-        # In a file of its own a line may have what pip takes in files alone, such as --hash.
+        # In its own file a line may contain what pip accepts only in files, such as --hash.
         line = self._prefix.with_name("line.txt")
         line.write_text(" ".join(words))
         return self._pip(*options, "-r", str(line), cwd=node)
 
     def _pip(self, *arguments: str, cwd: Path | None = None) -> str | None:
-        """Install this, paths being relative to `cwd`; None when it went well, else pip's reason."""
+        """Install, with paths relative to `cwd`. Return None on success, otherwise pip's reason."""
         left_s = self._until_s - time.monotonic()
         if left_s <= 0:
             self.interrupted = True
@@ -363,20 +363,20 @@ class _Installer:
         return errors[0] if errors else f"pip ended with status {done.returncode}"
 
     def _gather(self) -> None:
-        """Move what pip put below its prefix into the one folder."""
+        """Move what pip installed below its prefix into the one folder."""
         for packages in self._prefix.glob("lib*/python3*/site-packages"):
             shutil.copytree(packages, self.site, dirs_exist_ok=True)
         shutil.rmtree(self._prefix, ignore_errors=True)
 
 
 def _words(line: str) -> list[str]:
-    """A line of a requirements file, an option as arguments of pip; none for a comment."""
+    """Split a line of a requirements file, with options as pip's arguments. Empty for a comment."""
     text = re.sub(r"(^|\s)#.*", "", line).strip()
     return text.split() if text.startswith("-") else [text] if text else []
 
 
 def _is_option(words: Sequence[str]) -> bool:
-    """Whether a line says how to install, not what."""
+    """Return whether a line says how to install, not what."""
     return words[0].startswith("-") and not words[0].startswith(_WHAT)
 
 
@@ -394,20 +394,20 @@ def _say_failed(name: str, reasons: Sequence[str]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class FailedNode:
-    """A node that ComfyUI could not import, and what Python said."""
+    """A node that ComfyUI could not import, and Python's message."""
 
     name: str
     reason: str
 
 
 def failed_import(line: str) -> FailedNode | None:
-    """The node that a line of ComfyUI's output says could not be imported."""
+    """Return the node whose failed import a line of ComfyUI's output reports."""
     found = _CANNOT_IMPORT.search(line)
     return FailedNode(Path(found[1]).name, found[2]) if found else None
 
 
 def report_failures(settings: Settings, lines: Sequence[str]) -> None:
-    """As `record_failures`; nothing is said or recorded where ComfyUI was told to be silent about it."""
+    """Write down the nodes of the volume that ComfyUI could not import, for `doctor`."""
     if settings.comfy_log_level not in _SILENT:
         record_failures(NodeFolders.below(settings.volume_path, settings.base_dir, settings.comfyui_python), lines)
 
@@ -438,7 +438,7 @@ def record_failures(folders: NodeFolders, lines: Sequence[str]) -> None:
 
 
 def read_failures(volume: Path) -> list[FailedNode]:
-    """The volume's nodes that could not be imported when a worker started last; those that are gone since are left out."""
+    """Return the volume's nodes that failed to import at the last start, without those that are gone."""
     try:
         record = json.loads((volume / ".worker" / "nodes" / "failed.json").read_text())["failed"]
         failures = [FailedNode(str(name), str(reason)) for name, reason in record.items()]

@@ -1,7 +1,7 @@
-"""ComfyUI as the handler sees it: there, or coming back. Touches processes and the loopback network, through its two parts.
+"""ComfyUI as the handler sees it: running or restarting. Touches processes and the loopback network, through its two parts.
 
-Joins `process` (is it alive, why did it die) with `client` (what does it say): a death ends every open run with its cause, and
-a new process is started at once, so that the next job finds it.
+It joins `process` (is it alive, why did it die) and `client` (the protocol). A death ends every open run with its cause, and a
+new process starts at once, so that the next job finds it.
 """
 
 from __future__ import annotations
@@ -45,19 +45,19 @@ log = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
 
-# A refused connection costs 0.1 ms, so asking often costs nothing and a cold start loses 10 ms on average, not 500.
+# A refused connection costs 0.1 ms, so frequent attempts cost nothing, and a cold start loses 10 ms on average instead of 500.
 _PROBE_INTERVAL_S = 0.02
 # A connection that breaks because the process died is noticed before the process is reaped.
 _DEATH_NEWS_S = 1.0
-# Without a finished run between them: the container, the GPU or the weights are broken, and no job would fare better here.
+# Without a finished run between them: the container, the GPU or the weights are broken, and no job would succeed here.
 _DEATHS_IN_A_ROW = 3
 
 
 class Engine:
-    """A supervised ComfyUI. `start` once on the event loop, then `run` graphs, then `stop`.
+    """A supervised ComfyUI. Call `start` once on the event loop, then `run` graphs, then `stop`.
 
-    `on_gone` is called, on the loop, when it died for good: a restart failed, or three deaths came in a row. A process that is
-    replaced because a job was given up counts as none. All its limits are by `clock`.
+    `on_gone` is called on the loop when ComfyUI is gone for good: a restart failed, or three deaths came in a row. A process
+    that is replaced because a job was given up does not count. All limits use `clock`.
     """
 
     def __init__(
@@ -97,14 +97,14 @@ class Engine:
         targets: Collection[str] | None = None,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> RunResult:
-        """Run a graph, as `ComfyClient.run`; waits for a restart that is under way.
+        """Run a graph as `ComfyClient.run` does. Wait for a running restart.
 
-        A ComfyUI that hangs, keeps a prompt that was given up, or lost its GPU is replaced before this returns. Raises also
-        `EngineDied` with the cause and the last lines, and a `StartError` when it will not come back.
+        A ComfyUI that hangs, keeps a prompt that was given up, or lost its GPU is replaced before this returns. Also raises
+        `EngineDied` with the cause and the last lines, and a `StartError` if ComfyUI will not come back.
         """
         client = await self._ready()
         process = self._process
-        process.forget_lines()  # what it printed for another client is none of this one's business
+        process.forget_lines()  # lines that it printed for another client are not for this one
         try:
             result = await client.run(
                 graph, timeout_s=timeout_s, extra_data=extra_data, targets=targets, on_progress=on_progress
@@ -126,14 +126,14 @@ class Engine:
             raise
         except (RunTimedOut, EngineAnswerInvalid, asyncio.CancelledError):
             if client.holds_prompt:
-                self._replaced = process  # no fault of its own
+                self._replaced = process  # not its own fault
                 await self._replace(process, "it does not let go of a prompt that was given up")
             raise
         self._deaths = 0
         return result
 
     async def _give_up(self, process: EngineProcess, error: EngineError) -> None:
-        """Replace a process that lives and does not serve. Raises what is known better: that it died, or will not come back."""
+        """Replace a process that lives but does not serve. Raises a more precise error if it died or will not come back."""
         if isinstance(error, EngineUnreachable):
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(process.exited)), _DEATH_NEWS_S)
@@ -144,33 +144,33 @@ class Engine:
             raise self._failure from error
 
     async def _replace(self, process: EngineProcess, reason: str) -> None:
-        """End this process; `_watch` starts the next one, for which the next run waits."""
+        """End this process. `_watch` starts the next one, for which the next run waits."""
         log.error("ComfyUI is replaced: %s", reason)
         if process is self._process:
             self._up.clear()
         try:
             await asyncio.to_thread(process.stop)
         except TimeoutError:
-            # Stuck in a driver or on a dead mount: the kernel does not end it, and its port and its GPU stay taken.
+            # Stuck in a driver or on a dead mount: the kernel does not end it, and it keeps its port and its GPU.
             self._failure = EngineGaveUp(self._deaths + 1, "could not even be killed", process.last_lines)
             self._up.set()
             self._on_gone()
             raise self._failure from None
 
     async def choices(self, class_type: str, input_name: str) -> Sequence[str] | None:
-        """As `ComfyClient.choices`; waits, replaces and raises as `run` does for an engine that does not answer."""
+        """Like `ComfyClient.choices`; waits, replaces and raises as `run` does if the engine does not answer."""
         return await self._answered(lambda client: client.choices(class_type, input_name))
 
     async def object_info(self, class_types: Collection[str]) -> dict[str, Any]:
-        """As `ComfyClient.object_info`; waits, replaces and raises as `run` does for an engine that does not answer."""
+        """Like `ComfyClient.object_info`; waits, replaces and raises as `run` does if the engine does not answer."""
         return await self._answered(lambda client: client.object_info(class_types))
 
     async def lacks(self, class_types: Collection[str]) -> tuple[frozenset[str], frozenset[str]]:
-        """As `ComfyClient.lacks`; waits, replaces and raises as `run` does for an engine that does not answer."""
+        """Like `ComfyClient.lacks`; waits, replaces and raises as `run` does if the engine does not answer."""
         return await self._answered(lambda client: client.lacks(class_types))
 
     async def versions(self) -> Versions:
-        """Return what the engine is; waits and raises as `run` does for an engine that is not there."""
+        """Return the engine's versions. Waits and raises as `run` does if the engine is not there."""
         return (await self._ready()).versions
 
     async def _answered(self, ask: Callable[[ComfyClient], Awaitable[Answer]]) -> Answer:
@@ -183,16 +183,16 @@ class Engine:
             raise
 
     async def _ready(self) -> ComfyClient:
-        """The client of the engine, once a restart that is under way is over. Raises a `StartError` when there will be none."""
+        """Return the engine's client, after a running restart. Raises a `StartError` if there will be none."""
         if self._process.exited.done() and not self._failure:
-            self._up.clear()  # its death is known here before `_watch` gets its turn
+            self._up.clear()  # its death is known here before `_watch` runs
         await self._up.wait()
         if self._failure:
             raise self._failure
         return self._client
 
     async def stop(self) -> None:
-        """End ComfyUI; nothing restarts it."""
+        """End ComfyUI. Nothing restarts it."""
         watchers = [watcher for watcher in (self._watcher, self._prompts_watcher) if watcher]
         for watcher in watchers:
             watcher.cancel()
@@ -241,7 +241,7 @@ class Engine:
             )
 
     async def _watch(self) -> None:
-        """Turn each death into errors for its runs and a new process, until a restart fails or too many died in a row."""
+        """Turn each death into errors for its runs and start a new process, until a restart fails or too many died in a row."""
         while True:
             await asyncio.shield(asyncio.wrap_future(self._process.exited))
             self._up.clear()
@@ -257,7 +257,7 @@ class Engine:
                 await self._client.close()
                 await self._restart()
             if self._failure:
-                # At once: a job that was told so may be what the worker waits for before it ends.
+                # At once: a job that gets this error may be what the worker waits for before it exits.
                 self._on_gone()
                 log.error("%s", self._failure)
                 self._up.set()
@@ -266,7 +266,7 @@ class Engine:
             log.info("ComfyUI is back (pid %d)", self._process.pid)
 
     async def _watch_prompts(self, process: EngineProcess, client: ComfyClient) -> None:
-        """Replace the process when its thread that runs prompts ends: it answers, and would never run anything again."""
+        """Replace the process if its prompt thread ends: it would still answer, but never run a prompt again."""
         ended, exited = asyncio.wrap_future(process.prompts_ended), asyncio.wrap_future(process.exited)
         await asyncio.wait((ended, exited), return_when=asyncio.FIRST_COMPLETED)
         if exited.done():
@@ -278,7 +278,7 @@ class Engine:
             await self._replace(process, f"its thread that runs workflows ended ({ended.result()})")
 
     async def _restart(self) -> None:
-        """Start ComfyUI until it answers. A death on the way there counts as one of the deaths in a row."""
+        """Start ComfyUI until it answers. A death during the start counts as one of the deaths in a row."""
         while True:
             self._client = self._new_client()
             try:
@@ -297,9 +297,9 @@ class Engine:
 
 
 def is_gpu_fault(message: str) -> bool:
-    """Whether a node's error means that CUDA (or HIP) will serve this process no more.
+    """Return whether a node's error means that CUDA (or HIP) no longer works in this process.
 
-    Such an error is sticky until the process ends (CUDA's runtime API, "error handling"); memory that ran out is not.
+    Such an error persists until the process ends (CUDA's runtime API, "error handling"). Out of memory does not.
     """
     return message.startswith(("CUDA error:", "HIP error:")) and "out of memory" not in message
 

@@ -1,7 +1,7 @@
-"""An event loop on a thread of its own. Touches threads.
+"""An event loop in its own thread. Touches threads.
 
-The RunPod SDK owns the main thread and makes its loop late, a different one in each of its modes. The engine needs a loop
-from the first moment and for as long as the worker lives; jobs cross over to it.
+The RunPod SDK needs the main thread and creates its loop late, a different one in each of its modes. The engine needs a loop
+from the beginning and for as long as the worker lives. Jobs cross over to it.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ _CHARACTERS = 16
 
 
 class Aside:
-    """Runs what a request sizes without holding up the loop: in a thread, and where the request is small, in place.
+    """Runs work whose size a request decides without blocking the loop: in a thread, or in place for a small request.
 
-    A thread costs a tenth of a millisecond each time, and a small request is looked at for less than a tenth of that.
+    A thread costs a tenth of a millisecond each time, and a small request takes less than a tenth of that.
     """
 
     def __init__(self, value: object) -> None:
         self._large = is_large(value)
 
     async def __call__(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Return what the function returns."""
+        """Run the function and return its result."""
         return await asyncio.to_thread(function, *args, **kwargs) if self._large else function(*args, **kwargs)
 
 
 def is_large(value: object) -> bool:
-    """Return whether JSON has more than some thousand values, or that many times sixteen characters. Stops there."""
+    """Return whether JSON has more than some thousand values, or sixteen times as many characters. Stops counting there."""
     cost, left = 0, [value]
     while left and cost <= _SMALL:
         item = left.pop()
@@ -53,7 +53,7 @@ def is_large(value: object) -> bool:
 
 
 class LoopThread:
-    """A running event loop; coroutines are handed to it from any thread."""
+    """A running event loop that accepts coroutines from any thread."""
 
     def __init__(self, name: str) -> None:
         self._loop = asyncio.new_event_loop()
@@ -61,13 +61,13 @@ class LoopThread:
         self._thread.start()
 
     def submit(self, coro: Coroutine[Any, Any, T]) -> Future[T]:
-        """Start `coro` there; the future is for threads to wait on."""
+        """Start `coro` in the loop. Return a future for threads to wait on."""
         return asyncio.run_coroutine_threadsafe(coro, self._loop)
 
     async def run(self, coro: Coroutine[Any, Any, T]) -> T:
-        """Run `coro` there and await it here, on the caller's own loop.
+        """Run `coro` in the loop, and await it here, on the caller's own loop.
 
-        A cancellation here cancels it there and is raised only once it has cleaned up.
+        A cancellation here cancels it there, and is raised after it has cleaned up.
         """
         tasks: list[asyncio.Task[T]] = []
         finished: Future[None] = Future()
@@ -95,7 +95,7 @@ class LoopThread:
         return tasks[0].result()
 
     def stop(self) -> None:
-        """End the loop and its thread; what still runs on it is cancelled."""
+        """End the loop and its thread, and cancel what still runs on it."""
         asyncio.run_coroutine_threadsafe(_cancel_others(), self._loop).result(timeout=10)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=10)

@@ -1,8 +1,8 @@
-"""ComfyUI's websocket protocol, decoded, and what a run's events add up to. Pure: bytes in, values out.
+"""Decode ComfyUI's websocket protocol, and track the state of a run. Pure: bytes in, values out.
 
-Recorded from ComfyUI 0.3.75. A run's events normally come as: execution_start, execution_cached, per node
-executing / progress / executed, then execution_success (or execution_error, execution_interrupted), then
-executing with no node. After a gap nothing is replayed, so from then on only /history can say how the run ended.
+Recorded from ComfyUI 0.3.75. A run's events normally come as: execution_start, execution_cached, per node executing / progress
+/ executed, then execution_success (or execution_error, execution_interrupted), then executing with no node. After a gap nothing
+is replayed, so from then on only /history can say how the run ended.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from worker.errors import EngineError, NodeFailed, OutOfMemory, RunInterrupted, 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-# progress_state repeats the state of every node so far, twice a node: not decoding it keeps a run linear in its nodes.
+# progress_state repeats the state of every node so far, twice a node. Not decoding it keeps a run linear in its nodes.
 _PROGRESS_STATE = '{"type": "progress_state"'
 # A binary message begins with two numbers: its kind (1, a picture) and the picture's format (1 JPEG, 2 PNG).
 _PICTURE_HEADER: Final = struct.Struct(">II")
@@ -33,7 +33,7 @@ Outputs = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class Executing:
-    """A node begins; no node: the prompt has left the queue and its history is written."""
+    """A node begins. Without a node: the prompt has left the queue and its history is written."""
 
     prompt_id: str
     node_id: str | None
@@ -41,7 +41,7 @@ class Executing:
 
 @dataclass(frozen=True, slots=True)
 class NodeOutput:
-    """An output node's result, also for a node that was cached."""
+    """An output node's result, also for a cached node."""
 
     prompt_id: str
     node_id: str
@@ -50,7 +50,7 @@ class NodeOutput:
 
 @dataclass(frozen=True, slots=True)
 class Cached:
-    """The nodes that will not run, because ComfyUI still has what they gave."""
+    """The nodes that will not run, because ComfyUI still has their results."""
 
     prompt_id: str
     node_ids: frozenset[str]
@@ -84,7 +84,7 @@ class Succeeded:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """A node raised; nothing after it runs."""
+    """A node raised an exception. No node runs after it."""
 
     prompt_id: str
     node_id: str
@@ -93,7 +93,7 @@ class Failed:
     exception_type: str = ""
 
     def error(self, outputs: Outputs) -> NodeFailed:
-        """As the error it is, with what other nodes had put out by then."""
+        """Return the error, with the outputs of other nodes until then."""
         memory = _exhausted(self.exception_type, self.message)
         if memory:
             return OutOfMemory(self.node_type, self.node_id, self.message, outputs, memory=memory)
@@ -102,7 +102,7 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class Interrupted:
-    """Somebody interrupted the prompt."""
+    """The prompt was interrupted."""
 
     prompt_id: str
 
@@ -111,7 +111,7 @@ Event = Executing | NodeOutput | Cached | Sent | Progress | Succeeded | Failed |
 
 
 def decode(message: object) -> Event | None:
-    """The event in one websocket message; None for pictures (binary), kinds nobody needs, and anything malformed."""
+    """Return the event in a websocket message. None for pictures (binary), unneeded kinds, and anything malformed."""
     if not isinstance(message, str) or message.startswith(_PROGRESS_STATE):
         return None
     try:
@@ -123,9 +123,9 @@ def decode(message: object) -> Event | None:
 
 
 def sent_png(message: bytes) -> bytes | None:
-    """The picture in a binary message, where it is a PNG: previews of sampling are JPEG.
+    """Return the picture in a binary message if it is a PNG. Previews of sampling are JPEG.
 
-    It says neither of which prompt nor of which node it is. ComfyUI sends it right after naming both.
+    The message names neither prompt nor node. ComfyUI sends it right after a message that names both.
     """
     if len(message) < _PICTURE_HEADER.size or _PICTURE_HEADER.unpack_from(message) != _PNG_PICTURE:
         return None
@@ -134,7 +134,7 @@ def sent_png(message: bytes) -> bytes | None:
 
 
 def _failure(data: Mapping[str, Any]) -> Failed:
-    """What an execution_error says, from the websocket or from the history."""
+    """Return the content of an execution_error, from the websocket or from the history."""
     kind = str(data.get("exception_type") or "")
     message = str(data.get("exception_message") or kind or "the node gave no message").strip()
     node_id, node_type = str(data.get("node_id", "?")), str(data.get("node_type", "?"))
@@ -142,9 +142,9 @@ def _failure(data: Mapping[str, Any]) -> Failed:
 
 
 def _exhausted(kind: str, message: str) -> Literal["GPU", "host"] | None:
-    """Which memory ran out, if that is what the exception means.
+    """Return which memory ran out, if that is what the exception means.
 
-    `torch.OutOfMemoryError` is the GPU's; torch's allocator for the host raises a bare RuntimeError.
+    `torch.OutOfMemoryError` is the GPU's. torch's allocator for the host raises a bare RuntimeError.
     """
     if kind.endswith("OutOfMemoryError") or message.startswith(("CUDA error: out of memory", "Allocation on device")):
         return "GPU"
@@ -183,7 +183,7 @@ _DECODERS: Mapping[str, Callable[[Mapping[str, Any]], Event]] = {
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A run's success: the outputs of its output nodes, by node id, in the order they were produced.
+    """A run's success: the outputs of its output nodes, by node id, in the order in which they were produced.
 
     `cached` are the nodes that did not run again.
     """
@@ -197,7 +197,7 @@ Outcome = Finished | EngineError
 
 @dataclass(slots=True)
 class RunTracker:
-    """One prompt's fate. Fed with events, histories and news of the engine in any order, it ends exactly once.
+    """The state of one prompt. It takes events, histories and errors in any order, and ends exactly once.
 
     `outcome` is None until then and never changes afterwards. `wants_history` says that events alone can no longer decide.
     """
@@ -206,7 +206,7 @@ class RunTracker:
     outcome: Outcome | None = None
     wants_history: bool = False
     lost_pictures: int = 0
-    """Pictures that nodes sent through the websocket and that were too many to keep."""
+    """Pictures that nodes sent through the websocket, of which there were too many to keep."""
     _outputs: Outputs = field(default_factory=dict)
     _cached: frozenset[str] = frozenset()
     _sent: dict[str, list[bytes]] = field(default_factory=dict)
@@ -216,7 +216,7 @@ class RunTracker:
     _succeeded: bool = False
 
     def feed(self, event: Event) -> None:
-        """Take one websocket event; those of other prompts are ignored."""
+        """Take one websocket event. Ignore those of other prompts."""
         if event.prompt_id != self.prompt_id or self.outcome is not None:
             return
         match event:
@@ -233,20 +233,20 @@ class RunTracker:
             case Succeeded() if self._complete and (self._outputs or self._sent):
                 self.outcome = Finished(self._with_sent(self._outputs), self._cached)
             case Failed():
-                # What was put out during the gap is in the history only; should that be lost, this is known all the same.
+                # Outputs during the gap are in the history only. If that is lost, this is still known.
                 self._failed, self.wants_history = event, True
             case Succeeded() | Executing(node_id=None):
-                # Without outputs too: an `executed` that is late or missing is in the history.
+                # Even without outputs: an `executed` that is late or missing is in the history.
                 self._succeeded = self._succeeded or isinstance(event, Succeeded)
                 self.wants_history = True
 
     def gap(self) -> None:
-        """The websocket was away: events may be missing, the history decides from here on."""
+        """Note that the websocket was disconnected: events may be missing, and the history decides from here on."""
         self._complete = False
         self.wants_history = self.outcome is None
 
     def reconcile(self, entry: Mapping[str, Any] | None, *, queued: bool) -> None:
-        """Take what /history says of this prompt (`entry`, or None) and whether /queue still has it."""
+        """Take /history's entry for this prompt (or None), and whether /queue still has it."""
         if self.outcome is not None:
             return
         self.wants_history = False
@@ -259,7 +259,7 @@ class RunTracker:
             self.outcome = done if self._succeeded else RunLost(self.prompt_id)
 
     def end(self, error: EngineError) -> None:
-        """The run cannot go on, for a reason outside the protocol: the engine died, the time is up."""
+        """End the run for a reason outside the protocol: the engine died, or the time is up."""
         if self.outcome is None:
             self.outcome = error
 
@@ -271,7 +271,7 @@ class RunTracker:
         self._sent.setdefault(node_id, []).append(png)
 
     def _with_sent(self, outputs: Outputs) -> Outputs:
-        """The outputs, and the pictures that came through the websocket: as files whose bytes are `data`."""
+        """Return the outputs with the pictures from the websocket, as files whose bytes are `data`."""
         joined = dict(outputs)
         for node_id, pngs in self._sent.items():
             name = re.sub(r"[^A-Za-z0-9._-]", "-", node_id)
@@ -283,7 +283,7 @@ class RunTracker:
 
 
 def outcome_of(entry: Mapping[str, Any], joined: Callable[[Outputs], Outputs] = dict) -> Outcome:
-    """How a run ended, from its entry in /history; `joined` adds to its outputs what the history does not hold."""
+    """Return how a run ended, from its entry in /history. `joined` adds outputs that the history does not contain."""
     status = entry.get("status") or {}
     outputs = joined(dict(entry.get("outputs") or {}))
     messages = status.get("messages") or ()

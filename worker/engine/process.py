@@ -1,4 +1,4 @@
-"""ComfyUI as a child process: start it, hear its output, know why it ended, stop it. Touches processes.
+"""Run ComfyUI as a child process: start it, read its output, report why it ended, stop it. Touches processes.
 
 This module is imported before anything heavy, so that ComfyUI boots while the rest of the worker loads.
 """
@@ -31,12 +31,12 @@ log = logging.getLogger(__name__)
 
 _LAST_LINES = 20
 _LINE_LIMIT_BYTES = 1000
-# Custom nodes run inside ComfyUI and none has a use for these. Tokens for downloads stay: nodes fetch with them.
+# Custom nodes run inside ComfyUI and do not need these. Tokens for downloads stay, because nodes download with them.
 _WITHHELD = ("BUCKET_ACCESS_KEY_ID", "BUCKET_SECRET_ACCESS_KEY", "COMFY_ORG_API_KEY", "RUNPOD_AI_API_KEY", "RUNPOD_API_KEY")
 _TERMINAL_CODE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-_])")
 _ORDINARY = "[INFO]"
 _FAILED_IMPORT = " module for custom nodes: "
-# What Python prints when an exception ends ComfyUI's one thread that runs prompts, and the last line of the traceback.
+# Python's output when an exception ends ComfyUI's one prompt thread, and the last line of the traceback.
 _PROMPTS_ENDED = re.compile(r"Exception in thread .*\(prompt_worker\)")
 _RAISED = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Interrupt)\b.*")
 # What a container sees of NVIDIA cards, of WSL's and of AMD's. Looking costs nothing; asking the driver takes 0.1-1 s.
@@ -45,7 +45,7 @@ _GPU_DEVICES = ("nvidia[0-9]*", "dxg", "kfd")
 
 @dataclass(frozen=True, slots=True)
 class EngineCommand:
-    """How ComfyUI is started: the command line, its folder and its environment."""
+    """How to start ComfyUI: the command line, its folder and its environment."""
 
     argv: tuple[str, ...]
     cwd: Path
@@ -53,10 +53,10 @@ class EngineCommand:
 
     @classmethod
     def of(cls, settings: Settings, environ: Mapping[str, str]) -> EngineCommand:
-        """The command for these settings.
+        """Return the command for these settings.
 
-        Raises `EngineNotFound` or `NoGpu` where it could only fail: known now, it is one line in the log instead of a traceback
-        and a minute.
+        Raises `EngineNotFound` or `NoGpu` if it would only fail. Known now, that is one line in the log instead of a traceback
+        after a minute.
         """
         main = settings.comfyui_dir / "main.py"
         if not main.is_file():
@@ -71,8 +71,8 @@ class EngineCommand:
         argv += ["--verbose", settings.comfy_log_level]
         if settings.comfyui_base_dir:
             argv += ["--base-directory", str(settings.comfyui_base_dir)]
-        # Newer releases keep a database in their user folder, which a fresh container would make at each start, and which only
-        # one process at a time can have. Only --enable-assets reads it.
+        # Newer releases keep a database in their user folder. A fresh container would create it at each start, and only one
+        # process can have it. Only --enable-assets reads it.
         if not any(argument.startswith(("--database-url", "--enable-assets")) for argument in settings.comfy_args):
             argv += ["--database-url", "sqlite:///:memory:"]
         argv += settings.comfy_args
@@ -81,14 +81,14 @@ class EngineCommand:
 
 
 def prepare_base_dir(settings: Settings) -> None:
-    """Make the folders that ComfyUI expects in a base directory and dies without (it lists custom_nodes at start)."""
+    """Create the folders that ComfyUI requires in a base directory (it lists custom_nodes at start)."""
     if settings.comfyui_base_dir:
         for name in ("models", "input", "output", "temp", "user", "custom_nodes"):
             (settings.comfyui_base_dir / name).mkdir(parents=True, exist_ok=True)
 
 
 def gpu_visible(dev: Path = Path("/dev")) -> bool:
-    """Whether a GPU's device node is there; says nothing about drivers."""
+    """Return whether a GPU's device node exists. This says nothing about drivers."""
     return any(next(dev.glob(pattern), None) is not None for pattern in _GPU_DEVICES)
 
 
@@ -110,15 +110,15 @@ class Exit:
 
 
 class EngineProcess:
-    """One run of ComfyUI, from spawn to exit. `exited` resolves to its `Exit`, exactly once, however it ends."""
+    """One run of ComfyUI, from start to exit. `exited` resolves to its `Exit`, exactly once, however it ends."""
 
     def __init__(self, popen: subprocess.Popen[bytes]) -> None:
         self.pid = popen.pid
         self.spawned_at = time.monotonic()
         self.exited: Future[Exit] = Future()
-        self.prompts_ended: Future[str] = Future()  # the exception in which its thread that runs prompts ended, if it did
+        self.prompts_ended: Future[str] = Future()  # the exception that ended its prompt thread, if one did
         self._popen = popen
-        self.failed_imports: list[str] = []  # what it printed of custom nodes that it starts without
+        self.failed_imports: list[str] = []  # its output about custom nodes that it starts without
         self._lines: deque[str] = deque(maxlen=_LAST_LINES)
         self._pump = threading.Thread(target=self._read_output, name="comfyui-output", daemon=True)
         self._pump.start()
@@ -126,9 +126,9 @@ class EngineProcess:
 
     @classmethod
     def spawn(cls, command: EngineCommand) -> EngineProcess:
-        """Start ComfyUI in a process group of its own; it dies with the worker even if that is killed."""
-        # A worker killed by -9 would leave ComfyUI holding the port and the GPU. The kernel's parent-death signal prevents it;
-        # setpriv sets it after the fork, which preexec_fn cannot do safely in a process with threads.
+        """Start ComfyUI in its own process group. It dies with the worker even if the worker is killed."""
+        # After a kill -9 of the worker, ComfyUI would keep the port and the GPU. The kernel's parent-death signal prevents
+        # this. setpriv sets it after the fork, which preexec_fn cannot do safely in a process with threads.
         setpriv = shutil.which("setpriv")
         guard = (setpriv, "--pdeathsig", "KILL", "--") if setpriv else ()
         if not setpriv:
@@ -147,15 +147,15 @@ class EngineProcess:
 
     @property
     def last_lines(self) -> Sequence[str]:
-        """The last lines it printed, oldest first."""
+        """Return the last lines it printed, oldest first."""
         return tuple(self._lines)
 
     def forget_lines(self) -> None:
-        """Have `last_lines` begin anew: a job begins."""
+        """Clear `last_lines`, because a job begins."""
         self._lines.clear()
 
     def stop(self, grace_s: float = 5.0) -> Exit:
-        """End it and everything it started: ask first, then kill. Returns when it is gone."""
+        """End it and all its children: first ask, then kill. Return when it is gone."""
         self._signal(signal.SIGTERM)
         try:
             return self.exited.result(grace_s)
@@ -170,13 +170,13 @@ class EngineProcess:
                 os.killpg(self.pid, number)
 
     def _wait(self) -> None:
-        # Before it is reaped: until then its id, which is the group's, can be nobody else's.
+        # Before it is reaped: until then no other process group can have its id.
         os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
-        # A child it forked (a custom node's pool) holds the port and the GPU's memory, and no restart would succeed.
+        # A child that it forked (a custom node's pool) holds the port and the GPU's memory, and no restart would succeed.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         returncode = self._popen.wait()
-        # The last lines say why it died; a grandchild that keeps the pipe open must not hold the news back.
+        # The last lines say why it died. A grandchild that keeps the pipe open must not delay this.
         self._pump.join(timeout=0.5)
         self.exited.set_result(Exit(returncode))
 
@@ -195,11 +195,11 @@ class EngineProcess:
 
 
 def _lines_of(stream: IO[bytes]) -> Iterator[str]:
-    """Yield decoded lines that say something, without terminal codes.
+    """Yield decoded, non-empty lines, without terminal codes.
 
     A line that was redrawn with carriage returns (a progress bar) is cut to its last state. Newer releases of ComfyUI begin a
-    line with its level in colour: `[INFO]` is left out, other levels stay. A very long line is cut to its beginning: ComfyUI
-    prints values that it does not take, whole files in base64 among them.
+    line with its level in colour: `[INFO]` is removed, other levels stay. A very long line is cut to its beginning, because
+    ComfyUI prints values that it does not accept, whole files in base64 among them.
     """
     while raw := stream.readline(_LINE_LIMIT_BYTES):
         left_out = 0

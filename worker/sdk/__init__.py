@@ -1,1 +1,1 @@
-"""The RunPod SDK's side: its modes, its job loop, its progress posts."""
+"""The RunPod SDK: its modes, its job loop, its progress posts."""

@@ -1,9 +1,10 @@
-"""When the RunPod SDK takes a job, and how the worker leaves without losing one. Touches the network, through the SDK.
+"""Control when the RunPod SDK takes a job, and shut down without losing one. Touches the network, through the SDK.
 
-The SDK's loop (`rp_scale.JobScaler`, read in 1.12.0) has habits that cost jobs or GPU time, all of which it lets be replaced by
-attributes of the scaler: between two jobs it sleeps up to a second, before a job up to a tenth; on SIGTERM it waits for both of
-its polls, up to 90 s, and swallows a job that comes on them; a stop signal that comes before a job's task exists is dropped; a
-result whose connection breaks is not sent again; a job whose JSON it cannot read, or whose fields it cannot keep, is dropped.
+The SDK's loop (`rp_scale.JobScaler`, read in 1.12.0) costs jobs or GPU time. All of this can be replaced by attributes of the
+scaler: it sleeps up to a second between two jobs, and up to a tenth before a job; on SIGTERM it waits up to 90 s for both of
+its polls, and drops a job that arrives on them; it drops a stop signal that comes before a job's task exists; it does not
+resend a result whose connection breaks; it drops a job whose JSON it cannot read, or whose fields it cannot keep. See
+docs/decisions/005.
 """
 
 from __future__ import annotations
@@ -34,40 +35,40 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _POLL_S = 90.0
-# Results may be on their way more slowly than they are made; somewhere that has to end.
+# Results may be sent more slowly than they are made, so their number needs a limit.
 _AT_MOST = 8
-# A job that is on its way when the worker leaves: RunPod's answer takes a round trip, and an idle worker's second costs nobody.
+# A job that is on its way when the worker leaves: RunPod's answer takes a round trip, and an idle worker's second costs little.
 _ARRIVAL_S = 1.5
-# A job may bring 10 MB along.
+# A job may contain 10 MB.
 _BODY_S = 30.0
-# Results that are on their way when another one asks for a new worker.
+# The wait for results that are on their way when another one asks for a new worker.
 _SETTLE_S = 120.0
 _PAUSES_S = (0.5, 1.0, 2.0, 5.0)
-# RunPod holds a poll until there is a job. One that is answered with nothing sooner than this is followed by a pause.
+# RunPod holds a poll until there is a job. If it answers an empty poll sooner than this, a pause follows.
 _HELD_S = 1.0
 _IDLE_PAUSES_S = (0.05, 0.1, 0.2, 0.5, 1.0)
 # A result is worth the GPU time it took.
 _POST_PATIENCE_S = 60.0
-# Each attempt: a connection may be accepted and then say nothing. A result may have 20 MB.
+# For each attempt: a connection may be accepted and then be silent. A result may have 20 MB.
 _ATTEMPT_S = 20.0
 _SLOWEST_BYTES_PER_S = 1_000_000
 _POST_BACKOFF_S = (0.2, 0.4, 0.8, 1.6, 3.2, 5.0)
-# What is wrong with the result itself; 404 is a job that RunPod has given up.
+# The result itself is wrong. 404 means a job that RunPod has given up.
 _REFUSED = frozenset({HTTPStatus.BAD_REQUEST, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.UNPROCESSABLE_ENTITY})
-# What the worker and the SDK need of a job. The SDK makes attributes of every field, and ends on names such as `self`.
+# The fields that the worker and the SDK need. The SDK turns every field into an attribute, and fails on names such as `self`.
 _FIELDS = ("id", "input", "s3Config", "webhook", "batchId")
 _TRANSIENT = frozenset({HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS})
 
 
 class Intake:
-    """Jobs come in through `concurrency`, which goes into the SDK's config as `concurrency_modifier`.
+    """Takes jobs. `concurrency` goes into the SDK's config as `concurrency_modifier`.
 
-    Guarantees, in production mode: the next job is asked for as soon as the engine is free of the last one, while that one's
-    result is still on its way; after SIGTERM no job is taken, those that were are answered, then the SDK's loop ends; RunPod is
-    asked to replace the worker with the result that is its last, when the others have arrived.
+    Guarantees in production mode: the next job is requested as soon as the engine is free, while the last result is still being
+    sent. After SIGTERM no job is taken, accepted jobs are answered, then the SDK's loop ends. RunPod is asked to replace the
+    worker with the last result, after the others have arrived.
 
-    After a freeze (`clock`) RunPod is asked over new connections at once: the old ones may be dead without a word. What still
-    comes on an old poll counts all the same.
+    After a freeze (`clock`) RunPod is polled over new connections at once, because the old ones may be silently dead. A job
+    that still arrives on an old poll also counts.
     """
 
     def __init__(self, clock: RunningClock) -> None:
@@ -93,14 +94,14 @@ class Intake:
 
     @property
     def session(self) -> aiohttp.ClientSession:
-        """The connections to RunPod, with its key, while jobs are taken."""
+        """Return the connections to RunPod, with its key, while jobs are taken."""
         assert self._session is not None  # noqa: S101 - a job came over it
         return self._session
 
     def concurrency(self, _: int) -> int:
-        """What the SDK is told of how many jobs it may hold, so that it asks instead of sleeping; `_take` is what decides.
+        """Return the number of jobs for the SDK, high enough that it asks instead of sleeping. `_take` decides.
 
-        Its first call comes on its loop, once its signal handlers are set: that is when they can be replaced.
+        Its first call comes on the SDK's loop, after its signal handlers are set: then they can be replaced.
         """
         if self._scaler is None:
             self._attach(signal.getsignal(signal.SIGTERM))
@@ -124,7 +125,7 @@ class Intake:
             self._loop.call_soon_threadsafe(self._connect_anew)
 
     def _connect_anew(self) -> None:
-        """Have everything from now on go over new connections; what is on its way on the old ones may still arrive."""
+        """Send everything from now on over new connections. Data on the old ones may still arrive."""
         from runpod.http_client import AsyncClientSession  # noqa: PLC0415 - already imported by import_sdk
 
         if self._posts:
@@ -135,7 +136,7 @@ class Intake:
         self._thawed = asyncio.Event()
 
     def engine_free(self, job_id: str) -> None:
-        """The engine is done with this job: the next may be asked for. From any thread."""
+        """Note that the engine is done with this job, so that the next may be requested. May be called from any thread."""
         with contextlib.suppress(RuntimeError):  # the SDK's loop has ended
             self._loop.call_soon_threadsafe(self._release, job_id)
 
@@ -146,7 +147,10 @@ class Intake:
             self._free.set()
 
     def leave(self) -> None:
-        """Take no more jobs, answer those that were taken, then end the SDK's loop. On its thread; more than once is once."""
+        """Take no more jobs, answer those that were taken, then end the SDK's loop.
+
+        Call it on its thread; repeated calls do nothing.
+        """
         if self._leaving.is_set():
             return
         log.info("leaving: %s", f"{_jobs(len(self._taken))} to finish first" if self._taken else "no job to finish")
@@ -154,11 +158,12 @@ class Intake:
         self._end_if_done()
 
     async def is_last(self, job_id: str, *, asks: bool) -> bool:
-        """Whether this job's result, which is about to be sent, has to ask RunPod for another worker. On the SDK's loop.
+        """Return whether this job's result must ask RunPod for another worker. Called on the SDK's loop.
 
-        One that `asks` is the reason, after which no job is taken; the last one does it. RunPod may stop the pod as soon as it
-        is asked, and with it what is still under way: a result on its way is waited for, a job that still works will ask in
-        this one's place. When the wait is over without an end, nobody asks, and the worker leaves all the same.
+        After a result asks for replacement, no more jobs are taken; the last result delivered carries `refresh_worker`. RunPod
+        may stop the pod as soon as it is asked, and with it everything that is under way. So results on their way are waited
+        for, and a job that still works will ask in place of this one. If the wait ends without success, nobody asks, and the
+        worker leaves all the same.
         """
         self._without_result.discard(job_id)
         if asks:
@@ -180,7 +185,7 @@ class Intake:
         return True
 
     def _end_if_done(self) -> None:
-        # While a poll has no answer the worker may not end: the answer may be a job.
+        # The worker must not exit while a poll has no answer: the answer may be a job.
         if self._leaving.is_set() and not (self._taken or self._polls or self._ending):
             self._ending = self._loop.create_task(self._end())
 
@@ -192,10 +197,10 @@ class Intake:
         self._scaler.kill_worker()
 
     async def _take(self, session: aiohttp.ClientSession, _: int) -> list[dict[str, Any]]:
-        """Take jobs, one whenever the engine is free, and start each at once; returns none, when the worker leaves.
+        """Take jobs, one whenever the engine is free, and start each at once. Return none, when the worker leaves.
 
-        After what RunPod refuses or breaks off, and after polls that it does not hold, it is asked again more and more slowly.
-        The SDK would do so without a pause.
+        After refused or broken polls, and after polls that RunPod does not hold, it polls more and more slowly. The SDK would
+        not pause.
         """
         self._session, failures, idle = self._session or session, 0, 0
         while await _before(self._leaving, self._free.wait()):
@@ -224,9 +229,9 @@ class Intake:
         self._end_if_done()
 
     async def _ask(self) -> list[dict[str, Any]]:
-        """What one poll brings: a job, or none; when the worker leaves meanwhile, what is on its way already.
+        """Return the result of one poll: a job, or none. If the worker leaves meanwhile, a job that is already on its way.
 
-        After a freeze it brings none at once, and what comes on it later is a job like any other.
+        After a freeze return none at once. A job that later arrives on the poll is handled like any other.
         """
         line = _Line(self.session)
         poll = asyncio.create_task(asyncio.wait_for(line.poll(), _POLL_S))
@@ -248,18 +253,18 @@ class Intake:
         return await self._read(body) if body else []
 
     async def _linger(self, poll: asyncio.Task[bytes], line: _Line) -> None:
-        """Take what an old poll brings, until its own end: a job that RunPod has handed out would be lost with it."""
+        """Take what an old poll brings until it ends: a job that RunPod has handed out would be lost with it."""
         try:
             await _until_one(poll, self._leaving)
             for job in await self._brought(poll, line):
                 await self._begin_or_answer(self.session, job)
-        except Exception as exc:  # noqa: BLE001 - it was frozen: nobody is surprised, and there is a new one
+        except Exception as exc:  # noqa: BLE001 - after a freeze this is expected, and there is a new poll
             log.debug("the poll from before the freeze ended (%s)", str(exc) or type(exc).__name__)
         finally:
             self._poll_over()
 
     async def _read(self, body: bytes) -> list[dict[str, Any]]:
-        """The job in a poll's answer. One that is no JSON for Python is answered, where it has an id. Raises `ValueError`."""
+        """Return the job in a poll's answer. Answer one whose JSON Python cannot read, if it has an id. Raises `ValueError`."""
         try:
             job = json.loads(body)
         except (ValueError, RecursionError) as exc:
@@ -281,7 +286,7 @@ class Intake:
             await self._answer(job["id"], InternalError())
 
     async def _answer(self, job_id: str, error: WorkerError) -> None:
-        """Post an error as the result of a job that no handler has. Logs what goes wrong."""
+        """Post an error as the result of a job that no handler has. Log failures."""
         from runpod.serverless.modules.rp_http import send_result  # noqa: PLC0415 - already imported by import_sdk
 
         log.warning("job %s: failed before it began: %s [%s]", job_id, error, error.code)
@@ -298,9 +303,9 @@ class Intake:
             if not earlier.cancelling():
                 log.warning("job %s came again while it is at work, and is done once", job_id)
                 return
-            # It was stopped, and posts nothing: the one that came is another try.
+            # It was stopped, and posts nothing: the one that came is another attempt.
             await asyncio.wait({earlier})
-            await asyncio.sleep(0)  # its callbacks, which know it as at work, come first
+            await asyncio.sleep(0)  # its callbacks, which record it as running, come first
         self._free.clear()
         self._at_engine = job_id
         self._without_result.add(job_id)
@@ -311,7 +316,7 @@ class Intake:
         task.add_done_callback(lambda _: self._over(job))
 
     def _over(self, job: dict[str, Any]) -> None:
-        """A job has ended, by whatever: a task that is cancelled before its first step runs nothing of itself, no `finally`."""
+        """Note that a job has ended. A task that is cancelled before its first step runs none of its code, no `finally`."""
         scaler, job_id = self._scaler, job["id"]
         if scaler.jobs_tasks.pop(job_id, None):
             scaler.jobs_queue.task_done()
@@ -323,7 +328,10 @@ class Intake:
         self._end_if_done()
 
     async def _stops(self, session: aiohttp.ClientSession) -> list[str]:
-        """Jobs to stop, as RunPod says; TimeoutError, after which the SDK asks again or ends, when the worker is gone."""
+        """Return the jobs that RunPod wants stopped.
+
+        Raises TimeoutError when the worker is gone, and the SDK asks again or ends.
+        """
         from runpod.serverless.modules.rp_job import get_stop_signals  # noqa: PLC0415 - as above
 
         self._session = self._session or session
@@ -347,7 +355,7 @@ class Intake:
             await self._answer(job["id"], InternalError())
 
     def _posting(self) -> aiohttp.ClientSession:
-        """Connections for results: kept, so that no result waits for a handshake."""
+        """Return the connections for results. They are kept, so that no result waits for a handshake."""
         from runpod.http_client import AsyncClientSession  # noqa: PLC0415 - as above
 
         if self._posts is None:
@@ -358,7 +366,7 @@ class Intake:
 async def say_refused(
     request: aiohttp.ClientRequest, send: Callable[[aiohttp.ClientRequest], Awaitable[aiohttp.ClientResponse]]
 ) -> aiohttp.ClientResponse:
-    """Where RunPod refuses a result, send it a small one that says so: the client would see a job without any end."""
+    """If RunPod refuses a result, send a small one that says so: otherwise the client would see a job that never ends."""
     response = await send(request)
     if response.status not in _REFUSED:
         return response
@@ -375,14 +383,14 @@ async def send_again(
     send: Callable[[aiohttp.ClientRequest], Awaitable[aiohttp.ClientResponse]],
     clock: Callable[[], float] = time.monotonic,
 ) -> aiohttp.ClientResponse:
-    """Send a request until it is answered with something other than "not now"; for a minute at most."""
+    """Send a request until its answer is not a transient failure, for at most a minute."""
     deadline = clock() + _POST_PATIENCE_S
     for attempt in itertools.count():
         last = clock() > deadline
         try:
             async with asyncio.timeout(_ATTEMPT_S + int(request.headers.get("Content-Length", 0)) / _SLOWEST_BYTES_PER_S):
                 response = await send(request)
-                await response.read()  # the answer's body may be what does not come
+                await response.read()  # the answer's body may be what does not arrive
         except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, TimeoutError) as exc:
             if last:
                 raise
@@ -398,7 +406,7 @@ async def send_again(
 
 
 async def _until_one(task: asyncio.Task[Any], *events: asyncio.Event) -> bool:
-    """Return when the task is done (True) or one of the events is set (False); the task goes on either way."""
+    """Return True when the task is done, or False when one of the events is set. The task continues either way."""
     waiting = [asyncio.create_task(event.wait()) for event in events]
     try:
         await asyncio.wait((*waiting, task), return_when=asyncio.FIRST_COMPLETED)
@@ -416,7 +424,7 @@ def _jobs(count: int) -> str:
 
 
 async def _before(event: asyncio.Event, coro: Coroutine[Any, Any, Any]) -> bool:
-    """Whether `coro` ends before the event is set; it is given up otherwise."""
+    """Return whether `coro` ends before the event is set. Otherwise cancel it."""
     task = asyncio.create_task(coro)
     if event.is_set() or not await _until_one(task, event) or event.is_set():
         task.cancel()
@@ -425,19 +433,19 @@ async def _before(event: asyncio.Event, coro: Coroutine[Any, Any, Any]) -> bool:
 
 
 class _Line:
-    """One poll for a job, which remembers whether its answer has begun to arrive."""
+    """One poll for a job. It remembers whether its answer has begun to arrive."""
 
     def __init__(self, session: aiohttp.ClientSession) -> None:
         self._session = session
         self.answering = False
 
     async def poll(self) -> bytes:
-        """Return the answer's body, empty where there is no job. Raises `aiohttp.ClientError`; `ValueError` for no JSON."""
+        """Return the answer's body, empty if there is no job. Raises `aiohttp.ClientError`; `ValueError` if it is no JSON."""
         from runpod.serverless.modules.rp_job import _job_get_url  # noqa: PLC0415 - already imported by import_sdk
 
         async with self._session.get(_job_get_url(1)) as response:
             self.answering = True
-            # 400: what RunPod says to a worker that FlashBoot put aside, says the SDK.
+            # 400: RunPod's answer to a worker that FlashBoot put aside, says the SDK.
             if response.status in {HTTPStatus.NO_CONTENT, HTTPStatus.BAD_REQUEST}:
                 return b""
             response.raise_for_status()
@@ -447,12 +455,12 @@ class _Line:
             return body
 
 
-# Brackets, and texts, with the colon behind one that is a key.
+# Brackets, and texts with the following colon if they are keys.
 _TOKENS = re.compile(rb'"((?:[^"\\]|\\.)*)"(\s*:)?|[{}\[\]]', re.DOTALL)
 
 
 def _id_in(body: bytes) -> str | None:
-    """The text under `id` at the top of what is JSON but for something that Python does not read."""
+    """Return the text under `id` at the top level of JSON that contains something Python does not read."""
     depth, is_id = 0, False
     for token in _TOKENS.finditer(body):
         text = token[0]
@@ -467,7 +475,7 @@ def _id_in(body: bytes) -> str | None:
 
 
 async def _arrived(poll: asyncio.Task[bytes], line: _Line) -> bytes:
-    """What the poll still brings: an answer that is on its way is taken, then the poll is given up."""
+    """Return what the poll still brings: take an answer that is on its way, then cancel the poll."""
     await asyncio.wait((poll,), timeout=_ARRIVAL_S)
     if line.answering:
         await asyncio.wait((poll,), timeout=_BODY_S)

@@ -1,4 +1,4 @@
-"""A job's progress on its way to RunPod, through the SDK. Touches the network."""
+"""Post a job's progress to RunPod, through the SDK. Touches the network."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
 # How long a job's end waits for a post that is under way.
 _POST_S = 5.0
-# A post that is accepted and never answered; the next one has newer news.
+# The limit for a post that is accepted and never answered. The next one has newer progress.
 _ATTEMPT_S = 20.0
 
 
 class ProgressPosts:
-    """A job's progress, posted to RunPod: at most one a second, in order, the latest counting, none after the job's end.
+    """Posts a job's progress to RunPod: at most one a second, in order, only the latest, and none after the job's end.
 
-    The SDK's own `progress_update` starts a thread for each call; they overtake each other, and one that arrives after the
+    The SDK's own `progress_update` starts a thread for each call. The calls overtake each other, and one that arrives after the
     result leaves the job IN_PROGRESS for ever.
     """
 
@@ -39,7 +39,7 @@ class ProgressPosts:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        """Let the post that is under way arrive; drop what is newer: the result says more."""
+        """Let the current post arrive, and drop newer progress: the result says more."""
         self._ended = True
         if self._task is None:
             return
@@ -50,7 +50,7 @@ class ProgressPosts:
         await asyncio.gather(self._task, return_exceptions=True)
 
     def tell(self, progress: dict[str, Any]) -> None:
-        """Have this posted soon, from any thread; never waits, never raises."""
+        """Schedule this to be posted soon. May be called from any thread. It never waits and never raises."""
         with contextlib.suppress(RuntimeError):  # the SDK's loop is closing
             self._loop.call_soon_threadsafe(self._take, progress)
 
@@ -71,7 +71,7 @@ class ProgressPosts:
             async with self._posting:
                 if self._ended:
                     return
-                # Logs what goes wrong and raises nothing: progress is never worth a job.
+                # It logs errors and raises nothing: progress is never worth a job.
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(_ATTEMPT_S):
                         await send_result(self._session, {"status": "IN_PROGRESS", "output": self._latest}, self._job)

@@ -1,4 +1,4 @@
-"""The RunPod SDK's side: which of its modes to run in, and its quirks. Touches the network through the SDK."""
+"""Run the RunPod SDK: choose its mode and work around its defects. Touches the network through the SDK."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _TEST_INPUT = "--test_input"
 
 
 def sdk_arguments(settings: Settings, argv: Sequence[str], environ: Mapping[str, str], cwd: Path) -> list[str]:
-    """The arguments the SDK is to see. Raises `NothingToServe` where it would boot everything, find no job and leave."""
+    """Return the arguments for the SDK. Raises `NothingToServe` if it would boot everything, find no job and exit."""
     arguments = list(argv)
     if settings.serve_api_locally and _LOCAL_API not in arguments:
         arguments += [_LOCAL_API, "--rp_api_host", "0.0.0.0"]  # noqa: S104 - asked for by SERVE_API_LOCALLY
@@ -32,11 +32,11 @@ def sdk_arguments(settings: Settings, argv: Sequence[str], environ: Mapping[str,
 
 
 def prepare_environ(environ: MutableMapping[str, str]) -> None:
-    """Set what the SDK reads, where nobody has set it otherwise.
+    """Set the SDK's variables, unless they are set.
 
     At DEBUG, its default, it prints every result and every signed URL. Its checks of the machine begin when ComfyUI is up and
-    run one after another: several starts of nvidia-smi, a CUDA context, a connection to 8.8.8.8, a tenth of the disk free.
-    ComfyUI has a GPU's context by then, or did not start and says why, so they would only be paid for.
+    run one after another: several starts of nvidia-smi, a CUDA context, a connection to 8.8.8.8, a tenth of the disk free. By
+    then ComfyUI has a GPU context, or did not start and says why, so the checks would only cost time.
     """
     environ.setdefault("RUNPOD_LOG_LEVEL", "INFO")
     environ.setdefault("RUNPOD_SKIP_AUTO_SYSTEM_CHECKS", "true")
@@ -47,7 +47,7 @@ def import_sdk(arguments: Sequence[str]) -> None:
     """Import what `start` will need, so that it overlaps with ComfyUI's boot.
 
     The SDK asks py-cpuinfo for the processor's name, once, at import, for its debugger. That starts a Python process and takes
-    1.3 s of a core that ComfyUI is booting on; /proc has the name as well.
+    1.3 s of a core on which ComfyUI boots. /proc has the name as well.
     """
     import cpuinfo  # noqa: PLC0415 - imported while ComfyUI boots, not before it is spawned
 
@@ -71,19 +71,19 @@ def _processor_name(path: Path = Path("/proc/cpuinfo")) -> str:
 def serve(worker: Worker, arguments: Sequence[str], environ: Mapping[str, str]) -> None:
     """Take jobs until the SDK ends.
 
-    On RunPod that is after SIGTERM or a result that asks for another worker; after one job with a test input.
+    On RunPod that is after SIGTERM or a result that asks for another worker. With a test input it is after one job.
     """
     import multiprocessing  # noqa: PLC0415 - not before ComfyUI is spawned
 
     import runpod  # noqa: PLC0415 - already imported by import_sdk
 
     sys.argv[1:] = arguments  # the SDK parses sys.argv itself
-    print("worker-comfyui - Starting handler...", flush=True)  # noqa: T201 - a line people's checks look for
+    print("worker-comfyui - Starting handler...", flush=True)  # noqa: T201 - a line that people's checks look for
     # The SDK looks for a port for realtime jobs first, and serves them through its local API.
     takes = "RUNPOD_WEBHOOK_GET_JOB" in environ and environ.get("RUNPOD_REALTIME_PORT", "0") == "0"
     if takes and not ({_LOCAL_API, _TEST_INPUT} & {name.split("=")[0] for name in arguments}):
         runpod.serverless.start(_production(worker))
-        # The heartbeat: a daemon process, which would end with this one, but only after everything else has.
+        # The heartbeat is a daemon process, which would end with this one, but only after everything else.
         for child in multiprocessing.active_children():
             child.terminate()
     else:
@@ -91,7 +91,7 @@ def serve(worker: Worker, arguments: Sequence[str], environ: Mapping[str, str]) 
 
 
 def _production(worker: Worker) -> dict[str, Any]:
-    """The SDK's config where jobs come from RunPod and progress goes there."""
+    """Return the SDK's config for jobs and progress on RunPod."""
     import asyncio  # noqa: PLC0415 - as below
 
     from worker.sdk.job_loop import Intake  # noqa: PLC0415 - asyncio is not imported before ComfyUI is spawned
@@ -109,7 +109,7 @@ def _production(worker: Worker) -> dict[str, Any]:
                     intake.leave()
                 raise
         if await intake.is_last(job["id"], asks=result.pop("refresh_worker", False)):
-            result["refresh_worker"] = True  # the SDK makes `stopPod` of it
+            result["refresh_worker"] = True  # the SDK turns it into `stopPod`
         return result
 
     return {"handler": handle, "concurrency_modifier": intake.concurrency}
