@@ -29,8 +29,8 @@ from devkit.engine.build import engine_args, ensure_engine
 from devkit.engine.cache import cache_root
 from scripts.make_catalog import fetch_wheel, templates
 from worker.editor.convert import convert
+from worker.editor.embedded_models import embedded_models
 from worker.errors import UiWorkflowInvalid, UnknownNodes
-from worker.models.sources import embedded_models
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

@@ -24,7 +24,8 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from worker.models.sources import CATALOG, embedded_models
+from worker.editor.embedded_models import embedded_models
+from worker.models.catalog import CATALOG
 from worker.spec import ModelSpec, parse_spec
 
 if TYPE_CHECKING:

@@ -29,7 +29,7 @@ if str(PROJECT) not in sys.path:
 from devkit.engine.cache import cache_root  # noqa: E402 - found through the path above
 from scripts.make_catalog import fetch_wheel, graphs_in, templates  # noqa: E402 - as above
 from worker.comfyui_data import KNOWN  # noqa: E402 - as above
-from worker.models.sources import embedded_models  # noqa: E402 - as above
+from worker.editor.embedded_models import embedded_models  # noqa: E402 - as above
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence

@@ -11,8 +11,11 @@ import pytest
 
 from devkit.engine.cache import cache_root
 from scripts.make_catalog import VERSION, WHEEL, catalog_text, check_wheel, chosen, fetch_wheel, save, templates
-from worker.graph.graph import check_paths, named_models, parse_graph
-from worker.models.sources import CATALOG, Catalog, Sources
+from worker.graph.graph import parse_graph
+from worker.graph.model_names import named_models
+from worker.graph.paths import check_paths
+from worker.models.catalog import CATALOG, Catalog
+from worker.models.sources import Sources
 from worker.spec import WEIGHT_SUFFIXES, HubFile, ModelSpec
 
 if TYPE_CHECKING:
@@ -40,7 +43,7 @@ def test_the_catalogue_is_what_its_source_gives(official: dict[str, dict[str, An
 
 def test_the_catalogue_says_where_it_is_from() -> None:
     document = json.loads(CATALOG.read_text())
-    assert document["version"] == VERSION == Catalog().version
+    assert document["version"] == VERSION
     assert document["licence"] == "MIT"
     assert document["count"] == len(document["models"]) == len(set(Catalog().paths)) > 300
     lines = [line for line in CATALOG.read_text().splitlines() if line.startswith("  {")]

@@ -21,10 +21,13 @@ from worker import plan
 from worker.base.text import size_text
 from worker.fetch.http import Network
 from worker.fetch.hub import Hub
-from worker.graph.graph import check_paths, is_link, named_models, parse_graph
+from worker.graph.graph import is_link, parse_graph
+from worker.graph.model_names import named_models
 from worker.graph.overrides import apply_overrides
+from worker.graph.paths import check_paths
 from worker.job import Request
-from worker.models.sources import Catalog, Sources
+from worker.models.catalog import Catalog
+from worker.models.sources import Sources
 from worker.settings import Settings
 from worker.spec import HubFile
 

@@ -23,18 +23,9 @@ from worker.errors import (
     WorkflowNotFinite,
     WorkflowUiFormat,
 )
-from worker.graph.graph import (
-    BrokenLink,
-    NamedModel,
-    bare,
-    check_paths,
-    is_link,
-    named_models,
-    needed_nodes,
-    parse_graph,
-    with_accents,
-    with_slashes,
-)
+from worker.graph.graph import BrokenLink, bare, is_link, needed_nodes, parse_graph
+from worker.graph.model_names import NamedModel, named_models, with_accents, with_slashes
+from worker.graph.paths import check_paths
 from worker.graph.rejection import dropped_outputs, rejection
 
 if TYPE_CHECKING:

@@ -39,8 +39,9 @@ from worker.errors import (
     TokenRefused,
 )
 from worker.fetch.http import Credential, Network, origin, retry_after_s, sendable, shown, what_failed
-from worker.fetch.hub import Backoff, Hub, Remote, credentials
+from worker.fetch.hub import Hub, Remote, credentials
 from worker.fetch.ranges import Fetch, Tuning
+from worker.fetch.retry import Backoff
 from worker.spec import HubFile, Source, Url
 from worker.store.partial import Partial, Taken
 

@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 
 from worker.errors import FileIncomplete, VolumeFailed, VolumeFull, VolumeReadOnly
 from worker.store import disk
-from worker.store.partial import MIB, DiskFailed, Partial, Ranges, Stuck, Taken, sweep
+from worker.store.byte_ranges import Ranges
+from worker.store.partial import MIB, DiskFailed, Partial, Stuck, Taken, sweep
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -15,11 +15,13 @@ from devkit.local_worker import PROJECT
 from devkit.recorded import recorded_pairs, recording
 from scripts.make_catalog import fetch_wheel, templates
 from worker.editor.convert import convert
+from worker.editor.embedded_models import embedded_models
 from worker.errors import RequestError, UiWorkflowInvalid, UnknownNodes
 from worker.fetch.http import Network
 from worker.fetch.hub import Hub
-from worker.graph.graph import named_models, needed_nodes, parse_graph
-from worker.models.sources import Sources, embedded_models
+from worker.graph.graph import needed_nodes, parse_graph
+from worker.graph.model_names import named_models
+from worker.models.sources import Sources
 from worker.plan.document import Unreadable, Wanted, read_document
 from worker.plan.editor import naming_graph
 from worker.seed.errors import SeedUsage

@@ -16,13 +16,14 @@ from hypothesis import strategies as st
 from devkit.local_worker import PROJECT
 from worker.editor.convert import classes, convert, is_ui
 from worker.errors import RequestError
-from worker.graph.graph import check_paths, parse_graph
+from worker.graph.graph import parse_graph
 from worker.graph.overrides import apply_overrides
+from worker.graph.paths import check_paths
 from worker.job import Request
 from worker.media.bucket import job_target
 from worker.media.inputs import _check_apart, _relative, base64_pieces
 from worker.media.url_inputs import Fetcher
-from worker.models import sources
+from worker.models import lists
 from worker.models.sources import Sources
 from worker.store.layout import Layout
 from worker.volume_workflows import is_name
@@ -121,7 +122,7 @@ def test_it_has_the_fields_of_a_file(key: str, data_key: str) -> None:
 
 
 def test_it_has_the_fields_of_a_model() -> None:
-    known = sources._FIELDS | sources._OTHER_WORDS.keys() | sources._IGNORED
+    known = lists._FIELDS | lists.OTHER_WORDS.keys() | lists._IGNORED
     assert set(SCHEMA["$defs"]["model"]["properties"]) == known
 
 

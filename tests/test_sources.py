@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from worker.editor.embedded_models import embedded_models
 from worker.errors import (
     AmbiguousModel,
     HostNotAllowed,
@@ -22,7 +23,7 @@ from worker.errors import (
     SpecInvalid,
     SuffixNotAllowed,
 )
-from worker.models.sources import Sources, embedded_models
+from worker.models.sources import Sources
 from worker.spec import HubFile, ModelSpec, Url, parse_spec
 
 HOSTS = ("huggingface.co", "civitai.com")

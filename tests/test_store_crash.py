@@ -24,8 +24,8 @@ from worker.fetch.http import Network
 from worker.fetch.hub import Hub
 from worker.fetch.ranges import Tuning
 from worker.spec import HubFile, ModelSpec
+from worker.store.byte_ranges import Ranges
 from worker.store.layout import Layout
-from worker.store.partial import Ranges
 from worker.store.store import Store, Timing
 
 if TYPE_CHECKING:

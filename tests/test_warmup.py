@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from devkit import nodes
 from devkit.engine.build import engine_args
 from devkit.local_worker import PROJECT, LocalWorker
-from worker.graph.graph import check_paths, named_models, parse_graph
+from worker.graph.graph import parse_graph
+from worker.graph.model_names import named_models
+from worker.graph.paths import check_paths
 from worker.settings import Settings
 from worker.store.layout import Layout
 from worker.warmup.graph import loading_part, runnable

@@ -28,16 +28,9 @@ from worker.errors import (
     WorkerError,
     WorkflowRejected,
 )
-from worker.graph.graph import (
-    check_paths,
-    declares,
-    named_models,
-    needed_nodes,
-    renamed,
-    respellable_names,
-    with_accents,
-    with_slashes,
-)
+from worker.graph.graph import declares, needed_nodes
+from worker.graph.model_names import named_models, renamed, respellable_names, with_accents, with_slashes
+from worker.graph.paths import check_paths
 from worker.graph.rejection import missing_model, with_sent
 from worker.job import Request
 from worker.job_timings import Laps
@@ -51,7 +44,8 @@ if TYPE_CHECKING:
     from worker.engine.client import RunResult
     from worker.engine.engine import Engine
     from worker.engine.events import Progress
-    from worker.graph.graph import Graph, NamedModel
+    from worker.graph.graph import Graph
+    from worker.graph.model_names import NamedModel
     from worker.job import Result
     from worker.media.delivery import Delivery
     from worker.media.inputs import InputFiles, JobFiles

@@ -15,8 +15,8 @@ from worker.base.text import count, size_text
 from worker.doctor.exclusion import LOCK
 from worker.doctor.findings import Severity, listing, note, ok
 from worker.doctor.folders import entries
+from worker.store.byte_ranges import Ranges
 from worker.store.locks import Locks
-from worker.store.partial import Ranges
 from worker.store.seals import read_seal
 
 if TYPE_CHECKING:

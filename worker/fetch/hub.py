@@ -11,11 +11,7 @@ import email.utils
 import http.client
 import json
 import logging
-import random
 import re
-import threading
-import time
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -42,7 +38,6 @@ from worker.errors import (
     RepoNotFound,
     RevisionNotFound,
     SourceRefused,
-    SourceUnreachable,
 )
 from worker.fetch.blocking_call import abandonable
 from worker.fetch.http import (
@@ -63,16 +58,17 @@ from worker.fetch.http import (
     token_refused,
     what_failed,
 )
+from worker.fetch.retry import Backoff
 from worker.spec import HubFile, Source, Url, at_endpoint, content_key, modelscope_listing
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
     from email.message import Message
 
     from worker.base.progress import CancelToken
 
 log = logging.getLogger(__name__)
 
-Clock = Callable[[], float]
 T = TypeVar("T")
 
 HF_TOKEN: Final = "HF_TOKEN"  # noqa: S105 - the variable's name
@@ -81,8 +77,6 @@ _CIVITAI: Final = "https://civitai.com"
 _SHA256: Final = re.compile(r"[0-9a-fA-F]{64}")
 _SHA1: Final = re.compile(r"[0-9a-f]{40}")
 _SETTLED_S: Final = 2.0
-_LONGEST_WAIT_S: Final = 900.0
-_LONGEST_PAUSE_S: Final = 20.0
 _MOST_SAID_BYTES: Final = 64 * 1024
 _MOST_LISTED_BYTES: Final = 16 << 20
 
@@ -159,74 +153,6 @@ class XetAccess:
 def credentials(endpoint: str, hf_token: str | None, civitai_token: str | None) -> tuple[Credential, ...]:
     """Return which token goes to which origin: the hub's only to the hub, Civitai's only to civitai.com."""
     return Credential(endpoint, HF_TOKEN, hf_token), Credential(_CIVITAI, CIVITAI_TOKEN, civitai_token)
-
-
-class Backoff:
-    """Decide when to retry and when to give up: at fewer than `enough_bytes` in `patience_s`, however many failures.
-
-    `width` threads share it, because one bad moment of the server hits them together. If a server names a time, it gets that
-    time, within 15 minutes of the last progress.
-    """
-
-    def __init__(
-        self, where: str, patience_s: float, width: int = 1, clock: Clock = time.monotonic, *, enough_bytes: int = 0
-    ) -> None:
-        self._where = where
-        self._patience_s = patience_s
-        self._width = width
-        self._clock = clock
-        self._lock = threading.Lock()
-        self._failures = 0
-        self._enough_bytes = enough_bytes
-        self._came_bytes = 0
-        self._reason = "it is too slow"
-        self._since_s = clock()
-        self._until_s = self._since_s + patience_s
-
-    def progressed(self, length: int = 0) -> None:
-        """Record bytes. The count of failures restarts. With enough bytes the patience restarts as well."""
-        with self._lock:
-            self._failures = 0
-            self._came_bytes += length
-            if self._came_bytes >= self._enough_bytes:
-                self._came_bytes = 0
-                self._since_s = self._clock()
-                self._until_s = self._since_s + self._patience_s
-
-    def pause(self, for_s: float) -> None:
-        """Exclude a time that was not the source's fault."""
-        with self._lock:
-            self._since_s += for_s
-            self._until_s += for_s
-
-    @property
-    def is_over(self) -> bool:
-        """Return whether the patience is used up."""
-        with self._lock:
-            return self._clock() >= self._until_s
-
-    def check(self) -> None:
-        """Raise `SourceUnreachable` if the patience is used up."""
-        with self._lock:
-            self._give_up_after(self._clock())
-
-    def _give_up_after(self, now_s: float) -> None:
-        if now_s >= self._until_s:
-            raise SourceUnreachable(self._where, self._reason, now_s - self._since_s, self._came_bytes)
-
-    def failed(self, reason: str, named_s: float | None = None) -> float:
-        """Return how long to wait before the next attempt. Raises `SourceUnreachable` if there is none."""
-        with self._lock:
-            now_s = self._clock()
-            self._failures += 1
-            self._reason = reason
-            if named_s is not None:
-                last_s = self._since_s + max(self._patience_s, _LONGEST_WAIT_S)
-                self._until_s = max(self._until_s, min(now_s + named_s + self._patience_s, last_s))
-            self._give_up_after(now_s)
-            rounds = min((self._failures - 1) // self._width, 10)
-            delay_s = min(_LONGEST_PAUSE_S, 0.25 * 2.0**rounds) * random.uniform(0.5, 1.0)  # noqa: S311 - jitter
-            return min(max(delay_s, named_s or 0.0), max(0.0, self._until_s - now_s))
 
 
 class Hub:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final, NoReturn, Protocol
 
 from worker.errors import ContentMismatch, EnsureCancelled, NotAFile, SourceChanged, SourceRefused, SourceUnreachable
 from worker.fetch.http import OK, PARTIAL, TRANSIENT, UNSATISFIABLE, Channel, content_coding, retry_after_s, what_failed
-from worker.fetch.hub import Backoff
+from worker.fetch.retry import Backoff
 from worker.fetch.spans import Spans
 
 if TYPE_CHECKING:

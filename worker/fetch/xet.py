@@ -19,7 +19,7 @@ from typing import IO, TYPE_CHECKING, Final
 
 from worker.errors import EnsureCancelled, SourceRefused
 from worker.fetch.http import UNAUTHORISED, without_query
-from worker.fetch.hub import Backoff
+from worker.fetch.retry import Backoff
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 from worker.base.text import shortened, shown
 from worker.comfyui_data import known, older
 from worker.errors import ModelMissing, UnknownNodes, WorkflowInvalid, WorkflowRejected
-from worker.graph.graph import BrokenLink, named_models, needed_nodes, reached, takers_in
+from worker.graph.graph import BrokenLink, needed_nodes, reached, takers_in
+from worker.graph.model_names import named_models
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
     from worker.errors import RequestError
-    from worker.graph.graph import Graph, NamedModel
+    from worker.graph.graph import Graph
+    from worker.graph.model_names import NamedModel
 
 _SHOWN_CHOICES = 8
 _COMPARED = 2_000  # choices that are compared with the requested name

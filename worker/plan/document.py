@@ -15,19 +15,22 @@ from typing import TYPE_CHECKING, Any, Final
 
 from worker.comfyui_data import known
 from worker.editor.convert import is_ui
+from worker.editor.embedded_models import embedded_models
 from worker.editor.embedded_workflow import embedded_workflow, json_fault
 from worker.errors import FieldInvalid, NoWorkflowInFile, UnsafePath, WorkerError
-from worker.graph.graph import bare, check_paths, named_models, needed_nodes, parse_graph
+from worker.graph.graph import bare, needed_nodes, parse_graph
+from worker.graph.model_names import named_models
+from worker.graph.paths import check_paths
 from worker.graph.rejection import nodes_of, unknown_nodes
 from worker.job import Request
 from worker.media.inputs import base64_pieces
-from worker.models.sources import embedded_models
 from worker.plan.editor import naming_graphs
 from worker.volume_workflows import is_name
 
 if TYPE_CHECKING:
     from worker.errors import UnknownNodes
-    from worker.graph.graph import Graph, NamedModel
+    from worker.graph.graph import Graph
+    from worker.graph.model_names import NamedModel
 
 
 Saved = Callable[[str], dict[str, Any]]

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from worker.errors import WorkerError
-    from worker.graph.graph import NamedModel
+    from worker.graph.model_names import NamedModel
     from worker.spec import ModelSpec
 
 

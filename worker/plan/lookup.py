@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
     from worker.base.progress import CancelToken
     from worker.fetch.hub import Hub, Remote
-    from worker.graph.graph import NamedModel
-    from worker.models.sources import ModelList
+    from worker.graph.model_names import NamedModel
+    from worker.models.lists import ModelList
     from worker.plan.places import Places
     from worker.settings import Settings
     from worker.spec import ModelSpec

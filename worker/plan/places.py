@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from worker.base.text import forms
 from worker.plan.items import Item, State
+from worker.store.byte_ranges import Ranges
 from worker.store.inventory import Standing, look
 from worker.store.layout import Layout
-from worker.store.partial import Ranges
 from worker.store.pod_links import layout_at
 from worker.store.seals import stat_file
 from worker.store.store import cached_file

@@ -16,7 +16,8 @@ from worker.errors import ManifestInvalid
 from worker.fetch.http import Network
 from worker.fetch.hub import Hub, credentials
 from worker.fetch.ranges import Tuning
-from worker.models.sources import Sources, SpecList
+from worker.models.lists import SpecList
+from worker.models.sources import Sources
 from worker.seed.errors import S3Unreachable, SeedUsage
 from worker.seed.fill import MountedFiller, S3Filler
 from worker.seed.mounted_volume import MountedVolume

@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any, Final
 from worker.comfyui_data import known
 from worker.errors import FileNotInRepo, ManifestInvalid, RequestError, WorkflowUnknown
 from worker.graph.rejection import Origin, unknown_nodes
-from worker.models.sources import Catalog, Sources, SpecList
+from worker.models.catalog import Catalog
+from worker.models.lists import SpecList
+from worker.models.sources import Sources
 from worker.plan.document import Unreadable, Wanted, is_text, read_document
 from worker.plan.items import Item, State
 from worker.plan.lookup import meaning, of_spec

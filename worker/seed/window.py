@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from worker.store.partial import Ranges
+from worker.store.byte_ranges import Ranges
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator

@@ -10,7 +10,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 from worker.comfyui_data import known
-from worker.graph.graph import is_link, named_models
+from worker.graph.graph import is_link
+from worker.graph.model_names import named_models
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

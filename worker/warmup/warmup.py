@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from worker.base.volume import is_volume
 from worker.errors import UnsafePath, WorkerError
-from worker.graph.graph import check_paths, named_models, parse_graph, with_slashes
+from worker.graph.graph import parse_graph
+from worker.graph.model_names import named_models, with_slashes
+from worker.graph.paths import check_paths
 from worker.links.host_cache import cached_copies
 from worker.store.layout import Layout
 from worker.warmup.graph import loading_part, runnable
@@ -30,7 +32,8 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from worker.engine.engine import Engine
-    from worker.graph.graph import Graph, NamedModel
+    from worker.graph.graph import Graph
+    from worker.graph.model_names import NamedModel
     from worker.models.job_models import Name, Supply
     from worker.settings import Settings
     from worker.warmup.reader import Warmed
