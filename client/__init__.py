@@ -1,4 +1,4 @@
-"""A client: sends a workflow to an endpoint or to a local worker, shows how far it is, saves what comes back.
+"""A client: sends a workflow to an endpoint or to a local worker, shows its progress, saves the outputs.
 
-The standard library alone, and nothing of the worker: copy this folder anywhere and say `python -m client --help`.
+It uses only the standard library and nothing of the worker: copy this folder anywhere and run `python -m client --help`.
 """

@@ -1,9 +1,9 @@
-"""`python -m client`: composition root, reads argv and the environment."""
+"""`python -m client`: reads the arguments and the environment."""
 
 import os
 import sys
 
-# Above everything that an older Python cannot read, so that it gets as far as this sentence.
+# Before everything that an older Python cannot parse, so that it gets as far as this sentence.
 if sys.version_info < (3, 10):  # noqa: UP036 - this runs with whatever Python somebody has
     sys.exit("The client needs Python 3.10 or newer; this is Python %d.%d." % sys.version_info[:2])  # noqa: UP031 - as above
 

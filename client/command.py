@@ -1,4 +1,4 @@
-"""The command: a workflow in, its outputs saved. Reads argv, prints, ends with an exit status."""
+"""The command: a workflow in, its outputs saved. Reads arguments, prints, ends with an exit status."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ examples:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     parse = argparse.ArgumentParser(
         prog="run_workflow.py",
         description="Send a ComfyUI workflow to an endpoint or a local worker, and save what comes back.",
@@ -103,15 +103,15 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(argv: Sequence[str], environ: Mapping[str, str]) -> int:
-    """Do what `argv` says; returns the exit status, see `--help`. Raises nothing."""
+    """Run the command. Return the exit status, see `--help`. Raises nothing."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a name in a result may hold what this terminal's encoding lacks
+            stream.reconfigure(errors="backslashreplace")  # a name in a result may contain what this terminal's encoding lacks
     try:
         options = parser().parse_args(list(argv))
     except SystemExit as exc:
         return int(exc.code or 0)
-    before = signal.signal(signal.SIGTERM, _interrupt)  # a job that nobody waits for any more costs money
+    before = signal.signal(signal.SIGTERM, _interrupt)  # an abandoned job costs money
     try:
         return _run(options, environ)
     except KeyboardInterrupt:
@@ -147,7 +147,7 @@ def _run(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
 
 
 def as_json(value: object, encoding: str) -> str:
-    """JSON that reads well, or in ASCII where a terminal would obey some of it or `encoding` lacks some; always whole."""
+    """Return readable JSON. It is in ASCII if a terminal would obey some of it or `encoding` lacks some."""
     text = json.dumps(value, ensure_ascii=False, indent=2)
     try:
         text.encode(encoding)
@@ -171,7 +171,7 @@ def _wishes(options: argparse.Namespace) -> Wishes:
 
 
 def endpoint_or_worker(options: argparse.Namespace, environ: Mapping[str, str]) -> Service:
-    """Who is to run the job."""
+    """Return the service that runs the job."""
     if options.endpoint is not None:
         return Endpoint.of(options.endpoint, environ, options.job)
     return LocalWorkerApi(Wire(options.url.rstrip("/")))
@@ -180,7 +180,7 @@ def endpoint_or_worker(options: argparse.Namespace, environ: Mapping[str, str]) 
 def watched(
     service: Service, job: Mapping[str, Any], timeout_s: float | None, stream: IO[str] | None = None
 ) -> dict[str, Any] | None:
-    """The job's final answer, its progress shown meanwhile; None after Ctrl-C, which cancels it. Raises a `ClientError`."""
+    """Return the job's final answer, and show its progress. None after Ctrl-C, which cancels it. Raises a `ClientError`."""
     screen = Screen(stream or sys.stderr, node_names(dict(job)) if job else {})
     try:
         answer = service.run(job, screen.show, timeout_s)
@@ -197,7 +197,7 @@ def watched(
 
 
 def check(answer: Mapping[str, Any]) -> None:
-    """Return for a job that has a result. Raises a `JobError` that says why there is none."""
+    """Return if the job has a result. Raises a `JobError` that says why there is none."""
     job_id, output, error = str(answer.get("id", "?")), answer.get("output"), answer.get("error")
     status = answer.get("status")
     if status == "CANCELLED":
@@ -220,7 +220,7 @@ def check(answer: Mapping[str, Any]) -> None:
 
 
 def _sentence(error: object) -> str:
-    """The worker's sentence, also from the report that the SDK makes of a worker that broke: JSON with `error_message`."""
+    """Return the worker's sentence, also from the SDK's report of a broken worker: JSON with `error_message`."""
     try:
         report = json.loads(error) if isinstance(error, str) else error
     except (ValueError, RecursionError):
@@ -231,7 +231,10 @@ def _sentence(error: object) -> str:
 
 
 def tell_outputs(output: Mapping[str, Any], folder: Path, stream: IO[str], job_id: str | None = None) -> int:
-    """Save a result's outputs and print a line for each; the exit status. `job_id` is set where the result can be had again."""
+    """Save a result's outputs and print a line for each. Return the exit status.
+
+    `job_id` is set if the result can be requested again.
+    """
     status, count, on_volume = DONE, 0, False
     for saved in save_outputs(output, folder):
         count += 1
@@ -256,7 +259,7 @@ def tell_outputs(output: Mapping[str, Any], folder: Path, stream: IO[str], job_i
 
 
 def saved_line(saved: Saved) -> str:
-    """What became of one output, for people."""
+    """Return what was done with one output, for people."""
     facts = ", ".join(filter(None, (saved.media_type, size(saved.size_bytes))))
     if saved.volume_path is not None:
         path = one_line(saved.volume_path)
@@ -273,7 +276,7 @@ def saved_line(saved: Saved) -> str:
 
 
 def tell_failure(error: ClientError, stream: IO[str]) -> int:
-    """Print an error as a sentence, its details, and whether trying again can help; its exit status."""
+    """Print an error as a sentence, its details, and whether a retry can help. Return its exit status."""
     code = error.worker_code or error.code if isinstance(error, JobFailed) else error.code
     say(f"error: {error} [{code}]", stream)
     if isinstance(error, JobFailed):
@@ -286,19 +289,19 @@ def tell_failure(error: ClientError, stream: IO[str]) -> int:
 
 
 def say(text: str, stream: IO[str] | None = None) -> None:
-    """Text for people, without what a terminal would obey."""
+    """Print a text for people, without sequences that a terminal would obey."""
     _print(printable(text), stream or sys.stdout)
 
 
 def _print(text: str, stream: IO[str]) -> None:
     try:
         print(text, file=stream, flush=True)
-    except BrokenPipeError:  # as with `| head`: nobody reads any more, and what is left to do is still wanted
+    except BrokenPipeError:  # as with `| head`: nobody reads any more, but the rest is still wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _defect(error: Exception) -> ClientDefect:
-    """What was not foreseen, by its kind and the line of ours that met it."""
+    """Return an unexpected error by its kind and our line that met it."""
     frames = [
         frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).parent == Path(__file__).parent
     ]

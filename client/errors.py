@@ -21,15 +21,15 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 DONE, FAILED, USAGE, UNREACHABLE, INTERRUPTED = 0, 1, 2, 3, 130
-"""The command's exit statuses; 130 is what shells expect of a command that Ctrl-C ended."""
+"""The command's exit statuses. 130 is what shells expect after Ctrl-C."""
 
-# RunPod says 400 to a request above 10 MB as to any other that it does not like.
+# RunPod answers 400 to a request above 10 MB, as to any other request that it refuses.
 _NEARLY_TOO_LARGE_BYTES = 9_000_000
 _TOO_LARGE = 413
 
 
 class ClientError(Exception):
-    """The root: whatever the client raises on purpose is one of these, with a stable `code` as the worker's errors have it."""
+    """The root: every error that the client raises on purpose is one of these. `code` is stable, as in the worker."""
 
     code: ClassVar[str] = "client_failed"
     exit_status: ClassVar[int] = FAILED
@@ -212,7 +212,7 @@ class ServiceError(ClientError):
 
     @property
     def may_have_arrived(self) -> bool:
-        """Whether the other side may have taken the request all the same."""
+        """Return whether the other side may have accepted the request all the same."""
         return False
 
 
@@ -307,7 +307,7 @@ class Unreachable(ServiceError):
 
     @property
     def may_have_arrived(self) -> bool:
-        """Where the connection broke only after the request."""
+        """Return whether the connection broke only after the request."""
         return self.was_sent
 
     def __str__(self) -> str:

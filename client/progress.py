@@ -1,4 +1,4 @@
-"""How a job stands, as one line for people: a bar for a terminal, a plain sentence for a log. Pure."""
+"""A job's progress as one line for people: a bar for a terminal, a sentence for a log. Pure."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _WORDS: Final = {"SENDING": "sending", "IN_QUEUE": "queued", "IN_PROGRESS": "run
 
 
 def bar_line(news: News, names: Mapping[str, str], width: int) -> str:
-    """One line of at most `width` characters, with a bar where there is something to measure."""
+    """Return one line of at most `width` characters, with a bar if there is something to measure."""
     if news.trouble:
         return _cut(f"{_status(news)}  {_clock(news.waited_s)}  ({news.trouble})", width)
     what, share, numbers = _parts(news, names)
@@ -33,7 +33,7 @@ def bar_line(news: News, names: Mapping[str, str], width: int) -> str:
 
 
 def plain_line(news: News, names: Mapping[str, str]) -> str:
-    """The same in words, without a clock that runs."""
+    """Return the same in words, without a running clock."""
     if news.trouble:
         return f"{_status(news)}: {news.trouble}"
     what, share, numbers = _parts(news, names)
@@ -43,13 +43,13 @@ def plain_line(news: News, names: Mapping[str, str]) -> str:
 
 
 def subject(news: News) -> tuple[object, ...]:
-    """What a plain line is about; the next line about the same thing can wait."""
+    """Return what a plain line is about. The next line about the same thing can wait."""
     progress = news.progress or {}
     return news.status, news.job_id, news.queue, news.trouble, progress.get("type"), progress.get("file"), progress.get("node")
 
 
 def size(count: float) -> str:
-    """Bytes for people: `14.4 kB`, `23.8 GB`."""
+    """Return bytes for people: `14.4 kB`, `23.8 GB`."""
     if count < _KB:
         return f"{count:.0f} B"
     power = min(int(math.log10(count) // 3), len(_UNITS))
@@ -57,7 +57,7 @@ def size(count: float) -> str:
 
 
 def _parts(news: News, names: Mapping[str, str]) -> tuple[str, float | None, str]:
-    """What is going on, how much of it is done from 0 to 1, and its numbers."""
+    """Return what is going on, the fraction done from 0 to 1, and its numbers."""
     progress = news.progress or {}
     value, most = _number(progress.get("value")), _number(progress.get("max"))
     if progress.get("type") == "download" and most:
@@ -88,7 +88,7 @@ def _number(value: object) -> float:
 
 
 def _safe(value: object) -> str:
-    """A name from the other side, not too long."""
+    """Return a name from the other side, shortened."""
     return one_line(str(value))[:_NAME_CHARS]
 
 

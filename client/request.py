@@ -1,4 +1,4 @@
-"""The command line's workflow, files and values as a request. Reads the files it is told to."""
+"""Build a request from the command line's workflow, files and values. Reads the given files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _SAVED: Final = re.compile(r"(?![-.~/\\{])[^\x00-\x1f]*[^.\x00-\x1f](?<!\.json)(
 
 @dataclass(frozen=True, slots=True)
 class Wishes:
-    """What the command line asks of a run, as it was typed; each pair is `LEFT=RIGHT`."""
+    """The command line's options for a run, as typed. Each pair is `LEFT=RIGHT`."""
 
     workflow: str
     values: Sequence[str] = ()
@@ -42,7 +42,7 @@ class Wishes:
 
 
 def build(wishes: Wishes) -> dict[str, Any]:
-    """The body of POST /run: `{"input": {...}}`, with whatever else a request's file has beside its `input`.
+    """Return the body of POST /run: `{"input": {...}}`, with the other fields of a request's file.
 
     Raises:
         UsageError: a file cannot be read, or a pair is none.
@@ -68,7 +68,7 @@ def build(wishes: Wishes) -> dict[str, Any]:
 
 
 def _joined(before: object, more: dict[str, Any] | list[Any], name: str, file: str) -> dict[str, Any] | list[Any]:
-    """What a request's file has under `name`, and the options' values after it."""
+    """Return what a request's file has under `name`, followed by the options' values."""
     if not before:
         return more
     if isinstance(before, dict) and isinstance(more, dict):
@@ -80,7 +80,7 @@ def _joined(before: object, more: dict[str, Any] | list[Any], name: str, file: s
 
 
 def node_names(job: dict[str, Any]) -> dict[str, str]:
-    """What to call each node while it works: its title, or its class. Empty where that cannot be known."""
+    """Return a name for each node while it works: its title, or its class. Empty if unknown."""
     graph = job["input"].get("workflow")
     if not isinstance(graph, dict):
         return {}
@@ -99,9 +99,9 @@ def _title(node: Mapping[str, Any]) -> object:
 
 
 def _workflow(name: str) -> dict[str, Any]:
-    """A workflow of either format, a whole request, or a file that carries a workflow, as a request of its own.
+    """Return a request for a workflow of either format, a whole request, or a file that contains a workflow.
 
-    What is no file and looks like none is the name of a workflow on the endpoint's volume.
+    A name that is no file and looks like none is the name of a workflow on the endpoint's volume.
     """
     if _SAVED.fullmatch(name) and not Path(name).exists():
         return {"input": {"workflow": name}}
@@ -139,12 +139,12 @@ def _read(path: str) -> bytes:
         return Path(path).expanduser().read_bytes()
     except OSError as exc:
         raise FileUnreadable(f"cannot be read ({exc.strerror})", path) from None
-    except RuntimeError:  # expanduser: ~name of nobody
+    except RuntimeError:  # expanduser: ~name without such a user
         raise FileUnreadable("begins with a home folder that is not known; write it out", path) from None
 
 
 def _file(option: str, pair: str, data_key: str) -> dict[str, str]:
-    """`NAME=PATH`, `NAME=https://...` or a path alone, whose own name is then the name."""
+    """Parse `NAME=PATH`, `NAME=https://...` or a path alone, whose own name is then the name."""
     name, equals, source = pair.partition("=")
     if not equals:
         name, source = Path(pair).name, pair
@@ -156,7 +156,7 @@ def _file(option: str, pair: str, data_key: str) -> dict[str, str]:
 
 
 def _value(pair: str) -> tuple[str, Any]:
-    """`NODE.INPUT=VALUE`; the value is JSON where it can be read as that, and otherwise the text itself."""
+    """Parse `NODE.INPUT=VALUE`. The value is JSON if it can be read as that, otherwise the text itself."""
     key, equals, text = pair.partition("=")
     if not equals or "." not in key:
         raise SetInvalid(f"takes NODE.INPUT=VALUE, such as 6.text=\"a fox\", not '{pair}'", "--set")
@@ -167,12 +167,12 @@ def _value(pair: str) -> tuple[str, Any]:
 
 
 def _no_number(name: str) -> None:
-    """NaN and Infinity are words here: no JSON carries them as numbers."""
+    """Return NaN and Infinity as words: JSON cannot represent them as numbers."""
     raise ValueError(name)
 
 
 def _model(pair: str) -> dict[str, str]:
-    """`FOLDER/NAME=SOURCE`."""
+    """Parse `FOLDER/NAME=SOURCE`."""
     path, equals, source = pair.partition("=")
     folder, slash, name = path.partition("/")
     if not (equals and slash and folder and name and source):

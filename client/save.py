@@ -1,4 +1,4 @@
-"""A result's outputs as files: under their own names, over no other file, never outside their folder. Disk, network."""
+"""Save a result's outputs: under their own names, over no other file, never outside their folder. Disk, network."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ KINDS: Final = ("images", "videos", "audio", "text", "files")
 
 _ATTEMPTS: Final = 3
 _TIMEOUT_S: Final = 60.0
-_NAME_BYTES: Final = 200  # file systems take 255, and a number may follow
-_FORBIDDEN: Final = frozenset('<>:"|?*')  # Windows gives these a meaning in names
+_NAME_BYTES: Final = 200  # file systems allow 255, and a number may follow
+_FORBIDDEN: Final = frozenset('<>:"|?*')  # names with a meaning on Windows
 
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """One output. `path` is None where the file lies on the volume, at `volume_path` from its root."""
+    """One output. `path` is None if the file is on the volume, at `volume_path` relative to its root."""
 
     name: str
     media_type: str
@@ -44,7 +44,7 @@ class Saved:
 
 
 def check_folder(folder: Path) -> None:
-    """Outputs can be saved there; looks before the job is paid for, and leaves nothing behind. Raises `UsageError`."""
+    """Check that outputs can be saved there, before the job costs money. Leave nothing behind. Raises `UsageError`."""
     whole = folder.absolute()
     there = next(each for each in (whole, *whole.parents) if os.path.lexists(each))
     try:
@@ -55,7 +55,7 @@ def check_folder(folder: Path) -> None:
 
 
 def save_outputs(output: Mapping[str, Any], folder: Path) -> Iterator[Saved | OutputNotSaved]:
-    """Save each output of a job's result; one that cannot be saved is yielded as the reason, and the rest goes on."""
+    """Save each output of a job's result. If one cannot be saved, yield the reason and continue."""
     for kind in KINDS:
         items = output.get(kind) or []
         for item in items if isinstance(items, list) else [items]:
@@ -88,7 +88,7 @@ def _save(item: Mapping[str, Any], folder: Path) -> Saved:
 
 
 def file_name(name: str) -> str:
-    """The last part of a name, without what some file system would take for more than a name."""
+    """Return the last part of a name, without characters that mean more to some file system."""
     last = name.replace("\\", "/").rpartition("/")[2]
     clean = "".join("_" if char in _FORBIDDEN or not char.isprintable() else char for char in last).strip()
     stem, dot, suffix = clean.rpartition(".")
@@ -99,7 +99,7 @@ def file_name(name: str) -> str:
 
 
 def _place(folder: Path, item: Mapping[str, Any], name: str, fill: Callable[[IO[bytes]], None]) -> Path:
-    """The new file that `fill` has filled: `name`, or `name-2`, ... where there is one already. Gone again if it fails."""
+    """Return the new file that `fill` filled: `name`, or `name-2`, ... if it exists. Remove it if that fails."""
     try:
         target = _folder(folder, str(item.get("subfolder") or ""))
         path, file = _create(target, name)
@@ -119,7 +119,7 @@ def _place(folder: Path, item: Mapping[str, Any], name: str, fill: Callable[[IO[
 
 
 def _folder(folder: Path, subfolder: str) -> Path:
-    """The subfolder below the folder; the folder itself where the way there would lead out of it, as through a link."""
+    """Return the subfolder below the folder. The folder itself if the path would lead out of it, as through a link."""
     parts = [file_name(part) for part in subfolder.replace("\\", "/").split("/") if part.strip(". ")]
     target = folder.joinpath(*parts)
     if not target.resolve().is_relative_to(folder.resolve()):
@@ -129,7 +129,7 @@ def _folder(folder: Path, subfolder: str) -> Path:
 
 
 def _create(folder: Path, name: str) -> tuple[Path, IO[bytes]]:
-    encoding = sys.getfilesystemencoding()  # of a system that does not speak UTF-8; "?" is in no clean name
+    encoding = sys.getfilesystemencoding()  # of a system without UTF-8; "?" is in no clean name
     name = name.encode(encoding, "replace").decode(encoding).replace("?", "_")
     stem, dot, suffix = name.rpartition(".")
     for number in itertools.count(1):
@@ -153,7 +153,7 @@ def _write(file: IO[bytes], data: bytes) -> None:
 
 
 def _host(address: str, name: str) -> str:
-    """The host of an address that can be asked; raises `OutputNotSaved` for any other."""
+    """Return the host of an address that can be requested. Raises `OutputNotSaved` for any other."""
     try:
         parts = urllib.parse.urlsplit(address)
     except ValueError:
@@ -164,7 +164,7 @@ def _host(address: str, name: str) -> str:
 
 
 def _download(address: str, file: IO[bytes], name: str) -> None:
-    """Fetch a signed address, three attempts. It is a secret of its own: only its host is ever said."""
+    """Download a signed address, with three attempts. The address is a secret: only its host is ever shown."""
     host = _host(address, name)
     reason = ""
     for attempt in range(_ATTEMPTS):

@@ -1,4 +1,4 @@
-"""What the person sees while a job runs: one line that changes on a terminal, a line now and then elsewhere. Standard error."""
+"""Show a job's progress: one changing line on a terminal, a line now and then elsewhere. Standard error."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _CLEAR: Final = "\r\x1b[K"
 
 
 class Screen:
-    """Takes news of a job and shows them; `end` leaves the cursor on a line of its own."""
+    """Shows a job's progress. `end` leaves the cursor on a new line."""
 
     def __init__(self, stream: IO[str], names: Mapping[str, str]) -> None:
         self._stream = stream
@@ -30,7 +30,7 @@ class Screen:
         self._job_id: str | None = None
 
     def show(self, news: News) -> None:
-        """How the job stands; may be called as often as one likes."""
+        """Show the job's state. May be called at any rate."""
         if news.job_id != self._job_id:
             self._job_id = news.job_id
             self.say(f"job {news.job_id}")
@@ -45,12 +45,12 @@ class Screen:
         self._write(one_line(plain_line(news, self._names)) + "\n")
 
     def say(self, text: str) -> None:
-        """One line that stays."""
+        """Print one line that stays."""
         self.end()
         self._write(printable(text) + "\n")
 
     def end(self) -> None:
-        """Nothing is going on any more."""
+        """Clear the changing line."""
         if self._live:
             self._write(_CLEAR)
 

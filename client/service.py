@@ -1,4 +1,4 @@
-"""Who runs a job: an endpoint of RunPod, or a worker's local API. Network, threads."""
+"""The service that runs a job: an endpoint of RunPod, or a worker's local API. Network, threads."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 ENDPOINTS: Final = "https://api.runpod.ai/v2"
 FINAL: Final = frozenset({"COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT"})
 
-_REQUEST_TIMEOUT_S: Final = 60.0  # an answer of 10 MB over a slow line takes its time
+_REQUEST_TIMEOUT_S: Final = 60.0  # an answer of 10 MB takes time over a slow line
 _CANCEL_TIMEOUT_S: Final = 10.0
-_PATIENCE_S: Final = 60.0  # how long an endpoint may be out of order while a job runs
+_PATIENCE_S: Final = 60.0  # how long an endpoint may fail while a job runs
 _FIRST_PAUSE_S: Final = 0.2
 _LONGEST_PAUSE_S: Final = 3.0
 _SLOWER: Final = 1.3
@@ -46,7 +46,7 @@ _ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 @dataclass(frozen=True, slots=True)
 class News:
-    """How a job stands. `progress` is the worker's own word, `queue` RunPod's on workers while the job waits for one."""
+    """A job's state. `progress` is the worker's, `queue` is RunPod's report on workers while the job waits."""
 
     status: str
     waited_s: float
@@ -57,25 +57,25 @@ class News:
 
 
 Watch = Callable[[News], None]
-"""Hears how the job stands, at least twice a second."""
+"""Receives the job's state, at least twice a second."""
 
 
 class Service(Protocol):
-    """Takes one job and stays with it."""
+    """Runs one job."""
 
     def run(self, job: Mapping[str, Any], watch: Watch, timeout_s: float | None) -> dict[str, Any]:
-        """The final answer: `id`, `status`, and `output` or `error`. Raises a `ServiceError` or a `JobError`.
+        """Return the final answer: `id`, `status`, and `output` or `error`. Raises a `ServiceError` or a `JobError`.
 
-        `KeyboardInterrupt` may be raised at any time; `abandon` says what then becomes of the job.
+        `KeyboardInterrupt` may be raised at any time. `abandon` says what then happens to the job.
         """
         ...
 
     def abandon(self) -> str:
-        """Stop the job if that can be done; says what was done, as the middle of a sentence. Raises nothing."""
+        """Stop the job if possible. Return what was done, as the middle of a sentence. Raises nothing."""
         ...
 
     def aftermath(self, error: Exception) -> str | None:
-        """What may still go on after `error` ended `run`, as a sentence; None for nothing that the error does not say."""
+        """Return what may continue after `error` ended `run`, as a sentence. None if the error says it all."""
         ...
 
 
@@ -90,9 +90,9 @@ class Endpoint:
 
     @classmethod
     def of(cls, endpoint_id: str, environ: Mapping[str, str], job_id: str | None = None) -> Endpoint:
-        """The endpoint of this id, key and base address from the environment, as RunPod's own client has them.
+        """Return the endpoint of this id, with key and base address from the environment, as in RunPod's own client.
 
-        Raises `KeyMissing`, and `UsageError` for an id or a key that cannot be one.
+        Raises `KeyMissing`, and `UsageError` for an invalid id or key.
         """
         name = _checked_id(endpoint_id, "--endpoint")
         job = None if job_id is None else _checked_id(job_id, "--job")
@@ -116,7 +116,10 @@ class Endpoint:
         return self._follow(answer, watch, began, timeout_s or _FOREVER_S)
 
     def _submit(self, job: Mapping[str, Any], watch: Watch, began: float) -> dict[str, Any]:
-        """Sent again only after 429, which says that nobody took it: any other trouble might make two jobs of one."""
+        """Send the job.
+
+        Retry only after 429, which says that it was not accepted: after other errors there might be two jobs.
+        """
         pause_s = 1.0
         self._sending = True
         while True:
@@ -175,7 +178,7 @@ class Endpoint:
             time.sleep(min(left_s, _TICK_S))
 
     def _capacity(self) -> str | None:
-        """What the endpoint says of its workers, for somebody who wonders why a job waits."""
+        """Return the endpoint's report on its workers, to explain why a job waits."""
         try:
             workers = self.wire.get("/health", _CANCEL_TIMEOUT_S).get("workers")
         except ServiceError:
@@ -208,7 +211,7 @@ class Endpoint:
         return "it was cancelled"
 
     def aftermath(self, error: Exception) -> str | None:
-        """How to take up the job again; or that it may be one although nothing says so, which costs money unseen."""
+        """Return how to take up the job again, or that it may run although no answer came, which costs money."""
         if self._over or isinstance(error, JobError):
             return None
         if self.job_id is not None:
@@ -219,12 +222,12 @@ class Endpoint:
 
     @property
     def _job(self) -> str:
-        """The job's id as a part of a path."""
+        """Return the job's id as a part of a path."""
         return urllib.parse.quote(str(self.job_id), safe="")
 
 
 def _checked_id(text: str, option: str) -> str:
-    """An id as a part of a path. Raises `UsageError`, without the text: somebody may have pasted a key."""
+    """Return an id as a part of a path. Raises `UsageError`, without the text: it may be a pasted key."""
     if not text.strip("/ "):
         raise UsageError(f"{option} is empty: copy the id from RunPod's console")
     if not _ID.fullmatch(text.strip("/")):
@@ -238,13 +241,13 @@ def _moved(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
 
 @dataclass(slots=True)
 class LocalWorkerApi:
-    """A worker's local API, which the SDK serves: one request and its answer; no progress, no cancelling."""
+    """A worker's local API, which the SDK serves: one request and its answer. No progress, no cancelling."""
 
     wire: Wire
     _sent: bool = field(default=False, init=False)
 
     def run(self, job: Mapping[str, Any], watch: Watch, timeout_s: float | None) -> dict[str, Any]:
-        """POST runsync, waited for in a thread so that the wait can be shown and interrupted."""
+        """Send POST runsync in a thread, so that the wait can be shown and interrupted."""
         began = time.monotonic()
         limit_s = timeout_s or _FOREVER_S
         answers: list[dict[str, Any] | BaseException] = []
@@ -253,7 +256,7 @@ class LocalWorkerApi:
         def ask() -> None:
             try:
                 answers.append(self.wire.post("/runsync", job, limit_s + _REQUEST_TIMEOUT_S))
-            except BaseException as exc:  # noqa: BLE001 - raised where somebody waits for it
+            except BaseException as exc:  # noqa: BLE001 - raised in the waiting thread
                 answers.append(exc)
             done.set()
 
@@ -270,9 +273,9 @@ class LocalWorkerApi:
         return answers[0]
 
     def abandon(self) -> str:
-        """Nothing can be done: the SDK's local API has no way to cancel."""
+        """Do nothing: the SDK's local API has no way to cancel."""
         return "the worker still runs it, because its local API cannot cancel" if self._sent else "it had already ended"
 
     def aftermath(self, error: Exception) -> str | None:  # noqa: ARG002 - of the Service
-        """Nothing that costs money: whoever serves the API sees what it does."""
+        """Return None: nothing continues that costs money."""
         return None

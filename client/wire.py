@@ -1,4 +1,4 @@
-"""One HTTP request to an endpoint or a worker, every trouble turned into a sentence. Network."""
+"""Send one HTTP request to an endpoint or a worker. Turn every failure into a sentence. Network."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _UNAUTHORISED: Final = frozenset({401, 403})
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """No answer of an endpoint is a redirect, and following one would hand the key to whoever it leads to."""
+    """Refuse redirects. No endpoint sends one, and following it would give the key to its target."""
 
     def redirect_request(self, *_: object) -> None:  # urllib passes six things, none of use here
         """Follow none."""
@@ -42,13 +42,13 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 @dataclass(frozen=True, slots=True)
 class Wire:
-    """Requests under one address. The key goes to that address and nowhere else; a local address is reached without a proxy."""
+    """Requests under one address. The key goes only to that address. A local address is reached without a proxy."""
 
     base: str
     key: str | None = None
 
     def __post_init__(self) -> None:
-        """Raises `UsageError` where it is no address."""
+        """Raise `UsageError` if it is no address."""
         if "://" not in self.base and fits_a_header(self.base):
             raise UsageError(f"'{self.base}' is no whole address: write http://{self.base}, or https://")
         try:
@@ -61,15 +61,15 @@ class Wire:
 
     @property
     def is_local(self) -> bool:
-        """Whether this machine itself is meant."""
+        """Return whether the address is this machine."""
         return urllib.parse.urlsplit(self.base).hostname in _LOCAL
 
     def get(self, path: str, timeout_s: float) -> dict[str, Any]:
-        """The object that GET answers. Raises a `ServiceError`."""
+        """Return the object that GET answers. Raises a `ServiceError`."""
         return self._send(urllib.request.Request(self.base + path, headers=self._headers()), timeout_s)  # noqa: S310 - checked above
 
     def post(self, path: str, body: Mapping[str, Any] | None, timeout_s: float) -> dict[str, Any]:
-        """The object that POST answers. Raises a `ServiceError`."""
+        """Return the object that POST answers. Raises a `ServiceError`."""
         data = b"" if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.base + path, data, self._headers(), method="POST")  # noqa: S310 - as above
         return self._send(request, timeout_s)
@@ -86,7 +86,7 @@ class Wire:
         except urllib.error.HTTPError as exc:
             with exc:
                 raise self._refusal(exc, len(request.data or b"")) from None  # type: ignore[arg-type]  # bytes, made above
-        except urllib.error.URLError as exc:  # urllib's word for whatever fails before all of the request is out
+        except urllib.error.URLError as exc:  # urllib's error for every failure before the whole request is sent
             raise self.unreachable(exc.reason) from None
         except (OSError, http.client.HTTPException) as exc:
             raise self.unreachable(exc, was_sent=True) from None
@@ -120,7 +120,7 @@ class Wire:
         return RequestRefused(self.base, status, reason, size_bytes)
 
     def unreachable(self, reason: object, *, was_sent: bool = False) -> Unreachable:
-        """The error for a connection that failed with `reason`, `was_sent` saying whether the request had gone out before."""
+        """Return the error for a connection that failed with `reason`. `was_sent`: the request had been sent before."""
         text = (reason.strerror or str(reason)) if isinstance(reason, OSError) else str(reason)
         if isinstance(reason, TimeoutError):
             text = "no answer in time"
@@ -131,7 +131,7 @@ class Wire:
 
 
 def _words(data: bytes) -> str:
-    """What an error's body says, on one line: the `error` or `detail` of a JSON object, or the beginning of the text."""
+    """Return an error body on one line: the `error` or `detail` of a JSON object, or the beginning of the text."""
     text = data.decode("utf-8", "replace")
     try:
         body = json.loads(text)

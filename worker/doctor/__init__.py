@@ -1,9 +1,9 @@
-"""`python -m worker doctor`: the volume as it is, each finding with what to do. Touches the disk, starts processes.
+"""`python -m worker doctor`: examine the volume, and say what to do about each finding. Touches the disk, starts processes.
 
-Only a child process touches the volume. What waits for a network file system whose server is gone cannot be interrupted, and
-the process it belongs to cannot even be killed (seen on MooseFS: state D until the server is back), so threads alone would
-leave this command hanging at its end. The child runs the checks in threads and says what each found; this process prints it,
-and leaves the child behind where it must.
+Only a child process touches the volume. A call that waits for a network file system whose server is gone cannot be interrupted,
+and its process cannot even be killed (seen on MooseFS: state D until the server is back). With threads alone this command would
+hang at its end. The child runs the checks in threads and reports what each found. This process prints it, and leaves the child
+behind if it must.
 """
 
 from worker.doctor.command import PROBLEM_FOUND, run

@@ -1,4 +1,4 @@
-"""Every check in a thread of a child process, each given up at its deadline. Starts processes, and threads in them."""
+"""Run every check in a thread of a child process, each with a deadline. Starts processes, and threads in them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _END: Final = "end"
 
 
 def examine(subject: Subject) -> tuple[list[Finding], list[FolderCount]]:
-    """Everything that the checks find, in their order. A check that hangs is a finding; so is a child that says nothing."""
+    """Return everything that the checks find, in order. A check that hangs is a finding; so is a silent child."""
     child = Child(probe_in_child)
     child.tell(json.dumps(asdict(subject)))
     until_s = time.monotonic() + subject.deadlines.answer_s + subject.deadlines.check_s + 5
@@ -45,18 +45,18 @@ def examine(subject: Subject) -> tuple[list[Finding], list[FolderCount]]:
 
 
 def probe_in_child() -> None:
-    """In the child: run every check, say what it found, and end whatever still hangs."""
+    """Run every check in the child, report the findings, and end what still hangs."""
     values = json.loads(sys.stdin.read())
     subject = Subject(**{**values, "deadlines": Deadlines(**values["deadlines"])})
     probe = Probe(subject)
     for found in _checked(probe):
         print(json.dumps(found), flush=True)  # noqa: T201 - the line to the parent
     print(_END, flush=True)  # noqa: T201 - as above
-    os._exit(0)  # the interpreter's own end would wait for threads that cannot end
+    os._exit(0)  # a normal exit would wait for threads that cannot end
 
 
 def _checked(probe: Probe) -> Iterator[dict[str, Any]]:
-    """What each check found, in order: first whether the volume answers at all, then everything else at once."""
+    """Yield what each check found, in order: first whether the volume answers at all, then the others in parallel."""
     deadlines = probe.subject.deadlines
     answers = _Check("volume", probe.volume)
     yield answers.result(time.monotonic() + deadlines.answer_s)
@@ -70,7 +70,7 @@ def _checked(probe: Probe) -> Iterator[dict[str, Any]]:
 
 
 class _Check:
-    """One check in a thread of its own."""
+    """One check in its own thread."""
 
     def __init__(self, name: str, look: Callable[[], Iterable[Finding]]) -> None:
         self.name = name
@@ -87,11 +87,11 @@ class _Check:
         except OSError as exc:
             where = f" at {exc.filename}" if exc.filename else ""
             self._findings.append(problem(f"This check broke off{where} ({exc.strerror or exc}): look at the volume."))
-        except Exception as exc:  # noqa: BLE001 - a check that has a defect must not hide what the others found
+        except Exception as exc:  # noqa: BLE001 - a defect of one check must not hide what the others found
             self._findings.append(problem(f"This check itself failed ({exc!r}): a defect of the doctor."))
 
     def result(self, until_s: float) -> dict[str, Any]:
-        """What it found, and that it hangs if it does, by then."""
+        """Return what it found by then, and whether it hangs."""
         self._thread.join(max(0.0, until_s - time.monotonic()))
         findings = list(self._findings)
         if self._thread.is_alive():

@@ -1,4 +1,4 @@
-"""A process beside this one that can be left behind, whatever it hangs on. Starts processes."""
+"""A child process that can be left behind, whatever it hangs on. Starts processes."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _RUN: Final = (
     "import importlib, sys; sys.path.insert(0, sys.argv[1]); getattr(importlib.import_module(sys.argv[2]), sys.argv[3])()"
 )
 ARGUMENTS_AT: Final = 4
-"""Where a child finds its own arguments in `sys.argv`: behind what `_RUN` reads."""
+"""Where a child finds its own arguments in `sys.argv`: after those that `_RUN` reads."""
 
 
 class Child:
-    """A process that runs a function of a module; its lines are read with a deadline, and nothing ever waits for its end."""
+    """A process that runs a function of a module. Its lines are read with a deadline, and nothing waits for its end."""
 
     def __init__(self, function: Callable[[], None], *arguments: str) -> None:
         home = str(Path(__file__).parents[2])
@@ -30,7 +30,7 @@ class Child:
             [sys.executable, "-c", _RUN, home, function.__module__, function.__name__, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,  # whoever reads this command's own output must not wait for a child that cannot end
+            stderr=subprocess.STDOUT,  # a reader of this command's output must not wait for a child that cannot end
             text=True,
         )
         self._lines: queue.Queue[str | None] = queue.Queue()
@@ -42,7 +42,7 @@ class Child:
         self._lines.put(None)
 
     def tell(self, text: str = "") -> None:
-        """Give it this, then the end of its input."""
+        """Send a text, then the end of its input."""
         stream = self._process.stdin
         if stream and not stream.closed:
             with contextlib.suppress(BrokenPipeError):
@@ -51,7 +51,7 @@ class Child:
                 stream.close()
 
     def line(self, until_s: float) -> str:
-        """Its next line. Raises `TimeoutError`, and `EOFError` when it has ended."""
+        """Return its next line. Raises `TimeoutError`, and `EOFError` when it has ended."""
         try:
             line = self._lines.get(timeout=max(0.0, until_s - time.monotonic()))
         except queue.Empty:
@@ -61,7 +61,7 @@ class Child:
         return line
 
     def leave(self) -> None:
-        """End it, or go on without it."""
+        """End it, or continue without it."""
         self.tell()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(0.5)

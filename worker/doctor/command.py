@@ -1,4 +1,4 @@
-"""The command: settings in, the report out. Prints; the volume itself it leaves to a child process."""
+"""The command `doctor`: settings in, the report out. Prints. Only a child process touches the volume."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PROBLEM_FOUND: Final = 1
 
 
 def run(argv: Sequence[str], settings: Settings, deadlines: Deadlines | None = None) -> int:
-    """Print what is found; 0 when there is no problem, 1 when there is one, 2 for wrong arguments; in bounded time."""
+    """Print the findings in limited time. Return 0 without problems, 1 with problems, 2 for wrong arguments."""
     parser = argparse.ArgumentParser(
         prog="python -m worker doctor", description="The volume as it is, each finding with what to do."
     )

@@ -1,4 +1,4 @@
-"""What is half there: how far it is, who fetches it, or how long ago it broke off. Touches the disk."""
+"""Check partial downloads: their progress, who downloads, or when they stopped. Touches the disk."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _ACTIVE_S: Final = 60.0
 
 
 def downloads(layout: Layout) -> Iterator[Finding]:
-    """What is half there: how far it is, who fetches it, or how long ago it broke off."""
+    """Yield partial downloads: their progress, who downloads, or when they stopped."""
     now_s = _now_s(layout)
     files = [path for folder in entries(layout.partials) for path in entries(folder)]
     parts = [path for path in files if path.suffix == ".part"]
@@ -52,13 +52,13 @@ def downloads(layout: Layout) -> Iterator[Finding]:
 
 
 def _sealed(layout: Layout) -> set[str]:
-    """The contents that are there: what their partials' folders are called."""
+    """Return the contents that are complete, by the names of their partials' folders."""
     seals = (read_seal(Path(folder, name)) for folder, _, names in os.walk(layout.seals) for name in names)
     return {seal.sha256 for seal in seals if seal and seal.sha256}
 
 
 def _strays(files: list[Path], now_s: float) -> Iterator[Finding]:
-    """Records without their file: a worker was killed between the two."""
+    """Yield records without their file: a worker was killed between the two."""
     there = {path.with_suffix("") for path in files if path.suffix == ".part"}
     strays = [str(path) for path in files if path.with_suffix("") not in there and _ACTIVE_S < _age_s(path, now_s) < math.inf]
     if strays:
@@ -85,7 +85,7 @@ def _partial(layout: Layout, part: Path, now_s: float, *, there: bool) -> Findin
 
 
 def _now_s(layout: Layout) -> float:
-    """The volume's own clock, by which its files are dated; this machine's where nothing can be written."""
+    """Return the time of the volume's own clock, which dates its files. This machine's if nothing can be written."""
     with contextlib.suppress(OSError):
         return _touch_and_remove(layout.state)
     return time.time()

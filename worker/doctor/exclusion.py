@@ -1,4 +1,4 @@
-"""Whether locks exclude on this volume: two processes want one, as two workers would. Touches the disk, starts processes."""
+"""Check that locks work on this volume: two processes request one, as two workers would. Touches the disk, starts processes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from worker.doctor.findings import Finding
 
 LOCK: Final = "doctor"
-"""The name of the lock that is tried out, and who holds it."""
+"""The name of the test's lock, and of its holder."""
 
 _CONTEST_S: Final = 20.0
 # Short times: if this command is killed, the next one need not wait for its lock.
@@ -28,7 +28,7 @@ _TIMING: Final = Timing(heartbeat_s=1.0, stale_s=5.0, poll_s=0.05, attempt_s=0.2
 
 
 def locks(layout: Layout) -> Iterator[Finding]:
-    """Two processes want one lock, as two workers would that miss the same model."""
+    """Let two processes request one lock, as two workers would that miss the same model."""
     if not os.access(layout.root, os.W_OK):
         yield note("Locks need a volume that can be written; without them two workers may fetch the same model.")
         return
@@ -65,27 +65,27 @@ def _no_locks(reason: str) -> Finding:
 
 
 class _Contender(Child):
-    """One of two processes that want the same lock. What it says besides is kept in `said`."""
+    """One of two processes that request the same lock. Its other output is in `said`."""
 
     def __init__(self, root: str) -> None:
         super().__init__(contend_in_child, root)
         self.said = ""
 
     def next(self, until_s: float) -> str:
-        """`waiting`, `held` or `unlocked`."""
+        """Return `waiting`, `held` or `unlocked`."""
         while (line := self.line(until_s)) not in {"waiting", "held", "unlocked"}:
             self.said = f"{self.said} {line}".strip()
         return line
 
     def state(self, until_s: float) -> str:
-        """How its wait ended."""
+        """Return how its wait ended."""
         while (line := self.next(until_s)) == "waiting":
             pass
         return line
 
 
 def contend_in_child() -> None:
-    """In a child: want the lock as a worker does, say how that goes, and hold it until there is no more input."""
+    """Request the lock in a child as a worker does, report the result, and hold it until the input ends."""
     said: set[str] = set()
 
     def say(word: str) -> None:

@@ -1,4 +1,4 @@
-"""What a check finds, and how it is put into words. Pure."""
+"""The findings of checks, and their wording. Pure."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SHOWN_PROBLEMS: Final = 8
 
 
 class Severity(StrEnum):
-    """How much a finding matters: only a problem makes the command fail."""
+    """How much a finding matters. Only a problem makes the command fail."""
 
     OK = "ok"
     NOTE = "note"
@@ -25,7 +25,7 @@ class Severity(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that a check found: a sentence with what to do; `paths` are all it is about, the sentence names a few."""
+    """One finding: a sentence with what to do. `paths` are all affected paths, the sentence names a few."""
 
     severity: Severity
     message: str
@@ -35,7 +35,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class FolderCount:
-    """What one folder of models holds; `size_bytes` and `sealed` are None where there are too many files to look at each."""
+    """The contents of one folder of models. `size_bytes` and `sealed` are None if there are too many files to stat."""
 
     folder: str
     files: int
@@ -53,7 +53,7 @@ class Deadlines:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What is looked at, as it is handed to the child."""
+    """What is examined, as it is passed to the child."""
 
     volume: str
     comfyui_models: str
@@ -64,34 +64,34 @@ class Subject:
 
     @classmethod
     def of(cls, settings: Settings, deadlines: Deadlines) -> Subject:
-        """What the settings say."""
+        """Return the subject of these settings."""
         comfyui_models = str(settings.base_dir / "models")
         manifest, models = settings.models_manifest, settings.models
         return cls(str(settings.volume_path), comfyui_models, manifest, models, settings.require_volume, deadlines)
 
 
 def ok(message: str) -> Finding:
-    """All is well."""
+    """Return a finding that all is well."""
     return Finding(Severity.OK, message)
 
 
 def note(message: str, paths: Iterable[object] = ()) -> Finding:
-    """Something to know, and to act upon where it matters."""
+    """Return a finding to know, which may need action."""
     return Finding(Severity.NOTE, message, tuple(map(str, paths)))
 
 
 def problem(message: str, paths: Iterable[object] = (), check: str = "") -> Finding:
-    """Something to act upon, with what to do in its message."""
+    """Return a finding that needs action, with what to do in its message."""
     return Finding(Severity.PROBLEM, message, tuple(map(str, paths)), check)
 
 
 def listing(severity: Severity, text: str, names: Sequence[str]) -> Finding:
-    """A finding about several things, the first few named, all of them in `paths`."""
+    """Return a finding about several things. The first few are named, all of them are in `paths`."""
     return Finding(severity, f"{text}: {some(names)}", tuple(names))
 
 
 def capped(troubles: Sequence[tuple[str, str]], severity: Severity = Severity.PROBLEM) -> Iterator[Finding]:
-    """A problem for each sentence and its path; a volume full of them must not hide the rest."""
+    """Yield a problem for each sentence and its path, up to a limit: a volume full of them must not hide the rest."""
     for text, path in troubles[:_SHOWN_PROBLEMS]:
         yield Finding(severity, text, (path,))
     if rest := [path for _, path in troubles[_SHOWN_PROBLEMS:]]:
@@ -99,6 +99,6 @@ def capped(troubles: Sequence[tuple[str, str]], severity: Severity = Severity.PR
 
 
 def some(names: Sequence[str]) -> str:
-    """The first few by name."""
+    """Return the first few names."""
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more

@@ -1,4 +1,4 @@
-"""The folders of ComfyUI's loaders, and what lies in a folder that may not be there. Touches the disk."""
+"""The folders of ComfyUI's loaders, and listings of folders that may be missing. Touches the disk."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def entries(folder: Path) -> list[Path]:
-    """What lies in it, sorted; nothing where there is no such folder."""
+    """Return the sorted contents of a folder, empty if it does not exist."""
     try:
         return sorted(folder.iterdir())
     except (FileNotFoundError, NotADirectoryError):
@@ -19,7 +19,7 @@ def entries(folder: Path) -> list[Path]:
 
 
 def names_in(folder: Path) -> list[str]:
-    """The names in it; none where it cannot be read, for whatever reason."""
+    """Return the names in a folder, empty if it cannot be read for any reason."""
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         return [entry.name for entry in entries]
     return []

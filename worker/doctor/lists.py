@@ -1,4 +1,4 @@
-"""What the lists of models name, what the host's cache holds, which custom nodes fail. Touches the disk."""
+"""Check the lists of models, the host's cache, and custom nodes. Touches the disk."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def manifests(layout: Layout, subject: Subject) -> Iterator[Finding]:
-    """Whether the lists of models can be read, and what they name that is not there."""
+    """Yield whether the lists of models are readable, and what they name that is missing."""
     lists: list[dict[str, Any]] = [
         {"volume_manifest": layout.manifest},
         {"manifest": subject.manifest},
@@ -51,14 +51,14 @@ def manifests(layout: Layout, subject: Subject) -> Iterator[Finding]:
 
 
 def host_cache(layout: Layout) -> Iterator[Finding]:
-    """What RunPod put on this machine: used before anything is fetched."""
+    """Yield what RunPod put on this machine, which is used before any download."""
     repos = [entry.name.partition("--")[2].replace("--", "/") for entry in entries(layout.host_cache)]
     repos = [repo for repo in repos if repo]
     yield ok(f"{count(repos, 'repository')}: {some(repos)}" if repos else "none on this machine")
 
 
 def custom_nodes(layout: Layout) -> Iterator[Finding]:
-    """The volume's nodes, and those that ComfyUI could not import when a worker started last."""
+    """Yield the volume's nodes, and those that ComfyUI could not import at the last start."""
     folder = layout.root / "custom_nodes"
     failures = read_failures(layout.root)
     for failed in failures:

@@ -1,4 +1,4 @@
-"""Weights where people put them and no worker looks. Touches the disk."""
+"""Find weights where no worker looks. Touches the disk."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SURE_SUFFIXES: Final = (".safetensors", ".sft", ".gguf", ".ckpt")
 
 
 def misplaced(layout: Layout, comfyui_models: Path) -> Iterator[Finding]:
-    """Weights where people put them and no worker looks."""
+    """Yield weights where no worker looks."""
     ours = known().folders.union(names_in(layout.models), names_in(comfyui_models))
     groups: dict[tuple[str, str], list[str]] = {}
     stray: list[str] = []
@@ -50,7 +50,7 @@ def misplaced(layout: Layout, comfyui_models: Path) -> Iterator[Finding]:
 
 
 def _belongs(parts: tuple[str, ...], known: Collection[str]) -> tuple[str, str] | None:
-    """The folder whose files somebody took for models of a kind, and that kind; None when the path tells no kind."""
+    """Return the folder with models of a kind, and that kind. None if the path does not tell the kind."""
     for at in range(len(parts) - 1, -1, -1):
         if parts[at] in known and (at == 0 or parts[at - 1] == "models"):
             return "/".join(parts[: at + 1]), parts[at]
@@ -58,7 +58,7 @@ def _belongs(parts: tuple[str, ...], known: Collection[str]) -> tuple[str, str] 
 
 
 class _Walk:
-    """The folders of a volume outside `models/` as (parts of the path, names of files), with bounds."""
+    """The folders of a volume outside `models/` as (parts of the path, names of files), with limits."""
 
     def __init__(self, layout: Layout) -> None:
         self._root = os.path.realpath(layout.root)

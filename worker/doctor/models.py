@@ -1,4 +1,4 @@
-"""What lies under `models/`, and what of it ComfyUI does not see or cannot load. Touches the disk."""
+"""Check the files under `models/`: those that ComfyUI does not see or cannot load. Touches the disk."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _LOOKED_AT: Final = 5_000  # files: a stat and a seal for each cost some ms on a
 
 
 def models(layout: Layout, counted: Callable[[Iterable[FolderCount]], None]) -> Iterator[Finding]:
-    """What lies under `models/`, and what of it ComfyUI does not see or cannot load; `counted` hears what each folder holds."""
+    """Yield files under `models/` that ComfyUI does not see or cannot load. Pass each folder's contents to `counted`."""
     root = layout.models
     link = layout.root / "models"
     if link.is_symlink() and not root.is_dir():
@@ -57,7 +57,7 @@ def models(layout: Layout, counted: Callable[[Iterable[FolderCount]], None]) -> 
 
 
 def _absolute(layout: Layout, scan: Scan) -> Iterator[Finding]:
-    """Links that name the volume by its mount: a worker reads them as below the volume, other programs do not."""
+    """Yield links that name the volume by its mount point: a worker resolves them, other programs do not."""
     link = str(layout.root / "models")
     found = scan.absolute | ({link: os.path.realpath(layout.models)} if is_absolute(link) else {})
     yield from capped(
@@ -115,7 +115,7 @@ def _twins(tree: Folder) -> Iterator[Finding]:
 
 @dataclass(slots=True)
 class _File:
-    """A file under `models/`. `standing` is None until somebody looked; `trouble` is why it cannot be loaded."""
+    """A file under `models/`. `standing` is None until it was examined; `trouble` is why it cannot be loaded."""
 
     path: str
     size_bytes: int = 0
@@ -123,7 +123,7 @@ class _File:
     trouble: str | None = None
 
     def look(self, layout: Layout) -> None:
-        """See how it stands; without a fitting seal, that it is whole as far as its first bytes tell."""
+        """Determine its state. Without a fitting seal, check that it is complete as far as its first bytes tell."""
         there = look_at(layout.listed(self.path), layout.seal_of(self.path))
         if there.standing is Standing.ABSENT:
             return
@@ -165,7 +165,7 @@ def _counts(tree: Folder, files: Sequence[_File]) -> Iterator[FolderCount]:
 
 
 def _names_below(tree: Folder, top: str) -> dict[str, str]:
-    """The names a loader of this folder sees, with where their bytes are."""
+    """Return the names that a loader of this folder sees, with the paths of their bytes."""
     below = tree.folders[top].below("") if top in tree.folders else ()
     return {f"{relative}/{name}".lstrip("/"): folder.real_path(name) for relative, folder in below for name in folder.files}
 
@@ -176,7 +176,7 @@ def _in_flight(relative: str, path: str) -> Iterator[str]:
 
 
 def _meant(name: str) -> str | None:
-    """The folder of ComfyUI's that only spelling keeps this one from being."""
+    """Return the folder of ComfyUI's from which only the spelling differs."""
     plain = name.lower().replace("-", "_").replace(" ", "_")
     spelled = (plain, f"{plain}s", plain.removesuffix("s"), f"{plain}_models")
     return next((folder for folder in spelled if folder in known().folders), None)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Probe:
-    """The checks, each a generator of findings. They run in threads and share nothing but what never changes."""
+    """The checks, each a generator of findings. They run in threads and share only immutable values."""
 
     def __init__(self, subject: Subject) -> None:
         self.subject = subject
@@ -31,7 +31,7 @@ class Probe:
         self.folders: list[FolderCount] = []
 
     def volume(self) -> Iterator[Finding]:
-        """Whether there is one, what it is, and whether it answers: the other checks are for one that does."""
+        """Yield whether there is a volume, what it is, and whether it answers. The other checks require that it does."""
         silent = silence(self.root)
         if silent:
             yield silent
@@ -41,7 +41,7 @@ class Probe:
 
     @property
     def checks(self) -> dict[str, Callable[[], Iterable[Finding]]]:
-        """What is looked at once the volume answers, in the order in which it is told. Reads a link on the volume."""
+        """Return the checks of a volume that answers, in the order of the report. Reads a link on the volume."""
         layout, subject = layout_at(self.root), self.subject
         return {
             "space": partial(space, layout),

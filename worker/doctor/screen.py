@@ -1,4 +1,4 @@
-"""The report as a terminal shows it. Pure."""
+"""The report as text for a terminal. Pure."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _CHECK_WIDTH: Final = len("host cache")
 
 
 def report_lines(findings: Sequence[Finding], folders: Sequence[FolderCount], width: int, *, colour: bool) -> Iterator[str]:
-    """The findings in their order, the folders as a table, and how many problems there are; as wide as the terminal."""
+    """Yield the findings in order, the folders as a table, and the number of problems, in the terminal's width."""
     indent = 2 + _LABEL_WIDTH + 2 + _CHECK_WIDTH + 2
     before = ""
     for found in findings:

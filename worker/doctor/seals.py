@@ -1,4 +1,4 @@
-"""Seals that speak of no file, and publications that were cut short. Touches the disk."""
+"""Check for seals without a file, and for interrupted publications. Touches the disk."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def seals(layout: Layout) -> Iterator[Finding]:
-    """Seals that speak of no file, and publications that were cut short."""
+    """Yield seals without a file, and interrupted publications."""
     paths = [Path(folder, name) for folder, _, names in os.walk(layout.seals) for name in names if name[0] != "."]
     sealed = [seal for seal in paths if seal.suffix == ".json"]
     yield ok(count(sealed, "seal") if sealed else "none yet")

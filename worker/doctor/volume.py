@@ -1,4 +1,4 @@
-"""The volume itself: is it there, where it is mounted, how much it takes. Touches the disk."""
+"""Check the volume itself: its presence, its mount, its space. Touches the disk."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SCARCE_BYTES: Final = 20_000_000_000
 
 
 def silence(root: Path) -> Finding | None:
-    """Why nothing can be read there, None when something can."""
+    """Return why nothing can be read there, or None."""
     try:
         os.listdir(root)  # noqa: PTH208 - a stat may be answered from a cache
     except (FileNotFoundError, NotADirectoryError):
@@ -36,7 +36,7 @@ def silence(root: Path) -> Finding | None:
 
 
 def where(root: Path, *, required: bool) -> Finding:
-    """What kind of file system it lies on, and where that is mounted."""
+    """Return the file system of the volume, and where it is mounted."""
     mount = find_mount(Path("/proc/self/mountinfo").read_text("utf-8"), os.path.realpath(root))
     if mount is None or mount.point == "/":
         text = f"{root} is a folder on this container's own disk, gone with the container: attach a network volume."
@@ -45,7 +45,7 @@ def where(root: Path, *, required: bool) -> Finding:
 
 
 def space(layout: Layout) -> Iterator[Finding]:
-    """Bytes and inodes, as far as the file system tells."""
+    """Yield free bytes and inodes, as far as the file system reports them."""
     found = os.statvfs(layout.root)
     free, total = found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize
     text = f"{size_text(free)} free of {size_text(total)}, less if there is a quota"
@@ -60,7 +60,7 @@ def space(layout: Layout) -> Iterator[Finding]:
 
 
 def writable(layout: Layout) -> Iterator[Finding]:
-    """A file is really written, flushed, renamed and removed."""
+    """Yield whether a file can really be written, flushed, renamed and removed."""
     began_s = time.monotonic()
     try:
         whole_seconds = _write_and_remove(layout.state)
@@ -83,12 +83,12 @@ class Mount:
 
     @property
     def title(self) -> str:
-        """What people call the file system."""
+        """Return the file system's name for people."""
         return "MooseFS" if self.kind.startswith("fuse") and self.source.startswith("mfs") else self.kind
 
 
 def find_mount(mountinfo: str, path: str) -> Mount | None:
-    """The mount that a path with no links in it lies on: the last one made on the longest point above it."""
+    """Return the mount of a path without links: the last one at the longest mount point above it."""
     found: Mount | None = None
     for line in mountinfo.splitlines():
         head, _, tail = line.partition(" - ")
@@ -106,7 +106,7 @@ def _unescaped(text: str) -> str:
 
 
 def _write_and_remove(folder: Path) -> bool:
-    """Write a file as a download does; whether the file system keeps whole seconds. Raises `OSError`."""
+    """Write a file as a download does. Return whether the file system keeps whole seconds. Raises `OSError`."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f".doctor.{secrets.token_hex(4)}.tmp"
     renamed = path.with_suffix(".renamed.tmp")

@@ -1,6 +1,6 @@
-"""`python -m worker plan WORKFLOW`: what a workflow needs, what of it is there, what fetching the rest takes.
+"""`python -m worker plan WORKFLOW`: what a workflow needs, what is there, and how large the missing downloads are.
 
-Reads the disk and asks the sources for metadata, in parallel and with deadlines. Nothing is downloaded, nothing is written.
+Reads the disk and asks the sources for metadata, in parallel and with deadlines. It downloads and writes nothing.
 """
 
 from worker.plan.command import make_hub, make_plan, run

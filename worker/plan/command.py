@@ -1,4 +1,4 @@
-"""The command: a document in, its plan out. Prints."""
+"""The command `plan`: a document in, its plan out. Prints."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ _DEADLINE_S: Final = 20.0
 
 
 def run(argv: Sequence[str], settings: Settings, hub: Hub | None = None) -> int:
-    """Print the plan of the workflow that `argv` names; 0 when it can run, 1 when it cannot, 2 when it cannot be read.
+    """Print the plan of the workflow that `argv` names. Return 0 if it can run, 1 if it cannot, 2 if it is unreadable.
 
-    `hub` answers for the sources; without one it is made from the settings.
+    `hub` asks the sources. Without one it is created from the settings.
     """
     parser = argparse.ArgumentParser(
         prog="python -m worker plan",
@@ -69,14 +69,14 @@ def run(argv: Sequence[str], settings: Settings, hub: Hub | None = None) -> int:
 
 
 def make_hub(settings: Settings) -> Hub:
-    """The sources as the worker reaches them, with less patience: somebody waits."""
+    """Return a hub with the worker's settings but less patience, because a person waits."""
     tokens = credentials(settings.hf_endpoint, settings.hf_token, settings.civitai_token)
     network = Network(tokens, urllib.request.getproxies(), connect_timeout_s=5.0, read_timeout_s=10.0)
     return Hub(settings.hf_endpoint, network, patience_s=_PATIENCE_S)
 
 
 def make_plan(document: object, settings: Settings, hub: Hub, deadline_s: float = _DEADLINE_S) -> Plan:
-    """The plan of a workflow as `read_document` gives it. Whatever is wrong is in the plan; raises nothing for it."""
+    """Return the plan of a workflow from `read_document`. Problems are in the plan and are not raised."""
     sources, wrong_lists = read_sources(settings)
     places = Places.of(settings)
     problems: list[WorkerError] = []
@@ -91,7 +91,7 @@ def make_plan(document: object, settings: Settings, hub: Hub, deadline_s: float 
             problems.append(lacking)
     except (RequestError, VolumeFailed) as exc:
         problems.append(exc)
-    # A worker reads the lists for models that are missing, and at its start when it is to have all of them first.
+    # A worker reads the lists for missing models, and at its start if it is to have all of them first.
     if settings.model_loading == "eager" or not all(item.state in THERE for item in items):
         problems += wrong_lists
         wrong_lists = []

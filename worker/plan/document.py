@@ -1,4 +1,4 @@
-"""What a person hands in -> a workflow and what came with it: JSON, a request, a picture or video. Reads files."""
+"""Read the user's document, a workflow and what came with it: JSON, a request, a picture or video. Reads files."""
 
 from __future__ import annotations
 
@@ -34,17 +34,18 @@ if TYPE_CHECKING:
 
 
 Saved = Callable[[str], dict[str, Any]]
-"""Gives the workflow of a name that the volume knows, or raises what is the matter."""
+"""Returns the workflow of a name on the volume, or raises."""
 
 
-class Unreadable(Exception):  # noqa: N818 - a command says it, and ends
+class Unreadable(Exception):  # noqa: N818 - a command prints it and ends
     """Why there is no document, as the end of a sentence."""
 
 
 def read_document(path: str, saved: Saved | None = None) -> object:
-    """The JSON of a file, of standard input (`-`), or carried by a picture or video of ComfyUI: its graph and its metadata.
+    """Return the JSON of a file, of standard input (`-`), or of ComfyUI's metadata in a picture or video.
 
-    What is no file may be the name of a workflow, for `saved` to look up. Raises `Unreadable`, which says what would be right.
+    If there is no such file, `saved` looks it up as the name of a workflow. Raises `Unreadable`, which says what would be
+    right.
     """
     try:
         data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
@@ -66,7 +67,7 @@ def read_document(path: str, saved: Saved | None = None) -> object:
 
 
 def installed(comfyui_dir: Path) -> str | None:
-    """Return the release of the ComfyUI in this folder, None where there is none or it does not say."""
+    """Return the release of the ComfyUI in this folder, or None."""
     try:
         text = (comfyui_dir / "comfyui_version.py").read_text(encoding="utf-8")
     except (OSError, ValueError):
@@ -85,7 +86,7 @@ def _named(name: str, saved: Saved) -> object:
 
 
 def is_text(data: bytes) -> bool:
-    """Whether a file is text, as JSON and every manifest is and no picture or video."""
+    """Return whether a file is text, as JSON and every manifest is and no picture or video."""
     if data[:2] in {codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE}:
         return True
     try:
@@ -97,7 +98,7 @@ def is_text(data: bytes) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What was handed in: the workflow, the request's `models`, and where the editor's own form of it is, if anywhere."""
+    """The document's content: the workflow, the request's `models`, and the editor's form of the workflow, if any."""
 
     workflow: object
     models: object = None
@@ -105,7 +106,7 @@ class Wanted:
 
     @classmethod
     def read(cls, document: object, saved: Saved | None = None) -> Wanted:
-        """Take a workflow, a job (`{"input": {...}}`), its input, a body of `POST /prompt`, or what a PNG holds.
+        """Parse a workflow, a job (`{"input": {...}}`), its input, a body of `POST /prompt`, or the metadata of a PNG.
 
         `saved` looks up the workflow that a request names.
         """
@@ -128,18 +129,18 @@ class Wanted:
         return cls(workflow, request.models, metadata)
 
     def graphs(self, release: str | None = None) -> list[Graph]:
-        """Return the graphs that a job may run. `release`: of the ComfyUI that runs it, None where nobody knows.
+        """Return the graphs that a job may run. `release` is that of the ComfyUI that runs it, or None.
 
-        Of a workflow as the editor saves it there are two where the editor's dialects differ, and it may be of either.
-        Raises a `RequestError` for what the worker would refuse.
+        A workflow in the editor's format gives two if the editor's dialects differ, and it may be of either. Raises a
+        `RequestError` for what the worker would refuse.
         """
         graphs = naming_graphs(self.workflow, release) if is_ui(self.workflow) else (bare(self.workflow),)
         return [parse_graph(graph) for graph in graphs]
 
     def lacking(self, release: str | None = None) -> UnknownNodes | None:
-        """Return what this release of ComfyUI, or the newest that was recorded, has no class for. Packs' classes do not count.
+        """Return the classes that this release of ComfyUI, or the newest recorded one, lacks. Packs' classes do not count.
 
-        Nothing is known to be lacking in a release that was not recorded.
+        Nothing is known about a release that was not recorded.
         """
         release = release or known().newest
         if release not in known().releases:
@@ -161,7 +162,7 @@ class Wanted:
 
 
 def _carried(request: Request, name: str) -> object:
-    """The workflow in a file that a request sends along. Raises a `RequestError`."""
+    """Return the workflow in a file that a request contains. Raises a `RequestError`."""
     data = next((file.data for file in reversed(request.files) if file.name == name and file.data is not None), None)
     if data is None:
         raise FieldInvalid("workflow_from", "must be the name of a file whose bytes are in the request; a plan fetches none")
@@ -176,9 +177,9 @@ _LOADER: Final = re.compile(r"(?<!up)(?<!down)loader", re.IGNORECASE)
 
 
 def _may_run(graph: Graph) -> frozenset[str]:
-    """The nodes that an output may need, as far as that can be told without an engine: any class may be one that is none here.
+    """Return the nodes that an output may need, without an engine: an unknown class may be an output.
 
-    All of them where there can be no output: a piece of a workflow is handed in for the sake of its models.
+    Return all of them if there can be no output: a piece of a workflow is planned for its models.
     """
     outputs = [node_id for node_id, node in graph.items() if not _is_no_output(node["class_type"])]
     return needed_nodes(graph, outputs) if outputs else frozenset(graph)

@@ -1,8 +1,8 @@
-"""A workflow as the editor saves it, as a graph that names its models, without an engine to ask for node definitions. Pure.
+"""Convert a workflow in the editor's format to a graph that names its models, without an engine. Pure.
 
-The conversion itself is the worker's own: subgraphs, promoted widgets, primitives, muted and bypassed nodes count as they do
-when a job runs. Only the definitions differ: here the file itself has to tell which widgets its classes have. It names those
-that have an input or that a subgraph promotes, which is enough for models; what it does not name is called by its place.
+The conversion is the worker's own: subgraphs, promoted widgets, primitives, muted and bypassed nodes count as in a job. Only
+the definitions differ: here the file itself has to show which widgets its classes have. It names those that have an input or
+that a subgraph promotes, which is enough for models. Other values are named by their position.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 
 def naming_graphs(ui: object, release: str | None = None) -> tuple[Graph, ...]:
-    """Return the workflow's nodes that run, with the files that they load, as the editor of this release of ComfyUI has them.
+    """Return the workflow's nodes that run, with the files that they load, for this release of ComfyUI.
 
-    Without a release that was recorded: as each dialect of the editor has them, where they differ. Left out is the dialect of
-    releases that lack a class of the workflow, and one in which it cannot be converted, as long as there is another. For their
-    names only: an engine could not run them.
+    If the release was not recorded, return one graph for each dialect of the editor, where they differ. Leave out the dialect
+    of releases that lack a class of the workflow, and one in which it cannot be converted, if there is another. The graphs are
+    for names only: an engine could not run them.
 
     Raises:
         UiWorkflowInvalid: the worker could not convert it either, in any dialect.
@@ -59,9 +59,9 @@ def _frontends(names: Iterable[str], release: str | None) -> tuple[str, ...]:
 
 
 def naming_graph(ui: object, frontend: str | None = None) -> Graph:
-    """Return the workflow's nodes that run, with the files that they load, as this version of the editor has them.
+    """Return the workflow's nodes that run, with the files that they load, for this version of the editor.
 
-    Without a version it is the newest that was recorded.
+    Without a version it is the newest recorded one.
 
     Raises:
         UiWorkflowInvalid: the worker could not convert it either.
@@ -78,7 +78,7 @@ def naming_graph(ui: object, frontend: str | None = None) -> Graph:
 
 
 def _promoted(graph: UiGraph) -> Mapping[tuple[str | None, str], list[str]]:
-    """By the ids of a subgraph and of a node in it, the widgets that instances of the subgraph show for the node."""
+    """Map a subgraph's id and a node's id in it to the widgets that instances of the subgraph show for the node."""
     names: dict[tuple[str | None, str], list[str]] = defaultdict(list)
     for scope in (graph.root, *graph.definitions.values()):
         for node in scope.nodes.values():
@@ -91,10 +91,10 @@ def _promoted(graph: UiGraph) -> Mapping[tuple[str | None, str], list[str]]:
 
 
 def _definition(class_type: str, nodes: Sequence[tuple[Node, list[str]]]) -> dict[str, Any]:
-    """A class as /object_info might describe it, by what the workflow says of all its nodes."""
+    """Return a class as /object_info might describe it, derived from all its nodes in the workflow."""
     first = known().first_widgets.get(class_type, ())
     saved = [[slot.widget for slot in node.slots if slot.widget] for node, _ in nodes]
-    # What takes links only is no widget, whatever its type: it has no place among the values.
+    # An input that only takes links is no widget, whatever its type: it has no place among the values.
     sockets = {slot.name: [slot.type, {"forceInput": True}] for node, _ in nodes for slot in node.slots if slot.widget is None}
     names = dict.fromkeys([*first, *chain.from_iterable(saved), *chain.from_iterable(promoted for _, promoted in nodes)])
     values = max((node.values for node, _ in nodes if node.values), key=len, default=[])
@@ -103,13 +103,13 @@ def _definition(class_type: str, nodes: Sequence[tuple[Node, list[str]]]) -> dic
     else:
         whole = (each for each in saved if len(each) == len(values))
         placed = next(whole, _by_place(values, first, names))
-    # As texts, values come through untouched, each in its place: nothing else is asked of them here.
+    # As texts, values pass through unchanged, each in its place. Nothing else is needed here.
     widgets = {name: ["STRING"] for name in [*placed, *names] if name not in sockets}
     return {"input": {"required": sockets | widgets}, "output": []}
 
 
 def _by_place(values: Sequence[object], first: Sequence[str], names: Iterable[str]) -> list[str]:
-    """A name for each value that was saved: those that hold files get theirs, in order; the others one that says where."""
+    """Return a name for each saved value: file inputs get their names, in order, others a name with their position."""
     files = [at for at, value in enumerate(values) if isinstance(value, str) and value.lower().endswith(WEIGHT_SUFFIXES)]
     places = dict(enumerate(first)) if first else dict(_paired(files, names))
     return [places.get(at, f"widget {at}") for at in range(len(values))]

@@ -1,4 +1,4 @@
-"""What a plan is made of: one model and how it stands with it, and the whole. Pure."""
+"""The values of a plan: one model and its state, and the whole. Pure."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 
 
 class State(StrEnum):
-    """How it stands with a model, in the order in which people see it: what they have to act upon comes last."""
+    """The state of a model, in the order of display: those that need action come last."""
 
     VOLUME = "volume"
-    BY_HAND = "by hand"  # on the volume, put there by somebody: used as it is
-    CONTAINER = "container"  # on the container's disk, because the volume could not take it
+    BY_HAND = "by hand"  # put on the volume by hand: used as it is
+    CONTAINER = "container"  # on the container's disk, because the volume could not be used
     IMAGE = "image"
     HOST_CACHE = "host cache"
     FETCH = "fetch"
-    NO_ANSWER = "no answer"  # to be fetched as well; its source could not be asked just now
+    NO_ANSWER = "no answer"  # to be downloaded as well; its source did not answer just now
     INCOMPLETE = "incomplete"
     GATED = "gated"
     NO_ACCESS = "no access"
@@ -37,14 +37,14 @@ THERE: Final = frozenset({State.VOLUME, State.BY_HAND, State.CONTAINER, State.IM
 """A job finds these."""
 
 FETCHED: Final = frozenset({State.FETCH, State.NO_ANSWER})
-"""A job has these fetched."""
+"""A job downloads these."""
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One model that the workflow names. `folder` is where it is or would go, None while nobody knows.
+    """One model that the workflow names. `folder` is its place, or None while unknown.
 
-    `begun_bytes` of a file to fetch are on the volume already. `message` says what is the matter and what to do.
+    `begun_bytes` of a file to download are on the volume already. `message` says what is wrong and what to do.
     """
 
     name: str
@@ -64,21 +64,21 @@ class Item:
 
     @property
     def title(self) -> str:
-        """The model as people write it."""
+        """Return the model as people write it."""
         return f"{self.folder or '?'}/{self.name}"
 
     @property
     def optional(self) -> bool:
-        """ComfyUI runs without it when nobody knows it."""
+        """Return whether ComfyUI runs without it if its source is unknown."""
         return bool(self.nodes) and all(node.optional for node in self.nodes)
 
     @property
     def blocking(self) -> bool:
-        """A job with this workflow fails because of it."""
+        """Return whether a job with this workflow fails because of it."""
         return not (self.state in THERE or self.state in FETCHED or (self.state is State.UNKNOWN and self.optional))
 
     def to_dict(self) -> dict[str, Any]:
-        """For `--json`."""
+        """Return the item for `--json`."""
         return {
             "name": self.name,
             "folder": self.folder,
@@ -101,9 +101,9 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a workflow needs. `problems` are about the whole; those of one model are in its item.
+    """What a workflow needs. `problems` concern the whole; a model's problem is in its item.
 
-    `target` is where fetched models go and `free_bytes` what the file system says is free there.
+    `target` is the destination of downloads, and `free_bytes` its free space by the file system.
     """
 
     items: tuple[Item, ...] = ()
@@ -114,27 +114,27 @@ class Plan:
 
     @property
     def to_fetch(self) -> tuple[Item, ...]:
-        """What a job would have fetched, each file once however many inputs name it."""
+        """Return what a job would download, each file once."""
         found = {(item.folder, item.spec.name): item for item in self.items if item.state in FETCHED and item.spec}
         return tuple(found.values())
 
     @property
     def fetch_bytes(self) -> int:
-        """How many bytes are still to come, of the files whose size is known."""
+        """Return how many bytes are missing, of the files whose size is known."""
         return sum((item.size_bytes or 0) - item.begun_bytes for item in self.to_fetch)
 
     @property
     def unknown_sizes(self) -> int:
-        """How many files to fetch have a size that nobody could tell."""
+        """Return how many files to download have an unknown size."""
         return sum(item.size_bytes is None for item in self.to_fetch)
 
     @property
     def can_run(self) -> bool:
-        """Nothing that is known stands in the way."""
+        """Return whether no known problem prevents the run."""
         return not self.problems and not any(item.blocking for item in self.items)
 
     def to_dict(self) -> dict[str, Any]:
-        """For `--json`."""
+        """Return the plan for `--json`."""
         return {
             "can_run": self.can_run,
             "problems": [{"code": problem.code, "message": str(problem)} for problem in self.problems],

@@ -1,4 +1,4 @@
-"""What each name means: which file, from where, how large. Reads files and asks the sources for metadata."""
+"""Resolve each name: which file, from where, how large. Reads files and asks the sources for metadata."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _ASK_AT_ONCE: Final = 16
 
 
 def read_sources(settings: Settings) -> tuple[Sources, list[ManifestInvalid]]:
-    """The lists of models, without those that are wrong, and what is wrong with them."""
+    """Return the valid lists of models, and the mistakes of the others."""
     lists: dict[str, Any] = {
         "volume_manifest": Layout(settings.volume_path).manifest,
         "manifest": settings.models_manifest,
@@ -57,7 +57,7 @@ def read_sources(settings: Settings) -> tuple[Sources, list[ManifestInvalid]]:
 
 
 def look(nodes: tuple[NamedModel, ...], sources: Sources, places: Places) -> Item:
-    """How it stands with one model, as far as that can be told without the network."""
+    """Return the state of one model, as far as it is known without the network."""
     first = nodes[0]
     try:
         as_written = places.by_hand(first.folders, first.as_written().file_names) if first.written else None
@@ -80,19 +80,19 @@ def look(nodes: tuple[NamedModel, ...], sources: Sources, places: Places) -> Ite
 
 
 def _elsewhere(item: Item, places: Places) -> Item | None:
-    """The file in another folder than the one that was guessed: where a list says, or where somebody put it."""
+    """Return the file in another folder than the guessed one: where a list says, or where it was put by hand."""
     if item.spec:
         return places.find((item.spec.folder,), (item.spec.name,))
     return places.find((), item.nodes[0].file_names) if is_guessed(item.nodes) and item.state is State.UNKNOWN else None
 
 
 def is_guessed(nodes: Iterable[NamedModel]) -> bool:
-    """Return whether nothing but inputs' names tells the folders of a model."""
+    """Return whether only the names of inputs tell a model's folders."""
     return all(node.guessed for node in nodes)
 
 
 def meaning(nodes: tuple[NamedModel, ...], sources: Sources) -> Item:
-    """Which file one model's name means, wherever that may lie already: to be fetched, or why it cannot be."""
+    """Return the file that a model's name means, wherever it may exist already: to be downloaded, or why it cannot be."""
     first = nodes[0]
     try:
         files = (form for file in first.file_names for form in forms(file))
@@ -108,7 +108,7 @@ def _nameless(nodes: tuple[NamedModel, ...]) -> Item:
 
 
 def of_spec(item: Item, spec: ModelSpec, sources: Sources) -> Item:
-    """The item with the file it means, to be fetched."""
+    """Return the item with its file, to be downloaded."""
     item = replace(item, name=spec.name, folder=spec.folder, spec=spec, sha256=spec.sha256, known_by=_known_by(spec, sources))
     return replace(item, state=State.FETCH, size_bytes=spec.size_bytes)
 
@@ -141,7 +141,7 @@ def _unknown(item: Item, node: NamedModel, sources: Sources) -> Item:
 
 
 def refused(item: Item, exc: WorkerError) -> Item:
-    """The item that nobody may or can look up, and why."""
+    """Return the item with the reason why it cannot be looked up."""
     state = State.AMBIGUOUS if isinstance(exc, AmbiguousModel) else State.REFUSED
     candidates = tuple(exc.candidates) if isinstance(exc, AmbiguousModel) else ()
     return replace(item, state=state, message=str(exc), code=exc.code, candidates=candidates)
@@ -151,7 +151,7 @@ def refused(item: Item, exc: WorkerError) -> Item:
 
 
 def ask_in_time(items: Sequence[Item], hub: Hub, begun: Callable[[Remote], int], deadline_s: float) -> tuple[Item, ...]:
-    """As `ask`; whoever has not answered by the deadline is `no_answer`."""
+    """Like `ask`. An item without an answer by the deadline is `no_answer`."""
     cancel = threading.Event()
     timer = threading.Timer(deadline_s, cancel.set)
     timer.daemon = True
@@ -163,7 +163,7 @@ def ask_in_time(items: Sequence[Item], hub: Hub, begun: Callable[[Remote], int],
 
 
 def ask(items: Sequence[Item], hub: Hub, begun: Callable[[Remote], int], cancel: CancelToken) -> tuple[Item, ...]:
-    """The items with what their sources hold. `begun` tells how much of a file an ended download has left behind."""
+    """Return the items with their sources' metadata. `begun` returns how much of a file an interrupted download left behind."""
     with ThreadPoolExecutor(_ASK_AT_ONCE, thread_name_prefix="ask") as pool:
         return tuple(pool.map(lambda item: _asked(item, hub, begun, cancel), items))
 
@@ -186,7 +186,7 @@ def _asked(item: Item, hub: Hub, begun: Callable[[Remote], int], cancel: CancelT
 
 
 def check_promises(spec: ModelSpec, remote: Remote) -> None:
-    """Raise `ContentMismatch` when the source holds another file than somebody wrote down."""
+    """Raise `ContentMismatch` if the source's file differs from the list's."""
     if spec.sha256 and remote.sha256 and spec.sha256 != remote.sha256:
         raise ContentMismatch(remote.where, "sha256", spec.sha256, remote.sha256)
     if spec.size_bytes not in {None, remote.size_bytes}:

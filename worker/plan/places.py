@@ -1,4 +1,4 @@
-"""Where models can lie, and what is there. Reads the disk."""
+"""Where models can be, and which are there. Reads the disk."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """Where models can lie: the volume, the container's own disk laid out the same, and ComfyUI's own folder in the image."""
+    """The places of models: the volume, the container's own disk with the same layout, and ComfyUI's own folder."""
 
     volume: Layout
     local: Layout
@@ -36,11 +36,11 @@ class Places:
 
     @classmethod
     def of(cls, settings: Settings) -> Places:
-        """As the worker has them."""
+        """Return the places that a worker with these settings uses."""
         return cls(layout_at(settings.volume_path), Layout(settings.local_store), settings.base_dir / "models")
 
     def find(self, folders: Sequence[str], files: Sequence[str]) -> Item | None:
-        """The first of these files that is there; no folders: in any. Accents may be written in either way."""
+        """Return the first of these files that exists. Without folders: in any. Accents may be in either form."""
         files = [form for file in files for form in forms(file)]
         for root, find in (
             (self.volume.models, lambda folder, file: self._in_store(self.volume, folder, file)),
@@ -54,7 +54,7 @@ class Places:
         return None
 
     def by_hand(self, folders: Sequence[str], files: Sequence[str]) -> Item | None:
-        """The first of these files, whose names hold what no name that the worker gives does, such as a backslash."""
+        """Return the first of these files. Their names contain characters that the worker never writes, such as a backslash."""
         roots = ((self.volume.models, State.BY_HAND), (self.local.models, State.CONTAINER), (self.image, State.IMAGE))
         for root, state in roots:
             for folder in folders or _folders_of(root):
@@ -84,11 +84,11 @@ class Places:
         return Item(file, folder, State.HOST_CACHE if cached else State.IMAGE, found.st_size, path=path)
 
     def cached(self, spec: ModelSpec) -> Path | None:
-        """The model's file in RunPod's host cache, by its name there: what it hashes to is for the worker to check."""
+        """Return the model's file in RunPod's host cache, found by its name. The worker checks its hash."""
         return cached_file(self.volume, spec)
 
     def begun_bytes(self, remote: Remote) -> int:
-        """How much of a file a download that ended has left on the volume, to be gone on with."""
+        """Return how much of a file an interrupted download left on the volume, to be resumed."""
         found = 0
         for journal in self.volume.partial(remote.key).glob("*.journal"):
             with contextlib.suppress(OSError, ValueError, TypeError, KeyError):

@@ -1,4 +1,4 @@
-"""Whether what is to be fetched has room where it goes. Reads the disk."""
+"""Check whether the downloads fit at their destination. Reads the disk."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def with_room(plan: Plan, settings: Settings, places: Places) -> Plan:
-    """The plan with where its files would go, and whether they fit there: on the volume, else on the container's disk."""
+    """Return the plan with the files' destination, the volume or the container's disk, and whether they fit."""
     volume = places.volume.root
     plan = replace(plan, target=volume, free_bytes=free_bytes(volume) if is_volume(volume) else None)
     problem = _no_room(plan, volume) if is_volume(volume) else VolumeMissing(volume)

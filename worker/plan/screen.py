@@ -1,4 +1,4 @@
-"""A plan as a terminal shows it. Pure."""
+"""A plan as text for a terminal. Pure."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _INDENT: Final = 2 + _LABEL_WIDTH + 2 + _SIZE_WIDTH + 2
 
 
 def plan_lines(title: str, plan: Plan, width: int) -> Iterator[str]:
-    """The plan as a terminal shows it: what there is to act upon comes last."""
+    """Yield the plan's lines. What needs action comes last."""
     there, blocking = sum(item.state in THERE for item in plan.items), sum(item.blocking for item in plan.items)
     stopping = f", {blocking} in the way" if blocking else ""
     yield f"{title}: {count(len(plan.items), 'model')}, {there} there, {len(plan.to_fetch)} to fetch{stopping}"
@@ -43,7 +43,7 @@ def _rank(item: Item) -> tuple[bool, int]:
 
 
 def row(label: str, size_bytes: int | None, text: str) -> str:
-    """A line of the list: how it stands, the size, what it is."""
+    """Return a line of the list: state, size, name."""
     size = "?" if size_bytes is None else size_text(size_bytes)
     return f"  {label:<{_LABEL_WIDTH}}  {size:>{_SIZE_WIDTH}}  {text}"
 

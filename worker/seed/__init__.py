@@ -1,1 +1,1 @@
-"""`scripts/seed_volume.py`: a volume full of models before the first job, mounted or through its S3 API."""
+"""`scripts/seed_volume.py`: fill a volume with models before the first job, mounted or through its S3 API."""

@@ -1,4 +1,4 @@
-"""The seeder's command: argv and an environment in, an exit code out. Handles signals, prints what is the matter."""
+"""The seeder's command: arguments and an environment in, an exit status out. Handles signals, prints errors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _USAGE_ERRORS: Final = (SeedUsage, WhatUnknown, DatacenterUnknown, S3KeysMissing
 
 
 def run(argv: Sequence[str], environ: Mapping[str, str], out: IO[str] | None = None) -> int:
-    """Do what the command line says; 0 when everything is there, 1 when something failed, 2 for wrong usage, 130 stopped."""
+    """Run the command. Return 0 if everything is there, 1 for a failure, 2 for wrong usage, 130 if stopped."""
     stream, as_json = out or sys.stdout, "--json" in argv
     cancel = threading.Event()
     try:
@@ -66,7 +66,7 @@ def _act(desk: Desk) -> int:
 
 @contextlib.contextmanager
 def _stopping(cancel: threading.Event) -> Iterator[None]:
-    """Let SIGINT and SIGTERM end the work where it can be gone on with; the second one ends the process at once."""
+    """Let SIGINT and SIGTERM stop the work where it can be resumed. A second signal ends the process at once."""
 
     def stop(_: int, __: object) -> None:
         if cancel.is_set():

@@ -1,4 +1,4 @@
-"""What every action of the seeder shares: where to, which models, how it is shown. Builds the parts."""
+"""What every action of the seeder shares: the target, the models, the output. Builds the parts."""
 
 from __future__ import annotations
 
@@ -48,18 +48,18 @@ _S3_CALLS: Final = 8
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where to: what fills it, and what looks after it."""
+    """The target: what fills it, and what maintains it."""
 
     filler: Filler
     volumes: tuple[Volume, ...]
     manifests: tuple[str, ...]
     """The text of `models.toml` on each volume that has one."""
     away: tuple[SeedError, ...] = ()
-    """Why a volume could not be reached, for each that could not be."""
+    """For each unreachable volume the reason."""
 
 
 class Desk:
-    """What a run works with."""
+    """The parts of one run."""
 
     def __init__(
         self, options: Options, settings: Settings, environ: Mapping[str, str], stream: IO[str], cancel: threading.Event
@@ -77,7 +77,7 @@ class Desk:
         self._volumes: tuple[Volume, ...] = ()
 
     def place(self) -> Place:
-        """Where to. Raises `SeedUsage`, `S3KeysMissing`, and for S3 what `Bucket.check` does."""
+        """Return the target. Raises `SeedUsage`, `S3KeysMissing`, and for S3 what `Bucket.check` raises."""
         place = self._place()
         self._volumes = place.volumes
         return place
@@ -97,13 +97,13 @@ class Desk:
         return Place(MountedFiller(store), (MountedVolume(layout),), manifests)
 
     def _over_s3(self) -> Place:
-        """All volumes that can be reached; raises what else is the matter with one, and when none can be."""
+        """Return all reachable volumes. Raises other errors of a volume, and an error if none is reachable."""
         keys, load = keys_from(self._environ), Load()
         buckets = [bucket_at(place, keys, load.uploads + _S3_CALLS) for place in self.options.places]
         volumes: list[S3Volume] = []
         manifests: list[str] = []
         away: dict[str, SeedError] = {}
-        # At once: a data centre that is away takes minutes to be believed so.
+        # In parallel: an unreachable data centre takes minutes to time out.
         with ThreadPoolExecutor(len(buckets), thread_name_prefix="reach") as pool:
             for bucket, asked in [(bucket, pool.submit(_reach, bucket)) for bucket in buckets]:
                 try:
@@ -120,10 +120,10 @@ class Desk:
         return Place(S3Filler(self.hub, volumes, load, away), tuple(volumes), tuple(manifests), tuple(away.values()))
 
     def sources(self, place: Place) -> Sources:
-        """The lists of models as workers on these volumes have them."""
+        """Return the lists of models as workers on these volumes have them."""
         sources = Sources.read(manifest=self.settings.models_manifest, models=self.settings.models)
         try:
-            # A line end is what tells the text of a manifest from its path.
+            # A line end distinguishes the text of a manifest from its path.
             found = [Sources.read(manifest=f"{text}\n").manifests for text in place.manifests]
         except ManifestInvalid as exc:
             raise ManifestInvalid("models.toml on the volume", exc.problems) from exc
@@ -133,37 +133,37 @@ class Desk:
         return sources
 
     def warn(self, sources: Sources) -> None:
-        """Say which entries are left out, because no file can have their name; the others are dealt with."""
+        """Warn about entries that were left out because no file can have their name."""
         for fault in sources.odd:
             if str(fault) not in self.left_out:
                 self.left_out.add(str(fault))
                 self.tell(f"warning: {fault}")
 
     def wants(self, sources: Sources) -> Wants:
-        """What reads the WHATs."""
+        """Return the reader of the WHATs."""
         hosts, folder = self.settings.request_hosts, self.options.folder
         return Wants(sources, self.hub, hosts, folder, self.cancel, volumes=self._volumes, tell=self.tell, warn=self.warn)
 
     def screen(self) -> Screen:
-        """Where progress goes: a program's lines, a terminal's bars, or a log's lines."""
+        """Return the output for progress: JSON for a program, bars for a terminal, or lines for a log."""
         if self.options.json:
             return JsonLines(self.stream)
         return Bars(self.console) if self.console.is_terminal else Lines(self.stream)
 
     def show(self, event: str, table: Callable[[], Any], **values: Any) -> None:  # noqa: ANN401 - JSON
-        """A result: a table for people, an event for programs."""
+        """Show a result: a table for people, an event for programs."""
         if self.options.json:
             JsonLines(self.stream).tell(event, **values)
         else:
             self.console.print(table())
 
     def tell(self, text: str) -> None:
-        """A sentence beside the result."""
+        """Show a sentence besides the result."""
         tell(text, self.stream, as_json=self.options.json)
 
 
 def tell(text: str, stream: IO[str], *, as_json: bool) -> None:
-    """A sentence, where people or programs look for it."""
+    """Print a sentence where people or programs look for it."""
     if as_json:
         JsonLines(stream).say(text)
     else:
@@ -176,6 +176,6 @@ def _hub(settings: Settings) -> Hub:
 
 
 def _reach(bucket: Bucket) -> bytes | None:
-    """Check that a volume is there and the keys are good for it; its `models.toml`."""
+    """Check that the volume exists and the keys work. Return its `models.toml`."""
     bucket.check()
     return S3Volume(bucket).manifest()

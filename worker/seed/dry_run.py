@@ -1,4 +1,4 @@
-"""What seeding would do, without doing it: what is there, what is to be sent, what is in the way. Asks volumes and sources."""
+"""Report what seeding would do: what is there, what would be sent, what blocks it. Asks volumes and sources."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _ASK_AT_ONCE: Final = 8
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One model, as the dry run sees it. `send_bytes` are still to be sent, to all volumes together."""
+    """One model in the dry run. `send_bytes` are still to be sent, to all volumes together."""
 
     model: str
     size_bytes: int | None
@@ -36,7 +36,7 @@ class Line:
     send_bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        """For `--json`."""
+        """Return the line for `--json`."""
         return {
             "model": self.model,
             "size_bytes": self.size_bytes,
@@ -48,7 +48,7 @@ class Line:
 
 
 def look_ahead(items: Sequence[Item], volumes: Sequence[Volume], hub: Hub, cancel: CancelToken) -> list[Line]:
-    """A line for each model, in order; raises nothing for what is the matter with one."""
+    """Return a line for each model, in order. A model's error is in its line."""
     with ThreadPoolExecutor(_ASK_AT_ONCE, thread_name_prefix="look") as pool:
         return list(pool.map(lambda item: _line(item, volumes, hub, cancel), items))
 
@@ -64,7 +64,7 @@ def _line(item: Item, volumes: Sequence[Volume], hub: Hub, cancel: CancelToken) 
         for volume in volumes:
             found = volume.look(spec.folder, spec.name)
             if found.standing is Standing.ABSENT:
-                # A second look-up costs one small request, and tells which partial would be gone on with.
+                # A second look-up costs one small request, and shows which partial upload would be resumed.
                 begun = volume.begun_bytes(spec, hub.look_up(spec.source, cancel))
                 send_bytes += max(0, (item.size_bytes or 0) - begun)
                 states.append(f"to send, {size_text(begun)} are there" if begun else "to send")
@@ -82,7 +82,7 @@ def _line(item: Item, volumes: Sequence[Volume], hub: Hub, cancel: CancelToken) 
 
 
 def _there(found: Look, item: Item, expected: str | None) -> tuple[str, bool]:
-    """What seeding would make of a file that is there, and whether that is as wanted. `expected` is what it has to hash to."""
+    """Return what seeding would do with an existing file, and whether that is as wanted. `expected` is its required hash."""
     pinned, sealed = item.spec.sha256 if item.spec else None, found.seal.sha256 if found.seal else None
     if found.standing is Standing.READY:
         if pinned and sealed and pinned != sealed:

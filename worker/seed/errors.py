@@ -24,7 +24,7 @@ class SeedError(WorkerError):
 
 
 class SeedUsage(SeedError):
-    """The command line makes no sense as it is."""
+    """The command line is wrong."""
 
     reason: str
     code = "usage"
@@ -32,7 +32,7 @@ class SeedUsage(SeedError):
 
 
 class WhatUnknown(SeedError):
-    """Something to seed that is no file, no address and no template's name."""
+    """A WHAT that is no file, no address and no template's name."""
 
     what: str
     near: Sequence[str] = ()
@@ -50,7 +50,7 @@ class WhatUnknown(SeedError):
 
 
 class ModelUnavailable(SeedError):
-    """A model that is wanted cannot be had, which was known before anything was sent. `cause` is that error's code."""
+    """A wanted model is unavailable, which was known before anything was sent. `cause` is that error's code."""
 
     reason: str
     cause: str | None = None
@@ -100,7 +100,7 @@ class S3VolumeNotFound(SeedError):
 
 
 class S3VolumeFull(SeedError):
-    """The volume has no room (status 507); what was sent of the file was taken back."""
+    """The volume has no room (status 507). The sent part of the file was removed."""
 
     volume: str
     needed_bytes: int
@@ -115,7 +115,7 @@ class S3VolumeFull(SeedError):
 
 
 class S3FileDiffers(SeedError):
-    """A file that somebody put on the volume is another one than is wanted; it was left as it is."""
+    """A file that was put on the volume by hand differs from the wanted one. It was left unchanged."""
 
     key: str
     what: str
@@ -129,7 +129,7 @@ class S3FileDiffers(SeedError):
 
 
 class S3Unreachable(SeedError):
-    """The volume's S3 API gave no good answer for too long."""
+    """The volume's S3 API gave no useful answer for too long."""
 
     volume: str
     reason: str
@@ -139,7 +139,7 @@ class S3Unreachable(SeedError):
 
 
 class S3Failed(SeedError):
-    """The volume's S3 API refused something in a way that has no name here."""
+    """The volume's S3 API refused a request for another reason."""
 
     volume: str
     operation: str

@@ -1,4 +1,4 @@
-"""A model that is wanted -> the same file, sealed, on each volume: mounted, or several through S3. Touches disk and network."""
+"""Put a model, verified and sealed, onto each volume: mounted, or several through S3. Touches disk and network."""
 
 from __future__ import annotations
 
@@ -42,43 +42,43 @@ _BY: Final = "seeder"
 
 
 class Filler(Protocol):
-    """What brings a model onto the volumes."""
+    """Puts models onto the volumes."""
 
     @property
     def titles(self) -> Sequence[str]:
-        """The volumes."""
+        """Return the volumes' names."""
         ...
 
     def on(self, volume: Volume) -> Filler:
-        """The same for one of the volumes alone."""
+        """Return a filler for one of the volumes."""
         ...
 
     def ensure(self, spec: ModelSpec, progress: Listener, cancel: CancelToken, *, replaces: object = None) -> list[Outcome]:
-        """Return when it is there, or why not, for each volume; raises nothing but defects.
+        """Return, for each volume, when the model is there or why it is not. Raises only defects.
 
-        `replaces` is the stamp of a file that gives way to it, once it was checked; any other file that is there stays.
+        `replaces` is the stamp of a file that is replaced after the new one was verified. Any other existing file stays.
         """
         ...
 
 
 class MountedFiller:
-    """A volume that is mounted here: the worker's own store does it all."""
+    """A volume that is mounted here. The worker's own store does the work."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
 
     @property
     def titles(self) -> Sequence[str]:
-        """The volume."""
+        """Return the volume's name."""
         return (str(self._store.layout.root),)
 
     def on(self, volume: Volume) -> MountedFiller:
-        """As `Filler.on`."""
+        """Like `Filler.on`."""
         del volume
         return self
 
     def ensure(self, spec: ModelSpec, progress: Listener, cancel: CancelToken, *, replaces: object = None) -> list[Outcome]:
-        """As `Filler.ensure`."""
+        """Like `Filler.ensure`."""
         model, volume, began_s = f"{spec.folder}/{spec.name}", self.titles[0], time.monotonic()
         try:
             self._check_writable(spec)
@@ -93,7 +93,7 @@ class MountedFiller:
         return [Outcome(model, volume, how.get(found.how, "ready"), size_bytes, found.bytes_fetched, found.seconds)]
 
     def _check_writable(self, spec: ModelSpec) -> None:
-        """Raise `VolumeReadOnly` at once where a model that is not there cannot be written.
+        """Raise `VolumeReadOnly` at once if a missing model cannot be written.
 
         The store is patient with a network volume, and asks the source first.
         """
@@ -131,7 +131,7 @@ class _Job:
         return f"{self.spec.folder}/{self.spec.name}"
 
     def meter(self, phase: Phase) -> Callable[[int], None]:
-        """Counts of bytes, as progress with a rate, a few times a second."""
+        """Return a function that turns byte counts into progress with a rate, a few times a second."""
         rate, next_s = Meter(time.monotonic()), 0.0
 
         def on_bytes(done_bytes: int) -> None:
@@ -153,34 +153,34 @@ class _Job:
 
 
 class S3Filler:
-    """Volumes through their S3 API: one download feeds them all.
+    """Volumes through their S3 API. One download feeds them all.
 
-    One file is on its way at a time, with several connections; `ensure` of the next may begin while a server still puts the
-    parts of the last one together.
+    One file is in transfer at a time, with several connections. `ensure` of the next may begin while a server still assembles
+    the last one.
     """
 
     def __init__(
         self, hub: Hub, volumes: Sequence[S3Volume], load: Load | None = None, away: Mapping[str, SeedError] | None = None
     ) -> None:
-        """`away` are the titles of volumes that could not be reached, and why: each of its models failed."""
+        """Set the volumes. `away` maps unreachable volumes to the reason: each model failed there."""
         self._hub = hub
         self._volumes = volumes
         self._away = away or {}
         self._load = load or Load()
         self._streaming = threading.Lock()
-        self._spare: list[bytearray] = []  # belongs to whoever streams
+        self._spare: list[bytearray] = []  # belongs to the thread that streams
 
     @property
     def titles(self) -> Sequence[str]:
-        """The volumes."""
+        """Return the volumes' names."""
         return (*(volume.title for volume in self._volumes), *self._away)
 
     def on(self, volume: Volume) -> S3Filler:
-        """As `Filler.on`."""
+        """Like `Filler.on`."""
         return S3Filler(self._hub, [found for found in self._volumes if found is volume], self._load)
 
     def ensure(self, spec: ModelSpec, progress: Listener, cancel: CancelToken, *, replaces: object = None) -> list[Outcome]:
-        """As `Filler.ensure`."""
+        """Like `Filler.ensure`."""
         away = [_failed(f"{spec.folder}/{spec.name}", title, error, time.monotonic()) for title, error in self._away.items()]
         return self._ensure(spec, progress, cancel, replaces) + away
 
@@ -209,9 +209,9 @@ class S3Filler:
         return [found[volume] for volume in self._volumes]
 
     def _there(self, job: _Job, volume: S3Volume) -> Outcome | None:
-        """What becomes of a file that is there; None when there is none, or one that gives way.
+        """Return the outcome for an existing file. None if there is none, or if it is to be replaced.
 
-        Of a sealed one only the model's own pin decides: a source without one may have moved on.
+        For a sealed file only the model's own pin decides: a source without a pin may have changed.
         """
         found = volume.look(job.spec.folder, job.spec.name)
         if found.standing is Standing.ABSENT or (job.replaces is not None and found.stamp == job.replaces):
@@ -227,7 +227,7 @@ class S3Filler:
     # --- sending
 
     def _send(self, job: _Job, volumes: Sequence[S3Volume]) -> dict[S3Volume, Outcome]:
-        """Send to these volumes, again to those whose upload vanished; a wrong byte on the way is fetched anew, once."""
+        """Send to these volumes, and again to those whose upload vanished. Download a file with a wrong byte again, once."""
         outcomes: dict[S3Volume, Outcome] = {}
         wrong: set[str] = set()
         uploads = {volume: Upload(volume.bucket, volume.key(job.spec.folder, job.spec.name)) for volume in volumes}
@@ -248,7 +248,7 @@ class S3Filler:
         return outcomes | {volume: self._given_up(job, volume, upload, error) for volume, upload in uploads.items()}
 
     def _given_up(self, job: _Job, volume: S3Volume, upload: Upload, error: WorkerError | None) -> Outcome:
-        """Why this volume does not have the model; what cannot be gone on with is aborted."""
+        """Return why this volume does not have the model. Abort what cannot be resumed."""
         cause = upload.error if isinstance(upload.error, SeedError) else error
         if cause and not cause.retryable:
             upload.abort()
@@ -256,7 +256,7 @@ class S3Filler:
         return job.failed(volume, cause or lost, upload.all_sent_bytes)
 
     def _stream(self, job: _Job, uploads: dict[S3Volume, Upload]) -> str:
-        """The sha256 of what every upload without an error has now; empty when all of them vanished."""
+        """Return the sha256 of the content of every upload without an error. Empty if all of them vanished."""
         while not self._streaming.acquire(timeout=_TICK_S):
             if job.cancel.is_set():
                 raise EnsureCancelled(job.model)
@@ -279,7 +279,7 @@ class S3Filler:
             self._streaming.release()
 
     def _judge(self, job: _Job, uploads: dict[S3Volume, Upload], actual: str, wrong: set[str]) -> None:
-        """Abort; raise when it was the same wrong file as before, which chance does not make."""
+        """Abort. Raise if the same wrong file arrived twice, which is no coincidence."""
         log.warning("%s came with the sha256 %s, not %s: thrown away", job.model, actual, job.remote.sha256)
         for upload in uploads.values():
             upload.abort()
@@ -288,7 +288,7 @@ class S3Filler:
         wrong.add(actual)
 
     def _finish(self, job: _Job, uploads: dict[S3Volume, Upload], sha256: str) -> dict[S3Volume, Outcome]:
-        """Make the files and seal them, on all volumes at once; those whose upload vanished are left out."""
+        """Complete and seal the files on all volumes in parallel. Leave out volumes whose upload vanished."""
         outcomes: dict[S3Volume, Outcome] = {}
 
         def finish(volume: S3Volume, upload: Upload) -> None:
@@ -310,11 +310,11 @@ class S3Filler:
         return outcomes
 
     def _publish(self, job: _Job, volume: S3Volume, upload: Upload, sha256: str) -> Outcome:
-        """Announce, complete, look, seal. Who dies in between leaves a record that the next run believes."""
+        """Announce, complete, check, seal. If this dies in between, the next run uses the record."""
         job.progress(Progress("checking", job.remote.size_bytes, job.remote.size_bytes))
         spec = job.spec
         if there := self._there(job, volume):
-            upload.abort()  # a worker, another seeder or a person was faster: what is there is never overwritten
+            upload.abort()  # a worker, another seeder or a person was faster: an existing file is never overwritten
             return there
         seal = new_seal(spec, job.remote, sha256, _BY)
         volume.announce(spec.folder, spec.name, seal)

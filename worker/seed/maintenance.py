@@ -1,4 +1,4 @@
-"""Three actions on a volume that was seeded: list, verify (and repair), prune. Through the desk's parts."""
+"""Three actions on a seeded volume: list, verify (and repair), prune."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def list_sealed(desk: Desk, place: Place) -> int:
-    """Show what is sealed on each volume; 0."""
+    """Show what is sealed on each volume. Return 0."""
     for volume in place.volumes:
         found = sorted(volume.sealed(), key=lambda sealed: sealed.title)
         fits = [is_as_sealed(volume, sealed) for sealed in found]
@@ -40,7 +40,7 @@ def list_sealed(desk: Desk, place: Place) -> int:
 
 
 def verify_all(desk: Desk, place: Place, sources: Sources) -> int:
-    """Read and hash what is sealed (of a WHAT, if there is one), and with --repair fetch again what is wrong."""
+    """Read and hash what is sealed (of a WHAT, if given). With --repair download wrong files again."""
     named = _named(desk, sources) if desk.options.whats else None
     code = 0
     for volume in place.volumes:
@@ -68,7 +68,7 @@ def _check(desk: Desk, volume: Volume, sealed: Sealed, screen: Screen) -> Checke
 
 
 def _repair(desk: Desk, volume: Volume, bad: Sequence[Checked], place: Place, known: Mapping[str, ModelSpec]) -> int:
-    """Fetch what is wrong again. A file is replaced once the new one was checked; one that a person put there, with --yes."""
+    """Download wrong files again. Replace a file after the new one was verified; one put there by hand only with --yes."""
     wanted: list[tuple[ModelSpec, object]] = []
     for item in bad:
         title, spec = item.sealed.title, repair_spec(item.sealed, known)
@@ -87,7 +87,7 @@ def _repair(desk: Desk, volume: Volume, bad: Sequence[Checked], place: Place, kn
 
 
 def _named(desk: Desk, sources: Sources) -> dict[str, ModelSpec]:
-    """Every model that a list or a WHAT names."""
+    """Return every model that a list or a WHAT names."""
     items = desk.wants(sources).read(desk.options.whats) if desk.options.whats else ()
     named: dict[str, ModelSpec] = {}
     for spec in [*(item.spec for item in items if item.spec), *sources.manifest()]:
@@ -96,14 +96,14 @@ def _named(desk: Desk, sources: Sources) -> dict[str, ModelSpec]:
 
 
 def titles_of(item: Item) -> Iterator[str]:
-    """Every `folder/name` at which a worker would find what this names, whether or not anybody knows its source."""
+    """Yield every `folder/name` at which a worker would find this model, whether or not its source is known."""
     yield item.title
     for node in item.nodes:
         yield from (f"{folder}/{name}" for folder in node.folders for name in node.file_names)
 
 
 def prune(desk: Desk, place: Place, sources: Sources) -> int:
-    """Remove the sealed models that nothing names, after asking; what a person put there is not even looked at."""
+    """Remove the sealed models that nothing names, after a question. Files put there by hand are not even examined."""
     items = desk.wants(sources).read(desk.options.whats) if desk.options.whats else ()
     named = {*_named(desk, sources), *(title for item in items for title in titles_of(item))}
     if not named:
@@ -121,7 +121,7 @@ def prune(desk: Desk, place: Place, sources: Sources) -> int:
 
 
 def _remove(desk: Desk, volume: Volume, sealed: Sealed) -> None:
-    """Remove a model, unless somebody put another file there while the question stood."""
+    """Remove a model, unless the file was replaced while the question was open."""
     if is_as_sealed(volume, sealed):
         volume.remove(sealed.folder, sealed.name)
     else:

@@ -1,4 +1,4 @@
-"""A volume that is mounted here, for everything but filling it: what is sealed, what fits, hashing. Touches the disk."""
+"""A mounted volume, for everything but filling it: seals, inventory, hashing. Touches the disk."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class MountedVolume:
-    """One volume. Raises `VolumeReadOnly` and `VolumeFailed` where the file system refuses."""
+    """One volume. Raises `VolumeReadOnly` and `VolumeFailed` if the file system refuses."""
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
@@ -34,42 +34,42 @@ class MountedVolume:
 
     @property
     def title(self) -> str:
-        """What people call it."""
+        """Return the volume's name for people."""
         return str(self._layout.root)
 
     @property
     def free_bytes(self) -> int | None:
-        """What the file system says is free; a quota does not show."""
+        """Return the free bytes of the file system. A quota is not included."""
         return free_bytes(self._layout.root)
 
     def workflow(self, name: str) -> bytes | None:
-        """The file of a workflow of this name; None when there is none, or the name can be none."""
+        """Return the file of a workflow of this name. None if there is none, or if the name is impossible."""
         with contextlib.suppress(UnsafePath):
             return workflow_bytes(self._layout.root, name)
         return None
 
     def workflow_names(self) -> list[str]:
-        """The names of its workflows."""
+        """Return the names of its workflows."""
         return workflow_names(self._layout.root)
 
     def look(self, folder: str, name: str) -> Look:
-        """Say how a model's file stands."""
+        """Return the state of a model's file."""
         looks = (look(self._layout, folder, form) for form in forms(name))
         return next((found for found in looks if found.standing is not Standing.ABSENT), Look(Standing.ABSENT))
 
     @staticmethod
     def expected(spec: ModelSpec, sha256: str | None) -> str | None:
-        """What a file without a fitting seal has to hash to: what the model itself says, as in the worker's store."""
+        """Return the required hash of a file without a fitting seal: the model's own, as in the worker's store."""
         del sha256
         return spec.sha256
 
     def begun_bytes(self, spec: ModelSpec, remote: Remote) -> int:
-        """How much of it a download that ended left behind."""
+        """Return how much of it an interrupted download left behind."""
         del spec
         return self._places.begun_bytes(remote)
 
     def hash(self, folder: str, name: str, size_bytes: int, on_bytes: Callable[[int], None], cancel: CancelToken) -> str:
-        """The sha256 of a file."""
+        """Return the sha256 of a file."""
         del size_bytes
         path = self._layout.model(folder, name)
         try:
@@ -78,7 +78,7 @@ class MountedVolume:
             raise VolumeFailed(path, exc.strerror or str(exc)) from exc
 
     def sealed(self) -> Iterator[Sealed]:
-        """Every model that has a seal."""
+        """Yield every model that has a seal."""
         root = self._layout.seals
         for above, _, names in os.walk(root):
             for name in sorted(names):
@@ -89,7 +89,7 @@ class MountedVolume:
                         yield found
 
     def seal(self, folder: str, name: str, seal: Seal) -> None:
-        """Seal a file as it is now."""
+        """Seal a file in its current state."""
         there = stat_file(self._layout.model(folder, name))
         if there:
             write_seal(self._layout.seal(folder, name), replace(seal, size=there.st_size, mtime=whole_mtime(there)))

@@ -1,4 +1,4 @@
-"""The command line of the seeder: what it takes, and what makes no sense together. Pure."""
+"""Parse the seeder's command line, and refuse contradictory options. Pure."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ command again: it goes on where it was.
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """A command line that makes sense. Either `places` or `volume`; neither: the volume of the settings."""
+    """A valid command line. It has either `places` or `volume`; with neither, the settings' volume is used."""
 
     whats: tuple[str, ...]
     action: Action
@@ -55,7 +55,7 @@ class Options:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line's form."""
+    """Return the command line's parser."""
     found = argparse.ArgumentParser(
         prog="python scripts/seed_volume.py",
         description="Fill a volume with models before the first job: mounted, or from anywhere through RunPod's S3 API.",
@@ -90,7 +90,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def parse(argv: Sequence[str]) -> Options:
-    """The options; raises `SeedUsage`, `DatacenterUnknown`, and SystemExit as argparse does."""
+    """Return the options. Raises `SeedUsage`, `DatacenterUnknown`, and SystemExit as argparse does."""
     given = parser().parse_args(list(argv))
     actions: dict[Action, bool] = {"dry_run": given.dry_run, "list": given.list, "verify": given.verify, "prune": given.prune}
     action: Action = next((name for name, on in actions.items() if on), "seed")
@@ -133,7 +133,7 @@ def _places(volumes: Sequence[str], datacenters: Sequence[str], endpoint: str | 
 
 
 def keys_from(environ: Mapping[str, str]) -> Keys:
-    """The keys of RunPod's S3 API; raises `S3KeysMissing` naming what is not set."""
+    """Return the keys of RunPod's S3 API. Raises `S3KeysMissing`, naming the missing ones."""
     missing = [name for name in (KEY_ID, KEY_SECRET) if not environ.get(name, "").strip()]
     if missing:
         raise S3KeysMissing(missing)

@@ -1,4 +1,4 @@
-"""What became of one model on one volume: the value that every part of seeding shares. Pure."""
+"""The outcome of seeding one model on one volume. Pure."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ WORDS: dict[How, str] = {
     "failed": "FAILED",
     "cancelled": "not finished",
 }
-"""How people read it."""
+"""The words for people."""
 
 
 NEWER: Final = "its source has a newer one by now, which needs another name or a pin to be fetched"
-"""Of a file that is there and that its list does not pin."""
+"""About an existing file that its list does not pin."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How it went with one model. `moved_bytes` went to the volume in this run."""
+    """The outcome for one model. `moved_bytes` were sent to the volume in this run."""
 
     model: str
     volume: str
@@ -45,7 +45,7 @@ class Outcome:
 
     @property
     def good(self) -> bool:
-        """Whether a worker can use it."""
+        """Return whether a worker can use it."""
         return self.how in GOOD
 
     def _code(self) -> str | None:
@@ -54,7 +54,7 @@ class Outcome:
         return self.error.code if self.error else None
 
     def to_dict(self) -> dict[str, Any]:
-        """For `--json`."""
+        """Return the outcome for `--json`."""
         return {
             "model": self.model,
             "volume": self.volume,

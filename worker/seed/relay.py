@@ -1,9 +1,9 @@
-"""One download, many uploads: a file from its source into several volumes at once, without a disk. Touches the network.
+"""Copy a file from its source to several volumes at once, without a disk. Touches the network.
 
-The parts go through memory in order: each is hashed, then sent to every volume that does not have it. What an earlier run sent
-is found by asking the server (ListMultipartUploads, ListParts); there is no state file that could be lost or lie. A sha256
-cannot be resumed, so a run that goes on fetches the whole file from its source again, and sends only the parts whose MD5 is not
-the one that the server says it has. So nothing is published that this very run did not read and hash.
+The parts go through memory in order: each is hashed, then sent to every volume that lacks it. What an earlier run sent is found
+by asking the server (ListMultipartUploads, ListParts); there is no state file that could be lost or wrong. A sha256 cannot be
+resumed, so a run that continues downloads the whole file again, and sends only the parts whose MD5 differs from the server's.
+So nothing is published that this run did not read and hash.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MIB: Final = 1024 * 1024
-_MOST_PARTS: Final = 9_500  # S3 takes 10,000
+_MOST_PARTS: Final = 9_500  # S3 allows 10,000
 _TICK_S: Final = 0.2
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How much goes on at a time. `memory_bytes` is for the parts; what Python and its libraries need comes on top."""
+    """How much happens at a time. `memory_bytes` is for the parts; Python and its libraries need memory besides."""
 
     downloads: int = 4
     uploads: int = 4
@@ -52,20 +52,20 @@ class Load:
     patience_s: float = 120.0
     judge_s: float = 60.0
     judge_bytes_per_s: float = 50e6
-    """HeadObject is asked for `judge_s`, and for as long as this rate takes, whether a file was made."""
+    """HeadObject is asked whether a file was created, for `judge_s` plus the time that this rate needs."""
     poll_s: float = 2.0
 
     def part_bytes_of(self, size_bytes: int) -> int:
-        """The same for the same file in every run, so that one goes on with what another sent."""
+        """Return the part size. It is the same for the same file in every run, so that a run can continue another's upload."""
         least = -(-size_bytes // _MOST_PARTS)
         return self.part_bytes if least <= self.part_bytes else -(-least // MIB) * MIB
 
     def width_of(self, size_bytes: int) -> int:
-        """How many parts may be in memory."""
+        """Return how many parts may be in memory."""
         return max(3, self.memory_bytes // self.part_bytes_of(size_bytes))
 
     def tuning(self) -> Tuning:
-        """For the fetch: small requests in order, because what comes too early has to wait."""
+        """Return the parameters of the download: small requests in order, because early bytes have to wait."""
         return Tuning(
             connections=self.downloads,
             request_bytes=self.part_bytes,
@@ -77,7 +77,7 @@ class Load:
 
 @dataclass(eq=False, slots=True)
 class Upload:
-    """One file's way into one volume. `error` ends it, and leaves the others alone."""
+    """One file's upload to one volume. `error` ends it, and does not affect the others."""
 
     bucket: Bucket
     key: str
@@ -86,7 +86,7 @@ class Upload:
     etags: dict[int, str] = field(default_factory=dict)
     sent_bytes: int = 0
     sent_before_bytes: int = 0
-    """In attempts before this one."""
+    """In earlier attempts."""
     kept_bytes: int = 0
     error: SeedError | UploadGone | None = None
     others: list[str] = field(default_factory=list)
@@ -95,7 +95,7 @@ class Upload:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def open(self, size_bytes: int, part_bytes: int) -> None:
-        """Go on with the fullest upload of this key that was cut the same way, else begin one."""
+        """Continue the fullest upload of this key with the same part size, or begin one."""
         best: tuple[int, str, dict[int, SentPart]] = (-1, "", {})
         for upload_id in self.bucket.uploads(self.key):
             with contextlib.suppress(UploadGone):
@@ -112,7 +112,7 @@ class Upload:
         self.before = self.bucket.head(self.key)
 
     def take(self, part: Part, md5: bytes) -> None:
-        """Have this part on the server."""
+        """Put this part on the server."""
         there = self.there.get(part.number)
         if there and there.etag == md5.hex() and there.size_bytes == len(part.buffer):
             kept, sent = len(part.buffer), 0
@@ -125,29 +125,29 @@ class Upload:
             self.etags[part.number] = md5.hex()
 
     def renewed(self) -> Upload:
-        """The same way, to be begun anew."""
+        """Return the same upload, to be begun again."""
         return Upload(self.bucket, self.key, sent_before_bytes=self.all_sent_bytes)
 
     @property
     def all_sent_bytes(self) -> int:
-        """What was sent in every attempt."""
+        """Return the bytes sent in all attempts."""
         return self.sent_before_bytes + self.sent_bytes
 
     @property
     def done_bytes(self) -> int:
-        """How many bytes the server has."""
+        """Return how many bytes the server has."""
         return self.sent_bytes + self.kept_bytes
 
     def abort(self) -> None:
-        """Give back what the server keeps for it."""
+        """Abort it, so that the server frees its parts."""
         if self.upload_id:
             with contextlib.suppress(SeedError):
                 self.bucket.abort(self.key, self.upload_id)
 
     def complete(self, size_bytes: int, load: Load, cancel: CancelToken) -> None:
-        """Return when HeadObject shows the file with its length. What Complete itself answers is not believed either way.
+        """Return when HeadObject shows the file with its length. Complete's own answer is not trusted either way.
 
-        Raises `UploadGone` when there is neither a file nor an upload any longer, `EnsureCancelled`, or what HeadObject raises.
+        Raises `UploadGone` if neither a file nor an upload exists any longer, `EnsureCancelled`, or what HeadObject raises.
         """
         etags = [self.etags[number] for number in sorted(self.etags)]
         until_s = time.monotonic() + load.judge_s + size_bytes / load.judge_bytes_per_s
@@ -171,7 +171,7 @@ class Upload:
                 raise EnsureCancelled(self.key)
 
     def _appears(self, size_bytes: int, load: Load, cancel: CancelToken, until_s: float) -> bool:
-        """Whether the file is there, looking again while the server may still be at it: its upload is gone, the file late."""
+        """Return whether the file exists. Look again while the server may still assemble it: upload gone, file late."""
         while True:
             with contextlib.suppress(S3Unreachable):
                 found = self.bucket.head(self.key)
@@ -192,7 +192,7 @@ class Upload:
         return True
 
     def sweep(self) -> None:
-        """Abort the other uploads of this key: the file is there, so they can only be in the way."""
+        """Abort the other uploads of this key: the file exists, so they are useless."""
         for upload_id in self.others:
             with contextlib.suppress(SeedError):
                 self.bucket.abort(self.key, upload_id)
@@ -203,7 +203,7 @@ def _length(number: int, size_bytes: int, part_bytes: int) -> int:
 
 
 class _Either:
-    """A cancel token that is set when the caller's is, or when there is nobody left to send to."""
+    """A cancel token that is set if the caller's is, or if no volume is left to send to."""
 
     def __init__(self, cancel: CancelToken) -> None:
         self._cancel = cancel
@@ -217,7 +217,7 @@ class _Either:
 
 
 class Relay:
-    """One file, from what its source said it holds, into the uploads; `run` does it all."""
+    """One file, from its source's metadata into the uploads. Call `run`."""
 
     def __init__(
         self,
@@ -247,14 +247,14 @@ class Relay:
 
     @property
     def done_bytes(self) -> int:
-        """How many bytes every volume that is still in the race has."""
+        """Return how many bytes every remaining volume has."""
         return min((upload.done_bytes for upload in self._uploads if upload.error is None), default=0)
 
     def run(self, on_bytes: Callable[[int], None] = lambda _: None) -> str:
-        """The sha256 of the file whose every part is on every volume; an upload with an `error` is out.
+        """Return the sha256 of the file when all its parts are on every volume. An upload with an `error` is left out.
 
-        Raises what `Fetch.run` raises, `ContentMismatch` for a header that contradicts the length where the source tells no
-        sha256, and the error of the only or last volume when none is left.
+        Raises what `Fetch.run` raises, `ContentMismatch` if the source gives no sha256 and a header contradicts the length, and
+        the error of the only or last volume if none is left.
         """
         threads = [threading.Thread(target=self._hash, name="sha256", daemon=True)]
         for upload in self._uploads:
@@ -283,7 +283,8 @@ class Relay:
             try:
                 fetch.run(on_bytes)
             except SourceUnreachable:
-                # A server hangs up on a client that does not read; that we did not read is the uploads' doing.
+                # A server closes the connection of a client that does not read. The uploads are the reason that we did not
+                # read.
                 if not self._window.held_within(self._load.patience_s):
                     raise
                 log.info("%s: asked again after its uploads were slow", self._remote.where)
@@ -327,7 +328,7 @@ class Relay:
     # --- in the threads
 
     def _hash(self) -> None:
-        """Hash the parts in their order, and hand each to every upload."""
+        """Hash the parts in order, and hand each to every upload."""
         try:
             for part in self._window.in_order():
                 self._digest.update(part.buffer)
@@ -347,7 +348,7 @@ class Relay:
                 waiting.put(None)
 
     def _look_at_header(self, part: Part) -> None:
-        """What a safetensors file says of its own length, as far as its header is in the first part."""
+        """Check the length that a safetensors file states, if its header is in the first part."""
         head, size = memoryview(part.buffer), self._remote.size_bytes
         first, is_verified = head[:HEAD_BYTES].tobytes(), self._remote.is_verified
         found = (misfit(upload.key, first, size, is_verified=is_verified) for upload in self._uploads)

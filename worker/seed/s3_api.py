@@ -1,9 +1,9 @@
-"""A RunPod volume through its S3-compatible API: one call a method, errors as people understand them. Touches the network.
+"""RunPod's S3-compatible API of a volume: one method a call, errors for people. Touches the network.
 
-What that API is like (RunPod's documentation, and reports of people who used it): it refuses batch deletes and presigned
-addresses; listing a folder of many files that were not written through it stalls, because each is hashed for its ETag; 502s
-come; Complete of a large file may answer 524 or NoSuchUpload although it succeeded. So nothing here lists a folder of models,
-and whether a file is there is asked with HeadObject.
+According to RunPod's documentation and its users, the API refuses batch deletes and presigned addresses. Listing a folder of
+many files that were not written through it stalls, because each is hashed for its ETag. 502s occur. Complete of a large file
+may answer 524 or NoSuchUpload although it succeeded. So nothing here lists a folder of models, and HeadObject decides whether a
+file exists.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ DATACENTERS: Final = (
     ),
     *("US-NC-1", "US-NC-2", "US-NE-1", "US-WA-1"),
 )
-"""Where RunPod's volumes have an S3 API."""
+"""The data centres where RunPod's volumes have an S3 API."""
 
 _ATTEMPTS: Final = 10
 _CONNECT_S: Final = 15.0
-# Not RunPod's two hours: HeadObject says whether a Complete without an answer succeeded, and a part is sent again.
+# Shorter than RunPod's two hours: HeadObject says whether a Complete without an answer succeeded, and a part is sent again.
 _READ_S: Final = 300.0
 _NOT_FOUND: Final = frozenset({"404", "NoSuchKey", "NotFound"})
 _NO_BUCKET: Final = "NoSuchBucket"
@@ -61,8 +61,8 @@ _SERVER_ERROR: Final = 500
 _FORBIDDEN: Final = frozenset({401, 403})
 
 
-class UploadGone(Exception):  # noqa: N818 - it may mean success: somebody completed it
-    """The multipart upload is no longer there."""
+class UploadGone(Exception):  # noqa: N818 - it may mean success: another process completed it
+    """The multipart upload no longer exists."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class Keys:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a volume is: its id, and the endpoint and region of its data centre."""
+    """A volume's id, and the endpoint and region of its data centre."""
 
     volume: str
     datacenter: str
@@ -83,7 +83,7 @@ class Place:
 
     @classmethod
     def of(cls, volume: str, datacenter: str, endpoint_url: str | None = None) -> Place:
-        """The volume's place; raises `DatacenterUnknown`. Another endpoint's regions are its own affair."""
+        """Return the volume's place. Raises `DatacenterUnknown`. The regions of another endpoint are not checked."""
         name = datacenter.strip().upper()
         if endpoint_url is None and name not in DATACENTERS:
             raise DatacenterUnknown(datacenter, DATACENTERS)
@@ -91,13 +91,13 @@ class Place:
 
     @property
     def title(self) -> str:
-        """What people call it."""
+        """Return the volume's name for people."""
         return f"{self.volume} ({self.datacenter})" if self.datacenter else self.volume
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """A file as the server tells of it: another one, or one that was written to, has another `Head`."""
+    """The server's description of a file. It differs for another file, or after a write."""
 
     size_bytes: int
     modified_s: int
@@ -113,7 +113,7 @@ class SentPart:
 
 
 def bucket_at(place: Place, keys: Keys, connections: int) -> Bucket:
-    """The volume, with the client settings that RunPod's API wants; no connection is made yet."""
+    """Return the volume with the client settings that RunPod's API requires. No connection is made yet."""
     target = S3Target.at(
         place.endpoint_url, keys.access_key_id, keys.secret_access_key, bucket=place.volume, region=place.datacenter or None
     )
@@ -134,7 +134,7 @@ class Bucket:
         self._client = client
 
     def check(self) -> None:
-        """Return when the volume is there and the keys are good for it."""
+        """Return if the volume exists and the keys work."""
         with self._saying("HeadBucket"):
             try:
                 self._client.head_bucket(Bucket=self.place.volume)
@@ -146,7 +146,7 @@ class Bucket:
     # --- files
 
     def head(self, key: str) -> Head | None:
-        """What the server says of a file; None when there is none."""
+        """Return the server's description of a file, or None."""
         with self._saying("HeadObject", key):
             try:
                 said = self._client.head_object(Bucket=self.place.volume, Key=key)
@@ -157,7 +157,7 @@ class Bucket:
         return Head(int(said["ContentLength"]), int(said["LastModified"].timestamp()), str(said.get("ETag", "")))
 
     def read(self, key: str, start: int = 0, length: int = 1 << 16) -> bytes | None:
-        """Some bytes of a file; None when there is none. Fewer than asked for at its end."""
+        """Return some bytes of a file, fewer at its end, or None if there is no file."""
         with self._saying("GetObject", key):
             try:
                 answer = self._client.get_object(Bucket=self.place.volume, Key=key, Range=f"bytes={start}-{start + length - 1}")
@@ -171,17 +171,17 @@ class Bucket:
             return data
 
     def write(self, key: str, data: bytes) -> None:
-        """Put a small file."""
+        """Write a small file."""
         with self._saying("PutObject", key, len(data)):
             self._client.put_object(Bucket=self.place.volume, Key=key, Body=data)
 
     def remove(self, key: str) -> None:
-        """Remove a file, if there is one."""
+        """Remove a file, if it exists."""
         with self._saying("DeleteObject", key):
             self._client.delete_object(Bucket=self.place.volume, Key=key)
 
     def keys(self, prefix: str) -> Iterator[str]:
-        """The files below a folder: for folders of small files only."""
+        """Yield the files below a folder. Only for folders of small files."""
         with self._saying("ListObjectsV2", prefix):
             for page in self._client.get_paginator("list_objects_v2").paginate(Bucket=self.place.volume, Prefix=prefix):
                 yield from (entry["Key"] for entry in page.get("Contents", ()))
@@ -189,13 +189,13 @@ class Bucket:
     # --- multipart uploads
 
     def uploads(self, key: str) -> list[str]:
-        """The uploads of this key that were begun and neither completed nor aborted."""
+        """Return the unfinished uploads of this key."""
         with self._saying("ListMultipartUploads", key):
             pages = self._client.get_paginator("list_multipart_uploads").paginate(Bucket=self.place.volume, Prefix=key)
             return [found["UploadId"] for page in pages for found in page.get("Uploads", ()) if found["Key"] == key]
 
     def parts(self, key: str, upload_id: str) -> dict[int, SentPart]:
-        """What an upload has already, by part number; raises `UploadGone`."""
+        """Return the parts of an upload by number. Raises `UploadGone`."""
         with self._saying("ListParts", key):
             pages = self._client.get_paginator("list_parts").paginate(Bucket=self.place.volume, Key=key, UploadId=upload_id)
             return {
@@ -205,14 +205,14 @@ class Bucket:
             }
 
     def begin(self, key: str) -> str:
-        """A new upload's id."""
+        """Begin an upload and return its id."""
         with self._saying("CreateMultipartUpload", key):
             return str(self._client.create_multipart_upload(Bucket=self.place.volume, Key=key)["UploadId"])
 
     def send(self, key: str, upload_id: str, number: int, body: bytearray, md5: bytes) -> None:
-        """Send a part. The server checks it against the MD5, and so does this against what the server says it has.
+        """Send a part. The server checks it against the MD5, and this checks the server's answer.
 
-        Raises `UploadGone` as well.
+        Also raises `UploadGone`.
         """
         with self._saying("UploadPart", key, len(body)):
             answer = self._client.upload_part(
@@ -228,7 +228,7 @@ class Bucket:
             raise S3Failed(self.place.title, f"UploadPart {number} of {key}", f"the server has the MD5 {etag}, not {md5.hex()}")
 
     def complete(self, key: str, upload_id: str, etags: Sequence[str]) -> None:
-        """Ask the server to make the file of its parts. Whether it did, `head` says; raises `UploadGone` as well."""
+        """Ask the server to assemble the file. `head` says whether it did. Also raises `UploadGone`."""
         parts = [{"PartNumber": number, "ETag": f'"{etag}"'} for number, etag in enumerate(etags, 1)]
         with self._saying("CompleteMultipartUpload", key):
             self._client.complete_multipart_upload(
@@ -236,7 +236,7 @@ class Bucket:
             )
 
     def abort(self, key: str, upload_id: str) -> None:
-        """Forget an upload and its parts; one that is gone is no error."""
+        """Abort an upload and drop its parts. A missing upload is no error."""
         with contextlib.suppress(UploadGone), self._saying("AbortMultipartUpload", key):
             self._client.abort_multipart_upload(Bucket=self.place.volume, Key=key, UploadId=upload_id)
 

@@ -1,7 +1,7 @@
 """A volume through its S3 API, with the worker's own layout, seals and checks. Touches the network.
 
-Keys are the paths on the mounted volume. Over S3 nobody can set a file's mtime, or be sure to read the one that a mount shows,
-so a seal from here has `mtime: null`: the first worker that sees the file compares its size and header, and fills the mtime in.
+Keys are the paths on the mounted volume. S3 cannot set a file's mtime, or read the mtime that a mount shows. So a seal from
+here has `mtime: null`: the first worker that sees the file compares its size and header, and fills the mtime in.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ class Sealed:
 
     @property
     def title(self) -> str:
-        """The model as people write it."""
+        """Return the model as people write it."""
         return f"{self.folder}/{self.name}"
 
 
 def sealed_at(path: str, seal: Seal | None) -> Sealed | None:
-    """What a seal's path below the seals' folder is about: `folder/name.json`."""
+    """Return the model of a seal's path below the seals' folder: `folder/name.json`."""
     if seal is None or not path.endswith(".json") or path.rpartition("/")[2].startswith("."):
         return None
     folder, _, name = sealed_by(path).partition("/")
@@ -67,24 +67,24 @@ class S3Volume:
     """One volume. Its errors are those of `Bucket`."""
 
     free_bytes: int | None = None
-    """The API does not tell."""
+    """The API does not say."""
 
     def __init__(self, bucket: Bucket) -> None:
         self.bucket = bucket
 
     @property
     def title(self) -> str:
-        """What people call it."""
+        """Return the volume's name for people."""
         return self.bucket.place.title
 
     def key(self, folder: str, name: str) -> str:
-        """A model's file."""
+        """Return the key of a model's file."""
         return _LAYOUT.model(folder, name).as_posix()
 
     # --- what is there
 
     def look(self, folder: str, name: str) -> Look:
-        """Say how a model's file stands, as the worker's inventory does for a mounted volume."""
+        """Return the state of a model's file, as the worker's inventory does for a mounted volume."""
         found = self.bucket.head(self.key(folder, name))
         if found is None:
             return Look(Standing.ABSENT)
@@ -100,22 +100,22 @@ class S3Volume:
         return Look(standing, found.size_bytes, seal, found, error, record)
 
     def _unchanged(self, found: Head, seal: Seal, seal_key: str) -> bool:
-        """Whether the file is no younger than its seal, and no older than the time that a worker wrote into it.
+        """Return whether the file is not younger than its seal, and not older than the time that a worker wrote into it.
 
-        Only the server's own times are compared with each other.
+        Only times of the server are compared with each other.
         """
         sealed = self.bucket.head(seal_key)
         return sealed is not None and (seal.mtime or 0) <= found.modified_s <= sealed.modified_s
 
     def _trouble(self, folder: str, name: str, size_bytes: int) -> FileIncomplete | None:
-        """Why the file cannot be used, if it is one of safetensors and its header says another length."""
+        """Return why the file cannot be used, if it is a safetensors file and its header states another length."""
         key = self.key(folder, name)
         if not is_safetensors(name):
             return None
         head = self.bucket.read(key, 0, _HEADER_BYTES) or b""
         length = 8 + int.from_bytes(head[:8], "little")
         if _READ_BYTES < length <= size_bytes:
-            return None  # so long a header is not worth its reading
+            return None  # a header of this length is not worth reading
         if len(head) < length <= size_bytes:
             head = self.bucket.read(key, 0, length) or b""
         whole = stated_in(io.BytesIO(head), size_bytes)
@@ -123,19 +123,19 @@ class S3Volume:
 
     @staticmethod
     def expected(spec: ModelSpec, sha256: str | None) -> str | None:
-        """What a file without a fitting seal has to hash to, if its source says `sha256`: see `adopt`."""
+        """Return the required hash of a file without a fitting seal, if its source says `sha256`; see `adopt`."""
         return spec.sha256 or sha256
 
     def check(self, spec: ModelSpec, what: str, expected: str | None, actual: str | None) -> None:
-        """Raise `S3FileDiffers` where both are known and differ."""
+        """Raise `S3FileDiffers` if both are known and differ."""
         if expected and actual and expected != actual:
             raise S3FileDiffers(self.key(spec.folder, spec.name), what, expected, actual)
 
     def adopt(self, spec: ModelSpec, found: Look, remote: Remote, on_bytes: Callable[[int], None], cancel: CancelToken) -> How:
-        """Seal a file that has no seal, if it is what it should be; one that nobody knows the sha256 of is left as it is.
+        """Seal a file that has no seal, if it is the wanted one. Leave it as it is if no sha256 is known.
 
-        A run that died between Complete and seal left its record: it is believed. Any other file is read over the network.
-        Raises `S3FileDiffers` when it is another file, and why it is of no use.
+        If a run died between Complete and seal, its record is used. Any other file is read over the network. Raises
+        `S3FileDiffers` if it is another file, and says why it cannot be used.
         """
         if remote.sha256:
             self.check(spec, "size", str(remote.size_bytes), str(found.size_bytes))
@@ -152,7 +152,7 @@ class S3Volume:
         return "adopted"
 
     def begun_bytes(self, spec: ModelSpec, remote: Remote) -> int:
-        """What unfinished uploads of the model have, the fullest of them."""
+        """Return what the fullest unfinished upload of the model has."""
         del remote
         key = self.key(spec.folder, spec.name)
         sizes = [
@@ -161,7 +161,7 @@ class S3Volume:
         return max(sizes, default=0)
 
     def hash(self, folder: str, name: str, size_bytes: int, on_bytes: Callable[[int], None], cancel: CancelToken) -> str:
-        """The sha256 of a file, read over the network."""
+        """Return the sha256 of a file, read over the network."""
         digest, at, key = hashlib.sha256(), 0, self.key(folder, name)
         while at < size_bytes:
             if cancel.is_set():
@@ -175,18 +175,18 @@ class S3Volume:
         return digest.hexdigest()
 
     def manifest(self) -> bytes | None:
-        """`models.toml`, if there is one."""
+        """Return `models.toml`, or None."""
         return self._small(_LAYOUT.manifest)
 
     def workflow(self, name: str) -> bytes | None:
-        """The file of a workflow of this name; None when there is none, or the name can be none."""
+        """Return the file of a workflow of this name. None if there is none, or if the name is impossible."""
         with contextlib.suppress(UnsafePath):
             files = (self._small(_LAYOUT.workflow(form)) for form in forms(name))
             return next((data for data in files if data is not None), None)
         return None
 
     def workflow_names(self) -> list[str]:
-        """The names of its workflows."""
+        """Return the names of its workflows."""
         prefix = f"{_LAYOUT.workflows.as_posix()}/"
         keys = (key.removeprefix(prefix) for key in self.bucket.keys(prefix))
         return sorted(key.removesuffix(".json") for key in keys if key.endswith(".json"))
@@ -203,18 +203,18 @@ class S3Volume:
     # --- seals
 
     def sealed(self) -> Iterator[Sealed]:
-        """Every model that has a seal; the folders of models themselves are not listed."""
+        """Yield every model that has a seal. The folders of models themselves are not listed."""
         prefix = f"{_LAYOUT.seals.as_posix()}/"
         for key in self.bucket.keys(prefix):
             if found := sealed_at(key.removeprefix(prefix), self._seal(Path(key))):
                 yield found
 
     def announce(self, folder: str, name: str, seal: Seal) -> None:
-        """Write down what a file should be, before it gets its name."""
+        """Record what a file should be, before it gets its name."""
         self.bucket.write(_LAYOUT.pending_seal(folder, name).as_posix(), encode_seal(seal))
 
     def seal(self, folder: str, name: str, seal: Seal) -> None:
-        """Seal a file that is there. The record of its announcement goes."""
+        """Seal an existing file and remove its announcement."""
         self.bucket.write(_LAYOUT.seal(folder, name).as_posix(), encode_seal(replace(seal, mtime=None)))
         with contextlib.suppress(S3Failed):
             self.bucket.remove(_LAYOUT.pending_seal(folder, name).as_posix())
@@ -230,7 +230,7 @@ class S3Volume:
 
 
 def new_seal(spec: ModelSpec, remote: Remote, sha256: str, by: str) -> Seal:
-    """The seal of a file that was uploaded."""
+    """Return the seal of an uploaded file."""
     origin = Origin.of(spec)
     return Seal(
         size=remote.size_bytes,

@@ -1,4 +1,4 @@
-"""What a person, a log or a program sees while models are on their way: bars, lines, or JSON. Prints."""
+"""Show progress to a person, a log or a program: bars, lines, or JSON. Prints."""
 
 from __future__ import annotations
 
@@ -40,35 +40,35 @@ _PHASES: Final = {"waiting": "waiting", "downloading": "", "checking": "checking
 
 
 class Screen(Protocol):
-    """Where progress goes. Called from several threads; a context manager around the work."""
+    """Shows progress. Called from several threads; a context manager around the work."""
 
     def __enter__(self) -> Self:
         """Begin."""
         ...
 
     def __exit__(self, *exc: object) -> None:
-        """Leave the terminal as it was."""
+        """Restore the terminal."""
         ...
 
     def expect(self, sizes: Iterable[int]) -> None:
-        """How many bytes each of the models has, for the total."""
+        """Take the models' sizes, for the total."""
         ...
 
     def moved(self, model: str, moment: Moment) -> None:
-        """How far one model is."""
+        """Show the progress of one model."""
         ...
 
     def ended(self, model: str, outcomes: Iterable[Outcome]) -> None:
-        """What became of one model, for each volume."""
+        """Show the outcome of one model on each volume."""
         ...
 
     def say(self, text: str) -> None:
-        """A sentence for people."""
+        """Show a sentence for people."""
         ...
 
 
 class Bars:
-    """A terminal: a bar for each model on its way and one for all, and a line for each that has ended."""
+    """For a terminal: a bar for each model in transfer and one for all, and a line for each finished one."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -98,14 +98,14 @@ class Bars:
         self._progress.stop()
 
     def expect(self, sizes: Iterable[int]) -> None:
-        """As `Screen.expect`."""
+        """Like `Screen.expect`."""
         known = list(sizes)
         self._count = len(known)
         self._total = self._progress.add_task("", total=sum(known), phase="")
         self._retitle()
 
     def moved(self, model: str, moment: Moment) -> None:
-        """As `Screen.moved`."""
+        """Like `Screen.moved`."""
         with self._lock:
             if model not in self._tasks:
                 self._tasks[model] = self._progress.add_task(model, total=moment.total_bytes or None, phase="")
@@ -116,7 +116,7 @@ class Bars:
             self._retotal()
 
     def ended(self, model: str, outcomes: Iterable[Outcome]) -> None:
-        """As `Screen.ended`."""
+        """Like `Screen.ended`."""
         with self._lock:
             self._ended += 1
             if model in self._tasks:
@@ -128,7 +128,7 @@ class Bars:
             self._retitle()
 
     def say(self, text: str) -> None:
-        """As `Screen.say`."""
+        """Like `Screen.say`."""
         self._progress.console.print(Text(text))
 
     def _retotal(self) -> None:
@@ -141,7 +141,7 @@ class Bars:
 
 
 def grouped(outcomes: Iterable[Outcome]) -> list[tuple[Outcome, str]]:
-    """Outcomes that are alike on several volumes as one, and on which volumes, where that is not all of them."""
+    """Join equal outcomes of several volumes, and name these volumes unless they are all."""
     groups: dict[tuple[str, str], list[Outcome]] = {}
     for outcome in outcomes:
         groups.setdefault((outcome.how, str(outcome.error)), []).append(outcome)
@@ -154,7 +154,7 @@ def grouped(outcomes: Iterable[Outcome]) -> list[tuple[Outcome, str]]:
 
 
 def line_of(outcome: Outcome, where: str) -> RenderableType:
-    """One outcome as a coloured line; what is the matter comes below it."""
+    """Return one outcome as a coloured line, with its error below."""
     mark, style = _MARKS[outcome.good]
     if outcome.how == "cancelled":
         mark, style = "-", "yellow"
@@ -165,7 +165,7 @@ def line_of(outcome: Outcome, where: str) -> RenderableType:
 
 
 def text_of(outcome: Outcome) -> str:
-    """An outcome without the model's name: `seeded, 11.9 GB in 50 s, 240 MB/s`."""
+    """Return an outcome without the model's name: `seeded, 11.9 GB in 50 s, 240 MB/s`."""
     text = WORDS[outcome.how]
     if outcome.how != "sent":
         size = f", {size_text(outcome.size_bytes)}" if outcome.size_bytes else ""
@@ -177,7 +177,7 @@ def text_of(outcome: Outcome) -> str:
 
 
 class Lines:
-    """No terminal: a line when a model begins to move, every ten seconds, and when it has ended."""
+    """Without a terminal: a line when a model begins, every ten seconds, and when it has ended."""
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
@@ -191,12 +191,12 @@ class Lines:
         self._stream.flush()
 
     def expect(self, sizes: Iterable[int]) -> None:
-        """As `Screen.expect`."""
+        """Like `Screen.expect`."""
         known = list(sizes)
         self.say(f"{count(len(known), 'model')}, {size_text(sum(known))}")
 
     def moved(self, model: str, moment: Moment) -> None:
-        """As `Screen.moved`."""
+        """Like `Screen.moved`."""
         with self._lock:
             now_s = time.monotonic()
             if now_s < self._next_s.get(model, 0.0):
@@ -205,19 +205,19 @@ class Lines:
         self.say(f"{model}: {moment}")
 
     def ended(self, model: str, outcomes: Iterable[Outcome]) -> None:
-        """As `Screen.ended`."""
+        """Like `Screen.ended`."""
         del model
         for outcome, where in grouped(outcomes):
             self.say(f"{outcome.model}: {text_of(outcome)}{where}" + (f": {outcome.error}" if outcome.error else ""))
 
     def say(self, text: str) -> None:
-        """As `Screen.say`."""
+        """Like `Screen.say`."""
         with self._lock:
             print(text, file=self._stream, flush=True)
 
 
 class JsonLines:
-    """A program: one JSON object a line, each with an `event`."""
+    """For a program: one JSON object a line, each with an `event`."""
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
@@ -231,12 +231,12 @@ class JsonLines:
         self._stream.flush()
 
     def expect(self, sizes: Iterable[int]) -> None:
-        """As `Screen.expect`."""
+        """Like `Screen.expect`."""
         known = list(sizes)
         self.tell("begin", models=len(known), size_bytes=sum(known))
 
     def moved(self, model: str, moment: Moment) -> None:
-        """As `Screen.moved`."""
+        """Like `Screen.moved`."""
         with self._lock:
             now_s = time.monotonic()
             if now_s < self._next_s.get(model, 0.0):
@@ -246,16 +246,16 @@ class JsonLines:
         self.tell("progress", model=model, phase=moment.phase, done_bytes=done, total_bytes=total, bytes_per_s=rate)
 
     def ended(self, model: str, outcomes: Iterable[Outcome]) -> None:
-        """As `Screen.ended`."""
+        """Like `Screen.ended`."""
         del model
         for outcome in outcomes:
             self.tell("ended", **outcome.to_dict())
 
     def say(self, text: str) -> None:
-        """As `Screen.say`."""
+        """Like `Screen.say`."""
         self.tell("note", text=text)
 
     def tell(self, event: str, **values: Any) -> None:  # noqa: ANN401 - JSON
-        """One event."""
+        """Print one event."""
         with self._lock:
             print(json.dumps({"event": event, **values}), file=self._stream, flush=True)

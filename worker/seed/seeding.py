@@ -1,4 +1,4 @@
-"""Two actions: seed, and the dry run of it. Through the desk's parts; prints through its screen."""
+"""Two actions: seeding, and its dry run."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _SLOW_S: Final = 5.0
 
 
 def seed(desk: Desk, place: Place, sources: Sources) -> int:
-    """Bring everything that is wanted onto the volumes; the exit code. Raises `EnsureCancelled` when it was stopped."""
+    """Put every wanted model onto the volumes. Return the exit status. Raises `EnsureCancelled` if stopped."""
     began_s = time.monotonic()
     items = _items(desk, sources)
     hopeless = [item for item in items if item.state not in {State.FETCH, State.NO_ANSWER} or item.spec is None]
@@ -67,7 +67,7 @@ def seed(desk: Desk, place: Place, sources: Sources) -> int:
 
 
 def dry_run(desk: Desk, place: Place, sources: Sources) -> int:
-    """Say what `seed` would do; the exit code: 1 when something is in the way. Raises `VolumeFull`."""
+    """Report what `seed` would do. Return the exit status, 1 if something blocks it. Raises `VolumeFull`."""
     lines = look_ahead(_items(desk, sources), place.volumes, desk.hub, desk.cancel)
     send_bytes, free = sum(line.send_bytes for line in lines), place.volumes[0].free_bytes
     models = [line.to_dict() for line in lines]
@@ -81,7 +81,7 @@ def dry_run(desk: Desk, place: Place, sources: Sources) -> int:
 
 
 def _items(desk: Desk, sources: Sources) -> tuple[Item, ...]:
-    """What is wanted, with what the sources say about it."""
+    """Return the wanted models with their sources' metadata."""
     hub = urlsplit(desk.settings.hf_endpoint).hostname
     with _told_when_slow(desk, f"waiting for an answer of {hub} about its files"):
         items = desk.wants(sources).read(desk.options.whats)
@@ -95,7 +95,7 @@ def _items(desk: Desk, sources: Sources) -> tuple[Item, ...]:
 
 
 def _hosts(desk: Desk, items: Iterable[Item]) -> str:
-    """Who is asked about these models."""
+    """Return the hosts that are asked about these models."""
     hub = urlsplit(desk.settings.hf_endpoint).hostname or ""
     sources = [item.spec.source for item in items if item.spec]
     return ", ".join(sorted({hub if isinstance(source, HubFile) else source.host for source in sources}))
@@ -103,7 +103,7 @@ def _hosts(desk: Desk, items: Iterable[Item]) -> str:
 
 @contextlib.contextmanager
 def _told_when_slow(desk: Desk, text: str) -> Iterator[None]:
-    """Say what is waited for, once that takes long."""
+    """Say what is awaited if it takes long."""
     timer = threading.Timer(_SLOW_S, desk.tell, [text])
     timer.daemon = True
     timer.start()
@@ -114,9 +114,9 @@ def _told_when_slow(desk: Desk, text: str) -> Iterator[None]:
 
 
 def fill(desk: Desk, wanted: Sequence[tuple[ModelSpec, object]], filler: Filler, screen: Screen) -> list[Outcome]:
-    """Bring models onto the volumes, each with the stamp of the file that it is to replace (None: it replaces none).
+    """Put models onto the volumes, each with the stamp of the file that it replaces, or None.
 
-    Three at a time: while one or two are put together at their end, the next is on its way.
+    Three run at a time: while one or two are assembled by the server, the next is in transfer.
     """
     with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="seed") as pool:
         futures = [pool.submit(_one, desk, spec, stamp, filler, screen) for spec, stamp in wanted]
@@ -135,7 +135,7 @@ def _one(desk: Desk, spec: ModelSpec, stamp: object, filler: Filler, screen: Scr
 
 
 def code_of(desk: Desk, outcomes: Sequence[Outcome]) -> int:
-    """The exit code; raises `EnsureCancelled` when it was stopped before its end."""
+    """Return the exit status. Raises `EnsureCancelled` if stopped before the end."""
     if desk.cancel.is_set() and any(outcome.how == "cancelled" for outcome in outcomes):
         raise EnsureCancelled("seeding")
     failed = [outcome for outcome in outcomes if not outcome.good]
@@ -147,7 +147,7 @@ def code_of(desk: Desk, outcomes: Sequence[Outcome]) -> int:
 
 
 def _warn_of_room(items: Sequence[Item], place: Place, screen: Screen) -> None:
-    """Say ahead what will not fit; each model is checked again when it comes to it."""
+    """Warn about models that will not fit. Each is checked again when its turn comes."""
     for volume in place.volumes:
         if (free := volume.free_bytes) is None:
             continue
@@ -168,7 +168,7 @@ def _hopeless(item: Item, titles: Iterable[str]) -> list[Outcome]:
 
 
 def _wait_all(futures: Iterable[Future[Any]]) -> None:
-    """In slices, so that a signal is seen at once."""
+    """Wait in slices, so that a signal is noticed at once."""
     left = set(futures)
     while left:
         _, left = wait(left, timeout=_TICK_S, return_when=FIRST_COMPLETED)

@@ -1,6 +1,6 @@
-"""WHAT people want seeded -> models with their sources: manifests, workflows, addresses, whole repositories, templates.
+"""Resolve the WHAT arguments to models with sources: manifests, workflows, addresses, whole repositories, templates.
 
-Reads files, and asks the hub for a repository's files where a pattern is given.
+Reads files, and asks the hub for a repository's files if a pattern is given.
 """
 
 from __future__ import annotations
@@ -41,16 +41,15 @@ _NEAR: Final = 3
 
 
 def _tell_nobody(_: str) -> None:
-    """Take a sentence where nobody listens."""
+    """Ignore a sentence."""
 
 
 class Wants:
-    """Reads WHATs. `sources` are the lists that hold anyway; manifests among the WHATs come before them.
+    """Resolves WHATs. `sources` are the lists that always apply; manifests among the WHATs come before them.
 
-    `folder` is where an address goes that does not say it itself; `hosts` are those that a workflow's metadata may name;
-    `volumes` hold the workflows that are meant by a name.
-    `tell` takes a warning: a workflow that its ComfyUI cannot run, before its models are sent.
-    `warn` hears of manifests with entries that are left out.
+    `folder` is for an address that names no folder; `hosts` are those that a workflow's metadata may name; `volumes` have the
+    workflows that are given by name. `tell` takes a warning before models are sent: a workflow that its ComfyUI cannot run.
+    `warn` takes manifests with entries that are left out.
     """
 
     def __init__(
@@ -75,10 +74,10 @@ class Wants:
         self._warn_of_lists = warn
 
     def read(self, whats: Sequence[str]) -> tuple[Item, ...]:
-        """The models that are meant, each once: to be fetched, or with what is the matter. No WHAT: what the manifests name.
+        """Return the models, each once: to be downloaded, or with an error. Without a WHAT: those of the manifests.
 
-        Raises `SeedUsage`, `WhatUnknown` or `SpecInvalid` for a WHAT that makes no sense, `ManifestInvalid`, and what listing
-        a repository raises.
+        Raises `SeedUsage`, `WhatUnknown` or `SpecInvalid` for a wrong WHAT, `ManifestInvalid`, and what listing a repository
+        raises.
         """
         manifests = [self._manifest(Path(what)) for what in whats if _is_manifest(what)]
         self._sources = replace(self._sources, manifests=(*manifests, *self._sources.manifests))
@@ -114,7 +113,7 @@ class Wants:
         raise WhatUnknown(what, near, self._saved_names())
 
     def _warn(self, what: str, lacking: UnknownNodes | None) -> None:
-        """Say that a workflow cannot run. Its models are sent all the same: the image may have a newer ComfyUI."""
+        """Warn that a workflow cannot run. Its models are still sent: the image may have a newer ComfyUI."""
         if lacking:
             self._tell(f"warning: {what} CANNOT RUN; its models are sent all the same. {lacking}")
 
@@ -137,7 +136,7 @@ class Wants:
         found = [path for path in self._hub.list_files(pattern, self._cancel) if fnmatch.fnmatchcase(path, pattern.path)]
         if not found:
             raise FileNotInRepo(pattern.repo, pattern.path, pattern.revision)
-        # Files of one name in several folders of the repository keep these folders; all others go without.
+        # Files of one name in several folders of the repository keep these folders. All others lose them.
         names = Counter(path.rpartition("/")[2] for path in found)
         short = {path: path.rpartition("/")[2] for path in found if names[path.rpartition("/")[2]] == 1}
         return [ModelSpec(self._folder, short.get(path, path), replace(pattern, path=path)) for path in found]
@@ -145,7 +144,7 @@ class Wants:
     # --- files
 
     def _manifest(self, path: Path) -> SpecList:
-        """A manifest in any of the formats that the worker reads."""
+        """Return a manifest in any of the formats that the worker reads."""
         sources = Sources.read(volume_manifest=path)
         self._warn_of_lists(sources)
         volume = sources.volume
@@ -169,7 +168,7 @@ class Wants:
             raise SeedUsage(f"{title}: {exc}") from exc
 
     def _saved(self, name: str) -> dict[str, Any]:
-        """The workflow of this name on a volume. Raises `WorkflowUnknown`, `NoWorkflowInFile`, and what reading it does."""
+        """Return the workflow of this name on a volume. Raises `WorkflowUnknown`, `NoWorkflowInFile`, and reading errors."""
         found = self._found(name)
         if found is None:
             raise WorkflowUnknown(name, self._saved_names())
@@ -184,7 +183,7 @@ class Wants:
 
 
 def _short_lines(what: str) -> Iterable[ModelSpec]:
-    """The models of an argument such as `loras=hf://org/repo/file.safetensors`. Raises `SeedUsage`."""
+    """Return the models of an argument such as `loras=hf://org/repo/file.safetensors`. Raises `SeedUsage`."""
     try:
         return Sources.read(models=what).manifest()
     except ManifestInvalid as exc:
@@ -192,7 +191,7 @@ def _short_lines(what: str) -> Iterable[ModelSpec]:
 
 
 def _is_manifest(what: str) -> bool:
-    """Whether a file is a list of models rather than a workflow: what is no JSON is one, and JSON that has such a list."""
+    """Return whether a file is a list of models, not a workflow: any file outside JSON, and JSON that has such a list."""
     if "://" in what or what == "-":
         return False
     try:

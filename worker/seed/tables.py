@@ -1,4 +1,4 @@
-"""What was found and done, as tables: the dry run, the list, the verification, the summary. Pure."""
+"""Tables of results: the dry run, the list, the verification, the summary. Pure."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _table(*columns: str, numbers: frozenset[str] = frozenset()) -> Table:
 
 
 def summary(outcomes: Sequence[Outcome], seconds: float) -> Table:
-    """What became of each model on each volume."""
+    """Return the outcome of each model on each volume."""
     table = _table("model", "volume", "", "size", "sent", "time", numbers=frozenset({"size", "sent", "time"}))
     for outcome in outcomes:
         sent = size_text(outcome.moved_bytes) if outcome.moved_bytes else ""
@@ -46,7 +46,7 @@ def summary(outcomes: Sequence[Outcome], seconds: float) -> Table:
 
 
 def dry_run(lines: Sequence[Line]) -> Table:
-    """What would be done."""
+    """Return what would be done."""
     table = _table("model", "size", "state", "from", numbers=frozenset({"size"}))
     for line in lines:
         size = "?" if line.size_bytes is None else size_text(line.size_bytes)
@@ -55,7 +55,7 @@ def dry_run(lines: Sequence[Line]) -> Table:
 
 
 def listing(found: Iterable[Sealed], fits: Iterable[bool]) -> Table:
-    """What is sealed."""
+    """Return what is sealed."""
     table = _table("model", "size", "state", "sealed", "from", numbers=frozenset({"size"}))
     for sealed, good in zip(found, fits, strict=True):
         seal = sealed.seal
@@ -66,7 +66,7 @@ def listing(found: Iterable[Sealed], fits: Iterable[bool]) -> Table:
 
 
 def verification(checked: Sequence[Checked]) -> Table:
-    """What reading everything found."""
+    """Return what reading everything found."""
     table = _table("model", "size", "state", "", numbers=frozenset({"size"}))
     for item in checked:
         note = str(item.error) if item.error else ""

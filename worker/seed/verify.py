@@ -1,4 +1,4 @@
-"""What a volume that was seeded needs later: verify what is sealed, remove what no list names. Through a `Volume`."""
+"""Maintain a seeded volume: verify what is sealed, remove what no list names. Works through a `Volume`."""
 
 from __future__ import annotations
 
@@ -22,48 +22,48 @@ Verdict = Literal["whole", "touched", "damaged", "replaced", "missing", "unhashe
 
 
 class Volume(Protocol):
-    """A volume, mounted or through S3, as upkeep and the dry run see it."""
+    """A volume, mounted or through S3, as maintenance and the dry run see it."""
 
     @property
     def title(self) -> str:
-        """What people call it."""
+        """Return the volume's name for people."""
         ...
 
     @property
     def free_bytes(self) -> int | None:
-        """What is free, where that can be known."""
+        """Return the free bytes, or None if unknown."""
         ...
 
     def workflow(self, name: str) -> bytes | None:
-        """The file of a workflow of this name; None when there is none, or the name can be none."""
+        """Return the file of a workflow of this name. None if there is none, or if the name is impossible."""
         ...
 
     def workflow_names(self) -> list[str]:
-        """The names of its workflows."""
+        """Return the names of its workflows."""
         ...
 
     def look(self, folder: str, name: str) -> Look:
-        """Say how a model's file stands."""
+        """Return the state of a model's file."""
         ...
 
     def expected(self, spec: ModelSpec, sha256: str | None) -> str | None:
-        """What a file without a fitting seal has to hash to, if its source says `sha256`; None when any file will do."""
+        """Return the required hash of a file without a fitting seal, if its source says `sha256`. None if any file will do."""
         ...
 
     def begun_bytes(self, spec: ModelSpec, remote: Remote) -> int:
-        """How much of it is there of a run that ended."""
+        """Return how much of it an interrupted run left behind."""
         ...
 
     def hash(self, folder: str, name: str, size_bytes: int, on_bytes: Callable[[int], None], cancel: CancelToken) -> str:
-        """The sha256 of a file."""
+        """Return the sha256 of a file."""
         ...
 
     def sealed(self) -> Iterator[Sealed]:
-        """Every model that has a seal."""
+        """Yield every model that has a seal."""
         ...
 
     def seal(self, folder: str, name: str, seal: Seal) -> None:
-        """Seal a file as it is now."""
+        """Seal a file in its current state."""
         ...
 
     def remove(self, folder: str, name: str) -> None:
@@ -73,11 +73,11 @@ class Volume(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """What one sealed model turned out to be.
+    """The result of verifying one sealed model.
 
-    `touched`: its mtime is another one, its content is not; it was sealed anew. `damaged`: size and time are those of its seal,
-    the content is not. `replaced`: size or time are others, and so is the content: somebody put it there. `unhashed`: its
-    seal knows no sha256. `stamp` is that of the file that was read.
+    `touched`: its mtime differs from the seal, its content does not; it was sealed again. `damaged`: size and time equal its
+    seal, the content differs. `replaced`: size or time differ, and so does the content: it was put there by hand. `unhashed`:
+    its seal has no sha256. `stamp` is that of the file that was read.
     """
 
     sealed: Sealed
@@ -88,11 +88,11 @@ class Checked:
 
     @property
     def good(self) -> bool:
-        """Whether a worker can trust it."""
+        """Return whether a worker can trust it."""
         return self.verdict in {"whole", "touched", "unhashed"}
 
     def to_dict(self) -> dict[str, Any]:
-        """For `--json`."""
+        """Return the result for `--json`."""
         seal = self.sealed.seal
         return {
             "model": self.sealed.title,
@@ -105,7 +105,7 @@ class Checked:
 
 
 def verify(volume: Volume, found: Sealed, on_bytes: Callable[[int], None], cancel: CancelToken) -> Checked:
-    """Read the file and compare; only a seal is written, and only for a file that is right. Raises `EnsureCancelled`."""
+    """Read the file and compare. Write only a seal, and only for a right file. Raises `EnsureCancelled`."""
     try:
         there = volume.look(found.folder, found.name)
         if there.standing is Standing.ABSENT:
@@ -135,9 +135,10 @@ def _compare(volume: Volume, found: Sealed, there: Look, on_bytes: Callable[[int
 
 
 def repair_spec(found: Sealed, known: Mapping[str, ModelSpec]) -> ModelSpec | None:
-    """Where to fetch a damaged model from: the commit that its seal names, a list, any address in its seal; None without one.
+    """Return the source for a damaged model: its seal's commit, a list, or any address in its seal. None without one.
 
-    The commit comes first because a list without a pin may mean a newer file by now; not where the list has another source.
+    The commit comes first, because a list without a pin may mean a newer file by now. If the list has another source, the list
+    comes first.
     """
     own, listed = _sealed_spec(found), known.get(found.title)
     if listed is None or (own and found.seal.commit and _is_same_origin(own, listed)):
@@ -146,7 +147,7 @@ def repair_spec(found: Sealed, known: Mapping[str, ModelSpec]) -> ModelSpec | No
 
 
 def _is_same_origin(own: ModelSpec, listed: ModelSpec) -> bool:
-    """Whether a list means the file that was sealed, at whichever revision."""
+    """Return whether a list means the sealed file, at any revision."""
     if not (isinstance(own.source, HubFile) and isinstance(listed.source, HubFile)) or listed.sha256 not in {None, own.sha256}:
         return False
     return (own.source.repo, own.source.path) == (listed.source.repo, listed.source.path)
@@ -166,7 +167,7 @@ def _sealed_spec(found: Sealed) -> ModelSpec | None:
 
 
 def unnamed(volume: Volume, named: Collection[str]) -> list[Sealed]:
-    """The sealed models that none of these `folder/name`s is, each still what its seal says: what was put there is left out.
+    """Return the sealed models that none of these `folder/name`s is, without files that no longer fit their seal.
 
     `?/name` is a name that may be in any folder.
     """
@@ -175,5 +176,5 @@ def unnamed(volume: Volume, named: Collection[str]) -> list[Sealed]:
 
 
 def is_as_sealed(volume: Volume, found: Sealed) -> bool:
-    """Whether the file still is the one that was sealed."""
+    """Return whether the file still fits its seal."""
     return volume.look(found.folder, found.name).standing is Standing.READY

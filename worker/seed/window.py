@@ -1,6 +1,6 @@
-"""The parts of a file that are in memory while it goes from its source to its targets: in any order in, in order out. Pure.
+"""The parts of a file in memory between source and targets: in any order in, in order out. Pure.
 
-`ranges.Fetch` writes into it as into a partial on disk, but never further than the window reaches, which bounds the memory.
+`ranges.Fetch` writes into it as into a partial on disk, but never beyond the window, which limits the memory.
 """
 
 from __future__ import annotations
@@ -18,34 +18,34 @@ if TYPE_CHECKING:
 _TICK_S: Final = 0.5
 
 
-class WindowClosed(Exception):  # noqa: N818 - somebody closed it on purpose
+class WindowClosed(Exception):  # noqa: N818 - it was closed on purpose
     """Nobody takes the bytes any longer."""
 
 
 @dataclass(eq=False, slots=True)
 class Part:
-    """One part, in memory. `number` counts from 1, as S3 does."""
+    """One part in memory. `number` counts from 1, as in S3."""
 
     number: int
     buffer: bytearray
     came: Ranges = field(default_factory=Ranges)
     open_for: set[object] = field(default_factory=set)
-    """Who still needs it."""
+    """The readers that still need it."""
     writers: int = 0
 
     @property
     def whole(self) -> bool:
-        """Whether every byte came."""
+        """Return whether every byte arrived."""
         return self.came.total == len(self.buffer)
 
 
 class Window:
-    """`width` parts of `part_bytes` each, moving over a file of `size_bytes`; `readers` each have to let go of every part.
+    """`width` parts of `part_bytes` each, moving over a file of `size_bytes`. Each of the `readers` must release every part.
 
-    `spare` holds the buffers that nobody uses: given to one window after another, they keep many files from costing more
-    memory than one (what is freed in pieces of this size, a process does not always give back).
+    `spare` holds unused buffers. They are passed from one window to the next, so that many files take no more memory than one
+    (a process does not always give freed memory of this size back).
 
-    No deadlock: the lowest part that is not through always has room.
+    It cannot deadlock: the lowest unfinished part always has room.
     """
 
     def __init__(
@@ -72,32 +72,32 @@ class Window:
 
     @property
     def done_bytes(self) -> int:
-        """How many bytes came."""
+        """Return how many bytes arrived."""
         with self._changed:
             return self._came.total
 
     @property
     def is_rewritable(self) -> bool:
-        """No: its readers may have passed them on."""
+        """Return False: its readers may have passed the bytes on."""
         return False
 
     def gaps(self) -> list[tuple[int, int]]:
-        """What has not come yet, in order."""
+        """Return the missing ranges, in order."""
         with self._changed:
             return self._came.gaps(self.size_bytes)
 
     def reach(self) -> int:
-        """How far bytes may come now: to the end of the window."""
+        """Return the end of the window."""
         with self._changed:
             if len(self._parts) == self._width and all(part.whole for part in self._parts.values()):
                 self._held_until_s = time.monotonic() + _TICK_S
             return min(self.size_bytes, (self._low - 1 + self._width) * self.part_bytes)
 
     def check(self) -> None:
-        """Nothing: who closes the window also cancels the fetch."""
+        """Do nothing: closing the window also cancels the download."""
 
     def write(self, offset: int, view: memoryview) -> None:
-        """Take bytes; those of a source without ranges may have to wait for room. Raises `WindowClosed`."""
+        """Take bytes. Those of a source without range support may wait for room. Raises `WindowClosed`."""
         while view:
             number, at = offset // self.part_bytes + 1, offset % self.part_bytes
             length = min(len(view), self.part_bytes - at)
@@ -107,7 +107,7 @@ class Window:
     def _put(self, number: int, at: int, view: memoryview) -> None:
         with self._changed:
             part = self._room_for(number)
-            # A thread that was given up may come late with bytes that another one brought: what is whole stays as it is.
+            # An abandoned thread may deliver bytes late that another one brought: complete parts stay as they are.
             if part is None or part.whole:
                 return
             part.writers += 1
@@ -121,7 +121,7 @@ class Window:
                 self._changed.notify_all()
 
     def _room_for(self, number: int) -> Part | None:
-        """The part, once it is inside the window; None when it is through already."""
+        """Return the part once it is inside the window. None if it is already finished."""
         while not self._closed:
             if number in self._through or number < self._low:
                 return None
@@ -139,13 +139,13 @@ class Window:
         return self._spare.pop() if self._spare and length == self.part_bytes else bytearray(length)
 
     def held_within(self, seconds: float) -> bool:
-        """Whether the source had to wait in the last `seconds`: if its connections then broke, it is not to blame."""
+        """Return whether the source had to wait in the last `seconds`. If its connections then broke, it is not to blame."""
         return time.monotonic() - self._held_until_s < seconds
 
     # --- what a reader sees
 
     def in_order(self) -> Iterator[Part]:
-        """Each part, in order, as soon as it is whole; raises `WindowClosed`."""
+        """Yield each part, in order, as soon as it is complete. Raises `WindowClosed`."""
         for number in range(1, self.count + 1):
             with self._changed:
                 while not self._closed and not ((part := self._parts.get(number)) and part.whole):
@@ -156,7 +156,7 @@ class Window:
             yield part
 
     def let_go(self, part: Part, reader: object) -> None:
-        """This reader is through with the part; when all are, its memory is used again."""
+        """Release the part for this reader. When all have released it, its memory is reused."""
         with self._changed:
             part.open_for.discard(reader)
             if part.open_for or part.number not in self._parts:
@@ -171,7 +171,7 @@ class Window:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Nobody takes or gives anything any longer."""
+        """End all waits: nobody takes or gives bytes any longer."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
