@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 from pathlib import Path
 
 import pytest
@@ -121,3 +122,20 @@ def test_a_module_says_what_it_is_for(module: str) -> None:
 def test_the_architecture_document_names_every_module() -> None:
     text = (PROJECT / "ARCHITECTURE.md").read_text("utf-8")
     assert [module for module in modules() if f"{module.split('/')[-1]}.py" not in text] == []
+
+
+@pytest.mark.parametrize("package", ["client", "devkit"])
+def test_no_circle_is_in_the_packages_beside_it(package: str) -> None:
+    """What only a type checker imports counts: one file of a circle cannot be read without the others."""
+    files = [path for path in (PROJECT / package).rglob("*.py") if path.name != "__init__.py" and "stubs" not in path.parts]
+    names = {".".join(path.relative_to(PROJECT).with_suffix("").parts): path for path in files}
+    graph = {name: imported(path) & set(names) for name, path in names.items()}
+    graphlib.TopologicalSorter(graph).prepare()
+
+
+def imported(path: Path) -> set[str]:
+    """Every module that a file imports, with what it imports from each."""
+    nodes = list(ast.walk(ast.parse(path.read_text("utf-8"))))
+    plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    sources = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.module]
+    return plain | {str(node.module) for node in sources} | {f"{node.module}.{a.name}" for node in sources for a in node.names}

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from devkit.hub.local import Hub
+    from devkit.hub.state import State
     from devkit.hub.wire import Wire
 
 
@@ -26,7 +26,7 @@ def answer_control(wire: Wire, command: str) -> None:
     wire.json(result, status=status)
 
 
-def _read(hub: Hub, command: str, query: dict[str, str]) -> object:
+def _read(hub: State, command: str, query: dict[str, str]) -> object:
     match command:
         case "log":
             return [asdict(request) for request in hub.requests]

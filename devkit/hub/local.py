@@ -1,25 +1,25 @@
-"""The hub in this process: what it serves, who may have it, what goes wrong. Threads, loopback network."""
+"""The hub in this process: its state, and the two origins that answer from it. Threads, loopback network."""
 
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any, Self, get_args
+from typing import TYPE_CHECKING, Self, get_args
 
-from devkit.hub.access import Access, Signer
-from devkit.hub.faults import MIB, Book, Fault, FaultKind
-from devkit.hub.log import Ledger, Origin, Reading, Request
+from devkit.hub.access import Access
+from devkit.hub.faults import MIB
+from devkit.hub.log import Origin
 from devkit.hub.server import Server
 from devkit.hub.shelf import Shelf
-from devkit.hub.xet import Xet
+from devkit.hub.state import State
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
     from types import TracebackType
 
 
-class Hub(Reading):
+class Hub(State):
     """Listens from construction (which hashes the repos' files) until `close`.
 
     `private`, `gated`: globs over `org/repo`. `tokens`: for each token, globs over the repos it opens; a token that is not here
@@ -45,20 +45,19 @@ class Hub(Reading):
         page_size: int = 1000,
         xet: Sequence[str] = (),
     ) -> None:
-        self.shelf = Shelf(root, lfs_above_bytes)
-        self.access = Access(private, gated, tokens or {})
-        self.signer = Signer(url_life_s)
-        self.book = Book()
-        self.ledger = Ledger()
-        self.civitai = dict(civitai or {})
-        self.civitai_token = civitai_token
-        self.xet = Xet(xet)
-        self.page_size = page_size
-        self._url_life_s = url_life_s
+        super().__init__(
+            Shelf(root, lfs_above_bytes),
+            Access(private, gated, tokens or {}),
+            civitai=civitai or {},
+            civitai_token=civitai_token,
+            url_life_s=url_life_s,
+            page_size=page_size,
+            xet=xet,
+        )
         for repo in self.shelf.repos():
             self.shelf.snapshot(repo, "main")
         self._servers: dict[Origin, Server] = {"hub": Server(self, "hub", port), "cdn": Server(self, "cdn", cdn_port)}
-        self._ports: dict[Origin, int] = {origin: server.port for origin, server in self._servers.items()}
+        self.ports = {origin: server.port for origin, server in self._servers.items()}
         self._refusing: dict[Origin, threading.Timer | None] = {}
 
     def __enter__(self) -> Self:
@@ -79,78 +78,6 @@ class Hub(Reading):
         self.shelf.close()
         self.xet.close()
 
-    @property
-    def endpoint(self) -> str:
-        """What HF_ENDPOINT shall be."""
-        return f"http://127.0.0.1:{self._ports['hub']}"
-
-    @property
-    def cdn_endpoint(self) -> str:
-        """The other origin, by another host name."""
-        return f"http://localhost:{self._ports['cdn']}"
-
-    @property
-    def requests(self) -> list[Request]:
-        """Every request since the log was last cleared, oldest first, those under way included."""
-        return self.ledger.requests()
-
-    @property
-    def faults(self) -> list[dict[str, Any]]:
-        """The faults asked for: their fields, and how many requests each has `seen` and `fired` at."""
-        return self.book.state()
-
-    def fault(self, kind: FaultKind, **options: Any) -> int:  # noqa: ANN401 (fields of Fault)
-        """Let something go wrong; the options are Fault's fields. Returns the fault's id. TypeError, ValueError."""
-        return self.book.add(Fault(kind, **options))
-
-    def commit(self, repo: str, files: Mapping[str, bytes | Path], revision: str = "main") -> str:
-        """Move `revision` to a new commit that has these files too; ids given out before stay valid. Returns the id.
-
-        From then on the revision no longer follows its folder.
-        """
-        return self.shelf.commit(repo, files, revision)
-
-    def clear_log(self) -> None:
-        """Forget all requests, those under way included."""
-        self.ledger.clear()
-
-    def clear_faults(self) -> None:
-        """From now on nothing goes wrong; what is stalled goes on."""
-        self.book.clear()
-        self.release()
-
-    def reset(self) -> None:
-        """As new: no faults, no log, both origins listening, addresses living as long as at the start."""
-        for origin in get_args(Origin):
-            self.listen(origin)
-        self.clear_faults()
-        self.clear_log()
-        self.signer.life_s = self._url_life_s
-
-    def release(self) -> None:
-        """Let every request that hangs or stalls now go on."""
-        self.ledger.release()
-
-    def wait_stalled(self, count: int = 1, timeout_s: float = 60) -> None:
-        """Return once `count` requests hang or stall; TimeoutError."""
-        self.wait_until(lambda: self.ledger.stalled >= count, timeout_s)
-
-    def wait_idle(self, timeout_s: float = 60) -> None:
-        """Return once no request is under way, so that each one's `outcome` is final; TimeoutError."""
-        self.wait_until(lambda: all(r.outcome != "open" for r in self.requests), timeout_s)
-
-    def wait_until(self, happened: Callable[[], bool], timeout_s: float = 60) -> None:
-        """Return once `happened()`, which is asked again at every request, answer and MiB sent; TimeoutError."""
-        with self.ledger.changed:
-            if not self.ledger.changed.wait_for(happened, timeout_s):
-                raise TimeoutError(f"it did not happen within {timeout_s} s")
-
-    def expire_urls(self, life_s: float | None = None) -> None:
-        """Refuse every CDN address and every token for Xet given out so far; `life_s`: how long addresses live from now on."""
-        self.signer.expire()
-        self.xet.expire()
-        self.signer.life_s = self.signer.life_s if life_s is None else life_s
-
     def refuse(self, origin: Origin, for_s: float | None = None, *, keep: socket.socket | None = None) -> None:
         """Stop listening (connections are refused) and end the live ones; listen again after `for_s` when given."""
         if origin in self._refusing:
@@ -168,4 +95,4 @@ class Hub(Reading):
             return
         if timer := self._refusing.pop(origin):
             timer.cancel()
-        self._servers[origin] = Server(self, origin, self._ports[origin])
+        self._servers[origin] = Server(self, origin, self.ports[origin])

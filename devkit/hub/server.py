@@ -18,9 +18,9 @@ from devkit.hub.xet import answer_xet
 
 if TYPE_CHECKING:
     from devkit.hub.faults import Fault
-    from devkit.hub.local import Hub
     from devkit.hub.log import Origin
     from devkit.hub.routes import Target
+    from devkit.hub.state import State
 
 _POLL_S: Final = 0.01
 _STOP_TIMEOUT_S: Final = 5.0
@@ -34,7 +34,7 @@ class Server(socketserver.ThreadingTCPServer):
     allow_reuse_address = True
     request_queue_size = 256
 
-    def __init__(self, hub: Hub, origin: Origin, port: int) -> None:
+    def __init__(self, hub: State, origin: Origin, port: int) -> None:
         self.hub = hub
         self.origin = origin
         self._live: set[socket.socket] = set()
@@ -83,6 +83,13 @@ class Server(socketserver.ThreadingTCPServer):
 class Handler(Wire):
     """The order of things: faults that stop a request, then its route."""
 
+    server: Server
+
+    def setup(self) -> None:
+        """Take the hub and the origin from the server."""
+        self.hub, self.origin = self.server.hub, self.server.origin
+        super().setup()
+
     def control(self, command: str) -> None:
         """Answer a control command; not recorded."""
         answer_control(self, command)
@@ -94,7 +101,7 @@ class Handler(Wire):
         if stop := self.hub.book.take_first(self.entry, ("status", "drop", "expired")):
             self.record([stop])
             self._stop(stop.fault)
-        match target.route, self.server.origin:
+        match target.route, self.origin:
             case "cdn", "cdn":
                 answer_cdn(self, target)
             case (("xet/reconstruction" | "xet/piece"), "cdn"):

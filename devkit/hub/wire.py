@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from devkit.hub.faults import Fault, FaultKind, Rule
-    from devkit.hub.log import Outcome
-    from devkit.hub.server import Server
+    from devkit.hub.log import Origin, Outcome
+    from devkit.hub.state import State
 
 
 class Wire(BaseHTTPRequestHandler):
@@ -29,12 +29,13 @@ class Wire(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server_version = "hub"
     disable_nagle_algorithm = True
-    server: Server
+    hub: State
+    origin: Origin
+    """Set by the server's own handler, before `setup`."""
 
     def setup(self) -> None:
         """Number the connection."""
         super().setup()
-        self.hub = self.server.hub
         self.number = self.hub.ledger.connection()
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002, ANN401 (the base class's signature)
@@ -89,7 +90,7 @@ class Wire(BaseHTTPRequestHandler):
         return Request(
             number=self.hub.ledger.number(),
             connection=self.number,
-            origin=self.server.origin,
+            origin=self.origin,
             method=self.command,
             path=path,
             query=query,
@@ -192,6 +193,6 @@ class Wire(BaseHTTPRequestHandler):
             self.send(refused.status, {"Content-Type": "application/xml", **refused.headers}, refused.message.encode())
             return
         # A message may quote what was asked for; a header holds no newline and no letter beyond latin-1, JSON escapes both.
-        said = {"X-Error-Message": json.dumps(refused.message)[1:-1]} if self.server.origin == "hub" else {}
+        said = {"X-Error-Message": json.dumps(refused.message)[1:-1]} if self.origin == "hub" else {}
         code = {"X-Error-Code": refused.code} if refused.code else {}
         self.json({"error": refused.message}, {**refused.headers, **said, **code}, refused.status)
