@@ -5,7 +5,8 @@ Touches the loopback network.
 One websocket stays open for as long as the process lives. It is opened before the first prompt, so that no event of a run can
 be missed. After a gap or silence /history and /queue are asked instead. Everything runs on one event loop.
 
-HTTP goes through aiohttp. The RunPod SDK imports it anyway, and a request takes a third of the processor time of httpx.
+HTTP goes through httpcore2, the connection pool that httpx2 is made of. No cookie, redirect or login passes between two programs
+of one container, and httpx2 takes 0.3 ms of processor time for them with each request (docs/decisions/006-http-clients.md).
 """
 
 from __future__ import annotations
@@ -17,15 +18,17 @@ import logging
 import time
 import uuid
 from dataclasses import dataclass, field
+from functools import partial
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote
 
-import aiohttp
+import httpcore2
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, WebSocketException
 
 from worker.base.clock import within
+from worker.base.http_transport import AsyncioBackend
 from worker.comfyui_data import older
 from worker.engine.events import Executing, Finished, Progress, RunTracker, Sent, decode, sent_png
 from worker.errors import (
@@ -52,11 +55,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _HTTP_TIMEOUT_S = 30.0
-_NO_LIMIT = aiohttp.ClientTimeout()  # the limits are ours, by a clock that stops during a freeze
-_PROBE_TIMEOUT = aiohttp.ClientTimeout(total=5.0)
+_PROBE_TIMEOUT_S = 5.0
 # ComfyUI closes an idle connection after 75 s (aiohttp's default). Closing first avoids a request on a closing connection.
 _KEEPALIVE_S = 60.0
-_JSON = {"content-type": "application/json"}
+_JSON = [(b"Content-Type", b"application/json")]
 # ComfyUI loads weights and runs nodes beside its server thread, so seconds of silence are normal. A question costs 1 ms.
 _SILENCE_S = 5.0
 # Between two prompts ComfyUI unloads models and collects garbage for seconds. After this many silences its thread is gone.
@@ -185,20 +187,22 @@ class ComfyClient:
         self._ended: list[str] = []
         self._forgetting: asyncio.Task[None] | None = None
         self._listener: asyncio.Task[None] | None = None
-        self._session: aiohttp.ClientSession | None = None
+        self._http = httpcore2.AsyncConnectionPool(
+            max_connections=None, keepalive_expiry=_KEEPALIVE_S, network_backend=AsyncioBackend()
+        )
+        self._closed = False
         # Classes come with ComfyUI's start, and this client goes with that ComfyUI.
         self._classes: set[str] = set()
 
     async def answers(self) -> bool:
         """Return whether ComfyUI answers requests. Once it does, `versions` is set."""
         try:
-            async with self._http.get("/system_stats", timeout=_PROBE_TIMEOUT) as response:
-                if response.status != HTTPStatus.OK:
-                    return False
-                self.versions = Versions.of(_decoded(await response.read()))
-        except (aiohttp.ClientError, TimeoutError):
+            status, said = await self._ask("GET", "/system_stats", limit_s=_PROBE_TIMEOUT_S)
+        except EngineUnreachable:
             return False
-        return True
+        if status == HTTPStatus.OK:
+            self.versions = Versions.of(said)
+        return status == HTTPStatus.OK
 
     async def open(self) -> None:
         """Connect the websocket. Raises `EngineUnreachable`."""
@@ -226,8 +230,8 @@ class ComfyClient:
         if self._listener:
             self._listener.cancel()
             await asyncio.gather(self._listener, return_exceptions=True)
-        if self._session:
-            await self._session.close()
+        self._closed = True
+        await self._http.aclose()
 
     async def choices(self, class_type: str, input_name: str) -> Sequence[str] | None:
         """Return the current choices of a node's input: for a loader, the files it sees. None if there is no list."""
@@ -442,32 +446,27 @@ class ComfyClient:
                     await asyncio.sleep(_LEAVING_POLL_S)
                 self.holds_prompt = False
 
-    @property
-    def _http(self) -> aiohttp.ClientSession:
-        # Created on first use: aiohttp binds a session to the loop that runs then.
-        if self._session is None:
-            self._session = aiohttp.ClientSession(
-                f"http://{self.address}",
-                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S),
-            )
-        return self._session
-
     async def _ask(self, method: str, path: str, body: object = None, limit_s: float = _HTTP_TIMEOUT_S) -> tuple[int, Any]:
         """Return status and decoded JSON. The latter is None for other bodies, as in ComfyUI's answer to its own defects."""
         data = None if body is None else json.dumps(body, allow_nan=False).encode()
         limit_s = min(limit_s, self._hang_s)
-        if self._http.closed:
+        if self._closed:
             raise EngineUnreachable(self.address, "the connection was closed")
+        host, _, port = self.address.partition(":")
+        url = httpcore2.URL(scheme=b"http", host=host.encode(), port=int(port), target=path.encode())
+        send = partial(self._http.request, method, url, headers=_JSON, content=data)
         try:
-            async with (
-                within(limit_s, self._clock),
-                self._http.request(method, path, data=data, headers=_JSON, timeout=_NO_LIMIT) as response,
-            ):
-                content = await response.read()
-                self._heard_at = self._clock()
-                return response.status, _decoded(content)
-        except (aiohttp.ClientError, TimeoutError) as exc:
+            async with within(limit_s, self._clock):  # ours, by a clock that stops during a freeze
+                try:
+                    response = await send()
+                except (httpcore2.ReadError, httpcore2.WriteError, httpcore2.ProtocolError):
+                    if method != "GET":
+                        raise
+                    response = await send()  # a kept connection may close as it is used
+        except (httpcore2.NetworkError, httpcore2.ProtocolError, TimeoutError) as exc:
             raise EngineUnreachable(self.address, f"{_reason(exc)} on {method} {path}") from exc
+        self._heard_at = self._clock()
+        return response.status, _decoded(response.content)
 
     async def _wait_for(self, method: str, path: str, body: object = None) -> tuple[int, Any]:
         """Like `_ask`, for as long as a busy ComfyUI may take. Raises `EngineHung` after that."""
