@@ -5,8 +5,9 @@ Touches the loopback network.
 One websocket stays open for as long as the process lives. It is opened before the first prompt, so that no event of a run can
 be missed. After a gap or silence /history and /queue are asked instead. Everything runs on one event loop.
 
-HTTP goes through httpcore2, the connection pool that httpx2 is made of. No cookie, redirect or login passes between two programs
-of one container, and httpx2 takes 0.3 ms of processor time for them with each request (docs/decisions/006-http-clients.md).
+HTTP goes through httpcore2, the connection pool that httpx2 is made of. No cookie, redirect or login passes between two
+programs of one container, and httpx2 takes 0.3 ms of processor time for them with each request
+(docs/decisions/006-http-clients.md).
 """
 
 from __future__ import annotations
