@@ -28,6 +28,7 @@ from worker import doctor, errors  # noqa: E402 - as above
 from worker.plan import command as plan  # noqa: E402 - as above
 from worker.seed import cli as seeder  # noqa: E402 - as above
 from worker.seed import errors as seed_errors  # noqa: E402 - as above
+from worker.up import errors as up_errors  # noqa: E402 - as above
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 ErrorClass: TypeAlias = type[errors.WorkerError] | type[client.ClientError]
 
 PAGE: Final = PROJECT / "docs" / "errors.md"
-MODULES: Final = (errors, seed_errors, client)
+MODULES: Final = (errors, seed_errors, up_errors, client)
 """Where errors are defined."""
 
 
@@ -93,6 +94,12 @@ SECTIONS: Final = (
         "Beside these it meets the errors of models and lists above. With `--json` each has its `code` and `text`.",
     ),
     Section(
+        "`python -m worker up`, `scripts/up.py`",
+        up_errors.UpError,
+        "Beside these it meets the errors of models, of `seed` and of `run_workflow.py`. With `--json` each has its `code` and "
+        "`text`. Whatever stopped it, the same command goes on.",
+    ),
+    Section(
         "`scripts/run_workflow.py`: the command line",
         client.UsageError,
         "The client prints its sentence with the code behind it, and ends with the status that stands below.",
@@ -106,7 +113,7 @@ SECTIONS: Final = (
 NEVER_RAISED: Final = frozenset(
     {
         *(errors.WorkerError, errors.StartError, errors.RequestError, errors.InputError, errors.ModelError, errors.EngineError),
-        *(errors.DeliveryError, errors.BucketFailed, seed_errors.SeedError, errors.FileUnusable),
+        *(errors.DeliveryError, errors.BucketFailed, errors.FileUnusable, seed_errors.SeedError, up_errors.UpError),
         *(client.ClientError, client.JobError, client.ServiceError),
     }
 )
@@ -271,6 +278,27 @@ there is 'fox_v2.safetensors'; correct the name, put the file on the volume, or 
     "LinkAstray.value": "/runpod-volume/models",
     "LinkAstray.target": "/workspace/models-of-last-year",
     "LinkAstray.exists": False,
+    "UpUsage.reason": "Say what `up` is to make: up WORKFLOW, up status or up down.",
+    "StateInvalid.path": Path("/home/you/.local/state/comfyui-volume-worker/flux.json"),
+    "StateInvalid.reason": "it is no JSON",
+    "VolumeUnknown.volume": "abc123xyz",
+    "models": ("loras/fox.safetensors (unknown)", "vae/ae.safetensors (gated)"),
+    "FillFailed.reason": "its Pod ended before it was done",
+    "ApiKeyLacksRights.operation": "POST serverless",
+    "NoBalance.operation": "POST pods",
+    "workers": 3,
+    "WorkerQuota.reason": "max workers across all endpoints must not exceed your workers quota (5)",
+    "pools": ("ADA_24", "AMPERE_24"),
+    "NoCpuFree.reason": "there are no instances available",
+    "image": "ghcr.io/you/comfyui-volume-worker:1.0.0",
+    "ImageNotFound.reason": "image not found",
+    "RunPodFailed.operation": "POST serverless",
+    "RunPodFailed.status": 502,
+    "RunPodUnreachable.operation": "GET catalog/gpus",
+    "RunPodUnreachable.reason": "no answer in time",
+    "RunPodRefused.operation": "POST network-volumes",
+    "RunPodRefused.reason": "size must be at least 10",
+    "RunPodRefused.status": 422,
     "UnsafePath.what": "Input 'image' of node 3 (LoadImage)",
     "UsageError.reason": "Give either a workflow or --job ID",
     "value": "../secret.png",

@@ -37,7 +37,19 @@ SLOW = frozenset(
             "fuzz",
         ),
         *("hub", "image_files", "links", "locks", "moosefs", "plan_editor", "progress_posts", "proxies"),
-        *("requirements", "run_workflow", "seed", "seed_s3", "store", "store_crash", "url_inputs", "windows", "xet"),
+        *(
+            "requirements",
+            "run_workflow",
+            "seed",
+            "seed_s3",
+            "store",
+            "store_crash",
+            "url_inputs",
+            "up",
+            "up_api",
+            "windows",
+            "xet",
+        ),
     )
 )
 """Files whose tests start servers and processes, or wait for them."""

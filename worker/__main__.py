@@ -5,6 +5,7 @@
     python -m worker doctor                 the volume as it is
     python -m worker convert WORKFLOW.json  a workflow as the editor saves it, as the graph that runs
     python -m worker seed WHAT ...          models onto a volume before the first job
+    python -m worker up WORKFLOW.json       an endpoint on RunPod for a workflow; up status, up down
     python -m worker settings               the table of settings
     python -m worker help                   this list, for people
 
@@ -38,11 +39,12 @@ usage: python -m worker [COMMAND] ...        (in the image: worker [COMMAND] ...
   plan WORKFLOW      what a workflow needs, what of it is there, where the rest would come from
   doctor             examine the volume
   seed WHAT ...      fill a volume with models before the first job
+  up WORKFLOW        an endpoint on RunPod for a workflow, with its volume, models and first picture; up status, up down
   convert WORKFLOW   a workflow as the editor saves it, as the graph that runs
   settings           the table of settings, which are environment variables
   help               this
 
-plan, doctor, seed and convert have a --help of their own. Without a command the worker itself starts: on RunPod it takes
+plan, doctor, seed, up and convert have a --help of their own. Without a command the worker itself starts: on RunPod it takes
 jobs; elsewhere it wants --rp_serve_api for a local API (with --rp_api_host and --rp_api_port), or a job to run, in
 ./test_input.json or --test_input.
 """
@@ -153,10 +155,16 @@ def _seed(argv: Sequence[str], environ: MutableMapping[str, str]) -> int:
     return cli.run(argv, environ)
 
 
-_COMMANDS = {"settings": _settings_table, "plan": _plan, "doctor": _doctor, "convert": _convert, "seed": _seed}
+def _up(argv: Sequence[str], environ: MutableMapping[str, str]) -> int:
+    from worker.up import command  # noqa: PLC0415 - only for this command
+
+    return command.run(argv, environ)
 
 
-_ANYWHERE = frozenset({"settings", "plan", "seed"})
+_COMMANDS = {"settings": _settings_table, "plan": _plan, "doctor": _doctor, "convert": _convert, "seed": _seed, "up": _up}
+
+
+_ANYWHERE = frozenset({"settings", "plan", "seed", "up"})
 
 
 def _leave(number: int, _: object) -> None:

@@ -9,13 +9,13 @@
     with ControlPlane() as plane, ProductionWorker(plane, engine, folder, volume) as worker:   # as RunPod starts this project's
         worker.wait_ready()
 
-A client script finds api.runpod.ai's interface at `plane.url`: POST `run`, `runsync` and `cancel/<id>`, GET `status/<id>` and
-`health`. RunPod's own client is sent there by RUNPOD_ENDPOINT_BASE_URL=<plane.base_url>.
+A client script finds api.runpod.ai's interface at `plane.url`: POST `run`, `runsync`, `cancel/<id>` and `purge-queue`, GET
+`status/<id>` and `health`. RunPod's own client is sent there by RUNPOD_ENDPOINT_BASE_URL=<plane.base_url>.
 
 Held polls are held, and a poll whose worker has died takes no job. Every request of a worker goes wrong on demand
 (`plane.fault`). End the workers before the plane: the SDK asks an endpoint that refuses connections again without any pause.
 
-Not imitated: webhooks, `retry`, `purge-queue`, `stream`, the expiry of results, rate limits, retries after a worker's death
+Not imitated: webhooks, `retry`, `stream`, the expiry of results, rate limits, retries after a worker's death
 (`plane.requeue` makes one).
 """
 

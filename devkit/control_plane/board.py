@@ -120,6 +120,14 @@ class Board:
                 self._signals[job.takes[-1]].append(job.id)
             job.stop(status, now_s)
 
+    def purge(self) -> int:
+        """End every job that waits in the queue; returns how many there were."""
+        with self.changed:
+            waiting = list(self._queue)
+            for job in waiting:
+                self.stop(job, "CANCELLED")
+            return len(waiting)
+
     # --- what workers post
 
     def note_post(self, job: Job, kind: PostKind, pod_id: str, size_bytes: int, answer: int) -> None:

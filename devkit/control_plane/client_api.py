@@ -1,4 +1,4 @@
-"""What clients talk to at api.runpod.ai: run, runsync, status, cancel, health. Loopback network."""
+"""What clients talk to at api.runpod.ai: run, runsync, status, cancel, purge-queue, health. Loopback network."""
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ class ClientApi:
             web.post(f"{root}/runsync", self._runsync),
             web.get(f"{root}/status/{{job}}", self._status),
             web.post(f"{root}/cancel/{{job}}", self._cancel),
+            web.post(f"{root}/purge-queue", self._purge),
             web.get(f"{root}/health", self._health),
         ]
 
@@ -64,6 +65,10 @@ class ClientApi:
         job = self._job(request)
         self._board.stop(job, "CANCELLED")
         return web.json_response({"id": job.id, "status": job.status})
+
+    async def _purge(self, request: web.Request) -> web.StreamResponse:
+        _authorise(request)
+        return web.json_response({"removed": self._board.purge(), "status": "completed"})
 
     async def _health(self, request: web.Request) -> web.StreamResponse:
         _authorise(request)

@@ -1,0 +1,286 @@
+"""RunPod's REST API v2: what exists in an account, made once and removed for certain. Touches the network."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+import httpx2
+
+from worker.up.errors import (
+    ApiKeyLacksRights,
+    ApiKeyMissing,
+    ApiKeyRefused,
+    NoBalance,
+    RunPodBusy,
+    RunPodFailed,
+    RunPodRefused,
+    RunPodUnreachable,
+    UpUsage,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from worker.up.errors import UpError
+
+Kind = Literal["network-volumes", "serverless", "pods"]
+Thing = dict[str, Any]
+"""A volume, an endpoint or a Pod as RunPod shows it."""
+
+BASE_URL: Final = "https://api.runpod.io"
+
+_LISTS: Final[Mapping[str, str]] = {
+    "network-volumes": "networkVolumes",
+    "serverless": "endpoints",
+    "pods": "pods",
+    "catalog/gpus": "gpus",
+    "catalog/cpus": "cpus",
+    "catalog/datacenters": "dataCenters",
+}
+_TIMEOUT: Final = httpx2.Timeout(60.0, connect=15.0)
+_LOG_TIMEOUT: Final = httpx2.Timeout(60.0, connect=15.0, read=20.0)
+_REASON_CHARS: Final = 200
+_NOT_FOUND: Final = 404
+_TOO_MANY: Final = 429
+_SERVER_ERROR: Final = 500
+_BAD_REQUEST: Final = 400
+_LOCAL: Final = frozenset({"127.0.0.1", "localhost", "::1"})
+# Flashboot was once switched on by this ending of an endpoint's name, and RunPod may still write it.
+_FLASHBOOT_ENDING: Final = " -fb"
+_KEY: Final = re.compile(r"[!-~]+")
+
+
+class Unsure(Exception):  # noqa: N818 - it never leaves this module
+    """Whether the request was carried out is not known. `error` is what a person is told when it stays so."""
+
+    def __init__(self, error: UpError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+@dataclass(slots=True)
+class Retries:
+    """How long to try again, and how to wait. A pause doubles from `first_s` to `longest_s`."""
+
+    patience_s: float = 90.0
+    first_s: float = 1.0
+    longest_s: float = 15.0
+    sleep: Callable[[float], object] = time.sleep
+    now: Callable[[], float] = field(default=time.monotonic)
+
+
+class RunPod:
+    """One account. Every method raises an `UpError` that says what is the matter.
+
+    GET, PATCH and DELETE are sent again after a failure of the server or the network. POST makes something that is billed, so
+    it is sent again only after a look at what is there (`ensure`).
+    """
+
+    def __init__(self, key: str, base_url: str | None = None, retries: Retries | None = None) -> None:
+        if not key:
+            raise ApiKeyMissing
+        if not _KEY.fullmatch(key):
+            raise UpUsage("RUNPOD_API_KEY has a blank or another character in it that no key has: copy it again.")
+        base = (base_url or BASE_URL).rstrip("/")
+        url = httpx2.URL(base)
+        if url.scheme != "https" and url.host not in _LOCAL:
+            raise UpUsage(f"RUNPOD_API_BASE_URL must be an https:// address, not {base}: the key would be sent in the clear.")
+        self._key = key
+        self._retries = retries or Retries()
+        # A proxy of the environment is used, but not for the stand-in on this machine.
+        self._client = httpx2.Client(
+            base_url=f"{base}/v2/",
+            headers={"Authorization": f"Bearer {key}", "Accept": "application/json"},
+            timeout=_TIMEOUT,
+            trust_env=url.host not in _LOCAL,
+        )
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
+    # --- what there is
+
+    def all(self, kind: str, **query: str) -> list[Thing]:
+        """Return everything of a kind, or a part of the catalog."""
+        found = self._there(self._again, "GET", kind, params=query).get(_LISTS[kind])
+        return [thing for thing in found if isinstance(thing, dict)] if isinstance(found, list) else []
+
+    def get(self, kind: Kind, thing_id: str) -> Thing | None:
+        """Return one of a kind, None where there is none of this id."""
+        try:
+            return self._again("GET", f"{kind}/{thing_id}")
+        except _Missing:
+            return None
+
+    def named(self, kind: Kind, name: str) -> list[Thing]:
+        """Return all of a kind that have this name."""
+        names = {name, name + _FLASHBOOT_ENDING}
+        return [thing for thing in self.all(kind) if thing.get("name") in names and thing.get("status") != "TERMINATED"]
+
+    def workers(self, endpoint_id: str) -> Thing:
+        """Return an endpoint's workers and their summary; nothing where there is no such endpoint."""
+        try:
+            return self._again("GET", f"serverless/{endpoint_id}/workers")
+        except _Missing:
+            return {}
+
+    # --- what is changed
+
+    def ensure(self, kind: Kind, body: Mapping[str, Any]) -> tuple[Thing, bool]:
+        """Return what has the body's name, and whether it was made now. Never makes two, whatever becomes of an answer."""
+        name, retries = str(body["name"]), self._retries
+        end_s, pause_s = retries.now() + retries.patience_s, retries.first_s
+        while True:
+            if found := self.named(kind, name):
+                return found[0], False
+            try:
+                return self._there(self._once, "POST", kind, json=dict(body)), True
+            except Unsure as exc:
+                if retries.now() >= end_s:
+                    raise exc.error from None
+                retries.sleep(pause_s)  # also gives the list time to show what was made after all
+                pause_s = min(pause_s * 2, retries.longest_s)
+
+    def update(self, kind: Kind, thing_id: str, body: Mapping[str, Any]) -> Thing:
+        """Change what the body names, and return the whole."""
+        return self._there(self._again, "PATCH", f"{kind}/{thing_id}", json=dict(body))
+
+    def delete(self, kind: Kind, thing_id: str) -> None:
+        """Remove it. It is no error if it is not there."""
+        with contextlib.suppress(_Missing):
+            self._again("DELETE", f"{kind}/{thing_id}")
+
+    # --- a Pod's log
+
+    def log(self, pod_id: str, since: str | None) -> Iterator[tuple[str, str]]:
+        """Yield `(position, line)` of what a Pod prints, after the position `since`, until its connection ends or is silent.
+
+        A Pod that is gone has no log, and no line is yielded.
+        """
+        headers = {"Accept": "text/event-stream"} | ({"Last-Event-ID": since} if since else {})
+        query = {"source": "container"} | ({} if since else {"tail": "5000"})
+        try:
+            with self._client.stream(
+                "GET", f"pods/{pod_id}/logs", params=query, headers=headers, timeout=_LOG_TIMEOUT
+            ) as answer:
+                if answer.status_code != httpx2.codes.OK:
+                    return
+                for event in httpx2.EventSource(answer):
+                    with contextlib.suppress(ValueError):
+                        said = event.json()
+                        if isinstance(said, dict):
+                            yield event.id, str(said.get("line", ""))
+        except httpx2.HTTPError:  # silence ends it too: whoever reads looks after the Pod, and comes again
+            return
+
+    # --- requests
+
+    @staticmethod
+    def _there(send: Callable[..., Thing], method: str, path: str, **options: Any) -> Thing:  # noqa: ANN401 - as below
+        """Send a request for which 404 is a refusal like any other."""
+        try:
+            return send(method, path, **options)
+        except _Missing as exc:
+            raise exc.error from None
+
+    def _again(self, method: str, path: str, **options: Any) -> Thing:  # noqa: ANN401 - what httpx2 takes
+        """Send a request that may be carried out twice, until it is answered. Raises `_Missing` for 404."""
+        retries = self._retries
+        end_s, pause_s = retries.now() + retries.patience_s, retries.first_s
+        while True:
+            try:
+                return self._once(method, path, **options)
+            except Unsure as exc:
+                if retries.now() >= end_s:
+                    raise exc.error from None
+                retries.sleep(pause_s)
+                pause_s = min(pause_s * 2, retries.longest_s)
+
+    def _once(self, method: str, path: str, **options: Any) -> Thing:  # noqa: ANN401 - what httpx2 takes
+        """Send a request once, and again only after 429 or where no connection came about: nobody carried these out.
+
+        Raises `_Missing` for 404, and `Unsure` where it may have been carried out.
+        """
+        operation, retries = f"{method} {path}", self._retries
+        began_s, pause_s = retries.now(), retries.first_s
+        while True:
+            waited_s = retries.now() - began_s
+            try:
+                answer = self._client.request(method, path, **options)
+            except (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout, httpx2.ProxyError) as exc:
+                if waited_s >= retries.patience_s:
+                    raise RunPodUnreachable(operation, _reason(exc)) from None
+                retries.sleep(pause_s)
+            except httpx2.HTTPError as exc:
+                raise Unsure(RunPodUnreachable(operation, _reason(exc))) from None
+            else:
+                if answer.status_code != _TOO_MANY:
+                    return self._read(operation, answer)
+                if waited_s >= retries.patience_s:
+                    raise RunPodBusy(waited_s)
+                retries.sleep(max(pause_s, min(_retry_after(answer), retries.patience_s)))
+            pause_s = min(pause_s * 2, retries.longest_s)
+
+    def _read(self, operation: str, answer: httpx2.Response) -> Thing:
+        status = answer.status_code
+        if status >= _SERVER_ERROR:
+            raise Unsure(RunPodFailed(operation, status))
+        if status == _NOT_FOUND:
+            raise _Missing(RunPodRefused(operation, status, self._words(answer)))
+        if status >= _BAD_REQUEST:
+            raise self._refusal(operation, answer)
+        if not answer.content:
+            return {}
+        try:
+            found = answer.json()
+        except ValueError:
+            raise Unsure(RunPodFailed(operation, status)) from None
+        return found if isinstance(found, dict) else {}
+
+    def _refusal(self, operation: str, answer: httpx2.Response) -> UpError:
+        match answer.status_code:
+            case 401:
+                return ApiKeyRefused()
+            case 402:
+                return NoBalance(operation)
+            case 403:
+                return ApiKeyLacksRights(operation)
+        return RunPodRefused(operation, answer.status_code, self._words(answer))
+
+    def _words(self, answer: httpx2.Response) -> str:
+        """Return what a problem says, on one line and without the key."""
+        try:
+            body = answer.json()
+        except ValueError:
+            body = None
+        if isinstance(body, dict):
+            errors = body.get("errors")
+            more = "; ".join(map(str, errors)) if isinstance(errors, list) else ""
+            text = f"{body.get('detail') or body.get('title') or 'it does not say why'}{f' ({more})' if more else ''}"
+        else:
+            text = answer.text or "it does not say why"
+        return " ".join(text.replace(self._key, "...").split())[:_REASON_CHARS].rstrip(".")
+
+
+class _Missing(Exception):  # noqa: N818 - it never leaves this module
+    """There is nothing of this id. `error` is what a person is told where something should have been there."""
+
+    def __init__(self, error: UpError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+def _reason(exc: httpx2.HTTPError) -> str:
+    if isinstance(exc, httpx2.TimeoutException):
+        return "no answer in time"
+    return " ".join(str(exc).split())[:_REASON_CHARS] or type(exc).__name__
+
+
+def _retry_after(answer: httpx2.Response) -> float:
+    text = answer.headers.get("Retry-After", "")
+    return float(text) if text.isdecimal() else 0.0

@@ -1,0 +1,181 @@
+"""What RunPod has and what it costs: GPU pools that a workflow fits into, data centres where one is free, prices. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+PRICES_OF: Final = "August 2026"
+"""When RunPod's documentation said what is not in its API: the price of a volume."""
+
+VOLUME_GB_MONTH_USD: Final = 0.07
+VOLUME_GB_MONTH_BEYOND_USD: Final = 0.05
+SMALLEST_VOLUME_GB: Final = 10
+LARGEST_VOLUME_GB: Final = 4096
+
+# Room for what a GPU holds beside the weights. ComfyUI runs with less, and then moves weights between GPU and memory.
+_SPARE_GB: Final = 2
+# Outputs that are too large to send, workflows, custom nodes; and a file system is never filled to its last byte.
+_VOLUME_SPARE_GB: Final = 5
+_VOLUME_SPARE_SHARE: Final = 0.1
+_TIER_GB: Final = 1000
+_GB: Final = 1_000_000_000
+_LEVELS: Final = ("NONE", "LOW", "MEDIUM", "HIGH")
+_MOST_POOLS: Final = 3
+# A slice of a GPU, sold in the same pool as whole ones.
+_SLICE: Final = " MIG "
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """GPUs that RunPod gives out alike. `levels`: how many are free, by data centre. `slices`: types that are no whole GPU."""
+
+    name: str
+    memory_gb: int
+    usd_hour: float
+    gpus: tuple[str, ...]
+    levels: Mapping[str, str]
+    slices: tuple[str, ...] = ()
+
+    @property
+    def usd_second(self) -> float:
+        """What a worker costs a second."""
+        return self.usd_hour / 3600
+
+    def level(self, datacenter: str) -> str:
+        """How many are free in a data centre: NONE, LOW, MEDIUM or HIGH."""
+        return self.levels.get(datacenter, "NONE")
+
+
+@dataclass(frozen=True, slots=True)
+class DataCenter:
+    """A place with network volumes. `cpus`: which CPU flavours it has, and how many are free."""
+
+    name: str
+    title: str
+    tiers: tuple[str, ...]
+    cpus: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Cpu:
+    """A kind of CPU Pod; its price is for one vCPU an hour."""
+
+    name: str
+    vcpus: int
+    usd_hour: float
+
+
+def pools_of(gpus: Iterable[Mapping[str, Any]]) -> dict[str, Pool]:
+    """Return the pools of `GET catalog/gpus?include=AVAILABILITY&product=SERVERLESS`, the cheapest first."""
+    by_pool: dict[str, list[Mapping[str, Any]]] = {}
+    for gpu in gpus:
+        if gpu.get("pool") and gpu.get("manufacturer") == "NVIDIA":
+            by_pool.setdefault(str(gpu["pool"]), []).append(gpu)
+    found = [_pool(name, types) for name, types in by_pool.items()]
+    return {pool.name: pool for pool in sorted(found, key=lambda pool: (pool.usd_hour, pool.memory_gb)) if pool.gpus}
+
+
+def _pool(name: str, types: Sequence[Mapping[str, Any]]) -> Pool:
+    whole = [gpu for gpu in types if _SLICE not in f"{gpu['id']} "]
+    levels: dict[str, str] = {}
+    for gpu in whole:
+        for place in gpu.get("dataCenters") or ():
+            levels[place["id"]] = max(levels.get(place["id"], "NONE"), place["availability"], key=_rank)
+    prices = [float(gpu["price"]["serverless"]) for gpu in whole if gpu.get("price", {}).get("serverless")]
+    return Pool(
+        name,
+        min((int(gpu["memory"]) for gpu in whole), default=0),
+        max(prices, default=0.0),
+        tuple(str(gpu["name"]) for gpu in whole),
+        levels,
+        tuple(str(gpu["id"]) for gpu in types if gpu not in whole),
+    )
+
+
+def datacenters_of(places: Iterable[Mapping[str, Any]]) -> dict[str, DataCenter]:
+    """Return the data centres with network volumes of `GET catalog/datacenters?include=CPU_AVAILABILITY`."""
+    return {
+        str(place["id"]): DataCenter(
+            str(place["id"]),
+            str(place.get("name", place["id"])),
+            tuple(place["networkVolumeTypes"]),
+            {str(cpu["id"]): str(cpu["availability"]) for cpu in place.get("cpuAvailability") or ()},
+        )
+        for place in places
+        if place.get("networkVolumeTypes")
+    }
+
+
+def cpus_of(cpus: Iterable[Mapping[str, Any]]) -> list[Cpu]:
+    """Return the CPU Pods of `GET catalog/cpus`, each as small as it is sold, the cheapest first."""
+    found = [
+        Cpu(
+            str(cpu["id"]),
+            max(2, int(cpu["vcpu"]["min"])),
+            float(cpu["price"]["securePerVcpu"]) * max(2, int(cpu["vcpu"]["min"])),
+        )
+        for cpu in cpus
+    ]
+    return sorted(found, key=lambda cpu: cpu.usd_hour)
+
+
+def wanted_gb(model_bytes: int) -> int:
+    """Return how much memory a GPU has that holds all of a workflow's files at once, in whole GB."""
+    return -(-model_bytes // _GB) + _SPARE_GB
+
+
+def fitting(pools: Mapping[str, Pool], gb: int) -> list[Pool]:
+    """Return the pools whose GPUs have this much memory, the cheapest first; where none has, those with the most."""
+    most = max((pool.memory_gb for pool in pools.values()), default=0)
+    return [pool for pool in pools.values() if pool.memory_gb >= min(gb, most)]
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """A data centre, and the pools that an endpoint there can have: those with free GPUs, the cheapest first."""
+
+    datacenter: str
+    pools: tuple[Pool, ...]
+
+    @property
+    def best(self) -> str:
+        """How many GPUs are free of the kind that has the most."""
+        return max((pool.level(self.datacenter) for pool in self.pools), key=_rank, default="NONE")
+
+
+def offers(pools: Sequence[Pool], datacenters: Iterable[DataCenter], preferred: Iterable[str]) -> list[Offer]:
+    """Return where GPUs of these pools are free, the best first: cheap, then many, then a data centre of the `preferred`."""
+    liked = set(preferred)
+    found = []
+    for place in datacenters:
+        free = tuple(pool for pool in pools if pool.level(place.name) != "NONE")[:_MOST_POOLS]
+        if free:
+            found.append(Offer(place.name, free))
+    return sorted(
+        found,
+        key=lambda offer: (
+            offer.pools[0].usd_hour,
+            -_rank(offer.pools[0].level(offer.datacenter)),
+            offer.datacenter not in liked,
+        ),
+    )
+
+
+def volume_gb(model_bytes: int) -> int:
+    """Return how large a volume is made for models of so many bytes."""
+    spare = max(_VOLUME_SPARE_GB, int(model_bytes * _VOLUME_SPARE_SHARE) // _GB)
+    return min(LARGEST_VOLUME_GB, max(SMALLEST_VOLUME_GB, -(-model_bytes // _GB) + spare))
+
+
+def volume_usd_month(size_gb: int) -> float:
+    """Return what a standard volume costs a month."""
+    beyond = max(0, size_gb - _TIER_GB)
+    return (size_gb - beyond) * VOLUME_GB_MONTH_USD + beyond * VOLUME_GB_MONTH_BEYOND_USD
+
+
+def _rank(level: str) -> int:
+    return _LEVELS.index(level) if level in _LEVELS else 0

@@ -1,0 +1,228 @@
+"""The command: argv and an environment in, an exit status out. Handles signals, asks once, prints what is the matter."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import threading
+from typing import IO, TYPE_CHECKING, Any, Final, NoReturn
+
+from client.errors import ClientError, JobFailed
+from worker.base.text import count
+from worker.errors import ManifestInvalid, SettingsError, SpecInvalid, WorkerError
+from worker.seed.errors import S3KeysMissing, SeedUsage, WhatUnknown
+from worker.seed.screen import JsonLines
+from worker.settings import Settings
+from worker.up import needs as needed
+from worker.up import pod
+from worker.up.api import RunPod
+from worker.up.catalog import volume_usd_month
+from worker.up.errors import ApiKeyMissing, ApiKeyRefused, StateInvalid, UpUsage
+from worker.up.options import parse
+from worker.up.plan import plan_of
+from worker.up.screen import UpScreen, ask
+from worker.up.state import State, alone, state_path
+from worker.up.steps import Steps
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from worker.up.api import Kind, Thing
+    from worker.up.options import Options
+
+FAILED: Final = 1
+USAGE: Final = 2
+STOPPED: Final = 130
+
+_USAGE_ERRORS: Final = (
+    *(UpUsage, StateInvalid, ApiKeyMissing, ApiKeyRefused, SettingsError),
+    *(SeedUsage, WhatUnknown, SpecInvalid, ManifestInvalid, S3KeysMissing),
+)
+_GO_ON: Final = "Stopped. Run the same command again to go on, or `up down` to remove what there is."
+
+
+def run(argv: Sequence[str], environ: Mapping[str, str], out: IO[str] | None = None) -> int:
+    """Do what the command line says; returns the exit status, see `--help`."""
+    stream, as_json = out or sys.stdout, "--json" in argv
+    try:
+        if list(argv) == ["fill"]:
+            return pod.fill(environ, stream)
+        options = parse(argv)
+        with _interrupted_by_sigterm():
+            return _act(options, environ, UpScreen(stream, as_json=options.json))
+    except SystemExit as exc:
+        return int(exc.code or 0)
+    except KeyboardInterrupt:
+        UpScreen(stream, as_json=as_json).note(_GO_ON)
+        return STOPPED
+    except (WorkerError, ClientError) as exc:
+        code = exc.worker_code or exc.code if isinstance(exc, JobFailed) else exc.code
+        if as_json:
+            JsonLines(stream).tell("error", code=code, text=str(exc))
+        else:
+            print(f"error: {exc} [{code}]", file=sys.stderr)  # noqa: T201 - the command's output
+        return USAGE if isinstance(exc, _USAGE_ERRORS) else FAILED
+
+
+def _act(options: Options, environ: Mapping[str, str], screen: UpScreen) -> int:
+    if options.action != "up" and not options.name:
+        raise UpUsage(f"Name the deployment: up {options.action} --name NAME, as `up` called it.")
+    runpod = RunPod(environ.get("RUNPOD_API_KEY", "").strip(), environ.get("RUNPOD_API_BASE_URL", "").strip() or None)
+    path = state_path(options.name, environ)
+    try:
+        if options.action == "status":
+            return _status(options, runpod, State.load(path), screen)
+        with alone(path):
+            state = State.load(path)
+            return (
+                _down(options, runpod, state, screen)
+                if options.action == "down"
+                else _up(options, runpod, state, screen, environ)
+            )
+    finally:
+        runpod.close()
+
+
+def _up(options: Options, runpod: RunPod, state: State, screen: UpScreen, environ: Mapping[str, str]) -> int:
+    """Plan, ask once, and do the steps."""
+    runpod.all("network-volumes")  # a wrong key shows here, before anybody waits for the sources of models
+    digest = needed.digest_of(options.workflow, options.whats)
+    settings = Settings.from_env(environ)
+    known = state.get("models")
+    if known and known.get("digest") != digest:
+        state.drop("models", "picture")
+    needs = None if state.get("models").get("done") else needed.read(options.workflow, options.whats, settings, screen.note)
+    plan = plan_of(options, needs, runpod, state, environ)
+    if needs is not None or options.dry_run:
+        screen.plan(plan)
+    if needs is not None:
+        needs.check()
+    if options.dry_run:
+        return 0
+    if plan.new and not options.yes:
+        if not sys.stdin.isatty():
+            raise UpUsage("Nobody can be asked here: run it with --yes, or with --dry-run to see only what it would make.")
+        if not ask("Make it?"):
+            screen.say("Nothing was made.")
+            return FAILED
+    state.put("agreed", **plan.agreed())
+    return Steps(runpod, options, plan, state, screen, environ).run()
+
+
+def _found(options: Options, runpod: RunPod, state: State) -> dict[Kind, list[Thing]]:
+    """Return everything of a deployment that is there, by what was written down and by its name."""
+    found: dict[Kind, list[Thing]] = {}
+    steps: tuple[tuple[Kind, Any], ...] = (
+        ("pods", state.get("models").get("pod")),
+        ("serverless", state.get("endpoint").get("id")),
+        ("network-volumes", state.get("volume").get("id")),
+    )
+    for kind, thing_id in steps:
+        things = {str(thing["id"]): thing for thing in runpod.named(kind, options.resource)}
+        if thing_id and str(thing_id) not in things and (thing := runpod.get(kind, str(thing_id))):
+            things[str(thing_id)] = thing
+        found[kind] = list(things.values())
+    return found
+
+
+def _status(options: Options, runpod: RunPod, state: State, screen: UpScreen) -> int:
+    """Say what there is, and what it costs."""
+    found = _found(options, runpod, state)
+    workers = {str(thing["id"]): runpod.workers(str(thing["id"])).get("summary", {}) for thing in found["serverless"]}
+    if screen.as_json:
+        screen.result("status", "", name=options.name, **_names(found), workers=workers, steps=_done(state))
+        return 0
+    if not any(found.values()):
+        screen.say(f"{options.name}: there is nothing, and nothing is billed.")
+        return 0
+    for volume in found["network-volumes"]:
+        cost = f"${volume_usd_month(int(volume['size'])):.2f} a month"
+        tier = cost if volume.get("type") == "STANDARD" else "high-performance"
+        screen.say(f"volume    {volume['id']}  {volume['size']} GB in {volume['dataCenter']}, {tier}")
+    for endpoint in found["serverless"]:
+        most, counts = endpoint["workers"]["max"], workers[str(endpoint["id"])]
+        said = ", ".join(f"{number} {word}" for word, number in counts.items() if number and word != "total")
+        idle = ": RunPod lowers it without requests, `up` raises it again" if most == 0 else ""
+        screen.say(f"endpoint  {endpoint['id']}  {said or 'no worker runs'}; at most {most}{idle}")
+    for machine in found["pods"]:
+        screen.say(f"Pod       {machine['id']}  {machine['status'].lower()}, ${float(machine.get('cost', 0)):.2f} an hour")
+    return 0
+
+
+def _down(options: Options, runpod: RunPod, state: State, screen: UpScreen) -> int:
+    """Remove what there is, in the order in which it costs money; the volume only where that is wanted."""
+    found = _found(options, runpod, state)
+    if state.get("volume").get("given"):
+        kept, found["network-volumes"] = found["network-volumes"], []
+    else:
+        kept = [] if options.volume_too else found["network-volumes"]
+        found["network-volumes"] = found["network-volumes"] if options.volume_too else []
+    if not any(found.values()):
+        state.drop("endpoint", "models", "picture", "agreed") if kept else state.remove()
+        screen.result("down", f"{options.name}: there is nothing to remove.{_still(kept)}", name=options.name, removed={})
+        return 0
+    if not options.yes:
+        what = ", ".join(f"{_WORDS[kind]} {thing['id']}" for kind, things in found.items() for thing in things)
+        warning = " and every model on it" if found["network-volumes"] else ""
+        if not sys.stdin.isatty():
+            raise UpUsage("Nobody can be asked here: run `up down` with --yes.")
+        if not ask(f"Remove {what}{warning}?"):
+            screen.say("Nothing was removed.")
+            return FAILED
+    removed = _names(found)
+    for kind, things in found.items():
+        for thing in things:
+            runpod.delete(kind, str(thing["id"]))
+            screen.step(_WORDS[kind], f"{thing['id']} removed", id=thing["id"])
+    if kept:
+        state.drop("endpoint", "models", "picture", "agreed")
+    else:
+        state.remove()
+    screen.result("down", f"{options.name}: removed.{_still(kept)}", name=options.name, removed=removed)
+    return 0
+
+
+_WORDS: Final[Mapping[Kind, str]] = {"pods": "Pod", "serverless": "endpoint", "network-volumes": "volume"}
+
+
+def _names(found: Mapping[Kind, list[Thing]]) -> dict[str, Any]:
+    return {
+        "pods": [thing["id"] for thing in found["pods"]],
+        "endpoints": [thing["id"] for thing in found["serverless"]],
+        "volumes": [thing["id"] for thing in found["network-volumes"]],
+    }
+
+
+def _done(state: State) -> dict[str, bool]:
+    return {
+        "volume": bool(state.get("volume").get("id")),
+        "endpoint": bool(state.get("endpoint").get("id")),
+        "models": bool(state.get("models").get("done")),
+        "picture": bool(state.get("picture").get("done")),
+    }
+
+
+def _still(kept: Sequence[Thing]) -> str:
+    if not kept:
+        return ""
+    cost = sum(volume_usd_month(int(volume["size"])) for volume in kept)
+    left = f"{count(len(kept), 'volume')} stays ({kept[0]['id']})"
+    return f" {left}, about ${cost:.2f} a month; --volume-too removes what `up` made."
+
+
+@contextlib.contextmanager
+def _interrupted_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the work as Ctrl-C does."""
+
+    def stop(_: int, __: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,191 @@
+"""The models onto the volume: from here through S3, or by a CPU Pod that has it. Through the seeder and RunPod's API."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from worker.base.progress import Progress
+from worker.seed import cli
+from worker.seed.outcome import Outcome
+from worker.up.errors import FillFailed, ImageNotFound, NoCpuFree, RunPodRefused
+from worker.up.plan import centre_of, cpu_image_of, free_cpus
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from worker.seed.screen import Screen
+    from worker.up.api import RunPod, Thing
+    from worker.up.options import Options
+    from worker.up.plan import UpPlan
+    from worker.up.screen import UpScreen
+    from worker.up.state import State
+
+POD_COMMAND: Final = "worker up fill"
+MODELS_VARIABLE: Final = "UP_MODELS"
+HANDED_ON: Final = ("HF_TOKEN", "HF_ENDPOINT", "CIVITAI_TOKEN")
+"""Variables that Pods and workers get from the environment of whoever runs `up`."""
+
+_MOUNT: Final = "/workspace"
+_DISK_GB: Final = 20
+_SILENCE_S: Final = 1800.0
+_LOOK_S: Final = 2.0
+_GONE: Final = frozenset({"TERMINATED", "EXITED", "ERROR"})
+
+
+@dataclass(slots=True)
+class Filler:
+    """Fills one deployment's volume."""
+
+    runpod: RunPod
+    options: Options
+    plan: UpPlan
+    state: State
+    screen: UpScreen
+    environ: Mapping[str, str]
+
+    def through_s3(self, volume_id: str, manifest: str) -> None:
+        """Send the models from here. Raises `FillFailed`; KeyboardInterrupt where it was stopped."""
+        with tempfile.TemporaryDirectory(prefix="worker-up-") as folder:
+            wanted = Path(folder) / "models.json"
+            wanted.write_text(manifest, "utf-8")
+            where = ["--s3", volume_id, "--datacenter", self.plan.datacenter]
+            more = ["--endpoint", self.options.s3_endpoint] if self.options.s3_endpoint else []
+            argv = [str(wanted), *where, *more, *(["--json"] if self.screen.as_json else [])]
+            code = cli.run(argv, self.environ, self.screen.stream)
+        if code == cli.STOPPED:
+            raise KeyboardInterrupt
+        if code:
+            raise FillFailed("what the seeder said above")
+
+    def by_pod(self, volume_id: str, manifest: str) -> None:
+        """Have a CPU Pod fetch the models, and end it. Raises `NoCpuFree`, `FillFailed`, and what the API does."""
+        pod = self._pod(volume_id, manifest)
+        self.state.put("models", pod=pod["id"])
+        try:
+            failed = self._follow(str(pod["id"]))
+        except KeyboardInterrupt:
+            self.runpod.delete("pods", str(pod["id"]))
+            raise
+        self.runpod.delete("pods", str(pod["id"]))
+        if failed:
+            raise FillFailed(failed)
+
+    def _pod(self, volume_id: str, manifest: str) -> Thing:
+        """Return the Pod that fills the volume: one that is there, or a new one of the cheapest kind that can be had."""
+        image, refused = cpu_image_of(self.plan.image), "none is free"
+        for old in self.runpod.named("pods", self.options.resource):
+            if old.get("env", {}).get(MODELS_VARIABLE) != manifest:  # it fetches what an earlier workflow needed
+                self.runpod.delete("pods", str(old["id"]))
+        for cpu in free_cpus(self.runpod, centre_of(self.runpod, self.plan.datacenter)):
+            body = {
+                "name": self.options.resource,
+                "image": image,
+                "cloud": "SECURE",
+                "cpu": {"id": cpu.name, "vcpuCount": cpu.vcpus},
+                "disk": _DISK_GB,
+                "dataCenterIds": [self.plan.datacenter],
+                "mounts": {"network": [{"volumeId": volume_id, "path": _MOUNT}]},
+                "args": POD_COMMAND,
+                "env": {MODELS_VARIABLE: manifest, **handed_on(self.environ)},
+            }
+            try:
+                return self.runpod.ensure(
+                    "pods", body | ({"registry": self.options.registry} if self.options.registry else {})
+                )[0]
+            except RunPodRefused as exc:  # RunPod says 400 both to what is wrong and to what is not free just now
+                if "image" in exc.reason.lower():
+                    raise ImageNotFound(image, exc.reason) from None
+                refused = exc.reason
+        raise NoCpuFree(self.plan.datacenter, refused)
+
+    def _follow(self, pod_id: str) -> str:
+        """Show what the Pod does until it has ended; returns why it failed, or nothing."""
+        failures: list[str] = []
+        with self.screen.models() as screen:
+            for event in self._events(pod_id):
+                if event.get("event") == "filled":
+                    return "" if event.get("code") == 0 else "; ".join(failures) or "its log says why"
+                failures += self._show(event, screen)
+        return "its Pod ended before it was done"
+
+    def _events(self, pod_id: str) -> Iterator[dict[str, Any]]:
+        """Yield the seeder's events from the Pod's log, until the Pod is gone. Raises `FillFailed` where it says nothing."""
+        since: str | None = None
+        heard_s = time.monotonic()
+        while True:
+            for position, line in self.runpod.log(pod_id, since):
+                since, heard_s = position, time.monotonic()
+                event = _event(line)
+                if event:
+                    yield event
+            pod = self.runpod.get("pods", pod_id)
+            if pod is None or pod.get("status") in _GONE:
+                return
+            if time.monotonic() - heard_s > _SILENCE_S:
+                self.runpod.delete("pods", pod_id)
+                raise FillFailed(f"its Pod printed nothing for {_SILENCE_S / 60:.0f} minutes and was removed")
+            time.sleep(_LOOK_S)
+
+    def _show(self, event: dict[str, Any], screen: Screen) -> list[str]:
+        """Show one event of the Pod's seeder; returns what failed."""
+        if self.screen.as_json:
+            self.screen.raw(event)
+        match event.get("event"):
+            case "begin" if not self.screen.as_json:
+                models = int(event.get("models", 1))
+                screen.expect([int(event.get("size_bytes", 0)), *[0] * (models - 1)])
+            case "progress" if not self.screen.as_json:
+                phase = event.get("phase")
+                moment = Progress(
+                    phase if phase in {"waiting", "downloading", "checking"} else "waiting",
+                    int(event.get("done_bytes", 0)),
+                    int(event.get("total_bytes", 0)),
+                    float(event.get("bytes_per_s", 0)),
+                )
+                screen.moved(str(event.get("model")), moment)
+            case "ended":
+                outcome = _outcome(event)
+                if not self.screen.as_json:
+                    screen.ended(outcome.model, [outcome])
+                if not outcome.good:
+                    return [str(event.get("error") or outcome.model)]
+            case "error":
+                return [str(event.get("text"))]
+            case "note" if not self.screen.as_json:
+                screen.say(str(event.get("text")))
+        return []
+
+
+def handed_on(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that Pods and workers get from here."""
+    return {name: environ[name].strip() for name in HANDED_ON if environ.get(name, "").strip()}
+
+
+def _event(line: str) -> dict[str, Any] | None:
+    """Return the event that a line of the log is, None for any other line."""
+    if not line.startswith("{"):
+        return None
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and isinstance(found.get("event"), str) else None
+
+
+def _outcome(event: Mapping[str, Any]) -> Outcome:
+    how = event.get("how")
+    good = how if how in {"ready", "by_hand", "adopted", "sent"} else "failed"
+    return Outcome(
+        str(event.get("model")),
+        str(event.get("volume")),
+        good,  # type: ignore[arg-type]  # one of the five
+        int(event.get("size_bytes") or 0),
+        int(event.get("moved_bytes") or 0),
+        float(event.get("seconds") or 0.0),
+        note=event.get("error") or event.get("note"),
+    )

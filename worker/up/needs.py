@@ -1,0 +1,82 @@
+"""What a workflow needs on its volume: its models with their sources and sizes. Reads files and asks the sources."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from worker.models.sources import Sources
+from worker.plan.command import make_hub
+from worker.plan.items import FETCHED
+from worker.plan.lookup import ask_in_time
+from worker.seed.selection import Wants
+from worker.up.errors import ModelsNotReady
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from worker.plan.items import Item
+    from worker.settings import Settings
+
+_DEADLINE_S = 40.0
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """The models of a workflow. `digest` changes with the workflow and with the lists of models beside it."""
+
+    items: tuple[Item, ...]
+    digest: str
+
+    @property
+    def fetched(self) -> tuple[Item, ...]:
+        """Those that go onto the volume."""
+        return tuple(item for item in self.items if item.state in FETCHED and item.spec)
+
+    @property
+    def size_bytes(self) -> int:
+        """How many bytes they have together, as far as that is known."""
+        return sum(item.size_bytes or 0 for item in self.fetched)
+
+    @property
+    def unknown_sizes(self) -> int:
+        """How many have a size that nobody could tell."""
+        return sum(item.size_bytes is None for item in self.fetched)
+
+    def manifest(self) -> str:
+        """Return the models as a manifest that the worker and the seeder read."""
+        specs = [item.spec for item in self.fetched if item.spec]
+        models = [
+            {"folder": spec.folder, "name": spec.name, "source": str(spec.source)}
+            | ({"sha256": spec.sha256} if spec.sha256 else {})
+            for spec in specs
+        ]
+        return json.dumps({"models": models})
+
+    def check(self) -> None:
+        """Raise `ModelsNotReady` where something is in the way that no volume cures."""
+        if blocking := [f"{item.title} ({item.state})" for item in self.items if item.blocking]:
+            raise ModelsNotReady(blocking)
+
+
+def digest_of(workflow: str, whats: Sequence[str]) -> str:
+    """Return what tells this workflow, with its lists of models, from others."""
+    found = hashlib.sha256()
+    for what in (workflow, *whats):
+        path = Path(what)
+        found.update(path.read_bytes() if path.is_file() else what.encode())
+        found.update(b"\0")
+    return found.hexdigest()[:16]
+
+
+def read(workflow: str, whats: Sequence[str], settings: Settings, tell: Callable[[str], None]) -> Needs:
+    """Return what the workflow needs, asked of its sources. Raises what `Wants.read` does."""
+    hub = make_hub(settings)
+    sources = Sources.read(manifest=settings.models_manifest, models=settings.models)
+    wants = Wants(sources, hub, settings.request_hosts, None, threading.Event(), tell=tell)
+    items = ask_in_time(wants.read([workflow, *whats]), hub, lambda _: 0, _DEADLINE_S)
+    return Needs(items, digest_of(workflow, whats))

@@ -1,0 +1,263 @@
+"""What `up` is going to make: the choice among what RunPod has, for what a workflow needs. Asks RunPod, changes nothing."""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import urlsplit
+
+from worker.seed.options import KEY_ID, KEY_SECRET
+from worker.seed.s3_api import DATACENTERS
+from worker.up import catalog
+from worker.up.catalog import DataCenter, volume_gb, volume_usd_month, wanted_gb
+from worker.up.errors import NoGpuFree, UpUsage, VolumeUnknown
+from worker.up.options import IMAGE
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from worker.up.api import RunPod, Thing
+    from worker.up.catalog import Cpu, Offer, Pool
+    from worker.up.needs import Needs
+    from worker.up.options import Fill, Options
+    from worker.up.state import State
+
+_CHECKOUT: Final = Path(__file__).resolve().parents[2]
+_GIT_TIMEOUT_S: Final = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class UpPlan:
+    """What is to be made. `volume_id` is of one that is there; `own_volume`: `up` made it, or will.
+
+    `needs` is None where the models are on the volume already, and nobody asked for them again.
+    """
+
+    name: str
+    needs: Needs | None
+    image: str
+    cuda: str
+    datacenter: str
+    pools: tuple[str, ...]
+    excluded: tuple[str, ...]
+    usd_second: tuple[float, ...]
+    size_gb: int
+    volume_id: str | None
+    own_volume: bool
+    high_performance: bool
+    fill: Fill
+    pod_usd_hour: float
+    max_workers: int
+    offers: tuple[Offer, ...] = ()
+    new: bool = True
+
+    @property
+    def gpu_cost(self) -> str:
+        """What a worker costs a second, in words."""
+        low, high = min(self.usd_second, default=0.0), max(self.usd_second, default=0.0)
+        return f"${low:.5f} a second" if low == high else f"${low:.5f} to ${high:.5f} a second"
+
+    def agreed(self) -> dict[str, Any]:
+        """Return what a person agrees to, as the state keeps it."""
+        return {
+            "image": self.image,
+            "cuda": self.cuda,
+            "datacenter": self.datacenter,
+            "pools": list(self.pools),
+            "excluded": list(self.excluded),
+            "usd_second": list(self.usd_second),
+            "size_gb": self.size_gb,
+            "high_performance": self.high_performance,
+            "fill": self.fill,
+            "pod_usd_hour": self.pod_usd_hour,
+            "max_workers": self.max_workers,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        needs = self.needs
+        return {
+            "name": self.name,
+            **self.agreed(),
+            "volume": self.volume_id,
+            "volume_usd_month": None if self.high_performance else round(volume_usd_month(self.size_gb), 2),
+            "prices_of": catalog.PRICES_OF,
+            "models": [item.to_dict() for item in needs.items] if needs else [],
+            "size_bytes": needs.size_bytes if needs else None,
+            "gpu_gb": wanted_gb(needs.size_bytes) if needs else None,
+            "offers": [
+                {
+                    "datacenter": offer.datacenter,
+                    "pools": [
+                        {
+                            "name": pool.name,
+                            "gpus": list(pool.gpus),
+                            "memory_gb": pool.memory_gb,
+                            "usd_second": round(pool.usd_second, 6),
+                            "free": pool.level(offer.datacenter),
+                        }
+                        for pool in offer.pools
+                    ],
+                }
+                for offer in self.offers
+            ],
+        }
+
+
+def plan_of(options: Options, needs: Needs | None, runpod: RunPod, state: State, environ: Mapping[str, str]) -> UpPlan:
+    """Return what to make, or, for a deployment that was agreed upon before, what that was.
+
+    Raises `NoGpuFree`, `VolumeUnknown`, `UpUsage`, and what RunPod's API has the matter.
+    """
+    volume = _volume(options, runpod, state)
+    own = options.volume is None and not state.get("volume").get("given")
+    if agreed := state.get("agreed"):
+        return _as_agreed(options, needs, agreed, volume, own=own)
+    pools = catalog.pools_of(runpod.all("catalog/gpus", include="AVAILABILITY", product="SERVERLESS"))
+    centres = catalog.datacenters_of(runpod.all("catalog/datacenters", include="GPU_AVAILABILITY,CPU_AVAILABILITY"))
+    size_bytes = needs.size_bytes if needs else 0
+    wanted = _pools(options, pools, size_bytes)
+    datacenter = str(volume["dataCenter"]) if volume else options.datacenter
+    places = _places(options, centres, datacenter)
+    offers = catalog.offers(wanted, places, DATACENTERS)
+    fill = options.fill or ("s3" if _has_s3_keys(environ) else "pod")
+    if fill == "s3" and options.s3_endpoint is None:
+        offers = [offer for offer in offers if offer.datacenter in DATACENTERS]
+    if not offers:
+        raise NoGpuFree([pool.name for pool in wanted], datacenter or "any data centre with network volumes")
+    offer = offers[0]
+    cpus = free_cpus(runpod, centres[offer.datacenter]) if fill == "pod" else []
+    size_gb = options.size_gb or volume_gb(size_bytes)
+    return UpPlan(
+        name=options.name,
+        needs=needs,
+        image=image_of(options),
+        cuda=options.cuda,
+        datacenter=offer.datacenter,
+        pools=tuple(pool.name for pool in offer.pools),
+        excluded=tuple(gpu for pool in offer.pools for gpu in pool.slices),
+        usd_second=tuple(pool.usd_second for pool in offer.pools),
+        size_gb=max(size_gb, int(volume["size"])) if volume else size_gb,
+        volume_id=str(volume["id"]) if volume else None,
+        own_volume=own,
+        high_performance=options.high_performance,
+        fill=fill,
+        pod_usd_hour=cpus[0].usd_hour if cpus else 0.0,
+        max_workers=options.max_workers,
+        offers=tuple(offers),
+    )
+
+
+def _as_agreed(options: Options, needs: Needs | None, agreed: Mapping[str, Any], volume: Thing | None, *, own: bool) -> UpPlan:
+    size_gb = max(int(agreed["size_gb"]), volume_gb(needs.size_bytes) if needs else 0, int(volume["size"]) if volume else 0)
+    plan = UpPlan(
+        name=options.name,
+        needs=needs,
+        image=str(agreed["image"]),
+        cuda=str(agreed["cuda"]),
+        datacenter=str(volume["dataCenter"]) if volume else str(agreed["datacenter"]),
+        pools=tuple(agreed["pools"]),
+        excluded=tuple(agreed["excluded"]),
+        usd_second=tuple(agreed["usd_second"]),
+        size_gb=size_gb,
+        volume_id=str(volume["id"]) if volume else None,
+        own_volume=own,
+        high_performance=bool(agreed["high_performance"]),
+        fill=options.fill or agreed["fill"],
+        pod_usd_hour=float(agreed["pod_usd_hour"]),
+        max_workers=int(agreed["max_workers"]),
+        new=False,
+    )
+    # What was given on this command line counts, whatever was agreed before.
+    plan = replace(plan, image=options.image or plan.image, cuda=options.cuda if options.image else plan.cuda)
+    return replace(plan, size_gb=max(plan.size_gb, options.size_gb or 0))
+
+
+def _volume(options: Options, runpod: RunPod, state: State) -> Thing | None:
+    """Return the volume that there is already: given, made by an earlier run, or of the deployment's name."""
+    known = state.get("volume")
+    if wanted := options.volume or (known.get("id") if known.get("given") else None):
+        found = runpod.get("network-volumes", str(wanted))
+        if found is None:
+            raise VolumeUnknown(str(wanted))
+        return found
+    found = runpod.get("network-volumes", str(known["id"])) if known.get("id") else None
+    if found is None:
+        found = next(iter(runpod.named("network-volumes", options.resource)), None)
+    return found
+
+
+def _pools(options: Options, pools: Mapping[str, Pool], size_bytes: int) -> Sequence[Pool]:
+    if not options.pools:
+        return catalog.fitting(pools, wanted_gb(size_bytes))
+    if unknown := [name for name in options.pools if name not in pools]:
+        raise UpUsage(f"--gpu: RunPod has no pool {unknown[0]}; it is one of {', '.join(sorted(pools))}.")
+    return [pools[name] for name in options.pools]
+
+
+def _places(options: Options, centres: Mapping[str, DataCenter], name: str | None) -> list[DataCenter]:
+    tier = "HIGH_PERFORMANCE" if options.high_performance else None
+    if name is None:
+        return [place for place in centres.values() if tier is None or tier in place.tiers]
+    if name not in centres:
+        raise UpUsage(f"--datacenter: there are no network volumes in {name}; they are in {', '.join(sorted(centres))}.")
+    if tier and options.volume is None and tier not in centres[name].tiers:
+        raise UpUsage(f"--high-performance: {name} has no such storage.")
+    return [centres[name]]
+
+
+def free_cpus(runpod: RunPod, centre: DataCenter) -> list[Cpu]:
+    """Return the CPU Pods that a data centre has free now, the cheapest first."""
+    return [cpu for cpu in catalog.cpus_of(runpod.all("catalog/cpus")) if centre.cpus.get(cpu.name, "NONE") != "NONE"]
+
+
+def centre_of(runpod: RunPod, name: str) -> DataCenter:
+    """Return a data centre as it is now."""
+    centres = catalog.datacenters_of(runpod.all("catalog/datacenters", include="CPU_AVAILABILITY"))
+    return centres.get(name) or DataCenter(name, name, (), {})
+
+
+def _has_s3_keys(environ: Mapping[str, str]) -> bool:
+    return all(environ.get(name, "").strip() for name in (KEY_ID, KEY_SECRET))
+
+
+def image_of(options: Options) -> str:
+    """Return the image that workers run: the given one, or that of whoever this checkout was cloned from. Raises `UpUsage`."""
+    if options.image:
+        return options.image
+    if "OWNER" not in IMAGE:
+        return IMAGE
+    owner = _owner()
+    if not owner:
+        raise UpUsage(
+            "Say with --image what the endpoint runs, such as ghcr.io/you/comfyui-volume-worker:1.0.0: "
+            "this checkout was not cloned from GitHub, whose name for its owner the image would have."
+        )
+    return IMAGE.replace("OWNER", owner.lower())
+
+
+def cpu_image_of(image: str) -> str:
+    """Return the image that fills a volume: of the release workflow's, the small one without CUDA; otherwise the same."""
+    repository, _, tag = image.rpartition(":")
+    if "@" in image or not repository.startswith("ghcr.io/") or not repository.endswith("/comfyui-volume-worker"):
+        return image
+    return f"{repository}:{tag.partition('-')[0]}-cpu"
+
+
+def _owner() -> str | None:
+    """Who owns the repository on GitHub that this checkout came from."""
+    try:
+        found = subprocess.run(  # noqa: S603 - our own words
+            ["git", "-C", str(_CHECKOUT), "remote", "get-url", "origin"],  # noqa: S607 - whichever git there is
+            capture_output=True,
+            text=True,
+            timeout=_GIT_TIMEOUT_S,
+            check=False,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    address = found.stdout.strip().replace("git@github.com:", "https://github.com/")
+    parts = urlsplit(address)
+    return parts.path.strip("/").partition("/")[0] or None if parts.hostname == "github.com" else None

@@ -1,0 +1,49 @@
+"""What runs in the Pod that fills a volume: the seeder, then the Pod's own end. Prints events; touches disk and network."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Final
+
+from worker.seed import cli
+from worker.seed.screen import JsonLines
+from worker.up.api import RunPod
+from worker.up.errors import UpError, UpUsage
+from worker.up.filling import MODELS_VARIABLE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+LINGER_VARIABLE: Final = "UP_LINGER_S"
+
+# Whoever ran `up` reads the log and removes the Pod. Where nobody does, because `up` was killed, the Pod ends itself.
+_LINGER_S: Final = 600.0
+_AGAIN_S: Final = 300.0
+
+
+def fill(environ: Mapping[str, str], stream: IO[str], sleep: Callable[[float], object] = time.sleep) -> int:
+    """Fetch the models that the environment names, say how that went, and remove this Pod. Does not return in a Pod.
+
+    A container that ends is started again by RunPod, and its Pod costs money until somebody removes it.
+    """
+    manifest = environ.get(MODELS_VARIABLE, "")
+    if not manifest:
+        raise UpUsage(f"`up fill` runs in the Pod that `up` makes: it takes its models from {MODELS_VARIABLE}.")
+    with tempfile.TemporaryDirectory(prefix="worker-up-") as folder:
+        wanted = Path(folder) / "models.json"
+        wanted.write_text(manifest, "utf-8")
+        code = cli.run([str(wanted), "--json"], environ, stream)
+    JsonLines(stream).tell("filled", code=code)
+    pod_id = environ.get("RUNPOD_POD_ID", "")
+    if not pod_id:
+        return code
+    sleep(float(environ.get(LINGER_VARIABLE) or _LINGER_S))
+    while True:
+        try:
+            runpod = RunPod(environ.get("RUNPOD_API_KEY", ""), environ.get("RUNPOD_API_BASE_URL"))
+            runpod.delete("pods", pod_id)
+        except UpError as exc:
+            JsonLines(stream).say(f"The Pod could not remove itself: {exc}")
+        sleep(_AGAIN_S)

@@ -1,0 +1,106 @@
+"""What `up` has begun and what it has made, in a file that is whole at any moment. Touches the disk.
+
+A step is written down before it begins and after it has ended. A resource that was made and not written down is found by its
+name, which follows from the deployment's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from filelock import FileLock, Timeout
+
+from worker.up.errors import StateInvalid, UpUsage
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+VERSION: Final = 1
+
+
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Let no other process of this machine work on the deployment. Raises `UpUsage` where one does; a kill ends its lock."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path.with_suffix(".lock"), timeout=0)
+        lock.acquire()
+    except Timeout:
+        raise UpUsage(f"Another `up` works on {path.stem} just now: wait for its end.") from None
+    except OSError as exc:
+        raise StateInvalid(path, exc.strerror or str(exc)) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def state_path(name: str, environ: Mapping[str, str]) -> Path:
+    """Return where a deployment's state is kept."""
+    home = environ.get("XDG_STATE_HOME", "").strip()
+    return (Path(home) if home else Path.home() / ".local" / "state") / "comfyui-volume-worker" / f"{name}.json"
+
+
+class State:
+    """A deployment's state. Every change is on the disk when the method returns."""
+
+    def __init__(self, path: Path, values: dict[str, Any]) -> None:
+        self.path = path
+        self._values = values
+        self._new = path.with_suffix(".new")
+
+    @classmethod
+    def load(cls, path: Path) -> State:
+        """Read the file; nothing has been made where there is none. Raises `StateInvalid`."""
+        try:
+            values = json.loads(path.read_text("utf-8"))
+        except FileNotFoundError:
+            return cls(path, {"version": VERSION})
+        except OSError as exc:
+            raise StateInvalid(path, exc.strerror or str(exc)) from None
+        except ValueError:
+            raise StateInvalid(path, "it is no JSON") from None
+        if not isinstance(values, dict) or values.get("version") != VERSION:
+            raise StateInvalid(path, f"it is not of version {VERSION}")
+        return cls(path, values)
+
+    @property
+    def exists(self) -> bool:
+        """Whether anything was written down."""
+        return len(self._values) > 1
+
+    def get(self, key: str) -> dict[str, Any]:
+        """Return what is known of a step or a wish; empty where nothing is."""
+        found = self._values.get(key)
+        return dict(found) if isinstance(found, dict) else {}
+
+    def put(self, key: str, **values: Any) -> None:  # noqa: ANN401 - JSON
+        """Write something down beside what is known already."""
+        self._values[key] = {**self.get(key), **values}
+        self._save()
+
+    def drop(self, *keys: str) -> None:
+        """Forget something."""
+        if any(self._values.pop(key, None) is not None for key in keys):
+            self._save()
+
+    def remove(self) -> None:
+        """Forget everything; the file goes too."""
+        self._values = {"version": VERSION}
+        self.path.unlink(missing_ok=True)
+        self._new.unlink(missing_ok=True)
+
+    def _save(self) -> None:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self._new.open("w", encoding="utf-8") as file:
+                json.dump(self._values, file, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
+            self._new.replace(self.path)
+        except OSError as exc:
+            raise StateInvalid(self.path, exc.strerror or str(exc)) from None

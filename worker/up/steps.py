@@ -1,0 +1,236 @@
+"""The steps of `up`: volume, endpoint, models, picture. Each may be killed anywhere and done again. Through RunPod's API.
+
+The endpoint comes before the models: it costs nothing while no job comes, and what is wrong with the image, the quota or the
+balance shows before gigabytes are on their way.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from client.command import check, tell_outputs, watched
+from client.errors import ServiceError
+from client.request import Wishes, build
+from client.service import ENDPOINTS, Endpoint
+from worker.base.text import count, size_text
+from worker.up.catalog import volume_usd_month
+from worker.up.errors import ImageNotFound, RunPodRefused, WorkerQuota
+from worker.up.filling import Filler, handed_on
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from worker.up.api import RunPod, Thing
+    from worker.up.options import Options
+    from worker.up.plan import UpPlan
+    from worker.up.screen import UpScreen
+    from worker.up.state import State
+
+_DISK_GB: Final = 30
+_IDLE_S: Final = 5
+_QUEUE_DELAY_S: Final = 4
+_TIMEOUT_MS: Final = 3_600_000
+_PICTURE_TIMEOUT_S: Final = 3600.0
+
+
+@dataclass(slots=True)
+class Steps:
+    """What is done for one plan."""
+
+    runpod: RunPod
+    options: Options
+    plan: UpPlan
+    state: State
+    screen: UpScreen
+    environ: Mapping[str, str]
+
+    def run(self) -> int:
+        """Do what is not done yet; returns the exit status. Raises errors of `up`, the seeder and the client."""
+        volume = self.volume()
+        endpoint = self.endpoint(str(volume["id"]))
+        self.models(str(volume["id"]))
+        return self.picture(endpoint)
+
+    def volume(self) -> Thing:
+        """Return the volume, made or enlarged where that is needed."""
+        plan, name = self.plan, self.options.resource
+        found = self.runpod.get("network-volumes", plan.volume_id) if plan.volume_id else None
+        made = False
+        if found is None:
+            self.state.put("volume", name=name, begun=True)
+            tier = {"type": "HIGH_PERFORMANCE"} if plan.high_performance else {}
+            body = {"name": name, "size": plan.size_gb, "dataCenter": plan.datacenter, **tier}
+            found, made = self.runpod.ensure("network-volumes", body)
+        if str(found["id"]) != self.state.get("volume").get("id"):
+            self.state.drop("models", "picture")  # another volume than the models went to
+        self.state.put("volume", name=name, id=found["id"], given=not plan.own_volume)
+        said = "made" if made else "there"
+        if int(found["size"]) < plan.size_gb:
+            found = self.runpod.update("network-volumes", str(found["id"]), {"size": plan.size_gb})
+            said = "enlarged"
+        self.screen.step("volume", f"{found['id']}, {found['size']} GB in {found['dataCenter']}, {said}", id=found["id"])
+        return found
+
+    def endpoint(self, volume_id: str) -> Thing:
+        """Return the endpoint, made or put right where that is needed. Raises `ImageNotFound`, `WorkerQuota`."""
+        body = self._endpoint_body(volume_id)
+        known = self.state.get("endpoint").get("id")
+        found = self.runpod.get("serverless", str(known)) if known else None
+        said = "there"
+        try:
+            if found is None:
+                self.state.put("endpoint", name=self.options.resource, begun=True)
+                found, made = self.runpod.ensure("serverless", body)
+                said = "made" if made else said
+            if wrong := _differences(found, body):
+                found = self.runpod.update("serverless", str(found["id"]), wrong)
+                said = f"changed: {', '.join(sorted(wrong))}"
+        except RunPodRefused as exc:
+            raise self._named(exc) from None
+        url = found.get("requestUrls", {}).get("run") or f"{ENDPOINTS}/{found['id']}/run"
+        self.state.put("endpoint", id=found["id"], url=str(url).removesuffix("/run"))
+        most = found["workers"]["max"]
+        self.screen.step("endpoint", f"{found['id']}, up to {count(most, 'worker')}, {said}", id=found["id"])
+        return found
+
+    def _endpoint_body(self, volume_id: str) -> dict[str, Any]:
+        plan = self.plan
+        gpu = {"pools": list(plan.pools), "count": 1, "minCudaVersion": plan.cuda}
+        if plan.excluded:
+            gpu["excludedTypes"] = list(plan.excluded)
+        body: dict[str, Any] = {
+            "name": self.options.resource,
+            "image": plan.image,
+            "type": "QUEUE",
+            "disk": _DISK_GB,
+            "env": handed_on(self.environ),
+            "gpu": gpu,
+            "networkVolumes": [volume_id],
+            "dataCenterIds": [plan.datacenter],
+            "workers": {"min": 0, "max": plan.max_workers, "idleTimeout": _IDLE_S},
+            "scaling": {"type": "QUEUE_DELAY", "queueDelay": _QUEUE_DELAY_S},
+            "flashboot": "FLASHBOOT",
+            "timeout": _TIMEOUT_MS,
+        }
+        return body | ({"registry": self.options.registry} if self.options.registry else {})
+
+    def _named(self, exc: RunPodRefused) -> Exception:
+        """Return a refusal under the name of what is the matter, where its words tell that."""
+        words = exc.reason.lower()
+        if "quota" in words:
+            return WorkerQuota(self.plan.max_workers, exc.reason)
+        if "image" in words:
+            return ImageNotFound(self.plan.image, exc.reason)
+        return exc
+
+    def models(self, volume_id: str) -> None:
+        """Bring the models onto the volume. Raises `NoCpuFree`, `FillFailed`, and what the seeder does."""
+        needs = self.plan.needs
+        if needs is None or self.state.get("models").get("done"):
+            self.screen.step("models", "there")
+            return
+        self.state.put("models", digest=needs.digest, begun=True, done=False)
+        filler = Filler(self.runpod, self.options, self.plan, self.state, self.screen, self.environ)
+        if needs.fetched and self.plan.fill == "s3":
+            filler.through_s3(volume_id, needs.manifest())
+        elif needs.fetched and self.plan.fill == "pod":
+            filler.by_pod(volume_id, needs.manifest())
+        self.state.put("models", done=True, pod=None)
+        how = ", to be fetched by the first job" if needs.fetched and self.plan.fill == "job" else ""
+        self.screen.step("models", f"{count(len(needs.fetched), 'model')}, {size_text(needs.size_bytes)}{how}")
+
+    def picture(self, endpoint: Thing) -> int:
+        """Send the workflow, save what comes back, and say how to send the next one; returns the exit status."""
+        job = build(Wishes(self.options.workflow, values=self.options.values, images=self.options.images))
+        request = self.options.output / f"{self.options.name}.request.json"
+        self.options.output.mkdir(parents=True, exist_ok=True)
+        request.write_text(json.dumps(job), "utf-8")
+        url = self.state.get("endpoint")["url"]
+        status = 0
+        if self.options.picture and not self.state.get("picture").get("done"):
+            status = self._picture(job, str(url))
+        if status == 0:
+            curl = (
+                f'curl -s {url}/runsync -H "Authorization: Bearer $RUNPOD_API_KEY" '
+                f"-H 'content-type: application/json' -d @{request}"
+            )
+            month = (
+                f"${volume_usd_month(self.plan.size_gb):.2f} a month" if not self.plan.high_performance else "as it was made"
+            )
+            text = (
+                f"\nThe next one:\n  {curl}\n\nWhat it costs: the volume {month}; a worker while it runs, {self.plan.gpu_cost}."
+                f"\nEnd it: python -m worker up down --name {self.options.name}"
+            )
+            self.screen.result("done", text, endpoint=endpoint["id"], url=url, curl=curl, request=str(request))
+        return status
+
+    def _picture(self, job: Mapping[str, Any], url: str) -> int:
+        base, _, endpoint_id = url.rpartition("/")
+        known = self.state.get("picture")
+        where = {"RUNPOD_API_KEY": self.environ.get("RUNPOD_API_KEY", ""), "RUNPOD_ENDPOINT_BASE_URL": base}
+        service = _Noted(Endpoint.of(endpoint_id, where, known.get("job")), self.state)
+        if known.get("begun") and not known.get("job"):
+            # Killed between sending a job and noting its id: no other job is in this queue yet.
+            service.endpoint.wire.post("/purge-queue", None, 30.0)
+        self.state.put("picture", begun=True)
+        try:
+            answer = watched(service, job, _PICTURE_TIMEOUT_S)
+        except ServiceError:
+            if known.get("job"):
+                self.state.drop("picture")  # its result is kept for half an hour only: the next run makes another
+            raise
+        if answer is None:
+            self.state.drop("picture")
+            raise KeyboardInterrupt
+        self.state.drop("picture")  # whatever is wrong with this one, the next run makes another
+        check(answer)
+        stream = sys.stderr if self.screen.as_json else self.screen.stream
+        status = tell_outputs(answer["output"], self.options.output, stream, str(answer.get("id", "")))
+        if status == 0:
+            self.state.put("picture", done=True)
+        return status
+
+
+@dataclass(slots=True)
+class _Noted:
+    """A service whose job's id is written down as soon as it is known."""
+
+    endpoint: Endpoint
+    state: State
+
+    def run(self, job: Mapping[str, Any], watch: Any, timeout_s: float | None) -> dict[str, Any]:  # noqa: ANN401 - the client's own
+        """As `Service.run`."""
+
+        def noting(news: Any) -> None:  # noqa: ANN401 - the client's own
+            if news.job_id and self.state.get("picture").get("job") != news.job_id:
+                self.state.put("picture", job=news.job_id)
+            watch(news)
+
+        return self.endpoint.run(job, noting, timeout_s)
+
+    def abandon(self) -> str:
+        """As `Service.abandon`."""
+        return self.endpoint.abandon()
+
+    def aftermath(self, error: Exception) -> str | None:
+        """As `Service.aftermath`."""
+        return self.endpoint.aftermath(error)
+
+
+def _differences(found: Thing, body: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what an endpoint that is there lacks of what it should be.
+
+    RunPod itself lowers the workers of an endpoint without requests, to 2 after three days and to 0 after seven.
+    """
+    wrong: dict[str, Any] = {}
+    if found["workers"]["max"] < body["workers"]["max"]:
+        wrong["workers"] = {"max": body["workers"]["max"]}
+    if list(found.get("networkVolumes", ())) != body["networkVolumes"]:
+        wrong["networkVolumes"] = body["networkVolumes"]
+        wrong["dataCenterIds"] = body["dataCenterIds"]
+    if found.get("image") != body["image"]:
+        wrong["image"] = body["image"]
+    return wrong
