@@ -244,6 +244,8 @@ there is 'fox_v2.safetensors'; correct the name, put the file on the volume, or 
     "ServiceFailed.reason": "Bad Gateway",
     "SetInvalid.reason": "takes NODE.INPUT=VALUE, such as 6.text=\"a fox\", not '6.text'",
     "setting": "COMFYUI_DIR",
+    "SdkUnknown.version": "1.14.0",
+    "SdkUnknown.parts": ("runpod.serverless.modules.rp_scale.JobScaler.handle_job",),
     "SettingsError.problems": ("COMFYUI_PORT must be a whole number, not 'x'", "REFRESH_WORKER must be true or false, not 'y'"),
     "NotAModel.found": "a web page",
     "silent_s": 180.0,

@@ -71,7 +71,7 @@ PROGRAM = """
 
     if __name__ == "__main__":
         prepare_environ(os.environ)
-        import_sdk([])
+        import_sdk([], os.environ)
         worker = SimpleNamespace(loop=LoopThread("engine-loop"), handler=Handler(), clock=RunningClock())
         serve(worker, [], os.environ)
 """

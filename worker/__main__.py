@@ -96,7 +96,7 @@ def run_worker(argv: Sequence[str], environ: MutableMapping[str, str]) -> int:
     prepare_environ(environ)
     worker = Worker(settings, command, process, warmth)
     try:
-        worker.start(lambda: import_sdk(arguments), process_start())
+        worker.start(lambda: import_sdk(arguments, environ), process_start())
         serve(worker, arguments, environ)
     finally:
         worker.stop()

@@ -5,7 +5,7 @@
     ├── CommandUnknown           `python -m worker` has no such command
     ├── ConvertUsage             `convert` was given what it cannot read
     ├── StartError               the worker cannot start on this machine
-    │   └── NotOnWindows, EngineNotFound, NoGpu, EngineStartFailed, EngineGaveUp, VolumeMissing, NothingToServe
+    │   └── NotOnWindows, EngineNotFound, NoGpu, EngineStartFailed, EngineGaveUp, VolumeMissing, SdkUnknown, NothingToServe
     ├── RequestError             the client's request is wrong; a retry cannot help
     │   ├── InputMissing, InputNotJson, InputTooDeep, ImagesInvalid, FieldInvalid, S3ConfigInvalid
     │   ├── UnsafePath
@@ -237,6 +237,18 @@ class VolumeMissing(StartError):
 def no_volume(path: Path) -> str:
     """Return the beginning of every sentence about a missing volume."""
     return f"There is no network volume at {path}"
+
+
+class SdkUnknown(StartError):
+    """The RunPod SDK is not one that the worker's job loop was written for."""
+
+    version: str
+    parts: Sequence[str]
+    code = "sdk_unknown"
+    template = (
+        "The RunPod SDK {version} is not one that this worker was written for, which needs {parts:, }: "
+        'install "runpod~=1.12.0".'
+    )
 
 
 class NothingToServe(StartError):

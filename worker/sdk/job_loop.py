@@ -1,10 +1,9 @@
 """Control when the RunPod SDK takes a job, and shut down without losing one. Touches the network, through the SDK.
 
-The SDK's loop (`rp_scale.JobScaler`, read in 1.12.0) costs jobs or GPU time. All of this can be replaced by attributes of the
-scaler: it sleeps up to a second between two jobs, and up to a tenth before a job; on SIGTERM it waits up to 90 s for both of
-its polls, and drops a job that arrives on them; it drops a stop signal that comes before a job's task exists; it does not
-resend a result whose connection breaks; it drops a job whose JSON it cannot read, or whose fields it cannot keep. See
-docs/decisions/005.
+The SDK's loop (`rp_scale.JobScaler`, read in 1.12.0) costs jobs or GPU time, so a subclass takes its place. The SDK's
+sleeps up to a second between two jobs, and up to a tenth before a job; on SIGTERM it waits up to 90 s for both of its polls,
+and drops a job that arrives on them; it drops a stop signal that comes before a job's task exists; it does not resend a result
+whose connection breaks; it drops a job whose JSON it cannot read, or whose fields it cannot keep. See docs/decisions/005.
 """
 
 from __future__ import annotations
@@ -22,6 +21,10 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
+from runpod.http_client import AsyncClientSession
+from runpod.serverless.modules import rp_scale
+from runpod.serverless.modules.rp_http import send_result
+from runpod.serverless.modules.rp_job import _job_get_url, get_stop_signals, handle_job
 
 from worker.base.clock import within
 from worker.errors import InputNotJson, InternalError, ResultRefused
@@ -60,20 +63,20 @@ _FIELDS = ("id", "input", "s3Config", "webhook", "batchId")
 _TRANSIENT = frozenset({HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS})
 
 
-class Intake:
-    """Takes jobs. `concurrency` goes into the SDK's config as `concurrency_modifier`.
+class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]  # the SDK has no types
+    """The SDK's loop in production mode. `take_the_place` has the SDK run this one.
 
-    Guarantees in production mode: the next job is requested as soon as the engine is free, while the last result is still being
-    sent. After SIGTERM no job is taken, accepted jobs are answered, then the SDK's loop ends. RunPod is asked to replace the
-    worker with the last result, after the others have arrived.
+    Guarantees: the next job is requested as soon as the engine is free, while the last result is still being sent. After
+    SIGTERM no job is taken, accepted jobs are answered, then the loop ends. RunPod is asked to replace the worker with the last
+    result, after the others have arrived.
 
     After a freeze (`clock`) RunPod is polled over new connections at once, because the old ones may be silently dead. A job
     that still arrives on an old poll also counts.
     """
 
-    def __init__(self, clock: RunningClock) -> None:
+    def __init__(self, config: dict[str, Any], clock: RunningClock) -> None:
+        super().__init__(config)
         self._clock = clock
-        self._scaler: Any = None
         self._loop: asyncio.AbstractEventLoop
         self._session: aiohttp.ClientSession | None = None
         self._posts: aiohttp.ClientSession | None = None
@@ -91,6 +94,13 @@ class Intake:
         self._free = asyncio.Event()
         self._leaving = asyncio.Event()
         self._gone = asyncio.Event()
+        # What the SDK's own `monitor_stop_signals` and `handle_job` call.
+        self.stop_signals_fetcher, self.stop_signals_fetcher_timeout = self._stops, None
+        self.jobs_handler = self._handle
+
+    def take_the_place(self) -> None:
+        """Have `runpod.serverless.start`, given this loop's own config, run this loop in place of a `JobScaler`."""
+        rp_scale.JobScaler = lambda _: self
 
     @property
     def session(self) -> aiohttp.ClientSession:
@@ -98,27 +108,20 @@ class Intake:
         assert self._session is not None  # noqa: S101 - a job came over it
         return self._session
 
-    def concurrency(self, _: int) -> int:
-        """Return the number of jobs for the SDK, high enough that it asks instead of sleeping. `_take` decides.
-
-        Its first call comes on the SDK's loop, after its signal handlers are set: then they can be replaced.
-        """
-        if self._scaler is None:
-            self._attach(signal.getsignal(signal.SIGTERM))
-        return _AT_MOST + 1
-
-    def _attach(self, handler: object) -> None:
-        scaler: Any = getattr(handler, "__self__", None)
-        if not hasattr(scaler, "jobs_fetcher"):
-            raise TypeError("the RunPod SDK's job loop is not the one this worker was written for: install runpod~=1.12.0")
-        self._scaler, self._loop = scaler, asyncio.get_running_loop()
-        scaler.jobs_fetcher, scaler.jobs_fetcher_timeout = self._take, None
-        scaler.stop_signals_fetcher, scaler.stop_signals_fetcher_timeout = self._stops, None
-        scaler.jobs_handler = self._handle
-        self._free.set()
+    async def run(self) -> None:
+        """Take jobs and do them until the worker leaves."""
+        self._loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self.leave)
         self._clock.on_thaw(self._tell_thaw)
+        self._free.set()
+        if not self.is_alive():  # the signal came before its handler
+            self.leave()
+        await super().run()
+
+    async def run_jobs(self, _: aiohttp.ClientSession) -> None:
+        """Return when the worker is gone. The SDK looks for jobs here ten times a second; ours start as they come in."""
+        await self._gone.wait()
 
     def _tell_thaw(self, _: float) -> None:
         with contextlib.suppress(RuntimeError):  # the SDK's loop has ended
@@ -126,8 +129,6 @@ class Intake:
 
     def _connect_anew(self) -> None:
         """Send everything from now on over new connections. Data on the old ones may still arrive."""
-        from runpod.http_client import AsyncClientSession  # noqa: PLC0415 - already imported by import_sdk
-
         if self._posts:
             self._old.append(self._posts)
         self._posts, self._session = None, AsyncClientSession()
@@ -194,10 +195,10 @@ class Intake:
             if session:
                 await session.close()
         self._gone.set()
-        self._scaler.kill_worker()
+        self.kill_worker()
 
-    async def _take(self, session: aiohttp.ClientSession, _: int) -> list[dict[str, Any]]:
-        """Take jobs, one whenever the engine is free, and start each at once. Return none, when the worker leaves.
+    async def get_jobs(self, session: aiohttp.ClientSession) -> None:
+        """Take jobs, one whenever the engine is free, and start each at once. Return when the worker is gone.
 
         After refused or broken polls, and after polls that RunPod does not hold, it polls more and more slowly. The SDK would
         not pause.
@@ -221,7 +222,6 @@ class Intake:
                 if count:
                     await _before(self._leaving, asyncio.sleep(pauses_s[min(count, len(pauses_s)) - 1]))
         await self._gone.wait()
-        return []
 
     def _poll_over(self) -> None:
         self._polls -= 1
@@ -287,8 +287,6 @@ class Intake:
 
     async def _answer(self, job_id: str, error: WorkerError) -> None:
         """Post an error as the result of a job that no handler has. Log failures."""
-        from runpod.serverless.modules.rp_http import send_result  # noqa: PLC0415 - already imported by import_sdk
-
         log.warning("job %s: failed before it began: %s [%s]", job_id, error, error.code)
         result = {"error": str(error), "output": {"code": error.code, "retryable": error.retryable}}
         try:
@@ -297,8 +295,8 @@ class Intake:
             log.exception("job %s: its result could not be sent", job_id)
 
     async def _begin(self, session: aiohttp.ClientSession, job: dict[str, Any]) -> None:
-        """Start a job as the SDK's `run_jobs` does, which looks for one ten times a second."""
-        scaler, job_id = self._scaler, job["id"]
+        """Start a job as the SDK's `run_jobs` does."""
+        job_id = job["id"]
         if earlier := self._taken.get(job_id):
             if not earlier.cancelling():
                 log.warning("job %s came again while it is at work, and is done once", job_id)
@@ -309,18 +307,18 @@ class Intake:
         self._free.clear()
         self._at_engine = job_id
         self._without_result.add(job_id)
-        await scaler.jobs_queue.put(job)  # `handle_job` reports it as done
-        scaler.jobs_queue.get_nowait()
-        scaler.job_progress.add(job)
-        task = self._taken[job_id] = scaler.jobs_tasks[job_id] = asyncio.create_task(scaler.handle_job(session, job))
+        await self.jobs_queue.put(job)  # `handle_job` reports it as done
+        self.jobs_queue.get_nowait()
+        self.job_progress.add(job)
+        task = self._taken[job_id] = self.jobs_tasks[job_id] = asyncio.create_task(self.handle_job(session, job))
         task.add_done_callback(lambda _: self._over(job))
 
     def _over(self, job: dict[str, Any]) -> None:
         """Note that a job has ended. A task that is cancelled before its first step runs none of its code, no `finally`."""
-        scaler, job_id = self._scaler, job["id"]
-        if scaler.jobs_tasks.pop(job_id, None):
-            scaler.jobs_queue.task_done()
-            scaler.job_progress.remove(job)
+        job_id = job["id"]
+        if self.jobs_tasks.pop(job_id, None):
+            self.jobs_queue.task_done()
+            self.job_progress.remove(job)
         self._taken.pop(job_id, None)
         self._without_result.discard(job_id)
         self._moved.set()
@@ -332,8 +330,6 @@ class Intake:
 
         Raises TimeoutError when the worker is gone, and the SDK asks again or ends.
         """
-        from runpod.serverless.modules.rp_job import get_stop_signals  # noqa: PLC0415 - as above
-
         self._session = self._session or session
         poll = asyncio.create_task(asyncio.wait_for(get_stop_signals(self._session), _POLL_S))
         if not await _until_one(poll, self._gone, self._thawed):
@@ -344,8 +340,6 @@ class Intake:
 
     async def _handle(self, _: aiohttp.ClientSession, config: Mapping[str, Any], job: dict[str, Any]) -> None:
         """Run one job as the SDK does, and send its result until it arrives."""
-        from runpod.serverless.modules.rp_job import handle_job  # noqa: PLC0415 - as above
-
         try:
             await handle_job(self._posting(), config, job)
         except (aiohttp.ClientError, OSError):
@@ -356,8 +350,6 @@ class Intake:
 
     def _posting(self) -> aiohttp.ClientSession:
         """Return the connections for results. They are kept, so that no result waits for a handshake."""
-        from runpod.http_client import AsyncClientSession  # noqa: PLC0415 - as above
-
         if self._posts is None:
             self._posts = AsyncClientSession(middlewares=(say_refused, partial(send_again, clock=self._clock)))
         return self._posts
@@ -441,8 +433,6 @@ class _Line:
 
     async def poll(self) -> bytes:
         """Return the answer's body, empty if there is no job. Raises `aiohttp.ClientError`; `ValueError` if it is no JSON."""
-        from runpod.serverless.modules.rp_job import _job_get_url  # noqa: PLC0415 - already imported by import_sdk
-
         async with self._session.get(_job_get_url(1)) as response:
             self.answering = True
             # 400: RunPod's answer to a worker that FlashBoot put aside, says the SDK.

@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 from typing import TYPE_CHECKING, Any, Self
 
+from runpod.serverless.modules.rp_http import send_result
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -63,8 +65,6 @@ class ProgressPosts:
             self._task = asyncio.create_task(self._post(), name="progress")
 
     async def _post(self) -> None:
-        from runpod.serverless.modules.rp_http import send_result  # noqa: PLC0415 - already imported by import_sdk
-
         while True:
             await self._news.wait()
             self._news.clear()

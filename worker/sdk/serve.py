@@ -43,8 +43,15 @@ def prepare_environ(environ: MutableMapping[str, str]) -> None:
     environ.setdefault("RUNPOD_SKIP_GPU_CHECK", "true")
 
 
-def import_sdk(arguments: Sequence[str]) -> None:
-    """Import what `start` will need, so that it overlaps with ComfyUI's boot.
+def takes_jobs(arguments: Sequence[str], environ: Mapping[str, str]) -> bool:
+    """Whether jobs come from RunPod's queue, and not from the local API or a test input."""
+    # The SDK looks for a port for realtime jobs first, and serves them through its local API.
+    takes = "RUNPOD_WEBHOOK_GET_JOB" in environ and environ.get("RUNPOD_REALTIME_PORT", "0") == "0"
+    return takes and not {_LOCAL_API, _TEST_INPUT} & {name.split("=")[0] for name in arguments}
+
+
+def import_sdk(arguments: Sequence[str], environ: Mapping[str, str]) -> None:
+    """Import what `serve` will need, so that it overlaps with ComfyUI's boot. Raises `SdkUnknown`.
 
     The SDK asks py-cpuinfo for the processor's name, once, at import, for its debugger. That starts a Python process and takes
     1.3 s of a core on which ComfyUI boots. /proc has the name as well.
@@ -58,6 +65,11 @@ def import_sdk(arguments: Sequence[str]) -> None:
         cpuinfo.get_cpu_info = slow
     if _LOCAL_API in arguments:
         import runpod.serverless.modules.rp_fastapi  # noqa: F401, PLC0415 - as above
+    if takes_jobs(arguments, environ):
+        from worker.sdk.parts import check_sdk  # noqa: PLC0415 - as above
+
+        check_sdk()
+        from worker.sdk import job_loop, progress_posts  # noqa: F401, PLC0415 - as above
 
 
 def _processor_name(path: Path = Path("/proc/cpuinfo")) -> str:
@@ -79,9 +91,7 @@ def serve(worker: Worker, arguments: Sequence[str], environ: Mapping[str, str]) 
 
     sys.argv[1:] = arguments  # the SDK parses sys.argv itself
     print("worker-comfyui - Starting handler...", flush=True)  # noqa: T201 - a line that people's checks look for
-    # The SDK looks for a port for realtime jobs first, and serves them through its local API.
-    takes = "RUNPOD_WEBHOOK_GET_JOB" in environ and environ.get("RUNPOD_REALTIME_PORT", "0") == "0"
-    if takes and not ({_LOCAL_API, _TEST_INPUT} & {name.split("=")[0] for name in arguments}):
+    if takes_jobs(arguments, environ):
         runpod.serverless.start(_production(worker))
         # The heartbeat is a daemon process, which would end with this one, but only after everything else.
         for child in multiprocessing.active_children():
@@ -92,24 +102,25 @@ def serve(worker: Worker, arguments: Sequence[str], environ: Mapping[str, str]) 
 
 def _production(worker: Worker) -> dict[str, Any]:
     """Return the SDK's config for jobs and progress on RunPod."""
-    import asyncio  # noqa: PLC0415 - as below
+    import asyncio  # noqa: PLC0415 - not before ComfyUI is spawned
 
-    from worker.sdk.job_loop import Intake  # noqa: PLC0415 - asyncio is not imported before ComfyUI is spawned
+    from worker.sdk.job_loop import JobLoop  # noqa: PLC0415 - already imported by import_sdk
     from worker.sdk.progress_posts import ProgressPosts  # noqa: PLC0415 - as above
 
-    intake = Intake(worker.clock)
-
     async def handle(job: dict[str, Any]) -> dict[str, Any]:
-        async with ProgressPosts(job, intake.session) as posts:
-            engine_free = partial(intake.engine_free, job["id"])
+        async with ProgressPosts(job, loop.session) as posts:
+            engine_free = partial(loop.engine_free, job["id"])
             try:
                 result = await worker.loop.run(worker.handler.handle(job, posts.tell, engine_free))
             except asyncio.CancelledError:
                 if worker.handler.refreshes:
-                    intake.leave()
+                    loop.leave()
                 raise
-        if await intake.is_last(job["id"], asks=result.pop("refresh_worker", False)):
+        if await loop.is_last(job["id"], asks=result.pop("refresh_worker", False)):
             result["refresh_worker"] = True  # the SDK turns it into `stopPod`
         return result
 
-    return {"handler": handle, "concurrency_modifier": intake.concurrency}
+    config = {"handler": handle}
+    loop = JobLoop(config, worker.clock)
+    loop.take_the_place()
+    return config
