@@ -56,7 +56,11 @@ class CuttingProxy:
             writer.transport.abort()
             return
         self.connections += 1
-        there_reader, there_writer = await asyncio.open_connection(self._host, self._port)
+        try:
+            there_reader, there_writer = await asyncio.open_connection(self._host, self._port)
+        except OSError:  # nobody listens there now
+            writer.transport.abort()
+            return
         self._writers |= {writer, there_writer}
         first = await reader.read(_CHUNK_BYTES)
         there_writer.write(first)

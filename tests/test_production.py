@@ -14,11 +14,9 @@ import hashlib
 import os
 import random
 import signal
-import struct
 import threading
 import time
 import urllib.request
-import zlib
 from dataclasses import dataclass
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any, Literal
@@ -32,6 +30,7 @@ from devkit.engine.build import engine_args
 from devkit.engine.models import make_volume
 from devkit.local_worker import free_port
 from devkit.moosefs import available
+from devkit.png import Picture, chunks
 from devkit.s3 import S3Server
 from worker.engine.event_loop import LoopThread
 
@@ -63,66 +62,6 @@ def tiny(colour: int, node: str | None = None, **inputs: Any) -> dict[str, Any]:
         graph["3"] = {"class_type": node, "inputs": {"image": ["1", 0], "seed": colour, **inputs}}
         graph["2"]["inputs"]["images"] = ["3", 0]
     return graph
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A picture's size, and its pixels: three bytes each, row by row."""
-
-    width: int
-    height: int
-    pixels: bytes
-
-    @classmethod
-    def of(cls, number: int) -> Picture:
-        """Noise in a size; both are this number's own."""
-        width, height = 16 + number % 17, 8 + number // 17
-        return cls(width, height, random.Random(number).randbytes(3 * width * height))
-
-    @classmethod
-    def read(cls, png: bytes) -> Picture:
-        """What a PNG of eight bits, in colour and not interlaced, shows; whole, or this raises."""
-        assert png.startswith(SIGNATURE)
-        assert png.endswith(b"IEND\xaeB`\x82")
-        (header,) = (chunk for kind, chunk in chunks(png) if kind == b"IHDR")
-        width, height, *form = struct.unpack(">IIBBBBB", header)
-        assert form == [8, 2, 0, 0, 0]
-        data = zlib.decompress(b"".join(chunk for kind, chunk in chunks(png) if kind == b"IDAT"))
-        rows = [bytes(3 * width)]
-        for at in range(0, len(data), 1 + 3 * width):
-            rows.append(unfiltered(data[at], data[at + 1 : at + 1 + 3 * width], rows[-1]))
-        return cls(width, height, b"".join(rows[1:]))
-
-    def to_png(self) -> bytes:
-        """The picture as a file."""
-        step = 3 * self.width
-        rows = b"".join(b"\0" + self.pixels[at : at + step] for at in range(0, len(self.pixels), step))
-        header = struct.pack(">IIBBBBB", self.width, self.height, 8, 2, 0, 0, 0)
-        parts = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
-        return SIGNATURE + b"".join(
-            len(data).to_bytes(4) + kind + data + zlib.crc32(kind + data).to_bytes(4) for kind, data in parts
-        )
-
-
-SIGNATURE = b"\x89PNG\r\n\x1a\n"
-
-
-def chunks(png: bytes) -> Iterator[tuple[bytes, bytes]]:
-    offset = 8
-    while offset < len(png):
-        length = int.from_bytes(png[offset : offset + 4], "big")
-        yield png[offset + 4 : offset + 8], png[offset + 8 : offset + 8 + length]
-        offset += 12 + length
-
-
-def unfiltered(how: int, row: bytes, above: bytes) -> bytes:
-    """A row of a PNG of three bytes a pixel, as the specification's chapter 9 has it."""
-    shown = bytearray(row)
-    for at, value in enumerate(row):
-        left, up, corner = (shown[at - 3], above[at], above[at - 3]) if at >= 3 else (0, above[at], 0)
-        nearest = min((left, up, corner), key=lambda near: abs(left + up - corner - near))
-        shown[at] = (value + (0, left, up, (left + up) // 2, nearest)[how]) & 0xFF
-    return bytes(shown)
 
 
 def drawn(png: bytes) -> str:
