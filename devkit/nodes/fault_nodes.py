@@ -4,6 +4,7 @@ ComfyUI loads this file from its custom_nodes folder; nothing of the project imp
 """
 
 import os
+import sys
 import time
 
 import folder_paths
@@ -30,7 +31,10 @@ class FaultSleep:
 
 
 class FaultDie:
-    """Ends ComfyUI's process, as a segmentation fault or the kernel's out-of-memory killer do; -1 is the GPU's memory."""
+    """Ends ComfyUI's process, as a segmentation fault or the kernel's out-of-memory killer do.
+
+    -1 is the GPU's memory. 0 is sys.exit(), which ends the thread that runs workflows and nothing else.
+    """
 
     RETURN_TYPES = ("IMAGE",)
     FUNCTION = "run"
@@ -48,6 +52,8 @@ class FaultDie:
         del seed
         if signal < 0:
             raise torch.OutOfMemoryError("Allocation on device 0 would exceed allowed memory.")
+        if signal == 0:
+            sys.exit("a node ended itself")
         os.kill(os.getpid(), signal)
         return (image,)
 

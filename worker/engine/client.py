@@ -307,6 +307,9 @@ class ComfyClient:
         except TimeoutError:
             await self._withdraw(run, queueing)
             raise RunTimedOut(timeout_s) from None
+        except EngineUnreachable as exc:
+            # The run may have ended its engine before POST /prompt was answered.
+            raise tracker.outcome if isinstance(tracker.outcome, EngineError) else exc from None
         except (EngineAnswerInvalid, asyncio.CancelledError):
             await self._withdraw(run, queueing)
             raise

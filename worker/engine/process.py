@@ -36,9 +36,11 @@ _WITHHELD = ("BUCKET_ACCESS_KEY_ID", "BUCKET_SECRET_ACCESS_KEY", "COMFY_ORG_API_
 _TERMINAL_CODE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-_])")
 _ORDINARY = "[INFO]"
 _FAILED_IMPORT = " module for custom nodes: "
-# Python's output when an exception ends ComfyUI's one prompt thread, and the last line of the traceback.
+# The output when an exception ends ComfyUI's one prompt thread, and the last line of the traceback. Python prints it, and for
+# SystemExit the module in this folder.
+_IN_COMFYUI = Path(__file__).with_name("in_comfyui")
 _PROMPTS_ENDED = re.compile(r"Exception in thread .*\(prompt_worker\)")
-_RAISED = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Interrupt)\b.*")
+_RAISED = re.compile(r"([A-Za-z_][\w.]*(Error|Exception|Interrupt)|SystemExit)\b.*")
 # What a container sees of NVIDIA cards, of WSL's and of AMD's. Looking costs nothing; asking the driver takes 0.1-1 s.
 _GPU_DEVICES = ("nvidia[0-9]*", "dxg", "kfd")
 
@@ -77,7 +79,8 @@ class EngineCommand:
             argv += ["--database-url", "sqlite:///:memory:"]
         argv += settings.comfy_args
         shown = {name: value for name, value in environ.items() if name not in _WITHHELD}
-        return cls(tuple(argv), settings.comfyui_dir, {**shown, "PYTHONUNBUFFERED": "1"})
+        paths = os.pathsep.join(filter(None, (str(_IN_COMFYUI), environ.get("PYTHONPATH"))))
+        return cls(tuple(argv), settings.comfyui_dir, {**shown, "PYTHONUNBUFFERED": "1", "PYTHONPATH": paths})
 
 
 def prepare_base_dir(settings: Settings) -> None:
