@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from devkit.engine.models import make_volume
@@ -39,6 +39,9 @@ TINY = CORPUS["tiny"]["input"]["workflow"]
 LOOP_S = 1.0
 REQUEST_S = 10.0
 """Of the whole process, for a request of up to some megabytes; most take a hundredth."""
+REQUEST_BYTES = 20_000_000
+CHANGED_BYTES = 500_000
+"""Larger than this a request is changed no further: each of its places is looked at, and a list of lists has many."""
 FUZZ_S = float(os.environ.get("FUZZ_S", "0"))
 
 
@@ -298,12 +301,25 @@ def repeated(value: Any, count: int) -> Any:
     return [value] * count
 
 
+def size_bytes(value: Any, known: dict[int, int]) -> int:
+    """About how long a value is as JSON. A part that is in it many times, as the same object, is measured once."""
+    if not isinstance(value, (dict, list)):
+        return len(value) if isinstance(value, str) else 4
+    if id(value) not in known:
+        inner = [*value, *value.values()] if isinstance(value, dict) else value
+        known[id(value)] = sum(2 + size_bytes(each, known) for each in inner)
+    return known[id(value)]
+
+
 @st.composite
 def requests(draw: st.DrawFn) -> dict[str, Any]:
-    """A request of the corpus, changed in up to five places."""
+    """A request of the corpus, changed in up to five places, and no larger than RunPod takes one."""
     job: dict[str, Any] = copy.deepcopy(CORPUS[draw(st.sampled_from(sorted(CORPUS)))])
     for _ in range(draw(st.integers(1, 5))):
         change(draw, job)
+        if (size := size_bytes(job, {})) > CHANGED_BYTES:
+            assume(size < REQUEST_BYTES)
+            break
     return job
 
 

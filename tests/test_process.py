@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from worker.engine.custom_nodes import FailedNode, failed_import
-from worker.engine.process import EngineCommand, EngineProcess, Exit, gpu_visible, prepare_base_dir
+from worker.engine.process import _IN_COMFYUI, EngineCommand, EngineProcess, Exit, gpu_visible, prepare_base_dir
 from worker.errors import EngineNotFound, NoGpu
 from worker.settings import Settings
 
@@ -49,6 +49,27 @@ def test_the_cause_of_an_exit_is_known_with_the_last_lines(code: str, exit_: Exi
     assert process.exited.result(10) == exit_
     assert str(exit_).startswith(text)
     assert process.last_lines == ("a",)
+
+
+_THREADS = """
+import sys, threading
+
+def prompt_worker():
+    sys.exit(7)
+
+for target in (sys.exit, prompt_worker):
+    threading.Thread(target=target).start()
+"""
+
+
+def test_sys_exit_in_the_thread_of_workflows_is_noticed_and_the_sitecustomize_of_an_image_is_run(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("print('of the image')")
+    paths = os.pathsep.join((str(_IN_COMFYUI), str(tmp_path)))
+    command = EngineCommand((sys.executable, "-c", _THREADS), tmp_path, {**os.environ, "PYTHONPATH": paths})
+    process = EngineProcess.spawn(command)
+    assert process.prompts_ended.result(60) == "SystemExit: 7"
+    assert process.exited.result(60) == Exit(0)
+    assert sorted(process.last_lines)[1:] == ["SystemExit: 7", "of the image"]
 
 
 def test_only_the_last_state_of_a_progress_bar_is_kept_and_bytes_that_are_no_text_do_no_harm(tmp_path: Path) -> None:
