@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.report import Figure, median, parse_args, report
-from bench.soak import job_input, long_sampling
+from bench.soak import long_sampling, tiny
 from devkit.control_plane import ControlPlane, ProductionWorker
 from devkit.engine.build import ensure_engine
 from devkit.engine.models import make_volume
@@ -49,7 +49,7 @@ def main() -> int:
             folder.mkdir()
             with ProductionWorker(plane, engine, folder, root / "volume", pod_id=f"pod-{number}") as worker:
                 worker.wait_ready()
-                plane.submit(job_input(TINY)).result(TIMEOUT_S)  # the first one opens connections
+                plane.submit(tiny(TINY)[0]).result(TIMEOUT_S)  # the first one opens connections
                 usual_s.append(median([tiny_job_s(plane) for _ in range(USUAL)]))
                 cancel_s.append(next_after_cancel_s(plane, number) - usual_s[-1])
                 plane.wait_polling(worker.pod_id)
@@ -69,7 +69,7 @@ def main() -> int:
 def tiny_job_s(plane: ControlPlane) -> float:
     """A tiny job, from its submission to its result."""
     began = time.perf_counter()
-    completed(plane.submit(job_input(TINY)))
+    completed(plane.submit(tiny(TINY)[0]))
     return time.perf_counter() - began
 
 
@@ -77,7 +77,7 @@ def next_after_cancel_s(plane: ControlPlane, seed: int) -> float:
     """From the cancellation of a job that samples to the result of the one that waits."""
     sampling = plane.submit({"workflow": long_sampling(seed)})
     plane.wait_until(lambda: any(update.value["type"] == "progress" for update in sampling.updates), TIMEOUT_S)
-    following = plane.submit(job_input(TINY))
+    following = plane.submit(tiny(TINY)[0])
     began = time.perf_counter()
     plane.cancel(sampling.id)
     completed(following)

@@ -48,6 +48,7 @@ JOBS_PER_TROUBLE = 20
 WAIT_S = 600.0
 WORKFLOWS = PROJECT / "devkit/workflows"
 KEEP_MB = 1
+FAILED_BOUND = 1
 WRONG_BOUND, FILES_BOUND, THREADS_BOUND, MEMORY_BOUND_MB, DISK_BOUND_MB = 0, 3, 3, 10.0, KEEP_MB + 4.0
 ROUTES: list[FaultRoute] = ["take", "stop", "result", "ping"]
 TRANSIENT = {"engine_died", "engine_unreachable", "run_lost"}
@@ -406,7 +407,7 @@ def main() -> int:
     for line in jobs.wrong[:20]:
         print(line, file=sys.stderr)
     print(f"{sum(troubles.counts.values())} troubles: {dict(troubles.counts)}", file=sys.stderr)
-    count = options.samples * JOBS_PER_SAMPLE
+    count, kills = options.samples * JOBS_PER_SAMPLE, troubles.counts["kill_engine"]
     more = functools.partial(growth, usage)
 
     def samples(field: str) -> list[float]:
@@ -419,7 +420,7 @@ def main() -> int:
             Figure("soak_troubles", sum(troubles.counts.values()), ""),
             Figure("soak_jobs_wrong", len(jobs.wrong), "jobs", WRONG_BOUND),
             Figure("soak_jobs_lost_at_stops", troubles.lost_at_stop, "jobs", WRONG_BOUND),
-            Figure("soak_jobs_failed_with_engine", jobs.failed_with_engine, "jobs", 2 * troubles.counts["kill_engine"]),
+            Figure("soak_jobs_failed_for_each_killed_engine", jobs.failed_with_engine / max(1, kills), "jobs", FAILED_BOUND),
             Figure("soak_jobs_per_s", IN_PEACE / peaceful_s, "1/s"),
             Figure("soak_open_files_more", more("files"), "", FILES_BOUND, samples("files")),
             Figure("soak_threads_more", more("threads"), "", THREADS_BOUND, samples("threads")),

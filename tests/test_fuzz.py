@@ -42,6 +42,7 @@ REQUEST_S = 10.0
 REQUEST_BYTES = 20_000_000
 CHANGED_BYTES = 500_000
 """Larger than this a request is changed no further: each of its places is looked at, and a list of lists has many."""
+SHALLOW = 100
 FUZZ_S = float(os.environ.get("FUZZ_S", "0"))
 
 
@@ -278,16 +279,29 @@ VALUES = st.recursive(
 )
 
 
-def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Where something can be changed."""
-    found = [path] if path else []
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            found += places(inner, (*path, key))
-    elif isinstance(value, list):
-        for index, inner in enumerate(value):
-            found += places(inner, (*path, index))
+def places(value: Any) -> list[tuple[Any, ...]]:
+    """Where something can be changed: nowhere deep, since copying a deep value takes the interpreter's stack."""
+    found: list[tuple[Any, ...]] = []
+    left: list[tuple[Any, tuple[Any, ...]]] = [(value, ())]
+    while left:
+        value, path = left.pop()
+        if path:
+            found.append(path)
+        if len(path) < SHALLOW:
+            inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+            left += [(each, (*path, key)) for key, each in inner]
     return found
+
+
+def measured(value: Any) -> tuple[int, int]:
+    """About how long a value is as JSON, up to what RunPod takes, and how deep."""
+    size, deepest, left = 0, 0, [(value, 0)]
+    while left and size < REQUEST_BYTES:
+        value, depth = left.pop()
+        size, deepest = size + 2 + (len(value) if isinstance(value, str) else 4), max(deepest, depth)
+        inner = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ()
+        left += [(each, depth + 1) for each in inner]
+    return size, deepest
 
 
 def repeated(value: Any, count: int) -> Any:
@@ -301,24 +315,15 @@ def repeated(value: Any, count: int) -> Any:
     return [value] * count
 
 
-def size_bytes(value: Any, known: dict[int, int]) -> int:
-    """About how long a value is as JSON. A part that is in it many times, as the same object, is measured once."""
-    if not isinstance(value, (dict, list)):
-        return len(value) if isinstance(value, str) else 4
-    if id(value) not in known:
-        inner = [*value, *value.values()] if isinstance(value, dict) else value
-        known[id(value)] = sum(2 + size_bytes(each, known) for each in inner)
-    return known[id(value)]
-
-
 @st.composite
 def requests(draw: st.DrawFn) -> dict[str, Any]:
     """A request of the corpus, changed in up to five places, and no larger than RunPod takes one."""
     job: dict[str, Any] = copy.deepcopy(CORPUS[draw(st.sampled_from(sorted(CORPUS)))])
     for _ in range(draw(st.integers(1, 5))):
         change(draw, job)
-        if (size := size_bytes(job, {})) > CHANGED_BYTES:
-            assume(size < REQUEST_BYTES)
+        size, _ = measured(job)
+        assume(size < REQUEST_BYTES)
+        if size > CHANGED_BYTES:
             break
     return job
 
@@ -338,7 +343,8 @@ def change(draw: st.DrawFn, job: dict[str, Any]) -> None:
         case "rename" if isinstance(holder, dict):
             holder[draw(WORDS)] = holder.pop(last, None)
         case "copy":
-            holder[last] = copy.deepcopy(at(job, draw(st.sampled_from(where))))
+            copied = at(job, draw(st.sampled_from(where)))
+            holder[last] = copy.deepcopy(copied) if measured(copied)[1] < SHALLOW else None
         case "add" if isinstance(held, dict):
             held[draw(WORDS)] = draw(VALUES)
         case _:

@@ -146,8 +146,10 @@ def test_the_engine_dies_with_a_worker_that_is_killed() -> None:
     code = (
         "import os, sys, time; from pathlib import Path\n"
         "from worker.engine.process import EngineCommand, EngineProcess\n"
-        "command = EngineCommand((sys.executable, '-c', 'import time; time.sleep(60)'), Path('/'), dict(os.environ))\n"
-        "print(EngineProcess.spawn(command).pid, flush=True); time.sleep(60)"
+        "program = 'import time; print(1, flush=True); time.sleep(600)'\n"
+        "process = EngineProcess.spawn(EngineCommand((sys.executable, '-c', program), Path('/'), dict(os.environ)))\n"
+        "while not process.last_lines: time.sleep(0.01)\n"
+        "print(process.pid, flush=True); time.sleep(600)"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=Path(__file__).parent.parent) as parent:
         assert parent.stdout is not None
