@@ -111,10 +111,10 @@ def test_a_result_that_does_not_get_through_is_sent_again(kind: FaultKind, start
 def test_a_node_that_calls_sys_exit_costs_one_job_and_no_time(start: Start) -> None:
     """It ends ComfyUI's thread that runs workflows, without a word of Python's, and ComfyUI goes on answering."""
     plane, worker = start(COMFY_HANG_TIMEOUT_S=f"{LONG_S:g}")
-    result = plane.submit(tiny(1, "FaultDie", signal=0) | {"timeout_s": LONG_S}).result(120)
+    result = plane.submit(tiny(1, "FaultDie", signal=0) | {"timeout_s": LONG_S}).result(200)
     assert (result["status"], result["output"]["code"]) == ("FAILED", "prompt_fatal")
     assert "SystemExit: a node ended itself" in result["error"]
-    assert plane.submit(tiny(2)).result(120)["status"] == "COMPLETED"
+    assert plane.submit(tiny(2)).result(200)["status"] == "COMPLETED"
     assert "is replaced: its thread that runs workflows ended" in worker.log()
 
 

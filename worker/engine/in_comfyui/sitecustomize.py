@@ -19,6 +19,7 @@ def _report(args: threading.ExceptHookArgs) -> None:
     name = args.thread.name if args.thread else ""
     if args.exc_type is SystemExit and name.endswith("(prompt_worker)"):
         sys.stderr.write(f"Exception in thread {name}:\nSystemExit: {args.exc_value}\n")
+        sys.stderr.flush()  # ComfyUI's own stream keeps what is written until then
     else:
         _default(args)
 
