@@ -329,7 +329,7 @@ def test_an_endpoint_that_refuses_is_asked_again_with_pauses(start: Start) -> No
     plane.end_polls()
     plane.wait_until(lambda: rule.fired == 3, 60)
     assert plane.submit(tiny(1)).result(60)["status"] == "COMPLETED"
-    assert worker.log().count("RunPod could not be asked for a job") == 3
+    assert worker.log().count("cannot poll RunPod for a job") == 3
 
 
 SERVING_DEMO = """

@@ -839,7 +839,7 @@ def test_the_log_says_what_changed_once(rig: Rig, caplog: pytest.LogCaptureFixtu
     rig.bake(*(f"loras/{number}.safetensors" for number in range(7)))
     rig.links.refresh()
     made, problems = caplog.messages
-    assert made.startswith("models: 1 files linked")
+    assert made.startswith("models: 1 file linked")
     assert problems.startswith("models: 7 names need attention: ")
     assert problems.count("is not used") == 5
     caplog.clear()

@@ -175,7 +175,7 @@ def test_who_waits_sees_who_downloads_what_and_how_far_they_are(tmp_path: Path, 
         with theirs.hold(KEY, published=lambda: len(seen) > 1, cancel=threading.Event(), on_wait=seen.append) as other:
             assert other.state == "published"
     assert str(seen[-1]) == "worker pod-1: 3.1 of 11.9 GB, 240.0 MB/s"
-    said = "waiting for vae/ae.safetensors, which another worker fetches (worker pod-1: 3.1 of 11.9 GB, 240.0 MB/s)"
+    said = "waiting for vae/ae.safetensors, which another worker downloads (worker pod-1: 3.1 of 11.9 GB, 240.0 MB/s)"
     assert caplog.text.count(said) == 1
 
 
@@ -381,7 +381,7 @@ def test_locks_removed_under_a_holder_let_another_in_and_hurt_nobody(
 def test_a_file_system_without_hard_links_costs_a_moment_and_no_more(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with mock.patch("os.link", side_effect=OSError(errno.EPERM, "Operation not permitted")):
         assert hold_now(tmp_path) == "unlocked"
-    assert "no locks on this file system" in caplog.text
+    assert "this file system has no locks" in caplog.text
 
 
 def test_a_volume_that_cannot_be_written_is_not_waited_for(tmp_path: Path) -> None:

@@ -246,7 +246,7 @@ def test_without_a_volume_the_containers_disk_serves_and_the_log_says_so(
         local.wait_ready()
         assert picture(local.runsync({"workflow": workflow("text_to_image")}))
         assert local.log().count("There is no network volume at") in {1, 2}, "at the start, and with the first model"
-        assert "are gone with it" in local.log()
+        assert "are lost with it" in local.log()
     assert not (tmp_path / "no-volume").exists()
 
 

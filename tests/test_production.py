@@ -315,7 +315,7 @@ def cancel_when_running(plane: ControlPlane, sent: list[Sent]) -> None:
 def is_up(pod: ProductionWorker) -> bool:
     """Whether its ComfyUI is not just being restarted."""
     log = pod.log()
-    return log.count("starting it again") == log.count("ComfyUI is back")
+    return log.count("restarting it") == log.count("ComfyUI is back")
 
 
 def ended(each: Sent) -> str:

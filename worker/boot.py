@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from worker.base.clock import RunningClock
+from worker.base.text import count
 from worker.base.volume import is_volume
 from worker.engine.engine import Engine
 from worker.engine.event_loop import LoopThread
@@ -215,13 +216,13 @@ def _nearer(settings: Settings) -> Path:
 def _log_volume(settings: Settings) -> None:
     root = layout_at(settings.volume_path).models
     if not is_volume(settings.volume_path):
-        log.warning("%s. Models are kept on this container's disk and are gone with it.", no_volume(settings.volume_path))
+        log.warning("%s. Models are kept on this container's disk and are lost with it.", no_volume(settings.volume_path))
     elif not root.is_dir():
-        log.info("there is no %s yet: it is made with the first model that is fetched", root)
+        log.info("there is no %s yet: the first download creates it", root)
     elif settings.network_volume_debug:
         for folder in sorted(path for path in root.iterdir() if path.is_dir()):
             names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-            log.info("volume: %s has %d files: %s", folder, len(names), ", ".join(names) or "none")
+            log.info("volume: %s has %s: %s", folder, count(names, "file"), ", ".join(names) or "none")
 
 
 def read_sources(settings: Settings) -> Sources:

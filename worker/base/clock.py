@@ -81,7 +81,7 @@ class RunningClock:
             thawed_s, self._thawed_s = self._thawed_s, None
         if thawed_s is None:
             return
-        log.info("this worker was frozen for %.1f s; its connections are made anew", thawed_s)
+        log.info("this worker was frozen for %.1f s; reconnecting", thawed_s)
         for tell in self._on_thaw:
             tell(thawed_s)
 

@@ -508,7 +508,7 @@ class ComfyClient:
                             self._dispatch(event)
             finally:
                 await socket.close()
-            log.warning("the websocket to ComfyUI closed; connecting again")
+            log.warning("the websocket to ComfyUI closed; reconnecting")
             self._deaf = True  # perhaps, once ComfyUI notices the end of the old one
             for run in self._runs.values():
                 run.tracker.gap()
@@ -528,7 +528,7 @@ class ComfyClient:
                 return await self._connect()
             except (OSError, WebSocketException) as exc:
                 reason = _reason(exc)
-        log.error("the websocket to ComfyUI could not be opened again: %s", reason)
+        log.error("cannot reconnect the websocket to ComfyUI: %s", reason)
         self.fail_all(EngineUnreachable(self.address, reason))
         return None
 
@@ -548,7 +548,7 @@ class ComfyClient:
                 try:
                     run.on_progress(event)
                 except Exception:
-                    log.exception("progress could not be passed on")  # the listener serves every run, and continues
+                    log.exception("progress could not be reported")  # the listener serves every run, and continues
             return
         if isinstance(event, Executing):
             self._at = (event.prompt_id, event.node_id)

@@ -31,6 +31,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from worker.base.text import count
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
@@ -247,7 +249,7 @@ def _install(
 ) -> Path:
     """Install into this container, where small files are fast, then publish the layer by one rename."""
     began_s = time.monotonic()
-    log.info("installing the packages of %d custom nodes, once for the fleet: %s", len(wanted), ", ".join(wanted))
+    log.info("installing the packages of %s for all workers: %s", count(wanted, "custom node"), ", ".join(wanted))
     home = Path(tempfile.mkdtemp(prefix="nodes-"))
     installer = _Installer(folders, engine, home, environ)
     failed = installer.install(wanted)
@@ -257,7 +259,7 @@ def _install(
         "installed in %.1f s: %s", time.monotonic() - began_s, ", ".join(_installed(installer.site)) or "nothing was missing"
     )
     if installer.interrupted:
-        log.warning("not every package could be fetched, so the next worker tries again")
+        log.warning("some packages could not be downloaded; the next worker tries again")
         return installer.site
     try:
         return _publish(installer.site, layer, failed)

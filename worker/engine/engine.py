@@ -251,7 +251,7 @@ class Engine:
             if self._deaths >= _DEATHS_IN_A_ROW:
                 self._failure = EngineGaveUp(self._deaths, error.cause, error.last_lines)
             elif not replaced:
-                log.error("ComfyUI %s; starting it again", error.cause)
+                log.error("ComfyUI %s; restarting it", error.cause)
             self._client.fail_all(error)
             if not self._failure:
                 await self._client.close()
@@ -291,7 +291,7 @@ class Engine:
             self._deaths += 1
             if not self._process.exited.done() or self._deaths >= _DEATHS_IN_A_ROW:
                 return
-            log.error("%s; starting it again", self._failure)
+            log.error("%s; restarting it", self._failure)
             self._failure = None
             await self._client.close()
 

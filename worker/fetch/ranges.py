@@ -149,7 +149,7 @@ class Fetch:
         try:
             self._run(on_bytes)
         except _NoRanges:
-            log.warning("%s ignores ranges: one connection, and no resuming", self._remote.where)
+            log.warning("%s ignores range requests: it uses one connection and cannot resume", self._remote.where)
             self._remote = replace(self._remote, has_ranges=False)
             self._run(on_bytes)
 

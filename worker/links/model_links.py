@@ -25,6 +25,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from worker.base.text import count
 from worker.comfyui_data import known
 from worker.links.scan import LinkProblem, ProblemKind, Scan
 from worker.links.sync import Pass, View, under
@@ -169,17 +170,19 @@ class ModelLinks:
     def _log(self, report: LinkReport) -> None:
         if report.made or report.removed:
             _logger.info(
-                "models: %d files linked, %d folders as one link; %d links made, %d removed in %.0f ms",
-                report.files,
-                report.folders,
-                report.made,
+                "models: %s linked, %s as one link; %s made, %d removed in %.0f ms",
+                count(report.files, "file"),
+                count(report.folders, "folder"),
+                count(report.made, "link"),
                 report.removed,
                 report.seconds * 1000,
             )
         new = [problem for problem in report.problems if problem not in self._known_problems]
         if new:
             shown = " ".join(map(str, new[:_SHOWN]))
-            _logger.warning("models: %d names need attention: %s%s", len(new), shown, " ..." if len(new) > _SHOWN else "")
+            need = "needs attention" if len(new) == 1 else "need attention"
+            more = " ..." if len(new) > _SHOWN else ""
+            _logger.warning("models: %s %s: %s%s", count(new, "name"), need, shown, more)
         self._known_problems = frozenset(report.problems)
 
 

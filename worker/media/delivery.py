@@ -20,6 +20,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
+from worker.base.text import count, size_text
 from worker.base.volume import is_volume
 from worker.errors import BucketFailed, OutputElsewhere, OutputGone, ResultTooLarge
 from worker.job import OutputItem, Result
@@ -263,9 +264,9 @@ class _Job:
         if failure:
             log.warning("job %s: %s", self._job_id, failure)
         else:
-            size_mb = sum(each.output.size_bytes for each in files) / 1e6
+            size = size_text(sum(each.output.size_bytes for each in files))
             took_s = time.monotonic() - began
-            log.info("job %s: uploaded %d files, %.1f MB in %.2f s", self._job_id, len(files), size_mb, took_s)
+            log.info("job %s: uploaded %s, %s in %.2f s", self._job_id, count(files, "file"), size, took_s)
         return uploaded, failure
 
     async def _fit(self, planned: list[_Planned], warnings: Sequence[str], failure: BucketFailed | None) -> list[_Planned]:
@@ -285,7 +286,7 @@ class _Job:
         except OSError as exc:
             reason = f"the volume at {volume} did not take the files ({exc.strerror or exc})"
             raise failure or self._too_large(planned, size_bytes, reason) from exc
-        log.info("job %s: the result is too large, %d files are on the volume", self._job_id, len(moved))
+        log.info("job %s: the result is too large, moved %s to the volume", self._job_id, count(moved, "file"))
         return fitted
 
     def _spill(self, planned: Sequence[_Planned], size_bytes: int) -> tuple[list[_Planned], list[int]]:

@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from worker.base.text import count, size_text
 from worker.comfyui_data import known
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ class KeptOutputs:
                 self._bytes, self._jobs = total_bytes, 0
                 self._delivered = {path: at for path, at in self._delivered.items() if path in there}
         if removed:
-            log.info("removed the %d oldest outputs, %.0f MB are kept", removed, total_bytes / 1e6)
+            log.info("removed the oldest outputs (%s); %s are kept", count(removed, "file"), size_text(total_bytes))
 
     def _walk(self) -> Iterator[tuple[float, int, str]]:
         """Yield age, size and path of every file that may be removed."""

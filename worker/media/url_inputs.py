@@ -270,7 +270,7 @@ class _JudgingResolver(AbstractResolver):
             raise OSError(errno.EADDRNOTAVAIL, "no address")
         admitted = [address for address in addresses if self.admit(host, address)]
         if not admitted:
-            log.warning("a request names %s, which is %s: not fetched", host, ", ".join(addresses))
+            log.warning("a request names %s, which is %s: not downloaded", host, ", ".join(addresses))
             raise _PrivateAddressError
         return [
             ResolveResult(hostname=host, host=address, port=port, family=_family(address), proto=0, flags=socket.AI_NUMERICHOST)

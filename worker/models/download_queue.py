@@ -14,6 +14,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
+from worker.base.text import size_text
 from worker.errors import EnsureCancelled, InternalError, WorkerError
 
 if TYPE_CHECKING:
@@ -235,8 +236,8 @@ class Provisioner:
             log.exception("model %s: a defect of the worker", name)
             error = InternalError()
         if result and result.bytes_fetched:
-            rate = result.bytes_fetched / 1e6 / max(time.monotonic() - began, 1e-6)
-            log.info("model %s: %.1f MB fetched at %.0f MB/s", name, result.bytes_fetched / 1e6, rate)
+            rate = round(result.bytes_fetched / max(time.monotonic() - began, 1e-6))
+            log.info("model %s: downloaded %s at %s/s", name, size_text(result.bytes_fetched), size_text(rate))
         with self._changed:
             fetch.running = False
             if isinstance(error, EnsureCancelled) and fetch.stop.is_set():

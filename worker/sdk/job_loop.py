@@ -181,7 +181,7 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]  # the SDK has no types
                     self._moved.clear()
                     await self._moved.wait()
         except TimeoutError:
-            log.warning("another result is still on its way after %g s: leaving without asking to be replaced", _SETTLE_S)
+            log.warning("another result is still being sent after %g s: leaving without a request for replacement", _SETTLE_S)
             return False
         return True
 
@@ -214,7 +214,7 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]  # the SDK has no types
                 idle = 0 if jobs or self._loop.time() - began_s >= _HELD_S else idle + 1
                 failures = 0
             except Exception as exc:  # noqa: BLE001 - whatever it is, without jobs there is nothing else to do
-                log.warning("RunPod could not be asked for a job (%s)", str(exc) or type(exc).__name__)
+                log.warning("cannot poll RunPod for a job (%s)", str(exc) or type(exc).__name__)
                 failures += 1
             finally:
                 self._poll_over()
@@ -299,7 +299,7 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]  # the SDK has no types
         job_id = job["id"]
         if earlier := self._taken.get(job_id):
             if not earlier.cancelling():
-                log.warning("job %s came again while it is at work, and is done once", job_id)
+                log.warning("job %s arrived again while it is running; it runs once", job_id)
                 return
             # It was stopped, and posts nothing: the one that came is another attempt.
             await asyncio.wait({earlier})
@@ -345,7 +345,7 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]  # the SDK has no types
         except (aiohttp.ClientError, OSError):
             log.exception("job %s: its result could not be sent", job["id"])
         except Exception:
-            log.exception("job %s: no result came of it", job["id"])
+            log.exception("job %s: ended without a result", job["id"])
             await self._answer(job["id"], InternalError())
 
     def _posting(self) -> aiohttp.ClientSession:

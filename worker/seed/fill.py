@@ -280,7 +280,7 @@ class S3Filler:
 
     def _judge(self, job: _Job, uploads: dict[S3Volume, Upload], actual: str, wrong: set[str]) -> None:
         """Abort. Raise if the same wrong file arrived twice, which is no coincidence."""
-        log.warning("%s came with the sha256 %s, not %s: thrown away", job.model, actual, job.remote.sha256)
+        log.warning("%s arrived with the sha256 %s, not %s: discarded", job.model, actual, job.remote.sha256)
         for upload in uploads.values():
             upload.abort()
         if actual in wrong:
@@ -297,7 +297,7 @@ class S3Filler:
                     raise upload.error
                 outcome = self._publish(job, volume, upload, sha256)
             except UploadGone:
-                log.info("the upload of %s to %s is gone: beginning anew", job.model, volume.title)
+                log.info("the upload of %s to %s is gone: starting again", job.model, volume.title)
             except WorkerError as exc:
                 if not isinstance(exc, EnsureCancelled) and not exc.retryable:
                     upload.abort()

@@ -106,7 +106,7 @@ class Upload:
         _, self.upload_id, self.there = best
         if self.upload_id:
             self.others.remove(self.upload_id)
-            log.info("%s: going on, %d parts are there", self.key, len(self.there))
+            log.info("%s: resuming, %d parts are there", self.key, len(self.there))
         else:
             self.upload_id = self.bucket.begin(self.key)
         self.before = self.bucket.head(self.key)
@@ -160,7 +160,7 @@ class Upload:
                 gone = True
             except (S3Unreachable, S3Failed) as exc:
                 reason = exc.reason
-                log.info("%s: Complete answered '%s'; looking whether it was done", self.key, reason)
+                log.info("%s: Complete answered '%s'; checking whether it succeeded", self.key, reason)
             if self._appears(size_bytes, load, cancel, until_s):
                 return
             if gone:
@@ -287,7 +287,7 @@ class Relay:
                 # read.
                 if not self._window.held_within(self._load.patience_s):
                     raise
-                log.info("%s: asked again after its uploads were slow", self._remote.where)
+                log.info("%s: requested again because its uploads were slow", self._remote.where)
             except SourceRefused as exc:
                 if self._remote.xet is None:
                     raise

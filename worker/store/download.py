@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Literal
 
 from worker.base.progress import Meter, Progress
+from worker.base.text import size_text
 from worker.errors import ContentMismatch, EnsureCancelled, NotAFile, SourceChanged, SourceRefused, VolumeFull
 from worker.fetch.blocking_call import abandonable
 from worker.fetch.ranges import Fetch, Tuning
@@ -128,14 +129,14 @@ class Download:
         A file with a wrong byte is downloaded again. If the same wrong file arrives twice, the source is wrong:
         `ContentMismatch`.
         """
-        log.info("fetching %s (%d bytes)", self._task.spec, self._remote.size_bytes)
+        log.info("downloading %s (%s)", self._task.spec, size_text(self._remote.size_bytes))
         wrong: set[str] = set()
         partial = self._claim()
         while True:
             try:
                 result = self._attempt(partial)
             except Stuck:
-                log.warning("the volume keeps locked what a dead host was writing: beginning %s anew", self._task.spec)
+                log.warning("the volume keeps a dead host's writes locked: starting the download of %s again", self._task.spec)
                 partial.disown()
                 self._left.append(partial)
             else:
@@ -165,7 +166,7 @@ class Download:
             self._check_unhashed(partial)
             return self._publish(partial, actual)
         except Taken:
-            log.info("another worker goes on with %s", self._task.spec)
+            log.info("another worker continues the download of %s", self._task.spec)
             with contextlib.suppress(OSError):
                 partial.discard()
             return None
@@ -190,7 +191,7 @@ class Download:
         """Raise if the same wrong file arrived twice, which is no coincidence. Otherwise retry."""
         remote = self._remote
         promised = remote.sha256 or f"that of the git blob {remote.git_sha1}"
-        log.warning("%s came with the sha256 %s, not %s: thrown away", self._task.spec, actual, promised)
+        log.warning("%s arrived with the sha256 %s, not %s: discarded", self._task.spec, actual, promised)
         if actual in wrong or len(wrong) + 1 == _WHOLE_ATTEMPTS:
             raise ContentMismatch(remote.where, "sha256", promised, actual)
         wrong.add(actual)
@@ -233,7 +234,7 @@ class Download:
         except SourceRefused:
             if self._remote.xet is None:
                 raise
-            log.warning("%s is refused over plain HTTP: going on through Xet", self._remote.where)
+            log.warning("the source refuses %s over plain HTTP: continuing through Xet", self._remote.where)
             self._run(XetFetch, sink, on_bytes)
 
     def _run(self, way: type[Fetch | XetFetch], sink: Sink, on_bytes: Callable[[int], None]) -> None:

@@ -221,12 +221,14 @@ class _Waiter:
                 return "held"
             if self._out_of_patience():
                 log.warning(
-                    "going on without the lock of %s: its holder shows no progress; this costs bandwidth only", self._name
+                    "continuing without the lock of %s: its holder shows no progress; this costs only bandwidth", self._name
                 )
                 return "unlocked"
             if self._seen and self._seen.by != announced:
                 log.info(
-                    "waiting for %s, which another worker fetches (%s)", self._seen.name or self._name, self._seen.as_progress()
+                    "waiting for %s, which another worker downloads (%s)",
+                    self._seen.name or self._name,
+                    self._seen.as_progress(),
                 )
                 announced = self._seen.by
             cancel.wait(self._timing.look_s * (1 if tries else 2))
@@ -248,7 +250,7 @@ class _Waiter:
         self._trouble_since_s = self._trouble_since_s or now_s
         final = isinstance(exc, (SoftFileLockProtocolError, RuntimeError)) or exc.errno in _CANNOT_WRITE
         if final or now_s - self._trouble_since_s > self._timing.trouble_s:
-            log.warning("no locks on this file system (%s): two workers may fetch the same model", exc)
+            log.warning("this file system has no locks (%s): two workers may download the same model", exc)
             self._works = False
             # If nothing can be written there is nobody to wait for, and the download gives a better error.
             self._patience_s = 0.0 if isinstance(exc, OSError) and exc.errno in _CANNOT_WRITE else self._timing.lone_patience_s
@@ -277,8 +279,8 @@ def _release(lock: SoftReadWriteLock) -> None:
     try:
         lock.release()
     except (OSError, RuntimeError) as exc:
-        log.warning("could not release a lock (%s); it goes stale by itself", exc)
+        log.warning("could not release a lock (%s); it will expire", exc)
 
 
 def _lost(loss: LeaseCompromise) -> None:
-    log.warning("lost the lock %s (%s): another worker may fetch the same bytes", loss.lock_file, loss.reason)
+    log.warning("lost the lock %s (%s): another worker may download the same bytes", loss.lock_file, loss.reason)

@@ -220,7 +220,7 @@ class Store:
         if known is None or known.sha256 != actual:
             known = Seal(size=0, mtime=0, sha256=actual, repo=origin.repo, file=origin.file, by=self._tools.worker, at=now())
         write_own_seal(self.layout, spec, replace(known, size=found.st_size, mtime=whole_mtime(found)), found.st_ino)
-        log.info("adopted %s, whose sha256 is right", path)
+        log.info("adopted %s: its sha256 is right", path)
         return Ready(path, "adopted")
 
     def _not_as_recorded(self, spec: ModelSpec, path: Path, found: os.stat_result, actual: str) -> Ready:
@@ -461,4 +461,4 @@ class Stores:
         """Log this once: one look at the volume need not be repeated with each model."""
         if not self._said:
             self._said = True
-            log.warning("%s. Models are kept on this container's disk and are gone with it.", reason)
+            log.warning("%s. Models are kept on this container's disk and are lost with it.", reason)

@@ -140,7 +140,7 @@ class Warmer:
             try:
                 self._read(plan)
             except Exception:
-                log.exception("reading ahead ended by a defect of the worker")
+                log.exception("reading ahead stopped by a defect of the worker")
                 plan.files.clear()
             with self._changed:
                 if self._plan is plan and not plan.files:

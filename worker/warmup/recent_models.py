@@ -74,7 +74,7 @@ class UsedModels:
             write_atomically(self._path, json.dumps(record, indent=1).encode(), durable=False)
         except OSError as exc:
             # Log this once: a volume that is read-only or full is so for each job.
-            log.warning("which models jobs use is not remembered on the volume: %s", exc)
+            log.warning("the models of jobs cannot be recorded on the volume: %s", exc)
             self._failed = True
             return False
         self._written_s, self._noted = now_s, (names, warmup)

@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from worker.base.text import count
 from worker.base.volume import is_volume
 from worker.errors import UnsafePath, WorkerError
 from worker.graph.graph import parse_graph
@@ -118,7 +119,7 @@ class Warmth:
                 return ""
             await engine.run(graph, timeout_s=timeout_s)
         except TimeoutError:
-            log.warning("there is no warm-up: the volume did not answer within %g s", timeout_s)
+            log.warning("no warm-up: the volume did not answer within %g s", timeout_s)
             return "given up"
         except WorkerError as exc:
             log.warning("the warm-up workflow failed: %s [%s]", exc, exc.code)
@@ -137,7 +138,7 @@ class Warmth:
             try:
                 work()
             except Exception:
-                log.exception("warming ended by a defect of the worker")
+                log.exception("reading ahead stopped by a defect of the worker")
 
     def _read_used(self) -> None:
         copies: dict[Path, Path] = {}
@@ -159,7 +160,7 @@ class Warmth:
         names = [_as_name(name) for name in self._settings.warm_models or ()]
         listed = self._located(names)
         if len(listed) < len(names):
-            log.warning("WARM_MODELS names %d models, of which %d are there", len(names), len(listed))
+            log.warning("WARM_MODELS names %s, of which %d exist", count(names, "model"), len(listed))
         files = _files([*self._located(_names_of(named_models(graph)) if graph else ()), *listed])
         if files and self._reads:
             self._warmer.warm([*files, *self._recent])
@@ -193,7 +194,7 @@ class Warmth:
             part = loading_part(parse_graph(remembered)) if remembered else None
             return runnable(part) if part else None
         except (OSError, ValueError, WorkerError) as exc:
-            log.warning("there is no warm-up: %s: %s", wanted, exc)
+            log.warning("no warm-up: %s: %s", wanted, exc)
             return None
 
 
