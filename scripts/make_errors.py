@@ -25,9 +25,9 @@ if str(PROJECT) not in sys.path:
 
 from client import errors as client  # noqa: E402 - found through the path above
 from worker import doctor, errors  # noqa: E402 - as above
-from worker.plan import command as plan  # noqa: E402 - as above
-from worker.seed import cli as seeder  # noqa: E402 - as above
+from worker.plan import plan_command as plan  # noqa: E402 - as above
 from worker.seed import errors as seed_errors  # noqa: E402 - as above
+from worker.seed import seed_command as seeder  # noqa: E402 - as above
 from worker.up import errors as up_errors  # noqa: E402 - as above
 
 if TYPE_CHECKING:

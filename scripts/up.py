@@ -21,7 +21,7 @@ if __name__ == "__main__":
     # In a checkout the package lies beside this folder; where it is installed this changes nothing.
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     try:
-        from worker.up.command import run
+        from worker.up.up_command import run
     except ModuleNotFoundError as exc:
         if (exc.name or "").partition(".")[0] == "worker":
             raise

@@ -14,7 +14,7 @@ WORKER = PROJECT / "worker"
 PAGE = PROJECT / "ARCHITECTURE.md"
 PURE = [
     *("job", "settings", "errors", "error_reply", "spec", "base/text", "base/progress"),
-    *("media/address_guard", "store/layout", "doctor/findings", "doctor/screen"),
+    *("media/address_guard", "store/layout", "doctor/findings"),
     *("engine/events", "graph/graph", "graph/paths", "graph/model_names", "graph/overrides", "graph/rejection"),
     *(f"editor/{path.stem}" for path in (WORKER / "editor").glob("*.py") if path.name != "__init__.py"),
 ]

@@ -15,7 +15,7 @@ from devkit.engine.build import engine_args
 from devkit.engine.models import make_volume
 from devkit.hub import hub_process
 from devkit.local_worker import PROJECT, LocalWorker
-from worker.plan.command import make_hub, make_plan
+from worker.plan.plan_command import make_hub, make_plan
 from worker.settings import Settings
 
 if TYPE_CHECKING:

@@ -19,9 +19,9 @@ import pytest
 from devkit.hub import Hub as StandIn
 from devkit.moosefs import MooseFS
 from worker import doctor
-from worker.doctor import Deadlines, Finding, Probe, Severity, Subject, exclusion, misplaced
-from worker.doctor.screen import report_lines
-from worker.doctor.volume import find_mount
+from worker.doctor import Deadlines, Finding, Probe, Severity, Subject, model_checks, volume_checks
+from worker.doctor.doctor_command import report_lines
+from worker.doctor.volume_checks import find_mount
 from worker.errors import EnsureCancelled
 from worker.fetch.http import Network
 from worker.fetch.hub import Hub, credentials
@@ -345,7 +345,7 @@ def test_locks_that_do_not_exclude_or_do_not_hand_over_are_told(
     patient: Patient, monkeypatch: pytest.MonkeyPatch, first: list[str], second: list[str], said: str
 ) -> None:
     monkeypatch.setattr(Scripted, "scripts", [list(first), list(second)])
-    monkeypatch.setattr(exclusion, "_Contender", Scripted)
+    monkeypatch.setattr(volume_checks, "_Contender", Scripted)
     found = patient.only("locks")
     assert found.severity is Severity.PROBLEM
     assert said in found.message
@@ -535,7 +535,7 @@ def test_weights_elsewhere_are_only_noted(patient: Patient) -> None:
 
 
 def test_a_volume_with_no_end_of_folders_is_not_walked_to_the_end(patient: Patient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(misplaced, "_WALKED_FOLDERS", 20)
+    monkeypatch.setattr(model_checks, "_WALKED_FOLDERS", 20)
     for number in range(30):
         (patient.volume / f"data/{number}").mkdir(parents=True)
     assert "first 20 folders" in patient.only("misplaced").message

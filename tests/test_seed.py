@@ -21,8 +21,8 @@ from devkit.s3 import RunPodProxy, S3Server
 from worker.fetch.http import Network
 from worker.fetch.hub import Hub
 from worker.seed import seeding
-from worker.seed.cli import FAILED, STOPPED, USAGE, run
 from worker.seed.s3_api import DATACENTERS
+from worker.seed.seed_command import FAILED, STOPPED, USAGE, run
 from worker.spec import HubFile, ModelSpec
 from worker.store.layout import Layout
 from worker.store.seals import read_seal

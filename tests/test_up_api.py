@@ -31,7 +31,7 @@ from devkit.runpod.market import MIG
 from scripts.make_catalog import fetch_wheel, specs_in, templates
 from worker.models.catalog import Catalog
 from worker.spec import HubFile
-from worker.up import api, catalog, command, options, plan
+from worker.up import api, catalog, options, plan, up_command
 from worker.up.api import Retries, RunPod
 from worker.up.catalog import volume_gb, volume_usd_month, wanted_gb
 from worker.up.errors import ApiKeyMissing, StateInvalid, UpUsage
@@ -80,7 +80,7 @@ class Desk:
             **self.more,
         }
         stream = io.StringIO()
-        status = command.run([*argv, "--json"], environ, stream)
+        status = up_command.run([*argv, "--json"], environ, stream)
         return Said(status, [json.loads(line) for line in stream.getvalue().splitlines()], stream.getvalue())
 
     def up(self, *argv: str) -> Said:

@@ -17,9 +17,9 @@ from devkit.hub import Hub as StandIn
 from devkit.s3 import S3Server
 from worker import plan
 from worker.errors import NoWorkflowInFile, UnsafePath, WorkflowUnknown
-from worker.seed.cli import USAGE, run
 from worker.seed.s3_api import Bucket, Place
 from worker.seed.s3_volume import S3Volume
+from worker.seed.seed_command import USAGE, run
 from worker.settings import Settings
 from worker.volume_workflows import is_name, read_workflow, workflow_names
 

@@ -20,7 +20,7 @@ from worker.graph.model_names import named_models
 from worker.graph.paths import check_paths
 from worker.settings import Settings
 from worker.store.layout import Layout
-from worker.warmup.graph import loading_part, runnable
+from worker.warmup.loading_graph import loading_part, runnable
 from worker.warmup.warmup import Warmth
 
 if TYPE_CHECKING:

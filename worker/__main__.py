@@ -150,15 +150,15 @@ def _convert(argv: Sequence[str], environ: MutableMapping[str, str]) -> int:
 
 
 def _seed(argv: Sequence[str], environ: MutableMapping[str, str]) -> int:
-    from worker.seed import cli  # noqa: PLC0415 - only for this command
+    from worker.seed import seed_command  # noqa: PLC0415 - only for this command
 
-    return cli.run(argv, environ)
+    return seed_command.run(argv, environ)
 
 
 def _up(argv: Sequence[str], environ: MutableMapping[str, str]) -> int:
-    from worker.up import command  # noqa: PLC0415 - only for this command
+    from worker.up import up_command  # noqa: PLC0415 - only for this command
 
-    return command.run(argv, environ)
+    return up_command.run(argv, environ)
 
 
 _COMMANDS = {"settings": _settings_table, "plan": _plan, "doctor": _doctor, "convert": _convert, "seed": _seed, "up": _up}

@@ -8,14 +8,60 @@ import sys
 import threading
 import time
 from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from worker.doctor.child import Child
+from worker.doctor.download_checks import downloads
 from worker.doctor.findings import Deadlines, Finding, FolderCount, Severity, Subject, problem
-from worker.doctor.probe import Probe
+from worker.doctor.list_checks import custom_nodes, host_cache, manifests
+from worker.doctor.model_checks import misplaced, models, seals
+from worker.doctor.volume_checks import locks, silence, space, where, writable
+from worker.store.pod_links import layout_at
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
+
+
+class Probe:
+    """The checks, each a generator of findings. They run in threads and share only immutable values."""
+
+    def __init__(self, subject: Subject) -> None:
+        self.subject = subject
+        self.root = Path(subject.volume)
+        self.answers = False
+        self.folders: list[FolderCount] = []
+
+    def volume(self) -> Iterator[Finding]:
+        """Yield whether there is a volume, what it is, and whether it answers. The other checks require that it does."""
+        silent = silence(self.root)
+        if silent:
+            yield silent
+            return
+        self.answers = True
+        yield where(self.root, required=self.subject.require_volume)
+
+    @property
+    def checks(self) -> dict[str, Callable[[], Iterable[Finding]]]:
+        """Return the checks of a volume that answers, in the order of the report. Reads a link on the volume."""
+        layout, subject = layout_at(self.root), self.subject
+        return {
+            "space": partial(space, layout),
+            "writable": partial(writable, layout),
+            "locks": partial(locks, layout),
+            "models": partial(models, layout, counted=self.folders.extend),
+            "seals": partial(seals, layout),
+            "misplaced": partial(misplaced, layout, Path(subject.comfyui_models)),
+            "downloads": partial(downloads, layout),
+            "manifests": partial(manifests, layout, subject),
+            "host cache": partial(host_cache, layout),
+            "custom nodes": partial(custom_nodes, layout),
+        }
+
+
+# --- the checks and their order ---------------------------------------------------------------------
+
 
 _END: Final = "end"
 

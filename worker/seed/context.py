@@ -20,13 +20,13 @@ from worker.models.lists import SpecList
 from worker.models.sources import Sources
 from worker.seed.errors import S3Unreachable, SeedUsage
 from worker.seed.fill import MountedFiller, S3Filler
-from worker.seed.mounted_volume import MountedVolume
 from worker.seed.options import keys_from
 from worker.seed.relay import Load
 from worker.seed.s3_api import bucket_at
 from worker.seed.s3_volume import S3Volume
 from worker.seed.screen import Bars, JsonLines, Lines
 from worker.seed.selection import Wants
+from worker.seed.volumes import MountedVolume
 from worker.store.pod_links import layout_at
 from worker.store.store import Store
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from worker.seed.options import Options
     from worker.seed.s3_api import Bucket
     from worker.seed.screen import Screen
-    from worker.seed.verify import Volume
+    from worker.seed.volumes import Volume
     from worker.settings import Settings
 
 _WIDE: Final = 160

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from worker.base.progress import CancelToken, Listener, Phase
     from worker.fetch.hub import Hub, Remote
     from worker.seed.outcome import How
-    from worker.seed.verify import Volume
+    from worker.seed.volumes import Volume
     from worker.spec import ModelSpec
     from worker.store.store import Store
 

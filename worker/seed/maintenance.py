@@ -3,27 +3,145 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from worker.base.progress import Progress
 from worker.base.text import count, size_text
-from worker.seed import tables
+from worker.errors import EnsureCancelled, SpecInvalid, WorkerError
 from worker.seed.errors import SeedUsage
 from worker.seed.outcome import Outcome
+from worker.seed.screen import sealed_table, summary_table, verification_table
 from worker.seed.seeding import FAILED, code_of, fill
-from worker.seed.verify import Checked, is_as_sealed, repair_spec, unnamed, verify
+from worker.spec import HubFile, ModelSpec, parse_source
+from worker.store.inventory import Standing
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
+    from worker.base.progress import CancelToken
     from worker.models.sources import Sources
     from worker.plan.items import Item
     from worker.seed.context import Desk, Place
-    from worker.seed.s3_volume import Sealed
     from worker.seed.screen import Screen
-    from worker.seed.verify import Volume
-    from worker.spec import ModelSpec
+    from worker.seed.volumes import Sealed, Volume
+    from worker.store.inventory import Look
+
+
+Verdict = Literal["whole", "touched", "damaged", "replaced", "missing", "unhashed", "unreadable"]
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """The result of verifying one sealed model.
+
+    `touched`: its mtime differs from the seal, its content does not; it was sealed again. `damaged`: size and time equal its
+    seal, the content differs. `replaced`: size or time differ, and so does the content: it was put there by hand. `unhashed`:
+    its seal has no sha256. `stamp` is that of the file that was read.
+    """
+
+    sealed: Sealed
+    verdict: Verdict
+    actual: str | None = None
+    error: WorkerError | None = None
+    stamp: object = None
+
+    @property
+    def good(self) -> bool:
+        """Return whether a worker can trust it."""
+        return self.verdict in {"whole", "touched", "unhashed"}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result for `--json`."""
+        seal = self.sealed.seal
+        return {
+            "model": self.sealed.title,
+            "verdict": self.verdict,
+            "size_bytes": seal.size,
+            "sha256": seal.sha256,
+            "actual_sha256": self.actual,
+            "error": str(self.error) if self.error else None,
+        }
+
+
+def verify(volume: Volume, found: Sealed, on_bytes: Callable[[int], None], cancel: CancelToken) -> Checked:
+    """Read the file and compare. Write only a seal, and only for a right file. Raises `EnsureCancelled`."""
+    try:
+        there = volume.look(found.folder, found.name)
+        if there.standing is Standing.ABSENT:
+            return Checked(found, "missing")
+        if there.size_bytes != found.seal.size:
+            return Checked(found, "replaced", f"{there.size_bytes} bytes", stamp=there.stamp)
+        if found.seal.sha256 is None:
+            return Checked(found, "unhashed" if there.standing is Standing.READY else "replaced", stamp=there.stamp)
+        return _compare(volume, found, there, on_bytes, cancel)
+    except EnsureCancelled:
+        raise
+    except WorkerError as exc:
+        return Checked(found, "unreadable", error=exc)
+
+
+def _compare(volume: Volume, found: Sealed, there: Look, on_bytes: Callable[[int], None], cancel: CancelToken) -> Checked:
+    if there.standing is Standing.READY and there.error:
+        return Checked(found, "damaged", error=there.error, stamp=there.stamp)
+    actual = volume.hash(found.folder, found.name, found.seal.size, on_bytes, cancel)
+    is_ready = there.standing is Standing.READY
+    if actual == found.seal.sha256:
+        if not is_ready:
+            volume.seal(found.folder, found.name, found.seal)
+        return Checked(found, "whole" if is_ready else "touched", actual)
+    changed = volume.look(found.folder, found.name).stamp != there.stamp  # while it was read
+    return Checked(found, "damaged" if is_ready and not changed else "replaced", actual, stamp=there.stamp)
+
+
+def repair_spec(found: Sealed, known: Mapping[str, ModelSpec]) -> ModelSpec | None:
+    """Return the source for a damaged model: its seal's commit, a list, or any address in its seal. None without one.
+
+    The commit comes first, because a list without a pin may mean a newer file by now. If the list has another source, the list
+    comes first.
+    """
+    own, listed = _sealed_spec(found), known.get(found.title)
+    if listed is None or (own and found.seal.commit and _is_same_origin(own, listed)):
+        return own
+    return listed
+
+
+def _is_same_origin(own: ModelSpec, listed: ModelSpec) -> bool:
+    """Return whether a list means the sealed file, at any revision."""
+    if not (isinstance(own.source, HubFile) and isinstance(listed.source, HubFile)) or listed.sha256 not in {None, own.sha256}:
+        return False
+    return (own.source.repo, own.source.path) == (listed.source.repo, listed.source.path)
+
+
+def _sealed_spec(found: Sealed) -> ModelSpec | None:
+    seal = found.seal
+    try:
+        if seal.repo and seal.file:
+            source = HubFile(seal.repo, seal.file, seal.commit or "main")
+            return ModelSpec(found.folder, found.name, source, seal.sha256, seal.size or None)
+        if seal.file:
+            return ModelSpec(found.folder, found.name, parse_source(seal.file), seal.sha256, seal.size or None)
+    except SpecInvalid:
+        return None
+    return None
+
+
+def unnamed(volume: Volume, named: Collection[str]) -> list[Sealed]:
+    """Return the sealed models that none of these `folder/name`s is, without files that no longer fit their seal.
+
+    `?/name` is a name that may be in any folder.
+    """
+    sealed = [found for found in volume.sealed() if not {found.title, f"?/{found.name}"} & set(named)]
+    return [found for found in sealed if is_as_sealed(volume, found)]
+
+
+def is_as_sealed(volume: Volume, found: Sealed) -> bool:
+    """Return whether the file still fits its seal."""
+    return volume.look(found.folder, found.name).standing is Standing.READY
+
+
+# --- reading and removing what is sealed ------------------------------------------------------------
 
 
 def list_sealed(desk: Desk, place: Place) -> int:
@@ -35,7 +153,7 @@ def list_sealed(desk: Desk, place: Place) -> int:
         if not desk.options.json:
             total = size_text(sum(sealed.seal.size for sealed in found))
             desk.console.print(f"{volume.title}: {count(len(found), 'sealed model')}, {total}")
-        desk.show("list", partial(tables.listing, found, fits), volume=volume.title, models=models)
+        desk.show("list", partial(sealed_table, found, fits), volume=volume.title, models=models)
     return 0
 
 
@@ -49,7 +167,7 @@ def verify_all(desk: Desk, place: Place, sources: Sources) -> int:
             screen.expect(sealed.seal.size for sealed in found)
             checked = [_check(desk, volume, sealed, screen) for sealed in found]
         models = [item.to_dict() for item in checked]
-        desk.show("verified", partial(tables.verification, checked), volume=volume.title, models=models)
+        desk.show("verified", partial(verification_table, checked), volume=volume.title, models=models)
         bad = [item for item in checked if not item.good]
         if bad and desk.options.repair:
             code |= _repair(desk, volume, bad, place, _named(desk, sources))
@@ -82,7 +200,7 @@ def _repair(desk: Desk, volume: Volume, bad: Sequence[Checked], place: Place, kn
             wanted.append((spec, item.stamp))
     with desk.screen() as screen:
         outcomes = fill(desk, wanted, place.filler.on(volume), screen)
-    desk.show("repaired", partial(tables.summary, outcomes, 0.0), outcomes=[outcome.to_dict() for outcome in outcomes])
+    desk.show("repaired", partial(summary_table, outcomes, 0.0), outcomes=[outcome.to_dict() for outcome in outcomes])
     return code_of(desk, outcomes) or (FAILED if len(wanted) < len(bad) else 0)
 
 
@@ -112,7 +230,7 @@ def prune(desk: Desk, place: Place, sources: Sources) -> int:
         gone = unnamed(volume, named)
         total = size_text(sum(sealed.seal.size for sealed in gone))
         models = [_listed(sealed, good=True) for sealed in gone]
-        desk.show("prune", partial(tables.listing, gone, [True] * len(gone)), volume=volume.title, models=models)
+        desk.show("prune", partial(sealed_table, gone, [True] * len(gone)), volume=volume.title, models=models)
         if gone and _agreed(desk, f"Remove {count(len(gone), 'model')}, {total}, from {volume.title}?"):
             for sealed in gone:
                 _remove(desk, volume, sealed)

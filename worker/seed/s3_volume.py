@@ -10,18 +10,19 @@ import contextlib
 import hashlib
 import io
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from worker.base.text import forms
 from worker.errors import EnsureCancelled, FileIncomplete, UnsafePath
 from worker.seed.errors import S3Failed, S3FileDiffers
+from worker.seed.volumes import Sealed, sealed_at
 from worker.store.disk import stated_in
 from worker.store.download import Origin
 from worker.store.file_formats import is_safetensors
 from worker.store.inventory import Look, Standing
-from worker.store.layout import Layout, sealed_by
+from worker.store.layout import Layout
 from worker.store.seals import Seal, decode_seal, encode_seal, now
 
 if TYPE_CHECKING:
@@ -39,28 +40,6 @@ _READ_BYTES: Final = 8 * 1024 * 1024
 _SEAL_BYTES: Final = 64 * 1024
 _HEADER_BYTES: Final = 256 * 1024
 _LAYOUT: Final = Layout(Path())
-
-
-@dataclass(frozen=True, slots=True)
-class Sealed:
-    """A model that has a seal."""
-
-    folder: str
-    name: str
-    seal: Seal
-
-    @property
-    def title(self) -> str:
-        """Return the model as people write it."""
-        return f"{self.folder}/{self.name}"
-
-
-def sealed_at(path: str, seal: Seal | None) -> Sealed | None:
-    """Return the model of a seal's path below the seals' folder: `folder/name.json`."""
-    if seal is None or not path.endswith(".json") or path.rpartition("/")[2].startswith("."):
-        return None
-    folder, _, name = sealed_by(path).partition("/")
-    return Sealed(folder, name, seal)
 
 
 class S3Volume:

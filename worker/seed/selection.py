@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from worker.base.progress import CancelToken
     from worker.errors import UnknownNodes
     from worker.fetch.hub import Hub
-    from worker.seed.verify import Volume
+    from worker.seed.volumes import Volume
 
 _GLOB: Final = re.compile(r"[*?\[]")
 _SHORT_LINE: Final = re.compile(r"[^:/=]+(/[^:=]*)?=[A-Za-z]+://")

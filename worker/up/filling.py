@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from worker.base.progress import Progress
-from worker.seed import cli
+from worker.seed import seed_command
 from worker.seed.outcome import Outcome
 from worker.up.errors import FillFailed, ImageNotFound, NoCpuFree, RunPodRefused
 from worker.up.plan import centre_of, cpu_image_of, free_cpus
@@ -56,8 +56,8 @@ class Filler:
             where = ["--s3", volume_id, "--datacenter", self.plan.datacenter]
             more = ["--endpoint", self.options.s3_endpoint] if self.options.s3_endpoint else []
             argv = [str(wanted), *where, *more, *(["--json"] if self.screen.as_json else [])]
-            code = cli.run(argv, self.environ, self.screen.stream)
-        if code == cli.STOPPED:
+            code = seed_command.run(argv, self.environ, self.screen.stream)
+        if code == seed_command.STOPPED:
             raise KeyboardInterrupt
         if code:
             raise FillFailed("what the seeder said above")

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from worker.models.sources import Sources
-from worker.plan.command import make_hub
 from worker.plan.items import FETCHED
 from worker.plan.lookup import ask_in_time
+from worker.plan.plan_command import make_hub
 from worker.seed.selection import Wants
 from worker.up.errors import ModelsNotReady
 

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Final
 
-from worker.seed import cli
+from worker.seed import seed_command
 from worker.seed.screen import JsonLines
 from worker.up.api import RunPod
 from worker.up.errors import UpError, UpUsage
@@ -34,7 +34,7 @@ def fill(environ: Mapping[str, str], stream: IO[str], sleep: Callable[[float], o
     with tempfile.TemporaryDirectory(prefix="worker-up-") as folder:
         wanted = Path(folder) / "models.json"
         wanted.write_text(manifest, "utf-8")
-        code = cli.run([str(wanted), "--json"], environ, stream)
+        code = seed_command.run([str(wanted), "--json"], environ, stream)
     JsonLines(stream).tell("filled", code=code)
     pod_id = environ.get("RUNPOD_POD_ID", "")
     if not pod_id:

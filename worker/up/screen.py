@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from worker.base.text import count, size_text, wrapped
-from worker.plan.screen import row
+from worker.plan.plan_command import row
 from worker.seed.screen import Bars, JsonLines, Lines
 from worker.up.catalog import PRICES_OF, volume_usd_month, wanted_gb
 

@@ -23,7 +23,7 @@ from worker.graph.model_names import named_models, with_slashes
 from worker.graph.paths import check_paths
 from worker.links.host_cache import cached_copies
 from worker.store.layout import Layout
-from worker.warmup.graph import loading_part, runnable
+from worker.warmup.loading_graph import loading_part, runnable
 from worker.warmup.memory import free_memory_bytes
 from worker.warmup.reader import Warmer
 from worker.warmup.recent_models import UsedModels

@@ -5,24 +5,28 @@ from __future__ import annotations
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from worker.base.text import count
 from worker.comfyui_data import known
 from worker.doctor.findings import FolderCount, Severity, capped, listing, note, ok, problem
+from worker.doctor.volume_checks import names_in
 from worker.links.scan import IN_FLIGHT, Scan
 from worker.spec import WEIGHT_SUFFIXES
 from worker.store.inventory import Standing, look_at
+from worker.store.layout import sealed_by
 from worker.store.pod_links import is_absolute, mending
+from worker.store.seals import read_seal, stat_file
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
-    from pathlib import Path
+    from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
     from worker.doctor.findings import Finding
     from worker.links.scan import Folder
     from worker.store.inventory import Look
     from worker.store.layout import Layout
+
 
 _LOOKED_AT: Final = 5_000  # files: a stat and a seal for each cost some ms on a network volume
 
@@ -180,3 +184,93 @@ def _meant(name: str) -> str | None:
     plain = name.lower().replace("-", "_").replace(" ", "_")
     spelled = (plain, f"{plain}s", plain.removesuffix("s"), f"{plain}_models")
     return next((folder for folder in spelled if folder in known().folders), None)
+
+
+# --- their seals ------------------------------------------------------------------------------------
+
+
+def seals(layout: Layout) -> Iterator[Finding]:
+    """Yield seals without a file, and interrupted publications."""
+    paths = [Path(folder, name) for folder, _, names in os.walk(layout.seals) for name in names if name[0] != "."]
+    sealed = [seal for seal in paths if seal.suffix == ".json"]
+    yield ok(count(sealed, "seal") if sealed else "none yet")
+    gone = [name for seal in sealed if stat_file(layout.listed(name := _sealed_by(layout, seal))) is None]
+    if gone:
+        text = f"{count(gone, 'seal')} whose file somebody removed; fetched again when wanted"
+        yield listing(Severity.NOTE, text, gone)
+    unreadable = [str(seal) for seal in sealed if read_seal(seal) is None]
+    if unreadable:
+        text = f"{count(unreadable, 'seal')} that cannot be read; remove it, its file then counts as put there by hand"
+        yield listing(Severity.NOTE, text, unreadable)
+    pending = [_sealed_by(layout, seal.with_suffix("")) for seal in paths if seal.suffix == ".pending"]
+    if pending:
+        text = f"{count(pending, 'publication')} under way or cut short; the next worker that wants it completes it"
+        yield listing(Severity.NOTE, text, pending)
+
+
+def _sealed_by(layout: Layout, seal: Path) -> str:
+    return sealed_by(seal.relative_to(layout.seals).as_posix())
+
+
+# --- in the wrong place -----------------------------------------------------------------------------
+
+
+_WALKED_FOLDERS: Final = 5_000
+_WALKED_DEPTH: Final = 6
+_NEVER_MODELS: Final = frozenset({"custom_nodes", "site-packages", "dist-packages", "node_modules", "__pycache__", "outputs"})
+_SURE_SUFFIXES: Final = (".safetensors", ".sft", ".gguf", ".ckpt")
+
+
+def misplaced(layout: Layout, comfyui_models: Path) -> Iterator[Finding]:
+    """Yield weights where no worker looks."""
+    ours = known().folders.union(names_in(layout.models), names_in(comfyui_models))
+    groups: dict[tuple[str, str], list[str]] = {}
+    stray: list[str] = []
+    walk = _Walk(layout)
+    for parts, names in walk:
+        if belongs := _belongs(parts, ours):
+            found = groups.setdefault(belongs, [])
+            found += ["/".join((*parts, name)) for name in names if name.lower().endswith(WEIGHT_SUFFIXES)]
+        else:
+            stray += ["/".join((*parts, name)) for name in names if name.lower().endswith(_SURE_SUFFIXES)]
+    groups = {key: found for key, found in groups.items() if found}
+    for (group, folder), found in sorted(groups.items()):
+        to = layout.models / folder
+        yield problem(f"{count(found, 'model file')} in {group}/, where no worker looks: move to {to}/.", found)
+    if stray:
+        text = f"{count(stray, 'model file')} outside models/, where no worker looks; move those that workflows use"
+        yield listing(Severity.NOTE, text, stray)
+    if walk.cut_short:
+        yield note(f"Only the first {_WALKED_FOLDERS} folders outside models/ were looked at.")
+    if not (groups or stray):
+        yield ok("no weights outside models/")
+
+
+def _belongs(parts: tuple[str, ...], known: Collection[str]) -> tuple[str, str] | None:
+    """Return the folder with models of a kind, and that kind. None if the path does not tell the kind."""
+    for at in range(len(parts) - 1, -1, -1):
+        if parts[at] in known and (at == 0 or parts[at - 1] == "models"):
+            return "/".join(parts[: at + 1]), parts[at]
+    return None
+
+
+class _Walk:
+    """The folders of a volume outside `models/` as (parts of the path, names of files), with limits."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._root = os.path.realpath(layout.root)
+        self._leave_out = {os.path.realpath(place) for place in (layout.models, layout.state, layout.host_cache.parent)}
+        self.cut_short = False
+
+    def __iter__(self) -> Iterator[tuple[tuple[str, ...], list[str]]]:
+        for walked, (folder, below, names) in enumerate(os.walk(self._root)):
+            if walked == _WALKED_FOLDERS:
+                self.cut_short = True
+                return
+            parts = Path(folder).relative_to(self._root).parts
+            deep = len(parts) >= _WALKED_DEPTH or "pyvenv.cfg" in names
+            below[:] = [] if deep else sorted(name for name in below if self._enters(folder, name))
+            yield parts, names
+
+    def _enters(self, folder: str, name: str) -> bool:
+        return name[0] != "." and name not in _NEVER_MODELS and f"{folder}/{name}" not in self._leave_out

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from worker.base.text import count, size_text
-from worker.doctor.exclusion import LOCK
 from worker.doctor.findings import Severity, listing, note, ok
-from worker.doctor.folders import entries
+from worker.doctor.volume_checks import LOCK, entries
 from worker.store.byte_ranges import Ranges
 from worker.store.locks import Locks
 from worker.store.seals import read_seal

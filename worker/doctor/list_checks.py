@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from worker.base.text import count
 from worker.doctor.findings import ok, problem, some
-from worker.doctor.folders import entries, names_in
+from worker.doctor.volume_checks import entries, names_in
 from worker.engine.custom_nodes import read_failures
 from worker.errors import ManifestInvalid
 from worker.models.sources import Sources

@@ -1,18 +1,18 @@
-"""A mounted volume, for everything but filling it: seals, inventory, hashing. Touches the disk."""
+"""A volume as the seeder sees it, and one that is mounted here. Touches the disk."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
 
 from worker.base.text import forms
 from worker.errors import UnsafePath, VolumeFailed
 from worker.plan.places import Places
-from worker.seed.s3_volume import Sealed, sealed_at
 from worker.store.disk import free_bytes, sha256_of, volume_error
 from worker.store.inventory import Look, Standing, look
+from worker.store.layout import sealed_by
 from worker.store.seals import Seal, read_seal, stat_file, whole_mtime, write_seal
 from worker.volume_workflows import workflow_bytes, workflow_names
 
@@ -23,6 +23,78 @@ if TYPE_CHECKING:
     from worker.fetch.hub import Remote
     from worker.spec import ModelSpec
     from worker.store.layout import Layout
+
+
+@dataclass(frozen=True, slots=True)
+class Sealed:
+    """A model that has a seal."""
+
+    folder: str
+    name: str
+    seal: Seal
+
+    @property
+    def title(self) -> str:
+        """Return the model as people write it."""
+        return f"{self.folder}/{self.name}"
+
+
+def sealed_at(path: str, seal: Seal | None) -> Sealed | None:
+    """Return the model of a seal's path below the seals' folder: `folder/name.json`."""
+    if seal is None or not path.endswith(".json") or path.rpartition("/")[2].startswith("."):
+        return None
+    folder, _, name = sealed_by(path).partition("/")
+    return Sealed(folder, name, seal)
+
+
+class Volume(Protocol):
+    """A volume, mounted or through S3, as maintenance and the dry run see it."""
+
+    @property
+    def title(self) -> str:
+        """Return the volume's name for people."""
+        ...
+
+    @property
+    def free_bytes(self) -> int | None:
+        """Return the free bytes, or None if unknown."""
+        ...
+
+    def workflow(self, name: str) -> bytes | None:
+        """Return the file of a workflow of this name. None if there is none, or if the name is impossible."""
+        ...
+
+    def workflow_names(self) -> list[str]:
+        """Return the names of its workflows."""
+        ...
+
+    def look(self, folder: str, name: str) -> Look:
+        """Return the state of a model's file."""
+        ...
+
+    def expected(self, spec: ModelSpec, sha256: str | None) -> str | None:
+        """Return the required hash of a file without a fitting seal, if its source says `sha256`. None if any file will do."""
+        ...
+
+    def begun_bytes(self, spec: ModelSpec, remote: Remote) -> int:
+        """Return how much of it an interrupted run left behind."""
+        ...
+
+    def hash(self, folder: str, name: str, size_bytes: int, on_bytes: Callable[[int], None], cancel: CancelToken) -> str:
+        """Return the sha256 of a file."""
+        ...
+
+    def sealed(self) -> Iterator[Sealed]:
+        """Yield every model that has a seal."""
+        ...
+
+    def seal(self, folder: str, name: str, seal: Seal) -> None:
+        """Seal a file in its current state."""
+        ...
+
+    def remove(self, folder: str, name: str) -> None:
+        """Remove a model, then its seal."""
+        ...
 
 
 class MountedVolume:
