@@ -15,6 +15,7 @@ import threading
 import time
 from dataclasses import replace
 from email.utils import format_datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -25,6 +26,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from devkit.hub import Hub as StandIn
 from devkit.hub.shelf import git_oid
+from worker.base.http import retry_after_s
+from worker.base.retry import Backoff
 from worker.errors import (
     ContentMismatch,
     EnsureCancelled,
@@ -38,10 +41,9 @@ from worker.errors import (
     SourceUnreachable,
     TokenRefused,
 )
-from worker.fetch.http import Credential, Network, origin, retry_after_s, sendable, shown, what_failed
+from worker.fetch.http import Credential, Network, origin, sendable, shown, what_failed
 from worker.fetch.hub import Hub, Remote, credentials
 from worker.fetch.ranges import Fetch, Tuning
-from worker.fetch.retry import Backoff
 from worker.spec import HubFile, Source, Url
 from worker.store.partial import Partial, Taken
 
@@ -472,7 +474,7 @@ class Clock:
 
 
 def test_waiting_grows_with_failures_and_starts_anew_with_a_byte() -> None:
-    backoff = Backoff("x", 1e6, clock=Clock())
+    backoff = Backoff(partial(SourceUnreachable, "x"), 1e6, clock=Clock())
     waits = [backoff.failed("r") for _ in range(12)]
     assert waits[0] <= 0.25
     assert 10 <= waits[-1] <= 20
@@ -481,14 +483,14 @@ def test_waiting_grows_with_failures_and_starts_anew_with_a_byte() -> None:
 
 
 def test_threads_that_fail_together_wait_like_one() -> None:
-    backoff = Backoff("x", 1e6, width=8, clock=Clock())
+    backoff = Backoff(partial(SourceUnreachable, "x"), 1e6, width=8, clock=Clock())
     assert max(backoff.failed("r") for _ in range(8)) <= 0.25
     assert backoff.failed("r") > 0.2
 
 
 def test_a_download_that_moves_never_runs_out_of_attempts() -> None:
     clock = Clock()
-    backoff = Backoff("x", 10, clock=clock)
+    backoff = Backoff(partial(SourceUnreachable, "x"), 10, clock=clock)
     for _ in range(1000):
         clock.now_s += 9
         backoff.failed("r")
@@ -500,7 +502,7 @@ def test_a_download_that_moves_never_runs_out_of_attempts() -> None:
 
 def test_a_named_time_is_given_but_not_for_ever() -> None:
     clock = Clock()
-    backoff = Backoff("x", 10, clock=clock)
+    backoff = Backoff(partial(SourceUnreachable, "x"), 10, clock=clock)
     assert backoff.failed("r", 60) == 60
     for _ in range(100):
         clock.now_s += 60

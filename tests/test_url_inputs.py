@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
+import httpx2
 import pytest
 from aiohttp import web
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from yarl import URL
 
 from devkit.local_worker import free_port
 from worker.errors import (
@@ -33,7 +33,7 @@ from worker.errors import (
 )
 from worker.media.address_guard import UrlRules
 from worker.media.staging import StagedFile
-from worker.media.url_inputs import Download, Fetcher, FetchLimits, _JudgingResolver, shown
+from worker.media.url_inputs import Download, Fetcher, FetchLimits, JudgingBackend, _PrivateAddressError, shown
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -265,13 +265,46 @@ def test_of_several_addresses_only_those_that_may_be_reached_are_tried(run_async
     run_async(scenario())
 
 
-def test_a_socket_opens_to_nothing_that_was_not_judged() -> None:
-    resolver = _JudgingResolver(UrlRules(private=("127.0.0.2",)), looking_up)
-    resolver.admit_number("127.0.0.2")
-    resolver.open_socket((socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.2", 80))).close()
-    for address in ("127.0.0.1", "8.8.8.8", "localhost"):
-        with pytest.raises(PermissionError):
-            resolver.open_socket((socket.AF_INET, socket.SOCK_STREAM, 0, "", (address, 80)))
+def test_a_socket_opens_to_nothing_that_was_not_judged(run_async: RunAsync) -> None:
+    async def lookup(host: str) -> list[str]:
+        return ["127.0.0.1", "localhost", ""] if host == "name.test" else ["127.0.0.2"]
+
+    async def scenario() -> None:
+        backend = JudgingBackend(UrlRules(private=("127.0.0.2",)), lookup)
+        async with serving(saying(b"x"), "0.0.0.0") as server:
+            for host in ("127.0.0.2", "other.test"):
+                stream = await backend.connect_tcp(host, server.port)
+                assert stream.get_extra_info("peername")[0] == "127.0.0.2"
+                await stream.aclose()
+            for host in ("127.0.0.1", "name.test", "::1"):
+                with pytest.raises(_PrivateAddressError):
+                    await backend.connect_tcp(host, server.port)
+
+    run_async(scenario())
+
+
+def test_an_address_that_does_not_answer_leaves_time_for_the_next(run_async: RunAsync) -> None:
+    async def lookup(_: str) -> list[str]:
+        return ["127.0.0.2", "127.0.0.3"]
+
+    async def scenario() -> None:
+        backend = JudgingBackend(UrlRules(private=("127.0.0.0/8",)), lookup)
+        port = free_port()
+        with socket.socket() as silent:
+            silent.bind(("127.0.0.2", port))
+            silent.listen(0)
+            fillers = [socket.socket() for _ in range(4)]  # a full backlog answers nobody
+            for filler in fillers:
+                filler.settimeout(0)
+                filler.connect_ex(("127.0.0.2", port))
+            async with await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.3", port):
+                stream = await backend.connect_tcp("both.test", port, timeout=4.0)
+                assert stream.get_extra_info("peername")[0] == "127.0.0.3"
+                await stream.aclose()
+            for filler in fillers:
+                filler.close()
+
+    run_async(scenario())
 
 
 class EverythingIsPublic(UrlRules):
@@ -284,13 +317,13 @@ class EverythingIsPublic(UrlRules):
 
 
 def test_a_public_address_of_this_machine_is_its_own_network() -> None:
-    resolver = _JudgingResolver(EverythingIsPublic(), looking_up)
-    assert not resolver.admit("example.test", "127.0.0.1")
-    assert resolver.admit("example.test", "192.0.2.1")
-    assert _JudgingResolver(EverythingIsPublic(private=("127.0.0.1",)), looking_up).admit("example.test", "127.0.0.1")
+    backend = JudgingBackend(EverythingIsPublic(), looking_up)
+    assert not backend.admits("example.test", "127.0.0.1")
+    assert backend.admits("example.test", "192.0.2.1")
+    assert JudgingBackend(EverythingIsPublic(private=("127.0.0.1",)), looking_up).admits("example.test", "127.0.0.1")
 
 
-def test_a_spelling_that_only_aiohttp_minds(run_async: RunAsync, tmp_path: Path) -> None:
+def test_an_address_in_numbers_does_not_end_with_a_dot(run_async: RunAsync, tmp_path: Path) -> None:
     with pytest.raises(InputUrlRefused, match="it is no valid address"):
         run_async(fetch("http://8.8.8.8./a.png", tmp_path))
 
@@ -559,6 +592,6 @@ def test_the_address_on_the_wire_is_that_of_the_judged_host() -> None:
     """Two readers of one address may differ about its host; there is one reader."""
     from worker.media.url_inputs import _checked  # noqa: PLC0415 - private, for this one test
 
-    assert _checked(UrlRules(), "a", "http://example.com:81\t/a b\n?c d#e") == URL(
-        "http://example.com:81/a%20b?c%20d", encoded=True
-    )
+    checked = _checked(UrlRules(), "a", "http://example.com:81\t/a b\n?c d#e")
+    assert checked == httpx2.URL("http://example.com:81/a%20b?c%20d")
+    assert (checked.raw_host, checked.port, checked.raw_path) == (b"example.com", 81, b"/a%20b?c%20d")

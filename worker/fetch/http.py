@@ -8,38 +8,28 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import email.utils
 import http.client
 import re
 import socket
 import ssl
-import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 from urllib.parse import quote, unquote, urljoin, urlsplit, urlunsplit
 
+from worker.base.http import PROXY_LOGIN, REDIRECTS
 from worker.errors import NotAFile, ProxyUnusable, TokenMalformed, TokenRefused
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from email.message import Message
 
-_REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 _MAX_HOPS: Final = 10
 _PORTS: Final = {"http": 80, "https": 443}
 _AGENT: Final = "comfyui-volume-worker"
 _PRINTABLE: Final = "".join(map(chr, range(0x21, 0x7F)))
 _QUERY: Final = re.compile(r"\?\S*")
 
-PROXY_LOGIN: Final = 407
 PROXY_WANTS: Final = f"wants another user or password (status {PROXY_LOGIN})"
-
-OK: Final = 200
-PARTIAL: Final = 206
-UNSATISFIABLE: Final = 416
-UNAUTHORISED: Final = frozenset({401, 403})
-# Too Early answers a replayed TLS request. The others are time-outs, rate limits and broken back ends.
-TRANSIENT: Final = frozenset({408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529})
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,18 +150,6 @@ def content_coding(headers: Message | Mapping[str, str]) -> str | None:
     return coding if coding not in {"", "identity"} else None
 
 
-def retry_after_s(headers: Message | Mapping[str, str]) -> float | None:
-    """Return the delay that `Retry-After` (seconds or a date) or an exhausted `RateLimit` asks for, or None."""
-    text = headers.get("Retry-After")
-    if text and text.strip().isdecimal():
-        return float(text)
-    if text:
-        with contextlib.suppress(ValueError):
-            return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
-    limit = re.search(r"\br=0\b.*\bt=(\d+)", headers.get("RateLimit") or "")
-    return float(limit.group(1)) if limit else None
-
-
 def token_refused(url: str, status: int, credential: Credential | None) -> TokenRefused:
     """Return the error for a missing or refused token."""
     if credential is None:
@@ -233,7 +211,7 @@ class Channel:
             response = self._request(url, headers)
             response.linked_etag = linked_etag = response.getheader("X-Linked-Etag") or linked_etag
             target = response.getheader("Location")
-            if response.status not in _REDIRECTS or not target:
+            if response.status not in REDIRECTS or not target:
                 return response, url
             self.close()
             url = self._next(start, url, target, response.status)

@@ -27,6 +27,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from worker.base.http import OK, PARTIAL, PROXY_LOGIN, TRANSIENT, UNAUTHORISED, UNSATISFIABLE, retry_after_s
+from worker.base.retry import Backoff
 from worker.errors import (
     EnsureCancelled,
     FileNotInRepo,
@@ -38,27 +40,20 @@ from worker.errors import (
     RepoNotFound,
     RevisionNotFound,
     SourceRefused,
+    SourceUnreachable,
 )
 from worker.fetch.blocking_call import abandonable
 from worker.fetch.http import (
-    OK,
-    PARTIAL,
-    PROXY_LOGIN,
     PROXY_WANTS,
-    TRANSIENT,
-    UNAUTHORISED,
-    UNSATISFIABLE,
     Channel,
     Credential,
     Network,
     bare_etag,
     content_coding,
-    retry_after_s,
     shown,
     token_refused,
     what_failed,
 )
-from worker.fetch.retry import Backoff
 from worker.spec import HubFile, Source, Url, at_endpoint, content_key, modelscope_listing
 
 if TYPE_CHECKING:
@@ -195,7 +190,7 @@ class Hub:
         return self._asked(lambda: self._ask_files(folder), f"hf://{folder.repo}", cancel)
 
     def _asked(self, ask: Callable[[], T], where: str, cancel: CancelToken) -> T:
-        backoff = Backoff(where, self._patience_s)
+        backoff = Backoff(partial(SourceUnreachable, where), self._patience_s)
         while True:
             try:
                 return abandonable(ask, where, cancel)

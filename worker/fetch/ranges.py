@@ -12,11 +12,13 @@ import re
 import threading
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Final, NoReturn, Protocol
 
+from worker.base.http import OK, PARTIAL, TRANSIENT, UNSATISFIABLE, retry_after_s
+from worker.base.retry import Backoff
 from worker.errors import ContentMismatch, EnsureCancelled, NotAFile, SourceChanged, SourceRefused, SourceUnreachable
-from worker.fetch.http import OK, PARTIAL, TRANSIENT, UNSATISFIABLE, Channel, content_coding, retry_after_s, what_failed
-from worker.fetch.retry import Backoff
+from worker.fetch.http import Channel, content_coding, what_failed
 from worker.fetch.spans import Spans
 
 if TYPE_CHECKING:
@@ -132,7 +134,9 @@ class Fetch:
         self._lock = threading.Lock()
         self._renewing = threading.Lock()
         enough_bytes = int(tuning.slowest_bytes_per_s * tuning.patience_s)
-        self._backoff = Backoff(remote.where, tuning.patience_s, tuning.connections, enough_bytes=enough_bytes)
+        self._backoff = Backoff(
+            partial(SourceUnreachable, remote.where), tuning.patience_s, tuning.connections, enough_bytes=enough_bytes
+        )
         self._doubts = 0
         self._spans = Spans((), 1, 1, 1)
         self._stop = threading.Event()

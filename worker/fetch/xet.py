@@ -14,12 +14,14 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Final
 
-from worker.errors import EnsureCancelled, SourceRefused
-from worker.fetch.http import UNAUTHORISED, without_query
-from worker.fetch.retry import Backoff
+from worker.base.http import UNAUTHORISED
+from worker.base.retry import Backoff
+from worker.errors import EnsureCancelled, SourceRefused, SourceUnreachable
+from worker.fetch.http import without_query
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -74,7 +76,7 @@ class XetFetch:
         self._tuning = tuning
         self._cancel = cancel
         enough_bytes = int(tuning.slowest_bytes_per_s * tuning.patience_s)
-        self._backoff = Backoff(remote.where, tuning.patience_s, enough_bytes=enough_bytes)
+        self._backoff = Backoff(partial(SourceUnreachable, remote.where), tuning.patience_s, enough_bytes=enough_bytes)
         self._todo = sink.gaps()
         self._doubts = 0
         self._reason = "Xet ended early"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from yarl import URL
+    from httpx2 import URL
 
 Address = IPv4Address | IPv6Address
 
@@ -28,6 +28,7 @@ _GLOBAL_V6: Final = IPv6Network("2000::/3")
 _NAT64: Final = IPv6Network("64:ff9b::/96")
 
 _HOST: Final = re.compile(r"[a-z0-9._-]+|[0-9a-f:.]+")
+_PORTS: Final = range(1, 1 << 16)
 _NUMBER: Final = re.compile(r"[0-9]+|0x[0-9a-f]*")
 
 
@@ -47,9 +48,9 @@ class UrlRules:
             return "requests to this endpoint may name no addresses (INPUT_URL_HOSTS): send the file itself as base64"
         if url.scheme not in {"http", "https"}:
             return "an address must begin with http:// or https://"
-        if url.raw_user is not None or url.raw_password is not None:
+        if url.userinfo:
             return "an address must hold no user name or password: use a signed address, or send the file itself"
-        if not _HOST.fullmatch(host) or url.port == 0:
+        if not _HOST.fullmatch(host) or (url.port is not None and url.port not in _PORTS):
             return "it has no valid host or port"
         if self.hosts is not None and not _named(host, self.hosts):
             return "the operator lets requests name other hosts only (INPUT_URL_HOSTS)"
@@ -85,7 +86,7 @@ PRIVATE: Final = (
 
 def bare_host(url: URL) -> str:
     """Return the host of an address in lower case, without the dot that ends a full name."""
-    return (url.raw_host or "").lower().removesuffix(".")
+    return url.raw_host.decode("ascii").lower().removesuffix(".")
 
 
 def parse_address(text: str) -> Address | None:

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote, urlsplit
 
-from yarl import URL
+import httpx2
 
 from worker.errors import BucketFailed, BucketRefused, BucketUnreachable, OutputGone, S3ConfigInvalid
-from worker.media.address_guard import PRIVATE
+from worker.media.address_guard import PRIVATE, bare_host
 from worker.media.s3 import S3Target, make_client
 
 if TYPE_CHECKING:
@@ -116,12 +116,15 @@ class Bucket:
         """Raise `S3ConfigInvalid` if a request's bucket is at a forbidden address. Resolves a name."""
         if self._rules is None:
             return
-        url = URL(self.target.endpoint_url)
-        refusal = self._rules.refusal(url)
+        try:
+            url = httpx2.URL(self.target.endpoint_url)
+            refusal = self._rules.refusal(url)
+        except httpx2.InvalidURL:
+            refusal = "it is no valid address"
         if refusal is None:
             # If a name does not resolve, the upload fails with its own sentence.
             with contextlib.suppress(OSError):
-                host = url.host or ""
+                host = bare_host(url)
                 found = socket.getaddrinfo(host, url.port, type=socket.SOCK_STREAM)
                 if not all(self._rules.admits(host, str(info[4][0])) for info in found):
                     refusal = PRIVATE

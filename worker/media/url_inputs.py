@@ -14,21 +14,23 @@ import logging
 import os
 import re
 import socket
+import ssl
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Self
-from urllib.parse import quote, urljoin, urlsplit
+from urllib.parse import urljoin
 
-import aiohttp
-from aiohttp.abc import AbstractResolver, ResolveResult
-from yarl import URL
+import httpcore2
+import httpx2
 
+from worker.base.http import OK, REDIRECTS, TRANSIENT, retry_after_s
+from worker.base.http_transport import AsyncioBackend, AsyncioTransport
+from worker.base.retry import pause_s
 from worker.errors import InputNotServed, InputTimedOut, InputUnreachable, InputUrlRefused
 from worker.media.address_guard import PRIVATE, UrlRules, bare_host, parse_address
 
 if TYPE_CHECKING:
-    import ssl
-    from collections.abc import Awaitable, Callable, Iterator, Sequence
+    from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
     from typing import Any
 
     from worker.media.staging import StagedFile
@@ -40,22 +42,10 @@ log = logging.getLogger(__name__)
 
 # No Accept-Encoding: the file is wanted as it is stored. No other header that tells who asks.
 _HEADERS: Final = {"User-Agent": "comfyui-volume-worker", "Accept": "*/*", "Accept-Encoding": "identity"}
-_REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
-_TRANSIENT: Final = frozenset({408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529})
-_OK: Final = 200
-_READ_BYTES: Final = 1 << 18
 _LAST_PART_CHARACTERS: Final = 60
-# Characters that may stay in a path or a query. The rest is percent-encoded, above all what would end the request line.
-_AS_IT_IS: Final = "!$%&'()*+,/:;=?@[]~"
-# The order matters: each is a subclass of a later one.
-_REASONS: Final = (
-    (aiohttp.ClientConnectorDNSError, "its host name does not resolve"),
-    (aiohttp.ClientSSLError, "no TLS connection could be made"),
-    (aiohttp.ClientConnectorError, "no connection could be made"),
-    (aiohttp.ClientPayloadError, "the file broke off"),
-    (aiohttp.ClientConnectionError, "the connection was cut"),
-    (Exception, "what it answered is not HTTP"),
-)
+_INVALID: Final = "it is no valid address"
+# What a browser drops from an address that was copied with it.
+_DROPPED: Final = re.compile(r"^\s+|[\t\r\n]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +102,7 @@ class Fetcher:
         try:
             async with (
                 asyncio.timeout(self.limits.timeout_s),
-                _Line(self._rules, self.limits, self._lookup, self._tls) as line,
+                _Line(self._rules, self.limits, self._lookup, self._tls_context()) as line,
                 asyncio.TaskGroup() as tasks,
             ):
                 for download in downloads:
@@ -130,12 +120,17 @@ class Fetcher:
                         await line.receive(download)
                         break
                     except _TransientError as exc:
-                        pause_s = max(self.limits.pause_s * attempt, exc.pause_s)
-                        if attempt == self.limits.attempts or pause_s > self.limits.longest_pause_s:
+                        wait_s = max(pause_s(attempt, self.limits.pause_s), exc.pause_s)
+                        if attempt == self.limits.attempts or wait_s > self.limits.longest_pause_s:
                             raise InputUnreachable(download.file.name, shown(download.url), exc.reason) from exc
                     download.file.restart()
-                    await asyncio.sleep(pause_s)
+                    await asyncio.sleep(wait_s)
                 missing.remove(download.file.name)
+
+    def _tls_context(self) -> ssl.SSLContext:
+        if self._tls is None:
+            self._tls = ssl.create_default_context()  # 20 ms, and most jobs name no address
+        return self._tls
 
     async def _ask_system(self, host: str) -> list[str]:
         def ask() -> list[str]:
@@ -158,49 +153,37 @@ class _TransientError(Exception):
 
 
 class _PrivateAddressError(Exception):
-    """A host has no address that may be reached. No `OSError`: aiohttp would report it as a failed look-up."""
+    """A host has no address that may be reached."""
 
 
 class _Line:
-    """The connections of one job: an aiohttp session that opens sockets only to judged addresses."""
+    """The connections of one job, which open only to judged addresses."""
 
-    def __init__(self, rules: UrlRules, limits: FetchLimits, lookup: Lookup, tls: ssl.SSLContext | None) -> None:
+    def __init__(self, rules: UrlRules, limits: FetchLimits, lookup: Lookup, tls: ssl.SSLContext) -> None:
         self._rules = rules
         self._limits = limits
-        self._resolver = _JudgingResolver(rules, lookup)
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(
-                # aiohttp does not resolve numeric addresses. Every connection opens a socket.
-                resolver=self._resolver,
-                socket_factory=self._resolver.open_socket,
-                use_dns_cache=False,
-                ssl=tls or True,
-                limit=0,
-            ),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            headers=_HEADERS,
-            timeout=aiohttp.ClientTimeout(
-                total=None, sock_connect=limits.connect_timeout_s, sock_read=limits.silence_timeout_s
-            ),
-            trust_env=False,
-        )
+        # The transport itself: no cookie is kept, no redirect is followed and no address is logged.
+        self._transport = AsyncioTransport(JudgingBackend(rules, lookup), tls=tls)
+        waits = httpx2.Timeout(None, connect=limits.connect_timeout_s, read=limits.silence_timeout_s)
+        self._extensions = {"timeout": waits.as_dict()}
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._session.close()
+        await self._transport.aclose()
 
     async def receive(self, download: Download) -> None:
         """Make one attempt, including redirects. Raises `_TransientError` if a retry may help."""
         name, start, text = download.file.name, shown(download.url), download.url
         for hop in range(self._limits.redirects + 1):
             url = _checked(self._rules, name, text, start if hop else "")
+            request = httpx2.Request("GET", url, headers=_HEADERS, extensions=self._extensions)
             with self._faults(name, start, url if hop else None):
-                self._resolver.admit_number(bare_host(url))
-                async with self._session.get(url, allow_redirects=False) as response:
+                response = await self._transport.handle_async_request(request)
+                async with contextlib.aclosing(response):
                     target = response.headers.get("Location")
-                    if response.status not in _REDIRECTS or not target:
+                    if response.status_code not in REDIRECTS or not target:
                         await self._save(response, download)
                         return
             text = _joined(url, target)
@@ -208,99 +191,117 @@ class _Line:
                 raise InputUrlRefused(name, start, f"it redirects away from https, to {shown(text)}")
         raise InputNotServed(name, start, f"it redirects more than {self._limits.redirects} times")
 
-    async def _save(self, response: aiohttp.ClientResponse, download: Download) -> None:
-        file = download.file
-        if response.status in _TRANSIENT:
-            asked = response.headers.get("Retry-After", "")
-            raise _TransientError(f"status {response.status}", float(asked) if re.fullmatch(r"\d{1,9}", asked) else 0.0)
-        if response.status != _OK:
-            expired = ", which is also how an expired signature looks" if response.status == 403 else ""  # noqa: PLR2004 - HTTP's
-            raise InputNotServed(file.name, shown(download.url), f"it answered with status {response.status}{expired}")
-        file.check_size(response.content_length or 0)
-        # aiohttp inflates an encoded body in limited steps, so the bytes counted are the bytes written.
-        async for chunk in response.content.iter_chunked(_READ_BYTES):
-            file.add(chunk)
-            if file.full:
-                await asyncio.to_thread(file.flush)
+    async def _save(self, response: httpx2.Response, download: Download) -> None:
+        file, status = download.file, response.status_code
+        if status in TRANSIENT:
+            raise _TransientError(f"status {status}", retry_after_s(response.headers) or 0.0)
+        if status != OK:
+            expired = ", which is also how an expired signature looks" if status == 403 else ""  # noqa: PLR2004 - HTTP's
+            raise InputNotServed(file.name, shown(download.url), f"it answered with status {status}{expired}")
+        stated = response.headers.get("Content-Length", "")
+        file.check_size(int(stated) if re.fullmatch(r"\d{1,18}", stated) else 0)
+        try:
+            # httpx2 inflates an encoded body in limited steps, so the bytes counted are the bytes written.
+            async with contextlib.aclosing(response.aiter_bytes()) as chunks:
+                async for chunk in chunks:
+                    file.add(chunk)
+                    if file.full:
+                        await asyncio.to_thread(file.flush)
+        except httpx2.TimeoutException:
+            raise
+        except httpx2.RequestError:
+            raise _TransientError("the file broke off") from None
         if not file.size_bytes:
             raise InputNotServed(file.name, shown(download.url), "it sent an empty file")
         file.flush()
 
     @contextlib.contextmanager
-    def _faults(self, name: str, start: str, redirected_to: URL | None) -> Iterator[None]:
-        """Turn aiohttp's errors into ours. Their own texts contain whole addresses, including signatures."""
+    def _faults(self, name: str, start: str, redirected_to: httpx2.URL | None) -> Iterator[None]:
+        """Turn a connection's errors into ours. Their own texts contain whole addresses, including signatures."""
         try:
             yield
         except _PrivateAddressError:
             raise InputUrlRefused(name, start, _through(redirected_to, PRIVATE)) from None
-        except aiohttp.InvalidURL:
-            raise InputUrlRefused(name, start, _through(redirected_to, "it is no valid address")) from None
-        except aiohttp.ClientConnectorCertificateError:
+        except ssl.SSLCertVerificationError:
             raise InputNotServed(name, start, _through(redirected_to, "its certificate is not valid")) from None
-        except (aiohttp.ClientError, TimeoutError) as exc:
+        except _TransientError as exc:
+            raise _TransientError(_through(redirected_to, exc.reason), exc.pause_s) from None
+        except (httpx2.RequestError, ssl.SSLError) as exc:
             raise _TransientError(_through(redirected_to, self._reason(exc))) from None
 
     def _reason(self, exc: Exception) -> str:
-        if isinstance(exc, aiohttp.ConnectionTimeoutError):
-            return f"no connection within {self._limits.connect_timeout_s:g} s"
-        if isinstance(exc, TimeoutError):
-            return f"it sent nothing for {self._limits.silence_timeout_s:g} s"
-        if type(exc) is aiohttp.ClientConnectorError and (number := exc.os_error.errno) and number > 0:
-            return os.strerror(number).lower()
-        return next(reason for kind, reason in _REASONS if isinstance(exc, kind))
+        match exc:
+            case httpx2.ConnectTimeout():
+                return f"no connection within {self._limits.connect_timeout_s:g} s"
+            case httpx2.TimeoutException():
+                return f"it sent nothing for {self._limits.silence_timeout_s:g} s"
+            case ssl.SSLError():
+                return "no TLS connection could be made"
+            case httpx2.ConnectError():
+                return "no connection could be made"
+            case httpx2.ProtocolError() if "disconnected" not in str(exc):
+                return "what it answered is not HTTP"
+        return "the connection was cut"
 
 
-class _JudgingResolver(AbstractResolver):
-    """Resolves names to the addresses that may be reached, and opens sockets to nothing else."""
+class JudgingBackend(AsyncioBackend):
+    """Opens connections only to addresses that a request may reach: the one place where its sockets are opened."""
 
     def __init__(self, rules: UrlRules, lookup: Lookup) -> None:
         self._rules = rules
         self._lookup = lookup
-        self._admitted: set[str] = set()
 
-    async def resolve(
+    async def connect_tcp(
         self,
         host: str,
-        port: int = 0,
-        family: socket.AddressFamily = socket.AF_UNSPEC,  # noqa: ARG002 - aiohttp's interface
-    ) -> list[ResolveResult]:
-        """Return the host's addresses without refused ones. Raises if none is left."""
-        addresses = await self._lookup(host)
-        if not addresses:
-            raise OSError(errno.EADDRNOTAVAIL, "no address")
-        admitted = [address for address in addresses if self.admit(host, address)]
+        port: int,
+        timeout: float | None = None,  # noqa: ASYNC109 - httpcore2's interface
+        local_address: str | None = None,
+        socket_options: Iterable[Any] | None = None,
+    ) -> httpcore2.AsyncNetworkStream:
+        """Look a host up once, judge each of its addresses, and connect to the first that passes and accepts.
+
+        Raises `_PrivateAddressError` if none passes, `_TransientError`, and `httpcore2.ConnectTimeout`.
+        """
+        try:
+            async with asyncio.timeout(timeout):
+                admitted = await self._judged(host)
+        except TimeoutError:
+            raise httpcore2.ConnectTimeout from None
+        # Each address has its share of the time, so that a silent one leaves some for the next.
+        share_s = None if timeout is None else timeout / len(admitted)
+        for address in admitted:
+            try:
+                return await super().connect_tcp(address, port, share_s, local_address, socket_options)
+            except (httpcore2.ConnectError, httpcore2.ConnectTimeout) as exc:
+                failure = exc
+        number = getattr(failure.__cause__, "errno", None) or 0
+        if isinstance(failure, httpcore2.ConnectError) and number > 0:
+            raise _TransientError(os.strerror(number).lower())
+        raise failure
+
+    async def _judged(self, host: str) -> list[str]:
+        if parse_address(host) is not None:
+            addresses: Sequence[str] = [host]
+        else:
+            try:
+                addresses = await self._lookup(host)
+            except OSError:
+                addresses = ()
+            if not addresses:
+                raise _TransientError("its host name does not resolve")
+        admitted = [address for address in addresses if self.admits(host, address)]
         if not admitted:
             log.warning("a request names %s, which is %s: not downloaded", host, ", ".join(addresses))
             raise _PrivateAddressError
-        return [
-            ResolveResult(hostname=host, host=address, port=port, family=_family(address), proto=0, flags=socket.AI_NUMERICHOST)
-            for address in admitted
-        ]
+        return admitted
 
-    def admit(self, host: str, address: str) -> bool:
-        """Judge an address of `host`. Sockets open only to addresses that passed."""
+    def admits(self, host: str, address: str) -> bool:
+        """Return whether a connection may go to this address of `host`."""
         parsed = parse_address(address)
         if parsed is None or not self._rules.admits(host, address):
             return False
-        if not self._rules.excepts(host, parsed) and _is_this_machine(address):
-            return False
-        self._admitted.add(address)
-        return True
-
-    def admit_number(self, host: str) -> None:
-        """Judge a host that is already an IP address, which aiohttp does not resolve."""
-        if parse_address(host) is not None and not self.admit(host, host):
-            raise _PrivateAddressError
-
-    def open_socket(self, info: tuple[Any, ...]) -> socket.socket:
-        """Return a socket for a connection to `info`, which comes from this resolver or from a numeric address."""
-        family, kind, protocol, _, address = info
-        if address[0] not in self._admitted:
-            raise PermissionError(errno.EACCES, "an address that was not judged")
-        return socket.socket(family, kind, protocol)
-
-    async def close(self) -> None:
-        """Do nothing: there is nothing to close."""
+        return self._rules.excepts(host, parsed) or not _is_this_machine(address)
 
 
 def _family(address: str) -> socket.AddressFamily:
@@ -317,51 +318,43 @@ def _is_this_machine(address: str) -> bool:
     return True
 
 
-def _checked(rules: UrlRules, name: str, text: str, start: str = "") -> URL:
-    """Return the address to send if the rules allow it. `start` is the address that redirected to it."""
+def _checked(rules: UrlRules, name: str, text: str, start: str = "") -> httpx2.URL:
+    """Return the address to send if the rules allow it. `start` is the address that redirected to it.
+
+    httpx2 keeps escapes as they are, which some signatures need.
+    """
     try:
-        url = URL(text)
+        url = httpx2.URL(_DROPPED.sub("", text)).copy_with(fragment=None)
         refusal = rules.refusal(url)
-        if refusal is None:
-            return _verbatim(url, text)
-    except ValueError:
-        refusal = "it is no valid address"
+        if refusal is None and parse_address(bare_host(url)) and url.raw_host.endswith(b"."):
+            refusal = _INVALID
+    except (httpx2.InvalidURL, ValueError):
+        refusal = _INVALID
+    if refusal is None:
+        return url
     raise InputUrlRefused(name, start or shown(text), f"it redirects to {shown(text)}: {refusal}" if start else refusal)
 
 
-def _verbatim(url: URL, text: str) -> URL:
-    """Return the address with path and query as given: yarl decodes some escapes, which breaks some signatures."""
-    parts, host = urlsplit(text), url.raw_host or ""
-    return URL.build(
-        scheme=url.scheme,
-        host=f"[{host}]" if ":" in host else host,
-        port=url.explicit_port,
-        path=quote(parts.path, safe=_AS_IT_IS) or "/",
-        query_string=quote(parts.query, safe=_AS_IT_IS),
-        encoded=True,
-    )
-
-
-def _joined(url: URL, target: str) -> str:
+def _joined(url: httpx2.URL, target: str) -> str:
     try:
         return urljoin(str(url), target)
     except ValueError:
         return target
 
 
-def _through(redirected_to: URL | None, reason: str) -> str:
+def _through(redirected_to: httpx2.URL | None, reason: str) -> str:
     return f"it redirects to {shown(str(redirected_to))}: {reason}" if redirected_to is not None else reason
 
 
 def shown(url: str) -> str:
     """Return scheme, host and the path's last part, for logs and errors. Queries, users and sometimes paths contain tokens."""
     try:
-        parsed = URL(url)
-        host, port = parsed.host, f":{parsed.explicit_port}" if parsed.explicit_port else ""
-    except ValueError:
+        parsed = httpx2.URL(_DROPPED.sub("", url))
+        host, port = parsed.host, f":{parsed.port}" if parsed.port else ""
+    except (httpx2.InvalidURL, ValueError):
         return "an address that cannot be read"
     if not host:
         return f"a {parsed.scheme or 'relative'} address"
-    folder, _, last = parsed.raw_path.rpartition("/")
+    folder, _, last = parsed.raw_path.decode().partition("?")[0].rpartition("/")
     last = last if len(last) <= _LAST_PART_CHARACTERS else f"{last[:_LAST_PART_CHARACTERS]}..."
     return f"{parsed.scheme}://{f'[{host}]' if ':' in host else host}{port}{'/...' if folder else ''}/{last}"

@@ -27,6 +27,8 @@ from runpod.serverless.modules.rp_http import send_result
 from runpod.serverless.modules.rp_job import _job_get_url, get_stop_signals, handle_job
 
 from worker.base.clock import within
+from worker.base.http import TRANSIENT
+from worker.base.retry import pause_s
 from worker.errors import InputNotJson, InternalError, ResultRefused
 
 if TYPE_CHECKING:
@@ -55,12 +57,11 @@ _POST_PATIENCE_S = 60.0
 # For each attempt: a connection may be accepted and then be silent. A result may have 20 MB.
 _ATTEMPT_S = 20.0
 _SLOWEST_BYTES_PER_S = 1_000_000
-_POST_BACKOFF_S = (0.2, 0.4, 0.8, 1.6, 3.2, 5.0)
+_POST_PAUSES_S = (0.3, 5.0)  # the first, and the longest
 # The result itself is wrong. 404 means a job that RunPod has given up.
 _REFUSED = frozenset({HTTPStatus.BAD_REQUEST, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.UNPROCESSABLE_ENTITY})
 # The fields that the worker and the SDK need. The SDK turns every field into an attribute, and fails on names such as `self`.
 _FIELDS = ("id", "input", "s3Config", "webhook", "batchId")
-_TRANSIENT = frozenset({HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS})
 
 
 class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]  # the SDK has no types
@@ -377,7 +378,7 @@ async def send_again(
 ) -> aiohttp.ClientResponse:
     """Send a request until its answer is not a transient failure, for at most a minute."""
     deadline = clock() + _POST_PATIENCE_S
-    for attempt in itertools.count():
+    for attempt in itertools.count(1):
         last = clock() > deadline
         try:
             async with asyncio.timeout(_ATTEMPT_S + int(request.headers.get("Content-Length", 0)) / _SLOWEST_BYTES_PER_S):
@@ -388,12 +389,12 @@ async def send_again(
                 raise
             reason = str(exc) or type(exc).__name__
         else:
-            if last or not (response.status in _TRANSIENT or response.status >= HTTPStatus.INTERNAL_SERVER_ERROR):
+            if last or not (response.status in TRANSIENT or response.status >= HTTPStatus.INTERNAL_SERVER_ERROR):
                 return response
             reason = f"status {response.status}"
             response.release()
         log.warning("RunPod did not take a result (%s); sending it again", reason)
-        await asyncio.sleep(_POST_BACKOFF_S[min(attempt, len(_POST_BACKOFF_S) - 1)])
+        await asyncio.sleep(pause_s(attempt, *_POST_PAUSES_S))
     raise AssertionError("the deadline ends the loop")
 
 

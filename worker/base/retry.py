@@ -1,4 +1,4 @@
-"""When to try a source again, and when to give up."""
+"""When to try again, and when to give up."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import random
 import threading
 import time
 from typing import TYPE_CHECKING, Final
-
-from worker.errors import SourceUnreachable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -17,23 +15,32 @@ _LONGEST_WAIT_S: Final = 900.0
 _LONGEST_PAUSE_S: Final = 20.0
 
 
+def pause_s(failures: int, first_s: float = 0.25, longest_s: float = _LONGEST_PAUSE_S) -> float:
+    """Return how long to wait after so many failures: twice as long each time, less a random part.
+
+    The random part keeps many workers that met one bad moment of a server from coming back together.
+    """
+    return min(longest_s, first_s * 2.0 ** min(failures - 1, 10)) * random.uniform(0.5, 1.0)  # noqa: S311 - jitter
+
+
 class Backoff:
     """Decide when to retry and when to give up: at fewer than `enough_bytes` in `patience_s`, however many failures.
 
-    `width` threads share it, because one bad moment of the server hits them together. If a server names a time, it gets that
-    time, within 15 minutes of the last progress.
+    `give_up` makes the error from a reason, the seconds that passed and the bytes that came. `width` threads share it, because
+    one bad moment of the server hits them together. If a server names a time, it gets that time, within 15 minutes of the last
+    progress.
     """
 
     def __init__(
         self,
-        where: str,
+        give_up: Callable[[str, float, int], Exception],
         patience_s: float,
         width: int = 1,
         clock: Callable[[], float] = time.monotonic,
         *,
         enough_bytes: int = 0,
     ) -> None:
-        self._where = where
+        self._give_up = give_up
         self._patience_s = patience_s
         self._width = width
         self._clock = clock
@@ -68,16 +75,16 @@ class Backoff:
             return self._clock() >= self._until_s
 
     def check(self) -> None:
-        """Raise `SourceUnreachable` if the patience is used up."""
+        """Raise what `give_up` makes if the patience is used up."""
         with self._lock:
             self._give_up_after(self._clock())
 
     def _give_up_after(self, now_s: float) -> None:
         if now_s >= self._until_s:
-            raise SourceUnreachable(self._where, self._reason, now_s - self._since_s, self._came_bytes)
+            raise self._give_up(self._reason, now_s - self._since_s, self._came_bytes)
 
     def failed(self, reason: str, named_s: float | None = None) -> float:
-        """Return how long to wait before the next attempt. Raises `SourceUnreachable` if there is none."""
+        """Return how long to wait before the next attempt. Raises what `give_up` makes if there is none."""
         with self._lock:
             now_s = self._clock()
             self._failures += 1
@@ -86,6 +93,5 @@ class Backoff:
                 last_s = self._since_s + max(self._patience_s, _LONGEST_WAIT_S)
                 self._until_s = max(self._until_s, min(now_s + named_s + self._patience_s, last_s))
             self._give_up_after(now_s)
-            rounds = min((self._failures - 1) // self._width, 10)
-            delay_s = min(_LONGEST_PAUSE_S, 0.25 * 2.0**rounds) * random.uniform(0.5, 1.0)  # noqa: S311 - jitter
+            delay_s = pause_s((self._failures - 1) // self._width + 1)
             return min(max(delay_s, named_s or 0.0), max(0.0, self._until_s - now_s))
