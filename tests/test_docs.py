@@ -282,7 +282,7 @@ def test_every_command_in_the_text_has_its_options(page: str) -> None:
 
 _PROGRAM = re.compile(
     r"(?:^|[\s;&|(])(?:\S*python3?\s+(?:-m\s+)?)?"
-    r"(?:(?:scripts/)?(?P<script>(?:seed_volume|run_workflow|make_catalog))\.py|worker\s+(?P<command>plan|doctor|convert|settings))(?P<rest>(?=\s|$).*)"
+    r"(?:(?:scripts/)?(?P<script>(?:seed_volume|run_workflow|make_catalog))\.py|worker\s+(?P<command>plan|doctor|convert|settings|seed|up))(?P<rest>(?=\s|$).*)"
 )
 
 

@@ -25,6 +25,7 @@ from devkit.image.base import mirror
 from devkit.image.build import ImageBuilder
 from devkit.local_worker import PROJECT
 from worker.settings import Settings
+from worker.up.options import parse
 
 if TYPE_CHECKING:
     from devkit.local_worker import LocalWorker
@@ -109,8 +110,8 @@ def test_the_same_versions_everywhere() -> None:
     assert [name for name, target in bake_targets().items() if ':${VERSION}"' in target] == [flavour]
     assert hub()["config"]["allowedCudaVersions"] == ["13.0"]
     assert json.loads(text(".runpod/tests.json"))["config"]["allowedCudaVersions"] == ["13.0"]
-    for page in ("README.md", "README.zh-CN.md", "docs/deployment.md"):
-        assert re.findall(r'"minCudaVersion": "([\d.]+)"', text(page)) == ["13.0"], page
+    assert re.findall(r'"minCudaVersion": "([\d.]+)"', text("docs/deployment.md")) == ["13.0"]
+    assert parse(["workflow.json"]).cuda == "13.0", "what `up` asks of a host"
 
 
 def test_every_flavour_of_torch_is_one_that_was_made_and_none_brings_a_setuptools_without_pkg_resources() -> None:
