@@ -34,6 +34,12 @@ LAYOUT = Layout(ROOT)
         (".worker/lookups/<digest>.json", LAYOUT.lookup("<digest>")),
         (".worker/lookups/<digest>.asking", LAYOUT.lookup_mark("<digest>")),
         (".worker/used/<endpoint>.json", LAYOUT.used("<endpoint>")),
+        (".worker/leases/<worker>.json", LAYOUT.lease("<worker>")),
+        (".worker/leases/began", LAYOUT.leases_began),
+        (".worker/leases/clock", LAYOUT.leases_clock),
+        (".worker/last_used.json", LAYOUT.last_used),
+        (".worker/removing/<nonce>/<size>-<mtime>-<inode>/<folder>/<name>", LAYOUT.removing / "<nonce>/<size>-<mtime>-7/F/N"),
+        (".worker/removed/<folder>/<name>.json", LAYOUT.tombstone("F", "N")),
         ("huggingface-cache/hub/models--ORG--NAME/...", LAYOUT.host_cache_repo("ORG/NAME") / "..."),
     ],
 )

@@ -63,6 +63,15 @@ class NamedModel:
         return self.spellings or (self.name,)
 
     @property
+    def titles(self) -> tuple[str, ...]:
+        """Return every `folder/name` at which ComfyUI may find it. `?` stands for any folder."""
+        folders: dict[str, None] = {}
+        for folder in self.folders:
+            folders.update(dict.fromkeys(next((pair for pair in known().same_folders if folder in pair), (folder,))))
+        anywhere = () if folders and not self.guessed else ("?",)
+        return tuple(f"{folder}/{name}" for folder in (*folders, *anywhere) for name in self.file_names)
+
+    @property
     def loader(self) -> tuple[str, str] | None:
         """Return a class and an input of ComfyUI's own that list the files of the first folder."""
         return _loaders().get(self.folders[0]) if self.folders else None

@@ -30,6 +30,7 @@ from worker.store.hashing import HashedPartial
 from worker.store.inventory import stamp_of
 from worker.store.partial import DiskFailed, Partial, Stuck, Taken, sweep
 from worker.store.seals import Seal, now, stat_file, whole_mtime, write_seal
+from worker.store.tombstones import forget_tombstone, tombstone_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from worker.spec import ModelSpec
     from worker.store.layout import Layout
     from worker.store.locks import Hold
+    from worker.store.room import Room
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +80,15 @@ class Tools:
     worker: str
     tuning: Tuning = field(default_factory=Tuning)
     hooks: Hooks = field(default_factory=Hooks)
+    room: Room | None = None
+    """Makes room on the volume, where that is wanted."""
+
+    def make_room(self, exc: OSError, needed_bytes: int, cancel: CancelToken) -> bool:
+        """Whether room was made after this error of a write, so that it is worth another try."""
+        if exc.errno not in FULL or self.room is None:
+            return False
+        log.info("the volume refused a write (%s): making room", exc.strerror or exc)
+        return self.room.make(max(1, needed_bytes), cancel) > 0
 
 
 @dataclass(slots=True)
@@ -131,7 +142,8 @@ class Download:
         """
         log.info("downloading %s (%s)", self._task.spec, size_text(self._remote.size_bytes))
         wrong: set[str] = set()
-        partial = self._claim()
+        self._say_if_removed()
+        partial = self._claimed()
         while True:
             try:
                 result = self._attempt(partial)
@@ -145,6 +157,21 @@ class Download:
                 partial.discard()
                 self._judge(result, wrong)
             partial = patiently(lambda: Partial.begin(self._folder, self._remote.size_bytes))
+
+    def _say_if_removed(self) -> None:
+        """Say in the log that the model was here before."""
+        spec = self._task.spec
+        if tombstone := tombstone_of(self._tools.layout, spec.folder, spec.name):
+            log.info("%s/%s is fetched again: it was %s", spec.folder, spec.name, tombstone)
+
+    def _claimed(self) -> Partial:
+        """Claim a partial. A quota that counts lengths refuses one that is too long: then models go, one after the other."""
+        while True:
+            try:
+                return self._claim()
+            except OSError as exc:
+                if not self._tools.make_room(exc, 1, self._task.cancel):
+                    raise
 
     def _claim(self) -> Partial:
         if not self._remote.has_validator:
@@ -171,7 +198,10 @@ class Download:
                 partial.discard()
             return None
         except (DiskFailed, OSError) as exc:
-            _make_room(partial, exc)
+            error, missing = exc.error if isinstance(exc, DiskFailed) else exc, partial.size_bytes - partial.done_bytes
+            if self._tools.make_room(error, missing, self._task.cancel):
+                return None
+            _discard_if_full(partial, error)
             raise
         except SourceChanged:
             with contextlib.suppress(OSError):
@@ -197,8 +227,11 @@ class Download:
         wrong.add(actual)
 
     def _check_room(self, partial: Partial) -> None:
-        """Raise before the download if the file system reports too little space. A quota shows only later."""
-        needed, free = partial.size_bytes - partial.done_bytes, free_bytes(partial.path.parent)
+        """Make room, then raise if the file system still reports too little space. A quota shows only later."""
+        needed = partial.size_bytes - partial.done_bytes
+        if self._tools.room and needed:
+            self._tools.room.fit(needed, self._task.cancel)
+        free = free_bytes(partial.path.parent)
         if free is not None and needed > free:
             if not partial.done_bytes:
                 partial.discard()
@@ -355,6 +388,7 @@ def write_own_seal(layout: Layout, spec: ModelSpec, seal: Seal, inode: int, open
     try:
         write_seal(layout.seal(spec.folder, spec.name), seal, opened)
         forget_pending(layout, spec, inode)
+        forget_tombstone(layout, spec.folder, spec.name)
     except OSError as exc:
         log.warning("could not seal %s/%s (%s); it will be checked again at the next start", spec.folder, spec.name, exc)
 
@@ -380,9 +414,8 @@ def both(first: Listener, second: Listener) -> Listener:
     return report
 
 
-def _make_room(partial: Partial, exc: DiskFailed | OSError) -> None:
+def _discard_if_full(partial: Partial, error: OSError) -> None:
     """Remove a partial that filled the disk, because it blocks everything else."""
-    error = exc.error if isinstance(exc, DiskFailed) else exc
     if error.errno in FULL:
         with contextlib.suppress(OSError):
             partial.discard()

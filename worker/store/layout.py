@@ -69,9 +69,52 @@ class Layout:
         """Return the folder of lock state. Nobody removes files here by hand."""
         return self.state / "locks"
 
+    @property
+    def recent(self) -> Path:
+        """The records of which models each endpoint's jobs used last."""
+        return self.state / "used"
+
     def used(self, endpoint: str) -> Path:
-        """Return the record of the models that the endpoint's jobs used last."""
-        return self.state.joinpath("used", *safe_parts("The endpoint's id", f"{endpoint}.json"))
+        """The record of which models the endpoint's jobs used last."""
+        return self.recent.joinpath(*safe_parts("The endpoint's id", f"{endpoint}.json"))
+
+    @property
+    def leases(self) -> Path:
+        """What each worker's jobs use, one file a worker."""
+        return self.state / "leases"
+
+    def lease(self, worker: str) -> Path:
+        """What one worker's jobs use."""
+        return self.leases.joinpath(*safe_parts("The worker's name", f"{worker}.json"))
+
+    @property
+    def leases_clock(self) -> Path:
+        """An empty file, touched to learn the volume's time."""
+        return self.leases / "clock"
+
+    @property
+    def leases_began(self) -> Path:
+        """The sign that a worker on this volume may remove models, as old as the first one's start."""
+        return self.leases / "began"
+
+    @property
+    def last_used(self) -> Path:
+        """What the files of workers that are gone said."""
+        return self.state / "last_used.json"
+
+    @property
+    def removing(self) -> Path:
+        """Models on their way out, one folder for each removal."""
+        return self.state / "removing"
+
+    @property
+    def tombstones(self) -> Path:
+        """The records of models that were removed to make room."""
+        return self.state / "removed"
+
+    def tombstone(self, folder: str, name: str) -> Path:
+        """The record that a model was removed to make room."""
+        return self.tombstones / self.seal(folder, name).relative_to(self.seals)
 
     @property
     def host_cache(self) -> Path:
@@ -142,6 +185,12 @@ class Layout:
         """
         parts = safe_parts("The repository", repo)
         return self.host_cache / "--".join((_REPO_KINDS.get(repo_type, "models"), *parts))
+
+
+def split(title: str) -> tuple[str, str]:
+    """Return the folder and the name of `folder/name`."""
+    folder, _, name = title.partition("/")
+    return folder, name
 
 
 def sealed_by(path: str) -> str:

@@ -131,6 +131,7 @@ class Locks:
         self._layout = layout
         self._worker = worker
         self._timing = timing or Timing()
+        self._tried: dict[str, SoftReadWriteLock] = {}
 
     def holder(self, key: str) -> Holder | None:
         """Return who reports a download of this content, possibly a worker that has died since."""
@@ -168,6 +169,29 @@ class Locks:
                 _release(lock)
                 if left:
                     hold.leave()
+
+    @contextlib.contextmanager
+    def attempt(self, key: str) -> Iterator[bool]:
+        """Take the lock if nobody has it, without waiting; whether the content is this worker's to touch.
+
+        It is where the volume has no locks, or is too full for one. A dead holder is succeeded by a later attempt of the same
+        object: how long it was silent is remembered.
+        """
+        lock = self._tried.pop(key, None) or self._make(key)
+        try:
+            lock.acquire_write(timeout=self._timing.attempt_s)
+        except Timeout:
+            self._tried[key] = lock
+            yield False
+            return
+        except (OSError, RuntimeError) as exc:
+            log.info("going on without the lock of %s (%s)", key, exc)
+            yield True
+            return
+        try:
+            yield True
+        finally:
+            _release(lock)
 
     def _make(self, key: str) -> SoftReadWriteLock:
         # One instance for all attempts, because it remembers how long a holder was silent.

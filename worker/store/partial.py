@@ -20,7 +20,7 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from worker.store.byte_ranges import Ranges
-from worker.store.disk import create, patiently, write_at, write_atomically
+from worker.store.disk import FULL, create, patiently, write_at, write_atomically
 from worker.store.reorder import Ahead
 
 if TYPE_CHECKING:
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_NO_LINKS: Final = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
+# A quota of MooseFS counts a file once for each of its names: a link is refused where the file itself just fits.
+_NO_LINKS: Final = FULL | {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
 MIB: Final = 1024 * 1024
 _VERSION: Final = 1

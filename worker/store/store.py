@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from worker.fetch.hub import Hub, Remote
     from worker.spec import ModelSpec
     from worker.store.layout import Layout
+    from worker.store.room import Room
     from worker.store.shared_lookups import Answer
 
 __all__ = ["Hooks", "Ready", "Store", "Stores", "Timing", "Tuning", "cached_file"]
@@ -96,9 +97,10 @@ class Store:
         timing: Timing | None = None,
         host_cache: Layout | None = None,
         hooks: Hooks | None = None,
+        room: Room | None = None,
     ) -> None:
         self.layout = layout
-        self._tools = Tools(layout, hub, worker, tuning or Tuning(), hooks or Hooks())
+        self._tools = Tools(layout, hub, worker, tuning or Tuning(), hooks or Hooks(), room)
         self._timing = timing or Timing()
         self._locks = Locks(layout, worker, self._timing)
         self._lookups = Lookups(layout, worker, self._timing)
@@ -121,13 +123,18 @@ class Store:
         began_s = time.monotonic()
         spec = spelled(self.layout, spec)
         path = path_of(self.layout, spec)
-        task = Task(spec, path, progress, cancel or threading.Event())
-        try:
-            found = self._look(task) or self._get(task)
-        except DiskFailed as exc:
-            raise volume_error(self.layout.root, exc.error, task.needed_bytes) from exc
-        except OSError as exc:
-            raise volume_error(self.layout.root, exc, task.needed_bytes) from exc
+        cancel = cancel or threading.Event()
+        task = Task(spec, path, progress, cancel)
+        while True:
+            task.cancel = cancel
+            try:
+                found = self._look(task) or self._get(task)
+                break
+            except (DiskFailed, OSError) as exc:
+                error = exc.error if isinstance(exc, DiskFailed) else exc
+                # What is small was refused: large writes make room where they are refused.
+                if not self._tools.make_room(error, 1, cancel):
+                    raise volume_error(self.layout.root, error, task.needed_bytes) from exc
         return replace(found, bytes_fetched=task.fetched_bytes, seconds=time.monotonic() - began_s)
 
     def _get(self, task: Task) -> Ready:

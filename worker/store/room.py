@@ -1,0 +1,445 @@
+"""Makes room on a volume: removes what may go, in its order, until a download fits. Touches the disk.
+
+A removal holds the content's lock. It moves the file aside first, then looks at the uses once more: a worker writes its use
+down before it looks for the file, so that one of the two sees the other, and a file that is in use goes back. Nothing on the
+way to the freed space needs space itself. The seal is moved last and becomes the tombstone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import math
+import os
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from worker.base.text import size_text
+from worker.errors import ContentMismatch, EnsureCancelled, UnsafePath, WorkerError
+from worker.spec import ModelSpec
+from worker.store.disk import free_bytes
+from worker.store.download import Hooks
+from worker.store.eviction import Judge, Limits, Pins, Tree, chosen, stamp, survey
+from worker.store.layout import split
+from worker.store.leases import LeaseTiming, Titles, Usage, merge_old, volume_now_s
+from worker.store.locks import Locks
+from worker.store.tombstones import bury
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Iterator, Sequence
+
+    from worker.base.progress import CancelToken
+    from worker.fetch.hub import Hub
+    from worker.store.eviction import Content, Name, Survey
+    from worker.store.layout import Layout
+    from worker.store.leases import Leases
+    from worker.store.locks import Timing
+
+log = logging.getLogger(__name__)
+
+_ORPHAN_S: Final = 60.0
+_PROMISE_S: Final = 600.0
+_ASK_S: Final = 10.0
+_ASK_AGAIN_S: Final = 3_600.0
+_KEEP_EVERY_S: Final = 600.0
+_TICK_S: Final = 0.2
+_WAIT_S: Final = 0.5
+ROOM: Final = "room"
+"""The lock that workers take to make room one after the other. Without it they remove too much, nothing else."""
+
+Ask = Callable[[ModelSpec, "CancelToken"], None]
+"""Raises a `WorkerError` where a model could not be fetched again."""
+
+
+def _always(_: ModelSpec, __: CancelToken) -> None:
+    """Believe that each source is there."""
+
+
+class Room:
+    """Makes room on one volume, for one worker. Safe to use from many threads; one pass at a time in the fleet.
+
+    `pins` reads what people name, anew for each pass. `patience_s` is how long a pass waits for models that stay only for their
+    use. `settle_s` lets what another host just wrote be seen on a volume whose clients cache.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        worker: str,
+        limits: Limits,
+        pins: Callable[[], Pins],
+        *,
+        leases: Leases | None = None,
+        ask: Ask = _always,
+        lock_timing: Timing | None = None,
+        patience_s: float = 0.0,
+        settle_s: float = 1.0,
+        hooks: Hooks | None = None,
+    ) -> None:
+        self.limits = limits
+        self._layout = layout
+        self._worker = worker
+        self._pins = pins
+        self._leases = leases
+        self._timing = leases.timing if leases else LeaseTiming()
+        self._ask = ask
+        self._locks = Locks(layout, worker, lock_timing)
+        self._patience_s = patience_s
+        self._settle_s = settle_s
+        self._at = (hooks or Hooks()).at
+        self._asked: dict[ModelSpec, tuple[float, str | None]] = {}
+        self._promised: list[tuple[float, int]] = []
+        self._turn = threading.Lock()
+        self._stopped = threading.Event()
+        if leases:
+            leases.make_room = lambda: self.make(1, self._stopped) > 0
+
+    def begin(self) -> None:
+        """Say on the volume that models may be removed from now on, so that every worker writes down what it uses."""
+        with contextlib.suppress(OSError):
+            self._layout.leases.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileExistsError):
+                os.close(os.open(self._layout.leases_began, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
+
+    def keep(self) -> None:
+        """Keep to the limits behind the jobs, in a thread of its own, until `stop`."""
+        threading.Thread(target=self._keep, name="room", daemon=True).start()
+
+    def _keep(self) -> None:
+        self.begin()
+        while not self._stopped.wait(_KEEP_EVERY_S * (0.5 + secrets.randbelow(1000) / 1000)):
+            with contextlib.suppress(EnsureCancelled):
+                self.fit(0, self._stopped)
+
+    def stop(self) -> None:
+        """Begin no removal any more."""
+        self._stopped.set()
+
+    def fit(self, more_bytes: int, cancel: CancelToken) -> None:
+        """Keep to the limits, with that many bytes of a download that has begun still to be written; as far as it goes."""
+        self._pass(lambda found, _: self._excess(found, more_bytes), cancel)
+
+    def _excess(self, found: Survey, more_bytes: int) -> int:
+        free = None if found.free_bytes is None else found.free_bytes + self._promised_bytes()
+        # The length of a download that has begun is in `used_bytes` already.
+        over = max(
+            found.excess(Limits(keep_bytes=self.limits.keep_bytes)),
+            replace(found, free_bytes=free).excess(Limits(free_bytes=self.limits.free_bytes), more_bytes),
+        )
+        short = 0 if free is None else more_bytes - free
+        possible = sum(content.size_bytes for content in found.contents if content.kept is None or content.in_use)
+        return 0 if short > possible else max(over, short)  # what cannot fit even so is no reason to remove anything
+
+    def make(self, needed_bytes: int, cancel: CancelToken) -> int:
+        """Remove models for that many bytes, because a write was refused, whatever the file system says; what was freed."""
+        return self._pass(lambda _, freed: needed_bytes - freed, cancel)
+
+    def _pass(self, needed: Callable[[Survey, int], int], cancel: CancelToken) -> int:
+        """Remove until `needed`, of the volume as it is and what was freed, is nothing; what was freed."""
+        while not self._turn.acquire(timeout=_TICK_S):
+            if cancel.is_set():
+                raise EnsureCancelled("room on the volume")
+        try:
+            self.begin()
+            if not self._is_announced():
+                return 0
+            with self._locks.hold(ROOM, published=lambda: False, cancel=cancel, name="room on the volume"):
+                self._tidy()
+                merge_old(self._layout, self._timing)
+                return self._free(needed, cancel)
+        finally:
+            self._turn.release()
+
+    def _is_announced(self) -> bool:
+        """Whether every worker had the time to hear that it has to write down what it uses."""
+        try:
+            began_s = self._layout.leases_began.stat().st_mtime
+        except OSError:
+            return False
+        if volume_now_s(self._layout) - began_s >= self._timing.notice_s:
+            return True
+        log.info("no model is removed yet: other workers are given %.0f s to say what they use", self._timing.notice_s)
+        return False
+
+    def _free(self, needed: Callable[[Survey, int], int], cancel: CancelToken) -> int:
+        until_s = time.monotonic() + self._patience_s
+        refused: set[str] = set()
+        freed = 0
+        while True:
+            pins = self._pins()
+            found = survey(self._layout, pins, self._timing, self._held(), fill=True)
+            left = needed(found, freed)
+            if left <= 0:
+                return freed
+            removable = [content for content in found.removable if content.title not in refused]
+            if removable:
+                freed += self._remove(list(self._to_be_had(chosen(removable, left), refused, cancel)), refused)
+                continue
+            if pins.trouble:
+                log.warning("no model is removed: %s", pins.trouble)
+            waits = any(content.in_use for content in found.contents)
+            if not waits or time.monotonic() >= until_s:
+                log.warning("the volume is %s over its limit, and nothing else on it may be removed", size_text(left))
+                return freed
+            if cancel.wait(_WAIT_S):
+                raise EnsureCancelled("room on the volume")
+
+    def _held(self) -> Collection[str]:
+        return self._leases.held() if self._leases else ()
+
+    # --- whether it could be had again
+
+    def _to_be_had(self, contents: Iterable[Content], refused: set[str], cancel: CancelToken) -> Iterator[Content]:
+        """Those that their sources still have for this worker; the others are refused."""
+        limit = _Deadline(cancel, _ASK_S)
+        for content in contents:
+            reason = self._why_not(content.spec, limit) if content.spec else "nothing says where it comes from"
+            if cancel.is_set():
+                raise EnsureCancelled("room on the volume")
+            if reason:
+                log.warning("%s is kept, because it could not be had again: %s", content.title, reason)
+                refused.add(content.title)
+            else:
+                yield content
+
+    def _why_not(self, spec: ModelSpec, limit: CancelToken) -> str | None:
+        asked_s, reason = self._asked.get(spec, (-math.inf, None))
+        if time.monotonic() - asked_s < _ASK_AGAIN_S:
+            return reason
+        try:
+            self._ask(spec, limit)
+            reason = None
+        except EnsureCancelled:
+            return "its source does not answer"
+        except WorkerError as exc:
+            reason = str(exc)
+        self._asked[spec] = time.monotonic(), reason
+        return reason
+
+    # --- the removal itself
+
+    def _remove(self, contents: Iterable[Content], refused: set[str]) -> int:
+        """Remove these, but for those that turn out to be in use or in somebody's hands; how many bytes that frees."""
+        before = free_bytes(self._layout.root)
+        freed = 0
+        moved: dict[Content, list[_Aside]] = {}
+        with contextlib.ExitStack() as locks:
+            try:
+                for content in contents:
+                    if self._is_free(content, locks) and (aside := self._moved_aside(content)):
+                        moved[content] = aside
+                    else:
+                        refused.add(content.title)
+                if moved and self._settle_s:
+                    time.sleep(self._settle_s)
+                self._at("moved")
+                for content in self._unused(moved):
+                    freed += self._unlinked(content, moved.pop(content))
+            finally:
+                for content, aside in moved.items():
+                    refused.add(content.title)
+                    for one in aside:
+                        one.put_back()
+        self._promise(before, freed)
+        return freed
+
+    def _unused(self, contents: Iterable[Content]) -> list[Content]:
+        """Those that no job uses that began to look for its models before they were moved."""
+        tree = Tree.of(self._layout)
+        own = Titles((title, "this worker") for title in self._held())
+        judge = Judge(Usage.of(self._layout, self._timing), own, Pins(), tree, self._timing)
+        found = []
+        for content in contents:
+            titles = [name.title for name in content.names]
+            titles += [title for name in content.names for title in tree.also(name.path)]
+            if user := judge.user(titles):
+                log.info("%s goes back: %s", content.title, user)
+            else:
+                found.append(content)
+        return found
+
+    def _is_free(self, content: Content, locks: contextlib.ExitStack) -> bool:
+        """Whether nobody fetches this very content; its lock is held from here on."""
+        sha256 = content.names[0].seal.sha256
+        return sha256 is not None and locks.enter_context(self._locks.attempt(sha256))
+
+    def _moved_aside(self, content: Content) -> list[_Aside] | None:
+        """Take every name from the content, if it still is the one that was looked at; None where it is another one."""
+        self._at("locked")
+        aside: list[_Aside] = []
+        for name in content.names:
+            with contextlib.suppress(OSError):
+                aside.append(_Aside.of(self._layout, name, content.stamp))
+                self._at("half_moved")
+        if len(aside) == len(content.names) and all(one.is_same(content.stamp) for one in aside):
+            return aside
+        for one in aside:
+            one.put_back()
+        return None
+
+    def _unlinked(self, content: Content, aside: Sequence[_Aside]) -> int:
+        """Give the space back, then say so on the volume; how many bytes that frees."""
+        try:
+            for one in aside:
+                one.path.unlink()
+                self._at("unlinked")
+        except OSError:  # this process stood still for so long that another one put it back
+            for one in aside:
+                one.settle()
+            return 0
+        for name in content.names:
+            bury(self._layout, name.title, name.seal, self._worker, f"it was not used for {duration_text(content.idle_s)}")
+            self._at("buried")
+        for one in aside:
+            one.clear()
+        log.info(
+            "removed %s (%s, last used %s ago) to make room; it comes from %s",
+            content.title,
+            size_text(content.size_bytes),
+            duration_text(content.idle_s),
+            content.spec.source if content.spec else "nowhere",
+        )
+        return content.size_bytes
+
+    def _tidy(self) -> None:
+        """Put back what a worker that was killed had moved aside; what is there again by now goes."""
+        with contextlib.suppress(OSError):
+            now_s = volume_now_s(self._layout)
+            for removal in list(self._layout.removing.iterdir()):
+                if now_s - removal.stat().st_mtime < _ORPHAN_S:
+                    continue
+                for one in _Aside.all_of(self._layout, removal):
+                    one.settle()
+                _clear(removal)
+
+    # --- space that comes later
+
+    def _promise(self, before: int | None, freed: int) -> None:
+        """Remember what was freed and does not show: a process that has a removed file open gives its space back later."""
+        after = free_bytes(self._layout.root)
+        if before is not None and after is not None and (missing := freed - max(0, after - before)) > 0:
+            self._promised.append((time.monotonic(), missing))
+
+    def _promised_bytes(self) -> int:
+        self._promised = [(at_s, size) for at_s, size in self._promised if time.monotonic() - at_s < _PROMISE_S]
+        return sum(size for _, size in self._promised)
+
+
+class _Deadline:
+    """A cancel token that is set some seconds from now as well."""
+
+    def __init__(self, cancel: CancelToken, seconds: float) -> None:
+        self._cancel = cancel
+        self._until_s = time.monotonic() + seconds
+
+    def is_set(self) -> bool:
+        return self._cancel.is_set() or time.monotonic() >= self._until_s
+
+    def wait(self, timeout: float | None = None) -> bool:
+        left_s = max(0.0, self._until_s - time.monotonic())
+        self._cancel.wait(left_s if timeout is None else min(timeout, left_s))
+        return self.is_set()
+
+
+@dataclass(frozen=True, slots=True)
+class _Aside:
+    """One name's file, moved aside. Its folder says which file it is to be: size, mtime, inode."""
+
+    path: Path
+    home: Path
+    removal: Path
+
+    @classmethod
+    def of(cls, layout: Layout, name: Name, looked_at: tuple[int, int, int, int]) -> _Aside:
+        """Move a name's file aside. Raises `OSError`."""
+        removal = layout.removing / secrets.token_hex(8)
+        path = removal / "-".join(map(str, looked_at[:3])) / name.title
+        path.parent.mkdir(parents=True)
+        try:
+            name.path.rename(path)
+        except OSError:
+            _clear(removal)
+            raise
+        return cls(path, name.path, removal)
+
+    @classmethod
+    def all_of(cls, layout: Layout, removal: Path) -> Iterator[_Aside]:
+        """What a removal that was cut off left."""
+        for above, _, names in os.walk(removal):
+            for name in names:
+                path = removal.joinpath(above, name)
+                _, *parts = path.relative_to(removal).parts
+                with contextlib.suppress(UnsafePath):
+                    yield cls(path, layout.model(*split("/".join(parts))), removal)
+
+    def is_same(self, looked_at: tuple[int, int, int, int]) -> bool:
+        """Whether it is the file that was looked at: another one may have come under its name at the last moment."""
+        return stamp(self.path.lstat()) == looked_at
+
+    def put_back(self) -> None:
+        """Give it its name again, unless another file has that by now: then a sealed copy goes, and any other file stays."""
+        try:
+            try:
+                os.link(self.path, self.home, follow_symlinks=False)
+            except OSError as exc:
+                if exc.errno == errno.EEXIST or os.path.lexists(self.home):
+                    raise FileExistsError from exc
+                self.path.rename(self.home)
+            else:
+                self.path.unlink()
+        except FileExistsError:
+            if not self._is_as_said():
+                log.warning("%s stays there: another file has its name", self.path)
+                return
+            self.path.unlink(missing_ok=True)
+        except OSError as exc:
+            log.warning("%s cannot be put back (%s); the next removal tries again", self.path, exc.strerror)
+            return
+        self.clear()
+
+    def settle(self) -> None:
+        """Undo the half of a removal."""
+        with contextlib.suppress(OSError):
+            self.put_back()
+
+    def _is_as_said(self) -> bool:
+        info = self.path.lstat()
+        said = self.path.relative_to(self.removal).parts[0]
+        return said == "-".join(map(str, stamp(info)[:3]))
+
+    def clear(self) -> None:
+        """Remove the folders around it, where they are empty."""
+        _clear(self.removal)
+
+
+def _clear(folder: Path) -> None:
+    for above, _, _ in os.walk(folder, topdown=False):
+        with contextlib.suppress(OSError):
+            Path(above).rmdir()
+
+
+def duration_text(seconds: float) -> str:
+    """Return how long that is, for people."""
+    for unit, length_s in (("day", 86_400), ("hour", 3_600), ("minute", 60)):
+        if seconds >= 2 * length_s:
+            return f"{seconds / length_s:.0f} {unit}s"
+    return f"{seconds:.0f} s"
+
+
+def asks(hub: Hub) -> Ask:
+    """Return what asks a model's source whether this worker could fetch that very content again."""
+
+    def ask(spec: ModelSpec, cancel: CancelToken) -> None:
+        remote = hub.look_up(spec.source, cancel)
+        if None not in {spec.sha256, remote.sha256} and spec.sha256 != remote.sha256:
+            raise ContentMismatch(remote.where, "sha256", str(spec.sha256), str(remote.sha256))
+        if spec.size_bytes not in {None, remote.size_bytes}:
+            raise ContentMismatch(remote.where, "size", str(spec.size_bytes), str(remote.size_bytes))
+
+    return ask
