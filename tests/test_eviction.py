@@ -19,10 +19,12 @@ from unittest import mock
 import pytest
 
 from devkit.hub import Hub as StandIn
-from worker.errors import VolumeFull
+from worker.errors import VolumeFailed, VolumeFull
 from worker.fetch.http import Network
 from worker.fetch.hub import Hub, credentials
 from worker.fetch.ranges import Tuning
+from worker.models.sources import Sources
+from worker.pins import read_pins
 from worker.spec import HubFile, ModelSpec
 from worker.store.disk import write_atomically
 from worker.store.download import Hooks
@@ -82,7 +84,7 @@ class Site:
     def room(self, keep: int | None = None, name: str = "pod-1", **options: Any) -> Room:
         pins = options.pop("pins", Pins())
         options.setdefault("leases", Leases(self.layout, name, timing=options.pop("timing", NOW)))
-        options.setdefault("ask", asks(self.hub))
+        options.setdefault("ask", asks(lambda: self.hub))
         limits = Limits(keep_bytes=None if keep is None else keep * SIZE)
         return Room(self.layout, name, limits, lambda: pins, lock_timing=QUICK, settle_s=0.0, **options)
 
@@ -626,3 +628,58 @@ def test_a_volume_with_two_hosts(stand_in: StandIn, moosefs: MooseFS, request: p
 
     assert there.there() == {0, 1}
     assert there.store().ensure(spec(2)).how == "downloaded"
+
+
+# --- what people name ---------------------------------------------------------------------------
+
+
+def pins_of(root: Path, **lists: Any) -> Pins:
+    return read_pins(root, Sources.gather(volume_manifest=root / "models.toml", **lists))
+
+
+def keep_workflow(root: Path, name: str, text: str | bytes) -> None:
+    path = root / "workflows" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+
+
+def test_manifests_pin_their_models(tmp_path: Path) -> None:
+    (tmp_path / "models.toml").write_text('[[models]]\nfolder="vae"\nsource="hf://org/repo/a.safetensors"\n')
+    pins = pins_of(tmp_path, models="loras=hf://org/repo/b.safetensors")
+    named = [pins.why(title) for title in ("vae/a.safetensors", "loras/b.safetensors", "loras/a.safetensors")]
+    assert named == ["a manifest names it", "a manifest names it", None]
+
+
+def test_while_a_manifest_is_wrong_everything_is_pinned(tmp_path: Path) -> None:
+    (tmp_path / "models.toml").write_text("[[models]\n")
+    assert "models.toml" in str(pins_of(tmp_path).why("vae/a.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"1": {"class_type": "VAELoader", "inputs": {"vae_name": "flux/my model.safetensors"}}}',
+        '{"1": {"class_type": "VAELoader", "inputs": {"vae_name": "flux\\\\my model.safetensors"}}}',
+        '{"1": {"class_type": "X", "inputs": {"text": "a cat <lora:my model:0.8>"}}}',
+        '{"1": {"class_type": "X", "inputs": {"text": "embedding:my model, a cat"}}}',
+        '{"nodes": [{"widgets_values": ["my model.safetensors"]}], "links": []}',
+        '{"broken": "my model.safetensors"',
+        '{"input": {"workflow": "{\\"1\\": {\\"x\\": \\"my\\u0020model.safetensors\\"}}"}}',
+    ],
+)
+def test_a_kept_workflow_pins_what_is_written_in_it(tmp_path: Path, text: str) -> None:
+    keep_workflow(tmp_path, "sub/w.json", text)
+    pins = pins_of(tmp_path)
+    assert pins.why("vae/flux/my model.safetensors") == "workflows/sub/w.json names it"
+    assert pins.why("vae/flux/my model-2.safetensors") is None
+
+
+def test_accents_are_one_name_in_either_form(tmp_path: Path) -> None:
+    keep_workflow(tmp_path, "w.json", json.dumps({"1": {"class_type": "X", "inputs": {"a": "caf\u0065\u0301.safetensors"}}}))
+    assert pins_of(tmp_path).why("loras/caf\u00e9.safetensors")
+
+
+def test_a_workflow_that_cannot_be_read_pins_everything(tmp_path: Path) -> None:
+    keep_workflow(tmp_path, "w.json", "{}")
+    with mock.patch("worker.pins.all_workflows", side_effect=VolumeFailed(tmp_path, "no")):
+        assert pins_of(tmp_path).why("loras/any.safetensors")

@@ -14,6 +14,7 @@ import time
 import urllib.request
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,14 +33,19 @@ from worker.media.inputs import InputFiles, clear_leftovers
 from worker.media.url_inputs import Fetcher, FetchLimits
 from worker.models.job_models import Supply
 from worker.store.layout import Layout
+from worker.store.leases import Leases
 from worker.store.pod_links import layout_at
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from worker.engine.process import EngineCommand, EngineProcess
+    from worker.fetch.hub import Hub
     from worker.models.sources import Sources
     from worker.settings import Settings
+    from worker.spec import ModelSpec
+    from worker.store.eviction import Pins
+    from worker.store.room import Room
     from worker.store.store import Stores
     from worker.warmup.warmup import Warmth
 
@@ -110,16 +116,21 @@ class Worker:
         volume, local = layout_at(settings.volume_path), Layout(settings.local_store)
         roots = [volume.models, local.models]
         self._links = ModelLinks(models, roots, within=[settings.volume_path], nearer=_nearer(settings))
+        self._leases = Leases(volume, _name(settings)) if is_volume(settings.volume_path) else None
+        self._room = build_room(settings, self._leases) if self._leases else None
         self._supply = Supply(
             self._links,
             [volume, local],
             _nearer(settings),
             lambda: read_sources(settings),
-            lambda: build_store(settings),
+            lambda: build_store(settings, self._room),
             hosts=settings.request_hosts,
+            leases=self._leases,
         )
         self.failed = False
         self.clock = RunningClock().start()
+        if self._leases:
+            self.clock.on_thaw(self._leases.forget)
         self._engine = Engine(settings, command, process, self._give_up, self.clock)
         rules = UrlRules(settings.input_url_hosts, settings.input_url_allow_private)
         limits = FetchLimits(settings.input_max_mb * 1_000_000, settings.input_timeout_s)
@@ -159,6 +170,11 @@ class Worker:
         self._report_custom_nodes()
         log.info("%s", timeline.summary())
 
+    def _pin(self, wanted: Iterable[ModelSpec]) -> None:
+        """Let workers of other endpoints know what this one's manifests name: they cannot read its environment."""
+        if self._leases:
+            self._leases.pin(f"{spec.folder}/{spec.name}" for spec in wanted)
+
     async def _start_engine(self, timeline: Timeline) -> None:
         with timeline.step("engine", self._spawned_at):
             await self._engine.start()
@@ -167,6 +183,10 @@ class Worker:
         """End the downloads, the engine and the loop."""
         self._warmth.stop()
         self._supply.stop()
+        if self._room:
+            self._room.stop()
+        if self._leases:
+            self._leases.stop()
         self.loop.submit(self._engine.stop()).result(timeout=30)
         self.loop.stop()
         self.clock.stop()
@@ -194,16 +214,20 @@ class Worker:
             step.note = f"{report.files} files"
         self._warmth.linked(self._supply)
         _log_volume(settings)
+        if self._room:
+            self._room.keep()
         if settings.model_loading == "eager":
             with timeline.step("models") as step:
                 self._supply.check_manifests()
                 wanted = self._supply.manifest()
+                self._pin(wanted)
                 step.note = f"{len(wanted)} in the manifests"
                 self._supply.fetch_first(wanted)
             return
         if not (settings.models_manifest or settings.models or Layout(settings.volume_path).manifest.is_file()):
             return
         wanted = self._supply.manifest()
+        self._pin(wanted)
         if settings.model_loading == "background":
             self._supply.fetch_behind(wanted)
 
@@ -233,18 +257,55 @@ def read_sources(settings: Settings) -> Sources:
     return Sources.gather(volume_manifest=manifest, manifest=settings.models_manifest, models=settings.models)
 
 
-def build_store(settings: Settings) -> Stores:
-    """Return the volume's store, with the container's disk as fallback and the network to download from."""
-    from worker.fetch.http import Network  # noqa: PLC0415 - as above
+def build_room(settings: Settings, leases: Leases) -> Room | None:
+    """Return what makes room on the volume, where the settings limit how full it may get."""
+    limits = (settings.volume_keep_gb, settings.volume_free_gb)
+    if limits == (None, None):
+        return None
+    from worker.store.eviction import Limits  # noqa: PLC0415 - only for workers that remove models
+    from worker.store.room import Room, asks  # noqa: PLC0415 - only for workers that remove models
+
+    return Room(
+        layout_at(settings.volume_path),
+        _name(settings),
+        Limits.of_gb(*limits),
+        lambda: _pins(settings),
+        leases=leases,
+        ask=asks(cache(partial(build_hub, settings))),
+        # With the container's disk to fall back on, a job need not wait until models are out of use.
+        patience_s=leases.timing.grace_s if settings.require_volume else 0.0,
+    )
+
+
+def _pins(settings: Settings) -> Pins:
+    from worker.pins import read_pins  # noqa: PLC0415 - as above
+
+    return read_pins(settings.volume_path, read_sources(settings))
+
+
+def build_hub(settings: Settings) -> Hub:
+    """Return the network to download from."""
+    from worker.fetch.http import Network  # noqa: PLC0415 - as for the sources
     from worker.fetch.hub import Hub, credentials  # noqa: PLC0415 - huggingface_hub takes 0.3 s to import
-    from worker.store.store import Store, Stores, Tuning  # noqa: PLC0415 - as above
 
     network = Network(credentials(settings.hf_endpoint, settings.hf_token, settings.civitai_token), urllib.request.getproxies())
-    hub = Hub(settings.hf_endpoint, network)
+    return Hub(settings.hf_endpoint, network)
+
+
+def _name(settings: Settings) -> str:
+    """Return what other workers call this one."""
+    return settings.runpod_pod_id or socket.gethostname()
+
+
+def build_store(settings: Settings, room: Room | None = None) -> Stores:
+    """Return the volume's store, with the container's disk as fallback and the network to download from."""
+    from worker.store.store import Store, Stores, Tuning  # noqa: PLC0415 - as for the sources
+
+    hub = build_hub(settings)
     tuning = Tuning(connections=settings.download_connections)
     volume = layout_at(settings.volume_path)
     mounted = is_volume(settings.volume_path)
-    worker = settings.runpod_pod_id or socket.gethostname()
+    worker = _name(settings)
     local = Store(Layout(settings.local_store), hub, worker, tuning=tuning, host_cache=volume)
-    shared = Store(volume, hub, worker, tuning=tuning) if mounted else None
+    shared = Store(volume, hub, worker, tuning=tuning, room=room) if mounted else None
     return Stores(settings.volume_path, shared, local, require_volume=settings.require_volume)

@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from worker.models.job_models import Name, Supply
     from worker.settings import Settings
     from worker.spec import ModelSpec
+    from worker.store.leases import JobUse
     from worker.warmup.warmup import Warmth
 
 log = logging.getLogger(__name__)
@@ -124,9 +125,9 @@ class JobHandler:
 
     async def _run(self, job: Mapping[str, Any], job_id: str, around: Around) -> Result:
         request = await around.aside(Request.parse, job.get("input"))
-        with self._inputs.of_job(request.files) as files:
+        with self._inputs.of_job(request.files) as files, self._supply.use() as use:
             try:
-                return await self._run_request(request, files, job, job_id, around)
+                return await self._run_request(request, files, job, job_id, replace(around, use=use))
             finally:
                 self._delivery.job_ended()
 
@@ -148,6 +149,8 @@ class JobHandler:
         with around.laps.step("models"):
             models = await self._as_written(await aside(named_models, graph))
             graph = await aside(with_slashes, graph, models)
+            if around.use and not around.use.note(title for model in models for title in model.titles):
+                await asyncio.to_thread(around.use.publish)  # before the look: whoever removes models looks after it moved one
             await self._ensure_models(graph, models, request, job_id, around.tell)
             if accented := by_name(model for model in models if not model.name.isascii()):
                 graph = with_accents(graph, models, await asyncio.to_thread(self._supply.respelled, accented))
@@ -394,6 +397,8 @@ class Around:
     engine_free: Callable[[], None]
     laps: Laps
     aside: Aside
+    use: JobUse | None = None
+    """What protects its models from removal."""
 
 
 def made_again(graph: Graph, nodes: Collection[str], nonce: str) -> Graph:

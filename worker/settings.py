@@ -175,6 +175,19 @@ class Settings:
         "false",
         "Fail when the volume is missing, read-only or full. Otherwise models are then kept on the container's disk.",
     )
+    volume_keep_gb: float | None = _setting(
+        lambda text: _number(0, 1_000_000)(text) if text else None,
+        "",
+        "How many GB all models on the volume may take. If a download does not fit, the worker removes the models used least: "
+        "only what a worker or the seeder downloaded, what no job uses, what no manifest names, and what it could download "
+        "again. When not set, it removes nothing.",
+    )
+    volume_free_gb: float | None = _setting(
+        lambda text: _number(0, 1_000_000)(text) if text else None,
+        "",
+        "How many GB are to stay free on the volume. The worker removes models for it as for `VOLUME_KEEP_GB`. Use that where "
+        "`df` does not show the volume's quota.",
+    )
     models_manifest: str | None = _setting(
         _optional,
         "",

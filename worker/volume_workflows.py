@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -74,6 +75,14 @@ def _file_bytes(layout: Layout, path: Path, name: str) -> bytes | None:
 def workflow_names(volume: Path) -> list[str]:
     """Return the names of the workflows on the volume, sorted."""
     return sorted(name for name, _ in zip(_names(Layout(volume).workflows), range(_LISTED), strict=False))
+
+
+def all_workflows(volume: Path) -> Iterator[tuple[str, bytes]]:
+    """Yield the name and the bytes of every workflow on the volume. Raises `VolumeFailed`."""
+    for name in _names(Layout(volume).workflows):
+        with contextlib.suppress(UnsafePath):  # nobody can ask for it
+            if (data := workflow_bytes(volume, name)) is not None:
+                yield name, data
 
 
 def _names(folder: Path) -> Iterator[str]:

@@ -16,10 +16,13 @@ from worker.base.text import form_of, forms
 from worker.errors import EnsureCancelled, FileIncomplete, ManifestInvalid
 from worker.models.download_queue import Provisioner
 from worker.store.disk import volume_error
+from worker.store.eviction import spec_of
 from worker.store.inventory import lacking, trouble_of
+from worker.store.tombstones import removed_folders, tombstone_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Sequence
+    from contextlib import AbstractContextManager
 
     from worker.base.progress import CancelToken
     from worker.links.model_links import Found, ModelLinks
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
     from worker.spec import ModelSpec
     from worker.store.download import Ready
     from worker.store.layout import Layout
+    from worker.store.leases import JobUse, Leases
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +55,9 @@ class Supply:
         build_store: Callable[[], Ensurer],
         *,
         hosts: Collection[str] = (),
+        leases: Leases | None = None,
     ) -> None:
+        self._leases = leases
         self._links = links
         self._places = places
         self._nearer = nearer
@@ -63,6 +69,10 @@ class Supply:
         self._whole: dict[str, tuple[int, int]] = {}
         self._provisioner: Provisioner | None = None
         self._stopped = False
+
+    def use(self) -> AbstractContextManager[JobUse | None]:
+        """Return what protects a job's models from removal until it ends. None where nothing is removed."""
+        return self._leases.job() if self._leases else contextlib.nullcontext()
 
     def missing(self, names: Sequence[Name]) -> list[Name]:
         """Return the names that no folder has, even after a fresh look at the volume.
@@ -104,7 +114,21 @@ class Supply:
         ask for, `AmbiguousModel`, and `ManifestInvalid` for a name that only a broken manifest may know, unless it is optional.
         """
         sources = self._current_sources().with_request(request, self._hosts).with_workflow(embedded, self._hosts)
-        return {name: _meaning(sources, name, needed=name not in optional, guessed=name in guessed) for name in names}
+        return {
+            name: _meaning(sources, name, needed=name not in optional, guessed=name in guessed) or self._removed(name)
+            for name in names
+        }
+
+    def _removed(self, name: Name) -> ModelSpec | None:
+        """Return where a model comes from that was here and was removed to make room."""
+        folders, files = name
+        named = [form for file in files for form in forms(file)]
+        for layout in self._places:
+            for folder in folders or removed_folders(layout):
+                for file in named:
+                    if there := tombstone_of(layout, folder, file):
+                        return spec_of(there.title, there.seal)
+        return None
 
     def check_request(self, request: object) -> None:
         """Refuse a request's `models` that are wrong, whether or not they are needed. Raises a `RequestError`."""

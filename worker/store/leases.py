@@ -241,7 +241,7 @@ def _encode(by: str, *, used: Mapping[str, tuple[float, float]], held: Iterable[
 class Leases:
     """This worker's uses. Safe to use from any thread; `job` and `JobUse.note` touch memory only.
 
-    Nothing is written while no worker on the volume may remove models. `pins` are models that this worker's own lists name.
+    Nothing is written while no worker on the volume may remove models.
     `make_room` is called where the volume is too full for a lease; it says whether it freed anything.
     """
 
@@ -250,7 +250,6 @@ class Leases:
         layout: Layout,
         worker: str,
         *,
-        pins: Iterable[str] = (),
         timing: LeaseTiming | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -259,7 +258,7 @@ class Leases:
         self._layout = layout
         self._worker = worker
         self._path = layout.lease(worker)
-        self._pins = frozenset(pins)
+        self._pins: frozenset[str] = frozenset()
         self._clock = clock
         self._changed = threading.Condition()
         self._writing = threading.Lock()
@@ -310,10 +309,20 @@ class Leases:
                 use.titles.add(title)
                 self._count(title, now_s)
             self._dirty = True
-            if self._thread is None and not self._stopped:
-                self._thread = threading.Thread(target=self._renew, name="leases", daemon=True)
-                self._thread.start()
+            self._start()
             return self._is_covered(use.titles, now_s)
+
+    def pin(self, titles: Iterable[str]) -> None:
+        """Keep these models while this worker lives: its own environment names them."""
+        with self._changed:
+            self._pins = frozenset(map(normal, titles))
+            if self._pins:
+                self._start()
+
+    def _start(self) -> None:
+        if self._thread is None and not self._stopped:
+            self._thread = threading.Thread(target=self._renew, name="leases", daemon=True)
+            self._thread.start()
 
     def _count(self, title: str, now_s: float) -> None:
         used_s, weight = self._used.get(title, (now_s, 0.0))
@@ -329,7 +338,7 @@ class Leases:
         safe = self._safe_until_s
         return all((renewed and title in self._published) or safe.get(title, -1e18) > now_s for title in titles)
 
-    def forget(self) -> None:
+    def forget(self, _: float = 0.0) -> None:
         """Believe nothing of what was written: this process stood still, and its lease may have ended meanwhile."""
         with self._changed:
             self._published_s = self._looked_s = -1e18
@@ -403,7 +412,7 @@ class Leases:
                 if not self._stopped:
                     self._changed.wait(self.timing.beat_s)
                 stopped, held = self._stopped, self._held()
-                says = self._dirty or held or held != self._published
+                says = self._dirty or held or self._pins or held != self._published
             if stopped:
                 break
             if says:
@@ -416,7 +425,7 @@ class Leases:
         with self._changed:
             self._stopped = True
             self._jobs.clear()
-            self._last = frozenset()
+            self._last = self._pins = frozenset()
             self._changed.notify_all()
 
 

@@ -432,11 +432,11 @@ def duration_text(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-def asks(hub: Hub) -> Ask:
+def asks(hub: Callable[[], Hub]) -> Ask:
     """Return what asks a model's source whether this worker could fetch that very content again."""
 
     def ask(spec: ModelSpec, cancel: CancelToken) -> None:
-        remote = hub.look_up(spec.source, cancel)
+        remote = hub().look_up(spec.source, cancel)
         if None not in {spec.sha256, remote.sha256} and spec.sha256 != remote.sha256:
             raise ContentMismatch(remote.where, "sha256", str(spec.sha256), str(remote.sha256))
         if spec.size_bytes not in {None, remote.size_bytes}:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -45,6 +46,14 @@ def tombstone_of(layout: Layout, folder: str, name: str) -> Tombstone | None:
             by, at, why = (word if isinstance(word, str) else None for word in words)
             return Tombstone(f"{folder}/{name}", seal, by, at, why)
     return None
+
+
+def removed_folders(layout: Layout) -> list[str]:
+    """Return the folders of which a model was removed."""
+    try:
+        return sorted(entry.name for entry in os.scandir(layout.tombstones))
+    except OSError:
+        return []
 
 
 def forget_tombstone(layout: Layout, folder: str, name: str) -> None:
