@@ -39,6 +39,8 @@ RUN rm -rf /comfyui/.git /comfyui/.github /comfyui/.ci /comfyui/tests /comfyui/t
 # hadolint ignore=DL3006
 FROM ${BASE_IMAGE} AS worker-packages
 ARG UV_VERSION=0.13.9
+# Another index of Python packages, where pip's own is slow to reach; the lock's hashes hold for it as well.
+ARG PIP_INDEX_URL
 COPY requirements.lock image/left_out.txt image/slim.sh /
 RUN touch /stamp \
     && python3 -m venv /build \
@@ -84,6 +86,7 @@ ARG TORCH_VERSION=2.13.0
 ARG TORCHVISION_VERSION=0.28.0
 ARG TORCHAUDIO_VERSION=2.11.0
 ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cu130
+ARG PIP_INDEX_URL
 RUN python3 -m venv /opt/venv \
     && /opt/venv/bin/pip install --no-cache-dir --no-compile \
         ${TORCH_INDEX_URL:+--index-url "${TORCH_INDEX_URL}"} \

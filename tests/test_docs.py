@@ -31,7 +31,9 @@ from devkit.hub import Hub as StandIn
 from devkit.local_worker import PROJECT
 from worker import __version__, errors
 from worker.__main__ import _COMMANDS, main
+from worker.seed import errors as seed_errors
 from worker.settings import Settings
+from worker.up import errors as up_errors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -354,8 +356,9 @@ def test_every_setting_on_a_page_exists(page: str) -> None:
 
 
 def codes() -> set[str]:
-    """The `code` of every error of the worker and of the client."""
-    kinds = [kind for module in (errors, client_errors) for kind in vars(module).values() if isinstance(kind, type)]
+    """The `code` of every error of the worker, of its commands and of the client."""
+    modules = (errors, seed_errors, up_errors, client_errors)
+    kinds = [kind for module in modules for kind in vars(module).values() if isinstance(kind, type)]
     return {str(code) for kind in kinds if issubclass(kind, Exception) and (code := getattr(kind, "code", None))}
 
 

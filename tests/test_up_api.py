@@ -13,6 +13,7 @@ import io
 import json
 import os
 import re
+import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -406,6 +407,39 @@ def test_two_of_a_name_do_not_run_at_once(tmp_path: Path) -> None:
         pass
     with alone(path):
         pass
+
+
+# --- in the image, which has no client -----------------------------------------------------------
+
+
+def without_client(*argv: str, environ: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the worker's command as the image does: the packages are there, this project's client is not."""
+    hidden = "import os, sys; sys.modules['client'] = None; from worker.__main__ import main"
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("RUNPOD_", "HF_"))}
+    return subprocess.run(
+        [sys.executable, "-c", f"{hidden}; sys.exit(main(sys.argv[1:], os.environ))", *argv],
+        env={**own, **(environ or {})},
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_the_image_fills_a_volume_without_the_client(hub: Hub, tmp_path: Path) -> None:
+    entry = {"folder": "vae", "name": "a.safetensors", "source": "hf://org/tiny/nowhere.safetensors"}
+    environ = {"HF_ENDPOINT": hub.endpoint, "VOLUME_PATH": str(tmp_path), "UP_MODELS": json.dumps({"models": [entry]})}
+    done = without_client("up", "fill", environ=environ)
+    assert done.returncode == 1, done.stderr
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    assert events[-1] == {"event": "filled", "code": 1}
+    assert "nowhere.safetensors" in next(event["error"] for event in events if event["event"] == "ended")
+
+
+def test_the_image_has_no_other_part_of_it() -> None:
+    done = without_client("up", "x.json")
+    assert (done.returncode, "command_unknown" in done.stderr) == (1, True)
 
 
 # --- the official templates -----------------------------------------------------------------------

@@ -156,7 +156,16 @@ def _seed(argv: Sequence[str], environ: MutableMapping[str, str]) -> int:
 
 
 def _up(argv: Sequence[str], environ: MutableMapping[str, str]) -> int:
-    from worker.up import up_command  # noqa: PLC0415 - only for this command
+    if list(argv) == ["fill"]:
+        from worker.up import pod  # noqa: PLC0415 - in the Pod that `up` makes, where there is no client
+
+        return pod.fill(environ, sys.stdout)
+    try:
+        from worker.up import up_command  # noqa: PLC0415 - only for this command
+    except ModuleNotFoundError as exc:
+        if (exc.name or "").partition(".")[0] != "client":
+            raise
+        raise CommandUnknown("up", sorted(_COMMANDS.keys() - {"up"})) from None  # the image has no client
 
     return up_command.run(argv, environ)
 

@@ -15,7 +15,6 @@ from worker.seed.errors import S3KeysMissing, SeedUsage, WhatUnknown
 from worker.seed.screen import JsonLines
 from worker.settings import Settings
 from worker.up import needs as needed
-from worker.up import pod
 from worker.up.api import RunPod
 from worker.up.catalog import volume_usd_month
 from worker.up.errors import ApiKeyMissing, ApiKeyRefused, StateInvalid, UpUsage
@@ -46,8 +45,6 @@ def run(argv: Sequence[str], environ: Mapping[str, str], out: IO[str] | None = N
     """Do what the command line says; returns the exit status, see `--help`."""
     stream, as_json = out or sys.stdout, "--json" in argv
     try:
-        if list(argv) == ["fill"]:
-            return pod.fill(environ, stream)
         options = parse(argv)
         with _interrupted_by_sigterm():
             return _act(options, environ, UpScreen(stream, as_json=options.json))
