@@ -67,7 +67,7 @@ def test_the_fields_of_a_seal_are_explained() -> None:
 
 def test_the_data_centres_are_those_that_the_seeder_takes() -> None:
     section = TEXT.partition("## Through S3")[2].partition("\n## ")[0]
-    named = re.findall(r"\b[A-Z]{2,3}-[A-Z]{2,3}-\d\b", section.partition("The order")[0])
+    named = re.findall(r"\b[A-Z]{2,3}-[A-Z]{2,3}-\d\b", section.partition("The seeder writes")[0])
     assert tuple(named) == DATACENTERS
 
 
