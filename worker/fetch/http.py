@@ -13,15 +13,18 @@ import re
 import socket
 import ssl
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from functools import partial
+from typing import TYPE_CHECKING, Final, Generic, Protocol, TypeVar
 from urllib.parse import quote, unquote, urljoin, urlsplit, urlunsplit
 
 from worker.base.http import PROXY_LOGIN, REDIRECTS
 from worker.errors import NotAFile, ProxyUnusable, TokenMalformed, TokenRefused
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from email.message import Message
+
+    import httpx2
 
 _MAX_HOPS: Final = 10
 _PORTS: Final = {"http": 80, "https": 443}
@@ -157,10 +160,86 @@ def token_refused(url: str, status: int, credential: Credential | None) -> Token
     return TokenRefused(shown(url), status, credential.variable, has_token=bool(credential.token))
 
 
-class Response(http.client.HTTPResponse):
-    """An answer whose body can be read as it arrives. `linked_etag` is the hub's name of the file, also before a redirect."""
+def _next(network: Network, start: str, url: str, location: str, status: int) -> str:
+    try:
+        # Headers arrive as latin-1. Servers write UTF-8 there if it is not ASCII.
+        target = sendable(urljoin(url, location.encode("latin-1").decode("utf-8", "surrogateescape")))
+    except ValueError:
+        raise NotAFile(shown(start), "a redirect to what is no address") from None
+    parts, own = urlsplit(target), urlsplit(url)
+    if parts.username is None and own.username is not None and origin(target) == origin(url):
+        parts = parts._replace(netloc=f"{own.netloc.rpartition('@')[0]}@{parts.netloc}")
+        target = urlunsplit(parts)
+    if parts.path.rstrip("/") == "/login":
+        # Civitai redirects to a page for people if a token is needed.
+        credential = network.credential(start)
+        raise token_refused(start, status, credential)
+    if parts.scheme not in _PORTS or (urlsplit(url).scheme == "https" and parts.scheme != "https"):
+        raise NotAFile(shown(start), "a redirect away from https")
+    return target
 
-    linked_etag: str | None = None
+
+class Answer(Protocol):
+    """What is alike in the answers of http.client and of httpx2, whose headers are to be read as latin-1."""
+
+    @property
+    def status_code(self) -> int:
+        """Return the status."""
+
+    @property
+    def headers(self) -> Message | httpx2.Headers:
+        """Return the headers."""
+
+
+A = TypeVar("A", bound=Answer)
+
+
+@dataclass(frozen=True, slots=True)
+class Found(Generic[A]):
+    """An answer after redirects, and the address it came from. `linked_etag` is the hub's name of the file, also before one."""
+
+    answer: A
+    url: str
+    linked_etag: str | None
+
+
+def follow(network: Network, start: str, send: Callable[[str], A]) -> Found[A]:
+    """Send a GET and those that its redirects ask for. `send` ends the request before.
+
+    Both clients share this. httpx2's own redirects do not take its place: it reads a redirect's body to the end, however long
+    that is, and a redirect to a page for people, away from https or in a circle has a sentence of its own here. Each address
+    gets the token of its origin. Raises `TokenRefused` or `NotAFile` for redirects that lead nowhere.
+    """
+    try:
+        url = sendable(start)
+    except ValueError:
+        raise NotAFile(shown(start), "no address that can be asked") from None
+    linked_etag = None
+    for _ in range(_MAX_HOPS):
+        answer = send(url)
+        linked_etag = answer.headers.get("X-Linked-Etag") or linked_etag
+        target = answer.headers.get("Location")
+        if answer.status_code not in REDIRECTS or not target:
+            return Found(answer, url, linked_etag)
+        url = _next(network, start, url, target, answer.status_code)
+    raise NotAFile(shown(start), "a circle of redirects")
+
+
+def request_headers(network: Network, url: str, headers: Mapping[str, str]) -> dict[str, str]:
+    """Return the headers of a request to this address, with its origin's token, or the user and password in it."""
+    credential = network.credential(url)
+    own = f"Bearer {credential.token}" if credential and credential.token else basic(url)
+    sent = {"User-Agent": _AGENT, "Accept-Encoding": "identity", **headers}
+    return sent | ({"Authorization": own} if own else {})
+
+
+class Response(http.client.HTTPResponse):
+    """An answer whose body can be read as it arrives."""
+
+    @property
+    def status_code(self) -> int:
+        """Return the status, by the name that it has in httpx2."""
+        return self.status
 
     def readinto1(self, buffer: memoryview) -> int:  # type: ignore[override] # the base class takes any buffer
         """Read the result of one receive without waiting for a full `buffer`. Return 0 at the end of the body."""
@@ -193,50 +272,16 @@ class Channel:
         self._origin = ""
         self._connection: http.client.HTTPConnection | None = None
         self._socket: socket.socket | None = None
+        self._response: Response | None = None
         self._broken_off = False
 
-    def get(self, url: str, headers: Mapping[str, str]) -> tuple[Response, str]:
-        """Send a GET. Return the answer, and the address it came from after redirects.
+    def get(self, url: str, headers: Mapping[str, str]) -> Response:
+        """Send a GET and return the answer, after redirects. Raises `OSError`, `http.client.HTTPException`, and as `follow`."""
+        return follow(self._network, url, partial(self._request, headers)).answer
 
-        A token is sent to its own origin only, whatever the redirects are. Raises `OSError`, `http.client.HTTPException`, and
-        `TokenRefused` or `NotAFile` for redirects that lead nowhere.
-        """
-        start = url
-        try:
-            url = sendable(url)
-        except ValueError:
-            raise NotAFile(shown(start), "no address that can be asked") from None
-        linked_etag = None
-        for _ in range(_MAX_HOPS):
-            response = self._request(url, headers)
-            response.linked_etag = linked_etag = response.getheader("X-Linked-Etag") or linked_etag
-            target = response.getheader("Location")
-            if response.status not in REDIRECTS or not target:
-                return response, url
-            self.close()
-            url = self._next(start, url, target, response.status)
-        raise NotAFile(shown(start), "a circle of redirects")
-
-    def _next(self, start: str, url: str, location: str, status: int) -> str:
-        try:
-            # Headers arrive as latin-1. Servers write UTF-8 there if it is not ASCII.
-            target = sendable(urljoin(url, location.encode("latin-1").decode("utf-8", "surrogateescape")))
-        except ValueError:
-            raise NotAFile(shown(start), "a redirect to what is no address") from None
-        parts, own = urlsplit(target), urlsplit(url)
-        if parts.username is None and own.username is not None and origin(target) == origin(url):
-            parts = parts._replace(netloc=f"{own.netloc.rpartition('@')[0]}@{parts.netloc}")
-            target = urlunsplit(parts)
-        if parts.path.rstrip("/") == "/login":
-            # Civitai redirects to a page for people if a token is needed.
-            credential = self._network.credential(start)
-            raise token_refused(start, status, credential)
-        if parts.scheme not in _PORTS or (urlsplit(url).scheme == "https" and parts.scheme != "https"):
-            raise NotAFile(shown(start), "a redirect away from https")
-        return target
-
-    def _request(self, url: str, headers: Mapping[str, str]) -> Response:
-        if self._connection is None or self._origin != origin(url):
+    def _request(self, headers: Mapping[str, str], url: str) -> Response:
+        is_read = self._response is None or self._response.isclosed()  # not that of a redirect
+        if self._connection is None or self._origin != origin(url) or not is_read:
             self.close()
             self._connect(url)
         connection = self._connection
@@ -245,10 +290,7 @@ class Channel:
         parts = urlsplit(url)
         path = f"{parts.path or '/'}{'?' if parts.query else ''}{parts.query}"
         proxy = self._network.proxy(url) if parts.scheme == "http" else None
-        credential = self._network.credential(url)
-        own = f"Bearer {credential.token}" if credential and credential.token else basic(url)
-        sent = {"User-Agent": _AGENT, "Accept-Encoding": "identity", **headers}
-        sent |= ({"Authorization": own} if own else {}) | _proxy_headers(proxy)
+        sent = request_headers(self._network, url, headers) | _proxy_headers(proxy)
         whole = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
         connection.request("GET", whole if proxy else path, headers=sent)
         response = connection.getresponse()
@@ -256,6 +298,7 @@ class Channel:
             raise TypeError("the connection was made for another kind of answer")
         if proxy and response.status == PROXY_LOGIN:
             raise ProxyUnusable(shown(proxy), PROXY_WANTS)
+        self._response = response
         return response
 
     def _connect(self, url: str) -> None:
@@ -293,6 +336,6 @@ class Channel:
 
     def close(self) -> None:
         """Close the connection. The next request opens a new one."""
-        connection, self._connection, self._socket = self._connection, None, None
+        connection, self._connection, self._socket, self._response = self._connection, None, None, None
         if connection is not None:
             connection.close()

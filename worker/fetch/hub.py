@@ -14,7 +14,9 @@ import logging
 import re
 from dataclasses import dataclass, field, replace
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, TypeVar
+from urllib.parse import urlsplit
 
 import httpx2
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, is_offline_mode, set_client_factory
@@ -45,11 +47,13 @@ from worker.errors import (
 from worker.fetch.blocking_call import abandonable
 from worker.fetch.http import (
     PROXY_WANTS,
-    Channel,
     Credential,
+    Found,
     Network,
     bare_etag,
     content_coding,
+    follow,
+    request_headers,
     shown,
     token_refused,
     what_failed,
@@ -57,7 +61,7 @@ from worker.fetch.http import (
 from worker.spec import HubFile, Source, Url, at_endpoint, content_key, modelscope_listing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from email.message import Message
 
     from worker.base.progress import CancelToken
@@ -278,35 +282,46 @@ class Hub:
             return token_refused(f"{self._endpoint}/{source.repo}", status, self.network.credential(self._endpoint))
         return None if status in TRANSIENT else SourceRefused(str(source), status)
 
+    @contextlib.contextmanager
+    def _got(self, start: str, headers: Mapping[str, str] = MappingProxyType({})) -> Iterator[Found[httpx2.Response]]:
+        """Send a GET, and those that its redirects ask for. Raises `httpx2.HTTPError`, `ProxyUnusable`, and as `follow`."""
+        with contextlib.closing(_Route(self.network)) as route, contextlib.ExitStack() as open_answers:
+
+            def send(url: str) -> httpx2.Response:
+                open_answers.close()
+                answer = route.get(url, request_headers(self.network, url, headers))
+                open_answers.callback(answer.close)
+                return answer
+
+            yield follow(self.network, start, send)
+
     def _ask_url(self, source: Url) -> Remote:
-        with contextlib.closing(Channel(self.network)) as channel:
-            response, url = channel.get(source.url, {"Range": "bytes=0-0"})
-            status, headers = response.status, response.headers
+        with self._got(source.url, {"Range": "bytes=0-0"}) as found:
+            status, headers = found.answer.status_code, found.answer.headers
             if status in TRANSIENT:
                 raise _Busy(f"status {status}", retry_after_s(headers))
             if status in UNAUTHORISED:
                 raise token_refused(source.url, status, self.network.credential(source.url))
             if status not in {OK, PARTIAL, UNSATISFIABLE}:
                 raise SourceRefused(shown(source.url), status)
-            if headers.get_content_type() == "text/html":
+            if headers.get("Content-Type", "").partition(";")[0].strip().lower() == "text/html":
                 raise NotAFile(shown(source.url), "a web page")
             stated = headers.get("Content-Length") if status == OK else headers.get("Content-Range", "").rpartition("/")[2]
             if not stated or not stated.isdecimal():
                 raise NotAFile(shown(source.url), "of unknown length")
             if coding := content_coding(headers):
                 raise NotAFile(shown(source.url), f"sent compressed ({coding})")
-            sha256, git_sha1 = _hashes(response.linked_etag)
-            remote = Remote(source, int(stated), sha256, headers.get("ETag"), None, url, modified=_modified(headers))
+            sha256, git_sha1 = _hashes(found.linked_etag)
+            remote = Remote(source, int(stated), sha256, headers.get("ETag"), None, found.url, modified=_modified(headers))
             return replace(remote, git_sha1=git_sha1, has_ranges=status != OK)
 
     def _with_sha256(self, remote: Remote, listing: str, path: str) -> Remote:
         """Add the hash from ModelScope's API, if it gives one."""
-        with contextlib.closing(Channel(self.network)) as channel:
-            response, _ = channel.get(listing, {})
-            status = response.status
+        with self._got(listing) as got:
+            status = got.answer.status_code
             if status in TRANSIENT:
-                raise _Busy(f"status {status}", retry_after_s(response.headers))
-            said = response.read(_MOST_LISTED_BYTES) if status == OK else b"{}"
+                raise _Busy(f"status {status}", retry_after_s(got.answer.headers))
+            said = _read(got.answer, _MOST_LISTED_BYTES) if status == OK else b"{}"
         try:
             files = json.loads(said)["Data"]["Files"]
             found = next(file for file in files if (file["Path"], file["Size"]) == (path, remote.size_bytes))
@@ -330,16 +345,15 @@ class Hub:
     def _ask_xet(self, remote: Remote) -> XetAccess:
         address = remote.xet.refresh_route
         credential = self.network.credential(address)
-        with contextlib.closing(Channel(self.network)) as channel:
-            response, _ = channel.get(address, {})
-            status = response.status
+        with self._got(address) as got:
+            status = got.answer.status_code
             if status in TRANSIENT:
-                raise _Busy(f"status {status}", retry_after_s(response.headers))
+                raise _Busy(f"status {status}", retry_after_s(got.answer.headers))
             if status in UNAUTHORISED:
                 raise token_refused(address, status, credential)
             if status != OK:
                 raise SourceRefused(remote.where, status)
-            said = response.read(_MOST_SAID_BYTES)
+            said = _read(got.answer, _MOST_SAID_BYTES)
         headers = {"Authorization": f"Bearer {credential.token}"} if credential and credential.token else {}
         try:
             found = json.loads(said)
@@ -354,7 +368,17 @@ def _hashes(etag: str | None) -> tuple[str | None, str | None]:
     return (found.lower() if _SHA256.fullmatch(found) else None), (found if _SHA1.fullmatch(found) else None)
 
 
-def _modified(headers: Message) -> str | None:
+def _read(answer: httpx2.Response, most_bytes: int) -> bytes:
+    """Return a body, cut at about so many bytes."""
+    said = bytearray()
+    for data in answer.iter_bytes():
+        said += data
+        if len(said) > most_bytes:
+            break
+    return bytes(said)
+
+
+def _modified(headers: httpx2.Headers) -> str | None:
     """Return the Last-Modified that identifies a version. A file may change twice within its second."""
     text, date = headers.get("Last-Modified"), headers.get("Date")
     if not text or not date:
@@ -367,7 +391,7 @@ def _modified(headers: Message) -> str | None:
 
 
 class _Route(httpx2.BaseTransport):
-    """Sends huggingface_hub's requests through the same proxies as all others."""
+    """Sends requests through the proxies of their addresses, huggingface_hub's as well."""
 
     def __init__(self, network: Network) -> None:
         self._network = network
@@ -378,6 +402,33 @@ class _Route(httpx2.BaseTransport):
         proxy = self._network.proxy(str(request.url))
         way = self._ways.setdefault(proxy, httpx2.HTTPTransport(verify=self._network.tls, proxy=proxy, trust_env=False))
         return way.handle_request(request)
+
+    def get(self, url: str, headers: Mapping[str, str]) -> httpx2.Response:
+        """Send a GET and return its answer, with headers as latin-1. Raises `ProxyUnusable` if the proxy wants a password."""
+        network = self._network
+        parts = urlsplit(url)
+        limits = httpx2.Timeout(network.read_timeout_s, connect=network.connect_timeout_s).as_dict()
+        # httpx2 writes an address in its own way; a signature may cover the way it came in.
+        target = f"{parts.path or '/'}{'?' if parts.query else ''}{parts.query}".encode()
+        try:
+            request = httpx2.Request("GET", url, headers=headers, extensions={"timeout": limits, "target": target})
+            answer = self.handle_request(request)
+        except httpx2.InvalidURL:
+            raise NotAFile(shown(url), "no address that can be asked") from None
+        except httpx2.ProxyError as exc:
+            if str(PROXY_LOGIN) in str(exc):
+                raise ProxyUnusable(shown(network.proxy(url) or url), PROXY_WANTS) from exc
+            raise
+        if answer.status_code == PROXY_LOGIN and (proxy := network.proxy(url)):
+            answer.close()
+            raise ProxyUnusable(shown(proxy), PROXY_WANTS)
+        answer.headers.encoding = "latin-1"
+        return answer
+
+    def close(self) -> None:
+        """Close all connections."""
+        for way in self._ways.values():
+            way.close()
 
 
 def _client(network: Network) -> httpx2.Client:

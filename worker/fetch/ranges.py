@@ -300,7 +300,7 @@ class Fetch:
     def _open(self, channel: Channel, start: int, end: int, buffer: memoryview) -> Response:
         """Return an answer whose next byte is the one at `start`."""
         remote = self._remote
-        response, _ = channel.get(remote.url, _headers(remote, start, end))
+        response = channel.get(remote.url, _headers(remote, start, end))
         status = response.status
         if status in {OK, PARTIAL}:
             self._check_version(remote, response)
