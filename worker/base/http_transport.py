@@ -1,7 +1,7 @@
-"""httpx2 on asyncio's own streams. Touches the network.
+"""A transport for httpx2 on asyncio's own streams. Touches the network.
 
-httpx2's default goes through anyio and sends a request's head and body apart, which is a third of the processor time of a small
-POST. This one also lets a subclass decide where a connection goes.
+httpx2's default uses anyio and sends a request's head and body separately, which is a third of the processor time of a small
+POST. This transport also lets a subclass decide where a connection goes.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class AsyncioStream(httpcore2.AsyncNetworkStream):
         self._unsent = bytearray()
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ASYNC109 - httpcore2's interface
-        """Send what is unsent, and return what came: b"" at the end."""
+        """Send the buffered bytes, and return received ones. b"" at the end."""
         with _told_as(httpcore2.ReadTimeout, httpcore2.ReadError):
             if self._unsent:
                 self._writer.write(self._unsent)
@@ -58,7 +58,7 @@ class AsyncioStream(httpcore2.AsyncNetworkStream):
                 return await self._reader.read(max_bytes)
 
     async def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ASYNC109 - httpcore2's interface
-        """Send; a little waits for what belongs to it, and goes with the next read."""
+        """Buffer a little and send it with the next read; send more at once."""
         self._unsent += buffer
         if len(self._unsent) < _LITTLE_BYTES:
             return
@@ -69,7 +69,7 @@ class AsyncioStream(httpcore2.AsyncNetworkStream):
                 await self._writer.drain()
 
     async def aclose(self) -> None:
-        """Close; what was written is still sent."""
+        """Close the connection. What was written is still sent."""
         self._writer.close()
 
     async def start_tls(
@@ -78,7 +78,7 @@ class AsyncioStream(httpcore2.AsyncNetworkStream):
         server_hostname: str | None = None,
         timeout: float | None = None,  # noqa: ASYNC109 - httpcore2's interface
     ) -> httpcore2.AsyncNetworkStream:
-        """Go on under TLS. Raises `ssl.SSLError` as it is: a certificate that is not valid is no broken connection."""
+        """Continue under TLS. Raises `ssl.SSLError` unchanged: an invalid certificate is no broken connection."""
         with _told_as(httpcore2.ConnectTimeout, httpcore2.ConnectError):
             async with asyncio.timeout(timeout):
                 await self._writer.start_tls(ssl_context, server_hostname=server_hostname)
@@ -97,7 +97,7 @@ class AsyncioTransport(httpx2.AsyncHTTPTransport):
     def __init__(
         self, backend: httpcore2.AsyncNetworkBackend, *, tls: ssl.SSLContext | None = None, keepalive_s: float | None = None
     ) -> None:
-        # At DEBUG they print headers, with whole addresses and what signs them.
+        # At DEBUG they print headers, including whole addresses with their signatures.
         logging.getLogger("httpcore2").setLevel(logging.INFO)
         self._pool = httpcore2.AsyncConnectionPool(
             ssl_context=tls,
@@ -109,7 +109,7 @@ class AsyncioTransport(httpx2.AsyncHTTPTransport):
 
 @contextlib.contextmanager
 def _told_as(late: type[Exception], broken: type[Exception]) -> Iterator[None]:
-    """Raise asyncio's errors as those of httpcore2, and what TLS says as it is."""
+    """Raise asyncio's errors as those of httpcore2, and TLS errors unchanged."""
     try:
         yield
     except TimeoutError as exc:

@@ -44,7 +44,7 @@ def prepare_environ(environ: MutableMapping[str, str]) -> None:
 
 
 def takes_jobs(arguments: Sequence[str], environ: Mapping[str, str]) -> bool:
-    """Whether jobs come from RunPod's queue, and not from the local API or a test input."""
+    """Return whether jobs come from RunPod's queue, not from the local API or a test input."""
     # The SDK looks for a port for realtime jobs first, and serves them through its local API.
     takes = "RUNPOD_WEBHOOK_GET_JOB" in environ and environ.get("RUNPOD_REALTIME_PORT", "0") == "0"
     return takes and not {_LOCAL_API, _TEST_INPUT} & {name.split("=")[0] for name in arguments}

@@ -1,7 +1,7 @@
-"""Which models of a volume may be removed to make room, and in which order. Reads the disk.
+"""Decide which models of a volume may be removed to make room, and in which order. Reads the disk.
 
-Only a file with a fitting seal may go, with every name that its content has, and only one that nobody names, uses or used a
-short time ago. The order is by what a model is worth: how often it was used lately, times what getting it again costs.
+A content may be removed only if its seal fits, with all its names, and only if nobody names it, uses it or used it recently.
+The order depends on a model's value: how often it was used lately, times the cost of downloading it again.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ if TYPE_CHECKING:
     from worker.store.layout import Layout
 
 _LOOK_UP_BYTES: Final = 500_000_000
-"""What a fetch costs besides its bytes, in bytes: a small file is worth more for each byte that it takes."""
+"""The cost of a download besides its bytes, as bytes: a small file is worth more for each byte."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How full a volume may get: how much all models on it may take, how much the file system is to have free."""
+    """How full a volume may get: the total of all models, and the free space of the file system."""
 
     keep_bytes: int | None = None
     free_bytes: int | None = None
 
     @classmethod
     def of_gb(cls, keep_gb: float | None, free_gb: float | None) -> Limits:
-        """The same, from settings in GB."""
+        """Return the limits from settings in GB."""
         return cls(*(None if size is None else int(size * 1e9) for size in (keep_gb, free_gb)))
 
     def __bool__(self) -> bool:
@@ -50,14 +50,14 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Pins:
-    """What people say is to stay. `texts` asks where a model's file name is written; `trouble` is why nobody can know."""
+    """What must stay. `texts` are searched for a model's file name; `trouble` is why the pins are unknown."""
 
     titles: Titles = field(default_factory=Titles)
     texts: Callable[[str], str | None] = lambda _: None
     trouble: str | None = None
 
     def why(self, title: str) -> str | None:
-        """Return who names the model, None if nobody does."""
+        """Return who names the model, or None."""
         return self.trouble or self.titles.find(title) or self.texts(title)
 
 
@@ -73,10 +73,10 @@ class Name:
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """One sealed content on the volume, under all its names. `kept` is why it stays; None: it may go.
+    """One sealed content on the volume, with all its names. `kept` is why it stays; None if it may be removed.
 
-    `idle_s` is how long ago anybody used it, or it was fetched. `value` orders: the lowest goes first. `in_use`: it stays for
-    its use alone, and may go a short time later.
+    `idle_s` is the time since its last use or its download. `value` is the sort key: the lowest is removed first. `in_use`:
+    only its use keeps it, and it may be removed a short time later.
     """
 
     names: tuple[Name, ...]
@@ -89,31 +89,31 @@ class Content:
 
     @property
     def title(self) -> str:
-        """The model as people write it."""
+        """Return the model as people write it."""
         return " = ".join(name.title for name in self.names)
 
     @property
     def spec(self) -> ModelSpec | None:
-        """Where it comes from, as far as its seal tells."""
+        """Return its source, as far as its seal tells."""
         return spec_of(self.names[0].title, self.names[0].seal)
 
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """The volume at one moment: its sealed contents, what goes first first, and how full it is."""
+    """The volume at one moment: its sealed contents in the order of removal, and how full it is."""
 
     contents: tuple[Content, ...]
     used_bytes: int
-    """What all models take, with those by hand and what unfinished downloads will take."""
+    """The size of all models, including those by hand and the final size of partial downloads."""
     free_bytes: int | None
 
     @property
     def removable(self) -> tuple[Content, ...]:
-        """Those that may go, in their order."""
+        """Return those that may be removed, in order."""
         return tuple(content for content in self.contents if content.kept is None)
 
     def excess(self, limits: Limits, more_bytes: int = 0) -> int:
-        """Return how many bytes are too many, if that many more came."""
+        """Return by how many bytes the limits would be exceeded with that many more."""
         over = [0]
         if limits.keep_bytes is not None:
             over.append(self.used_bytes + more_bytes - limits.keep_bytes)
@@ -123,7 +123,7 @@ class Survey:
 
 
 def chosen(contents: Sequence[Content], needed_bytes: int) -> list[Content]:
-    """Return what goes for that many bytes: from the front, without what turned out not to be needed."""
+    """Return what to remove for that many bytes: from the front, without those that turned out to be unnecessary."""
     found: list[Content] = []
     total = 0
     for content in contents:
@@ -142,10 +142,10 @@ def chosen(contents: Sequence[Content], needed_bytes: int) -> list[Content]:
 
 
 def survey(layout: Layout, pins: Pins, timing: LeaseTiming, held: Iterable[str] = (), *, fill: bool = False) -> Survey:
-    """Look at everything on the volume. `held` are uses that this worker may not have written down yet.
+    """Examine everything on the volume. `held` are uses that this worker may not have recorded yet.
 
-    With `fill` a seal that was uploaded gets its file's time, as whoever uses the model gives it. Else nothing is written but
-    the mark that tells the volume's time.
+    With `fill`, an uploaded file's seal gets the file's time, as for a use. Otherwise only the mark of the volume's time is
+    written.
     """
     judge = Judge(Usage.of(layout, timing), Titles((title, "this worker") for title in held), pins, Tree.of(layout), timing)
     groups: dict[tuple[int, int], list[_Sealed]] = defaultdict(list)
@@ -163,7 +163,7 @@ class _Sealed:
 
 
 def _sealed(layout: Layout, *, fill: bool) -> Iterator[_Sealed]:
-    """Every file whose seal fits, and that is no link."""
+    """Yield every file whose seal fits and that is no link."""
     for above, _, names in os.walk(layout.seals):
         for name in sorted(names):
             if not name.endswith(".json") or name.startswith("."):
@@ -182,14 +182,14 @@ def _sealed(layout: Layout, *, fill: bool) -> Iterator[_Sealed]:
 
 @dataclass(slots=True)
 class Tree:
-    """What lies under `models/`: how much in sum, each content once, and where links lead."""
+    """The files under `models/`: their total size, each content once, and the targets of links."""
 
     size_bytes: int = 0
     links: dict[str, list[str]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, layout: Layout) -> Tree:
-        """Walk it, without following links."""
+        """Walk the tree without following links."""
         tree, seen = cls(), set[tuple[int, int]]()
         for top in dict.fromkeys((layout.models, *(path for name, path in layout.moved if name))):
             for above, folders, names in os.walk(top):
@@ -206,11 +206,11 @@ class Tree:
         return tree
 
     def linked(self, path: Path) -> str | None:
-        """The link that leads to the very file, if one does."""
+        """Return the link that leads to this very file, or None."""
         return next(iter(self.links.get(os.path.realpath(path), ())), None) if self.links else None
 
     def also(self, path: Path) -> list[str]:
-        """The titles that a file has through links to folders above it."""
+        """Return the titles that a file has through links to folders above it."""
         if not self.links:
             return []
         real = os.path.realpath(path)
@@ -223,7 +223,7 @@ class Tree:
 
 
 def _partial_bytes(layout: Layout) -> int:
-    """What unfinished downloads take, or will: each has its final size from its beginning."""
+    """Return the total final size of partial downloads."""
     total = 0
     for above, _, names in os.walk(layout.partials):
         for name in names:
@@ -235,7 +235,7 @@ def _partial_bytes(layout: Layout) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Judge:
-    """Says of a content whether it may go, and what it is worth."""
+    """Decides whether a content may be removed, and its value."""
 
     usage: Usage
     own: Titles
@@ -244,7 +244,7 @@ class Judge:
     timing: LeaseTiming
 
     def content(self, group: Sequence[_Sealed]) -> Content:
-        """Judge the names of one content together: the space comes with the last of them."""
+        """Judge all names of one content together: only removing the last one frees the space."""
         info, names = group[0].info, tuple(found.name for found in group)
         titles = [name.title for name in names]
         titles += [title for name in names for title in self.tree.also(name.path)]
@@ -268,7 +268,7 @@ class Judge:
         return first(map(self.pins.why, titles)) or (f"a list of {by} names it" if by else None)
 
     def _odd(self, group: Sequence[_Sealed]) -> str | None:
-        """Return what keeps it from being removed whole, or from being had again."""
+        """Return what prevents removing it completely, or downloading it again."""
         names, links = [found.name for found in group], group[0].info.st_nlink
         if link := first(self.tree.linked(name.path) for name in names):
             return f"the link {link} leads to it"
@@ -282,7 +282,7 @@ class Judge:
 
 
 def _keys(title: str) -> Iterator[str]:
-    """Every title under which a use of the model may be known."""
+    """Yield every title under which a use of the model may be recorded."""
     path = normal(title)
     below = path.partition("/")[2]
     while path:
@@ -294,17 +294,17 @@ def _keys(title: str) -> Iterator[str]:
 
 
 def first(words: Iterable[str | None]) -> str | None:
-    """Return the first that says anything."""
+    """Return the first that is not None or empty."""
     return next((word for word in words if word), None)
 
 
 def stamp(info: os.stat_result) -> tuple[int, int, int, int]:
-    """Return what another file would have otherwise: size, mtime, inode and how many names it has."""
+    """Return values that differ for another file: size, mtime, inode and the number of its names."""
     return info.st_size, info.st_mtime_ns, info.st_ino, info.st_nlink
 
 
 def spec_of(title: str, seal: Seal) -> ModelSpec | None:
-    """Return where a sealed model comes from, pinned to its content; None where its seal does not tell."""
+    """Return the source of a sealed model, pinned to its content, or None if its seal does not tell."""
     if not seal.file:
         return None
     with contextlib.suppress(SpecInvalid):

@@ -71,49 +71,49 @@ class Layout:
 
     @property
     def recent(self) -> Path:
-        """The records of which models each endpoint's jobs used last."""
+        """Return the folder of the records of recent models, one for each endpoint."""
         return self.state / "used"
 
     def used(self, endpoint: str) -> Path:
-        """The record of which models the endpoint's jobs used last."""
+        """Return the record of the models that the endpoint's jobs used last."""
         return self.recent.joinpath(*safe_parts("The endpoint's id", f"{endpoint}.json"))
 
     @property
     def leases(self) -> Path:
-        """What each worker's jobs use, one file a worker."""
+        """Return the folder of the leases, one file for each worker."""
         return self.state / "leases"
 
     def lease(self, worker: str) -> Path:
-        """What one worker's jobs use."""
+        """Return one worker's lease: the models that its jobs use."""
         return self.leases.joinpath(*safe_parts("The worker's name", f"{worker}.json"))
 
     @property
     def leases_clock(self) -> Path:
-        """An empty file, touched to learn the volume's time."""
+        """Return an empty file that is touched to read the volume's time."""
         return self.leases / "clock"
 
     @property
     def leases_began(self) -> Path:
-        """The sign that a worker on this volume may remove models, as old as the first one's start."""
+        """Return the mark that a worker on this volume may remove models, as old as the first one's start."""
         return self.leases / "began"
 
     @property
     def last_used(self) -> Path:
-        """What the files of workers that are gone said."""
+        """Return the file with the content of leases of workers that are gone."""
         return self.state / "last_used.json"
 
     @property
     def removing(self) -> Path:
-        """Models on their way out, one folder for each removal."""
+        """Return the folder of models that are being removed, one folder for each removal."""
         return self.state / "removing"
 
     @property
     def tombstones(self) -> Path:
-        """The records of models that were removed to make room."""
+        """Return the folder of records of models that were removed to make room."""
         return self.state / "removed"
 
     def tombstone(self, folder: str, name: str) -> Path:
-        """The record that a model was removed to make room."""
+        """Return the record that a model was removed to make room."""
         return self.tombstones / self.seal(folder, name).relative_to(self.seals)
 
     @property

@@ -1,11 +1,11 @@
-"""Which models the workers of a volume use, so that none is removed under a job. Touches the disk; a thread renews.
+"""Record which models the workers of a volume use, so that none is removed during a job. Touches the disk; a thread renews.
 
 A worker keeps one small file on the volume: what its jobs use now, and what they used when. It is written once a minute while
-jobs run, and before a job uses a model that no file of this worker protects yet; a job on the models of the last one writes
-nothing. A lease that is not renewed ends by itself.
+jobs run, and before a job uses a model that no file of this worker protects yet. A job with the last job's models writes
+nothing. A lease that is not renewed expires.
 
-No host's clock is believed. How long ago a use was, a worker measures itself and writes down; how old the file is, its mtime
-says, and the volume's own clock tells what time it is: that of a file touched just now.
+No host's clock is trusted. A worker measures itself how long ago a use was, and records that. The file's mtime gives its age,
+and a file that is touched just now gives the volume's time.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ ANY: Final = "?"
 class LeaseTiming:
     """How long a use counts. All times in seconds, by the volume's clock or a worker's own monotonic one.
 
-    `lease_s`: how long a file that is not renewed protects what it holds. `linger_s`: how long a worker goes on holding the
-    models of its last job. `grace_s`: how long after its last use a model stays. `half_life_s`: after how long a use counts
-    half. `notice_s`: from the first worker that may remove models, until it may: the others look once in `beat_s`.
+    `lease_s`: how long a file that is not renewed protects what it holds. `linger_s`: how long a worker holds the models of its
+    last job. `grace_s`: how long a model stays after its last use. `half_life_s`: the time in which the weight of a use halves.
+    `notice_s`: the time from the first worker that may remove models until it does; the others look once in `beat_s`.
     """
 
     beat_s: float = 60.0
@@ -58,7 +58,7 @@ class LeaseTiming:
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """One worker's file, as it was read. `used` tells of each model how long before `written_s` it was used, and how much."""
+    """One worker's file, as read. `used` says how long before `written_s` each model was used, and how much."""
 
     by: str
     written_s: float
@@ -69,7 +69,7 @@ class Lease:
 
 
 class Titles:
-    """Models by `folder/name`, each with a word about it. `?/name` means any folder; a folder's title, all that is in it."""
+    """Models by `folder/name`, each with a word about it. `?/name` means any folder; a folder's title means all its files."""
 
     def __init__(self, titles: Iterable[tuple[str, str]] = ()) -> None:
         self._exact: dict[str, str] = {}
@@ -78,7 +78,7 @@ class Titles:
             self.add(title, word)
 
     def add(self, title: str, word: str) -> None:
-        """Add one; the first word about a title stays."""
+        """Add a title. The first word about a title stays."""
         folder, _, name = normal(title).partition("/")
         if folder == ANY:
             self._anywhere.setdefault(name, word)
@@ -86,7 +86,7 @@ class Titles:
             self._exact.setdefault(f"{folder}/{name}", word)
 
     def find(self, title: str) -> str | None:
-        """Return the word about a model, None where it is not one of these."""
+        """Return the word about a model, or None."""
         path = normal(title)
         below = path.partition("/")[2]
         while path:
@@ -101,7 +101,7 @@ class Titles:
 
 
 def normal(title: str) -> str:
-    """Return the title with its accents in one form, whichever a file or a workflow has."""
+    """Return the title with its accents in one Unicode form."""
     return title if title.isascii() else unicodedata.normalize("NFC", title)
 
 
@@ -109,12 +109,12 @@ def normal(title: str) -> str:
 
 
 def read_leases(layout: Layout) -> list[Lease]:
-    """Return every worker's file, then what was kept of files that are gone. A file that cannot be read says nothing."""
+    """Return every worker's file, then the content of files that are gone. Skip unreadable files."""
     found = []
     with contextlib.suppress(OSError), os.scandir(layout.leases) as entries:
-        # A listing is asked of the volume anew; what another host replaced is seen through it.
+        # Listing a folder queries the volume, and so shows what another host replaced.
         found = [layout.leases / entry.name for entry in entries if entry.name.endswith(".json") and entry.name[0] != "."]
-    # The summary comes last: who moves a lease into it writes it before the lease's file goes.
+    # The summary comes last: a lease's file is removed after its content was written there.
     leases = [_read(path) for path in (*found, layout.last_used)]
     return [lease for lease in leases if lease] + _recent(layout)
 
@@ -158,7 +158,7 @@ def _pair(value: object) -> tuple[float, float] | None:
 
 
 def _recent(layout: Layout) -> list[Lease]:
-    """The lists for warm starts: what they name was used before there were leases, and nobody knows when."""
+    """Return the lists of recent models: their models were used before there were leases, at an unknown time."""
     found = []
     with contextlib.suppress(OSError):
         began_s = layout.leases_began.stat().st_mtime
@@ -171,7 +171,7 @@ def _recent(layout: Layout) -> list[Lease]:
 
 
 def volume_now_s(layout: Layout, leases: Iterable[Lease] = ()) -> float:
-    """Return the time by the volume's own clock, which no file there is younger than. Needs no space on it."""
+    """Return the time by the volume's own clock. No file on it is younger. Needs no space on it."""
     latest_s = max((lease.written_s for lease in leases), default=0.0)
     clock = layout.leases_clock
     try:
@@ -183,13 +183,13 @@ def volume_now_s(layout: Layout, leases: Iterable[Lease] = ()) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What is known of the uses of models at one moment of the volume's clock."""
+    """The known uses of models at one moment of the volume's clock."""
 
     now_s: float
     held: Titles
     pins: Titles
     used: Mapping[str, tuple[float, float]]
-    """Of each model, how many seconds ago it was last used, and the weight of its uses now."""
+    """For each model the seconds since its last use, and the current weight of its uses."""
 
     @classmethod
     def of(cls, layout: Layout, timing: LeaseTiming) -> Usage:
@@ -210,7 +210,7 @@ class Usage:
 
 
 def merge_old(layout: Layout, timing: LeaseTiming) -> None:
-    """Move what long dead workers said into one file, so that a fleet's past costs one look. Never needed; raises nothing."""
+    """Move the leases of long dead workers into one file, so that reading them costs one look. Optional; raises nothing."""
     leases = [lease for lease in read_leases(layout) if lease.path]
     now_s = volume_now_s(layout, leases)
     dead = [lease for lease in leases if lease.path != layout.last_used and now_s - lease.written_s > timing.merge_s]
@@ -241,8 +241,8 @@ def _encode(by: str, *, used: Mapping[str, tuple[float, float]], held: Iterable[
 class Leases:
     """This worker's uses. Safe to use from any thread; `job` and `JobUse.note` touch memory only.
 
-    Nothing is written while no worker on the volume may remove models.
-    `make_room` is called where the volume is too full for a lease; it says whether it freed anything.
+    Nothing is written while no worker on the volume may remove models. `make_room` is called if the volume is too full for a
+    lease, and returns whether it freed anything.
     """
 
     def __init__(
@@ -265,7 +265,7 @@ class Leases:
         self._jobs: set[JobUse] = set()
         self._last: frozenset[str] = frozenset()  # the titles of the last job that ended
         self._last_s = -1e18
-        self._used: dict[str, tuple[float, float]] = {}  # when, and the weight then
+        self._used: dict[str, tuple[float, float]] = {}  # when, and the weight at that time
         self._counted: set[str] = set()  # since the last beat
         self._published: frozenset[str] = frozenset()
         self._published_s = -1e18
@@ -280,7 +280,7 @@ class Leases:
 
     @contextlib.contextmanager
     def job(self) -> Iterator[JobUse]:
-        """Hold what the job in the body notes until it ends."""
+        """Hold the models that the job in the body notes until it ends."""
         use = JobUse(self)
         with self._changed:
             self._jobs.add(use)
@@ -293,7 +293,7 @@ class Leases:
                     self._last, self._last_s = frozenset(use.titles), self._clock()
 
     def held(self) -> frozenset[str]:
-        """Return what this worker's jobs use now, written down or not, and what the last one used a short time ago."""
+        """Return what this worker's jobs use now, recorded or not, and what the last one used a short time ago."""
         with self._changed:
             return self._held()
 
@@ -302,7 +302,7 @@ class Leases:
         return frozenset().union(*(use.titles for use in self._jobs), self._last if lingers else ())
 
     def note(self, use: JobUse, titles: Iterable[str]) -> bool:
-        """As `JobUse.note`."""
+        """Like `JobUse.note`."""
         with self._changed:
             now_s = self._clock()
             for title in titles:
@@ -339,13 +339,13 @@ class Leases:
         return all((renewed and title in self._published) or safe.get(title, -1e18) > now_s for title in titles)
 
     def forget(self, _: float = 0.0) -> None:
-        """Believe nothing of what was written: this process stood still, and its lease may have ended meanwhile."""
+        """Distrust everything that was written: this process was stopped, and its lease may have expired."""
         with self._changed:
             self._published_s = self._looked_s = -1e18
             self._safe_until_s = {}
 
     def publish(self) -> None:
-        """Write down what this worker uses, if anybody on the volume may remove models. Raises nothing: no job fails for it."""
+        """Record what this worker uses, if any worker on the volume may remove models. It never raises."""
         with self._writing:
             if self._is_needed():
                 self._write()
@@ -380,7 +380,7 @@ class Leases:
             self._failed = False
 
     def _set_aside(self) -> None:
-        """Keep what an earlier process of this name said: its uses count as any dead worker's."""
+        """Keep the lease of an earlier process of this name: its uses count like any dead worker's."""
         if not self._began:
             with contextlib.suppress(FileNotFoundError):
                 self._path.rename(self._path.with_name(f"{self._path.stem}.{secrets.token_hex(4)}.json"))
@@ -399,7 +399,7 @@ class Leases:
             write_atomically(self._path, data, durable=False)
 
     def _touch(self, exc: OSError) -> None:
-        """Renew what was said before, which needs no space, where it cannot be said anew."""
+        """Renew the last lease, which needs no space, if a new one cannot be written."""
         with contextlib.suppress(OSError):
             os.utime(self._path)
         if not self._failed:
@@ -421,7 +421,7 @@ class Leases:
             self.publish()
 
     def stop(self) -> None:
-        """Hold nothing any more; the last word is written in the background."""
+        """Hold nothing any more. The last lease is written in the background."""
         with self._changed:
             self._stopped = True
             self._jobs.clear()
@@ -431,15 +431,15 @@ class Leases:
 
 @dataclass(eq=False, slots=True)
 class JobUse:
-    """What one job uses."""
+    """The models that one job uses."""
 
     leases: Leases
     titles: set[str] = field(default_factory=set)
 
     def note(self, titles: Iterable[str]) -> bool:
-        """Hold these models, as `folder/name`, from now on; whether other workers know it. If not: `publish`, then look."""
+        """Hold these models, as `folder/name`. Return whether other workers know it. If not: `publish`, then look."""
         return self.leases.note(self, [normal(title) for title in titles])
 
     def publish(self) -> None:
-        """Have the other workers know it, as far as the volume takes it. Blocks for a small write."""
+        """Tell the other workers, if the volume can be written to. Blocks for a small write."""
         self.leases.publish()

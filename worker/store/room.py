@@ -1,8 +1,8 @@
-"""Makes room on a volume: removes what may go, in its order, until a download fits. Touches the disk.
+"""Make room on a volume: remove models in order until a download fits. Touches the disk.
 
-A removal holds the content's lock. It moves the file aside first, then looks at the uses once more: a worker writes its use
-down before it looks for the file, so that one of the two sees the other, and a file that is in use goes back. Nothing on the
-way to the freed space needs space itself. The seal is moved last and becomes the tombstone.
+A removal holds the content's lock. It moves the file aside first, then checks the uses again. A worker records its use before
+it looks for the file, so one of the two sees the other, and a file in use is put back. No step needs free space. The seal is
+moved last and becomes the tombstone.
 """
 
 from __future__ import annotations
@@ -51,21 +51,21 @@ _KEEP_EVERY_S: Final = 600.0
 _TICK_S: Final = 0.2
 _WAIT_S: Final = 0.5
 ROOM: Final = "room"
-"""The lock that workers take to make room one after the other. Without it they remove too much, nothing else."""
+"""The lock with which workers make room one after the other. Without it they remove too much, nothing worse."""
 
 Ask = Callable[[ModelSpec, "CancelToken"], None]
-"""Raises a `WorkerError` where a model could not be fetched again."""
+"""Raises a `WorkerError` if a model could not be downloaded again."""
 
 
 def _always(_: ModelSpec, __: CancelToken) -> None:
-    """Believe that each source is there."""
+    """Assume that every source exists."""
 
 
 class Room:
-    """Makes room on one volume, for one worker. Safe to use from many threads; one pass at a time in the fleet.
+    """Makes room on one volume, for one worker. Safe to use from many threads. All workers together make one pass at a time.
 
-    `pins` reads what people name, anew for each pass. `patience_s` is how long a pass waits for models that stay only for their
-    use. `settle_s` lets what another host just wrote be seen on a volume whose clients cache.
+    `pins` reads what people name, again for each pass. `patience_s` is how long a pass waits for models that stay only because
+    of their use. `settle_s` is a wait until another host's writes are visible on a volume whose clients cache.
     """
 
     def __init__(
@@ -101,14 +101,14 @@ class Room:
             leases.make_room = lambda: self.make(1, self._stopped) > 0
 
     def begin(self) -> None:
-        """Say on the volume that models may be removed from now on, so that every worker writes down what it uses."""
+        """Announce on the volume that models may be removed from now on, so that every worker records what it uses."""
         with contextlib.suppress(OSError):
             self._layout.leases.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(FileExistsError):
                 os.close(os.open(self._layout.leases_began, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
 
     def keep(self) -> None:
-        """Keep to the limits behind the jobs, in a thread of its own, until `stop`."""
+        """Keep to the limits in the background, in its own thread, until `stop`."""
         threading.Thread(target=self._keep, name="room", daemon=True).start()
 
     def _keep(self) -> None:
@@ -118,30 +118,30 @@ class Room:
                 self.fit(0, self._stopped)
 
     def stop(self) -> None:
-        """Begin no removal any more."""
+        """Begin no more removals."""
         self._stopped.set()
 
     def fit(self, more_bytes: int, cancel: CancelToken) -> None:
-        """Keep to the limits, with that many bytes of a download that has begun still to be written; as far as it goes."""
+        """Keep to the limits, with that many bytes of a running download still to be written, as far as possible."""
         self._pass(lambda found, _: self._excess(found, more_bytes), cancel)
 
     def _excess(self, found: Survey, more_bytes: int) -> int:
         free = None if found.free_bytes is None else found.free_bytes + self._promised_bytes()
-        # The length of a download that has begun is in `used_bytes` already.
+        # `used_bytes` already includes the length of a running download.
         over = max(
             found.excess(Limits(keep_bytes=self.limits.keep_bytes)),
             replace(found, free_bytes=free).excess(Limits(free_bytes=self.limits.free_bytes), more_bytes),
         )
         short = 0 if free is None else more_bytes - free
         possible = sum(content.size_bytes for content in found.contents if content.kept is None or content.in_use)
-        return 0 if short > possible else max(over, short)  # what cannot fit even so is no reason to remove anything
+        return 0 if short > possible else max(over, short)  # if it cannot fit anyway, nothing is removed
 
     def make(self, needed_bytes: int, cancel: CancelToken) -> int:
-        """Remove models for that many bytes, because a write was refused, whatever the file system says; what was freed."""
+        """Remove models for that many bytes after a refused write, whatever the file system reports. Return the freed bytes."""
         return self._pass(lambda _, freed: needed_bytes - freed, cancel)
 
     def _pass(self, needed: Callable[[Survey, int], int], cancel: CancelToken) -> int:
-        """Remove until `needed`, of the volume as it is and what was freed, is nothing; what was freed."""
+        """Remove until `needed`, computed from the volume and the freed bytes, is zero. Return the freed bytes."""
         while not self._turn.acquire(timeout=_TICK_S):
             if cancel.is_set():
                 raise EnsureCancelled("room on the volume")
@@ -157,7 +157,7 @@ class Room:
             self._turn.release()
 
     def _is_announced(self) -> bool:
-        """Whether every worker had the time to hear that it has to write down what it uses."""
+        """Return whether every worker had time to learn that it must record its uses."""
         try:
             began_s = self._layout.leases_began.stat().st_mtime
         except OSError:
@@ -196,7 +196,7 @@ class Room:
     # --- whether it could be had again
 
     def _to_be_had(self, contents: Iterable[Content], refused: set[str], cancel: CancelToken) -> Iterator[Content]:
-        """Those that their sources still have for this worker; the others are refused."""
+        """Yield those that their sources still have for this worker. The others are refused."""
         limit = _Deadline(cancel, _ASK_S)
         for content in contents:
             reason = self._why_not(content.spec, limit) if content.spec else "nothing says where it comes from"
@@ -225,7 +225,7 @@ class Room:
     # --- the removal itself
 
     def _remove(self, contents: Iterable[Content], refused: set[str]) -> int:
-        """Remove these, but for those that turn out to be in use or in somebody's hands; how many bytes that frees."""
+        """Remove these, except those that turn out to be in use. Return the freed bytes."""
         before = free_bytes(self._layout.root)
         freed = 0
         moved: dict[Content, list[_Aside]] = {}
@@ -250,7 +250,7 @@ class Room:
         return freed
 
     def _unused(self, contents: Iterable[Content]) -> list[Content]:
-        """Those that no job uses that began to look for its models before they were moved."""
+        """Return those that no job uses which looked for its models before they were moved."""
         tree = Tree.of(self._layout)
         own = Titles((title, "this worker") for title in self._held())
         judge = Judge(Usage.of(self._layout, self._timing), own, Pins(), tree, self._timing)
@@ -265,12 +265,12 @@ class Room:
         return found
 
     def _is_free(self, content: Content, locks: contextlib.ExitStack) -> bool:
-        """Whether nobody fetches this very content; its lock is held from here on."""
+        """Return whether nobody downloads this content. Its lock is held from here on."""
         sha256 = content.names[0].seal.sha256
         return sha256 is not None and locks.enter_context(self._locks.attempt(sha256))
 
     def _moved_aside(self, content: Content) -> list[_Aside] | None:
-        """Take every name from the content, if it still is the one that was looked at; None where it is another one."""
+        """Move every name of the content aside, if it is still the examined one. None if it is another one."""
         self._at("locked")
         aside: list[_Aside] = []
         for name in content.names:
@@ -284,12 +284,12 @@ class Room:
         return None
 
     def _unlinked(self, content: Content, aside: Sequence[_Aside]) -> int:
-        """Give the space back, then say so on the volume; how many bytes that frees."""
+        """Free the space, then record that on the volume. Return the freed bytes."""
         try:
             for one in aside:
                 one.path.unlink()
                 self._at("unlinked")
-        except OSError:  # this process stood still for so long that another one put it back
+        except OSError:  # this process was stopped for so long that another one put it back
             for one in aside:
                 one.settle()
             return 0
@@ -308,7 +308,7 @@ class Room:
         return content.size_bytes
 
     def _tidy(self) -> None:
-        """Put back what a worker that was killed had moved aside; what is there again by now goes."""
+        """Put back what a killed worker had moved aside. Remove it if the model exists again."""
         with contextlib.suppress(OSError):
             now_s = volume_now_s(self._layout)
             for removal in list(self._layout.removing.iterdir()):
@@ -321,7 +321,7 @@ class Room:
     # --- space that comes later
 
     def _promise(self, before: int | None, freed: int) -> None:
-        """Remember what was freed and does not show: a process that has a removed file open gives its space back later."""
+        """Remember freed bytes that are not visible yet: a process that has a removed file open frees its space later."""
         after = free_bytes(self._layout.root)
         if before is not None and after is not None and (missing := freed - max(0, after - before)) > 0:
             self._promised.append((time.monotonic(), missing))
@@ -332,7 +332,7 @@ class Room:
 
 
 class _Deadline:
-    """A cancel token that is set some seconds from now as well."""
+    """A cancel token that is also set after some seconds."""
 
     def __init__(self, cancel: CancelToken, seconds: float) -> None:
         self._cancel = cancel
@@ -349,7 +349,7 @@ class _Deadline:
 
 @dataclass(frozen=True, slots=True)
 class _Aside:
-    """One name's file, moved aside. Its folder says which file it is to be: size, mtime, inode."""
+    """One name's file, moved aside. Its folder records the expected file: size, mtime, inode."""
 
     path: Path
     home: Path
@@ -370,7 +370,7 @@ class _Aside:
 
     @classmethod
     def all_of(cls, layout: Layout, removal: Path) -> Iterator[_Aside]:
-        """What a removal that was cut off left."""
+        """Yield what an interrupted removal left."""
         for above, _, names in os.walk(removal):
             for name in names:
                 path = removal.joinpath(above, name)
@@ -379,11 +379,11 @@ class _Aside:
                     yield cls(path, layout.model(*split("/".join(parts))), removal)
 
     def is_same(self, looked_at: tuple[int, int, int, int]) -> bool:
-        """Whether it is the file that was looked at: another one may have come under its name at the last moment."""
+        """Return whether it is the examined file: another one may have got its name at the last moment."""
         return stamp(self.path.lstat()) == looked_at
 
     def put_back(self) -> None:
-        """Give it its name again, unless another file has that by now: then a sealed copy goes, and any other file stays."""
+        """Give it its name again. If another file has the name by now, remove a sealed copy and keep any other file."""
         try:
             try:
                 os.link(self.path, self.home, follow_symlinks=False)
@@ -404,7 +404,7 @@ class _Aside:
         self.clear()
 
     def settle(self) -> None:
-        """Undo the half of a removal."""
+        """Undo half of a removal."""
         with contextlib.suppress(OSError):
             self.put_back()
 
@@ -414,7 +414,7 @@ class _Aside:
         return said == "-".join(map(str, stamp(info)[:3]))
 
     def clear(self) -> None:
-        """Remove the folders around it, where they are empty."""
+        """Remove the empty folders around it."""
         _clear(self.removal)
 
 
@@ -425,7 +425,7 @@ def _clear(folder: Path) -> None:
 
 
 def duration_text(seconds: float) -> str:
-    """Return how long that is, for people."""
+    """Return a duration for people."""
     for unit, length_s in (("day", 86_400), ("hour", 3_600), ("minute", 60)):
         if seconds >= 2 * length_s:
             return f"{seconds / length_s:.0f} {unit}s"
@@ -433,7 +433,7 @@ def duration_text(seconds: float) -> str:
 
 
 def asks(hub: Callable[[], Hub]) -> Ask:
-    """Return what asks a model's source whether this worker could fetch that very content again."""
+    """Return a function that asks a model's source whether this worker could download that very content again."""
 
     def ask(spec: ModelSpec, cancel: CancelToken) -> None:
         remote = hub().look_up(spec.source, cancel)

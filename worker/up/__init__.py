@@ -1,1 +1,1 @@
-"""From a workflow to an endpoint of RunPod in one command, and back: see `worker.up.up_command`."""
+"""The command `up`: create an endpoint on RunPod for a workflow, show it, and remove it. See `worker.up.up_command`."""

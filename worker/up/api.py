@@ -1,4 +1,4 @@
-"""RunPod's REST API v2: what exists in an account, made once and removed for certain. Touches the network."""
+"""RunPod's REST API v2: list, create once and remove an account's resources. Touches the network."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["network-volumes", "serverless", "pods"]
 Thing = dict[str, Any]
-"""A volume, an endpoint or a Pod as RunPod shows it."""
+"""A volume, an endpoint or a Pod as RunPod describes it."""
 
 BASE_URL: Final = "https://api.runpod.io"
 
@@ -49,13 +49,13 @@ _TOO_MANY: Final = 429
 _SERVER_ERROR: Final = 500
 _BAD_REQUEST: Final = 400
 _LOCAL: Final = frozenset({"127.0.0.1", "localhost", "::1"})
-# Flashboot was once switched on by this ending of an endpoint's name, and RunPod may still write it.
+# FlashBoot was once turned on by this suffix of an endpoint's name, and RunPod may still add it.
 _FLASHBOOT_ENDING: Final = " -fb"
 _KEY: Final = re.compile(r"[!-~]+")
 
 
 class Unsure(Exception):  # noqa: N818 - it never leaves this module
-    """Whether the request was carried out is not known. `error` is what a person is told when it stays so."""
+    """It is unknown whether the request was carried out. `error` is for the person if this stays so."""
 
     def __init__(self, error: UpError) -> None:
         super().__init__(str(error))
@@ -64,7 +64,7 @@ class Unsure(Exception):  # noqa: N818 - it never leaves this module
 
 @dataclass(slots=True)
 class Retries:
-    """How long to try again, and how to wait. A pause doubles from `first_s` to `longest_s`."""
+    """How long to retry, and the pauses. A pause doubles from `first_s` to `longest_s`."""
 
     patience_s: float = 90.0
     first_s: float = 1.0
@@ -74,10 +74,10 @@ class Retries:
 
 
 class RunPod:
-    """One account. Every method raises an `UpError` that says what is the matter.
+    """One account. Every method raises an `UpError` that says what is wrong.
 
-    GET, PATCH and DELETE are sent again after a failure of the server or the network. POST makes something that is billed, so
-    it is sent again only after a look at what is there (`ensure`).
+    GET, PATCH and DELETE are retried after a failure of the server or the network. POST creates something that is billed, so it
+    is retried only after a look at what exists (`ensure`).
     """
 
     def __init__(self, key: str, base_url: str | None = None, retries: Retries | None = None) -> None:
@@ -91,7 +91,7 @@ class RunPod:
             raise UpUsage(f"RUNPOD_API_BASE_URL must be an https:// address, not {base}: the key would be sent in the clear.")
         self._key = key
         self._retries = retries or Retries()
-        # A proxy of the environment is used, but not for the stand-in on this machine.
+        # Use a proxy of the environment, but not for the stand-in on this machine.
         self._client = httpx2.Client(
             base_url=f"{base}/v2/",
             headers={"Authorization": f"Bearer {key}", "Accept": "application/json"},
@@ -111,7 +111,7 @@ class RunPod:
         return [thing for thing in found if isinstance(thing, dict)] if isinstance(found, list) else []
 
     def get(self, kind: Kind, thing_id: str) -> Thing | None:
-        """Return one of a kind, None where there is none of this id."""
+        """Return one of a kind by its id, or None."""
         try:
             return self._again("GET", f"{kind}/{thing_id}")
         except _Missing:
@@ -123,7 +123,7 @@ class RunPod:
         return [thing for thing in self.all(kind) if thing.get("name") in names and thing.get("status") != "TERMINATED"]
 
     def workers(self, endpoint_id: str) -> Thing:
-        """Return an endpoint's workers and their summary; nothing where there is no such endpoint."""
+        """Return an endpoint's workers and their summary. Empty if there is no such endpoint."""
         try:
             return self._again("GET", f"serverless/{endpoint_id}/workers")
         except _Missing:
@@ -132,7 +132,7 @@ class RunPod:
     # --- what is changed
 
     def ensure(self, kind: Kind, body: Mapping[str, Any]) -> tuple[Thing, bool]:
-        """Return what has the body's name, and whether it was made now. Never makes two, whatever becomes of an answer."""
+        """Return what has the body's name, and whether it was created now. Never creates two, whatever happens to an answer."""
         name, retries = str(body["name"]), self._retries
         end_s, pause_s = retries.now() + retries.patience_s, retries.first_s
         while True:
@@ -143,24 +143,24 @@ class RunPod:
             except Unsure as exc:
                 if retries.now() >= end_s:
                     raise exc.error from None
-                retries.sleep(pause_s)  # also gives the list time to show what was made after all
+                retries.sleep(pause_s)  # this also gives the list time to show what was created after all
                 pause_s = min(pause_s * 2, retries.longest_s)
 
     def update(self, kind: Kind, thing_id: str, body: Mapping[str, Any]) -> Thing:
-        """Change what the body names, and return the whole."""
+        """Change the fields in the body, and return the whole."""
         return self._there(self._again, "PATCH", f"{kind}/{thing_id}", json=dict(body))
 
     def delete(self, kind: Kind, thing_id: str) -> None:
-        """Remove it. It is no error if it is not there."""
+        """Remove it. A missing one is no error."""
         with contextlib.suppress(_Missing):
             self._again("DELETE", f"{kind}/{thing_id}")
 
     # --- a Pod's log
 
     def log(self, pod_id: str, since: str | None) -> Iterator[tuple[str, str]]:
-        """Yield `(position, line)` of what a Pod prints, after the position `since`, until its connection ends or is silent.
+        """Yield `(position, line)` of a Pod's output after the position `since`, until the connection ends or is silent.
 
-        A Pod that is gone has no log, and no line is yielded.
+        A Pod that is gone has no log: then nothing is yielded.
         """
         headers = {"Accept": "text/event-stream"} | ({"Last-Event-ID": since} if since else {})
         query = {"source": "container"} | ({} if since else {"tail": "5000"})
@@ -175,14 +175,14 @@ class RunPod:
                         said = event.json()
                         if isinstance(said, dict):
                             yield event.id, str(said.get("line", ""))
-        except httpx2.HTTPError:  # silence ends it too: whoever reads looks after the Pod, and comes again
+        except httpx2.HTTPError:  # silence ends it too: the caller checks the Pod and calls again
             return
 
     # --- requests
 
     @staticmethod
     def _there(send: Callable[..., Thing], method: str, path: str, **options: Any) -> Thing:  # noqa: ANN401 - as below
-        """Send a request for which 404 is a refusal like any other."""
+        """Send a request whose 404 is an ordinary refusal."""
         try:
             return send(method, path, **options)
         except _Missing as exc:
@@ -202,9 +202,9 @@ class RunPod:
                 pause_s = min(pause_s * 2, retries.longest_s)
 
     def _once(self, method: str, path: str, **options: Any) -> Thing:  # noqa: ANN401 - what httpx2 takes
-        """Send a request once, and again only after 429 or where no connection came about: nobody carried these out.
+        """Send a request once. Retry only after 429 or without a connection, because it was then not carried out.
 
-        Raises `_Missing` for 404, and `Unsure` where it may have been carried out.
+        Raises `_Missing` for 404, and `Unsure` if it may have been carried out.
         """
         operation, retries = f"{method} {path}", self._retries
         began_s, pause_s = retries.now(), retries.first_s
@@ -253,7 +253,7 @@ class RunPod:
         return RunPodRefused(operation, answer.status_code, self._words(answer))
 
     def _words(self, answer: httpx2.Response) -> str:
-        """Return what a problem says, on one line and without the key."""
+        """Return an error's text on one line, without the key."""
         try:
             body = answer.json()
         except ValueError:
@@ -268,7 +268,7 @@ class RunPod:
 
 
 class _Missing(Exception):  # noqa: N818 - it never leaves this module
-    """There is nothing of this id. `error` is what a person is told where something should have been there."""
+    """Nothing has this id. `error` is for the person if something should have been there."""
 
     def __init__(self, error: UpError) -> None:
         super().__init__(str(error))

@@ -1,4 +1,4 @@
-"""What RunPod has and what it costs: GPU pools that a workflow fits into, data centres where one is free, prices. Pure."""
+"""RunPod's offer and its prices: GPU pools that fit a workflow, data centres with free GPUs. Pure."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
 PRICES_OF: Final = "August 2026"
-"""When RunPod's documentation said what is not in its API: the price of a volume."""
+"""The date of the prices that are not in RunPod's API: those of volumes."""
 
 VOLUME_GB_MONTH_USD: Final = 0.07
 VOLUME_GB_MONTH_BEYOND_USD: Final = 0.05
 SMALLEST_VOLUME_GB: Final = 10
 LARGEST_VOLUME_GB: Final = 4096
 
-# Room for what a GPU holds beside the weights. ComfyUI runs with less, and then moves weights between GPU and memory.
+# Memory of a GPU besides the weights. ComfyUI also runs with less, and then moves weights between GPU and memory.
 _SPARE_GB: Final = 2
-# Outputs that are too large to send, workflows, custom nodes; and a file system is never filled to its last byte.
+# Space for large outputs, workflows and custom nodes. A file system is never filled to its last byte.
 _VOLUME_SPARE_GB: Final = 5
 _VOLUME_SPARE_SHARE: Final = 0.1
 _TIER_GB: Final = 1000
@@ -31,7 +31,7 @@ _SLICE: Final = " MIG "
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """GPUs that RunPod gives out alike. `levels`: how many are free, by data centre. `slices`: types that are no whole GPU."""
+    """GPUs that RunPod treats alike. `levels`: how many are free, by data centre. `slices`: types that are no whole GPU."""
 
     name: str
     memory_gb: int
@@ -42,17 +42,17 @@ class Pool:
 
     @property
     def usd_second(self) -> float:
-        """What a worker costs a second."""
+        """Return the price of a worker for a second."""
         return self.usd_hour / 3600
 
     def level(self, datacenter: str) -> str:
-        """How many are free in a data centre: NONE, LOW, MEDIUM or HIGH."""
+        """Return how many are free in a data centre: NONE, LOW, MEDIUM or HIGH."""
         return self.levels.get(datacenter, "NONE")
 
 
 @dataclass(frozen=True, slots=True)
 class DataCenter:
-    """A place with network volumes. `cpus`: which CPU flavours it has, and how many are free."""
+    """A data centre with network volumes. `cpus`: its CPU flavours, and how many are free."""
 
     name: str
     title: str
@@ -62,7 +62,7 @@ class DataCenter:
 
 @dataclass(frozen=True, slots=True)
 class Cpu:
-    """A kind of CPU Pod; its price is for one vCPU an hour."""
+    """A kind of CPU Pod. Its price is for one vCPU an hour."""
 
     name: str
     vcpus: int
@@ -70,7 +70,7 @@ class Cpu:
 
 
 def pools_of(gpus: Iterable[Mapping[str, Any]]) -> dict[str, Pool]:
-    """Return the pools of `GET catalog/gpus?include=AVAILABILITY&product=SERVERLESS`, the cheapest first."""
+    """Return the pools in `GET catalog/gpus?include=AVAILABILITY&product=SERVERLESS`, the cheapest first."""
     by_pool: dict[str, list[Mapping[str, Any]]] = {}
     for gpu in gpus:
         if gpu.get("pool") and gpu.get("manufacturer") == "NVIDIA":
@@ -97,7 +97,7 @@ def _pool(name: str, types: Sequence[Mapping[str, Any]]) -> Pool:
 
 
 def datacenters_of(places: Iterable[Mapping[str, Any]]) -> dict[str, DataCenter]:
-    """Return the data centres with network volumes of `GET catalog/datacenters?include=CPU_AVAILABILITY`."""
+    """Return the data centres with network volumes in `GET catalog/datacenters?include=CPU_AVAILABILITY`."""
     return {
         str(place["id"]): DataCenter(
             str(place["id"]),
@@ -111,7 +111,7 @@ def datacenters_of(places: Iterable[Mapping[str, Any]]) -> dict[str, DataCenter]
 
 
 def cpus_of(cpus: Iterable[Mapping[str, Any]]) -> list[Cpu]:
-    """Return the CPU Pods of `GET catalog/cpus`, each as small as it is sold, the cheapest first."""
+    """Return the CPU Pods in `GET catalog/cpus`, each in its smallest size, the cheapest first."""
     found = [
         Cpu(
             str(cpu["id"]),
@@ -124,31 +124,31 @@ def cpus_of(cpus: Iterable[Mapping[str, Any]]) -> list[Cpu]:
 
 
 def wanted_gb(model_bytes: int) -> int:
-    """Return how much memory a GPU has that holds all of a workflow's files at once, in whole GB."""
+    """Return the GPU memory that holds all of a workflow's files at once, in whole GB."""
     return -(-model_bytes // _GB) + _SPARE_GB
 
 
 def fitting(pools: Mapping[str, Pool], gb: int) -> list[Pool]:
-    """Return the pools whose GPUs have this much memory, the cheapest first; where none has, those with the most."""
+    """Return the pools whose GPUs have this much memory, the cheapest first. If there are none, those with the most memory."""
     most = max((pool.memory_gb for pool in pools.values()), default=0)
     return [pool for pool in pools.values() if pool.memory_gb >= min(gb, most)]
 
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """A data centre, and the pools that an endpoint there can have: those with free GPUs, the cheapest first."""
+    """A data centre, and the pools for an endpoint there: those with free GPUs, the cheapest first."""
 
     datacenter: str
     pools: tuple[Pool, ...]
 
     @property
     def best(self) -> str:
-        """How many GPUs are free of the kind that has the most."""
+        """Return how many GPUs of the most available kind are free."""
         return max((pool.level(self.datacenter) for pool in self.pools), key=_rank, default="NONE")
 
 
 def offers(pools: Sequence[Pool], datacenters: Iterable[DataCenter], preferred: Iterable[str]) -> list[Offer]:
-    """Return where GPUs of these pools are free, the best first: cheap, then many, then a data centre of the `preferred`."""
+    """Return where GPUs of these pools are free, the best first: cheap, then many, then a `preferred` data centre."""
     liked = set(preferred)
     found = []
     for place in datacenters:
@@ -166,13 +166,13 @@ def offers(pools: Sequence[Pool], datacenters: Iterable[DataCenter], preferred: 
 
 
 def volume_gb(model_bytes: int) -> int:
-    """Return how large a volume is made for models of so many bytes."""
+    """Return the size of a volume for models of this size."""
     spare = max(_VOLUME_SPARE_GB, int(model_bytes * _VOLUME_SPARE_SHARE) // _GB)
     return min(LARGEST_VOLUME_GB, max(SMALLEST_VOLUME_GB, -(-model_bytes // _GB) + spare))
 
 
 def volume_usd_month(size_gb: int) -> float:
-    """Return what a standard volume costs a month."""
+    """Return the price of a standard volume for a month."""
     beyond = max(0, size_gb - _TIER_GB)
     return (size_gb - beyond) * VOLUME_GB_MONTH_USD + beyond * VOLUME_GB_MONTH_BEYOND_USD
 

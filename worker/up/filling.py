@@ -1,4 +1,7 @@
-"""The models onto the volume: from here through S3, or by a CPU Pod that has it. Through the seeder and RunPod's API."""
+"""Put the models onto the volume: from this machine through S3, or by a CPU Pod that mounts it.
+
+Uses the seeder and RunPod's API.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ if TYPE_CHECKING:
 POD_COMMAND: Final = "worker up fill"
 MODELS_VARIABLE: Final = "UP_MODELS"
 HANDED_ON: Final = ("HF_TOKEN", "HF_ENDPOINT", "CIVITAI_TOKEN")
-"""Variables that Pods and workers get from the environment of whoever runs `up`."""
+"""Variables of this environment that are passed to Pods and workers."""
 
 _MOUNT: Final = "/workspace"
 _DISK_GB: Final = 20
@@ -49,7 +52,7 @@ class Filler:
     environ: Mapping[str, str]
 
     def through_s3(self, volume_id: str, manifest: str) -> None:
-        """Send the models from here. Raises `FillFailed`; KeyboardInterrupt where it was stopped."""
+        """Send the models from this machine. Raises `FillFailed`, and KeyboardInterrupt if it was stopped."""
         with tempfile.TemporaryDirectory(prefix="worker-up-") as folder:
             wanted = Path(folder) / "models.json"
             wanted.write_text(manifest, "utf-8")
@@ -63,7 +66,7 @@ class Filler:
             raise FillFailed("what the seeder said above")
 
     def by_pod(self, volume_id: str, manifest: str) -> None:
-        """Have a CPU Pod fetch the models, and end it. Raises `NoCpuFree`, `FillFailed`, and what the API does."""
+        """Let a CPU Pod download the models, and remove it. Raises `NoCpuFree`, `FillFailed`, and errors of the API."""
         pod = self._pod(volume_id, manifest)
         self.state.put("models", pod=pod["id"])
         try:
@@ -76,10 +79,10 @@ class Filler:
             raise FillFailed(failed)
 
     def _pod(self, volume_id: str, manifest: str) -> Thing:
-        """Return the Pod that fills the volume: one that is there, or a new one of the cheapest kind that can be had."""
+        """Return the Pod that fills the volume: an existing one, or a new one of the cheapest available kind."""
         image, refused = cpu_image_of(self.plan.image), "none is free"
         for old in self.runpod.named("pods", self.options.resource):
-            if old.get("env", {}).get(MODELS_VARIABLE) != manifest:  # it fetches what an earlier workflow needed
+            if old.get("env", {}).get(MODELS_VARIABLE) != manifest:  # it downloads the models of an earlier workflow
                 self.runpod.delete("pods", str(old["id"]))
         for cpu in free_cpus(self.runpod, centre_of(self.runpod, self.plan.datacenter)):
             body = {
@@ -97,14 +100,14 @@ class Filler:
                 return self.runpod.ensure(
                     "pods", body | ({"registry": self.options.registry} if self.options.registry else {})
                 )[0]
-            except RunPodRefused as exc:  # RunPod says 400 both to what is wrong and to what is not free just now
+            except RunPodRefused as exc:  # RunPod answers 400 both to a wrong request and to what is not free just now
                 if "image" in exc.reason.lower():
                     raise ImageNotFound(image, exc.reason) from None
                 refused = exc.reason
         raise NoCpuFree(self.plan.datacenter, refused)
 
     def _follow(self, pod_id: str) -> str:
-        """Show what the Pod does until it has ended; returns why it failed, or nothing."""
+        """Show the Pod's progress until it ends. Return why it failed, or nothing."""
         failures: list[str] = []
         with self.screen.models() as screen:
             for event in self._events(pod_id):
@@ -114,7 +117,7 @@ class Filler:
         return "its Pod ended before it was done"
 
     def _events(self, pod_id: str) -> Iterator[dict[str, Any]]:
-        """Yield the seeder's events from the Pod's log, until the Pod is gone. Raises `FillFailed` where it says nothing."""
+        """Yield the seeder's events from the Pod's log, until the Pod is gone. Raises `FillFailed` if it is silent."""
         since: str | None = None
         heard_s = time.monotonic()
         while True:
@@ -132,7 +135,7 @@ class Filler:
             time.sleep(_LOOK_S)
 
     def _show(self, event: dict[str, Any], screen: Screen) -> list[str]:
-        """Show one event of the Pod's seeder; returns what failed."""
+        """Show one event of the Pod's seeder. Return what failed."""
         if self.screen.as_json:
             self.screen.raw(event)
         match event.get("event"):
@@ -162,12 +165,12 @@ class Filler:
 
 
 def handed_on(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables that Pods and workers get from here."""
+    """Return the variables that are passed to Pods and workers."""
     return {name: environ[name].strip() for name in HANDED_ON if environ.get(name, "").strip()}
 
 
 def _event(line: str) -> dict[str, Any] | None:
-    """Return the event that a line of the log is, None for any other line."""
+    """Return the event in a line of the log, or None."""
     if not line.startswith("{"):
         return None
     try:

@@ -1,4 +1,4 @@
-"""What a workflow needs on its volume: its models with their sources and sizes. Reads files and asks the sources."""
+"""The models that a workflow needs on its volume, with their sources and sizes. Reads files and asks the sources."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ class Needs:
 
     @property
     def fetched(self) -> tuple[Item, ...]:
-        """Those that go onto the volume."""
+        """Return the models that go onto the volume."""
         return tuple(item for item in self.items if item.state in FETCHED and item.spec)
 
     @property
     def size_bytes(self) -> int:
-        """How many bytes they have together, as far as that is known."""
+        """Return their total size, as far as it is known."""
         return sum(item.size_bytes or 0 for item in self.fetched)
 
     @property
     def unknown_sizes(self) -> int:
-        """How many have a size that nobody could tell."""
+        """Return how many have an unknown size."""
         return sum(item.size_bytes is None for item in self.fetched)
 
     def manifest(self) -> str:
@@ -58,13 +58,13 @@ class Needs:
         return json.dumps({"models": models})
 
     def check(self) -> None:
-        """Raise `ModelsNotReady` where something is in the way that no volume cures."""
+        """Raise `ModelsNotReady` if something blocks the workflow that no volume can solve."""
         if blocking := [f"{item.title} ({item.state})" for item in self.items if item.blocking]:
             raise ModelsNotReady(blocking)
 
 
 def digest_of(workflow: str, whats: Sequence[str]) -> str:
-    """Return what tells this workflow, with its lists of models, from others."""
+    """Return a digest of this workflow and its lists of models."""
     found = hashlib.sha256()
     for what in (workflow, *whats):
         path = Path(what)
@@ -74,7 +74,7 @@ def digest_of(workflow: str, whats: Sequence[str]) -> str:
 
 
 def read(workflow: str, whats: Sequence[str], settings: Settings, tell: Callable[[str], None]) -> Needs:
-    """Return what the workflow needs, asked of its sources. Raises what `Wants.read` does."""
+    """Return what the workflow needs, with its sources' answers. Raises what `Wants.read` raises."""
     hub = make_hub(settings)
     sources = Sources.read(manifest=settings.models_manifest, models=settings.models)
     wants = Wants(sources, hub, settings.request_hosts, None, threading.Event(), tell=tell)

@@ -1,4 +1,4 @@
-"""The command line of `up`: what it takes, and what makes no sense together. Pure."""
+"""Parse the command line of `up`, and refuse contradictory options. Pure."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ exit status: 0 done; 1 something failed, and the last line says what to do; 2 th
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """A command line that makes sense. `whats` are lists of models beside the workflow, as `seed` takes them."""
+    """A valid command line. `whats` are lists of models besides the workflow, as in `seed`."""
 
     action: Action
     name: str
@@ -75,12 +75,12 @@ class Options:
 
     @property
     def resource(self) -> str:
-        """The name that everything of this deployment has at RunPod."""
+        """Return the name of all of this deployment's resources at RunPod."""
         return f"worker-up-{self.name}"
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line's form."""
+    """Return the command line's parser."""
     found = argparse.ArgumentParser(
         prog="python -m worker up",
         description="From a workflow to an endpoint on RunPod and its first picture; `up status` and `up down` after it.",
@@ -180,6 +180,6 @@ def _name(given: str | None, workflow: str | None) -> str:
 
 
 def _cuda_of(image: str | None) -> str:
-    """The CUDA version that an image's tag ends with, as the release workflow writes it."""
+    """Return the CUDA version at the end of an image's tag, as the release workflow writes it."""
     found = _CUDA_OF_TAG.search((image or "").partition("@")[0])
     return f"{found[1]}.{found[2]}" if found else _DEFAULT_CUDA

@@ -1,4 +1,4 @@
-"""What `up` is going to make: the choice among what RunPod has, for what a workflow needs. Asks RunPod, changes nothing."""
+"""Choose what `up` will create, from RunPod's offer and a workflow's needs. Asks RunPod, changes nothing."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ _GIT_TIMEOUT_S: Final = 10.0
 
 @dataclass(frozen=True, slots=True)
 class UpPlan:
-    """What is to be made. `volume_id` is of one that is there; `own_volume`: `up` made it, or will.
+    """What will be created. `volume_id` is that of an existing volume; `own_volume`: `up` created it, or will.
 
-    `needs` is None where the models are on the volume already, and nobody asked for them again.
+    `needs` is None if the models are on the volume already and were not requested again.
     """
 
     name: str
@@ -55,12 +55,12 @@ class UpPlan:
 
     @property
     def gpu_cost(self) -> str:
-        """What a worker costs a second, in words."""
+        """Return a worker's price for a second, in words."""
         low, high = min(self.usd_second, default=0.0), max(self.usd_second, default=0.0)
         return f"${low:.5f} a second" if low == high else f"${low:.5f} to ${high:.5f} a second"
 
     def agreed(self) -> dict[str, Any]:
-        """Return what a person agrees to, as the state keeps it."""
+        """Return what the person agrees to, as the state stores it."""
         return {
             "image": self.image,
             "cuda": self.cuda,
@@ -76,7 +76,7 @@ class UpPlan:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """For `--json`."""
+        """Return the plan for `--json`."""
         needs = self.needs
         return {
             "name": self.name,
@@ -107,9 +107,9 @@ class UpPlan:
 
 
 def plan_of(options: Options, needs: Needs | None, runpod: RunPod, state: State, environ: Mapping[str, str]) -> UpPlan:
-    """Return what to make, or, for a deployment that was agreed upon before, what that was.
+    """Return what to create. For a deployment that was agreed to before, return the agreed plan.
 
-    Raises `NoGpuFree`, `VolumeUnknown`, `UpUsage`, and what RunPod's API has the matter.
+    Raises `NoGpuFree`, `VolumeUnknown`, `UpUsage`, and errors of RunPod's API.
     """
     volume = _volume(options, runpod, state)
     own = options.volume is None and not state.get("volume").get("given")
@@ -170,13 +170,13 @@ def _as_agreed(options: Options, needs: Needs | None, agreed: Mapping[str, Any],
         max_workers=int(agreed["max_workers"]),
         new=False,
     )
-    # What was given on this command line counts, whatever was agreed before.
+    # Options of this command line take precedence over the agreed ones.
     plan = replace(plan, image=options.image or plan.image, cuda=options.cuda if options.image else plan.cuda)
     return replace(plan, size_gb=max(plan.size_gb, options.size_gb or 0))
 
 
 def _volume(options: Options, runpod: RunPod, state: State) -> Thing | None:
-    """Return the volume that there is already: given, made by an earlier run, or of the deployment's name."""
+    """Return the existing volume: given, created by an earlier run, or with the deployment's name."""
     known = state.get("volume")
     if wanted := options.volume or (known.get("id") if known.get("given") else None):
         found = runpod.get("network-volumes", str(wanted))
@@ -209,12 +209,12 @@ def _places(options: Options, centres: Mapping[str, DataCenter], name: str | Non
 
 
 def free_cpus(runpod: RunPod, centre: DataCenter) -> list[Cpu]:
-    """Return the CPU Pods that a data centre has free now, the cheapest first."""
+    """Return the CPU Pods that are free in a data centre now, the cheapest first."""
     return [cpu for cpu in catalog.cpus_of(runpod.all("catalog/cpus")) if centre.cpus.get(cpu.name, "NONE") != "NONE"]
 
 
 def centre_of(runpod: RunPod, name: str) -> DataCenter:
-    """Return a data centre as it is now."""
+    """Return the current state of a data centre."""
     centres = catalog.datacenters_of(runpod.all("catalog/datacenters", include="CPU_AVAILABILITY"))
     return centres.get(name) or DataCenter(name, name, (), {})
 
@@ -224,7 +224,7 @@ def _has_s3_keys(environ: Mapping[str, str]) -> bool:
 
 
 def image_of(options: Options) -> str:
-    """Return the image that workers run: the given one, or that of whoever this checkout was cloned from. Raises `UpUsage`."""
+    """Return the workers' image: the given one, or that of the owner of this clone. Raises `UpUsage`."""
     if options.image:
         return options.image
     if "OWNER" not in IMAGE:
@@ -239,7 +239,7 @@ def image_of(options: Options) -> str:
 
 
 def cpu_image_of(image: str) -> str:
-    """Return the image that fills a volume: of the release workflow's, the small one without CUDA; otherwise the same."""
+    """Return the image that fills a volume: the small one without CUDA for images of the release workflow, else the same."""
     repository, _, tag = image.rpartition(":")
     if "@" in image or not repository.startswith("ghcr.io/") or not repository.endswith("/comfyui-volume-worker"):
         return image
@@ -247,7 +247,7 @@ def cpu_image_of(image: str) -> str:
 
 
 def _owner() -> str | None:
-    """Who owns the repository on GitHub that this checkout came from."""
+    """Return the owner of the repository on GitHub that this checkout was cloned from."""
     try:
         found = subprocess.run(  # noqa: S603 - our own words
             ["git", "-C", str(_CHECKOUT), "remote", "get-url", "origin"],  # noqa: S607 - whichever git there is

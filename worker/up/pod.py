@@ -1,4 +1,7 @@
-"""What runs in the Pod that fills a volume: the seeder, then the Pod's own end. Prints events; touches disk and network."""
+"""The program in the Pod that fills a volume: it runs the seeder, then removes the Pod.
+
+Prints events; touches disk and network.
+"""
 
 from __future__ import annotations
 
@@ -18,15 +21,15 @@ if TYPE_CHECKING:
 
 LINGER_VARIABLE: Final = "UP_LINGER_S"
 
-# Whoever ran `up` reads the log and removes the Pod. Where nobody does, because `up` was killed, the Pod ends itself.
+# `up` reads the log and removes the Pod. If `up` was killed, the Pod removes itself.
 _LINGER_S: Final = 600.0
 _AGAIN_S: Final = 300.0
 
 
 def fill(environ: Mapping[str, str], stream: IO[str], sleep: Callable[[float], object] = time.sleep) -> int:
-    """Fetch the models that the environment names, say how that went, and remove this Pod. Does not return in a Pod.
+    """Download the models that the environment names, report the result, and remove this Pod. Does not return in a Pod.
 
-    A container that ends is started again by RunPod, and its Pod costs money until somebody removes it.
+    RunPod restarts a container that ends, and its Pod costs money until it is removed.
     """
     manifest = environ.get(MODELS_VARIABLE, "")
     if not manifest:

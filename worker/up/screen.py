@@ -1,4 +1,4 @@
-"""What a person or a program sees of `up`: the plan with its costs, each step as it ends. Prints."""
+"""Show `up` to a person or a program: the plan with its costs, each finished step. Prints."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _FILLS: Final = {
 
 
 class UpScreen:
-    """Where `up` tells what it does: on a terminal, in a log, or to a program."""
+    """The output of `up`: for a terminal, a log, or a program."""
 
     def __init__(self, stream: IO[str], *, as_json: bool) -> None:
         self.stream = stream
@@ -43,45 +43,45 @@ class UpScreen:
 
     @property
     def width(self) -> int:
-        """How wide a line may be."""
+        """Return the width of a line."""
         return shutil.get_terminal_size((100, 24)).columns if self._console.is_terminal else _WIDE
 
     def models(self) -> Screen:
-        """Where the models' progress goes, as the seeder has it."""
+        """Return the output for the models' progress, which is the seeder's."""
         if self.as_json:
             return self._lines
         return Bars(Console(file=self.stream, highlight=False)) if self._console.is_terminal else Lines(self.stream)
 
     def say(self, text: str) -> None:
-        """A sentence."""
+        """Print a sentence."""
         if self.as_json:
             self._lines.say(text)
         else:
             self._console.print(Text(text))
 
     def note(self, text: str) -> None:
-        """A sentence beside the result: a warning, or what is waited for."""
+        """Print a sentence besides the result: a warning, or what is awaited."""
         if self.as_json:
             self._lines.say(text)
         else:
             print(text, file=sys.stderr)  # noqa: T201 - the command's output
 
     def step(self, name: str, text: str, **values: Any) -> None:  # noqa: ANN401 - JSON
-        """A step has ended well."""
+        """Report a finished step."""
         if self.as_json:
             self._lines.tell("step", step=name, text=text, **values)
         else:
             self._console.print(Text.assemble(("✓ ", "green"), (f"{name:<{_LABEL}}", "bold"), text))
 
     def result(self, event: str, text: str, **values: Any) -> None:  # noqa: ANN401 - JSON
-        """What it all led to."""
+        """Report the result."""
         if self.as_json:
             self._lines.tell(event, **values)
         else:
             self._console.print(Text(text))
 
     def plan(self, plan: UpPlan) -> None:
-        """What will be made, and what it costs."""
+        """Show what will be created, and its cost."""
         if self.as_json:
             self._lines.tell("plan", **plan.to_dict())
         else:
@@ -89,18 +89,18 @@ class UpScreen:
                 self._console.print(Text(line))
 
     def raw(self, event: dict[str, Any]) -> None:
-        """An event of a seeder elsewhere, for a program."""
+        """Pass on an event of a seeder elsewhere, for a program."""
         print(json.dumps(event), file=self.stream, flush=True)
 
 
 def ask(question: str) -> bool:
-    """Ask a person; anything but yes is no."""
+    """Ask a person. Anything but yes means no."""
     print(f"{question} [y/N] ", end="", flush=True)  # noqa: T201 - a question
     return sys.stdin.readline().strip().lower() in {"y", "yes"}
 
 
 def plan_lines(plan: UpPlan, width: int) -> Iterator[str]:
-    """The plan as a terminal shows it."""
+    """Yield the plan's lines for a terminal."""
     needs = plan.needs
     if needs is not None:
         total = size_text(needs.size_bytes) if needs.fetched else "nothing to fetch"

@@ -1,7 +1,7 @@
-"""What `up` has begun and what it has made, in a file that is whole at any moment. Touches the disk.
+"""Record what `up` has begun and what it has created, in a file that is complete at any moment. Touches the disk.
 
-A step is written down before it begins and after it has ended. A resource that was made and not written down is found by its
-name, which follows from the deployment's own.
+A step is recorded before it begins and after it has ended. A resource that was created and not recorded is found by its name,
+which follows from the deployment's own.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ VERSION: Final = 1
 
 @contextlib.contextmanager
 def alone(path: Path) -> Iterator[None]:
-    """Let no other process of this machine work on the deployment. Raises `UpUsage` where one does; a kill ends its lock."""
+    """Prevent other processes of this machine from working on the deployment.
+
+    Raises `UpUsage` if one does; a kill ends its lock.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path.with_suffix(".lock"), timeout=0)
@@ -40,7 +43,7 @@ def alone(path: Path) -> Iterator[None]:
 
 
 def state_path(name: str, environ: Mapping[str, str]) -> Path:
-    """Return where a deployment's state is kept."""
+    """Return the path of a deployment's state."""
     home = environ.get("XDG_STATE_HOME", "").strip()
     return (Path(home) if home else Path.home() / ".local" / "state") / "comfyui-volume-worker" / f"{name}.json"
 
@@ -55,7 +58,7 @@ class State:
 
     @classmethod
     def load(cls, path: Path) -> State:
-        """Read the file; nothing has been made where there is none. Raises `StateInvalid`."""
+        """Read the file. A missing file means that nothing was created. Raises `StateInvalid`."""
         try:
             values = json.loads(path.read_text("utf-8"))
         except FileNotFoundError:
@@ -70,26 +73,26 @@ class State:
 
     @property
     def exists(self) -> bool:
-        """Whether anything was written down."""
+        """Return whether anything was recorded."""
         return len(self._values) > 1
 
     def get(self, key: str) -> dict[str, Any]:
-        """Return what is known of a step or a wish; empty where nothing is."""
+        """Return what is known of a step or a wish, or an empty object."""
         found = self._values.get(key)
         return dict(found) if isinstance(found, dict) else {}
 
     def put(self, key: str, **values: Any) -> None:  # noqa: ANN401 - JSON
-        """Write something down beside what is known already."""
+        """Record something besides what is known already."""
         self._values[key] = {**self.get(key), **values}
         self._save()
 
     def drop(self, *keys: str) -> None:
-        """Forget something."""
+        """Remove an entry."""
         if any(self._values.pop(key, None) is not None for key in keys):
             self._save()
 
     def remove(self) -> None:
-        """Forget everything; the file goes too."""
+        """Remove all entries and the file."""
         self._values = {"version": VERSION}
         self.path.unlink(missing_ok=True)
         self._new.unlink(missing_ok=True)

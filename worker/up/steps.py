@@ -1,7 +1,7 @@
-"""The steps of `up`: volume, endpoint, models, picture. Each may be killed anywhere and done again. Through RunPod's API.
+"""The steps of `up`: volume, endpoint, models, picture. Each may be killed at any point and repeated. Uses RunPod's API.
 
-The endpoint comes before the models: it costs nothing while no job comes, and what is wrong with the image, the quota or the
-balance shows before gigabytes are on their way.
+The endpoint comes before the models: it costs nothing without jobs, and problems with the image, the quota or the balance show
+before gigabytes are sent.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _PICTURE_TIMEOUT_S: Final = 3600.0
 
 @dataclass(slots=True)
 class Steps:
-    """What is done for one plan."""
+    """The steps of one plan."""
 
     runpod: RunPod
     options: Options
@@ -48,14 +48,14 @@ class Steps:
     environ: Mapping[str, str]
 
     def run(self) -> int:
-        """Do what is not done yet; returns the exit status. Raises errors of `up`, the seeder and the client."""
+        """Do what is not done yet. Return the exit status. Raises errors of `up`, the seeder and the client."""
         volume = self.volume()
         endpoint = self.endpoint(str(volume["id"]))
         self.models(str(volume["id"]))
         return self.picture(endpoint)
 
     def volume(self) -> Thing:
-        """Return the volume, made or enlarged where that is needed."""
+        """Return the volume. Create or enlarge it if needed."""
         plan, name = self.plan, self.options.resource
         found = self.runpod.get("network-volumes", plan.volume_id) if plan.volume_id else None
         made = False
@@ -65,7 +65,7 @@ class Steps:
             body = {"name": name, "size": plan.size_gb, "dataCenter": plan.datacenter, **tier}
             found, made = self.runpod.ensure("network-volumes", body)
         if str(found["id"]) != self.state.get("volume").get("id"):
-            self.state.drop("models", "picture")  # another volume than the models went to
+            self.state.drop("models", "picture")  # another volume than the one with the models
         self.state.put("volume", name=name, id=found["id"], given=not plan.own_volume)
         said = "made" if made else "there"
         if int(found["size"]) < plan.size_gb:
@@ -75,7 +75,7 @@ class Steps:
         return found
 
     def endpoint(self, volume_id: str) -> Thing:
-        """Return the endpoint, made or put right where that is needed. Raises `ImageNotFound`, `WorkerQuota`."""
+        """Return the endpoint. Create or correct it if needed. Raises `ImageNotFound`, `WorkerQuota`."""
         body = self._endpoint_body(volume_id)
         known = self.state.get("endpoint").get("id")
         found = self.runpod.get("serverless", str(known)) if known else None
@@ -118,7 +118,7 @@ class Steps:
         return body | ({"registry": self.options.registry} if self.options.registry else {})
 
     def _named(self, exc: RunPodRefused) -> Exception:
-        """Return a refusal under the name of what is the matter, where its words tell that."""
+        """Return a more precise error for a refusal, if its text allows."""
         words = exc.reason.lower()
         if "quota" in words:
             return WorkerQuota(self.plan.max_workers, exc.reason)
@@ -127,7 +127,7 @@ class Steps:
         return exc
 
     def models(self, volume_id: str) -> None:
-        """Bring the models onto the volume. Raises `NoCpuFree`, `FillFailed`, and what the seeder does."""
+        """Put the models onto the volume. Raises `NoCpuFree`, `FillFailed`, and errors of the seeder."""
         needs = self.plan.needs
         if needs is None or self.state.get("models").get("done"):
             self.screen.step("models", "there")
@@ -143,7 +143,7 @@ class Steps:
         self.screen.step("models", f"{count(len(needs.fetched), 'model')}, {size_text(needs.size_bytes)}{how}")
 
     def picture(self, endpoint: Thing) -> int:
-        """Send the workflow, save what comes back, and say how to send the next one; returns the exit status."""
+        """Send the workflow, save the result, and say how to send the next one. Return the exit status."""
         job = build(Wishes(self.options.workflow, values=self.options.values, images=self.options.images))
         request = self.options.output / f"{self.options.name}.request.json"
         self.options.output.mkdir(parents=True, exist_ok=True)
@@ -173,14 +173,14 @@ class Steps:
         where = {"RUNPOD_API_KEY": self.environ.get("RUNPOD_API_KEY", ""), "RUNPOD_ENDPOINT_BASE_URL": base}
         service = _Noted(Endpoint.of(endpoint_id, where, known.get("job")), self.state)
         if known.get("begun") and not known.get("job"):
-            # Killed between sending a job and noting its id: no other job is in this queue yet.
+            # Killed between sending a job and recording its id: no other job is in this queue yet.
             service.endpoint.wire.post("/purge-queue", None, 30.0)
         self.state.put("picture", begun=True)
         try:
             answer = watched(service, job, _PICTURE_TIMEOUT_S)
         except ServiceError:
             if known.get("job"):
-                self.state.drop("picture")  # its result is kept for half an hour only: the next run makes another
+                self.state.drop("picture")  # its result is kept for only half an hour: the next run makes another
             raise
         if answer is None:
             self.state.drop("picture")
@@ -196,13 +196,13 @@ class Steps:
 
 @dataclass(slots=True)
 class _Noted:
-    """A service whose job's id is written down as soon as it is known."""
+    """A service that records its job's id as soon as it is known."""
 
     endpoint: Endpoint
     state: State
 
     def run(self, job: Mapping[str, Any], watch: Any, timeout_s: float | None) -> dict[str, Any]:  # noqa: ANN401 - the client's own
-        """As `Service.run`."""
+        """Like `Service.run`."""
 
         def noting(news: Any) -> None:  # noqa: ANN401 - the client's own
             if news.job_id and self.state.get("picture").get("job") != news.job_id:
@@ -212,16 +212,16 @@ class _Noted:
         return self.endpoint.run(job, noting, timeout_s)
 
     def abandon(self) -> str:
-        """As `Service.abandon`."""
+        """Like `Service.abandon`."""
         return self.endpoint.abandon()
 
     def aftermath(self, error: Exception) -> str | None:
-        """As `Service.aftermath`."""
+        """Like `Service.aftermath`."""
         return self.endpoint.aftermath(error)
 
 
 def _differences(found: Thing, body: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what an endpoint that is there lacks of what it should be.
+    """Return the fields in which an existing endpoint differs from the wanted one.
 
     RunPod itself lowers the workers of an endpoint without requests, to 2 after three days and to 0 after seven.
     """

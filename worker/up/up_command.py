@@ -1,4 +1,4 @@
-"""The command: argv and an environment in, an exit status out. Handles signals, asks once, prints what is the matter."""
+"""The command `up`: arguments and an environment in, an exit status out. Handles signals, asks once, prints errors."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _GO_ON: Final = "Stopped. Run the same command again to go on, or `up down` to r
 
 
 def run(argv: Sequence[str], environ: Mapping[str, str], out: IO[str] | None = None) -> int:
-    """Do what the command line says; returns the exit status, see `--help`."""
+    """Run the command. Return the exit status, see `--help`."""
     stream, as_json = out or sys.stdout, "--json" in argv
     try:
         options = parse(argv)
@@ -82,8 +82,8 @@ def _act(options: Options, environ: Mapping[str, str], screen: UpScreen) -> int:
 
 
 def _up(options: Options, runpod: RunPod, state: State, screen: UpScreen, environ: Mapping[str, str]) -> int:
-    """Plan, ask once, and do the steps."""
-    runpod.all("network-volumes")  # a wrong key shows here, before anybody waits for the sources of models
+    """Plan, ask once, and run the steps."""
+    runpod.all("network-volumes")  # a wrong key is noticed here, before anybody waits for the models' sources
     digest = needed.digest_of(options.workflow, options.whats)
     settings = Settings.from_env(environ)
     known = state.get("models")
@@ -124,7 +124,7 @@ def _found(options: Options, runpod: RunPod, state: State) -> dict[Kind, list[Th
 
 
 def _status(options: Options, runpod: RunPod, state: State, screen: UpScreen) -> int:
-    """Say what there is, and what it costs."""
+    """Show what exists, and its cost."""
     found = _found(options, runpod, state)
     workers = {str(thing["id"]): runpod.workers(str(thing["id"])).get("summary", {}) for thing in found["serverless"]}
     if screen.as_json:
@@ -148,7 +148,7 @@ def _status(options: Options, runpod: RunPod, state: State, screen: UpScreen) ->
 
 
 def _down(options: Options, runpod: RunPod, state: State, screen: UpScreen) -> int:
-    """Remove what there is, in the order in which it costs money; the volume only where that is wanted."""
+    """Remove what exists, the most expensive first. Remove the volume only on request."""
     found = _found(options, runpod, state)
     if state.get("volume").get("given"):
         kept, found["network-volumes"] = found["network-volumes"], []
