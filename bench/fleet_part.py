@@ -22,7 +22,7 @@ from worker.settings import Settings
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from worker.warmup.warmup import Warmth
+    from worker.warmup.warmup import Warmup
 
 ENDPOINT = "bench"
 _NO_HUB = "http://127.0.0.1:9"
@@ -63,25 +63,25 @@ def import_all() -> float:
 def run(settings: Settings) -> None:
     """As `run_worker` does around the spawn, and as `Worker.start` does in its thread for the models."""
     from worker.boot import Timeline, Worker  # noqa: PLC0415 - imported by import_all
-    from worker.warmup.warmup import Warmth  # noqa: PLC0415 - as above
+    from worker.warmup.warmup import Warmup  # noqa: PLC0415 - as above
 
     prepare_base_dir(settings)
     command = EngineCommand(_STAND_IN, settings.base_dir, os.environ)
     if (settings.volume_path / "custom_nodes").is_dir():
         command = with_custom_nodes(settings, command)
     process = EngineProcess.spawn(command)
-    warmth = Warmth(settings)
-    warmth.begin()
-    worker, timeline = Worker(settings, command, process, warmth), Timeline(time.monotonic())
+    warmup = Warmup(settings)
+    warmup.begin()
+    worker, timeline = Worker(settings, command, process, warmup), Timeline(time.monotonic())
     worker._supply_models(timeline)  # noqa: SLF001 - the part of `Worker.start` that is measured
     _say(links=timeline.summary())
-    _say(read_bytes=_settled(warmth))
+    _say(read_bytes=_settled(warmup))
 
 
-def _settled(warmth: Warmth) -> int:
+def _settled(warmup: Warmup) -> int:
     """How much is in memory of what jobs used, once it is read and every model of the manifest has been looked at."""
     deadline = time.monotonic() + _SETTLE_S
-    while (warmed := warmth.warmed()) is None or warmed.running or _looking():
+    while (warmed := warmup.warmed()) is None or warmed.running or _looking():
         if time.monotonic() > deadline:
             raise TimeoutError(f"not over after {_SETTLE_S:g} s: {warmed}, {threading.enumerate()}")
         time.sleep(_POLL_S)

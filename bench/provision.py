@@ -30,7 +30,7 @@ from devkit.local_worker import PROJECT
 from devkit.moosefs import MooseFS, available
 from worker.base.progress import Progress
 from worker.links.model_links import ModelLinks
-from worker.models.job_models import Supply
+from worker.models.job_models import JobModels
 from worker.models.sources import Sources
 from worker.store.layout import Layout
 from worker.store.locks import Locks
@@ -303,10 +303,10 @@ def _ready(where: str, folder: Path, options: Options) -> Figure:
         base = folder / f"base-{number}"
         links = ModelLinks(base / "models", [layout.models])
         places = [layout, Layout(base / "container-volume")]
-        supply = Supply(links, places, base / "nearer", lambda: Sources.read(volume_manifest=layout.manifest), _no_store)
+        job_models = JobModels(links, places, base / "nearer", lambda: Sources.read(volume_manifest=layout.manifest), _no_store)
         began = time.perf_counter()
-        wanted = supply.manifest()
-        supply.fetch_behind(wanted)
+        wanted = job_models.manifest()
+        job_models.fetch_behind(wanted)
         samples.append((time.perf_counter() - began) * 1000)
         if len(wanted) != READY_COUNT:
             raise RuntimeError(f"{len(wanted)} of {READY_COUNT} are named")

@@ -65,7 +65,7 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True)
-class Desk:
+class Scene:
     """What the runs work with."""
 
     root: Path
@@ -132,8 +132,8 @@ def main() -> int:
             S3Server(folder=root) as server,
             RunPodProxy(server.endpoint_url, keys=[server.access_key_id]) as proxy,
         ):
-            desk = Desk(root, hub, server, proxy, size_bytes)
-            return report([*_killed(desk), *_speed(desk, options)], options)
+            scene = Scene(root, hub, server, proxy, size_bytes)
+            return report([*_killed(scene), *_speed(scene, options)], options)
 
 
 def _make_models(folder: Path, size_bytes: int) -> None:
@@ -166,27 +166,27 @@ def _peak_mb(pid: int) -> float:
     return int(peak) * 1024 / 1e6
 
 
-def _killed(desk: Desk) -> list[Figure]:
+def _killed(scene: Scene) -> list[Figure]:
     """Killed in the middle of the first and of the second model, each time gone on with, under every quirk."""
-    desk.empty()
-    proxy = desk.proxy
+    scene.empty()
+    proxy = scene.proxy
     proxy.fault("CompleteMultipartUpload", "524 done")
     proxy.fault("CompleteMultipartUpload", "NoSuchUpload done", after=1)
     proxy.fault("UploadPart", "502", times=2, after=5)
     proxy.fault("PutObject", "502")
     proxy.fault("HeadObject", "slow", times=4, seconds=1.0)
-    parts = -(-desk.size_bytes // Load().part_bytes)
+    parts = -(-scene.size_bytes // Load().part_bytes)
     runs = []
     for kill_at in (parts // 2, parts + parts // 2):
-        process, began = desk.ours(), time.perf_counter()
+        process, began = scene.ours(), time.perf_counter()
         proxy.wait_for("UploadPart", kill_at)
         memory_mb = _peak_mb(process.pid)
         process.send_signal(signal.SIGKILL)
         runs.append(replace(_wait(process, began), memory_mb=memory_mb))
-    runs.append(_wait(desk.ours(), time.perf_counter()))
+    runs.append(_wait(scene.ours(), time.perf_counter()))
     if [run.code for run in runs] != [-signal.SIGKILL, -signal.SIGKILL, 0]:
         raise RuntimeError(f"the runs ended with {[run.code for run in runs]}")
-    desk.check()
+    scene.check()
     sent = [(call.key, call.part) for call in proxy.calls if call.operation == "UploadPart" and call.fault is None]
     again = len(sent) - len(set(sent))
     return [
@@ -196,19 +196,19 @@ def _killed(desk: Desk) -> list[Figure]:
     ]
 
 
-def _speed(desk: Desk, options: Options) -> list[Figure]:
+def _speed(scene: Scene, options: Options) -> list[Figure]:
     ours: list[Run] = []
     theirs: list[Run] = []
     for number in range(options.samples):
-        desk.empty()
-        with tempfile.TemporaryDirectory(dir=desk.root, prefix=f"local-{number}-") as folder:
-            theirs.append(_wait(desk.theirs(Path(folder)), time.perf_counter()))
-        desk.empty()
-        ours.append(_wait(desk.ours(), time.perf_counter()))
-        desk.check()
+        scene.empty()
+        with tempfile.TemporaryDirectory(dir=scene.root, prefix=f"local-{number}-") as folder:
+            theirs.append(_wait(scene.theirs(Path(folder)), time.perf_counter()))
+        scene.empty()
+        ours.append(_wait(scene.ours(), time.perf_counter()))
+        scene.check()
     if any(run.code for run in (*ours, *theirs)):
         raise RuntimeError("a run failed")
-    total_mb = COUNT * desk.size_bytes / 1e6
+    total_mb = COUNT * scene.size_bytes / 1e6
     return [
         Figure.of("ours_mb_per_s", [total_mb / run.seconds for run in ours], "MB/s"),
         Figure.of("download_then_upload_fileobj_mb_per_s", [total_mb / run.seconds for run in theirs], "MB/s"),

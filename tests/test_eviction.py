@@ -19,6 +19,7 @@ from unittest import mock
 import pytest
 
 from devkit.hub import Hub as StandIn
+from worker.base.files import write_atomically
 from worker.errors import VolumeFailed, VolumeFull
 from worker.fetch.http import Network
 from worker.fetch.hub import Hub, credentials
@@ -26,7 +27,6 @@ from worker.fetch.ranges import Tuning
 from worker.models.sources import Sources
 from worker.pins import read_pins
 from worker.spec import HubFile, ModelSpec
-from worker.store.disk import write_atomically
 from worker.store.download import Hooks
 from worker.store.eviction import Content, Limits, Name, Pins, chosen, survey
 from worker.store.layout import Layout

@@ -27,7 +27,7 @@ from devkit.local_worker import engine_environ, free_port
 from worker.boot import Worker
 from worker.engine.process import EngineCommand, EngineProcess
 from worker.settings import Settings
-from worker.warmup.warmup import Warmth
+from worker.warmup.warmup import Warmup
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -96,7 +96,7 @@ def fuzzed(engine: Kit, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fu
     }
     configured = Settings.from_env(environ)
     command = EngineCommand.of(configured, dict(os.environ))
-    worker = Worker(configured, command, EngineProcess.spawn(command), Warmth(configured))
+    worker = Worker(configured, command, EngineProcess.spawn(command), Warmup(configured))
     worker.start(lambda: None, time.monotonic())
     yield Fuzzed(worker)
     worker.stop()

@@ -17,7 +17,7 @@ from worker.errors import EnsureCancelled
 from worker.fetch.ranges import Tuning
 from worker.store.hashing import HashedPartial
 from worker.store.partial import DiskFailed, Partial, Taken
-from worker.store.reorder import Ahead
+from worker.store.reorder import ReorderBuffer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -40,8 +40,8 @@ def put(sink: HashedPartial | Partial, start: int, end: int, content: bytes = CO
     buffer[:] = bytes(len(buffer))
 
 
-def hashed(partial: Partial, ahead_blocks: int = 100) -> HashedPartial:
-    return HashedPartial(partial, Tuning(ahead_bytes=ahead_blocks * BLOCK, buffer_bytes=BLOCK))
+def hashed(partial: Partial, reorder_blocks: int = 100) -> HashedPartial:
+    return HashedPartial(partial, Tuning(reorder_bytes=reorder_blocks * BLOCK, buffer_bytes=BLOCK))
 
 
 def finish(sink: HashedPartial, partial: Partial) -> str:
@@ -71,30 +71,30 @@ def reads() -> Iterator[list[int]]:
 
 @given(st.permutations(range(12)), st.integers(0, 12), st.integers(0, 12))
 def test_what_is_kept_is_right_within_the_limit_and_nearest_to_its_turn(order: list[int], limit: int, turn: int) -> None:
-    ahead = Ahead(limit * 10, 10)
-    ahead.take(turn * 10)
+    reorder = ReorderBuffer(limit * 10, 10)
+    reorder.take(turn * 10)
     for number in order:
-        ahead.put(number * 10, memoryview(bytes([number] * 10)))
-    kept = [number for number in range(12) if ahead.has(number * 10)]
+        reorder.put(number * 10, memoryview(bytes([number] * 10)))
+    kept = [number for number in range(12) if reorder.has(number * 10)]
     assert kept == list(range(turn, min(12, turn + limit)))
-    assert ahead.next_after(turn * 10, 120) == (kept[1] * 10 if len(kept) > 1 else 120)
+    assert reorder.next_after(turn * 10, 120) == (kept[1] * 10 if len(kept) > 1 else 120)
     for number in kept:
-        block = ahead.take(number * 10)
+        block = reorder.take(number * 10)
         assert block is not None
         assert block.tobytes() == bytes([number] * 10)
-        ahead.release(block)
-    assert ahead.take(0) is None
+        reorder.release(block)
+    assert reorder.take(0) is None
 
 
 def test_memory_is_used_again_and_a_block_that_is_too_long_is_left_to_others() -> None:
-    ahead = Ahead(10, 10)
-    assert not ahead.put(0, memoryview(bytes(11)))
+    reorder = ReorderBuffer(10, 10)
+    assert not reorder.put(0, memoryview(bytes(11)))
     for at in range(0, 1000, 7):
-        assert ahead.put(at, memoryview(b"seven!!"))
-        block = ahead.take(at)
+        assert reorder.put(at, memoryview(b"seven!!"))
+        block = reorder.take(at)
         assert block is not None
         assert block.tobytes() == b"seven!!"
-        ahead.release(block)
+        reorder.release(block)
 
 
 # --- the hash -----------------------------------------------------------------------------------
@@ -181,7 +181,7 @@ def test_a_disk_that_gives_nothing_back_is_not_waited_for_for_ever(tmp_path: Pat
         return 0
 
     with mock.patch("os.preadv", keep):
-        sink = HashedPartial(partial, Tuning(ahead_bytes=0, patience_s=0.3))
+        sink = HashedPartial(partial, Tuning(reorder_bytes=0, patience_s=0.3))
         try:
             with pytest.raises(DiskFailed, match="did not answer"):
                 sink.sha256(NEVER, lambda _: None)

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from worker.base.files import write_atomically
 from worker.errors import UnsafePath
 from worker.spec import content_key
-from worker.store.disk import write_atomically
 from worker.store.layout import Layout, safe_parts, sealed_by
 
 LAYOUT = Layout(Path("/volume"))

@@ -20,6 +20,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from worker.base import files
 from worker.errors import FileIncomplete, VolumeFailed, VolumeFull, VolumeReadOnly
 from worker.store import disk
 from worker.store.byte_ranges import Ranges
@@ -447,19 +448,19 @@ def test_what_is_swept_is_gone_and_a_missing_folder_is_no_matter(tmp_path: Path)
 
 def test_a_folder_that_another_host_is_making_is_waited_for(tmp_path: Path) -> None:
     answers = [OSError(errno.ESTALE, "Stale file handle"), FileNotFoundError(errno.ENOENT, "No such file"), 5]
-    assert disk.patiently(mock.Mock(side_effect=answers)) == 5
+    assert files.patiently(mock.Mock(side_effect=answers)) == 5
     with pytest.raises(OSError, match="Stale"):
-        disk.patiently(mock.Mock(side_effect=OSError(errno.ESTALE, "Stale file handle")), wait_s=0.2)
+        files.patiently(mock.Mock(side_effect=OSError(errno.ESTALE, "Stale file handle")), wait_s=0.2)
     with pytest.raises(PermissionError):
-        disk.patiently(mock.Mock(side_effect=PermissionError(errno.EACCES, "no")))
+        files.patiently(mock.Mock(side_effect=PermissionError(errno.EACCES, "no")))
     assert tmp_path.exists()
 
 
 def test_a_failed_replacement_leaves_the_old_content_and_no_litter(tmp_path: Path) -> None:
     target = tmp_path / "record"
-    disk.write_atomically(target, b"old")
+    files.write_atomically(target, b"old")
     with mock.patch("os.fsync", side_effect=OSError(errno.ENOSPC, "full")), pytest.raises(OSError, match="full"):
-        disk.write_atomically(target, b"new")
+        files.write_atomically(target, b"new")
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("record", b"old")]
 
 

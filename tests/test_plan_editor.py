@@ -25,7 +25,7 @@ from worker.models.sources import Sources
 from worker.plan.document import Unreadable, Wanted, read_document
 from worker.plan.editor import naming_graph
 from worker.seed.errors import SeedUsage
-from worker.seed.selection import Wants
+from worker.seed.selection import Selection
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -204,7 +204,7 @@ def test_a_bypassed_end_of_the_editors_format_takes_its_branch_with_it() -> None
 
 def test_the_seeder_reads_the_same_names(tmp_path: Path) -> None:
     path = tmp_path / "w.json"
-    wants = Wants(Sources.read(), Hub("http://127.0.0.1:9", Network()), (), None, threading.Event())
+    wants = Selection(Sources.read(), Hub("http://127.0.0.1:9", Network()), (), None, threading.Event())
     path.write_text(json.dumps(pipeline()).replace("new.safetensors", "z_image_turbo_bf16.safetensors"))
     items = {item.name: item for item in wants.read([str(path)])}
     assert set(items) == {"z_image_turbo_bf16.safetensors", "inner.safetensors", "primitive.safetensors"}
@@ -224,7 +224,7 @@ def webp(text: bytes) -> bytes:
 
 def test_a_picture_of_any_kind_is_read_with_what_it_carries(tmp_path: Path) -> None:
     path = tmp_path / "made.webp"
-    wants = Wants(Sources.read(), Hub("http://127.0.0.1:9", Network()), (), None, threading.Event())
+    wants = Selection(Sources.read(), Hub("http://127.0.0.1:9", Network()), (), None, threading.Event())
     path.write_bytes(webp(b"workflow:" + json.dumps(pipeline()).encode()))
     names = {"new.safetensors", "inner.safetensors", "primitive.safetensors"}
     assert {models[0].name for models in Wanted.read(read_document(str(path))).names()} == names

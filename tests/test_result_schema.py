@@ -17,7 +17,7 @@ from worker.error_reply import failure
 from worker.errors import WorkerError
 from worker.handler import download_progress, sampling_progress
 from worker.job import OutputItem, Result
-from worker.job_timings import Laps
+from worker.job_timings import JobTimings
 from worker.models.download_queue import Waiting
 
 SCHEMA: dict[str, Any] = json.loads((PROJECT / "docs" / "result.schema.json").read_text("utf-8"))
@@ -50,7 +50,9 @@ def test_it_has_the_fields_of_a_result_and_of_an_item() -> None:
         Result(),
         Result((ITEM,)),
         Result(warnings=("node 6 was dropped",)),
-        Result((ITEM, ITEM), ("one file is missing",), (ITEM,), (ITEM,), (ITEM,), (ITEM,), Laps().to_dict(0.1, {"3": 1.5})),
+        Result(
+            (ITEM, ITEM), ("one file is missing",), (ITEM,), (ITEM,), (ITEM,), (ITEM,), JobTimings().to_dict(0.1, {"3": 1.5})
+        ),
         *(Result((dataclasses.replace(ITEM, type=kind, data="x"),)) for kind in DEFINED["item"]["properties"]["type"]["enum"]),
     ],
 )
@@ -63,7 +65,7 @@ def test_a_result_is_one(result: Result) -> None:
 
 def test_it_has_the_times_that_a_job_can_ask_for() -> None:
     timings = DEFINED["timings"]
-    assert set(timings["properties"]) == set(timings["required"]) == set(Laps().to_dict(0.0, {}))
+    assert set(timings["properties"]) == set(timings["required"]) == set(JobTimings().to_dict(0.0, {}))
 
 
 @pytest.mark.parametrize("kind", ERRORS)

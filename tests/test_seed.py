@@ -59,7 +59,7 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StandIn]:
         yield hub
 
 
-class Desk:
+class Seeder:
     """A mounted volume and a hub, and the command run on them."""
 
     def __init__(self, tmp_path: Path, stand_in: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
@@ -96,9 +96,9 @@ class Desk:
 
 
 @pytest.fixture
-def desk(tmp_path: Path, stand_in: StandIn, capsys: pytest.CaptureFixture[str]) -> Desk:
+def seeder(tmp_path: Path, stand_in: StandIn, capsys: pytest.CaptureFixture[str]) -> Seeder:
     stand_in.reset()
-    return Desk(tmp_path, stand_in, capsys)
+    return Seeder(tmp_path, stand_in, capsys)
 
 
 # --- what it takes ------------------------------------------------------------------------------
@@ -127,36 +127,36 @@ KNOWN = {"models": [{"name": "a.safetensors", "url": SOURCE, "directory": "loras
         ("editor.json", editors("a.safetensors", **KNOWN)),
     ],
 )
-def test_manifests_and_workflows_in_every_format(desk: Desk, name: str, content: object) -> None:
-    assert desk.run(desk.write(name, content))[0] == 0
-    assert desk.models == ["loras/a.safetensors"]
-    assert desk.is_ready("loras/a.safetensors")
+def test_manifests_and_workflows_in_every_format(seeder: Seeder, name: str, content: object) -> None:
+    assert seeder.run(seeder.write(name, content))[0] == 0
+    assert seeder.models == ["loras/a.safetensors"]
+    assert seeder.is_ready("loras/a.safetensors")
 
 
-def test_a_workflow_is_looked_up_in_the_manifests_that_are_given_with_it(desk: Desk) -> None:
-    manifest = desk.write("mine.toml", MANIFEST.replace("loras", "loras") + 'name = "mine.safetensors"\n')
+def test_a_workflow_is_looked_up_in_the_manifests_that_are_given_with_it(seeder: Seeder) -> None:
+    manifest = seeder.write("mine.toml", MANIFEST.replace("loras", "loras") + 'name = "mine.safetensors"\n')
     for content in (graph("mine.safetensors"), editors("mine.safetensors")):
-        code, [*_, summary] = desk.events(desk.write("w.json", content), manifest)
+        code, [*_, summary] = seeder.events(seeder.write("w.json", content), manifest)
         assert code == 0
         assert [outcome["model"] for outcome in summary["outcomes"]] == ["loras/mine.safetensors"]
 
 
-def test_one_odd_name_in_a_manifest_is_told_and_leaves_the_others_alone(desk: Desk) -> None:
+def test_one_odd_name_in_a_manifest_is_told_and_leaves_the_others_alone(seeder: Seeder) -> None:
     odd = '[[model]]\nsource = "hf://org/open/b.safetensors"\nfolder = "vae"\nname = "a\\u0007b.safetensors"\n'
-    desk.layout.manifest.write_text(MANIFEST + odd)
-    for argv in ((), (desk.write("mine.toml", MANIFEST + odd),)):
-        code, text = desk.run(*argv)
+    seeder.layout.manifest.write_text(MANIFEST + odd)
+    for argv in ((), (seeder.write("mine.toml", MANIFEST + odd),)):
+        code, text = seeder.run(*argv)
         assert code == FAILED
         assert text.count("name holds characters that cannot be printed") >= 1
-        assert desk.models == ["loras/a.safetensors"]
+        assert seeder.models == ["loras/a.safetensors"]
 
 
-def test_addresses_patterns_and_short_lines(desk: Desk) -> None:
-    assert desk.run("hf://org/open/b.safetensors", "--folder", "vae")[0] == 0
-    assert desk.run("loras/x/y.safetensors=hf://org/open/a.safetensors")[0] == 0
-    assert desk.models == ["loras/x/y.safetensors", "vae/b.safetensors"]
-    assert desk.run("hf://org/open/*.safetensors", "--folder", "unet")[0] == 0
-    assert desk.models[:-1] == [
+def test_addresses_patterns_and_short_lines(seeder: Seeder) -> None:
+    assert seeder.run("hf://org/open/b.safetensors", "--folder", "vae")[0] == 0
+    assert seeder.run("loras/x/y.safetensors=hf://org/open/a.safetensors")[0] == 0
+    assert seeder.models == ["loras/x/y.safetensors", "vae/b.safetensors"]
+    assert seeder.run("hf://org/open/*.safetensors", "--folder", "unet")[0] == 0
+    assert seeder.models[:-1] == [
         "loras/x/y.safetensors",
         "unet/a.safetensors",
         "unet/b.safetensors",
@@ -165,73 +165,73 @@ def test_addresses_patterns_and_short_lines(desk: Desk) -> None:
     ]
 
 
-def test_the_name_of_an_official_template(desk: Desk) -> None:
-    code, [*_, dry] = desk.events("flux_dev_checkpoint_example", "--dry-run")
+def test_the_name_of_an_official_template(seeder: Seeder) -> None:
+    code, [*_, dry] = seeder.events("flux_dev_checkpoint_example", "--dry-run")
     assert code == FAILED  # the stand-in holds none of these
     assert {"diffusion_models/flux1-dev.safetensors", "vae/ae.safetensors"} <= {line["model"] for line in dry["models"]}
 
 
-def test_a_workflow_that_its_comfyui_cannot_run_is_said_so_before_its_models_are_sent(desk: Desk) -> None:
+def test_a_workflow_that_its_comfyui_cannot_run_is_said_so_before_its_models_are_sent(seeder: Seeder) -> None:
     graph = {
         "1": {"class_type": "VAELoader", "inputs": {"vae_name": "b.safetensors"}},
         "2": {"class_type": "QwenImage21Cache", "inputs": {"model": ["1", 0]}},
     }
-    desk.environ["MODELS"] = "vae=hf://org/open/b.safetensors"
-    code, events = desk.events(desk.write("flow.json", graph))
+    seeder.environ["MODELS"] = "vae=hf://org/open/b.safetensors"
+    code, events = seeder.events(seeder.write("flow.json", graph))
     first, *others = events
     assert "flow.json CANNOT RUN; its models are sent all the same." in first["text"], events
     assert "wants a newer one for QwenImage21Cache (node 2)" in first["text"]
     assert "vae/b.safetensors" in json.dumps(others)
-    assert (code, desk.models) == (0, ["vae/b.safetensors"])
-    _, text = desk.run("audio_yue2_music_cover", "--dry-run")
+    assert (code, seeder.models) == (0, ["vae/b.safetensors"])
+    _, text = seeder.run("audio_yue2_music_cover", "--dry-run")
     assert "warning: audio_yue2_music_cover CANNOT RUN" in text
     assert "YuE2GenerateMusic (node 25)" in text
-    _, text = desk.run("flux_dev_checkpoint_example", "--dry-run")
+    _, text = seeder.run("flux_dev_checkpoint_example", "--dry-run")
     assert "CANNOT RUN" not in text
 
 
-def test_without_a_what_the_lists_of_the_volume_are_meant(desk: Desk) -> None:
-    desk.layout.manifest.write_text(MANIFEST)
-    desk.environ["MODELS"] = "vae=hf://org/open/b.safetensors"
-    assert desk.run()[0] == 0
-    assert desk.models == ["loras/a.safetensors", "vae/b.safetensors"]
+def test_without_a_what_the_lists_of_the_volume_are_meant(seeder: Seeder) -> None:
+    seeder.layout.manifest.write_text(MANIFEST)
+    seeder.environ["MODELS"] = "vae=hf://org/open/b.safetensors"
+    assert seeder.run()[0] == 0
+    assert seeder.models == ["loras/a.safetensors", "vae/b.safetensors"]
 
 
 # --- how it ends --------------------------------------------------------------------------------
 
 
-def test_what_is_there_is_not_fetched_again(desk: Desk) -> None:
-    manifest = desk.write("models.toml", MANIFEST)
-    desk.run(manifest)
-    desk.stand_in.clear_log()
-    code, text = desk.run(manifest)
+def test_what_is_there_is_not_fetched_again(seeder: Seeder) -> None:
+    manifest = seeder.write("models.toml", MANIFEST)
+    seeder.run(manifest)
+    seeder.stand_in.clear_log()
+    code, text = seeder.run(manifest)
     assert code == 0
     assert "was there" in text
-    assert desk.stand_in.bytes_sent("*a.safetensors") == 0
+    assert seeder.stand_in.bytes_sent("*a.safetensors") == 0
 
 
-def test_one_that_fails_leaves_the_others_alone(desk: Desk) -> None:
-    code, text = desk.run("loras=hf://org/gated/a.safetensors", "vae=hf://org/open/b.safetensors", "vae=hf://org/none/b.sft")
+def test_one_that_fails_leaves_the_others_alone(seeder: Seeder) -> None:
+    code, text = seeder.run("loras=hf://org/gated/a.safetensors", "vae=hf://org/open/b.safetensors", "vae=hf://org/none/b.sft")
     assert code == FAILED
     assert "HF_TOKEN" in text
     assert "2 failed" in text
-    assert [code for code in _codes(desk) if code] == ["repo_gated", "repo_not_found"]
-    assert desk.models == ["vae/b.safetensors"]
+    assert [code for code in _codes(seeder) if code] == ["repo_gated", "repo_not_found"]
+    assert seeder.models == ["vae/b.safetensors"]
 
 
-def test_a_folder_that_cannot_be_written_is_told_before_anything_is_fetched(desk: Desk) -> None:
-    desk.stand_in.clear_log()
-    code, text = desk.run("loras=hf://org/open/a.safetensors", "--volume", "/proc")
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_fetched(seeder: Seeder) -> None:
+    seeder.stand_in.clear_log()
+    code, text = seeder.run("loras=hf://org/open/a.safetensors", "--volume", "/proc")
     assert code == FAILED
     assert "/proc cannot be written (No such file or directory): mount it writable" in text
-    assert desk.stand_in.bytes_sent("*a.safetensors") == 0
+    assert seeder.stand_in.bytes_sent("*a.safetensors") == 0
 
 
-def test_a_source_that_does_not_answer_is_named_while_it_is_waited_for(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_source_that_does_not_answer_is_named_while_it_is_waited_for(seeder: Seeder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(seeding, "_SLOW_S", 0.05)
     for argv in (["--dry-run"], []):
-        desk.stand_in.fault("status", count=1)
-        code, text = desk.run("loras=hf://org/open/a.safetensors", *argv)
+        seeder.stand_in.fault("status", count=1)
+        code, text = seeder.run("loras=hf://org/open/a.safetensors", *argv)
         assert code == 0
         assert "waiting for an answer of 127.0.0.1 about 1 model" in text
 
@@ -259,13 +259,13 @@ def shown(text: str) -> str:
     return re.sub(r"\x1b\[[?0-9;]*[A-Za-z]", "", text)
 
 
-def test_at_a_terminal_there_are_bars_marks_and_a_summary(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_at_a_terminal_there_are_bars_marks_and_a_summary(seeder: Seeder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setenv("COLUMNS", "110")
-    desk.stand_in.fault("stall", file="*b.safetensors", after_bytes=SIZE // 2)
-    screen = Terminal(until=r"vae/b\.safetensors +[━╸╺]", then=desk.stand_in.release)
+    seeder.stand_in.fault("stall", file="*b.safetensors", after_bytes=SIZE // 2)
+    screen = Terminal(until=r"vae/b\.safetensors +[━╸╺]", then=seeder.stand_in.release)
     argv = ["vae=hf://org/open/b.safetensors", "loras=hf://org/gated/a.safetensors"]
-    assert run(argv, desk.environ, screen) == FAILED
+    assert run(argv, seeder.environ, screen) == FAILED
     text = shown(screen.getvalue())
     assert "total, 1 of 2 models" in text
     assert re.search(r"vae/b\.safetensors +[━╸╺]", text)
@@ -275,8 +275,8 @@ def test_at_a_terminal_there_are_bars_marks_and_a_summary(desk: Desk, monkeypatc
     assert "\x1b[?25h" in screen.getvalue()  # the cursor is back
 
 
-def _codes(desk: Desk) -> list[str | None]:
-    _, [*_, summary] = desk.events("loras=hf://org/gated/a.safetensors", "vae=hf://org/none/b.sft")
+def _codes(seeder: Seeder) -> list[str | None]:
+    _, [*_, summary] = seeder.events("loras=hf://org/gated/a.safetensors", "vae=hf://org/none/b.sft")
     return [outcome["code"] for outcome in summary["outcomes"]]
 
 
@@ -299,37 +299,37 @@ def _codes(desk: Desk) -> list[str | None]:
         ([], "nothing to seed"),
     ],
 )
-def test_wrong_usage_is_one_sentence_and_code_2(desk: Desk, argv: list[str], said: str) -> None:
-    code, text = desk.run(*argv)
+def test_wrong_usage_is_one_sentence_and_code_2(seeder: Seeder, argv: list[str], said: str) -> None:
+    code, text = seeder.run(*argv)
     assert code == USAGE
     assert said in text
     assert "Traceback" not in text
-    code, _ = desk.run(*argv, "--json")
+    code, _ = seeder.run(*argv, "--json")
     assert code == USAGE
 
 
-def test_files_that_are_nothing_are_named(desk: Desk) -> None:
+def test_files_that_are_nothing_are_named(seeder: Seeder) -> None:
     for name, content in (
         ("broken.json", "{"),
         ("wrong.toml", "[[model]]\nfolder = 1"),
         ("empty.json", {"1": {"class_type": 3}}),
     ):
-        code, text = desk.run(desk.write(name, content))
+        code, text = seeder.run(seeder.write(name, content))
         assert code == USAGE
         assert name in text
 
 
-def test_a_model_that_nobody_knows_is_reported(desk: Desk) -> None:
-    code, text = desk.run(desk.write("w.json", graph("unheard-of.safetensors")))
+def test_a_model_that_nobody_knows_is_reported(seeder: Seeder) -> None:
+    code, text = seeder.run(seeder.write("w.json", graph("unheard-of.safetensors")))
     assert code == FAILED
     assert "unheard-of.safetensors" in text
 
 
-def test_the_dry_run_writes_nothing(desk: Desk) -> None:
-    manifest = desk.write("models.toml", MANIFEST)
-    desk.run("vae=hf://org/open/b.safetensors")
-    before = sorted(desk.volume.rglob("*"))
-    code, [dry] = desk.events(manifest, "vae=hf://org/open/b.safetensors", "--dry-run")
+def test_the_dry_run_writes_nothing(seeder: Seeder) -> None:
+    manifest = seeder.write("models.toml", MANIFEST)
+    seeder.run("vae=hf://org/open/b.safetensors")
+    before = sorted(seeder.volume.rglob("*"))
+    code, [dry] = seeder.events(manifest, "vae=hf://org/open/b.safetensors", "--dry-run")
     assert code == 0
     assert [(line["state"], line["size_bytes"], line["send_bytes"]) for line in dry["models"]] == [
         ("to send", SIZE, SIZE),
@@ -337,44 +337,44 @@ def test_the_dry_run_writes_nothing(desk: Desk) -> None:
     ]
     assert dry["send_bytes"] == SIZE
     assert dry["free_bytes"] > 0
-    assert sorted(desk.volume.rglob("*")) == before
-    assert "hf://org/open/a.safetensors" in desk.run(manifest, "--dry-run")[1]
+    assert sorted(seeder.volume.rglob("*")) == before
+    assert "hf://org/open/a.safetensors" in seeder.run(manifest, "--dry-run")[1]
 
 
 # --- upkeep -------------------------------------------------------------------------------------
 
 
-def seeded(desk: Desk) -> None:
-    assert desk.run("loras=hf://org/open/a.safetensors", "vae=hf://org/open/b.safetensors")[0] == 0
+def seeded(seeder: Seeder) -> None:
+    assert seeder.run("loras=hf://org/open/a.safetensors", "vae=hf://org/open/b.safetensors")[0] == 0
 
 
-def test_the_list_shows_what_is_sealed(desk: Desk) -> None:
-    seeded(desk)
-    desk.layout.model("vae", "mine.safetensors").write_bytes(weights(7))
-    _, [listed] = desk.events("--list")
+def test_the_list_shows_what_is_sealed(seeder: Seeder) -> None:
+    seeded(seeder)
+    seeder.layout.model("vae", "mine.safetensors").write_bytes(weights(7))
+    _, [listed] = seeder.events("--list")
     assert [(model["model"], model["fits"]) for model in listed["models"]] == [
         ("loras/a.safetensors", True),
         ("vae/b.safetensors", True),
     ]
-    assert "2 sealed models, 600.0 kB" in desk.run("--list")[1]
+    assert "2 sealed models, 600.0 kB" in seeder.run("--list")[1]
 
 
-def test_verify_finds_a_damaged_byte_and_repairs_it(desk: Desk) -> None:
-    seeded(desk)
-    path = desk.layout.model("vae", "b.safetensors")
+def test_verify_finds_a_damaged_byte_and_repairs_it(seeder: Seeder) -> None:
+    seeded(seeder)
+    path = seeder.layout.model("vae", "b.safetensors")
     mtime_ns = path.stat().st_mtime_ns
     with path.open("r+b") as file:
         file.seek(1000)
         file.write(b"x")
     os.utime(path, ns=(mtime_ns, mtime_ns))
-    code, events = desk.events("--verify")
+    code, events = seeder.events("--verify")
     assert code == FAILED
     verdicts = {model["model"]: model["verdict"] for model in events[-1]["models"]}
     assert verdicts == {"loras/a.safetensors": "whole", "vae/b.safetensors": "damaged"}
     assert path.read_bytes() != weights(2)
-    assert desk.run("--verify", "--repair")[0] == 0
+    assert seeder.run("--verify", "--repair")[0] == 0
     assert path.read_bytes() == weights(2)
-    assert desk.run("--verify")[0] == 0
+    assert seeder.run("--verify")[0] == 0
 
 
 def damage(path: Path) -> None:
@@ -386,78 +386,78 @@ def damage(path: Path) -> None:
     os.utime(path, ns=(before, before))
 
 
-def verdicts_of(desk: Desk, *argv: str) -> dict[str, str]:
-    _, events = desk.events("--verify", *argv)
+def verdicts_of(seeder: Seeder, *argv: str) -> dict[str, str]:
+    _, events = seeder.events("--verify", *argv)
     (verified,) = (event for event in events if event["event"] == "verified")
     return {model["model"]: model["verdict"] for model in verified["models"]}
 
 
-def test_repair_removes_nothing_that_it_cannot_put_back(desk: Desk) -> None:
-    seeded(desk)
-    path = desk.layout.model("vae", "b.safetensors")
+def test_repair_removes_nothing_that_it_cannot_put_back(seeder: Seeder) -> None:
+    seeded(seeder)
+    path = seeder.layout.model("vae", "b.safetensors")
     damage(path)
     damaged = path.read_bytes()
-    desk.stand_in.fault("status", status=404, file="*b.safetensors", count=None)
-    code, text = desk.run("--verify", "--repair")
+    seeder.stand_in.fault("status", status=404, file="*b.safetensors", count=None)
+    code, text = seeder.run("--verify", "--repair")
     assert code == FAILED
     assert path.read_bytes() == damaged
     assert "Traceback" not in text
-    desk.stand_in.clear_faults()
-    assert desk.run("--verify", "--repair")[0] == 0
-    assert (path.read_bytes(), desk.is_ready("vae/b.safetensors")) == (weights(2), True)
-    assert not list(desk.layout.seals.rglob("*.pending"))
+    seeder.stand_in.clear_faults()
+    assert seeder.run("--verify", "--repair")[0] == 0
+    assert (path.read_bytes(), seeder.is_ready("vae/b.safetensors")) == (weights(2), True)
+    assert not list(seeder.layout.seals.rglob("*.pending"))
 
 
-def test_repair_fetches_first_and_yields_to_a_file_that_comes_meanwhile(desk: Desk) -> None:
-    seeded(desk)
-    path = desk.layout.model("vae", "b.safetensors")
+def test_repair_fetches_first_and_yields_to_a_file_that_comes_meanwhile(seeder: Seeder) -> None:
+    seeded(seeder)
+    path = seeder.layout.model("vae", "b.safetensors")
     damage(path)
     damaged = path.read_bytes()
-    desk.stand_in.fault("stall", file="*b.safetensors", after_bytes=1000, count=None)
+    seeder.stand_in.fault("stall", file="*b.safetensors", after_bytes=1000, count=None)
     results: list[int] = []
-    run = threading.Thread(target=lambda: results.append(desk.run("--verify", "--repair")[0]))
+    run = threading.Thread(target=lambda: results.append(seeder.run("--verify", "--repair")[0]))
     run.start()
-    desk.stand_in.wait_stalled(1)
+    seeder.stand_in.wait_stalled(1)
     assert path.read_bytes() == damaged, "it stays until there is something to put in its place"
     mine = path.with_suffix(".mine")
     mine.write_bytes(weights(9))
     os.utime(mine, (1, 1))
     mine.replace(path)
-    desk.stand_in.clear_faults()
+    seeder.stand_in.clear_faults()
     run.join(60)
     assert path.read_bytes() == weights(9)
     assert results == [FAILED]
 
 
-def test_a_file_that_a_person_put_over_a_sealed_one_is_named_and_left_alone(desk: Desk) -> None:
-    seeded(desk)
-    longer, other = desk.layout.model("loras", "a.safetensors"), desk.layout.model("vae", "b.safetensors")
+def test_a_file_that_a_person_put_over_a_sealed_one_is_named_and_left_alone(seeder: Seeder) -> None:
+    seeded(seeder)
+    longer, other = seeder.layout.model("loras", "a.safetensors"), seeder.layout.model("vae", "b.safetensors")
     longer.write_bytes(weights(7, SIZE + 5))
     other.write_bytes(weights(8))
     os.utime(other, (1, 1))
-    assert verdicts_of(desk) == {"loras/a.safetensors": "replaced", "vae/b.safetensors": "replaced"}
+    assert verdicts_of(seeder) == {"loras/a.safetensors": "replaced", "vae/b.safetensors": "replaced"}
     for source_is_away in (False, True):
         if source_is_away:
-            desk.stand_in.fault("status", status=404, count=None)
-        code, text = desk.run("--verify", "--repair", *["--yes"] * source_is_away)
+            seeder.stand_in.fault("status", status=404, count=None)
+        code, text = seeder.run("--verify", "--repair", *["--yes"] * source_is_away)
         assert code == FAILED
         assert "replaced by hand" in text
         assert (longer.read_bytes(), other.read_bytes()) == (weights(7, SIZE + 5), weights(8))
-    desk.stand_in.clear_faults()
-    assert desk.run("--verify", "--repair", "--yes")[0] == 0
+    seeder.stand_in.clear_faults()
+    assert seeder.run("--verify", "--repair", "--yes")[0] == 0
     assert (longer.read_bytes(), other.read_bytes()) == (weights(1), weights(2))
 
 
-def test_repair_brings_the_commit_that_was_sealed_where_the_list_has_no_pin(desk: Desk) -> None:
-    desk.layout.manifest.write_text(MANIFEST)
-    assert desk.run()[0] == 0
-    path = desk.layout.model("loras", "a.safetensors")
-    seal = read_seal(desk.layout.seal("loras", "a.safetensors"))
+def test_repair_brings_the_commit_that_was_sealed_where_the_list_has_no_pin(seeder: Seeder) -> None:
+    seeder.layout.manifest.write_text(MANIFEST)
+    assert seeder.run()[0] == 0
+    path = seeder.layout.model("loras", "a.safetensors")
+    seal = read_seal(seeder.layout.seal("loras", "a.safetensors"))
     assert seal is not None
     damage(path)
-    desk.stand_in.clear_log()
-    assert desk.run("--verify", "--repair")[0] == 0
-    asked = {request.path.split("/")[4] for request in desk.stand_in.requests if request.route == "resolve"}
+    seeder.stand_in.clear_log()
+    assert seeder.run("--verify", "--repair")[0] == 0
+    asked = {request.path.split("/")[4] for request in seeder.stand_in.requests if request.route == "resolve"}
     assert asked == {seal.commit}
 
 
@@ -479,10 +479,10 @@ WRONG = "ab" * 32
         ("by hand", "own", "there, put by hand, its sha256 yet to be checked"),
     ],
 )
-def test_the_dry_run_promises_nothing_that_the_run_does_not_keep(desk: Desk, there: str, pin: str, foretold: str) -> None:
-    path = desk.layout.model("loras", "a.safetensors")
+def test_the_dry_run_promises_nothing_that_the_run_does_not_keep(seeder: Seeder, there: str, pin: str, foretold: str) -> None:
+    path = seeder.layout.model("loras", "a.safetensors")
     if there != "by hand":
-        assert desk.run(desk.write("first.toml", MANIFEST))[0] == 0
+        assert seeder.run(seeder.write("first.toml", MANIFEST))[0] == 0
     content = {"same length": weights(6), "longer": weights(6, SIZE + 5), "cut off": weights(6)[:-1], "by hand": weights(6)}
     if there in content:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -491,54 +491,54 @@ def test_the_dry_run_promises_nothing_that_the_run_does_not_keep(desk: Desk, the
         os.utime(path, (1, 1))
     pin = f'sha256 = "{hashlib.sha256(weights(1)).hexdigest()}"' if pin == "own" else pin
     # The hub would refuse a pin that its file does not have before anything is looked at: this source tells no sha256.
-    source = "hf://org/open/a.safetensors" if WRONG not in pin else f"{desk.stand_in.endpoint}/files/org/open/a.safetensors"
-    manifest = desk.write("m.toml", MANIFEST.replace("hf://org/open/a.safetensors", source) + pin)
-    code, [dry] = desk.events(manifest, "--dry-run")
+    source = "hf://org/open/a.safetensors" if WRONG not in pin else f"{seeder.stand_in.endpoint}/files/org/open/a.safetensors"
+    manifest = seeder.write("m.toml", MANIFEST.replace("hf://org/open/a.safetensors", source) + pin)
+    code, [dry] = seeder.events(manifest, "--dry-run")
     (line,) = dry["models"]
     assert foretold in line["state"]
     before = path.read_bytes()
-    ran = desk.run(manifest)[0]
+    ran = seeder.run(manifest)[0]
     assert path.read_bytes() == before
     if "yet to be checked" not in foretold:
         assert ran == code
 
 
-def test_verify_seals_a_touched_file_anew_and_finds_a_missing_one(desk: Desk) -> None:
-    seeded(desk)
-    os.utime(desk.layout.model("loras", "a.safetensors"), (1, 1))
-    desk.layout.model("vae", "b.safetensors").unlink()
-    assert not desk.is_ready("loras/a.safetensors")
-    code, events = desk.events("--verify")
+def test_verify_seals_a_touched_file_anew_and_finds_a_missing_one(seeder: Seeder) -> None:
+    seeded(seeder)
+    os.utime(seeder.layout.model("loras", "a.safetensors"), (1, 1))
+    seeder.layout.model("vae", "b.safetensors").unlink()
+    assert not seeder.is_ready("loras/a.safetensors")
+    code, events = seeder.events("--verify")
     assert code == FAILED
     verdicts = {model["model"]: model["verdict"] for model in events[-1]["models"]}
     assert verdicts == {"loras/a.safetensors": "touched", "vae/b.safetensors": "missing"}
-    assert desk.is_ready("loras/a.safetensors")
-    assert desk.run("--verify", "--repair")[0] == 0
-    assert desk.is_ready("vae/b.safetensors")
+    assert seeder.is_ready("loras/a.safetensors")
+    assert seeder.run("--verify", "--repair")[0] == 0
+    assert seeder.is_ready("vae/b.safetensors")
 
 
-def test_prune_removes_what_no_list_names_and_never_what_a_person_put_there(desk: Desk) -> None:
-    seeded(desk)
-    desk.layout.model("vae", "mine.safetensors").write_bytes(weights(7))
-    desk.layout.model("loras", "swapped.safetensors").write_bytes(weights(8))
-    assert desk.run("loras/swapped.safetensors=hf://org/open/a.safetensors")[0] == 0
-    manifest = desk.write("models.toml", MANIFEST)
-    assert "--yes" in desk.run("--prune", manifest)[1]
-    assert len(desk.models) == 4
-    assert desk.run("--prune", manifest, "--yes")[0] == 0
-    assert desk.models == ["loras/a.safetensors", "loras/swapped.safetensors", "vae/mine.safetensors"]
-    assert read_seal(desk.layout.seal("vae", "b.safetensors")) is None
+def test_prune_removes_what_no_list_names_and_never_what_a_person_put_there(seeder: Seeder) -> None:
+    seeded(seeder)
+    seeder.layout.model("vae", "mine.safetensors").write_bytes(weights(7))
+    seeder.layout.model("loras", "swapped.safetensors").write_bytes(weights(8))
+    assert seeder.run("loras/swapped.safetensors=hf://org/open/a.safetensors")[0] == 0
+    manifest = seeder.write("models.toml", MANIFEST)
+    assert "--yes" in seeder.run("--prune", manifest)[1]
+    assert len(seeder.models) == 4
+    assert seeder.run("--prune", manifest, "--yes")[0] == 0
+    assert seeder.models == ["loras/a.safetensors", "loras/swapped.safetensors", "vae/mine.safetensors"]
+    assert read_seal(seeder.layout.seal("vae", "b.safetensors")) is None
 
 
-def test_prune_keeps_what_a_workflow_names_in_any_of_its_folders_and_from_anywhere(desk: Desk) -> None:
+def test_prune_keeps_what_a_workflow_names_in_any_of_its_folders_and_from_anywhere(seeder: Seeder) -> None:
     names = {"clip/t.safetensors": "a", "vae/v.safetensors": "b", "loras/l.safetensors": "a"}
-    assert desk.run(*(f"{model}=hf://org/open/{name}.safetensors" for model, name in names.items()))[0] == 0
+    assert seeder.run(*(f"{model}=hf://org/open/{name}.safetensors" for model, name in names.items()))[0] == 0
     nodes = {
         "1": {"class_type": "CLIPLoader", "inputs": {"clip_name": "t.safetensors"}},
         "2": {"class_type": "SomebodysLoader", "inputs": {"x_name": "v.safetensors"}},
     }
-    assert desk.run("--prune", desk.write("w.json", nodes), "--yes")[0] == 0
-    assert desk.models == ["clip/t.safetensors", "vae/v.safetensors"]
+    assert seeder.run("--prune", seeder.write("w.json", nodes), "--yes")[0] == 0
+    assert seeder.models == ["clip/t.safetensors", "vae/v.safetensors"]
 
 
 # --- through S3 ---------------------------------------------------------------------------------
@@ -553,13 +553,13 @@ def proxy() -> Iterator[tuple[S3Server, RunPodProxy]]:
 class Cloud:
     """The same command with volumes in another place."""
 
-    def __init__(self, desk: Desk, server: S3Server, proxy: RunPodProxy) -> None:
+    def __init__(self, seeder: Seeder, server: S3Server, proxy: RunPodProxy) -> None:
         server.reset()
         proxy.reset()
         for name in ("vol1", "vol2"):
             server.bucket(name)
-        self.desk, self.server, self.proxy = desk, server, proxy
-        desk.environ |= {"RUNPOD_S3_ACCESS_KEY_ID": server.access_key_id, "RUNPOD_S3_SECRET_ACCESS_KEY": "rps_x"}
+        self.seeder, self.server, self.proxy = seeder, server, proxy
+        seeder.environ |= {"RUNPOD_S3_ACCESS_KEY_ID": server.access_key_id, "RUNPOD_S3_SECRET_ACCESS_KEY": "rps_x"}
         self.where = ("--endpoint", proxy.endpoint_url, "--s3", "vol1")
 
     def put(self, model: str, data: bytes, volume: str = "vol1") -> None:
@@ -580,17 +580,17 @@ class Cloud:
 
 
 @pytest.fixture
-def cloud(desk: Desk, proxy: tuple[S3Server, RunPodProxy]) -> Cloud:
-    return Cloud(desk, *proxy)
+def cloud(seeder: Seeder, proxy: tuple[S3Server, RunPodProxy]) -> Cloud:
+    return Cloud(seeder, *proxy)
 
 
 def test_two_volumes_are_seeded_listed_verified_and_pruned_through_s3(cloud: Cloud) -> None:
-    desk, both = cloud.desk, (*cloud.where, "--s3", "vol2")
+    seeder, both = cloud.seeder, (*cloud.where, "--s3", "vol2")
     cloud.server.client.put_object(Bucket="vol1", Key="models.toml", Body=MANIFEST.encode())
-    code, events = desk.events("vae=hf://org/open/b.safetensors", *both)
+    code, events = seeder.events("vae=hf://org/open/b.safetensors", *both)
     assert code == 0
     assert [outcome["volume"] for outcome in events[-1]["outcomes"]] == ["vol1", "vol2"]
-    assert desk.run(*both)[0] == 0  # models.toml on the first volume
+    assert seeder.run(*both)[0] == 0  # models.toml on the first volume
     assert cloud.files("vol2") == [
         ".worker/seals/loras/a.safetensors.json",
         ".worker/seals/vae/b.safetensors.json",
@@ -599,81 +599,81 @@ def test_two_volumes_are_seeded_listed_verified_and_pruned_through_s3(cloud: Clo
     ]
     cloud.put("vae/b.safetensors", weights(5), "vol2")
     cloud.reseal("vae/b.safetensors", "vol2")
-    assert desk.run("--verify", *cloud.where)[0] == 0
-    assert desk.run("--verify", *both)[0] == FAILED
-    assert desk.run("--verify", "--repair", *both)[0] == 0
-    assert desk.run("--prune", "--yes", *both)[0] == 0
+    assert seeder.run("--verify", *cloud.where)[0] == 0
+    assert seeder.run("--verify", *both)[0] == FAILED
+    assert seeder.run("--verify", "--repair", *both)[0] == 0
+    assert seeder.run("--prune", "--yes", *both)[0] == 0
     assert cloud.files("vol2") == [".worker/seals/loras/a.safetensors.json", "models/loras/a.safetensors"]
     assert cloud.proxy.count("DeleteObjects", answered=False) == 0
 
 
 def test_over_s3_a_damaged_file_stays_until_the_new_one_is_whole(cloud: Cloud) -> None:
-    desk = cloud.desk
-    assert desk.run("vae=hf://org/open/b.safetensors", *cloud.where)[0] == 0
+    seeder = cloud.seeder
+    assert seeder.run("vae=hf://org/open/b.safetensors", *cloud.where)[0] == 0
     cloud.put("vae/b.safetensors", weights(5))
     cloud.reseal("vae/b.safetensors")
-    assert verdicts_of(desk, *cloud.where) == {"vae/b.safetensors": "damaged"}
-    desk.stand_in.fault("status", status=404, file="*b.safetensors", count=None)
-    assert desk.run("--verify", "--repair", *cloud.where)[0] == FAILED
+    assert verdicts_of(seeder, *cloud.where) == {"vae/b.safetensors": "damaged"}
+    seeder.stand_in.fault("status", status=404, file="*b.safetensors", count=None)
+    assert seeder.run("--verify", "--repair", *cloud.where)[0] == FAILED
     assert cloud.read("vae/b.safetensors") == weights(5)
-    desk.stand_in.clear_faults()
-    assert desk.run("--verify", "--repair", *cloud.where)[0] == 0
+    seeder.stand_in.clear_faults()
+    assert seeder.run("--verify", "--repair", *cloud.where)[0] == 0
     assert cloud.read("vae/b.safetensors") == weights(2)
-    assert verdicts_of(desk, *cloud.where) == {"vae/b.safetensors": "whole"}
+    assert verdicts_of(seeder, *cloud.where) == {"vae/b.safetensors": "whole"}
     assert cloud.proxy.count("DeleteObject") == 2, "the two records of publications, no model"
 
 
 @pytest.mark.parametrize("data", [weights(5), weights(5, SIZE + 5)])
 def test_over_s3_a_file_that_a_person_put_over_a_sealed_one_is_left_alone(cloud: Cloud, data: bytes) -> None:
-    desk = cloud.desk
-    assert desk.run("vae=hf://org/open/b.safetensors", *cloud.where)[0] == 0
+    seeder = cloud.seeder
+    assert seeder.run("vae=hf://org/open/b.safetensors", *cloud.where)[0] == 0
     cloud.put("vae/b.safetensors", data)
     cloud.reseal("vae/b.safetensors", mtime=2_000_000_000)  # a worker had seen the file with this time
-    assert verdicts_of(desk, *cloud.where) == {"vae/b.safetensors": "replaced"}
-    code, text = desk.run("--verify", "--repair", *cloud.where)
+    assert verdicts_of(seeder, *cloud.where) == {"vae/b.safetensors": "replaced"}
+    code, text = seeder.run("--verify", "--repair", *cloud.where)
     assert code == FAILED
     assert "vae/b.safetensors was replaced by hand and is left alone" in text
-    assert desk.run("--prune", "loras=hf://org/open/a.safetensors", "--yes", *cloud.where)[0] == 0
+    assert seeder.run("--prune", "loras=hf://org/open/a.safetensors", "--yes", *cloud.where)[0] == 0
     assert cloud.read("vae/b.safetensors") == data
-    assert desk.run("--verify", "--repair", "--yes", *cloud.where)[0] == 0
+    assert seeder.run("--verify", "--repair", "--yes", *cloud.where)[0] == 0
     assert cloud.read("vae/b.safetensors") == weights(2)
 
 
 def test_a_region_that_is_away_leaves_the_others_alone(cloud: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("worker.seed.s3_api._ATTEMPTS", 2)
-    desk, both = cloud.desk, (*cloud.where, "--s3", "vol2")
+    seeder, both = cloud.seeder, (*cloud.where, "--s3", "vol2")
     for away, there in (("vol1", "vol2"), ("vol2", "vol1")):
         cloud.proxy.fault("*", "502", times=1_000, volume=away)
-        code, [*_, summary] = desk.events("vae=hf://org/open/b.safetensors", *both)
+        code, [*_, summary] = seeder.events("vae=hf://org/open/b.safetensors", *both)
         assert code == FAILED
         hows = {outcome["volume"]: (outcome["how"], outcome["code"]) for outcome in summary["outcomes"]}
         assert hows == {there: ("sent", None), away: ("failed", "s3_unreachable")}
         for action in ("--list", "--verify"):
-            code, text = desk.run(action, *both)
+            code, text = seeder.run(action, *both)
             assert code == FAILED
             assert f"The volume {away} could not be reached" in text
             assert "vae/b.safetensors" in text
         cloud.proxy.clear_faults()
     cloud.proxy.fault("*", "502", times=1_000)
-    code, text = desk.run("vae=hf://org/open/b.safetensors", *both)
+    code, text = seeder.run("vae=hf://org/open/b.safetensors", *both)
     assert code == FAILED
     assert "could not be reached" in text
 
 
 def test_wrong_keys_and_volumes_are_one_sentence(cloud: Cloud) -> None:
-    desk = cloud.desk
-    code, text = desk.run("vae=hf://org/open/b.safetensors", "--endpoint", cloud.proxy.endpoint_url, "--s3", "vol9")
+    seeder = cloud.seeder
+    code, text = seeder.run("vae=hf://org/open/b.safetensors", "--endpoint", cloud.proxy.endpoint_url, "--s3", "vol9")
     assert code == FAILED
     assert "no volume 'vol9'" in text
-    desk.environ["RUNPOD_S3_ACCESS_KEY_ID"] = "user_other"
-    code, text = desk.run("vae=hf://org/open/b.safetensors", *cloud.where)
+    seeder.environ["RUNPOD_S3_ACCESS_KEY_ID"] = "user_other"
+    code, text = seeder.run("vae=hf://org/open/b.safetensors", *cloud.where)
     assert code == FAILED
     assert "The keys were refused" in text
 
 
 def test_a_run_that_was_killed_is_gone_on_with(cloud: Cloud) -> None:
     command = [sys.executable, "scripts/seed_volume.py", "vae=hf://org/large/large.safetensors", *cloud.where, "--json"]
-    environ = {**os.environ, **cloud.desk.environ}
+    environ = {**os.environ, **cloud.seeder.environ}
     for ending in (signal.SIGKILL, signal.SIGTERM):
         cloud.proxy.fault("UploadPart", "hold", times=100, after=2)
         process = subprocess.Popen(command, cwd=PROJECT, env=environ, stdout=subprocess.PIPE, text=True)
@@ -695,12 +695,12 @@ def test_a_run_that_was_killed_is_gone_on_with(cloud: Cloud) -> None:
 def test_a_run_that_was_killed_at_its_end_is_finished_without_sending(cloud: Cloud, operation: str, after: int) -> None:
     command = [sys.executable, "scripts/seed_volume.py", "vae=hf://org/open/b.safetensors", *cloud.where, "--json"]
     cloud.proxy.fault(operation, "hold", after=after)
-    process = subprocess.Popen(command, cwd=PROJECT, env={**os.environ, **cloud.desk.environ}, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, cwd=PROJECT, env={**os.environ, **cloud.seeder.environ}, stdout=subprocess.DEVNULL)
     cloud.proxy.wait_held()
     process.kill()
     process.wait(60)
     cloud.proxy.clear_faults()  # what was asked last is done, and nobody hears of it
-    assert cloud.desk.run(*command[2:-1])[0] == 0
+    assert cloud.seeder.run(*command[2:-1])[0] == 0
     assert cloud.proxy.count("UploadPart") == 1
     whole = [key for key in cloud.files() if not key.endswith(".pending")]  # a record may stay, and harms nobody
     assert whole == [".worker/seals/vae/b.safetensors.json", "models/vae/b.safetensors"]
@@ -709,15 +709,15 @@ def test_a_run_that_was_killed_at_its_end_is_finished_without_sending(cloud: Clo
 # --- on a network volume ------------------------------------------------------------------------
 
 
-def test_a_worker_on_another_host_finds_a_seeded_volume_ready(desk: Desk, moosefs: MooseFS, tmp_path: Path) -> None:
+def test_a_worker_on_another_host_finds_a_seeded_volume_ready(seeder: Seeder, moosefs: MooseFS, tmp_path: Path) -> None:
     here, there = (mount / tmp_path.name for mount in moosefs.mounts[:2])
     here.mkdir()
-    assert desk.run("vae=hf://org/open/b.safetensors", desk.write("m.toml", MANIFEST), "--volume", here)[0] == 0
-    desk.stand_in.clear_log()
-    store = Store(Layout(there), Hub(desk.stand_in.endpoint, Network()), "worker")
+    assert seeder.run("vae=hf://org/open/b.safetensors", seeder.write("m.toml", MANIFEST), "--volume", here)[0] == 0
+    seeder.stand_in.clear_log()
+    store = Store(Layout(there), Hub(seeder.stand_in.endpoint, Network()), "worker")
     assert store.ready("vae", "b.safetensors") == there / "models/vae/b.safetensors"
     spec = ModelSpec("loras", "a.safetensors", HubFile("org/open", "a.safetensors"))
     phases: list[str] = []
     assert store.ensure(spec, lambda moment: phases.append(moment.phase)).how == "ready"
     assert phases == []  # neither downloaded nor hashed
-    assert desk.stand_in.requests == []
+    assert seeder.stand_in.requests == []

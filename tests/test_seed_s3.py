@@ -73,7 +73,7 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StandIn]:
         yield hub
 
 
-class Desk:
+class Seeder:
     """Two volumes behind a proxy, a hub, and what is seeded from one to the other."""
 
     def __init__(self, server: S3Server, proxy: RunPodProxy, stand_in: StandIn) -> None:
@@ -124,13 +124,13 @@ class Desk:
 
 
 @pytest.fixture(scope="module")
-def shared(server: S3Server, stand_in: StandIn) -> Iterator[Desk]:
+def shared(server: S3Server, stand_in: StandIn) -> Iterator[Seeder]:
     with RunPodProxy(server.endpoint_url, keys=["user_devkit"]) as proxy:
-        yield Desk(server, proxy, stand_in)
+        yield Seeder(server, proxy, stand_in)
 
 
 @pytest.fixture
-def desk(shared: Desk) -> Desk:
+def seeder(shared: Seeder) -> Seeder:
     shared.server.reset()
     for name in ("vol1", "vol2"):
         shared.server.bucket(name)
@@ -140,295 +140,295 @@ def desk(shared: Desk) -> Desk:
     return shared
 
 
-def test_a_model_is_seeded_checked_and_sealed(desk: Desk) -> None:
-    [outcome] = desk.seed()
+def test_a_model_is_seeded_checked_and_sealed(seeder: Seeder) -> None:
+    [outcome] = seeder.seed()
     assert (outcome.how, outcome.size_bytes, outcome.moved_bytes) == ("sent", len(DATA), len(DATA))
-    desk.check_seeded()
-    assert desk.parts_sent == COUNT
+    seeder.check_seeded()
+    assert seeder.parts_sent == COUNT
 
 
-def test_no_folder_of_models_is_listed_and_nothing_is_asked_that_runpod_lacks(desk: Desk) -> None:
-    desk.seed()
-    asked = {call.operation for call in desk.proxy.calls}
+def test_no_folder_of_models_is_listed_and_nothing_is_asked_that_runpod_lacks(seeder: Seeder) -> None:
+    seeder.seed()
+    asked = {call.operation for call in seeder.proxy.calls}
     assert not asked & {"ListObjectsV2", "DeleteObjects"}
-    assert all(call.status < 400 or call.operation in {"HeadObject", "GetObject"} for call in desk.proxy.calls)
+    assert all(call.status < 400 or call.operation in {"HeadObject", "GetObject"} for call in seeder.proxy.calls)
 
 
-def test_one_download_feeds_two_volumes(desk: Desk) -> None:
-    outcomes = desk.seed("vol1", "vol2")
+def test_one_download_feeds_two_volumes(seeder: Seeder) -> None:
+    outcomes = seeder.seed("vol1", "vol2")
     assert [outcome.how for outcome in outcomes] == ["sent", "sent"]
-    desk.check_seeded("vol1")
-    desk.check_seeded("vol2")
-    assert desk.stand_in.bytes_sent("*a.safetensors") < 1.1 * len(DATA)
+    seeder.check_seeded("vol1")
+    seeder.check_seeded("vol2")
+    assert seeder.stand_in.bytes_sent("*a.safetensors") < 1.1 * len(DATA)
 
 
-def test_what_is_there_is_not_sent_again(desk: Desk) -> None:
-    desk.seed()
-    desk.proxy.reset()
-    [first, second] = desk.seed("vol1", "vol2")
+def test_what_is_there_is_not_sent_again(seeder: Seeder) -> None:
+    seeder.seed()
+    seeder.proxy.reset()
+    [first, second] = seeder.seed("vol1", "vol2")
     assert (first.how, first.moved_bytes, second.how) == ("ready", 0, "sent")
-    assert desk.parts_sent == COUNT
+    assert seeder.parts_sent == COUNT
 
 
-def test_a_worker_finds_what_was_seeded_ready_without_network_and_hashing(desk: Desk, tmp_path: Path) -> None:
-    desk.seed()
-    for key in desk.files():
+def test_a_worker_finds_what_was_seeded_ready_without_network_and_hashing(seeder: Seeder, tmp_path: Path) -> None:
+    seeder.seed()
+    for key in seeder.files():
         (tmp_path / key).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / key).write_bytes(desk.read(key))
+        (tmp_path / key).write_bytes(seeder.read(key))
     nowhere = Hub("http://127.0.0.1:9", Network(read_timeout_s=1), patience_s=0.1)
     store = Store(Layout(tmp_path), nowhere, "worker")
     assert store.ready("loras", "a.safetensors") == tmp_path / KEY
     assert json.loads((tmp_path / SEAL).read_text())["mtime"] == int((tmp_path / KEY).stat().st_mtime)
-    assert store.ensure(desk.spec()).how == "ready"
+    assert store.ensure(seeder.spec()).how == "ready"
 
 
 # --- faults of the volume -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fault", ["524 done", "NoSuchUpload done", "cut done", "502"])
-def test_head_object_judges_a_complete_that_answered_badly(desk: Desk, fault: Any) -> None:
-    desk.proxy.fault("CompleteMultipartUpload", fault)
-    assert [outcome.how for outcome in desk.seed()] == ["sent"]
-    desk.check_seeded()
-    assert desk.parts_sent == COUNT
+def test_head_object_judges_a_complete_that_answered_badly(seeder: Seeder, fault: Any) -> None:
+    seeder.proxy.fault("CompleteMultipartUpload", fault)
+    assert [outcome.how for outcome in seeder.seed()] == ["sent"]
+    seeder.check_seeded()
+    assert seeder.parts_sent == COUNT
 
 
 @pytest.mark.parametrize(
     "operation", ["UploadPart", "HeadObject", "CreateMultipartUpload", "PutObject", "ListMultipartUploads"]
 )
-def test_a_bad_gateway_is_asked_again(desk: Desk, operation: str) -> None:
-    desk.proxy.fault(operation, "502", times=2)
-    assert [outcome.how for outcome in desk.seed()] == ["sent"]
-    desk.check_seeded()
+def test_a_bad_gateway_is_asked_again(seeder: Seeder, operation: str) -> None:
+    seeder.proxy.fault(operation, "502", times=2)
+    assert [outcome.how for outcome in seeder.seed()] == ["sent"]
+    seeder.check_seeded()
 
 
 @pytest.mark.parametrize("fault", ["cut", "cut done"])
-def test_a_cut_part_is_sent_again(desk: Desk, fault: Any) -> None:
-    desk.proxy.fault("UploadPart", fault, after=3)
-    assert [outcome.how for outcome in desk.seed()] == ["sent"]
-    desk.check_seeded()
+def test_a_cut_part_is_sent_again(seeder: Seeder, fault: Any) -> None:
+    seeder.proxy.fault("UploadPart", fault, after=3)
+    assert [outcome.how for outcome in seeder.seed()] == ["sent"]
+    seeder.check_seeded()
 
 
-def test_a_slow_head_object_is_waited_for(desk: Desk) -> None:
-    desk.proxy.fault("HeadObject", "slow", times=9, seconds=0.3)
-    assert [outcome.how for outcome in desk.seed()] == ["sent"]
-    desk.check_seeded()
+def test_a_slow_head_object_is_waited_for(seeder: Seeder) -> None:
+    seeder.proxy.fault("HeadObject", "slow", times=9, seconds=0.3)
+    assert [outcome.how for outcome in seeder.seed()] == ["sent"]
+    seeder.check_seeded()
 
 
-def test_an_upload_that_vanished_is_begun_anew(desk: Desk) -> None:
-    desk.proxy.fault("UploadPart", "NoSuchUpload", after=4)
-    assert [outcome.how for outcome in desk.seed()] == ["sent"]
-    assert hashlib.sha256(desk.read()).hexdigest() == SHA256
-    assert desk.uploads() == []
+def test_an_upload_that_vanished_is_begun_anew(seeder: Seeder) -> None:
+    seeder.proxy.fault("UploadPart", "NoSuchUpload", after=4)
+    assert [outcome.how for outcome in seeder.seed()] == ["sent"]
+    assert hashlib.sha256(seeder.read()).hexdigest() == SHA256
+    assert seeder.uploads() == []
 
 
-def test_an_upload_that_vanishes_each_time_is_reported(desk: Desk) -> None:
-    desk.proxy.fault("UploadPart", "NoSuchUpload", times=1000)
-    [outcome] = desk.seed()
+def test_an_upload_that_vanishes_each_time_is_reported(seeder: Seeder) -> None:
+    seeder.proxy.fault("UploadPart", "NoSuchUpload", times=1000)
+    [outcome] = seeder.seed()
     assert outcome.how == "failed"
     assert "vanished" in str(outcome.error)
 
 
-def test_a_full_volume_is_reported_and_given_its_space_back(desk: Desk) -> None:
-    desk.proxy.fault("UploadPart", "507", times=1000, after=2)
-    [outcome] = desk.seed()
+def test_a_full_volume_is_reported_and_given_its_space_back(seeder: Seeder) -> None:
+    seeder.proxy.fault("UploadPart", "507", times=1000, after=2)
+    [outcome] = seeder.seed()
     assert isinstance(outcome.error, S3VolumeFull)
     assert "has no room" in str(outcome.error)
-    assert desk.uploads() == []
-    assert desk.files() == []
+    assert seeder.uploads() == []
+    assert seeder.files() == []
 
 
-def test_one_full_volume_leaves_the_other_alone(desk: Desk) -> None:
-    desk.server.client.delete_bucket(Bucket="vol2")
-    [good, bad] = desk.seed("vol1", "vol2")
+def test_one_full_volume_leaves_the_other_alone(seeder: Seeder) -> None:
+    seeder.server.client.delete_bucket(Bucket="vol2")
+    [good, bad] = seeder.seed("vol1", "vol2")
     assert good.how == "sent"
     assert isinstance(bad.error, S3VolumeNotFound)
-    desk.check_seeded("vol1")
+    seeder.check_seeded("vol1")
 
 
-def test_a_damaged_part_is_refused_by_the_server(desk: Desk) -> None:
-    volume = desk.volume()
+def test_a_damaged_part_is_refused_by_the_server(seeder: Seeder) -> None:
+    volume = seeder.volume()
     upload = volume.bucket.begin(KEY)
     wrong = hashlib.md5(b"other", usedforsecurity=False).digest()
     with pytest.raises(Exception, match="UploadPart"):
         volume.bucket.send(KEY, upload, 1, bytearray(b"some"), wrong)
 
 
-def test_keys_and_volumes_that_are_wrong_are_named(desk: Desk) -> None:
+def test_keys_and_volumes_that_are_wrong_are_named(seeder: Seeder) -> None:
     with pytest.raises(S3KeysRefused, match="RUNPOD_S3_ACCESS_KEY_ID"):
-        bucket_at(desk.volume().bucket.place, Keys("user_other", "rps_other"), 1).check()
+        bucket_at(seeder.volume().bucket.place, Keys("user_other", "rps_other"), 1).check()
     with pytest.raises(S3VolumeNotFound, match="no volume 'vol9'"):
-        desk.volume("vol9").bucket.check()
+        seeder.volume("vol9").bucket.check()
 
 
 # --- faults of the source -----------------------------------------------------------------------
 
 
-def test_a_cut_source_goes_on_where_it_was(desk: Desk) -> None:
+def test_a_cut_source_goes_on_where_it_was(seeder: Seeder) -> None:
     for after in (100_000, 200_000):
-        desk.stand_in.fault("cut", after_bytes=after, origin="cdn")
-    assert [outcome.how for outcome in desk.seed()] == ["sent"]
-    desk.check_seeded()
+        seeder.stand_in.fault("cut", after_bytes=after, origin="cdn")
+    assert [outcome.how for outcome in seeder.seed()] == ["sent"]
+    seeder.check_seeded()
 
 
-def test_a_wrong_byte_is_never_published(desk: Desk) -> None:
-    desk.stand_in.fault("flip", at_byte=300_000, origin="cdn", count=None)
-    [outcome] = desk.seed()
+def test_a_wrong_byte_is_never_published(seeder: Seeder) -> None:
+    seeder.stand_in.fault("flip", at_byte=300_000, origin="cdn", count=None)
+    [outcome] = seeder.seed()
     assert outcome.how == "failed"
     assert "sha256" in str(outcome.error)
-    assert desk.files() == []
-    assert desk.uploads() == []
+    assert seeder.files() == []
+    assert seeder.uploads() == []
 
 
-def test_a_wrong_byte_that_was_chance_is_fetched_anew(desk: Desk) -> None:
-    desk.stand_in.fault("flip", at_byte=300_000, origin="cdn")
-    assert [outcome.how for outcome in desk.seed()] == ["sent"]
-    desk.check_seeded()
+def test_a_wrong_byte_that_was_chance_is_fetched_anew(seeder: Seeder) -> None:
+    seeder.stand_in.fault("flip", at_byte=300_000, origin="cdn")
+    assert [outcome.how for outcome in seeder.seed()] == ["sent"]
+    seeder.check_seeded()
 
 
-def test_a_header_that_contradicts_the_length_is_refused_where_no_hash_is_told(desk: Desk) -> None:
-    url = f"{desk.stand_in.endpoint}/files/org/repo/cut.safetensors"
-    [outcome] = desk.seed(spec=ModelSpec("loras", "a.safetensors", Url(url)))
+def test_a_header_that_contradicts_the_length_is_refused_where_no_hash_is_told(seeder: Seeder) -> None:
+    url = f"{seeder.stand_in.endpoint}/files/org/repo/cut.safetensors"
+    [outcome] = seeder.seed(spec=ModelSpec("loras", "a.safetensors", Url(url)))
     assert outcome.how == "failed"
     assert f"{len(DATA)}" in str(outcome.error)
-    assert desk.files() == []
+    assert seeder.files() == []
 
 
-def test_a_repository_that_is_not_there_is_said_without_touching_the_volume(desk: Desk) -> None:
-    [outcome] = desk.seed(spec=ModelSpec("loras", "x.safetensors", HubFile("org/none", "x.safetensors")))
+def test_a_repository_that_is_not_there_is_said_without_touching_the_volume(seeder: Seeder) -> None:
+    [outcome] = seeder.seed(spec=ModelSpec("loras", "x.safetensors", HubFile("org/none", "x.safetensors")))
     assert outcome.error
     assert outcome.error.code == "repo_not_found"
-    assert desk.proxy.calls == []
+    assert seeder.proxy.calls == []
 
 
 # --- going on -----------------------------------------------------------------------------------
 
 
-def interrupted(desk: Desk, parts: int) -> None:
+def interrupted(seeder: Seeder, parts: int) -> None:
     """A run that is stopped after some parts, with others in flight."""
-    desk.proxy.fault("UploadPart", "hold", times=1000, after=parts)
-    run = threading.Thread(target=desk.seed)
+    seeder.proxy.fault("UploadPart", "hold", times=1000, after=parts)
+    run = threading.Thread(target=seeder.seed)
     run.start()
-    desk.proxy.wait_held(FAST.uploads)
-    desk.cancel.set()
+    seeder.proxy.wait_held(FAST.uploads)
+    seeder.cancel.set()
     run.join(120)
     assert not run.is_alive()
-    desk.cancel.clear()
-    desk.proxy.reset()
+    seeder.cancel.clear()
+    seeder.proxy.reset()
 
 
-def test_a_stopped_run_is_gone_on_with(desk: Desk) -> None:
-    interrupted(desk, 4)
-    [outcome] = desk.seed()
+def test_a_stopped_run_is_gone_on_with(seeder: Seeder) -> None:
+    interrupted(seeder, 4)
+    [outcome] = seeder.seed()
     assert outcome.how == "sent"
     assert outcome.moved_bytes < len(DATA)
-    desk.check_seeded()
-    assert desk.parts_sent <= COUNT - 4
+    seeder.check_seeded()
+    assert seeder.parts_sent <= COUNT - 4
 
 
-def test_parts_of_another_content_are_sent_again(desk: Desk, stand_in: StandIn) -> None:
-    volume = desk.volume()
+def test_parts_of_another_content_are_sent_again(seeder: Seeder, stand_in: StandIn) -> None:
+    volume = seeder.volume()
     upload = volume.bucket.begin(KEY)
     for number in (1, 2):
         old = bytearray(os.urandom(PART))
         volume.bucket.send(KEY, upload, number, old, hashlib.md5(old, usedforsecurity=False).digest())
-    desk.proxy.wait_for("UploadPart", 2)  # a call is recorded once it was answered
-    desk.proxy.reset()
+    seeder.proxy.wait_for("UploadPart", 2)  # a call is recorded once it was answered
+    seeder.proxy.reset()
     assert stand_in.endpoint
-    assert [outcome.how for outcome in desk.seed()] == ["sent"]
-    desk.check_seeded()
-    assert desk.parts_sent == COUNT
+    assert [outcome.how for outcome in seeder.seed()] == ["sent"]
+    seeder.check_seeded()
+    assert seeder.parts_sent == COUNT
 
 
-def test_uploads_that_were_cut_otherwise_are_cleared_away_at_the_end(desk: Desk) -> None:
-    volume = desk.volume()
+def test_uploads_that_were_cut_otherwise_are_cleared_away_at_the_end(seeder: Seeder) -> None:
+    volume = seeder.volume()
     other = bytearray(DATA[: PART // 2])
     upload = volume.bucket.begin(KEY)
     for number in (1, 2):
         volume.bucket.send(KEY, upload, number, other, hashlib.md5(other, usedforsecurity=False).digest())
     volume.bucket.begin(KEY)
     volume.bucket.begin("models/loras/a.safetensors.other")
-    assert [outcome.how for outcome in desk.seed()] == ["sent"]
-    assert [found["Key"] for found in desk.uploads()] == ["models/loras/a.safetensors.other"]
+    assert [outcome.how for outcome in seeder.seed()] == ["sent"]
+    assert [found["Key"] for found in seeder.uploads()] == ["models/loras/a.safetensors.other"]
 
 
-def test_a_run_that_died_before_the_seal_is_finished_without_reading_or_sending(desk: Desk) -> None:
-    desk.seed()
-    seal = desk.read(SEAL)
-    desk.server.client.delete_object(Bucket="vol1", Key=SEAL)
-    desk.server.client.put_object(Bucket="vol1", Key=f"{SEAL}.pending", Body=seal)
-    desk.proxy.reset()
-    assert [outcome.how for outcome in desk.seed()] == ["adopted"]
-    assert desk.parts_sent == 0
-    assert not [call for call in desk.proxy.calls if call.operation == "GetObject" and call.key == KEY]
-    desk.check_seeded()
+def test_a_run_that_died_before_the_seal_is_finished_without_reading_or_sending(seeder: Seeder) -> None:
+    seeder.seed()
+    seal = seeder.read(SEAL)
+    seeder.server.client.delete_object(Bucket="vol1", Key=SEAL)
+    seeder.server.client.put_object(Bucket="vol1", Key=f"{SEAL}.pending", Body=seal)
+    seeder.proxy.reset()
+    assert [outcome.how for outcome in seeder.seed()] == ["adopted"]
+    assert seeder.parts_sent == 0
+    assert not [call for call in seeder.proxy.calls if call.operation == "GetObject" and call.key == KEY]
+    seeder.check_seeded()
 
 
-def test_a_source_that_moved_on_is_mentioned_where_nothing_is_pinned(desk: Desk, stand_in: StandIn) -> None:
-    desk.seed("vol1", "vol2")
-    desk.server.client.delete_object(Bucket="vol2", Key=KEY)
+def test_a_source_that_moved_on_is_mentioned_where_nothing_is_pinned(seeder: Seeder, stand_in: StandIn) -> None:
+    seeder.seed("vol1", "vol2")
+    seeder.server.client.delete_object(Bucket="vol2", Key=KEY)
     stand_in.fault("sha256", value="ab" * 32, count=None)
     stand_in.fault("size", value=12345, count=None)
-    [there] = desk.seed("vol1")
+    [there] = seeder.seed("vol1")
     assert (there.how, there.size_bytes) == ("ready", len(DATA))
     assert there.note
     assert "newer" in there.note
-    assert [outcome.how for outcome in desk.seed("vol1", spec=desk.spec(SHA256))] == ["failed"]
+    assert [outcome.how for outcome in seeder.seed("vol1", spec=seeder.spec(SHA256))] == ["failed"]
     stand_in.clear_faults()
-    assert [outcome.how for outcome in desk.seed("vol1", "vol2")] == ["ready", "sent"]
-    assert desk.seed("vol1")[0].note is None
+    assert [outcome.how for outcome in seeder.seed("vol1", "vol2")] == ["ready", "sent"]
+    assert seeder.seed("vol1")[0].note is None
 
 
-def test_another_pin_than_what_is_there_decides(desk: Desk, stand_in: StandIn) -> None:
-    desk.seed()
+def test_another_pin_than_what_is_there_decides(seeder: Seeder, stand_in: StandIn) -> None:
+    seeder.seed()
     stand_in.fault("sha256", value="ab" * 32, count=None)
-    [outcome] = desk.seed(spec=desk.spec("ab" * 32))
+    [outcome] = seeder.seed(spec=seeder.spec("ab" * 32))
     assert isinstance(outcome.error, S3FileDiffers)
-    assert desk.read() == DATA
+    assert seeder.read() == DATA
 
 
 # --- what people put there ----------------------------------------------------------------------
 
 
-def test_a_file_that_somebody_put_there_is_hashed_and_sealed(desk: Desk) -> None:
-    desk.server.client.put_object(Bucket="vol1", Key=KEY, Body=DATA)
-    assert [outcome.how for outcome in desk.seed()] == ["adopted"]
-    desk.check_seeded()
-    assert desk.parts_sent == 0
+def test_a_file_that_somebody_put_there_is_hashed_and_sealed(seeder: Seeder) -> None:
+    seeder.server.client.put_object(Bucket="vol1", Key=KEY, Body=DATA)
+    assert [outcome.how for outcome in seeder.seed()] == ["adopted"]
+    seeder.check_seeded()
+    assert seeder.parts_sent == 0
 
 
 @pytest.mark.parametrize("data", [DATA[:-1], DATA[:-1] + bytes([DATA[-1] ^ 1])])
-def test_another_file_that_somebody_put_there_is_left_alone(desk: Desk, data: bytes) -> None:
-    desk.server.client.put_object(Bucket="vol1", Key=KEY, Body=data)
-    [outcome] = desk.seed()
+def test_another_file_that_somebody_put_there_is_left_alone(seeder: Seeder, data: bytes) -> None:
+    seeder.server.client.put_object(Bucket="vol1", Key=KEY, Body=data)
+    [outcome] = seeder.seed()
     assert isinstance(outcome.error, S3FileDiffers)
-    assert desk.read() == data
-    assert desk.files() == [KEY]
+    assert seeder.read() == data
+    assert seeder.files() == [KEY]
 
 
-def test_a_file_that_appears_meanwhile_is_not_overwritten(desk: Desk) -> None:
-    desk.proxy.fault("UploadPart", "hold", after=COUNT - 1)
-    run = threading.Thread(target=desk.seed)
+def test_a_file_that_appears_meanwhile_is_not_overwritten(seeder: Seeder) -> None:
+    seeder.proxy.fault("UploadPart", "hold", after=COUNT - 1)
+    run = threading.Thread(target=seeder.seed)
     run.start()
-    desk.proxy.wait_held()
-    desk.server.client.put_object(Bucket="vol1", Key=KEY, Body=DATA)
-    desk.proxy.release()
+    seeder.proxy.wait_held()
+    seeder.server.client.put_object(Bucket="vol1", Key=KEY, Body=DATA)
+    seeder.proxy.release()
     run.join(120)
-    desk.check_seeded()
-    assert desk.proxy.count("CompleteMultipartUpload") == 0
+    seeder.check_seeded()
+    assert seeder.proxy.count("CompleteMultipartUpload") == 0
 
 
-def test_memory_is_bounded_by_the_window(desk: Desk) -> None:
-    desk.proxy.fault("UploadPart", "hold", times=1000)
-    run = threading.Thread(target=desk.seed)
+def test_memory_is_bounded_by_the_window(seeder: Seeder) -> None:
+    seeder.proxy.fault("UploadPart", "hold", times=1000)
+    run = threading.Thread(target=seeder.seed)
     run.start()
-    desk.proxy.wait_held(FAST.uploads)
-    desk.stand_in.wait_idle()
-    fetched = desk.stand_in.bytes_sent("*a.safetensors")
-    desk.proxy.release()
+    seeder.proxy.wait_held(FAST.uploads)
+    seeder.stand_in.wait_idle()
+    fetched = seeder.stand_in.bytes_sent("*a.safetensors")
+    seeder.proxy.release()
     run.join(120)
     assert fetched <= FAST.memory_bytes + PART
-    desk.check_seeded()
+    seeder.check_seeded()
 
 
 def test_a_bucket_names_the_call_that_failed() -> None:

@@ -40,7 +40,7 @@ def test_bytes_written_in_any_order_within_reach_come_out_in_order(size: int, pa
             held.append(next(parts))
             out.append(bytes(held[-1].buffer))
         if held and (chance.random() < 0.5 or len(held) == width):
-            window.let_go(held.pop(chance.randrange(len(held))), READER)
+            window.release(held.pop(chance.randrange(len(held))), READER)
         assert len(held) <= width
     assert b"".join(out) == data
     assert window.gaps() == []
@@ -56,7 +56,7 @@ def test_buffers_are_used_again_also_by_the_next_window() -> None:
             put(window, data, start, min(size, start + 10))
             part = next(parts)
             assert bytes(part.buffer) == data[start : start + 10]
-            window.let_go(part, READER)
+            window.release(part, READER)
         assert len(spare) == 1
     assert Window(100, 20, 2, [READER], spare).gaps() == [(0, 100)]
     assert spare == []  # these were of another size
@@ -67,9 +67,9 @@ def test_a_part_is_free_when_every_reader_let_go() -> None:
     window = Window(20, 10, 1, [one, other])
     put(window, content(20), 0, 10)
     part = next(window.in_order())
-    window.let_go(part, one)
+    window.release(part, one)
     assert window.reach() == 10
-    window.let_go(part, other)
+    window.release(part, other)
     assert window.reach() == 20
 
 
@@ -100,6 +100,6 @@ def test_bytes_that_come_twice_change_nothing() -> None:
     put(window, bytes(20), 0, 10)
     part = next(window.in_order())
     assert bytes(part.buffer) == content(20)[:10]
-    window.let_go(part, READER)
+    window.release(part, READER)
     put(window, bytes(20), 0, 10)
     assert window.gaps() == [(10, 20)]

@@ -21,7 +21,7 @@ from worker.graph.paths import check_paths
 from worker.settings import Settings
 from worker.store.layout import Layout
 from worker.warmup.loading_graph import loading_part, runnable
-from worker.warmup.warmup import Warmth
+from worker.warmup.warmup import Warmup
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -203,10 +203,10 @@ def test_a_warm_up_that_is_none_is_said(text: str, tmp_path: Path, caplog: pytes
             del names
             return []
 
-    warmth = Warmth(settings)
-    warmth.begin()
-    warmth.linked(NoModels())  # type: ignore[arg-type]  # the one question that it asks
-    graph = warmth._warmup.result(20)
-    warmth.stop()
+    warmup = Warmup(settings)
+    warmup.begin()
+    warmup.linked(NoModels())  # type: ignore[arg-type]  # the one question that it asks
+    graph = warmup._warmup.result(20)
+    warmup.stop()
     assert (graph is None) == ("No" not in text)
     assert bool([line for line in caplog.messages if "there is no warm-up" in line]) == (graph is None)

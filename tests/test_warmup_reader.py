@@ -412,13 +412,13 @@ def test_comfyui_is_shown_the_copy_in_the_host_cache(volume: Path, cached: Path,
     copies = cached_copies(layout)
     assert list(copies) == [cached]
     assert lay_out(copies, layout, near) == 1
-    report = ModelLinks(models, [layout.models], within=[volume], nearer=near).refresh()
+    report = ModelLinks(models, [layout.models], within=[volume], host_cache=near).refresh()
     assert (report.files, report.problems) == (3, ())
     assert (models / "loras/a").resolve() == layout.host_cache_repo("org/repo") / "blobs" / ("ab" * 32)
     assert (models / "loras/b").resolve() == layout.models / "loras/b"
 
     assert lay_out({}, layout, near) == 0
-    ModelLinks(models, [layout.models], within=[volume], nearer=near).refresh()
+    ModelLinks(models, [layout.models], within=[volume], host_cache=near).refresh()
     assert (models / "loras/a").resolve() == cached
 
 

@@ -86,15 +86,15 @@ def run_worker(argv: Sequence[str], environ: MutableMapping[str, str]) -> int:
     logging.getLogger("worker").info("comfyui-volume-worker %s", __version__)
     process = EngineProcess.spawn(command)
 
-    from worker.warmup.warmup import Warmth  # noqa: PLC0415 - after the spawn: ComfyUI boots meanwhile
+    from worker.warmup.warmup import Warmup  # noqa: PLC0415 - after the spawn: ComfyUI boots meanwhile
 
-    warmth = Warmth(settings)
-    warmth.begin()  # it takes longest of all on a network volume, so it begins before the other imports
+    warmup = Warmup(settings)
+    warmup.begin()  # it takes longest of all on a network volume, so it begins before the other imports
 
     from worker.boot import Worker, process_start  # noqa: PLC0415 - as above
 
     prepare_environ(environ)
-    worker = Worker(settings, command, process, warmth)
+    worker = Worker(settings, command, process, warmup)
     try:
         worker.start(lambda: import_sdk(arguments, environ), process_start())
         serve(worker, arguments, environ)

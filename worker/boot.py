@@ -31,7 +31,7 @@ from worker.media.address_guard import UrlRules
 from worker.media.delivery import Delivery
 from worker.media.inputs import InputFiles, clear_leftovers
 from worker.media.url_inputs import Fetcher, FetchLimits
-from worker.models.job_models import Supply
+from worker.models.job_models import JobModels
 from worker.store.layout import Layout
 from worker.store.leases import Leases
 from worker.store.pod_links import layout_at
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from worker.store.eviction import Pins
     from worker.store.room import Room
     from worker.store.store import Stores
-    from worker.warmup.warmup import Warmth
+    from worker.warmup.warmup import Warmup
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ def process_start() -> float:
 class Worker:
     """The assembled worker: a loop with the engine on it, and the handler in front of them."""
 
-    def __init__(self, settings: Settings, command: EngineCommand, process: EngineProcess, warmth: Warmth) -> None:
+    def __init__(self, settings: Settings, command: EngineCommand, process: EngineProcess, warmup: Warmup) -> None:
         self._settings = settings
         self._process = process
         self._spawned_at = process.spawned_at
@@ -115,13 +115,13 @@ class Worker:
         models = settings.base_dir / "models"
         volume, local = layout_at(settings.volume_path), Layout(settings.local_store)
         roots = [volume.models, local.models]
-        self._links = ModelLinks(models, roots, within=[settings.volume_path], nearer=_nearer(settings))
+        self._links = ModelLinks(models, roots, within=[settings.volume_path], host_cache=_host_cache(settings))
         self._leases = Leases(volume, _name(settings)) if is_volume(settings.volume_path) else None
         self._room = build_room(settings, self._leases) if self._leases else None
-        self._supply = Supply(
+        self._job_models = JobModels(
             self._links,
             [volume, local],
-            _nearer(settings),
+            _host_cache(settings),
             lambda: read_sources(settings),
             lambda: build_store(settings, self._room),
             hosts=settings.request_hosts,
@@ -136,8 +136,8 @@ class Worker:
         limits = FetchLimits(settings.input_max_mb * 1_000_000, settings.input_timeout_s)
         inputs = InputFiles(settings.base_dir / "input", Fetcher(rules, limits))
         self._delivery = Delivery.of(settings)
-        self._warmth = warmth
-        self.handler = JobHandler(settings, self._engine, self._supply, inputs, self._delivery, warmth=self._warmth)
+        self._warmup = warmup
+        self.handler = JobHandler(settings, self._engine, self._job_models, inputs, self._delivery, warmup=self._warmup)
 
     def start(self, import_sdk: Callable[[], object], began: float) -> None:
         """Do everything that must be done before the first job, in parallel.
@@ -159,13 +159,13 @@ class Worker:
                     done.result()
             except BaseException:
                 # SIGTERM, or a ComfyUI that does not start, while models are downloaded: the pool waits for its threads.
-                self._supply.stop()
+                self._job_models.stop()
                 raise
-        if warmed := self._warmth.warmed():
+        if warmed := self._warmup.warmed():
             timeline.add("warm", warmed.began_s, warmed.seconds, warmed.what)
         if self._settings.warmup_workflow:
             began_s = time.monotonic()
-            if note := self.loop.submit(self._warmth.warm_up(self._engine)).result():
+            if note := self.loop.submit(self._warmup.warm_up(self._engine)).result():
                 timeline.add("warm-up", began_s, time.monotonic() - began_s, note)
         self._report_custom_nodes()
         log.info("%s", timeline.summary())
@@ -181,8 +181,8 @@ class Worker:
 
     def stop(self) -> None:
         """End the downloads, the engine and the loop."""
-        self._warmth.stop()
-        self._supply.stop()
+        self._warmup.stop()
+        self._job_models.stop()
         if self._room:
             self._room.stop()
         if self._leases:
@@ -208,31 +208,31 @@ class Worker:
         settings = self._settings
         with timeline.step("links") as step:
             clear_leftovers(settings.base_dir / "input")
-            with self._warmth.standing_back():
-                lay_out(self._warmth.copies(), Layout(settings.volume_path.resolve()), _nearer(settings))
+            with self._warmup.standing_back():
+                lay_out(self._warmup.copies(), Layout(settings.volume_path.resolve()), _host_cache(settings))
                 report = self._links.refresh()
             step.note = f"{report.files} files"
-        self._warmth.linked(self._supply)
+        self._warmup.linked(self._job_models)
         _log_volume(settings)
         if self._room:
             self._room.keep()
         if settings.model_loading == "eager":
             with timeline.step("models") as step:
-                self._supply.check_manifests()
-                wanted = self._supply.manifest()
+                self._job_models.check_manifests()
+                wanted = self._job_models.manifest()
                 self._pin(wanted)
                 step.note = f"{len(wanted)} in the manifests"
-                self._supply.fetch_first(wanted)
+                self._job_models.fetch_first(wanted)
             return
         if not (settings.models_manifest or settings.models or Layout(settings.volume_path).manifest.is_file()):
             return
-        wanted = self._supply.manifest()
+        wanted = self._job_models.manifest()
         self._pin(wanted)
         if settings.model_loading == "background":
-            self._supply.fetch_behind(wanted)
+            self._job_models.fetch_behind(wanted)
 
 
-def _nearer(settings: Settings) -> Path:
+def _host_cache(settings: Settings) -> Path:
     """Return the folder of links to RunPod's host cache, created anew at each start."""
     return settings.base_dir / "host-cache-links"
 

@@ -33,7 +33,7 @@ from worker.graph.model_names import named_models, renamed, respellable_names, w
 from worker.graph.paths import check_paths
 from worker.graph.rejection import missing_model, with_sent
 from worker.job import Request
-from worker.job_timings import Laps
+from worker.job_timings import JobTimings
 from worker.logs import RedactingFilter
 from worker.media.picture_formats import PictureFormat
 from worker.workflows import Workflows
@@ -50,11 +50,11 @@ if TYPE_CHECKING:
     from worker.media.delivery import Delivery
     from worker.media.inputs import InputFiles, JobFiles
     from worker.models.download_queue import Waiting
-    from worker.models.job_models import Name, Supply
+    from worker.models.job_models import JobModels, Name
     from worker.settings import Settings
     from worker.spec import ModelSpec
     from worker.store.leases import JobUse
-    from worker.warmup.warmup import Warmth
+    from worker.warmup.warmup import Warmup
 
 log = logging.getLogger(__name__)
 
@@ -77,15 +77,22 @@ class JobHandler:
     """Takes a job as RunPod hands it out, and returns the result for RunPod."""
 
     def __init__(
-        self, settings: Settings, engine: Engine, supply: Supply, inputs: InputFiles, delivery: Delivery, *, warmth: Warmth
+        self,
+        settings: Settings,
+        engine: Engine,
+        job_models: JobModels,
+        inputs: InputFiles,
+        delivery: Delivery,
+        *,
+        warmup: Warmup,
     ) -> None:
         self._settings = settings
         self._engine = engine
-        self._supply = supply
+        self._job_models = job_models
         self._inputs = inputs
         self._workflows = Workflows(engine, settings.volume_path)
         self._delivery = delivery
-        self._warmth = warmth
+        self._warmup = warmup
         self._redact = RedactingFilter(settings.secrets()).redact
         # ComfyUI runs one graph at a time anyway. One job at a time keeps their input files apart.
         self._turn = asyncio.Lock()
@@ -98,21 +105,21 @@ class JobHandler:
         `engine_free` is called when the job's graph has run: the next job may come while this one's result is delivered. Only a
         cancellation is raised.
         """
-        job_id, laps = str(job.get("id", "?")), Laps()
+        job_id, timings = str(job.get("id", "?")), JobTimings()
         log.info("job %s: started", job_id)
         try:
             aside = Aside(job.get("input"))
-            around = Around(lambda progress: tell(carried(progress)), engine_free, laps, aside)
+            around = Around(lambda progress: tell(carried(progress)), engine_free, timings, aside)
             result: dict[str, Any] = carried((await self._run(job, job_id, around)).to_dict())
-            log.info("job %s: finished in %.2f s, %s", job_id, laps.total_s(), contents(result))
+            log.info("job %s: finished in %.2f s, %s", job_id, timings.total_s(), contents(result))
         except WorkerError as exc:
             result = failure(exc, self._redact)
-            log.warning("job %s: failed after %.2f s: %s [%s]", job_id, laps.total_s(), result["error"], exc.code)
+            log.warning("job %s: failed after %.2f s: %s [%s]", job_id, timings.total_s(), result["error"], exc.code)
         except Exception:
-            log.exception("job %s: failed after %.2f s by a defect of the worker", job_id, laps.total_s())
+            log.exception("job %s: failed after %.2f s by a defect of the worker", job_id, timings.total_s())
             result = failure(InternalError(), self._redact)
         except asyncio.CancelledError:
-            log.info("job %s: cancelled after %.2f s", job_id, laps.total_s())
+            log.info("job %s: cancelled after %.2f s", job_id, timings.total_s())
             raise
         if self.refreshes:
             result["refresh_worker"] = True
@@ -125,7 +132,7 @@ class JobHandler:
 
     async def _run(self, job: Mapping[str, Any], job_id: str, around: Around) -> Result:
         request = await around.aside(Request.parse, job.get("input"))
-        with self._inputs.of_job(request.files) as files, self._supply.use() as use:
+        with self._inputs.of_job(request.files) as files, self._job_models.use() as use:
             try:
                 return await self._run_request(request, files, job, job_id, replace(around, use=use))
             finally:
@@ -146,15 +153,15 @@ class JobHandler:
             await asyncio.to_thread(bucket.check_reachable)
         if names := await aside(respellable_names, graph):
             graph = renamed(graph, await aside(files.as_placed, names))
-        with around.laps.step("models"):
+        with around.timings.step("models"):
             models = await self._as_written(await aside(named_models, graph))
             graph = await aside(with_slashes, graph, models)
             if around.use and not around.use.note(title for model in models for title in model.titles):
                 await asyncio.to_thread(around.use.publish)  # before the look: whoever removes models looks after it moved one
             await self._ensure_models(graph, models, request, job_id, around.tell)
             if accented := by_name(model for model in models if not model.name.isascii()):
-                graph = with_accents(graph, models, await asyncio.to_thread(self._supply.respelled, accented))
-        self._warmth.job(models)
+                graph = with_accents(graph, models, await asyncio.to_thread(self._job_models.respelled, accented))
+        self._warmup.job(models)
         deliver = partial(
             self._delivery.deliver,
             job_id,
@@ -167,19 +174,19 @@ class JobHandler:
             run = await self._run_graph(graph, request, files, around)
         except NodeFailed as exc:
             return timed(await self._what_there_is(exc, deliver, job_id, around), request, around)
-        self._warmth.ran(graph, models)
+        self._warmup.ran(graph, models)
         if not self.refreshes:
             around.engine_free()
         deliver = partial(deliver, warnings=sentences(run.dropped, self._redact), silent=run.silent)
         try:
-            with around.laps.step("delivering"):
+            with around.timings.step("delivering"):
                 result = await deliver(run.outputs, cached=run.cached)
         except OutputGone as exc:
             if not exc.retryable:
                 raise
             log.info("job %s: %s was cached, but its file is gone; running its node again", job_id, exc.filename)
             again = await self._run_again(graph, request, files, around, exc.nodes or frozenset(run.outputs))
-            with around.laps.step("delivering"):
+            with around.timings.step("delivering"):
                 result = await deliver(run.outputs | again.outputs)
         return timed(result, request, around, run.queued_s, run.node_s)
 
@@ -195,7 +202,7 @@ class JobHandler:
         if not self.refreshes:
             around.engine_free()
         try:
-            with around.laps.step("delivering"):
+            with around.timings.step("delivering"):
                 result = await deliver(error.outputs, warnings=[sentence(error.sentence, self._redact)])
         except (OutputGone, DeliveryError) as exc:
             raise error from exc
@@ -221,13 +228,13 @@ class JobHandler:
             extra_data["extra_pnginfo"] = request.extra_pnginfo
         timeout_s = min(request.timeout_s or math.inf, self._settings.job_timeout_s)
         with contextlib.ExitStack() as queueing:
-            queueing.enter_context(around.laps.step("queueing"))
+            queueing.enter_context(around.timings.step("queueing"))
             async with self._turn:
                 queueing.close()
                 async with contextlib.AsyncExitStack() as stack:
-                    with around.laps.step("inputs"):
+                    with around.timings.step("inputs"):
                         await stack.enter_async_context(files.placed())
-                    with around.laps.step("running"):
+                    with around.timings.step("running"):
                         try:
                             run = await self._engine.run(
                                 graph,
@@ -250,14 +257,14 @@ class JobHandler:
         ComfyUI does not check the name, so that its node would run without the model.
         """
         if request.models is not None:
-            await asyncio.to_thread(self._supply.check_request, request.models)
+            await asyncio.to_thread(self._job_models.check_request, request.models)
         models, absent = await self._absent(graph, named)
         if not absent:
             return
         optional = [name for name in absent if all(model.optional for model in models[name])]
         guessed = [name for name in absent if all(model.guessed for model in models[name])]
         specs = await asyncio.to_thread(
-            self._supply.specs, absent, request.models, request.extra_pnginfo, optional=optional, guessed=guessed
+            self._job_models.specs, absent, request.models, request.extra_pnginfo, optional=optional, guessed=guessed
         )
         known = [spec for spec in specs.values() if spec]
         nobodys = [name for name, spec in specs.items() if not (spec or name in optional)]
@@ -276,7 +283,7 @@ class JobHandler:
     async def _nowhere(self, names: Sequence[Name], guessed: Collection[Name]) -> list[Name]:
         """Return the names that no folder at all has, if their folder is only a guess."""
         anywhere = {name: ((), name[1]) for name in names if name in guessed}
-        missing = await asyncio.to_thread(self._supply.missing, tuple(anywhere.values())) if anywhere else []
+        missing = await asyncio.to_thread(self._job_models.missing, tuple(anywhere.values())) if anywhere else []
         return [name for name in names if name not in anywhere or anywhere[name] in missing]
 
     async def _unchecked(self, graph: Graph, models: Sequence[NamedModel]) -> list[NamedModel]:
@@ -291,9 +298,9 @@ class JobHandler:
 
     async def _has_backslash(self, model: NamedModel) -> bool:
         real = model.as_written()
-        if await asyncio.to_thread(self._supply.located, by_name([real])):
+        if await asyncio.to_thread(self._job_models.located, by_name([real])):
             return True
-        return not await asyncio.to_thread(self._supply.located, by_name([model])) and await self._listed(real)
+        return not await asyncio.to_thread(self._job_models.located, by_name([model])) and await self._listed(real)
 
     async def _absent(
         self, graph: Graph, named: Sequence[NamedModel]
@@ -319,7 +326,7 @@ class JobHandler:
 
     async def _unseen(self, models: Mapping[Name, Sequence[NamedModel]]) -> list[Name]:
         """Return those that are neither on the volume nor in ComfyUI's own folders."""
-        missing = await asyncio.to_thread(self._supply.missing, tuple(models)) if models else []
+        missing = await asyncio.to_thread(self._job_models.missing, tuple(models)) if models else []
         return [name for name in missing if not any([await self._listed(model) for model in models[name]])]
 
     async def _outputs(self, graph: Graph) -> list[str]:
@@ -352,8 +359,8 @@ class JobHandler:
                 log.info("job %s: waits for %s", job_id, waiting)
 
         try:
-            with self._warmth.standing_back():
-                await asyncio.to_thread(self._supply.fetch, specs, cancel, on_progress)
+            with self._warmup.standing_back():
+                await asyncio.to_thread(self._job_models.fetch, specs, cancel, on_progress)
         finally:
             cancel.set()
 
@@ -362,7 +369,7 @@ def timed(
     result: Result, request: Request, around: Around, queued_s: float = 0.0, node_s: Mapping[str, float] | None = None
 ) -> Result:
     """Return the result with its timings, if the client asked for them."""
-    return replace(result, timings=around.laps.to_dict(queued_s, node_s or {})) if request.return_timings else result
+    return replace(result, timings=around.timings.to_dict(queued_s, node_s or {})) if request.return_timings else result
 
 
 def picture_format(request: Request) -> PictureFormat | None:
@@ -395,7 +402,7 @@ class Around:
 
     tell: Tell
     engine_free: Callable[[], None]
-    laps: Laps
+    timings: JobTimings
     aside: Aside
     use: JobUse | None = None
     """What protects its models from removal."""

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 
-class Laps:
+class JobTimings:
     """A job's clock: seconds by step, summed over its turns."""
 
     def __init__(self) -> None:

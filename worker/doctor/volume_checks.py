@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from worker.base.files import FULL, READ_ONLY
 from worker.base.text import size_text
 from worker.doctor.child import ARGUMENTS_AT, Child
 from worker.doctor.findings import note, ok, problem
-from worker.store.disk import FULL, READ_ONLY
 from worker.store.layout import Layout
 from worker.store.locks import Locks, Timing
 

@@ -30,7 +30,7 @@ from worker.graph.rejection import Origin, unknown_nodes
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from worker.editor.loaded import Part
+    from worker.editor.loaded import LoadedNode
     from worker.editor.subgraphs import Flat, Frame
     from worker.editor.widgets import InputSpec, Widget
     from worker.graph.graph import Graph
@@ -99,9 +99,9 @@ def convert(
     budget = Budget()
     root = load(read_ui(ui), object_info, dialect, budget)
     flat = flatten(root, dialect)
-    steered: dict[tuple[int, int], Part] = {}
-    for sheet in flat.sheets if dialect is Dialect.MODERN else [root]:
-        steered |= apply_primitives(sheet, budget)
+    steered: dict[tuple[int, int], LoadedNode] = {}
+    for loaded in flat.loaded_scopes if dialect is Dialect.MODERN else [root]:
+        steered |= apply_primitives(loaded, budget)
     writer = _Writer(flat, object_info, dialect, now or datetime.now().astimezone(), random, steered, budget, comfyui)
     return Converted(writer.graph(), writer.controls())
 
@@ -116,11 +116,11 @@ class _Writer:
     dialect: Dialect
     now: datetime
     random: Callable[[], float]
-    steered: Mapping[tuple[int, int], Part]
+    steered: Mapping[tuple[int, int], LoadedNode]
     budget: Budget
     comfyui: str | None
     found: dict[tuple[int, int], Control] = field(default_factory=dict)
-    names: dict[str, Part] = field(default_factory=dict)
+    names: dict[str, LoadedNode] = field(default_factory=dict)
 
     def graph(self) -> Graph:
         """Return every node that runs, with its links resolved. Leave out links to nodes that do not run."""
@@ -144,8 +144,8 @@ class _Writer:
                 del node["inputs"][name]
         return graph
 
-    def _refuse_unknown(self, running: list[tuple[Frame, Part]]) -> None:
-        unknown: dict[str, Part] = {}
+    def _refuse_unknown(self, running: list[tuple[Frame, LoadedNode]]) -> None:
+        unknown: dict[str, LoadedNode] = {}
         for _, part in running:
             if part.node.type in known().editor.broadcasters:
                 raise UiWorkflowInvalid(f"node {part.node} feeds other nodes without links; replace it by links")
@@ -166,7 +166,7 @@ class _Writer:
             missing = (Origin(part.node.type, part.node.id, part.node.properties) for part in unknown.values())
             raise unknown_nodes(missing, self.comfyui)
 
-    def _meta(self, part: Part) -> dict[str, object]:
+    def _meta(self, part: LoadedNode) -> dict[str, object]:
         node = part.node
         meta: dict[str, object] = {"title": node.title or self._class_title(node.type)}
         self.budget.value(0, len(node.title or ""))
@@ -183,14 +183,16 @@ class _Writer:
             return known().editor.classic_titles.get(class_type) or name or class_type
         return name or known().editor.modern_titles.get(class_type, class_type)
 
-    def _inputs(self, frame: Frame, part: Part, resolver: Resolver) -> dict[str, object]:
+    def _inputs(self, frame: Frame, part: LoadedNode, resolver: Resolver) -> dict[str, object]:
         inputs: dict[str, object] = {}
         for widget in part.widgets:
             # An upload that names no file means the first file there, and there may be none.
             if widget.in_prompt and widget.value is not UNSET and (sent := self._sent(part, widget)) is not UNSET:
                 inputs[widget.name] = sent
         node_id = f"{frame.prefix}{part.node.id}"
-        holders: dict[str, tuple[Part, int]] = {slot.widget: (part, at) for at, slot in enumerate(part.slots) if slot.widget}
+        holders: dict[str, tuple[LoadedNode, int]] = {
+            slot.widget: (part, at) for at, slot in enumerate(part.slots) if slot.widget
+        }
         for at, slot in enumerate(part.slots):
             match resolver.source(frame, part, at):
                 case None:
@@ -207,7 +209,7 @@ class _Writer:
                 self._note_control(node_id, widget, *holders[widget.name])
         return inputs
 
-    def _note_control(self, node_id: str, widget: Widget, holder: Part, port: int) -> None:
+    def _note_control(self, node_id: str, widget: Widget, holder: LoadedNode, port: int) -> None:
         """Record that this input changes from run to run, with all inputs that get their value from the same place."""
         primitive = self.steered.get((id(holder), port))
         mode, key = widget.mode, (id(holder), port)
@@ -225,14 +227,14 @@ class _Writer:
         """Return what `graph` found to change from run to run."""
         return tuple(self.found.values())
 
-    def _sent(self, part: Part, widget: Widget) -> object:
+    def _sent(self, part: LoadedNode, widget: Widget) -> object:
         value = plain(
             _without_browser(part, widget) if widget.spec.widget_type in known().editor.made_by_browser else widget.value,
             self.budget,
         )
         if widget.multiline and not isinstance(value, str):
             value = text_of(value)
-        if widget.name == "sampler_name" and part.sheet.scope.id is None and isinstance(value, str):
+        if widget.name == "sampler_name" and part.loaded.scope.id is None and isinstance(value, str):
             value = value.removeprefix("sample_")
         classic = self.dialect is Dialect.CLASSIC
         if classic:
@@ -244,7 +246,7 @@ class _Writer:
                 value = self._filled(part, value)
         return _wrapped(value, "" if classic else widget.spec.widget_type)
 
-    def _filled(self, part: Part, name: str) -> str:
+    def _filled(self, part: LoadedNode, name: str) -> str:
         if len(name) > _MAX_NAME_CHARS:
             raise UiWorkflowInvalid(f"the 'filename_prefix' of node {part.node} has {len(name)} characters")
         filled = fill_tokens(name, self.now, self._lookup)
@@ -266,11 +268,11 @@ class _Writer:
             raise UiWorkflowInvalid(f"a file name takes in '{shown(widget_name)}' of '{shown(name)}', {len(text)} characters")
         return text
 
-    def _shown_title(self, part: Part) -> str:
+    def _shown_title(self, part: LoadedNode) -> str:
         return part.node.title or (self._class_title(part.node.type) if part.kind == "node" else part.node.type)
 
 
-def _without_browser(part: Part, widget: Widget) -> object:
+def _without_browser(part: LoadedNode, widget: Widget) -> object:
     """Return what the editor sends for an input that it fills while queueing: a 3D view that was not drawn, or nothing."""
     if widget.name != "viewport_state" or part.node.type.startswith("Load3D"):
         if part.linked(widget.name):
@@ -285,7 +287,7 @@ def _without_browser(part: Part, widget: Widget) -> object:
     return {**view, "camera_info": state if isinstance(state, dict) else known().editor.camera}
 
 
-def _search_name(part: Part) -> object:
+def _search_name(part: LoadedNode) -> object:
     saved = part.node.properties.get("Node name for S&R")
     return part.node.type if saved is None and part.node.type not in known().editor.classic_savers else saved
 

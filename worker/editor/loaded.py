@@ -22,7 +22,7 @@ HIDDEN = _Hidden()
 
 
 @dataclass(slots=True)
-class PartSlot:
+class LoadedInput:
     """An input of a loaded node, with the link that ends in it."""
 
     name: str
@@ -32,19 +32,19 @@ class PartSlot:
 
 
 @dataclass(slots=True)
-class Part:
+class LoadedNode:
     """A loaded node. `values` are the promoted widgets of a subgraph instance, by input. Absent inputs have none.
 
     `left` describes the saved values that no known input takes.
     """
 
     node: Node
-    sheet: Sheet
+    loaded: LoadedScope
     kind: str
-    slots: list[PartSlot]
+    slots: list[LoadedInput]
     outputs: list[str]
     widgets: list[Widget]
-    inner: Sheet | None = None
+    inner: LoadedScope | None = None
     values: dict[int, object] = field(default_factory=dict)
     left: tuple[str, ...] = ()
 
@@ -58,24 +58,24 @@ class Part:
 
 
 @dataclass(slots=True)
-class Sheet:
+class LoadedScope:
     """A loaded scope: the workflow, or the inside of a subgraph."""
 
     scope: Scope
-    parts: dict[str, Part] = field(default_factory=dict)
+    parts: dict[str, LoadedNode] = field(default_factory=dict)
     promoted: dict[int, tuple[str, str]] = field(default_factory=dict)  # an input, and the inner node and widget behind it
     initial: dict[int, object] = field(default_factory=dict)
     ends: dict[tuple[str, str], int] = field(default_factory=dict)  # a node and link, and the input that the link ends in
     size: int = 0
 
 
-def setter_of(getter: Part) -> Part | None:
+def setter_of(getter: LoadedNode) -> LoadedNode | None:
     """Return the SetNode with the name that a GetNode asks for, on the same sheet."""
     name = first_value(getter)
-    return next((part for part in getter.sheet.parts.values() if part.kind == SETTER and first_value(part) == name), None)
+    return next((part for part in getter.loaded.parts.values() if part.kind == SETTER and first_value(part) == name), None)
 
 
-def first_value(part: Part) -> object:
+def first_value(part: LoadedNode) -> object:
     """Return the first of the values that a node was saved with, or None."""
     values = part.node.values
     return values[0] if isinstance(values, list) and values else None

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from worker.base.text import shown
 from worker.comfyui_data import known
-from worker.editor.loaded import Part, PartSlot, Sheet
+from worker.editor.loaded import LoadedInput, LoadedNode, LoadedScope
 from worker.editor.promoted_widgets import Instance, find_promoted
 from worker.editor.undeclared_values import is_foreign, place
 from worker.editor.widgets import DYNAMIC_COMBO, Dialect, ShapeSlot, read_specs, shape_of
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from worker.editor.widgets import InputSpec, Shape
 
 
-def load(ui: UiGraph, object_info: Mapping[str, Any], dialect: Dialect, budget: Budget) -> Sheet:
+def load(ui: UiGraph, object_info: Mapping[str, Any], dialect: Dialect, budget: Budget) -> LoadedScope:
     """Return the workflow as it is in the editor right after opening.
 
     Raises:
@@ -36,8 +36,8 @@ def load(ui: UiGraph, object_info: Mapping[str, Any], dialect: Dialect, budget: 
         ui = renumbered(ui)
     loader = _Loader(ui, object_info, dialect, budget)
     for definition_id in _leaves_first(ui):
-        loader.sheets[definition_id] = loader.sheet(ui.definitions[definition_id])
-    return loader.sheet(ui.root)
+        loader.loaded_scopes[definition_id] = loader.loaded(ui.definitions[definition_id])
+    return loader.loaded(ui.root)
 
 
 def _leaves_first(ui: UiGraph) -> tuple[str, ...]:
@@ -112,39 +112,39 @@ class _Loader:
     object_info: Mapping[str, Any]
     dialect: Dialect
     budget: Budget
-    sheets: dict[str, Sheet] = field(default_factory=dict)
+    loaded_scopes: dict[str, LoadedScope] = field(default_factory=dict)
     specs: dict[str, tuple[InputSpec, ...]] = field(default_factory=dict)
     order: dict[str, int] = field(init=False)
 
     def __post_init__(self) -> None:
         self.order = {key: at for at, key in enumerate(self.ui.definitions)}
 
-    def sheet(self, scope: Scope) -> Sheet:
-        sheet = Sheet(replace(scope, inputs=list(scope.inputs)))
+    def loaded(self, scope: Scope) -> LoadedScope:
+        loaded = LoadedScope(replace(scope, inputs=list(scope.inputs)))
         by_target = {(link.target, link.target_slot): link for link in scope.links.values()}
         for node in scope.nodes.values():
-            part = sheet.parts[node.id] = self._part(node, sheet, by_target)
+            part = loaded.parts[node.id] = self._part(node, loaded, by_target)
             for at, slot in enumerate(part.slots):
                 if slot.link is not None:
-                    sheet.ends.setdefault((node.id, slot.link.id), at)
-        for part in sheet.parts.values():
+                    loaded.ends.setdefault((node.id, slot.link.id), at)
+        for part in loaded.parts.values():
             if part.inner is not None and not self._is_early(part):
                 Instance(part, self.dialect, self.budget).take_values()
         if scope.id is not None:
-            find_promoted(sheet, self.dialect)
-            sheet.size = sum(len(part.slots) for part in sheet.parts.values())
-        return sheet
+            find_promoted(loaded, self.dialect)
+            loaded.size = sum(len(part.slots) for part in loaded.parts.values())
+        return loaded
 
-    def _part(self, node: Node, sheet: Sheet, by_target: Mapping[tuple[str, int], Link]) -> Part:
+    def _part(self, node: Node, loaded: LoadedScope, by_target: Mapping[tuple[str, int], Link]) -> LoadedNode:
         named = {slot.link for slot in node.slots}
-        links = [_link_of(node, at, sheet.scope, by_target, named) for at in range(len(node.slots))]
-        if node.type in self.sheets:
-            return self._instance(node, sheet, links, by_target)
+        links = [_link_of(node, at, loaded.scope, by_target, named) for at in range(len(node.slots))]
+        if node.type in self.loaded_scopes:
+            return self._instance(node, loaded, links, by_target)
         definition = self._definition(node)
         if node.type in known().editor.own_virtual or definition is None:
-            slots = [PartSlot(slot.name, slot.type, link, slot.widget) for slot, link in zip(node.slots, links, strict=True)]
+            slots = [LoadedInput(slot.name, slot.type, link, slot.widget) for slot, link in zip(node.slots, links, strict=True)]
             kind = node.type if node.type in known().editor.virtual else "unknown"
-            return Part(node, sheet, kind, slots, list(node.outputs), [])
+            return LoadedNode(node, loaded, kind, slots, list(node.outputs), [])
         if node.type not in self.object_info:
             node = replace(node, type=known().editor.aliases[node.type])
         if node.type not in self.specs:
@@ -152,7 +152,7 @@ class _Loader:
         shape = shape_of(node, self.specs[node.type], self.dialect, foreign=is_foreign(definition))
         left = place(node, definition, shape)
         slots = _slots_of(node, shape, links, by_target)
-        part = Part(node, sheet, "node", slots, [], shape.widgets, left=left)
+        part = LoadedNode(node, loaded, "node", slots, [], shape.widgets, left=left)
         part.outputs = _outputs_of(part, definition)
         return part
 
@@ -161,16 +161,16 @@ class _Loader:
         return found if isinstance(found, dict) else None
 
     def _instance(
-        self, node: Node, sheet: Sheet, links: Sequence[Link | None], by_target: Mapping[tuple[str, int], Link]
-    ) -> Part:
-        inner = self.sheets[node.type]
+        self, node: Node, loaded: LoadedScope, links: Sequence[Link | None], by_target: Mapping[tuple[str, int], Link]
+    ) -> LoadedNode:
+        inner = self.loaded_scopes[node.type]
         self.budget.step(len(inner.scope.inputs))
         slots = _matched([ShapeSlot(port.name, port.type) for port in inner.scope.inputs], node, links, by_target)
-        return Part(node, sheet, "subgraph", slots, [port.type for port in inner.scope.outputs], [], inner)
+        return LoadedNode(node, loaded, "subgraph", slots, [port.type for port in inner.scope.outputs], [], inner)
 
-    def _is_early(self, part: Part) -> bool:
+    def _is_early(self, part: LoadedNode) -> bool:
         """Return True if frontend 1.32 creates this instance before its definition is loaded (it follows the file's order)."""
-        own = part.sheet.scope.id
+        own = part.loaded.scope.id
         if self.dialect is Dialect.MODERN or own is None:
             return False
         return self.order[part.node.type] > self.order[own]
@@ -193,30 +193,32 @@ def _link_of(
 
 def _matched(
     declared: Sequence[ShapeSlot], node: Node, links: Sequence[Link | None], by_target: Mapping[tuple[str, int], Link]
-) -> list[PartSlot]:
+) -> list[LoadedInput]:
     """Return the declared inputs with the links of saved inputs of the same names. If two share a name, the last one counts."""
     saved = {slot.name: link for slot, link in zip(node.slots, links, strict=True)}
     if not node.slots:
-        return [PartSlot(slot.name, slot.type, by_target.get((node.id, at)), slot.widget) for at, slot in enumerate(declared)]
-    return [PartSlot(slot.name, slot.type, saved.get(slot.name), slot.widget) for slot in declared]
+        return [
+            LoadedInput(slot.name, slot.type, by_target.get((node.id, at)), slot.widget) for at, slot in enumerate(declared)
+        ]
+    return [LoadedInput(slot.name, slot.type, saved.get(slot.name), slot.widget) for slot in declared]
 
 
 def _slots_of(
     node: Node, shape: Shape, links: Sequence[Link | None], by_target: Mapping[tuple[str, int], Link]
-) -> list[PartSlot]:
+) -> list[LoadedInput]:
     slots = _matched(shape.slots, node, links, by_target)
     known, closed = {slot.name for slot in shape.slots}, tuple(shape.closed)
     for slot, link in zip(node.slots, links, strict=True):
         if slot.name in known or slot.widget is not None:
             continue  # a widget that the class no longer has is dropped, with its link
         if not slot.name.startswith(closed):
-            slots.append(PartSlot(slot.name, slot.type, link))
+            slots.append(LoadedInput(slot.name, slot.type, link))
         else:
             _land(slots, link)
     return slots
 
 
-def _land(slots: list[PartSlot], link: Link | None) -> None:
+def _land(slots: list[LoadedInput], link: Link | None) -> None:
     """Move the link of an input that the chosen option no longer has to where the modern frontend finds it: its number."""
     if link is not None and link.target_slot < len(slots):
         slot = slots[link.target_slot]
@@ -224,7 +226,7 @@ def _land(slots: list[PartSlot], link: Link | None) -> None:
             slot.link = link
 
 
-def _outputs_of(part: Part, definition: Mapping[str, Any]) -> list[str]:
+def _outputs_of(part: LoadedNode, definition: Mapping[str, Any]) -> list[str]:
     declared = definition.get("output")
     types = [kind if isinstance(kind, str) else "COMBO" for kind in declared] if isinstance(declared, list) else []
     types = ["*" if kind == "COMFY_MATCHTYPE_V3" else kind for kind in types]

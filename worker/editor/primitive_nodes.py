@@ -10,32 +10,32 @@ from worker.editor.loaded import PRIMITIVE
 from worker.editor.saved_workflow import MAX_DEFINITIONS
 
 if TYPE_CHECKING:
-    from worker.editor.loaded import Part, Sheet
+    from worker.editor.loaded import LoadedNode, LoadedScope
     from worker.editor.saved_workflow import Budget
     from worker.editor.widgets import InputSpec
 
 
-def apply_primitives(sheet: Sheet, budget: Budget) -> dict[tuple[int, int], Part]:
+def apply_primitives(loaded: LoadedScope, budget: Budget) -> dict[tuple[int, int], LoadedNode]:
     """Copy the value of each PrimitiveNode into the widgets that it is linked to, as the editor does when it queues.
 
     Return the PrimitiveNode that controls each input, by the id() of the input's node and its index.
     """
-    steered: dict[tuple[int, int], Part] = {}
-    targets: dict[str, list[tuple[Part, int]]] = {}
-    for part in sheet.parts.values():
+    steered: dict[tuple[int, int], LoadedNode] = {}
+    targets: dict[str, list[tuple[LoadedNode, int]]] = {}
+    for part in loaded.parts.values():
         for at, slot in enumerate(part.slots):
-            origin = sheet.parts.get(slot.link.origin) if slot.link is not None else None
+            origin = loaded.parts.get(slot.link.origin) if slot.link is not None else None
             if origin is not None and origin.kind == PRIMITIVE:
                 targets.setdefault(origin.node.id, []).append((part, at))
     for node_id, found in targets.items():
-        primitive = sheet.parts[node_id]
+        primitive = loaded.parts[node_id]
         budget.step(sum(len(part.slots) + len(part.widgets) for part, _ in found))
         _apply_primitive(primitive, found)
         steered.update({(id(part), at): primitive for part, at in found})
     return steered
 
 
-def _apply_primitive(primitive: Part, targets: list[tuple[Part, int]]) -> None:
+def _apply_primitive(primitive: LoadedNode, targets: list[tuple[LoadedNode, int]]) -> None:
     values = primitive.node.values
     held = [(part, at, spec) for part, at in targets if (spec := spec_behind(part, at)) is not None]
     if not held:
@@ -48,7 +48,7 @@ def _apply_primitive(primitive: Part, targets: list[tuple[Part, int]]) -> None:
         _set_value(part, at, rounded(spec, value))
 
 
-def spec_behind(part: Part, at: int) -> InputSpec | None:
+def spec_behind(part: LoadedNode, at: int) -> InputSpec | None:
     """Return the InputSpec of the widget behind this input, following nested subgraphs."""
     for _ in range(MAX_DEFINITIONS):
         if part.inner is None:
@@ -65,14 +65,14 @@ def spec_behind(part: Part, at: int) -> InputSpec | None:
     return None
 
 
-def _value_at(part: Part, at: int) -> object:
+def _value_at(part: LoadedNode, at: int) -> object:
     if part.inner is not None:
         return part.values.get(at, part.inner.initial.get(at))
     widget = part.widget(part.slots[at].widget)
     return widget.value if widget is not None else None
 
 
-def _set_value(part: Part, at: int, value: object) -> None:
+def _set_value(part: LoadedNode, at: int, value: object) -> None:
     if part.inner is not None:
         if at in part.inner.initial:
             part.values[at] = value

@@ -17,33 +17,33 @@ from worker.editor.widgets import Dialect
 from worker.errors import UiWorkflowInvalid
 
 if TYPE_CHECKING:
-    from worker.editor.loaded import Part, Sheet
+    from worker.editor.loaded import LoadedNode, LoadedScope
     from worker.editor.saved_workflow import Budget, Node
 
 
-def find_promoted(sheet: Sheet, dialect: Dialect) -> None:
+def find_promoted(loaded: LoadedScope, dialect: Dialect) -> None:
     """Record for each input of a subgraph its inner widget, and that widget's value."""
-    for at, port in enumerate(sheet.scope.inputs):
+    for at, port in enumerate(loaded.scope.inputs):
         for link_id in port.links:
-            found = _behind(sheet, link_id, by_index=dialect is Dialect.CLASSIC)
+            found = _behind(loaded, link_id, by_index=dialect is Dialect.CLASSIC)
             if found is not None:
                 part, slot, value = found
-                sheet.promoted[at] = (part.node.id, slot)
-                sheet.initial[at] = value
+                loaded.promoted[at] = (part.node.id, slot)
+                loaded.initial[at] = value
                 break
 
 
-def _behind(sheet: Sheet, link_id: str, *, by_index: bool = False) -> tuple[Part, str, object] | None:
+def _behind(loaded: LoadedScope, link_id: str, *, by_index: bool = False) -> tuple[LoadedNode, str, object] | None:
     """Return the inner node, widget and value that a link from a subgraph's input ends in.
 
     A classic frontend uses the link's slot number, which is wrong if the file leaves out inputs. It then promotes another
     widget's value, and sends that.
     """
-    link = sheet.scope.links.get(link_id)
-    part = sheet.parts.get(link.target) if link is not None else None
+    link = loaded.scope.links.get(link_id)
+    part = loaded.parts.get(link.target) if link is not None else None
     if link is None or part is None:
         return None
-    at = link.target_slot if by_index else sheet.ends.get((link.target, link.id))
+    at = link.target_slot if by_index else loaded.ends.get((link.target, link.id))
     if at is None or at >= len(part.slots):
         return None
     slot = part.slots[at]
@@ -59,12 +59,12 @@ def _behind(sheet: Sheet, link_id: str, *, by_index: bool = False) -> tuple[Part
 class Instance:
     """A subgraph instance that takes its own values from its `widgets_values`."""
 
-    part: Part
+    part: LoadedNode
     dialect: Dialect
     budget: Budget
 
     @property
-    def _sheet(self) -> Sheet:
+    def _loaded(self) -> LoadedScope:
         if self.part.inner is None:
             raise AssertionError  # created only for instances
         return self.part.inner
@@ -73,11 +73,11 @@ class Instance:
         """Take the values in the order of the inputs, then as `proxyWidgets` says, which newer files have."""
         saved = self.part.node.values
         values: list[Any] = saved if isinstance(saved, list) else []
-        sheet = self._sheet
-        for at, value in zip(sorted(sheet.initial), values, strict=False):
+        loaded = self._loaded
+        for at, value in zip(sorted(loaded.initial), values, strict=False):
             self.part.values[at] = value
         entries = _proxies(self.part.node)
-        self.budget.step(len(entries) * (len(sheet.scope.inputs) + 1))
+        self.budget.step(len(entries) * (len(loaded.scope.inputs) + 1))
         if self.dialect is Dialect.CLASSIC:
             self._classic(entries, values)
         else:
@@ -85,28 +85,28 @@ class Instance:
                 self._modern(entry, values[at] if at < len(values) else _HOLE)
 
     def _named(self, name: str) -> int | None:
-        return next((at for at, port in enumerate(self._sheet.scope.inputs) if port.name == name), None)
+        return next((at for at, port in enumerate(self._loaded.scope.inputs) if port.name == name), None)
 
     def _classic(self, entries: list[tuple[str, str]], values: list[Any]) -> None:
         own = {name for node_id, name in entries if node_id == "-1"}
         for (node_id, name), value in zip(entries, values, strict=False):
             at = self._named(name)
-            if node_id == "-1" and at is not None and at in self._sheet.initial and value is not None:
+            if node_id == "-1" and at is not None and at in self._loaded.initial and value is not None:
                 self.part.values[at] = value
         for _, name in entries:
             at = self._named(name)
-            if name not in own and at is not None and at in self._sheet.initial:
+            if name not in own and at is not None and at in self._loaded.initial:
                 self.part.values[at] = HIDDEN
 
     def _modern(self, entry: tuple[str, str], value: object) -> None:
         node_id, name = entry
         if node_id == "-1":
             at = self._named(name)
-            if at is not None and at in self._sheet.initial and value is not _HOLE:
+            if at is not None and at in self._loaded.initial and value is not _HOLE:
                 self.part.values[at] = value
             return
         name = self._plain_name(node_id, name)
-        at = next((at for at, source in self._sheet.promoted.items() if source == (node_id, name)), None)
+        at = next((at for at, source in self._loaded.promoted.items() if source == (node_id, name)), None)
         if at is None:
             at = self._promote(node_id, name)
         if at is not None and value is not _HOLE:
@@ -114,7 +114,7 @@ class Instance:
 
     def _plain_name(self, node_id: str, name: str) -> str:
         """Return the widget's name without the `12: ` that older editors put before it."""
-        inner = self._sheet.parts.get(node_id)
+        inner = self._loaded.parts.get(node_id)
         self.budget.step(len(inner.slots) if inner is not None else 1)
         if len(name) > _MAX_NAME_CHARS:
             return name
@@ -124,8 +124,8 @@ class Instance:
 
     def _promote(self, node_id: str, name: str) -> int | None:
         """Return a new input of the subgraph for an inner widget, as the modern frontend adds when it opens such a file."""
-        inner = self._sheet.parts.get(node_id)
-        self.budget.step(len(inner.slots) if inner is not None and inner.kind != PRIMITIVE else self._sheet.size)
+        inner = self._loaded.parts.get(node_id)
+        self.budget.step(len(inner.slots) if inner is not None and inner.kind != PRIMITIVE else self._loaded.size)
         if inner is None or name.startswith("$$"):
             return None
         if inner.kind == PRIMITIVE:
@@ -135,10 +135,10 @@ class Instance:
             return None
         return self._connect(name, [(inner, at)])
 
-    def _promote_primitive(self, inner: Part, name: str) -> int | None:
+    def _promote_primitive(self, inner: LoadedNode, name: str) -> int | None:
         targets = [
             (part, at)
-            for part in self._sheet.parts.values()
+            for part in self._loaded.parts.values()
             for at, slot in enumerate(part.slots)
             if slot.link is not None and slot.link.origin == inner.node.id
         ]
@@ -149,19 +149,19 @@ class Instance:
             self.part.values[made] = value
         return made
 
-    def _connect(self, name: str, targets: list[tuple[Part, int]]) -> int:
-        sheet = self._sheet
-        made = len(sheet.scope.inputs)
+    def _connect(self, name: str, targets: list[tuple[LoadedNode, int]]) -> int:
+        loaded = self._loaded
+        made = len(loaded.scope.inputs)
         ids: list[str] = []
         for part, at in targets:
             link = Link(f"+{made}.{len(ids)}", INPUT_NODE, made, part.node.id, at)
-            sheet.scope.links[link.id] = link
+            loaded.scope.links[link.id] = link
             part.slots[at].link = link
-            sheet.ends[part.node.id, link.id] = at
+            loaded.ends[part.node.id, link.id] = at
             ids.append(link.id)
-        sheet.scope.inputs.append(Port(name, targets[0][0].slots[targets[0][1]].type, tuple(ids)))
-        if (found := _behind(sheet, ids[0])) is not None:
-            sheet.promoted[made], sheet.initial[made] = (found[0].node.id, found[1]), found[2]
+        loaded.scope.inputs.append(Port(name, targets[0][0].slots[targets[0][1]].type, tuple(ids)))
+        if (found := _behind(loaded, ids[0])) is not None:
+            loaded.promoted[made], loaded.initial[made] = (found[0].node.id, found[1]), found[2]
         return made
 
 
@@ -169,11 +169,11 @@ _HOLE = object()
 _MAX_NAME_CHARS = 1_000  # of a widget
 
 
-def _has(part: Part, name: str) -> bool:
+def _has(part: LoadedNode, name: str) -> bool:
     return part.widget(name) is not None or _slot_with(part, name) is not None
 
 
-def _slot_with(part: Part, name: str) -> int | None:
+def _slot_with(part: LoadedNode, name: str) -> int | None:
     """Return the input of a node's widget with this name. For a subgraph instance, the input that stands for it."""
     if part.inner is None:
         return next((at for at, slot in enumerate(part.slots) if slot.widget == name and part.widget(name) is not None), None)

@@ -17,7 +17,7 @@ from worker.editor.widgets import Dialect
 from worker.errors import UiWorkflowInvalid
 
 if TYPE_CHECKING:
-    from worker.editor.loaded import Part, Sheet
+    from worker.editor.loaded import LoadedNode, LoadedScope
     from worker.editor.saved_workflow import Budget
 
 # --- subgraphs expanded -------------------------------------------------------------------------
@@ -28,8 +28,8 @@ class Frame:
     """One instance of a sheet: the ids in it begin with `prefix`; `children` are the subgraph instances in it."""
 
     prefix: str
-    sheet: Sheet
-    instance: Part | None = None
+    loaded: LoadedScope
+    instance: LoadedNode | None = None
     parent: Frame | None = None
     children: dict[str, Frame] = field(default_factory=dict)
 
@@ -39,11 +39,11 @@ class Flat:
     """Every node of the workflow with its frame, and every sheet once."""
 
     root: Frame
-    nodes: list[tuple[Frame, Part]] = field(default_factory=list)
-    sheets: list[Sheet] = field(default_factory=list)
+    nodes: list[tuple[Frame, LoadedNode]] = field(default_factory=list)
+    loaded_scopes: list[LoadedScope] = field(default_factory=list)
 
 
-def flatten(root: Sheet, dialect: Dialect) -> Flat:
+def flatten(root: LoadedScope, dialect: Dialect) -> Flat:
     """Return every node of the workflow. Those of a subgraph instance follow the sheet that contains it.
 
     Raises:
@@ -54,10 +54,10 @@ def flatten(root: Sheet, dialect: Dialect) -> Flat:
     seen: set[int] = set()
     while waiting:
         frame = waiting.popleft()
-        if id(frame.sheet) not in seen:
-            seen.add(id(frame.sheet))
-            flat.sheets.append(frame.sheet)
-        for part in frame.sheet.parts.values():
+        if id(frame.loaded) not in seen:
+            seen.add(id(frame.loaded))
+            flat.loaded_scopes.append(frame.loaded)
+        for part in frame.loaded.parts.values():
             flat.nodes.append((frame, part))
             # A modern frontend leaves out the inside of a muted or bypassed subgraph, but checks only the outermost one.
             closed = dialect is Dialect.MODERN and frame.parent is None and part.node.mode in {MUTED, BYPASSED}
@@ -78,7 +78,7 @@ class Value:
     """The value of a promoted widget in place of a link, with the subgraph instance and the input that hold it."""
 
     value: object
-    holder: Part
+    holder: LoadedNode
     port: int
 
 
@@ -89,7 +89,7 @@ class Resolver:
     dialect: Dialect
     budget: Budget
 
-    def source(self, frame: Frame, part: Part, at: int) -> tuple[str, int] | Value | None:
+    def source(self, frame: Frame, part: LoadedNode, at: int) -> tuple[str, int] | Value | None:
         """Return the node's id and its output, a value, or None if nothing feeds this input."""
         if at < len(part.slots) and part.slots[at].link is None:
             return None
@@ -113,7 +113,7 @@ class Resolver:
                 return out
             frame, part, at, kind, incoming = out.frame, out.part, out.at, out.kind, out.incoming
 
-    def _into(self, frame: Frame, part: Part, at: int, kind: str | None) -> _Step | Value | None:
+    def _into(self, frame: Frame, part: LoadedNode, at: int, kind: str | None) -> _Step | Value | None:
         """Go from an input to the source of its link."""
         if at >= len(part.slots):
             return None
@@ -122,7 +122,7 @@ class Resolver:
             return None
         if slot.link.origin == INPUT_NODE and frame.instance is not None and frame.parent is not None:
             return self._up(frame.parent, frame.instance, slot.link.origin_slot)
-        origin = frame.sheet.parts.get(slot.link.origin)
+        origin = frame.loaded.parts.get(slot.link.origin)
         if origin is None:
             raise UiWorkflowInvalid(
                 f"input '{shown(slot.name)}' of node {part.node} is linked to node {slot.link.origin}, which does not exist"
@@ -133,13 +133,13 @@ class Resolver:
         return _Step(frame, origin, slot.link.origin_slot, kind or slot.type, incoming=False)
 
     @staticmethod
-    def _up(parent: Frame, instance: Part, at: int) -> _Step | Value | None:
+    def _up(parent: Frame, instance: LoadedNode, at: int) -> _Step | Value | None:
         """Leave a subgraph through its input: continue in the sheet around it, or return the promoted widget's value."""
         if at < len(instance.slots) and instance.slots[at].link is not None:
             return _Step(parent, instance, at, None, incoming=True)
         return _promoted(instance, at)
 
-    def _out_of(self, frame: Frame, part: Part, at: int, kind: str) -> _Step | tuple[str, int] | Value | None:
+    def _out_of(self, frame: Frame, part: LoadedNode, at: int, kind: str) -> _Step | tuple[str, int] | Value | None:
         """Go from an output to its node, or past the node if it does not exist when the graph runs."""
         mode = part.node.mode
         if mode == MUTED and self.dialect is Dialect.MODERN:
@@ -154,25 +154,25 @@ class Resolver:
             return self._virtual(frame, part, at, kind)
         return f"{frame.prefix}{part.node.id}", at
 
-    def _virtual(self, frame: Frame, part: Part, at: int, kind: str) -> _Step | None:
+    def _virtual(self, frame: Frame, part: LoadedNode, at: int, kind: str) -> _Step | None:
         if part.kind in known().editor.reroutes:
             return _Step(frame, part, at, kind, incoming=True)
         if part.kind == GETTER:
-            self.budget.step(len(part.sheet.parts))
+            self.budget.step(len(part.loaded.parts))
             return _Step(frame, _setter(part), 0, kind, incoming=True)
         return None
 
-    def _inside(self, frame: Frame, part: Part, at: int, kind: str) -> _Step | Value | None:
+    def _inside(self, frame: Frame, part: LoadedNode, at: int, kind: str) -> _Step | Value | None:
         child = frame.children.get(part.node.id)
-        if child is None or at >= len(child.sheet.scope.outputs):
+        if child is None or at >= len(child.loaded.scope.outputs):
             raise UiWorkflowInvalid(f"a link comes from output {at} of the subgraph node {part.node}, which does not have it")
-        scope = child.sheet.scope
+        scope = child.loaded.scope
         link = next((scope.links[key] for key in scope.outputs[at].links), None)
         if link is None:
             return None
         if link.origin == INPUT_NODE:  # connected straight through
             return self._up(frame, part, link.origin_slot)
-        origin = child.sheet.parts.get(link.origin)
+        origin = child.loaded.parts.get(link.origin)
         if origin is None:
             raise UiWorkflowInvalid(f"output {at} of the subgraph node {part.node} comes from a node that does not exist")
         return _Step(child, origin, link.origin_slot, kind, incoming=False)
@@ -183,27 +183,27 @@ class _Step:
     """The next position: an input or an output of a node, and the type that is required there."""
 
     frame: Frame
-    part: Part
+    part: LoadedNode
     at: int
     kind: str | None
     incoming: bool
 
 
-def _promoted(instance: Part, at: int) -> Value | None:
+def _promoted(instance: LoadedNode, at: int) -> Value | None:
     """Return the value of the widget that a subgraph instance shows for one of its inputs."""
     initial = instance.inner.initial if instance.inner is not None else {}
     value = instance.values.get(at, initial.get(at, HIDDEN))
     return None if value is HIDDEN else Value(value, instance, at)
 
 
-def _setter(getter: Part) -> Part:
+def _setter(getter: LoadedNode) -> LoadedNode:
     setter = setter_of(getter)
     if setter is None:
         raise UiWorkflowInvalid(f"node {getter.node} gets what no SetNode beside it sets")
     return setter
 
 
-def _past(part: Part, at: int, kind: str) -> int | None:
+def _past(part: LoadedNode, at: int, kind: str) -> int | None:
     """Return the input that a bypassed node passes on to an output, for a consumer of type `kind`."""
     slots = part.slots
     if kind in ("", "*"):

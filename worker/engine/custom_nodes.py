@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from worker.base.files import write_atomically
 from worker.base.text import count
 
 if TYPE_CHECKING:
@@ -433,10 +434,7 @@ def record_failures(folders: NodeFolders, lines: Sequence[str]) -> None:
             return
         if path.exists() and path.read_text() == record:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"failed.json.{os.urandom(4).hex()}")
-        partial.write_text(record)
-        partial.replace(path)
+        write_atomically(path, record.encode(), durable=False)
 
 
 def read_failures(volume: Path) -> list[FailedNode]:

@@ -47,7 +47,7 @@ class Tuning:
     """Parameters of a download.
 
     `unsaved_bytes` limits, for each connection, the bytes that are written but not yet journalled: a killed worker loses those
-    and a buffer. `ahead_bytes` limits the memory for bytes that wait to be hashed; `request_bytes` for each connection is how
+    and a buffer. `reorder_bytes` limits the memory for bytes that wait to be hashed; `request_bytes` for each connection is how
     far ahead they arrive. `patience_s` is how long less than `slowest_bytes_per_s` may arrive.
 
     A partial that another worker began is left alone for `handover_s`, so that its writer notices the change: on MooseFS two
@@ -60,7 +60,7 @@ class Tuning:
     smallest_bytes: int = 4 * MIB
     buffer_bytes: int = 4 * MIB
     unsaved_bytes: int = 32 * MIB
-    ahead_bytes: int = 64 * MIB
+    reorder_bytes: int = 64 * MIB
     patience_s: float = 120.0
     slowest_bytes_per_s: int = 8 * 1024
     handover_s: float = 1.5

@@ -92,15 +92,15 @@ class ModelLinks:
         *,
         large_folder: int = LARGE_FOLDER,
         within: Sequence[Path] = (),
-        nearer: Path | None = None,
+        host_cache: Path | None = None,
     ) -> None:
         """Set the folders. `within` is where symlinks on the volume may lead besides the roots, usually the volume itself.
 
-        `nearer` is a root before all others, with copies that are faster to read. That it repeats a name is no problem.
+        `host_cache` is a root before all others, with copies that are faster to read. That it repeats a name is no problem.
         """
         self._models = os.path.abspath(models_dir)
-        self._nearer = os.path.abspath(nearer) if nearer else None
-        self._roots = [os.path.abspath(root) for root in ([nearer, *roots] if nearer else roots)]
+        self._host_cache = os.path.abspath(host_cache) if host_cache else None
+        self._roots = [os.path.abspath(root) for root in ([host_cache, *roots] if host_cache else roots)]
         self._within = [str(place) for place in within]
         self._large_folder = large_folder
         self._lock = threading.Lock()
@@ -120,7 +120,7 @@ class ModelLinks:
             scan = Scan(map(os.path.realpath, (*self._roots, *self._within)), leave_out=models)
             # A root that IS the models folder (ComfyUI on the volume, or its models folder one link to it) needs no links.
             roots = [scan.root(root) for root, real in zip(self._roots, reals, strict=True) if real != models]
-            run = Pass(models, roots, self._view, scan, self._large_folder, nearer=self._nearer)
+            run = Pass(models, roots, self._view, scan, self._large_folder, host_cache=self._host_cache)
             run.folder("", roots)
             view = View(run.places, run.sources, frozenset(run.linked))
             _move_clocks(self._view, view)

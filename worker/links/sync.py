@@ -82,7 +82,14 @@ class Pass:
     """One pass. Its results are the counts, problems, places, sources and links."""
 
     def __init__(
-        self, models: str, roots: Sequence[Folder], before: View, scan: Scan, large_folder: int, *, nearer: str | None = None
+        self,
+        models: str,
+        roots: Sequence[Folder],
+        before: View,
+        scan: Scan,
+        large_folder: int,
+        *,
+        host_cache: str | None = None,
     ) -> None:
         self.made = self.removed = self.files = 0
         self.problems: list[LinkProblem] = []
@@ -96,7 +103,7 @@ class Pass:
         self._before = before
         self._scan = scan
         self._large_folder = large_folder
-        self._nearer = (nearer,) if nearer else ()
+        self._host_cache = (host_cache,) if host_cache else ()
 
     def folder(self, relative: str, sources: Sequence[Folder]) -> None:
         """Make one real folder of ComfyUI's, and the folders below it, show the contents of `sources`."""
@@ -185,7 +192,7 @@ class Pass:
         groups: dict[str, list[Folder]] = {}
         for source in sources:
             for name in wanted.keys() & source.files:
-                if _real_path(sources, name) != source.real_path(name) and not under(self._nearer, wanted[name]):
+                if _real_path(sources, name) != source.real_path(name) and not under(self._host_cache, wanted[name]):
                     self._report(ProblemKind.TWICE, f"{source.path}/{name}", wanted[name])
             for name in groups.keys() & source.files:
                 self._report(ProblemKind.SHAPE, f"{source.path}/{name}", groups[name][0].path)
@@ -308,7 +315,9 @@ class Pass:
     def _replace_by_folder(self, relative: str, path: str, group: Sequence[Folder]) -> None:
         """Turn one link into a real folder that was filled aside: a running engine misses it for microseconds."""
         aside = _join(relative, _ASIDE)
-        filling = Pass(self._models, self._roots, View(), self._scan, self._large_folder, nearer=next(iter(self._nearer), None))
+        filling = Pass(
+            self._models, self._roots, View(), self._scan, self._large_folder, host_cache=next(iter(self._host_cache), None)
+        )
         filling.folder(aside, group)
         os.unlink(path)
         os.rename(self._path(aside), path)

@@ -277,7 +277,7 @@ class _Job:
         volume = self._delivery.volume
         if volume is None:
             raise failure or self._too_large(planned, size_bytes, self._delivery.no_volume())
-        fitted, moved = self._spill(planned, size_bytes)
+        fitted, moved = self._copy_to_volume(planned, size_bytes)
         if _size(fitted, warnings) > self._limit_bytes - _RESERVE_BYTES:
             raise failure or self._too_large(planned, size_bytes, "the rest is too large even with every file on the volume")
         copies = [Copy(fitted[index].item.data, _source(planned[index].output)) for index in moved]
@@ -289,7 +289,7 @@ class _Job:
         log.info("job %s: the result is too large, moved %s to the volume", self._job_id, count(moved, "file"))
         return fitted
 
-    def _spill(self, planned: Sequence[_Planned], size_bytes: int) -> tuple[list[_Planned], list[int]]:
+    def _copy_to_volume(self, planned: Sequence[_Planned], size_bytes: int) -> tuple[list[_Planned], list[int]]:
         """Return which of them go to the volume: as few as possible, the largest first."""
         fitted, moved = list(planned), []
         names: set[str] = set()

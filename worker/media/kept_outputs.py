@@ -128,7 +128,7 @@ class KeptOutputs:
                     there.discard(path)
                     total_bytes -= size_bytes
                     removed += 1
-            self._let_go(highest)
+            self._forget(highest)
             with self._lock:
                 self._bytes, self._jobs = total_bytes, 0
                 self._delivered = {path: at for path, at in self._delivered.items() if path in there}
@@ -159,7 +159,7 @@ class KeptOutputs:
                 return True
         return False
 
-    def _let_go(self, highest: Mapping[tuple[str, str], int]) -> None:
+    def _forget(self, highest: Mapping[tuple[str, str], int]) -> None:
         """Remove empty files that hold no number any more, and the oldest if there are too many."""
         holding = [path for path in self._held if _is_highest(path, highest)]
         kept = set(holding[-_MOST_HELD:])

@@ -39,18 +39,18 @@ Name = tuple[tuple[str, ...], tuple[str, ...]]
 """The folders that a loader reads (none: any), and the file names that satisfy it, in the order to try."""
 
 
-class Supply:
+class JobModels:
     """Joins the volume, the lists of sources, and the downloads. Safe to use from any thread.
 
-    `places` are where models may lie, in the order in which they are asked. `nearer` is the root that `links` has before all
-    others: this container's own, for files outside the places.
+    `places` are where models may lie, in the order in which they are asked. `host_cache` is the root that `links` has before
+    all others: this container's own, for files outside the places.
     """
 
     def __init__(
         self,
         links: ModelLinks,
         places: Sequence[Layout],
-        nearer: Path,
+        host_cache: Path,
         read_sources: Callable[[], Sources],
         build_store: Callable[[], Ensurer],
         *,
@@ -60,7 +60,7 @@ class Supply:
         self._leases = leases
         self._links = links
         self._places = places
-        self._nearer = nearer
+        self._host_cache = host_cache
         self._read_sources = read_sources
         self._build_store = build_store
         self._hosts = hosts
@@ -208,13 +208,13 @@ class Supply:
 
     def _show(self, spec: ModelSpec, path: Path) -> None:
         """Link a file of this machine into the container's own root: on the volume the link would be broken for others."""
-        link = self._nearer / spec.folder / spec.name
+        link = self._host_cache / spec.folder / spec.name
         try:
             link.parent.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(FileExistsError):
                 link.symlink_to(path)
         except OSError as exc:
-            raise volume_error(self._nearer, exc) from exc
+            raise volume_error(self._host_cache, exc) from exc
 
 
 def _meaning(sources: Sources, name: Name, *, needed: bool, guessed: bool) -> ModelSpec | None:

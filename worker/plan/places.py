@@ -8,12 +8,12 @@ import os
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from worker.base.files import free_bytes
 from worker.base.text import forms, size_text
 from worker.base.volume import is_volume
 from worker.errors import VolumeFull, VolumeMissing, VolumeReadOnly, no_volume
 from worker.plan.items import Item, State
 from worker.store.byte_ranges import Ranges
-from worker.store.disk import free_bytes
 from worker.store.inventory import Standing, look
 from worker.store.layout import Layout
 from worker.store.pod_links import layout_at
@@ -112,11 +112,11 @@ def _folders_of(root: Path) -> list[str]:
 # --- is there room ----------------------------------------------------------------------------------
 
 
-def with_room(plan: Plan, settings: Settings, places: Places) -> Plan:
+def with_space(plan: Plan, settings: Settings, places: Places) -> Plan:
     """Return the plan with the files' destination, the volume or the container's disk, and whether they fit."""
     volume = places.volume.root
     plan = replace(plan, target=volume, free_bytes=free_bytes(volume) if is_volume(volume) else None)
-    problem = _no_room(plan, volume) if is_volume(volume) else VolumeMissing(volume)
+    problem = _no_space(plan, volume) if is_volume(volume) else VolumeMissing(volume)
     if problem is None:
         return plan
     if not plan.to_fetch:
@@ -125,13 +125,13 @@ def with_room(plan: Plan, settings: Settings, places: Places) -> Plan:
         return replace(plan, problems=(*plan.problems, problem))
     local = next(place for place in (places.local.root, *places.local.root.parents) if place.is_dir())
     there = replace(plan, target=places.local.root, free_bytes=free_bytes(local))
-    if too_full := _no_room(there, local):
+    if too_full := _no_space(there, local):
         return replace(plan, problems=(*plan.problems, problem if isinstance(problem, VolumeFull) else too_full))
     note = f"{_reason(problem)}: what is fetched goes to this container's disk, and is gone with it."
     return replace(there, notes=(*plan.notes, note))
 
 
-def _no_room(plan: Plan, place: Path) -> VolumeReadOnly | VolumeFull | None:
+def _no_space(plan: Plan, place: Path) -> VolumeReadOnly | VolumeFull | None:
     if not os.access(place, os.W_OK):
         return VolumeReadOnly(place, "it is read-only")
     if plan.free_bytes is not None and plan.fetch_bytes > plan.free_bytes:

@@ -18,7 +18,7 @@ from worker.fetch.hub import Hub, credentials
 from worker.plan.document import Unreadable, Wanted, installed, read_document
 from worker.plan.items import FETCHED, THERE, Item, Plan, State
 from worker.plan.lookup import ask_in_time, look, read_sources
-from worker.plan.places import Places, with_room
+from worker.plan.places import Places, with_space
 from worker.volume_workflows import read_workflow
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def make_plan(document: object, settings: Settings, hub: Hub, deadline_s: float 
         problems += wrong_lists
         wrong_lists = []
     plan = Plan(ask_in_time(items, hub, places.begun_bytes, deadline_s), tuple(problems), tuple(map(str, wrong_lists)))
-    return with_room(plan, settings, places)
+    return with_space(plan, settings, places)
 
 
 # --- the plan as a terminal shows it ----------------------------------------------------------------

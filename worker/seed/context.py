@@ -25,7 +25,7 @@ from worker.seed.relay import Load
 from worker.seed.s3_api import bucket_at
 from worker.seed.s3_volume import S3Volume
 from worker.seed.screen import Bars, JsonLines, Lines
-from worker.seed.selection import Wants
+from worker.seed.selection import Selection
 from worker.seed.volumes import MountedVolume
 from worker.store.pod_links import layout_at
 from worker.store.store import Store
@@ -47,7 +47,7 @@ _S3_CALLS: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Target:
     """The target: what fills it, and what maintains it."""
 
     filler: Filler
@@ -58,7 +58,7 @@ class Place:
     """For each unreachable volume the reason."""
 
 
-class Desk:
+class Context:
     """The parts of one run."""
 
     def __init__(
@@ -76,13 +76,13 @@ class Desk:
         self._environ = environ
         self._volumes: tuple[Volume, ...] = ()
 
-    def place(self) -> Place:
+    def place(self) -> Target:
         """Return the target. Raises `SeedUsage`, `S3KeysMissing`, and for S3 what `Bucket.check` raises."""
         place = self._place()
         self._volumes = place.volumes
         return place
 
-    def _place(self) -> Place:
+    def _place(self) -> Target:
         if self.options.places:
             return self._over_s3()
         root = (self.options.volume or self.settings.volume_path).absolute()
@@ -94,9 +94,9 @@ class Desk:
         tuning = Tuning(connections=self.settings.download_connections)
         store = Store(layout, self.hub, f"seeder-{socket.gethostname()}", tuning=tuning)
         manifests = (layout.manifest.read_text("utf-8-sig"),) if layout.manifest.is_file() else ()
-        return Place(MountedFiller(store), (MountedVolume(layout),), manifests)
+        return Target(MountedFiller(store), (MountedVolume(layout),), manifests)
 
-    def _over_s3(self) -> Place:
+    def _over_s3(self) -> Target:
         """Return all reachable volumes. Raises other errors of a volume, and an error if none is reachable."""
         keys, load = keys_from(self._environ), Load()
         buckets = [bucket_at(place, keys, load.uploads + _S3_CALLS) for place in self.options.places]
@@ -117,9 +117,9 @@ class Desk:
             if not volumes:
                 raise error
             self.tell(f"warning: {error}")
-        return Place(S3Filler(self.hub, volumes, load, away), tuple(volumes), tuple(manifests), tuple(away.values()))
+        return Target(S3Filler(self.hub, volumes, load, away), tuple(volumes), tuple(manifests), tuple(away.values()))
 
-    def sources(self, place: Place) -> Sources:
+    def sources(self, place: Target) -> Sources:
         """Return the lists of models as workers on these volumes have them."""
         sources = Sources.read(manifest=self.settings.models_manifest, models=self.settings.models)
         try:
@@ -139,10 +139,10 @@ class Desk:
                 self.left_out.add(str(fault))
                 self.tell(f"warning: {fault}")
 
-    def wants(self, sources: Sources) -> Wants:
+    def selection(self, sources: Sources) -> Selection:
         """Return the reader of the WHATs."""
         hosts, folder = self.settings.request_hosts, self.options.folder
-        return Wants(sources, self.hub, hosts, folder, self.cancel, volumes=self._volumes, tell=self.tell, warn=self.warn)
+        return Selection(sources, self.hub, hosts, folder, self.cancel, volumes=self._volumes, tell=self.tell, warn=self.warn)
 
     def screen(self) -> Screen:
         """Return the output for progress: JSON for a program, bars for a terminal, or lines for a log."""

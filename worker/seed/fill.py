@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Protocol
 
+from worker.base.files import FULL
 from worker.base.progress import Meter, Progress
 from worker.base.text import forms
 from worker.errors import ContentMismatch, EnsureCancelled, VolumeReadOnly, WorkerError
@@ -20,7 +21,6 @@ from worker.seed.outcome import NEWER, Outcome
 from worker.seed.relay import Load, Relay, Upload
 from worker.seed.s3_api import UploadGone
 from worker.seed.s3_volume import S3Volume, new_seal
-from worker.store.disk import FULL
 from worker.store.inventory import Standing
 
 if TYPE_CHECKING:

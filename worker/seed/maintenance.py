@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from worker.base.progress import CancelToken
     from worker.models.sources import Sources
     from worker.plan.items import Item
-    from worker.seed.context import Desk, Place
+    from worker.seed.context import Context, Target
     from worker.seed.screen import Screen
     from worker.seed.volumes import Sealed, Volume
     from worker.store.inventory import Look
@@ -144,69 +144,69 @@ def is_as_sealed(volume: Volume, found: Sealed) -> bool:
 # --- reading and removing what is sealed ------------------------------------------------------------
 
 
-def list_sealed(desk: Desk, place: Place) -> int:
+def list_sealed(context: Context, place: Target) -> int:
     """Show what is sealed on each volume. Return 0."""
     for volume in place.volumes:
         found = sorted(volume.sealed(), key=lambda sealed: sealed.title)
         fits = [is_as_sealed(volume, sealed) for sealed in found]
         models = [_listed(sealed, good=good) for sealed, good in zip(found, fits, strict=True)]
-        if not desk.options.json:
+        if not context.options.json:
             total = size_text(sum(sealed.seal.size for sealed in found))
-            desk.console.print(f"{volume.title}: {count(len(found), 'sealed model')}, {total}")
-        desk.show("list", partial(sealed_table, found, fits), volume=volume.title, models=models)
+            context.console.print(f"{volume.title}: {count(len(found), 'sealed model')}, {total}")
+        context.show("list", partial(sealed_table, found, fits), volume=volume.title, models=models)
     return 0
 
 
-def verify_all(desk: Desk, place: Place, sources: Sources) -> int:
+def verify_all(context: Context, place: Target, sources: Sources) -> int:
     """Read and hash what is sealed (of a WHAT, if given). With --repair download wrong files again."""
-    named = _named(desk, sources) if desk.options.whats else None
+    named = _named(context, sources) if context.options.whats else None
     code = 0
     for volume in place.volumes:
         found = [sealed for sealed in volume.sealed() if named is None or sealed.title in named]
-        with desk.screen() as screen:
+        with context.screen() as screen:
             screen.expect(sealed.seal.size for sealed in found)
-            checked = [_check(desk, volume, sealed, screen) for sealed in found]
+            checked = [_check(context, volume, sealed, screen) for sealed in found]
         models = [item.to_dict() for item in checked]
-        desk.show("verified", partial(verification_table, checked), volume=volume.title, models=models)
+        context.show("verified", partial(verification_table, checked), volume=volume.title, models=models)
         bad = [item for item in checked if not item.good]
-        if bad and desk.options.repair:
-            code |= _repair(desk, volume, bad, place, _named(desk, sources))
+        if bad and context.options.repair:
+            code |= _repair(context, volume, bad, place, _named(context, sources))
         elif bad:
             code = FAILED
     return code
 
 
-def _check(desk: Desk, volume: Volume, sealed: Sealed, screen: Screen) -> Checked:
+def _check(context: Context, volume: Volume, sealed: Sealed, screen: Screen) -> Checked:
     def on_bytes(done_bytes: int) -> None:
         screen.moved(sealed.title, Progress("checking", done_bytes, sealed.seal.size))
 
-    found = verify(volume, sealed, on_bytes, desk.cancel)
+    found = verify(volume, sealed, on_bytes, context.cancel)
     screen.ended(sealed.title, [Outcome(sealed.title, volume.title, "ready" if found.good else "failed", sealed.seal.size)])
     return found
 
 
-def _repair(desk: Desk, volume: Volume, bad: Sequence[Checked], place: Place, known: Mapping[str, ModelSpec]) -> int:
+def _repair(context: Context, volume: Volume, bad: Sequence[Checked], place: Target, known: Mapping[str, ModelSpec]) -> int:
     """Download wrong files again. Replace a file after the new one was verified; one put there by hand only with --yes."""
     wanted: list[tuple[ModelSpec, object]] = []
     for item in bad:
         title, spec = item.sealed.title, repair_spec(item.sealed, known)
-        if item.verdict == "replaced" and not desk.options.yes:
-            desk.tell(f"{title} was replaced by hand and is left alone: --yes fetches the one that was sealed in its place.")
+        if item.verdict == "replaced" and not context.options.yes:
+            context.tell(f"{title} was replaced by hand and is left alone: --yes fetches the one that was sealed in its place.")
         elif item.verdict == "unreadable":
-            desk.tell(f"{title} cannot be read and was left alone: {item.error}")
+            context.tell(f"{title} cannot be read and was left alone: {item.error}")
         elif spec is None:
-            desk.tell(f"{title} cannot be repaired and was left alone: name its source in a manifest.")
+            context.tell(f"{title} cannot be repaired and was left alone: name its source in a manifest.")
         else:
             wanted.append((spec, item.stamp))
-    with desk.screen() as screen:
-        outcomes = fill(desk, wanted, place.filler.on(volume), screen)
-    desk.show("repaired", partial(summary_table, outcomes, 0.0), outcomes=[outcome.to_dict() for outcome in outcomes])
-    return code_of(desk, outcomes) or (FAILED if len(wanted) < len(bad) else 0)
+    with context.screen() as screen:
+        outcomes = fill(context, wanted, place.filler.on(volume), screen)
+    context.show("repaired", partial(summary_table, outcomes, 0.0), outcomes=[outcome.to_dict() for outcome in outcomes])
+    return code_of(context, outcomes) or (FAILED if len(wanted) < len(bad) else 0)
 
 
-def _named(desk: Desk, sources: Sources) -> dict[str, ModelSpec]:
+def _named(context: Context, sources: Sources) -> dict[str, ModelSpec]:
     """Return every model that a list or a WHAT names."""
-    items = desk.wants(sources).read(desk.options.whats) if desk.options.whats else ()
+    items = context.selection(sources).read(context.options.whats) if context.options.whats else ()
     named: dict[str, ModelSpec] = {}
     for spec in [*(item.spec for item in items if item.spec), *sources.manifest()]:
         named.setdefault(f"{spec.folder}/{spec.name}", spec)
@@ -220,38 +220,38 @@ def titles_of(item: Item) -> Iterator[str]:
         yield from (f"{folder}/{name}" for folder in node.folders for name in node.file_names)
 
 
-def prune(desk: Desk, place: Place, sources: Sources) -> int:
+def prune(context: Context, place: Target, sources: Sources) -> int:
     """Remove the sealed models that nothing names, after a question. Files put there by hand are not even examined."""
-    items = desk.wants(sources).read(desk.options.whats) if desk.options.whats else ()
-    named = {*_named(desk, sources), *(title for item in items for title in titles_of(item))}
+    items = context.selection(sources).read(context.options.whats) if context.options.whats else ()
+    named = {*_named(context, sources), *(title for item in items for title in titles_of(item))}
     if not named:
         raise SeedUsage("No manifest and no WHAT names any model, so everything would go: name what is to stay.")
     for volume in place.volumes:
         gone = unnamed(volume, named)
         total = size_text(sum(sealed.seal.size for sealed in gone))
         models = [_listed(sealed, good=True) for sealed in gone]
-        desk.show("prune", partial(sealed_table, gone, [True] * len(gone)), volume=volume.title, models=models)
-        if gone and _agreed(desk, f"Remove {count(len(gone), 'model')}, {total}, from {volume.title}?"):
+        context.show("prune", partial(sealed_table, gone, [True] * len(gone)), volume=volume.title, models=models)
+        if gone and _agreed(context, f"Remove {count(len(gone), 'model')}, {total}, from {volume.title}?"):
             for sealed in gone:
-                _remove(desk, volume, sealed)
-            desk.tell(f"removed {count(len(gone), 'model')}, {total}")
+                _remove(context, volume, sealed)
+            context.tell(f"removed {count(len(gone), 'model')}, {total}")
     return 0
 
 
-def _remove(desk: Desk, volume: Volume, sealed: Sealed) -> None:
+def _remove(context: Context, volume: Volume, sealed: Sealed) -> None:
     """Remove a model, unless the file was replaced while the question was open."""
     if is_as_sealed(volume, sealed):
         volume.remove(sealed.folder, sealed.name)
     else:
-        desk.tell(f"{sealed.title} changed meanwhile and was left alone")
+        context.tell(f"{sealed.title} changed meanwhile and was left alone")
 
 
-def _agreed(desk: Desk, question: str) -> bool:
-    if desk.options.yes:
+def _agreed(context: Context, question: str) -> bool:
+    if context.options.yes:
         return True
     if not sys.stdin.isatty():
         raise SeedUsage(f"{question} Say so with --yes where nobody can be asked.")
-    return desk.console.input(f"{question} [y/N] ").strip().lower() in {"y", "yes"}
+    return context.console.input(f"{question} [y/N] ").strip().lower() in {"y", "yes"}
 
 
 def _listed(sealed: Sealed, *, good: bool) -> dict[str, Any]:

@@ -337,7 +337,7 @@ class Relay:
                     self._look_at_header(part)
                 for waiting in self._queues.values():
                     waiting.put((part, md5))
-                self._window.let_go(part, self._hashed)
+                self._window.release(part, self._hashed)
         except WindowClosed:
             return
         except BaseException as exc:  # noqa: BLE001 - handed over to the thread that runs this
@@ -371,7 +371,7 @@ class Relay:
                 except BaseException as exc:  # noqa: BLE001 - as in _hash
                     self._defect = exc
                     self._either.ended.set()
-            self._window.let_go(part, upload)
+            self._window.release(part, upload)
 
     def _failed(self, upload: Upload, error: SeedError | UploadGone) -> None:
         upload.error = error

@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING, Final
 
 from worker.errors import EnsureCancelled, ManifestInvalid, SettingsError, SpecInvalid, WorkerError
 from worker.seed import maintenance, seeding
-from worker.seed.context import Desk, tell
+from worker.seed.context import Context, tell
 from worker.seed.errors import DatacenterUnknown, S3KeysMissing, SeedUsage, WhatUnknown
 from worker.seed.options import parse
 from worker.seed.screen import JsonLines
@@ -35,7 +35,7 @@ def run(argv: Sequence[str], environ: Mapping[str, str], out: IO[str] | None = N
     try:
         options = parse(argv)
         with _stopping(cancel):
-            return _act(Desk(options, Settings.from_env(environ), environ, stream, cancel))
+            return _act(Context(options, Settings.from_env(environ), environ, stream, cancel))
     except SystemExit as exc:
         return int(exc.code or 0)
     except EnsureCancelled:
@@ -49,10 +49,10 @@ def run(argv: Sequence[str], environ: Mapping[str, str], out: IO[str] | None = N
         return USAGE if isinstance(exc, _USAGE_ERRORS) else FAILED
 
 
-def _act(desk: Desk) -> int:
-    place = desk.place()
-    if desk.options.action == "list":
-        code = maintenance.list_sealed(desk, place)
+def _act(context: Context) -> int:
+    place = context.place()
+    if context.options.action == "list":
+        code = maintenance.list_sealed(context, place)
     else:
         actions = {
             "seed": seeding.seed,
@@ -60,8 +60,8 @@ def _act(desk: Desk) -> int:
             "verify": maintenance.verify_all,
             "prune": maintenance.prune,
         }
-        code = actions[desk.options.action](desk, place, desk.sources(place))
-    return code or (FAILED if place.away or desk.left_out else 0)
+        code = actions[context.options.action](context, place, context.sources(place))
+    return code or (FAILED if place.away or context.left_out else 0)
 
 
 @contextlib.contextmanager

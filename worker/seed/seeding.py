@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from worker.fetch.hub import Hub
     from worker.models.sources import Sources
     from worker.plan.items import Item
-    from worker.seed.context import Desk, Place
+    from worker.seed.context import Context, Target
     from worker.seed.fill import Filler
     from worker.seed.screen import Screen
     from worker.seed.volumes import Volume
@@ -46,70 +46,72 @@ _TICK_S: Final = 0.2
 _SLOW_S: Final = 5.0
 
 
-def seed(desk: Desk, place: Place, sources: Sources) -> int:
+def seed(context: Context, place: Target, sources: Sources) -> int:
     """Put every wanted model onto the volumes. Return the exit status. Raises `EnsureCancelled` if stopped."""
     began_s = time.monotonic()
-    items = _items(desk, sources)
-    hopeless = [item for item in items if item.state not in {State.FETCH, State.NO_ANSWER} or item.spec is None]
-    wanted = [item for item in items if item not in hopeless]
-    outcomes = [outcome for item in hopeless if not item.optional for outcome in _hopeless(item, place.filler.titles)]
-    with desk.screen() as screen:
-        _warn_of_room(wanted, place, screen)
-        screen.expect([item.size_bytes or 0 for item in wanted] + [0] * (len(hopeless) - sum(map(_is_optional, hopeless))))
-        for item in hopeless:
+    items = _items(context, sources)
+    unavailable = [item for item in items if item.state not in {State.FETCH, State.NO_ANSWER} or item.spec is None]
+    wanted = [item for item in items if item not in unavailable]
+    outcomes = [outcome for item in unavailable if not item.optional for outcome in _unavailable(item, place.filler.titles)]
+    with context.screen() as screen:
+        _warn_of_space(wanted, place, screen)
+        screen.expect(
+            [item.size_bytes or 0 for item in wanted] + [0] * (len(unavailable) - sum(map(_is_optional, unavailable)))
+        )
+        for item in unavailable:
             if item.optional:
                 screen.say(f"{item.title}: {item.message}")
             else:
                 screen.ended(item.title, [outcome for outcome in outcomes if outcome.model == item.title])
         for item in wanted:
             if item.state is State.NO_ANSWER:
-                screen.say(f"{item.title}: {_hosts(desk, [item])} did not answer and is asked again.")
-        outcomes += fill(desk, [(item.spec, None) for item in wanted if item.spec], place.filler, screen)
+                screen.say(f"{item.title}: {_hosts(context, [item])} did not answer and is asked again.")
+        outcomes += fill(context, [(item.spec, None) for item in wanted if item.spec], place.filler, screen)
     took_s = time.monotonic() - began_s
     values = [outcome.to_dict() for outcome in outcomes]
-    desk.show("summary", partial(summary_table, outcomes, took_s), seconds=round(took_s, 3), outcomes=values)
-    return code_of(desk, outcomes)
+    context.show("summary", partial(summary_table, outcomes, took_s), seconds=round(took_s, 3), outcomes=values)
+    return code_of(context, outcomes)
 
 
-def dry_run(desk: Desk, place: Place, sources: Sources) -> int:
+def dry_run(context: Context, place: Target, sources: Sources) -> int:
     """Report what `seed` would do. Return the exit status, 1 if something blocks it. Raises `VolumeFull`."""
-    lines = look_ahead(_items(desk, sources), place.volumes, desk.hub, desk.cancel)
+    lines = preview(_items(context, sources), place.volumes, context.hub, context.cancel)
     send_bytes, free = sum(line.send_bytes for line in lines), place.volumes[0].free_bytes
     models = [line.to_dict() for line in lines]
-    desk.show("dry_run", partial(dry_run_table, lines), models=models, send_bytes=send_bytes, free_bytes=free)
-    if not desk.options.json:
+    context.show("dry_run", partial(dry_run_table, lines), models=models, send_bytes=send_bytes, free_bytes=free)
+    if not context.options.json:
         room = "RunPod's S3 API does not tell how much is free" if free is None else f"{size_text(free)} are free"
-        desk.console.print(f"to send: {size_text(send_bytes)}; {room}.")
+        context.console.print(f"to send: {size_text(send_bytes)}; {room}.")
     if free is not None and send_bytes > free:
-        raise VolumeFull(desk.options.volume or desk.settings.volume_path, send_bytes, free)
+        raise VolumeFull(context.options.volume or context.settings.volume_path, send_bytes, free)
     return 0 if all(line.good for line in lines) else FAILED
 
 
-def _items(desk: Desk, sources: Sources) -> tuple[Item, ...]:
+def _items(context: Context, sources: Sources) -> tuple[Item, ...]:
     """Return the wanted models with their sources' metadata."""
-    hub = urlsplit(desk.settings.hf_endpoint).hostname
-    with _told_when_slow(desk, f"waiting for an answer of {hub} about its files"):
-        items = desk.wants(sources).read(desk.options.whats)
+    hub = urlsplit(context.settings.hf_endpoint).hostname
+    with _told_when_slow(context, f"waiting for an answer of {hub} about its files"):
+        items = context.selection(sources).read(context.options.whats)
     if not items:
         raise SeedUsage("There is nothing to seed: name a manifest, a workflow, an address or a template; see --help.")
-    with _told_when_slow(desk, f"waiting for an answer of {_hosts(desk, items)} about {count(len(items), 'model')}"):
-        asked = ask(items, desk.hub, lambda _: 0, desk.cancel)
-    if desk.cancel.is_set():
+    with _told_when_slow(context, f"waiting for an answer of {_hosts(context, items)} about {count(len(items), 'model')}"):
+        asked = ask(items, context.hub, lambda _: 0, context.cancel)
+    if context.cancel.is_set():
         raise EnsureCancelled("seeding")
     return asked
 
 
-def _hosts(desk: Desk, items: Iterable[Item]) -> str:
+def _hosts(context: Context, items: Iterable[Item]) -> str:
     """Return the hosts that are asked about these models."""
-    hub = urlsplit(desk.settings.hf_endpoint).hostname or ""
+    hub = urlsplit(context.settings.hf_endpoint).hostname or ""
     sources = [item.spec.source for item in items if item.spec]
     return ", ".join(sorted({hub if isinstance(source, HubFile) else source.host for source in sources}))
 
 
 @contextlib.contextmanager
-def _told_when_slow(desk: Desk, text: str) -> Iterator[None]:
+def _told_when_slow(context: Context, text: str) -> Iterator[None]:
     """Say what is awaited if it takes long."""
-    timer = threading.Timer(_SLOW_S, desk.tell, [text])
+    timer = threading.Timer(_SLOW_S, context.tell, [text])
     timer.daemon = True
     timer.start()
     try:
@@ -118,40 +120,40 @@ def _told_when_slow(desk: Desk, text: str) -> Iterator[None]:
         timer.cancel()
 
 
-def fill(desk: Desk, wanted: Sequence[tuple[ModelSpec, object]], filler: Filler, screen: Screen) -> list[Outcome]:
+def fill(context: Context, wanted: Sequence[tuple[ModelSpec, object]], filler: Filler, screen: Screen) -> list[Outcome]:
     """Put models onto the volumes, each with the stamp of the file that it replaces, or None.
 
     Three run at a time: while one or two are assembled by the server, the next is in transfer.
     """
     with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="seed") as pool:
-        futures = [pool.submit(_one, desk, spec, stamp, filler, screen) for spec, stamp in wanted]
+        futures = [pool.submit(_one, context, spec, stamp, filler, screen) for spec, stamp in wanted]
         _wait_all(futures)
         return [outcome for future in futures for outcome in future.result()]
 
 
-def _one(desk: Desk, spec: ModelSpec, stamp: object, filler: Filler, screen: Screen) -> list[Outcome]:
+def _one(context: Context, spec: ModelSpec, stamp: object, filler: Filler, screen: Screen) -> list[Outcome]:
     model = f"{spec.folder}/{spec.name}"
-    if desk.cancel.is_set():
+    if context.cancel.is_set():
         return [Outcome(model, title, "cancelled") for title in filler.titles]
     screen.moved(model, Progress("waiting"))
-    outcomes = filler.ensure(spec, partial(screen.moved, model), desk.cancel, replaces=stamp)
+    outcomes = filler.ensure(spec, partial(screen.moved, model), context.cancel, replaces=stamp)
     screen.ended(model, outcomes)
     return outcomes
 
 
-def code_of(desk: Desk, outcomes: Sequence[Outcome]) -> int:
+def code_of(context: Context, outcomes: Sequence[Outcome]) -> int:
     """Return the exit status. Raises `EnsureCancelled` if stopped before the end."""
-    if desk.cancel.is_set() and any(outcome.how == "cancelled" for outcome in outcomes):
+    if context.cancel.is_set() and any(outcome.how == "cancelled" for outcome in outcomes):
         raise EnsureCancelled("seeding")
     failed = [outcome for outcome in outcomes if not outcome.good]
-    if failed and not desk.options.json:
+    if failed and not context.options.json:
         again = any(outcome.error and outcome.error.retryable for outcome in failed)
         advice = " Nothing is lost: run the same command again to go on." if again else " What to do about each is said above."
-        desk.console.print(Text(f"{len(failed)} failed.{advice}", "red"))
+        context.console.print(Text(f"{len(failed)} failed.{advice}", "red"))
     return FAILED if failed else 0
 
 
-def _warn_of_room(items: Sequence[Item], place: Place, screen: Screen) -> None:
+def _warn_of_space(items: Sequence[Item], place: Target, screen: Screen) -> None:
     """Warn about models that will not fit. Each is checked again when its turn comes."""
     for volume in place.volumes:
         if (free := volume.free_bytes) is None:
@@ -167,7 +169,7 @@ def _is_optional(item: Item) -> bool:
     return item.optional
 
 
-def _hopeless(item: Item, titles: Iterable[str]) -> list[Outcome]:
+def _unavailable(item: Item, titles: Iterable[str]) -> list[Outcome]:
     reason = ModelUnavailable(item.message or f"{item.title}: {item.state}", item.code)
     return [Outcome(item.title, title, "failed", item.size_bytes or 0, error=reason) for title in titles]
 
@@ -208,7 +210,7 @@ class Line:
         }
 
 
-def look_ahead(items: Sequence[Item], volumes: Sequence[Volume], hub: Hub, cancel: CancelToken) -> list[Line]:
+def preview(items: Sequence[Item], volumes: Sequence[Volume], hub: Hub, cancel: CancelToken) -> list[Line]:
     """Return a line for each model, in order. A model's error is in its line."""
     with ThreadPoolExecutor(_ASK_AT_ONCE, thread_name_prefix="look") as pool:
         return list(pool.map(lambda item: _line(item, volumes, hub, cancel), items))

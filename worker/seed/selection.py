@@ -44,7 +44,7 @@ def _tell_nobody(_: str) -> None:
     """Ignore a sentence."""
 
 
-class Wants:
+class Selection:
     """Resolves WHATs. `sources` are the lists that always apply; manifests among the WHATs come before them.
 
     `folder` is for an address that names no folder; `hosts` are those that a workflow's metadata may name; `volumes` have the

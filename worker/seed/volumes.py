@@ -7,10 +7,11 @@ import os
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
+from worker.base.files import free_bytes
 from worker.base.text import forms
 from worker.errors import UnsafePath, VolumeFailed
 from worker.plan.places import Places
-from worker.store.disk import free_bytes, sha256_of, volume_error
+from worker.store.disk import sha256_of, volume_error
 from worker.store.inventory import Look, Standing, look
 from worker.store.layout import sealed_by
 from worker.store.seals import Seal, read_seal, stat_file, whole_mtime, write_seal

@@ -155,7 +155,7 @@ class Window:
                 part = self._parts[number]
             yield part
 
-    def let_go(self, part: Part, reader: object) -> None:
+    def release(self, part: Part, reader: object) -> None:
         """Release the part for this reader. When all have released it, its memory is reused."""
         with self._changed:
             part.open_for.discard(reader)

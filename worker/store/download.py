@@ -17,6 +17,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Literal
 
+from worker.base.files import FULL, free_bytes, patiently, sync_folder
 from worker.base.progress import Meter, Progress
 from worker.base.text import size_text
 from worker.errors import ContentMismatch, EnsureCancelled, NotAFile, SourceChanged, SourceRefused, VolumeFull
@@ -24,7 +25,7 @@ from worker.fetch.blocking_call import abandonable
 from worker.fetch.ranges import Fetch, Tuning
 from worker.fetch.xet import XetFetch
 from worker.spec import HubFile
-from worker.store.disk import FULL, free_bytes, git_sha1_of, head_of, patiently, stated_bytes, sync_folder
+from worker.store.disk import git_sha1_of, head_of, stated_bytes
 from worker.store.file_formats import is_safetensors, misfit
 from worker.store.hashing import HashedPartial
 from worker.store.inventory import stamp_of
@@ -184,7 +185,7 @@ class Download:
         """Do what `run` does, with one partial. Return the sha256 if it is wrong."""
         try:
             self._at("claimed")
-            self._check_room(partial)
+            self._check_space(partial)
             if partial.inherited and partial.gaps() and self._task.cancel.wait(self._tools.tuning.handover_s):
                 raise EnsureCancelled(str(self._task.spec))
             actual = self._fill(partial)
@@ -226,7 +227,7 @@ class Download:
             raise ContentMismatch(remote.where, "sha256", promised, actual)
         wrong.add(actual)
 
-    def _check_room(self, partial: Partial) -> None:
+    def _check_space(self, partial: Partial) -> None:
         """Make room, then raise if the file system still reports too little space. A quota shows only later."""
         needed = partial.size_bytes - partial.done_bytes
         if self._tools.room and needed:

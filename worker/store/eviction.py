@@ -13,10 +13,10 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
+from worker.base.files import free_bytes
 from worker.base.text import count
 from worker.errors import SpecInvalid, UnsafePath
 from worker.spec import HubFile, ModelSpec, parse_source
-from worker.store.disk import free_bytes
 from worker.store.inventory import sealed
 from worker.store.layout import sealed_by, split
 from worker.store.leases import ANY, LeaseTiming, Titles, Usage, normal

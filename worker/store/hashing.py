@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Final
 from worker.errors import EnsureCancelled
 from worker.store.disk import sha256_of
 from worker.store.partial import Taken, silent
-from worker.store.reorder import Ahead
+from worker.store.reorder import ReorderBuffer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,7 +41,7 @@ class HashedPartial:
     def __init__(self, partial: Partial, tuning: Tuning) -> None:
         self._partial = partial
         self._tuning = tuning
-        self._ahead = None if partial.inherited else Ahead(tuning.ahead_bytes, tuning.buffer_bytes)
+        self._reorder = None if partial.inherited else ReorderBuffer(tuning.reorder_bytes, tuning.buffer_bytes)
         self._stop = threading.Event()
         self._hashed_bytes = 0
         self._sha256: str | None = None
@@ -76,8 +76,8 @@ class HashedPartial:
 
     def write(self, offset: int, view: memoryview) -> None:
         """Like `Partial.write`. Copy first: once the file has the bytes, a reader without a copy reads them back."""
-        if self._ahead is not None:
-            self._ahead.put(offset, view)
+        if self._reorder is not None:
+            self._reorder.put(offset, view)
         self._partial.write(offset, view)
 
     def check(self) -> None:
@@ -88,7 +88,7 @@ class HashedPartial:
 
     def _hash(self) -> None:
         try:
-            self._sha256 = self._partial.follow(self._stop.is_set, self._count, self._ahead)
+            self._sha256 = self._partial.follow(self._stop.is_set, self._count, self._reorder)
         except (OSError, Taken) as exc:
             self._error = exc
 

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from filelock import SoftFileLockProtocolError, SoftReadWriteLock, Timeout
 
+from worker.base.files import FULL, READ_ONLY, Peek, write_atomically
 from worker.base.progress import Progress
 from worker.errors import EnsureCancelled
-from worker.store.disk import FULL, READ_ONLY, Peek, write_atomically
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -19,9 +19,9 @@ import threading
 import time
 from typing import TYPE_CHECKING, Final
 
+from worker.base.files import FULL, create, patiently, write_at, write_atomically
 from worker.store.byte_ranges import Ranges
-from worker.store.disk import FULL, create, patiently, write_at, write_atomically
-from worker.store.reorder import Ahead
+from worker.store.reorder import ReorderBuffer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
@@ -314,16 +314,16 @@ class Partial:
             return True
 
     def follow(
-        self, stop: Callable[[], bool], on_bytes: Callable[[int], None] = lambda _: None, ahead: Ahead | None = None
+        self, stop: Callable[[], bool], on_bytes: Callable[[int], None] = lambda _: None, reorder: ReorderBuffer | None = None
     ) -> str | None:
         """Return the sha256 of the whole file, computed while the writers write. None if `stop` says so before its end.
 
-        Bytes come from `ahead` if they are there, and are then those that were given to `write`. Otherwise they come from the
+        Bytes come from `reorder` if they are there, and are then those that were given to `write`. Otherwise they come from the
         file, and are what was stored. Either way the page cache is warm afterwards.
         """
         digest = hashlib.sha256()
         buffer = memoryview(bytearray(_HASH_BYTES))
-        kept = ahead or Ahead(0, 1)
+        kept = reorder or ReorderBuffer(0, 1)
         at = 0
         with self._using() as fd:
             while at < self.size_bytes:
@@ -342,7 +342,7 @@ class Partial:
                 on_bytes(at)
         return digest.hexdigest()
 
-    def _readable(self, offset: int, kept: Ahead) -> int:
+    def _readable(self, offset: int, kept: ReorderBuffer) -> int:
         """Return how many bytes to read back at `offset`. 0 after a short wait for more, or if `kept` has them.
 
         Bytes are offered to `kept` before they are written: if the file has bytes that `kept` lacks, they will not appear

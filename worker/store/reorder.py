@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 
 
-class Ahead:
+class ReorderBuffer:
     """Copies of blocks by their offset, at most `limit_bytes`. Those furthest from their turn are dropped first.
 
     No caller may rely on a block: a dropped or repeated block must be found elsewhere. Memory is allocated as needed, in

@@ -20,10 +20,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from worker.base.files import free_bytes
 from worker.base.text import size_text
 from worker.errors import ContentMismatch, EnsureCancelled, UnsafePath, WorkerError
 from worker.spec import ModelSpec
-from worker.store.disk import free_bytes
 from worker.store.download import Hooks
 from worker.store.eviction import Judge, Limits, Pins, Tree, chosen, stamp, survey
 from worker.store.layout import split

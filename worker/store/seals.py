@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 
-from worker.store.disk import write_atomically
+from worker.base.files import write_atomically
 
 if TYPE_CHECKING:
     from collections.abc import Callable

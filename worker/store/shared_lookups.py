@@ -17,9 +17,9 @@ import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from worker.base.files import Peek, create, write_atomically
 from worker.base.progress import Progress
 from worker.errors import EnsureCancelled
-from worker.store.disk import Peek, create, write_atomically
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

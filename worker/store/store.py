@@ -14,6 +14,7 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final, Self
 
+from worker.base.files import Peek, patiently, sync_folder
 from worker.errors import (
     ContentMismatch,
     FileUnusable,
@@ -28,7 +29,7 @@ from worker.errors import (
 )
 from worker.fetch.ranges import Tuning
 from worker.spec import HubFile
-from worker.store.disk import Peek, check_whole, patiently, sha256_of, sync_folder, volume_error
+from worker.store.disk import check_whole, sha256_of, volume_error
 from worker.store.download import Download, Hooks, Origin, Ready, Task, Tools, both, forget_pending, write_own_seal
 from worker.store.inventory import path_of, record, sealed, spelled, stamp_of
 from worker.store.locks import Locks, Timing

@@ -12,8 +12,8 @@ import os
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
+from worker.base.files import write_atomically
 from worker.errors import UnsafePath
-from worker.store.disk import write_atomically
 from worker.store.layout import split
 from worker.store.leases import read_json
 from worker.store.seals import Seal, decode_seal, now, read_seal

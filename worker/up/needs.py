@@ -13,7 +13,7 @@ from worker.models.sources import Sources
 from worker.plan.items import FETCHED
 from worker.plan.lookup import ask_in_time
 from worker.plan.plan_command import make_hub
-from worker.seed.selection import Wants
+from worker.seed.selection import Selection
 from worker.up.errors import ModelsNotReady
 
 if TYPE_CHECKING:
@@ -74,9 +74,9 @@ def digest_of(workflow: str, whats: Sequence[str]) -> str:
 
 
 def read(workflow: str, whats: Sequence[str], settings: Settings, tell: Callable[[str], None]) -> Needs:
-    """Return what the workflow needs, with its sources' answers. Raises what `Wants.read` raises."""
+    """Return what the workflow needs, with its sources' answers. Raises what `Selection.read` raises."""
     hub = make_hub(settings)
     sources = Sources.read(manifest=settings.models_manifest, models=settings.models)
-    wants = Wants(sources, hub, settings.request_hosts, None, threading.Event(), tell=tell)
+    wants = Selection(sources, hub, settings.request_hosts, None, threading.Event(), tell=tell)
     items = ask_in_time(wants.read([workflow, *whats]), hub, lambda _: 0, _DEADLINE_S)
     return Needs(items, digest_of(workflow, whats))

@@ -12,8 +12,8 @@ import logging
 import time
 from typing import TYPE_CHECKING, Any, Final
 
+from worker.base.files import write_atomically
 from worker.errors import UnsafePath
-from worker.store.disk import write_atomically
 from worker.store.layout import safe_parts
 
 if TYPE_CHECKING:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from worker.engine.engine import Engine
     from worker.graph.graph import Graph
     from worker.graph.model_names import NamedModel
-    from worker.models.job_models import Name, Supply
+    from worker.models.job_models import JobModels, Name
     from worker.settings import Settings
     from worker.warmup.reader import Warmed
 
@@ -46,7 +46,7 @@ _NO_ENDPOINT: Final = "local"
 _COPIES_S: Final = 3.0
 
 
-class Warmth:
+class Warmup:
     """Reads ahead for a start and for jobs, and records models for the next start. No call waits for the disk.
 
     Safe to use from any thread. Call `begin` as early as possible, and `linked` when the models' names can be looked up.
@@ -54,7 +54,7 @@ class Warmth:
 
     def __init__(self, settings: Settings, warmer: Warmer | None = None) -> None:
         self._settings = settings
-        self._supply: Supply | None = None
+        self._job_models: JobModels | None = None
         self._warmer = warmer or Warmer(lambda: int(settings.warm_memory_share * free_memory_bytes()))
         self._reads = settings.warm_models != ()
         self._used: UsedModels | None = None
@@ -80,9 +80,9 @@ class Warmth:
             return self._copies.result(_COPIES_S)
         return {}
 
-    def linked(self, supply: Supply) -> None:
+    def linked(self, job_models: JobModels) -> None:
         """Note that ComfyUI can find the models, so that models known by name can be read as well."""
-        self._work.put(lambda: self._read_named(supply))
+        self._work.put(lambda: self._read_named(job_models))
 
     def job(self, models: Iterable[NamedModel]) -> None:
         """Read the models of a job now, and nothing else. Do nothing if they are the last job's models."""
@@ -131,7 +131,7 @@ class Warmth:
         self._work.put(None)
         self._warmer.stop()
 
-    # --- in the thread `warmth`
+    # --- in the thread `warmup`
 
     def _run(self) -> None:
         while work := self._work.get():
@@ -152,9 +152,9 @@ class Warmth:
         if self._recent:
             self._warmer.warm(self._recent)
 
-    def _read_named(self, supply: Supply) -> None:
+    def _read_named(self, job_models: JobModels) -> None:
         """Read for the warm-up workflow, then for the settings, then for the last jobs."""
-        self._supply = supply
+        self._job_models = job_models
         graph = self._warmup_graph()
         self._warmup.set_result(graph)
         names = [_as_name(name) for name in self._settings.warm_models or ()]
@@ -178,7 +178,7 @@ class Warmth:
         return path
 
     def _located(self, names: Sequence[Name]) -> list[Path]:
-        return self._supply.located(names) if self._supply else []
+        return self._job_models.located(names) if self._job_models else []
 
     def _warmup_graph(self) -> Graph | None:
         wanted = self._settings.warmup_workflow
