@@ -85,7 +85,7 @@ class Tools:
     """Makes room on the volume, where that is wanted."""
 
     def make_room(self, exc: OSError, needed_bytes: int, cancel: CancelToken) -> bool:
-        """Whether room was made after this error of a write, so that it is worth another try."""
+        """Return whether room was made after this write error, so that a retry is worthwhile."""
         if exc.errno not in FULL or self.room is None:
             return False
         log.info("the volume refused a write (%s): making room", exc.strerror or exc)
