@@ -82,17 +82,17 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME=PATH",
         help="a file the workflow loads by NAME; or NAME=https://...",
     )
-    what.add_argument("--file", action="append", default=[], metavar="NAME=PATH", help="the same, for what is no image")
+    what.add_argument("--file", action="append", default=[], metavar="NAME=PATH", help="the same for other files")
     what.add_argument(
         "--model",
         action="append",
         default=[],
         metavar="FOLDER/NAME=SOURCE",
-        help="where a model comes from: hf://org/repo/path",
+        help="a model's source: hf://org/repo/path",
     )
     what.add_argument("--seed", metavar="random|next|N", help="other seeds than the saved ones; -1 is random")
-    what.add_argument("--previews", action="store_true", help="return what preview nodes made, too")
-    what.add_argument("--timeout", type=_seconds, metavar="S", help="cancel the job when it is not done after S seconds")
+    what.add_argument("--previews", action="store_true", help="also return the outputs of preview nodes")
+    what.add_argument("--timeout", type=_seconds, metavar="S", help="cancel the job if it is not done after S seconds")
     what.add_argument("--job", metavar="ID", help="send nothing: wait for this job of the endpoint and save its result")
     result = parse.add_argument_group("the result")
     result.add_argument("--output", type=Path, metavar="DIR", help="where outputs are saved (default: outputs)")

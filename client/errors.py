@@ -41,7 +41,7 @@ class ClientError(Exception):
 
 @dataclass(eq=False)
 class UsageError(ClientError):
-    """The command line makes no sense as it is."""
+    """The command line is wrong."""
 
     reason: str
     code = "usage"
@@ -75,7 +75,7 @@ class SetInvalid(UsageError):
 
 @dataclass(eq=False)
 class KeyMissing(ClientError):
-    """An endpoint is to be used, and there is no key for it."""
+    """There is no key for the endpoint."""
 
     code = "key_missing"
     exit_status = USAGE
@@ -89,7 +89,7 @@ class KeyMissing(ClientError):
 
 @dataclass(eq=False)
 class ClientDefect(ClientError):
-    """A defect of the client itself. `kind` and `place` say what and where, and nothing of any value."""
+    """A defect of the client itself. `kind` and `place` name the exception and the line, without any value."""
 
     kind: str
     place: str
@@ -110,7 +110,7 @@ class JobError(ClientError):
 
 @dataclass(eq=False)
 class JobFailed(JobError):
-    """The worker says that the job failed. `code` and `details` are the worker's own, where it gave any."""
+    """The worker reports that the job failed. `code` and `details` are the worker's own, if it gave any."""
 
     sentence: str
     worker_code: str | None = None
@@ -124,7 +124,7 @@ class JobFailed(JobError):
 
 @dataclass(eq=False)
 class JobCancelled(JobError):
-    """Somebody cancelled the job."""
+    """The job was cancelled."""
 
     job_id: str
     code = "job_cancelled"
@@ -177,7 +177,7 @@ class JobUnknown(JobError):
 
 @dataclass(eq=False)
 class ResultLost(JobError):
-    """The job completed, and its result is not there."""
+    """The job completed, but its result is missing."""
 
     job_id: str
     code = "result_lost"
@@ -191,7 +191,7 @@ class ResultLost(JobError):
 
 @dataclass(eq=False)
 class OutputNotSaved(JobError):
-    """An output cannot be written here, or not be fetched; the others were saved."""
+    """An output cannot be written here, or cannot be downloaded. The others were saved."""
 
     name: str
     reason: str
@@ -205,7 +205,7 @@ class OutputNotSaved(JobError):
 
 
 class ServiceError(ClientError):
-    """The endpoint or the worker cannot be reached, or refuses."""
+    """The endpoint or the worker cannot be reached, or refuses the request."""
 
     code = "service_failed"
     exit_status = UNREACHABLE
@@ -246,7 +246,7 @@ class EndpointUnknown(ServiceError):
 
 @dataclass(eq=False)
 class RequestRefused(ServiceError):
-    """The request was refused before any worker saw it."""
+    """The request was refused before a worker received it."""
 
     where: str
     status: int
@@ -265,7 +265,7 @@ class RequestRefused(ServiceError):
 
 @dataclass(eq=False)
 class TooManyRequests(ServiceError):
-    """The endpoint wants fewer requests, and still did after some waiting."""
+    """The endpoint asked for fewer requests, even after some waiting."""
 
     where: str
     waited_s: float
@@ -281,7 +281,7 @@ class TooManyRequests(ServiceError):
 
 @dataclass(eq=False)
 class ServiceFailed(ServiceError):
-    """The other side is in trouble of its own."""
+    """The endpoint or the worker failed."""
 
     where: str
     status: int
@@ -296,7 +296,7 @@ class ServiceFailed(ServiceError):
 
 @dataclass(eq=False)
 class Unreachable(ServiceError):
-    """Nobody answers there."""
+    """Nothing answers at this address."""
 
     where: str
     reason: str
@@ -316,7 +316,7 @@ class Unreachable(ServiceError):
 
 @dataclass(eq=False)
 class AnswerUnreadable(ServiceError):
-    """Whoever answers there speaks something else."""
+    """The answer is not that of an endpoint or a worker."""
 
     where: str
     found: str

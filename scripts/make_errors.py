@@ -54,7 +54,7 @@ SECTIONS: Final = (
     Section(
         "The request is wrong",
         errors.RequestError,
-        "The same request fails again: correct it. The workflow has not run.",
+        "The same request will fail again: correct it. The workflow did not run.",
     ),
     Section(
         "A file that comes with a job",
@@ -62,47 +62,47 @@ SECTIONS: Final = (
         "The request has the right form, but one of its `images` or `files` cannot be fetched or written.",
     ),
     Section(
-        "A model cannot be made ready",
+        "A model is unavailable",
         errors.ModelError,
-        "The volume, a source or a token is the trouble. Jobs whose models are there run all the same. "
+        "The volume, a source or a token is the cause. Jobs whose models are available still run. "
         "`python -m worker plan WORKFLOW` finds most of these before a job does.",
     ),
     Section("A list of models is wrong", errors.ManifestInvalid, "`models.toml` on the volume, `MODELS_MANIFEST` or `MODELS`."),
     Section(
         "ComfyUI failed while it had the job",
         errors.EngineError,
-        "ComfyUI took the workflow and did not finish it. A ComfyUI that died or hangs is started again by itself.",
+        "ComfyUI accepted the workflow and did not finish it. A ComfyUI that died or hangs is restarted automatically.",
     ),
     Section(
-        "The result cannot be handed over",
+        "The result cannot be delivered",
         errors.DeliveryError,
-        "The workflow ran; what it made cannot be returned. Where a part can be, it is, with these sentences in `errors`.",
+        "The workflow ran, but its outputs cannot be returned. If a part can be, it is, with these sentences in `errors`.",
     ),
     Section(
         "The worker does not start",
         errors.StartError,
-        "Or it ends, because its ComfyUI does not come back. One line in the log, then the worker ends with status 1; RunPod "
+        "Or it exits, because ComfyUI does not restart. The log has one line, and the worker exits with status 1. RunPod "
         "starts another.",
     ),
-    Section("The settings are wrong", errors.SettingsError, "The worker and its commands end before they do anything."),
-    Section("A defect", errors.InternalError, "What the worker did not foresee."),
-    Section("`python -m worker COMMAND`", errors.CommandUnknown, "The commands are for people."),
-    Section("`python -m worker convert`", errors.ConvertUsage, "A command for people."),
+    Section("The settings are wrong", errors.SettingsError, "The worker and its commands exit before they do anything."),
+    Section("A defect", errors.InternalError, "An unexpected failure of the worker."),
+    Section("`python -m worker COMMAND`", errors.CommandUnknown, "A command line that the worker does not know."),
+    Section("`python -m worker convert`", errors.ConvertUsage, "The command that prints a graph."),
     Section(
         "`python -m worker seed`, `scripts/seed_volume.py`",
         seed_errors.SeedError,
-        "Beside these it meets the errors of models and lists above. With `--json` each has its `code` and `text`.",
+        "It also reports the errors of models and lists above. With `--json` each has its `code` and `text`.",
     ),
     Section(
         "`python -m worker up`, `scripts/up.py`",
         up_errors.UpError,
-        "Beside these it meets the errors of models, of `seed` and of `run_workflow.py`. With `--json` each has its `code` and "
-        "`text`. Whatever stopped it, the same command goes on.",
+        "It also reports the errors of models, of `seed` and of `run_workflow.py`. With `--json` each has its `code` and "
+        "`text`. The same command resumes after each of them.",
     ),
     Section(
         "`scripts/run_workflow.py`: the command line",
         client.UsageError,
-        "The client prints its sentence with the code behind it, and ends with the status that stands below.",
+        "The client prints the sentence followed by the code, and exits with the status below.",
     ),
     Section("`scripts/run_workflow.py`: the key", client.KeyMissing),
     Section("`scripts/run_workflow.py`: a defect", client.ClientDefect),
@@ -338,32 +338,32 @@ there is 'fox_v2.safetensors'; correct the name, put the file on the volume, or 
 
 # What is worth knowing beside the sentence.
 MORE: Final[Mapping[str, str]] = {
-    "workflow_invalid": "Each wrong node, link and cycle has a reason of its own.",
-    "unknown_nodes": "[customization.md](customization.md) says how custom nodes come into the image or onto the volume; "
-    "`python -m worker doctor` names those that ComfyUI could not import. Classes that a newer ComfyUI no longer has, and "
-    "those of its own that did not load, are told with what to do.",
+    "workflow_invalid": "Each wrong node, link and cycle has its own reason.",
+    "unknown_nodes": "[customization.md](customization.md) says how to add custom nodes to the image or the volume; "
+    "`python -m worker doctor` names those that ComfyUI could not import. Removed classes of ComfyUI, and "
+    "classes of its own that did not load, have their own advice.",
     "override_invalid": "Other reasons: no node has that id, title or class, or several have it.",
     "input_url_refused": "Other reasons: a host that `INPUT_URL_HOSTS` does not name, a user name in the address, a redirect "
     "from https to http.",
-    "model_missing": "`python -m worker plan WORKFLOW` shows where each model would come from. A file that was put on the "
-    "volume is seen by the next job that names it.",
+    "model_missing": "`python -m worker plan WORKFLOW` shows each model's source. The next job that names a file sees it if it "
+    "was put on the volume.",
     "repo_gated": "A fine-grained token also needs the permission to read gated repositories.",
-    "content_mismatch": "Somebody replaced the file at its source, or the sha256 is that of another revision.",
-    "file_incomplete": "Somebody is copying it there by hand, or a copy broke off.",
-    "volume_full": "`python scripts/seed_volume.py --list` shows what is there, `--prune` removes what no list names.",
+    "content_mismatch": "The file was replaced at its source, or the sha256 is that of another revision.",
+    "file_incomplete": "A copy is still running, or was interrupted.",
+    "volume_full": "`python scripts/seed_volume.py --list` lists the models, `--prune` removes those that no list names.",
     "node_failed": "The message is the node's own; its traceback is in the worker's log.",
     "out_of_memory": "`COMFY_ARGS=--novram` needs less of the GPU's memory and takes longer; "
-    "`--lowvram` does nothing in newer releases of ComfyUI.",
-    "gpu_fault": "Where every job of one worker ends so, its GPU is broken: stop that worker, RunPod starts another.",
-    "job_timeout": "The fetching of models and input files does not count. RunPod's own limit (600 s unless changed) counts "
-    "all of the job, and ends it without this sentence.",
-    "engine_died": "`details` are ComfyUI's last lines. After SIGKILL: a machine with more memory, or smaller weights.",
-    "engine_start_failed": "`details` are ComfyUI's last lines. Where it is only slow: `COMFY_START_TIMEOUT_S`.",
+    "`--lowvram` has no effect in newer releases of ComfyUI.",
+    "gpu_fault": "If every job of one worker ends like this, its GPU is broken: stop that worker, and RunPod starts another.",
+    "job_timeout": "Downloads of models and input files do not count. RunPod's own limit (600 s by default) counts the whole "
+    "job, and ends it without this sentence.",
+    "engine_died": "`details` are ComfyUI's last lines. After SIGKILL, use a machine with more memory, or smaller weights.",
+    "engine_start_failed": "`details` are ComfyUI's last lines. If ComfyUI is only slow, raise `COMFY_START_TIMEOUT_S`.",
     "result_too_large": "`details` are the files with their sizes.",
-    "bucket_refused": "Amazon S3 wants the right `BUCKET_REGION`.",
-    "settings_invalid": "`python -m worker settings` prints what there is.",
+    "bucket_refused": "Amazon S3 requires the right `BUCKET_REGION`.",
+    "settings_invalid": "`python -m worker settings` prints all settings.",
     "job_failed": "Sentence, code and details are the worker's; look up its code on this page.",
-    "output_not_saved": "The other outputs were saved. For an endpoint, `--job ID` fetches the result again, for 30 minutes.",
+    "output_not_saved": "The other outputs were saved. For an endpoint, `--job ID` downloads the result again, for 30 minutes.",
 }
 """By code."""
 
@@ -372,13 +372,12 @@ HEAD: Final = """\
 
 <!-- Made by `python -m scripts.make_errors` from every errors.py; a test holds it to them. -->
 
-A failed job has one sentence in `error`: what happened and what to do. Beside it stand `code`, which never changes and is what
-a program should look at, `retryable`, and for some errors `details`, a list with one finding a line. In the worker's log the
-same sentence ends with the code: `job 5d0c1c1e-e1: failed after 0.31 s: ... [model_missing]`.
+A failed job has one sentence in `error`: what happened and what to do. It also has a stable `code` for programs, `retryable`,
+and for some errors `details`, a list with one finding a line. In the worker's log the same sentence ends with the code:
+`job 5d0c1c1e-e1: failed after 0.31 s: ... [model_missing]`.
 
-*Retryable* means that the same job, sent again, may succeed without anybody having changed anything. Everything else fails
-again until what the sentence names is put right. The sentences below are what the code makes of example values; some
-beginnings are those that worker-comfyui's clients know, and stay as they are.
+*Retryable* means that the same job may succeed later, unchanged. Other errors repeat until the cause that the sentence names is
+fixed. The sentences below are made from example values. Some begin as worker-comfyui's do, because its clients match on them.
 """
 
 
@@ -498,11 +497,11 @@ def exits() -> tuple[tuple[str, int, str], ...]:
     worker, plan_, doctor_, convert = (f"`python -m worker{name}`" for name in ("", " plan", " doctor", " convert"))
     seed, run = "`python -m worker seed`, `scripts/seed_volume.py`", "`scripts/run_workflow.py`"
     return (
-        (worker, 0, "SIGTERM came, or its last job is done (`REFRESH_WORKER`), and every job that it took was answered"),
-        (worker, 1, "it could not start, or ComfyUI did not come back, or there is no such command: the last line says why"),
-        (worker, 143, "SIGTERM came before it took jobs"),
+        (worker, 0, "SIGTERM arrived, or its last job is done (`REFRESH_WORKER`), and every accepted job was answered"),
+        (worker, 1, "it could not start, ComfyUI did not restart, or there is no such command: the last line says why"),
+        (worker, 143, "SIGTERM arrived before it accepted jobs"),
         (plan_, 0, "the workflow can run"),
-        (plan_, plan.CANNOT_RUN, "something is in its way, or the settings are wrong"),
+        (plan_, plan.CANNOT_RUN, "something blocks it, or the settings are wrong"),
         (plan_, plan.USAGE, "the command line or the workflow cannot be read"),
         (doctor_, 0, "no problem was found"),
         (doctor_, doctor.PROBLEM_FOUND, "at least one problem was found, or the settings are wrong"),
@@ -511,14 +510,14 @@ def exits() -> tuple[tuple[str, int, str], ...]:
         (convert, 1, "the workflow cannot be read or converted, or no ComfyUI answers"),
         (convert, 2, "the command line is wrong"),
         (seed, 0, "everything is there"),
-        (seed, seeder.FAILED, "something failed; the same command goes on where it stopped"),
+        (seed, seeder.FAILED, "something failed; the same command resumes"),
         (seed, seeder.USAGE, "the command line, a list of models, a key that is not set, or a setting is wrong"),
-        (seed, seeder.STOPPED, "it was stopped (Ctrl-C, SIGTERM); the same command goes on where it stopped"),
+        (seed, seeder.STOPPED, "it was stopped (Ctrl-C, SIGTERM); the same command resumes"),
         (run, client.DONE, "the job is done and its outputs are saved"),
         (run, client.FAILED, "the job failed, an output could not be saved, or the client has a defect"),
         (run, client.USAGE, "the command line, a file that it names, or the key is missing or wrong"),
         (run, client.UNREACHABLE, "the endpoint or the worker cannot be reached, or refuses"),
-        (run, client.INTERRUPTED, "Ctrl-C or SIGTERM; the job was cancelled where that can be done"),
+        (run, client.INTERRUPTED, "Ctrl-C or SIGTERM; the job was cancelled if possible"),
     )
 
 

@@ -1,15 +1,15 @@
-"""Composition root: reads argv and the environment, builds everything, runs it.
+"""The entry point: read the arguments and the environment, build the worker or a command, and run it.
 
     python -m worker                        the worker; --rp_serve_api for a local API
     python -m worker plan WORKFLOW.json     what a workflow needs and where it comes from
-    python -m worker doctor                 the volume as it is
-    python -m worker convert WORKFLOW.json  a workflow as the editor saves it, as the graph that runs
-    python -m worker seed WHAT ...          models onto a volume before the first job
-    python -m worker up WORKFLOW.json       an endpoint on RunPod for a workflow; up status, up down
-    python -m worker settings               the table of settings
-    python -m worker help                   this list, for people
+    python -m worker doctor                 examine the volume
+    python -m worker convert WORKFLOW.json  convert the editor's format to the graph that runs
+    python -m worker seed WHAT ...          put models onto a volume before the first job
+    python -m worker up WORKFLOW.json       create an endpoint on RunPod for a workflow; up status, up down
+    python -m worker settings               print the table of settings
+    python -m worker help                   print this list
 
-Only what spawning ComfyUI needs is imported at the top: each import before the spawn is added to every cold start.
+Only modules that starting ComfyUI needs are imported at the top, because each earlier import delays every cold start.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ if TYPE_CHECKING:
 _HELP = """\
 usage: python -m worker [COMMAND] ...        (in the image: worker [COMMAND] ...)
 
-  plan WORKFLOW      what a workflow needs, what of it is there, where the rest would come from
+  plan WORKFLOW      show a workflow's models: which are there, and where the others come from
   doctor             examine the volume
   seed WHAT ...      fill a volume with models before the first job
-  up WORKFLOW        an endpoint on RunPod for a workflow, with its volume, models and first picture; up status, up down
-  convert WORKFLOW   a workflow as the editor saves it, as the graph that runs
-  settings           the table of settings, which are environment variables
-  help               this
+  up WORKFLOW        create an endpoint on RunPod with volume, models and a first picture; up status, up down
+  convert WORKFLOW   convert a workflow in the editor's format to the graph that runs
+  settings           print the table of settings (environment variables)
+  help               print this
 
-plan, doctor, seed, up and convert have a --help of their own. Without a command the worker itself starts: on RunPod it takes
-jobs; elsewhere it wants --rp_serve_api for a local API (with --rp_api_host and --rp_api_port), or a job to run, in
+plan, doctor, seed, up and convert have their own --help. Without a command the worker starts. On RunPod it takes jobs.
+Elsewhere it needs --rp_serve_api for a local API (with --rp_api_host and --rp_api_port), or one job in
 ./test_input.json or --test_input.
 """
 

@@ -25,7 +25,7 @@ def run(argv: Sequence[str], settings: Settings) -> int:
     """Print the graph and return 0. Raises `ConvertUsage` for unreadable input, a `RequestError` for the workflow."""
     parser = argparse.ArgumentParser(
         prog="python -m worker convert",
-        description="Print a workflow that ComfyUI's editor saved, or a picture or video that carries one, as the graph that "
+        description="Convert a workflow in the editor's format, or one in a picture or video, to the graph that "
         "its editor would send (its API format).",
     )
     parser.add_argument("workflow", help="a workflow's .json, or a .png, .webp, .mp4 or .webm; - for standard input")

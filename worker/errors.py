@@ -19,7 +19,7 @@
     ├── ManifestInvalid          the operator's list of models is wrong
     ├── InputError               an input file cannot be had
     │   └── InputNotServed, InputUnreachable, InputTimedOut, InputNotStored
-    ├── ModelError               a model cannot be made ready
+    ├── ModelError               a model is unavailable
     │   ├── RepoNotFound, RepoGated, RevisionNotFound, FileNotInRepo, TokenRefused, TokenMalformed, ProxyUnusable
     │   ├── HubOffline, SourceRefused, NotAFile, SourceUnreachable, SourceChanged, ContentMismatch, UnsealedMismatch
     │   ├── FileUnusable         the file is there and cannot be loaded
@@ -32,7 +32,7 @@
     │   ├── OutputGone
     │   │   └── OutputElsewhere
     │   └── EngineDied, EngineHung, EngineStalled, EngineUnreachable, EngineAnswerInvalid
-    ├── DeliveryError            the workflow ran, but its result cannot be handed over
+    ├── DeliveryError            the workflow ran, but its result cannot be delivered
     │   ├── ResultTooLarge, ResultRefused
     │   └── BucketFailed
     │       └── BucketRefused, BucketUnreachable
@@ -136,7 +136,7 @@ class _Joined(tuple[str, ...]):
 
 
 class SettingsError(WorkerError):
-    """Everything that is wrong with the environment, reported at once."""
+    """The environment has wrong settings. All are reported at once."""
 
     problems: Sequence[str]
     code = "settings_invalid"
@@ -154,7 +154,7 @@ class CommandUnknown(WorkerError):
 
 
 class ConvertUsage(WorkerError):
-    """The command was given what it cannot read, or there is no ComfyUI to ask. `reason` says which and what to do."""
+    """The command got unreadable input, or there is no ComfyUI to ask. `reason` says which and what to do."""
 
     reason: str
     code = "convert_usage"
@@ -171,7 +171,7 @@ class StartError(WorkerError):
 
 
 class NotOnWindows(StartError):
-    """A command that needs what Windows does not have."""
+    """The command needs something that Windows does not have."""
 
     command: str
     code = "not_on_windows"
@@ -179,7 +179,7 @@ class NotOnWindows(StartError):
 
 
 class EngineNotFound(StartError):
-    """There is no ComfyUI, or no Python to run it, where the settings say."""
+    """ComfyUI, or the Python to run it, is not where the settings say."""
 
     path: Path
     setting: str
@@ -188,14 +188,14 @@ class EngineNotFound(StartError):
 
 
 class NoGpu(StartError):
-    """No GPU device is visible and ComfyUI was not told to run on the CPU."""
+    """No GPU device is visible, and ComfyUI was not told to run on the CPU."""
 
     code = "no_gpu"
     template = "No GPU is visible in this container: start it on a GPU machine, or add --cpu to COMFY_ARGS to run on the CPU."
 
 
 class EngineStartFailed(StartError):
-    """ComfyUI ended, or stayed silent, before it answered its first request."""
+    """ComfyUI ended, or was silent, before it answered its first request."""
 
     cause: str
     last_lines: Sequence[str] = ()
@@ -212,7 +212,7 @@ class EngineStartFailed(StartError):
 
 
 class EngineGaveUp(StartError):
-    """ComfyUI died again and again without finishing a job between."""
+    """ComfyUI died repeatedly without finishing a job in between."""
 
     deaths: int
     cause: str
@@ -227,7 +227,7 @@ class EngineGaveUp(StartError):
 
 
 class VolumeMissing(StartError):
-    """There is no network volume and REQUIRE_VOLUME asks for one."""
+    """There is no network volume, and REQUIRE_VOLUME requires one."""
 
     path: Path
     code = "volume_missing"
@@ -240,7 +240,7 @@ def no_volume(path: Path) -> str:
 
 
 class SdkUnknown(StartError):
-    """The RunPod SDK is not one that the worker's job loop was written for."""
+    """The worker's job loop was not written for this RunPod SDK."""
 
     version: str
     parts: Sequence[str]
@@ -252,7 +252,7 @@ class SdkUnknown(StartError):
 
 
 class NothingToServe(StartError):
-    """Outside RunPod, with no local API asked for and no test input."""
+    """The worker runs outside RunPod, without a local API and without a test input."""
 
     code = "nothing_to_serve"
     template = (
@@ -286,7 +286,7 @@ class InputNotJson(RequestError):
 
 
 class InputTooDeep(RequestError):
-    """The input, or a workflow that a file carries, has lists and objects nested deeper than ComfyUI survives."""
+    """The input, or a workflow in a file, has lists and objects nested more deeply than ComfyUI survives."""
 
     most: int
     what: str = "The input"
@@ -302,7 +302,7 @@ class ImagesInvalid(RequestError):
 
 
 class FieldInvalid(RequestError):
-    """A field of the request has the wrong shape. `rule` says what it must be."""
+    """A field of the request has the wrong type or value. `rule` says what it must be."""
 
     field: str
     rule: str
@@ -311,7 +311,7 @@ class FieldInvalid(RequestError):
 
 
 class UnsafePath(RequestError):
-    """A name would reach a file outside the folder it belongs to. `nameless`: no file in there can be called so at all."""
+    """A name leads to a file outside its folder. `nameless`: no file there can have such a name."""
 
     what: str
     value: str
@@ -330,7 +330,7 @@ class UnsafePath(RequestError):
 
 
 class LinkAstray(UnsafePath):
-    """A link above a model's place (`value`) leads to `target`: out of the volume, or nowhere."""
+    """A link above a model's path (`value`) leads to `target`, which is outside the volume or missing."""
 
     target: str = ""
     exists: bool = False
@@ -371,7 +371,7 @@ class WorkflowMissing(RequestError):
 
 
 class WorkflowInvalid(RequestError):
-    """The workflow is not a graph in ComfyUI's API format, or bad links and cycles leave none of its outputs."""
+    """The workflow is not a graph in ComfyUI's API format, or none of its outputs is left without bad links and cycles."""
 
     reason: str
     code = "workflow_invalid"
@@ -379,7 +379,7 @@ class WorkflowInvalid(RequestError):
 
 
 class WorkflowEmpty(RequestError):
-    """The graph has no nodes, or the workflow has none that run."""
+    """The graph has no nodes, or none of the workflow's nodes runs."""
 
     code = "workflow_empty"
     template = (
@@ -389,7 +389,7 @@ class WorkflowEmpty(RequestError):
 
 
 class WorkflowNotFinite(RequestError):
-    """A number in the workflow is NaN or infinite, which JSON cannot carry."""
+    """A number in the workflow is NaN or infinite, which JSON cannot represent."""
 
     node_id: str
     input_name: str
@@ -398,7 +398,7 @@ class WorkflowNotFinite(RequestError):
 
 
 class WorkflowUiFormat(RequestError):
-    """The graph is as ComfyUI's editor saves it, and nothing is there that could say what its nodes are."""
+    """The workflow is in the editor's format, and there is no ComfyUI to ask for the definitions of its nodes."""
 
     code = "workflow_ui_format"
     template = (
@@ -408,7 +408,7 @@ class WorkflowUiFormat(RequestError):
 
 
 class NoWorkflowInFile(RequestError):
-    """The file that `workflow_from` or `workflow` names carries no workflow. `fault` says what is wrong with a text."""
+    """The file that `workflow_from` or `workflow` names contains no workflow. `fault` says what is wrong with a text."""
 
     name: str
     fault: str = ""
@@ -426,7 +426,7 @@ class NoWorkflowInFile(RequestError):
 
 
 class WorkflowUnknown(RequestError):
-    """The request names a workflow that is not on the volume. `taken`: something that is no file has its name."""
+    """The request names a workflow that is not on the volume. `taken`: something other than a file has its name."""
 
     name: str
     there: Sequence[str] = ()
@@ -453,7 +453,7 @@ class WorkflowUnknown(RequestError):
 
 
 class UiWorkflowInvalid(RequestError):
-    """A workflow in the editor's format that cannot be turned into exactly the graph that the editor would send."""
+    """A workflow in the editor's format cannot be converted to exactly the graph that the editor would send."""
 
     reason: str
     code = "ui_workflow_invalid"
@@ -464,10 +464,10 @@ class UiWorkflowInvalid(RequestError):
 
 
 class UnknownNodes(RequestError):
-    """The workflow needs node classes that ComfyUI does not have. All of them are named, before anything is fetched.
+    """The workflow needs node classes that ComfyUI does not have. All of them are named, before any download.
 
     `nodes` are those of packs, each with its pack. The others are ComfyUI's own: `newer` ones came after `comfyui`, the version
-    of this one, at the latest with `wanted` ("" where nobody knows); `gone` ones are no longer in it; `off` ones did not load.
+    of this one, at the latest with `wanted` ("" if unknown); `gone` ones are no longer in it; `off` ones did not load.
     """
 
     nodes: Sequence[str]
@@ -512,7 +512,7 @@ class UnknownNodes(RequestError):
 
 
 class OverrideInvalid(RequestError):
-    """A key of `set` names no input, or more than one; the sentence says which there are."""
+    """A key of `set` names no input, or several; the sentence says which there are."""
 
     key: str
     reason: str
@@ -521,7 +521,7 @@ class OverrideInvalid(RequestError):
 
 
 class WorkflowRejected(RequestError):
-    """ComfyUI refused the graph. `problems` holds one sentence for each finding."""
+    """ComfyUI refused the graph. `problems` has one sentence for each finding."""
 
     problems: Sequence[str]
     code = "workflow_rejected"
@@ -530,7 +530,7 @@ class WorkflowRejected(RequestError):
 
 
 class ModelMissing(WorkflowRejected):
-    """The graph names model files that are not there; nothing else is wrong with it."""
+    """The graph names missing model files; nothing else is wrong with it."""
 
     code = "model_missing"
 
@@ -549,7 +549,7 @@ class ModelsInvalid(RequestError):
 
 
 class SpecInvalid(RequestError):
-    """A model is described wrong. `model` is what it was called, as far as that is known."""
+    """The description of a model is wrong. `model` is its name, as far as known."""
 
     field: str
     reason: str
@@ -586,7 +586,7 @@ class HostNotAllowed(RequestError):
 
 
 class SuffixNotAllowed(RequestError):
-    """A request asks for a file that can run code when it is loaded."""
+    """A request asks for a file type that can run code when it is loaded."""
 
     name: str
     allowed_suffixes: Sequence[str]
@@ -598,7 +598,7 @@ class SuffixNotAllowed(RequestError):
 
 
 class AmbiguousModel(RequestError):
-    """One list has several different files for a name. `candidates` says each as folder/name and address."""
+    """One list has several different files for a name. `candidates` names each as folder/name with its address."""
 
     name: str
     source: str
@@ -619,7 +619,7 @@ class AmbiguousModel(RequestError):
 
 
 class ManifestInvalid(WorkerError):
-    """Everything that is wrong with a list of models, at once, each with line or entry and field."""
+    """A list of models has mistakes. All are reported at once, each with line or entry and field."""
 
     where: str
     problems: Sequence[str]
@@ -641,7 +641,7 @@ class ImageNotBase64(RequestError):
 
 
 class InputUrlRefused(RequestError):
-    """An input file's address is one that requests may not have fetched. `where` is safe to show."""
+    """An input file's address is one that requests may not use. `where` is safe to show."""
 
     name: str
     where: str
@@ -652,7 +652,7 @@ class InputUrlRefused(RequestError):
 
 
 class InputNameInvalid(RequestError):
-    """An input file's name is one that no file can have there."""
+    """An input file's name is impossible there."""
 
     name: str
     reason: str
@@ -676,13 +676,13 @@ class InputTooLarge(RequestError):
 
 
 class InputError(WorkerError):
-    """An input file cannot be had, through no fault that the request's shape shows."""
+    """An input file is unavailable, although the request has the right form."""
 
     code = "input_failed"
 
 
 class InputNotServed(InputError):
-    """An input file's address answers, but not with the file, and will not the next time. `where` is safe to show."""
+    """An input file's address answers, but not with the file, and a retry will not help. `where` is safe to show."""
 
     name: str
     where: str
@@ -693,7 +693,7 @@ class InputNotServed(InputError):
 
 
 class InputUnreachable(InputError):
-    """An input file's address failed at every attempt, in a way that may pass. `where` is safe to show."""
+    """An input file's address failed at every attempt, but a retry may help. `where` is safe to show."""
 
     name: str
     where: str
@@ -705,7 +705,7 @@ class InputUnreachable(InputError):
 
 
 class InputTimedOut(InputError):
-    """The files of a job did not all arrive in the time they have."""
+    """The files of a job did not all arrive in time."""
 
     names: Sequence[str]
     timeout_s: float
@@ -724,7 +724,7 @@ class InputTimedOut(InputError):
 
 
 class InputNotStored(InputError):
-    """The container's disk would not take an input file."""
+    """An input file could not be written to the container's disk."""
 
     name: str
     reason: str
@@ -737,17 +737,17 @@ class InputNotStored(InputError):
     )
 
 
-# --- a model cannot be made ready -------------------------------------------------------------------
+# --- a model is unavailable --------------------------------------------------------------------------
 
 
 class ModelError(WorkerError):
-    """A model cannot be made ready; other models are not affected."""
+    """A model cannot be made available. Other models are not affected."""
 
     code = "model_failed"
 
 
 class RepoNotFound(ModelError):
-    """The hub knows no such repository, or hides it: it does not say which."""
+    """The hub knows no such repository, or the repository is private: the hub does not say which."""
 
     repo: str
     file: str
@@ -761,7 +761,7 @@ class RepoNotFound(ModelError):
 
 
 class RepoGated(ModelError):
-    """The repository's terms have to be accepted first."""
+    """The repository's terms must be accepted first."""
 
     repo: str
     file: str
@@ -798,7 +798,7 @@ class FileNotInRepo(ModelError):
 
 
 class TokenRefused(ModelError):
-    """A model's source wants a token, or refuses the one it got. `variable` is where it would come from."""
+    """A model's source requires a token, or refuses the given one. `variable` sets the token."""
 
     where: str
     status: int
@@ -819,7 +819,7 @@ class TokenRefused(ModelError):
 
 
 class TokenMalformed(ModelError):
-    """A token cannot be one: it holds what no header can carry."""
+    """The token contains characters that an HTTP header cannot contain."""
 
     variable: str
     code = "token_malformed"
@@ -839,7 +839,7 @@ class ProxyUnusable(ModelError):
 
 
 class HubOffline(ModelError):
-    """HF_HUB_OFFLINE forbids asking the hub."""
+    """HF_HUB_OFFLINE forbids requests to the hub."""
 
     where: str
     code = "hub_offline"
@@ -847,7 +847,7 @@ class HubOffline(ModelError):
 
 
 class SourceRefused(ModelError):
-    """A model's source refused, and will refuse the next time."""
+    """A model's source refused the request, and a retry will not help."""
 
     where: str
     status: int
@@ -856,7 +856,7 @@ class SourceRefused(ModelError):
 
 
 class NotAFile(ModelError):
-    """A model's address leads to something that is no file of a stated length."""
+    """A model's address leads to something other than a file of known length."""
 
     where: str
     found: str
@@ -865,7 +865,7 @@ class NotAFile(ModelError):
 
 
 class SourceUnreachable(ModelError):
-    """A model's source sent no byte, or hardly any, for too long; the bytes that did come are kept."""
+    """A model's source sent nothing, or nearly nothing, for too long. The received bytes are kept."""
 
     where: str
     reason: str
@@ -881,7 +881,7 @@ class SourceUnreachable(ModelError):
 
 
 class SourceChanged(ModelError):
-    """The file behind an address became another one while it was fetched."""
+    """The file behind an address changed during the download."""
 
     where: str
     code = "source_changed"
@@ -890,7 +890,7 @@ class SourceChanged(ModelError):
 
 
 class ContentMismatch(ModelError):
-    """A model's source gives another file than was promised. `what` is `sha256` or `size`."""
+    """A model's source has another file than expected. `what` is `sha256` or `size`."""
 
     where: str
     what: str
@@ -904,7 +904,7 @@ class ContentMismatch(ModelError):
 
 
 class UnsealedMismatch(ModelError):
-    """A file that somebody put there has another sha256 than the one asked for; it was left as it is."""
+    """A file that was put there by hand has another sha256 than the requested one. It was left unchanged."""
 
     path: Path
     expected: str
@@ -917,13 +917,13 @@ class UnsealedMismatch(ModelError):
 
 
 class FileUnusable(ModelError):
-    """A model's file is there and cannot be loaded."""
+    """A model's file exists but cannot be loaded."""
 
     path: Path
 
 
 class NotAModel(FileUnusable):
-    """A file with a model's name holds something else, as its first bytes say."""
+    """A file with a model's name contains something else, as its first bytes show."""
 
     found: str
     code = "not_a_model"
@@ -931,7 +931,7 @@ class NotAModel(FileUnusable):
 
 
 class FileIncomplete(FileUnusable):
-    """A file that somebody put there is shorter or longer than its own header says."""
+    """A file that was put there by hand is shorter or longer than its own header says."""
 
     size_bytes: int
     whole_bytes: int | None
@@ -945,7 +945,7 @@ class FileIncomplete(FileUnusable):
 
 
 class VolumeReadOnly(ModelError):
-    """The volume refuses to be written. `container` is the error of this container's disk, which could not take its place."""
+    """The volume cannot be written to. `container` is the error of the container's disk, the fallback."""
 
     path: Path
     reason: str
@@ -959,9 +959,9 @@ class VolumeReadOnly(ModelError):
 
 
 class VolumeFull(ModelError):
-    """There is no room for a model. `free_bytes` is what the file system says, which knows nothing of a quota.
+    """There is no room for a model. `free_bytes` is the free space by the file system, without quotas.
 
-    `container` is the error of this container's disk, which could not take the volume's place.
+    `container` is the error of the container's disk, the fallback.
     """
 
     path: Path
@@ -991,7 +991,7 @@ def _nor_container(error: VolumeFull | VolumeReadOnly | None) -> str:
 
 
 class VolumeFailed(ModelError):
-    """The file system failed in a way that is neither full nor read-only."""
+    """The file system failed for another reason than a full or read-only disk."""
 
     path: Path
     reason: str
@@ -1001,7 +1001,7 @@ class VolumeFailed(ModelError):
 
 
 class EnsureCancelled(ModelError):
-    """A model is no longer wanted before it was whole: its job was cancelled, or the worker leaves."""
+    """A model's download was stopped: its job was cancelled, or the worker is leaving."""
 
     name: str
     code = "cancelled"
@@ -1019,7 +1019,7 @@ class EngineError(WorkerError):
 
 
 class NodeFailed(EngineError):
-    """A node raised while the workflow ran. `outputs` is what other nodes had put out by then, as in ComfyUI's history."""
+    """A node raised an exception. `outputs` are those of other nodes until then, as in ComfyUI's history."""
 
     node_type: str
     node_id: str
@@ -1035,7 +1035,7 @@ class NodeFailed(EngineError):
 
 
 class OutOfMemory(NodeFailed):
-    """A node asked for more memory than there is; ComfyUI lives, and has unloaded its models."""
+    """A node needed more memory than there is. ComfyUI keeps running, and has unloaded its models."""
 
     memory: Literal["GPU", "host"] = "GPU"
     code = "out_of_memory"
@@ -1047,7 +1047,7 @@ class OutOfMemory(NodeFailed):
 
 
 class GpuFault(EngineError):
-    """The GPU's context is broken: every later job of that process would fail as well, so it is replaced."""
+    """The GPU's context is broken. Every later job of that process would fail too, so ComfyUI is replaced."""
 
     message: str
     code = "gpu_fault"
@@ -1057,7 +1057,7 @@ class GpuFault(EngineError):
 
 
 class PromptFatal(EngineError):
-    """The workflow ended the thread of ComfyUI that runs workflows; the process lives on, and would run nothing any more."""
+    """The workflow ended ComfyUI's prompt thread. The process still runs, but would never run another workflow."""
 
     cause: str
     last_lines: Sequence[str] = ()
@@ -1070,7 +1070,7 @@ class PromptFatal(EngineError):
 
 
 class RunInterrupted(EngineError):
-    """Somebody interrupted the prompt in ComfyUI."""
+    """The prompt was interrupted in ComfyUI."""
 
     code = "interrupted"
     retryable = True
@@ -1101,7 +1101,7 @@ class RunLost(EngineError):
 
 
 class OutputGone(EngineError):
-    """The history names an output file that is not on the disk. `nodes` list it, as far as that is known."""
+    """The history names an output file that is not on the disk. `nodes` list it, as far as known."""
 
     filename: str
     nodes: frozenset[str] = frozenset()
@@ -1111,7 +1111,7 @@ class OutputGone(EngineError):
 
 
 class OutputElsewhere(OutputGone):
-    """Every output that a run names is somewhere else: a node that uploads what it makes, or saves it to a folder of its own.
+    """Every output of a run is stored elsewhere: a node uploads its files, or saves them to its own folder.
 
     `missing` has a sentence for each file.
     """
@@ -1142,7 +1142,7 @@ class EngineDied(EngineError):
 
 
 class EngineHung(EngineError):
-    """ComfyUI runs, but for so long it neither sent an event nor answered a request."""
+    """ComfyUI runs, but sent no event and answered no request for too long."""
 
     silent_s: float
     code = "engine_hung"
@@ -1179,7 +1179,7 @@ class EngineUnreachable(EngineError):
 
 
 class EngineAnswerInvalid(EngineError):
-    """ComfyUI answered a request with a status or a body that no ComfyUI should send."""
+    """ComfyUI answered a request with an unexpected status or body."""
 
     request: str
     status: int
@@ -1191,19 +1191,19 @@ class EngineAnswerInvalid(EngineError):
     )
 
 
-# --- the result cannot be handed over ---------------------------------------------------------------
+# --- the result cannot be delivered -------------------------------------------------------------------
 
 
 class DeliveryError(WorkerError):
-    """The workflow ran, but its result cannot be handed over."""
+    """The workflow ran, but its result cannot be delivered."""
 
     code = "delivery_failed"
 
 
 class ResultTooLarge(DeliveryError):
-    """The result is larger as JSON than RunPod carries, and there is nowhere else to put its files.
+    """The result as JSON is larger than RunPod accepts, and its files fit nowhere else.
 
-    `volume` says why the network volume does not take them.
+    `volume` says why the network volume cannot be used.
     """
 
     size_bytes: int
@@ -1228,7 +1228,7 @@ class ResultTooLarge(DeliveryError):
 
 
 class ResultRefused(DeliveryError):
-    """RunPod did not take the result, whatever was measured before."""
+    """RunPod refused the result, although its measured size was allowed."""
 
     status: int
     code = "result_refused"
@@ -1239,7 +1239,7 @@ class ResultRefused(DeliveryError):
 
 
 class BucketFailed(DeliveryError):
-    """An upload failed, and the result does not fit anywhere else; `advice` is what to check."""
+    """An upload failed, and the result fits nowhere else. `advice` is what to check."""
 
     bucket: str
     host: str
@@ -1250,13 +1250,13 @@ class BucketFailed(DeliveryError):
 
 
 class BucketRefused(BucketFailed):
-    """The bucket's store refused an upload, and will refuse the next time."""
+    """The bucket's store refused an upload, and a retry will not help."""
 
     code = "bucket_refused"
 
 
 class BucketUnreachable(BucketFailed):
-    """The bucket's store did not answer, or had too much to do."""
+    """The bucket's store did not answer, or was overloaded."""
 
     code = "bucket_unreachable"
     retryable = True
@@ -1266,7 +1266,7 @@ class BucketUnreachable(BucketFailed):
 
 
 class InternalError(WorkerError):
-    """A defect of the worker itself; the traceback is in its log, not in the result."""
+    """A defect of the worker itself. The traceback is in its log, not in the result."""
 
     code = "internal"
     template = _FAILED + "this is a defect of the worker; please report it, with the traceback from its log."

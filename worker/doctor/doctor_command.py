@@ -26,7 +26,7 @@ PROBLEM_FOUND: Final = 1
 def run(argv: Sequence[str], settings: Settings, deadlines: Deadlines | None = None) -> int:
     """Print the findings in limited time. Return 0 without problems, 1 with problems, 2 for wrong arguments."""
     parser = argparse.ArgumentParser(
-        prog="python -m worker doctor", description="The volume as it is, each finding with what to do."
+        prog="python -m worker doctor", description="Examine the volume, and say what to do about each finding."
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object, with every path")
     try:

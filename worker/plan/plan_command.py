@@ -42,7 +42,7 @@ def run(argv: Sequence[str], settings: Settings, hub: Hub | None = None) -> int:
     """
     parser = argparse.ArgumentParser(
         prog="python -m worker plan",
-        description="What a workflow needs, what of it is there, and what would be fetched. Nothing is downloaded.",
+        description="Show a workflow's models: which are there, and which would be downloaded. Downloads nothing.",
     )
     parser.add_argument(
         "workflow",

@@ -36,7 +36,7 @@ Where: --volume, or one --s3 for each region; one download feeds all of them. Th
 Data centres with an S3 API: {", ".join(DATACENTERS)}
 
 Exit codes: 0 everything is there, 1 something failed, 2 wrong usage, 130 stopped. Whatever stops it, run the same
-command again: it goes on where it was.
+command again: it resumes.
 """
 
 
@@ -68,22 +68,26 @@ def parser() -> argparse.ArgumentParser:
     )
     found.add_argument("--s3", action="append", default=[], metavar="VOLUME_ID", help="a volume through its S3 API; repeatable")
     found.add_argument(
-        "--datacenter", action="append", default=[], metavar="DC", help="where it is, such as EU-RO-1: one for each --s3"
+        "--datacenter", action="append", default=[], metavar="DC", help="its data centre, such as EU-RO-1: one for each --s3"
     )
     found.add_argument("--endpoint", metavar="URL", help="another S3 endpoint than RunPod's; --s3 is a bucket there")
     found.add_argument("--folder", metavar="NAME", help="the folder under models/ for addresses, such as checkpoints")
     action = found.add_mutually_exclusive_group()
-    action.add_argument("--dry-run", action="store_true", help="only say what would be done, with bytes and space")
-    action.add_argument("--list", action="store_true", help="what is sealed on the volume")
+    action.add_argument("--dry-run", action="store_true", help="only show what would be done, with sizes and space")
+    action.add_argument("--list", action="store_true", help="list what is sealed on the volume")
     action.add_argument("--verify", action="store_true", help="read everything that is sealed and check its sha256")
-    action.add_argument("--prune", action="store_true", help="remove sealed models that no manifest and no WHAT names; asks")
+    action.add_argument(
+        "--prune", action="store_true", help="remove sealed models that no manifest and no WHAT names, after a question"
+    )
     found.add_argument(
         "--repair",
         action="store_true",
-        help="with --verify: fetch what is damaged or missing again",
+        help="with --verify: download damaged and missing files again",
     )
     found.add_argument(
-        "--yes", action="store_true", help="with --prune: do not ask; with --repair: also what was replaced by hand"
+        "--yes",
+        action="store_true",
+        help="with --prune: do not ask; with --repair: also replace files that were put there by hand",
     )
     found.add_argument("--json", action="store_true", help="one JSON object a line, for programs")
     return found

@@ -22,13 +22,13 @@ _SHOWN = 3
 
 
 class UpError(WorkerError):
-    """An endpoint cannot be made, shown or removed."""
+    """An endpoint cannot be created, shown or removed."""
 
     code = "up_failed"
 
 
 class UpUsage(UpError):
-    """The command line of `up` makes no sense as it is."""
+    """The command line of `up` is wrong."""
 
     reason: str
     code = "up_usage"
@@ -36,7 +36,7 @@ class UpUsage(UpError):
 
 
 class StateInvalid(UpError):
-    """The file in which `up` keeps what it made cannot be read or written."""
+    """The file in which `up` records its steps cannot be read or written."""
 
     path: Path
     reason: str
@@ -55,7 +55,7 @@ class VolumeUnknown(UpError):
 
 
 class ModelsNotReady(UpError):
-    """A model that the workflow needs cannot be put on a volume; nothing was made."""
+    """A model that the workflow needs cannot be put on a volume. Nothing was created."""
 
     models: Sequence[str]
     code = "models_not_ready"
@@ -72,7 +72,7 @@ class ModelsNotReady(UpError):
 
 
 class FillFailed(UpError):
-    """The models could not be brought onto the volume; what arrived is kept."""
+    """The models could not be put onto the volume. What arrived is kept."""
 
     reason: str
     code = "fill_failed"
@@ -95,7 +95,7 @@ class ApiKeyRefused(UpError):
 
 
 class ApiKeyLacksRights(UpError):
-    """RunPod knows the key, and does not let it do this (status 403)."""
+    """RunPod knows the key, but does not allow this (status 403)."""
 
     operation: str
     code = "api_key_lacks_rights"
@@ -117,7 +117,7 @@ class NoBalance(UpError):
 
 
 class WorkerQuota(UpError):
-    """All endpoints of the account together would have more workers than it may have."""
+    """All endpoints of the account together would exceed its number of workers."""
 
     workers: int
     reason: str
@@ -167,7 +167,7 @@ class ImageNotFound(UpError):
 
 
 class RunPodBusy(UpError):
-    """RunPod's API asks to wait for longer than `up` does (status 429)."""
+    """RunPod's API asks to wait longer than `up` does (status 429)."""
 
     waited_s: float
     code = "runpod_busy"
@@ -176,7 +176,7 @@ class RunPodBusy(UpError):
 
 
 class RunPodFailed(UpError):
-    """RunPod's API failed again and again."""
+    """RunPod's API failed repeatedly."""
 
     operation: str
     status: int
@@ -199,7 +199,7 @@ class RunPodUnreachable(UpError):
 
 
 class RunPodRefused(UpError):
-    """RunPod's API refused a request for a reason that has no name here."""
+    """RunPod's API refused a request for another reason."""
 
     operation: str
     status: int

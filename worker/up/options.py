@@ -18,27 +18,27 @@ Action = Literal["up", "status", "down"]
 Fill = Literal["s3", "pod", "job"]
 
 IMAGE: Final = f"ghcr.io/OWNER/comfyui-volume-worker:{__version__}"
-"""What an endpoint runs unless --image says otherwise. OWNER is whoever the checkout was cloned from: the release workflow of a
-fork publishes to the fork's own packages. A fork that publishes elsewhere changes this line."""
+"""The default image. OWNER is the owner of the cloned repository, because a fork's release workflow publishes to the fork's own
+packages. A fork that publishes elsewhere changes this line."""
 
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,38}")
 _CUDA_OF_TAG: Final = re.compile(r"-cu(\d\d)(\d)$")
 _CUDA: Final = re.compile(r"\d+\.\d+")
 _DEFAULT_CUDA: Final = "13.0"
 _EPILOG: Final = """\
-It plans the workflow, shows where a GPU is free and what all of it will cost, asks once, and makes: a network volume, an
-endpoint, the workflow's models on the volume, and a first picture. Whatever stops it, the same command goes on where it was,
-and nothing is made twice.
+It plans the workflow, shows where a GPU is free and what everything costs, and asks once. Then it creates a network volume, an
+endpoint, the workflow's models on the volume, and a first picture. If it is interrupted, the same command resumes and creates
+nothing twice.
 
-Environment: RUNPOD_API_KEY. Where RUNPOD_S3_ACCESS_KEY_ID and RUNPOD_S3_SECRET_ACCESS_KEY are set, models go from here to the
-volume; otherwise a small CPU Pod fetches them, which ends when it is done. HF_TOKEN, HF_ENDPOINT and CIVITAI_TOKEN are handed
-to the Pod and to the endpoint.
+Environment: RUNPOD_API_KEY. If RUNPOD_S3_ACCESS_KEY_ID and RUNPOD_S3_SECRET_ACCESS_KEY are set, this machine uploads the models
+to the volume. Otherwise a small CPU Pod downloads them, and ends when it is done. HF_TOKEN, HF_ENDPOINT and CIVITAI_TOKEN are
+passed to the Pod and to the endpoint.
 
 examples:
-  python -m worker up flux.json --dry-run        what it would make, and what that costs
-  python -m worker up flux.json                  make it
+  python -m worker up flux.json --dry-run        show what it would create, and the cost
+  python -m worker up flux.json                  create it
   python -m worker up flux.json models.toml      with sources for models that no list knows
-  python -m worker up status --name flux         what there is, and what it costs now
+  python -m worker up status --name flux         show what exists, and its cost now
   python -m worker up down --name flux           remove the endpoint; with --volume-too the volume and its models
 
 exit status: 0 done; 1 something failed, and the last line says what to do; 2 the command line or a key is wrong; 130 stopped.
@@ -83,40 +83,40 @@ def parser() -> argparse.ArgumentParser:
     """Return the command line's parser."""
     found = argparse.ArgumentParser(
         prog="python -m worker up",
-        description="From a workflow to an endpoint on RunPod and its first picture; `up status` and `up down` after it.",
+        description="Create an endpoint on RunPod for a workflow. `up status` shows it, `up down` removes it.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     found.add_argument("what", nargs="*", metavar="WORKFLOW", help="a workflow as ComfyUI saves or exports it; status; down")
-    found.add_argument("--name", help="what the deployment is called (default: the workflow's file name)")
-    found.add_argument("--dry-run", action="store_true", help="only say what would be made, and what it costs")
+    found.add_argument("--name", help="the deployment's name (default: the workflow's file name)")
+    found.add_argument("--dry-run", action="store_true", help="only show what would be created, and its cost")
     found.add_argument("--yes", action="store_true", help="do not ask")
     found.add_argument("--json", action="store_true", help="one JSON object a line, for programs")
     volume = found.add_argument_group("the volume")
     volume.add_argument("--volume", metavar="ID", help="use this network volume; `down` never removes it")
-    volume.add_argument("--size", type=int, metavar="GB", help="make it this large (default: the models and some GB more)")
-    volume.add_argument("--high-performance", action="store_true", help="take the faster storage, at its data centre's price")
-    volume.add_argument("--datacenter", metavar="DC", help="make everything there, such as EU-RO-1")
+    volume.add_argument("--size", type=int, metavar="GB", help="the volume's size (default: the models and some GB more)")
+    volume.add_argument("--high-performance", action="store_true", help="use the faster storage, at its data centre's price")
+    volume.add_argument("--datacenter", metavar="DC", help="create everything there, such as EU-RO-1")
     volume.add_argument(
         "--fill",
         choices=("s3", "pod", "job"),
-        help="how models get onto it: from here through S3, by a CPU Pod, or by the first job",
+        help="how to put models onto it: from here through S3, by a CPU Pod, or by the first job",
     )
     volume.add_argument("--s3-endpoint", metavar="URL", help="another S3 endpoint than RunPod's")
     endpoint = found.add_argument_group("the endpoint")
-    endpoint.add_argument("--image", help=f"what its workers run (default: {IMAGE})")
+    endpoint.add_argument("--image", help=f"the workers' image (default: {IMAGE})")
     endpoint.add_argument("--cuda", metavar="VERSION", help="the CUDA that the image needs (default: as its tag says, or 13.0)")
     endpoint.add_argument("--registry", metavar="ID", help="the credential for a private image, from Container Registry Auth")
     endpoint.add_argument(
-        "--gpu", metavar="POOL,...", help="GPU pools, such as ADA_24,AMPERE_24 (default: what the models want)"
+        "--gpu", metavar="POOL,...", help="GPU pools, such as ADA_24,AMPERE_24 (default: by the models' size)"
     )
-    endpoint.add_argument("--max-workers", type=int, default=3, metavar="N", help="how many workers at most (default: 3)")
+    endpoint.add_argument("--max-workers", type=int, default=3, metavar="N", help="the largest number of workers (default: 3)")
     picture = found.add_argument_group("the first picture")
     picture.add_argument(
         "--image-file", action="append", default=[], metavar="NAME=PATH", help="a file the workflow loads by NAME"
     )
     picture.add_argument("--set", action="append", default=[], metavar="NODE.INPUT=VALUE", help="a value of the graph")
-    picture.add_argument("--no-picture", action="store_true", help="make none")
+    picture.add_argument("--no-picture", action="store_true", help="do not make one")
     picture.add_argument(
         "--output", type=Path, default=Path("outputs"), metavar="DIR", help="where it is saved (default: outputs)"
     )
