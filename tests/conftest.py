@@ -17,7 +17,7 @@ from devkit.engine.source import chosen_tree
 from devkit.local_worker import PROJECT, LocalWorker
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterator
+    from collections.abc import Callable, Coroutine, Iterator, Sequence
     from pathlib import Path
 
 pytest_plugins = ["devkit.pytest_moosefs"]
@@ -73,6 +73,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("volume")
         if item.path.name in SLOW:
             item.add_marker("slow")
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items[:] = longest_first(items)
+
+
+def longest_first(items: Sequence[pytest.Item]) -> list[pytest.Item]:
+    """Order the files for several processes: those with a ComfyUI, other slow ones, and then the many short ones to fill in."""
+    engines = {item.path for item in items if item.get_closest_marker("engine")}
+    return sorted(items, key=lambda item: (item.path not in engines, item.path.name not in SLOW))
 
 
 @pytest.fixture(scope="session")

@@ -43,26 +43,50 @@ def tiny(colour: int, node: str | None = None, **inputs: Any) -> dict[str, Any]:
     return {"workflow": graph}
 
 
+@contextlib.contextmanager
+def started(engine: Engine, folder: Path, **environ: str) -> Iterator[tuple[ControlPlane, ProductionWorker]]:
+    """A pod whose polls are held longer than the test runs, with nodes that misbehave."""
+    (folder / "volume").mkdir()
+    flags = " ".join([*engine_args(engine), *nodes.FLAGS])
+    with ControlPlane(poll_s=LONG_S) as plane:
+        worker = ProductionWorker(plane, engine, folder, folder / "volume", {"COMFY_ARGS": flags, **environ})
+        nodes.install(worker.base_dir)
+        with worker:
+            worker.wait_ready()
+            yield plane, worker
+
+
 @pytest.fixture
 def start(engine: Engine, tmp_path: Path) -> Iterator[Start]:
-    """A pod whose polls are held longer than the test runs, with nodes that misbehave."""
-    started: list[tuple[ControlPlane, ProductionWorker]] = []
+    """Start a pod of the test's own."""
+    with contextlib.ExitStack() as pods:
+        yield lambda **environ: pods.enter_context(started(engine, tmp_path, **environ))
 
-    def make(**environ: str) -> tuple[ControlPlane, ProductionWorker]:
-        plane = ControlPlane(poll_s=LONG_S)
-        (tmp_path / "volume").mkdir()
-        flags = " ".join([*engine_args(engine), *nodes.FLAGS])
-        worker = ProductionWorker(plane, engine, tmp_path, tmp_path / "volume", {"COMFY_ARGS": flags, **environ})
-        nodes.install(worker.base_dir)
-        worker.start()
-        started.append((plane, worker))
-        worker.wait_ready()
-        return plane, worker
 
-    yield make
-    for plane, worker in started:
-        worker.stop()
-        plane.close()
+class Pod:
+    """The pod that the tests share which leave it running: its plane, and what it said since the test began."""
+
+    def __init__(self, plane: ControlPlane, worker: ProductionWorker) -> None:
+        self.plane = plane
+        self._worker = worker
+        self._said_before = len(worker.log())
+
+    def log(self) -> str:
+        return self._worker.log()[self._said_before :]
+
+
+@pytest.fixture(scope="module")
+def kept(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ControlPlane, ProductionWorker]]:
+    with started(engine, tmp_path_factory.mktemp("kept")) as pod:
+        yield pod
+
+
+@pytest.fixture
+def pod(kept: tuple[ControlPlane, ProductionWorker]) -> Iterator[Pod]:
+    plane, worker = kept
+    yield Pod(plane, worker)
+    plane.clear_faults()
+    assert plane.submit(tiny(0)).result(60)["status"] == "COMPLETED", "the next test finds it able to serve"
 
 
 def is_back(worker: ProductionWorker, times: int) -> bool:
@@ -99,13 +123,12 @@ def test_the_next_job_is_taken_while_a_result_is_on_its_way(start: Start) -> Non
 
 
 @pytest.mark.parametrize("kind", ["drop", "lose", "status"])
-def test_a_result_that_does_not_get_through_is_sent_again(kind: FaultKind, start: Start) -> None:
-    plane, worker = start()
-    plane.fault(kind, "result", count=5, status=503)
-    job = plane.submit(tiny(1))
-    plane.wait_until(lambda: len(job.posts) >= 6 or (kind == "drop" and job.answers > 0), 60)
+def test_a_result_that_does_not_get_through_is_sent_again(kind: FaultKind, pod: Pod) -> None:
+    pod.plane.fault(kind, "result", count=5, status=503)
+    job = pod.plane.submit(tiny(1))
+    pod.plane.wait_until(lambda: len(job.posts) >= 6 or (kind == "drop" and job.answers > 0), 60)
     assert job.result(30)["status"] == "COMPLETED"
-    assert "sending it again" in worker.log()
+    assert "sending it again" in pod.log()
 
 
 def test_a_node_that_calls_sys_exit_costs_one_job_and_no_time(start: Start) -> None:
@@ -119,31 +142,29 @@ def test_a_node_that_calls_sys_exit_costs_one_job_and_no_time(start: Start) -> N
 
 
 @pytest.mark.parametrize("status", [400, 413])
-def test_where_a_result_is_refused_the_client_is_told(status: int, start: Start) -> None:
-    plane, worker = start()
-    plane.fault("status", "result", status=status)
-    job = plane.submit(tiny(1))
+def test_where_a_result_is_refused_the_client_is_told(status: int, pod: Pod) -> None:
+    pod.plane.fault("status", "result", status=status)
+    job = pod.plane.submit(tiny(1))
     result = job.result(30)
     assert result["status"] == "FAILED"
     assert f"status {status}" in result["error"]
     assert result["output"] == {"code": "result_refused", "retryable": False}
-    assert "[result_refused]" in worker.log()
-    assert plane.submit(tiny(2)).result(30)["status"] == "COMPLETED"
+    assert "[result_refused]" in pod.log()
+    assert pod.plane.submit(tiny(2)).result(30)["status"] == "COMPLETED"
 
 
-def test_what_was_saved_before_a_node_failed_is_delivered(start: Start) -> None:
-    plane, worker = start()
+def test_what_was_saved_before_a_node_failed_is_delivered(pod: Pod) -> None:
     job = tiny(1)
     job["workflow"]["3"] = {"class_type": "FaultDie", "inputs": {"image": ["1", 0], "seed": 1, "signal": -1}}
     job["workflow"]["4"] = {"class_type": "SaveImage", "inputs": {"images": ["3", 0], "filename_prefix": "never"}}
-    result = plane.submit({**job, "return_timings": True}).result(30)
+    result = pod.plane.submit({**job, "return_timings": True}).result(30)
     assert result["status"] == "COMPLETED"
     assert result["output"]["timings"]["running_s"] > 0
     assert [item["node_id"] for item in result["output"]["images"]] == ["2"]
     (error,) = result["output"]["errors"]
     assert error.startswith("Workflow execution error: Node Type: FaultDie, Node ID: 3, Message: Allocation on device")
-    assert "delivering what there is" in worker.log()
-    only = plane.submit({**job, "outputs": ["4"]}).result(30)
+    assert "delivering what there is" in pod.log()
+    only = pod.plane.submit({**job, "outputs": ["4"]}).result(30)
     assert (only["status"], only["output"]["code"]) == ("FAILED", "out_of_memory")
 
 
@@ -186,23 +207,21 @@ def test_the_pod_is_not_stopped_while_another_jobs_result_is_on_its_way(start: S
     assert worker.wait_exit(30) == 1
 
 
-def test_a_job_that_succeeds_between_deaths_keeps_the_worker(start: Start) -> None:
-    plane, worker = start()
-    for number in range(4):
-        dying = plane.submit(tiny(number, "FaultDie", signal=11))
+def test_a_job_that_succeeds_between_deaths_keeps_the_worker(pod: Pod) -> None:
+    for number in range(3):
+        dying = pod.plane.submit(tiny(number, "FaultDie", signal=11))
         assert dying.result(60)["output"]["code"] == "engine_died"
-        assert plane.submit(tiny(number)).result(60)["status"] == "COMPLETED"
-    assert worker.log().count("ComfyUI is back") == 4
+        assert pod.plane.submit(tiny(number)).result(60)["status"] == "COMPLETED"
+    assert pod.log().count("ComfyUI is back") == 3
 
 
-def test_a_node_that_runs_out_of_memory_is_told_apart_and_the_engine_lives(start: Start) -> None:
-    plane, worker = start()
-    result = plane.submit(tiny(1, "FaultDie", signal=-1)).result(60)
+def test_a_node_that_runs_out_of_memory_is_told_apart_and_the_engine_lives(pod: Pod) -> None:
+    result = pod.plane.submit(tiny(1, "FaultDie", signal=-1)).result(60)
     assert result["output"]["code"] == "out_of_memory"
     assert "Node ID: 3" in result["error"]
     assert "use a smaller size" in result["error"]
-    assert plane.submit(tiny(2)).result(60)["status"] == "COMPLETED"
-    assert "ComfyUI is back" not in worker.log()
+    assert pod.plane.submit(tiny(2)).result(60)["status"] == "COMPLETED"
+    assert "ComfyUI is back" not in pod.log()
 
 
 def test_an_engine_that_hangs_is_replaced_and_its_job_told(start: Start) -> None:
@@ -215,15 +234,14 @@ def test_an_engine_that_hangs_is_replaced_and_its_job_told(start: Start) -> None
 
 
 @pytest.mark.parametrize("how", ["cancel", "timeout_s"])
-def test_an_engine_that_does_not_let_go_of_a_job_is_replaced(how: str, start: Start) -> None:
-    plane, worker = start()
-    job = plane.submit({**tiny(1, "FaultSleep", seconds=LONG_S), **({"timeout_s": 1} if how == "timeout_s" else {})})
-    plane.wait_until(lambda: "got prompt" in worker.log())
+def test_an_engine_that_does_not_let_go_of_a_job_is_replaced(how: str, pod: Pod) -> None:
+    job = pod.plane.submit({**tiny(1, "FaultSleep", seconds=LONG_S), **({"timeout_s": 1} if how == "timeout_s" else {})})
+    pod.plane.wait_until(lambda: "got prompt" in pod.log())
     if how == "cancel":
-        plane.cancel(job.id)
-    following = plane.submit(tiny(2))
+        pod.plane.cancel(job.id)
+    following = pod.plane.submit(tiny(2))
     assert following.result(90)["status"] == "COMPLETED"
-    assert "does not let go" in worker.log()
+    assert "does not let go" in pod.log()
     if how == "timeout_s":
         assert job.result(1)["output"]["code"] == "job_timeout"
         assert "longer than 1 s" in job.result(1)["error"]
@@ -240,19 +258,17 @@ def test_an_engine_that_dies_while_idle_three_times_ends_the_worker(start: Start
     assert "3 times in a row" in worker.log()
 
 
-def test_half_a_character_in_an_error_reaches_the_client(start: Start) -> None:
-    plane, _ = start()
-    job = plane.submit({"workflow": {"1": {"class_type": "Bad\ud800Node", "inputs": {}}}})
+def test_half_a_character_in_an_error_reaches_the_client(pod: Pod) -> None:
+    job = pod.plane.submit({"workflow": {"1": {"class_type": "Bad\ud800Node", "inputs": {}}}})
     result = job.result(30)
     assert (result["status"], result["output"]["code"]) == ("FAILED", "unknown_nodes")
     assert "Bad?Node" in result["error"]
 
 
-def test_half_a_character_in_a_node_id_does_not_cost_the_result(start: Start) -> None:
-    plane, _ = start()
+def test_half_a_character_in_a_node_id_does_not_cost_the_result(pod: Pod) -> None:
     job = tiny(1)
     job["workflow"] = {"1": job["workflow"]["1"], "2\ud800": job["workflow"]["2"]}
-    result = plane.submit({**job, "return_timings": True}).result(30)
+    result = pod.plane.submit({**job, "return_timings": True}).result(30)
     assert result["status"] == "COMPLETED"
     assert "2?" in result["output"]["timings"]["nodes_s"]
     assert result["output"]["images"][0]["node_id"] == "2?"
@@ -266,29 +282,26 @@ UNREADABLE = {
 
 
 @pytest.mark.parametrize("kind", UNREADABLE)
-def test_a_job_that_python_does_not_read_is_answered(kind: str, start: Start) -> None:
-    plane, _ = start()
-    plane.end_polls()
-    plane.fault("garble", "take", body=UNREADABLE[kind])
-    result = plane.submit(tiny(1)).result(30)
+def test_a_job_that_python_does_not_read_is_answered(kind: str, pod: Pod) -> None:
+    pod.plane.end_polls()
+    pod.plane.fault("garble", "take", body=UNREADABLE[kind])
+    result = pod.plane.submit(tiny(1)).result(30)
     assert (result["status"], result["output"]["code"]) == ("FAILED", "input_not_json")
     assert result["error"].startswith("Invalid JSON format in input: ")
-    assert plane.submit(tiny(2)).result(30)["status"] == "COMPLETED"
+    assert pod.plane.submit(tiny(2)).result(30)["status"] == "COMPLETED"
 
 
-def test_a_field_that_the_sdk_does_not_survive_costs_nothing(start: Start) -> None:
-    plane, _ = start()
+def test_a_field_that_the_sdk_does_not_survive_costs_nothing(pod: Pod) -> None:
     for fields in ({"self": 1}, {"__class__": "x"}, {"__dict__": 7}, {"id2": None}):
-        assert plane.submit(tiny(1), **fields).result(30)["status"] == "COMPLETED"
+        assert pod.plane.submit(tiny(1), **fields).result(30)["status"] == "COMPLETED"
 
 
-def test_a_result_that_is_accepted_and_never_answered_is_sent_again(start: Start) -> None:
-    plane, worker = start()
-    plane.fault("silent", "result")
-    job = plane.submit(tiny(1))
+def test_a_result_that_is_accepted_and_never_answered_is_sent_again(pod: Pod) -> None:
+    pod.plane.fault("silent", "result")
+    job = pod.plane.submit(tiny(1))
     assert job.result(60)["status"] == "COMPLETED"
     assert len(job.posts) == 2
-    assert "RunPod did not take a result (TimeoutError); sending it again" in worker.log()
+    assert "RunPod did not take a result (TimeoutError); sending it again" in pod.log()
 
 
 @pytest.mark.parametrize(
@@ -301,15 +314,14 @@ def test_a_result_that_is_accepted_and_never_answered_is_sent_again(start: Start
         {"status": 200, "body": '{"input": {}}'},
     ],
 )
-def test_polls_that_are_answered_at_once_are_not_repeated_without_a_pause(answer: dict[str, Any], start: Start) -> None:
-    plane, _ = start()
-    rule = plane.fault("status", "take", count=None, **answer)
-    plane.end_polls()
-    plane.wait_until(lambda: rule.fired > 0)
+def test_polls_that_are_answered_at_once_are_not_repeated_without_a_pause(answer: dict[str, Any], pod: Pod) -> None:
+    rule = pod.plane.fault("status", "take", count=None, **answer)
+    pod.plane.end_polls()
+    pod.plane.wait_until(lambda: rule.fired > 0)
     time.sleep(5)
     assert rule.fired < 15
-    plane.clear_faults()
-    assert plane.submit(tiny(1)).result(30)["status"] == "COMPLETED"
+    pod.plane.clear_faults()
+    assert pod.plane.submit(tiny(1)).result(30)["status"] == "COMPLETED"
 
 
 def test_a_job_that_is_on_its_way_when_the_worker_is_told_to_leave_is_done(start: Start) -> None:
@@ -323,13 +335,12 @@ def test_a_job_that_is_on_its_way_when_the_worker_is_told_to_leave_is_done(start
     assert (worker.wait_exit(30), len(job.takes)) == (0, 1)
 
 
-def test_an_endpoint_that_refuses_is_asked_again_with_pauses(start: Start) -> None:
-    plane, worker = start()
-    rule = plane.fault("status", "take", status=500, count=3)
-    plane.end_polls()
-    plane.wait_until(lambda: rule.fired == 3, 60)
-    assert plane.submit(tiny(1)).result(60)["status"] == "COMPLETED"
-    assert worker.log().count("cannot poll RunPod for a job") == 3
+def test_an_endpoint_that_refuses_is_asked_again_with_pauses(pod: Pod) -> None:
+    rule = pod.plane.fault("status", "take", status=500, count=3)
+    pod.plane.end_polls()
+    pod.plane.wait_until(lambda: rule.fired == 3, 60)
+    assert pod.plane.submit(tiny(1)).result(60)["status"] == "COMPLETED"
+    assert pod.log().count("cannot poll RunPod for a job") == 3
 
 
 SERVING_DEMO = """
