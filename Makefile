@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 WORKFLOW ?= devkit/workflows/text_to_image.json
 PORT ?= 8000
 BENCH ?=
-JOBS ?= 2
+JOBS ?= 3
 
 .DEFAULT_GOAL := help
 .PHONY: help demo serve test test-fast lint image-test format bench clean
@@ -31,7 +31,7 @@ demo: $(VENV)/installed  ## Run the main job: a workflow in, a picture out (WORK
 serve: $(VENV)/installed  ## Leave the demo's worker running for your own requests (PORT=8000)
 	@$(BIN)/python -m devkit.demo --serve --port $(PORT)
 
-test: $(VENV)/installed  ## Run every test, on the real ComfyUI; in two processes; prints the 20 slowest (JOBS=4)
+test: $(VENV)/installed  ## Run every test, on the real ComfyUI, in three processes (JOBS=3); prints the 20 slowest
 	@$(BIN)/python -m pytest --numprocesses=$(JOBS) --dist=loadfile --no-loadscope-reorder --durations=20
 
 test-fast: $(VENV)/installed  ## Run the tests that need neither ComfyUI nor servers: under a minute, for each commit

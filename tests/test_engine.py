@@ -368,17 +368,16 @@ def nested(levels: int) -> Any:
     return value
 
 
-@pytest.mark.parametrize("levels", [490, 900])  # dies while it runs; dies before the queue says that it runs
 def test_a_workflow_that_ends_the_thread_that_runs_workflows_costs_one_job(
-    levels: int, settings: Settings, command: EngineCommand, run_async: Run
+    settings: Settings, command: EngineCommand, run_async: Run
 ) -> None:
     """What the worker refuses, handed to ComfyUI as it is: a kilobyte that its copying does not survive."""
-    deep = tiny(60)
-    deep["2"]["inputs"]["more"] = nested(levels)
 
     async def scenario() -> None:
         async with supervised(settings, command, {}) as engine:
-            for _ in range(2):
+            for levels in (490, 900):  # dies while it runs; dies before the queue says that it runs
+                deep = tiny(60)
+                deep["2"]["inputs"]["more"] = nested(levels)
                 process = engine._process
                 with pytest.raises(PromptFatal, match="RecursionError") as caught:
                     await engine.run(deep, timeout_s=TIMEOUT_S)
@@ -428,22 +427,20 @@ def test_a_prompt_that_a_living_engine_lost_has_it_replaced(
     run_async(scenario())
 
 
-@pytest.mark.parametrize("question", ["choices", "object_info"])
-def test_an_engine_that_answers_no_question_is_replaced(
-    question: str, settings: Settings, command: EngineCommand, run_async: Run
-) -> None:
+def test_an_engine_that_answers_no_question_is_replaced(settings: Settings, command: EngineCommand, run_async: Run) -> None:
     async def scenario() -> None:
         async with supervised(settings, command, {"COMFY_HANG_TIMEOUT_S": "2"}) as engine:
-            ask: Callable[[], Coroutine[Any, Any, Any]] = {
-                "choices": lambda: engine.choices("KSampler", "sampler_name"),
-                "object_info": lambda: engine.object_info({"KSampler", "SaveImage"}),
-            }[question]
-            stopped = engine._process
-            os.kill(stopped.pid, signal.SIGSTOP)
-            with pytest.raises(EngineHung):
-                await ask()
-            assert stopped.exited.done()
-            assert await ask()
+            questions: list[Callable[[], Coroutine[Any, Any, Any]]] = [
+                lambda: engine.choices("KSampler", "sampler_name"),
+                lambda: engine.object_info({"KSampler", "SaveImage"}),
+            ]
+            for ask in questions:
+                stopped = engine._process
+                os.kill(stopped.pid, signal.SIGSTOP)
+                with pytest.raises(EngineHung):
+                    await ask()
+                assert stopped.exited.done()
+                assert await ask()
 
     run_async(scenario())
 
