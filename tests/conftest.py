@@ -112,7 +112,7 @@ def run_async() -> Callable[[Coroutine[Any, Any, Any]], Any]:
 
     def run(coro: Coroutine[Any, Any, Any]) -> Any:
         async def with_deadline() -> Any:
-            async with asyncio.timeout(120):
+            async with asyncio.timeout(300):
                 return await coro
 
         return asyncio.run(with_deadline())

@@ -87,7 +87,7 @@ def client(
         env=environ(base_url, key, **more),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
         check=False,
     )
 
@@ -136,7 +136,7 @@ def test_a_job_waits_for_its_models_and_is_cancelled_by_ctrl_c(pod: ProductionWo
         if line.startswith("downloading"):
             break
     running.send_signal(signal.SIGINT)
-    _, rest = running.communicate(timeout=60)
+    _, rest = running.communicate(timeout=240)
     job = pod.plane.jobs[before]
     assert running.returncode == 130, (said, rest)
     assert "interrupted: it was cancelled" in rest
@@ -260,7 +260,7 @@ def test_a_terminal_gets_one_line_that_changes(pod: ProductionWorker, tmp_path: 
             break
         drawn += data
     os.close(ours)
-    assert running.wait(60) == 0, drawn
+    assert running.wait(240) == 0, drawn
     lines = drawn.decode().split("\r\x1b[K")
     assert any("queued" in line or "running" in line for line in lines), drawn
     assert lines[-1] == ""
@@ -720,7 +720,7 @@ def test_a_reader_that_leaves_costs_no_output(tmp_path: Path) -> None:
             stdout=theirs,
             stderr=subprocess.PIPE,
             text=True,
-            timeout=60,
+            timeout=240,
             check=False,
         )
     os.close(theirs)

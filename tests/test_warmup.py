@@ -112,7 +112,7 @@ def cold_start(worker: LocalWorker) -> str:
 
 
 def until(true: Callable[[], object]) -> None:
-    for _ in range(3000):
+    for _ in range(12_000):
         if true():
             return
         threading.Event().wait(0.01)
