@@ -209,4 +209,4 @@ def test_a_warm_up_that_is_none_is_said(text: str, tmp_path: Path, caplog: pytes
     graph = warmup._warmup.result(20)
     warmup.stop()
     assert (graph is None) == ("No" not in text)
-    assert bool([line for line in caplog.messages if "there is no warm-up" in line]) == (graph is None)
+    assert bool([line for line in caplog.messages if "no warm-up" in line]) == (graph is None)
