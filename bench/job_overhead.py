@@ -29,7 +29,7 @@ from devkit.moosefs import MooseFS, available
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-BOUND, BOUND_MS = 1.25, 1.5
+BOUND, BOUND_MS = 1.25, 2.0
 WARM_UP = 10
 LOADERS = (
     ("UpscaleModelLoader", "model_name", "tiny_esrgan_x4.safetensors"),
