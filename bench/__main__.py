@@ -38,7 +38,7 @@ _LAST_WORDS_S: Final = 5.0
 
 
 def benchmarks() -> list[str]:
-    """The names of all benchmarks."""
+    """Return the names of all benchmarks."""
     return sorted(path.stem for path in HERE.glob("*.py") if path.stem not in PARTS)
 
 
@@ -97,7 +97,7 @@ def _outcome(name: str, rows: Sequence[dict[str, Any]], status: int, said: Seque
 
 
 def summary(outcomes: Mapping[str, Outcome]) -> str:
-    """What all of them came to: what was not measured and why, what was wrong, and whether that is all."""
+    """Return the overall result: what was not measured and why, what was wrong, and whether that is all."""
     troubles = [f"{name}: {outcome.trouble}" for name, outcome in outcomes.items() if outcome.trouble]
     left: dict[str, list[str]] = {}
     for what, reason in (part for outcome in outcomes.values() for part in outcome.left_out):

@@ -154,5 +154,5 @@ class BareSdk:
         self._process.wait()
 
     def run(self, job_input: object) -> None:
-        """One `runsync`."""
+        """Run one `runsync`."""
         self._http.post("/runsync", {"input": job_input})

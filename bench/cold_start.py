@@ -23,7 +23,7 @@ BOUND = 1.05
 
 
 def bare_s(engine: Engine, base_dir: Path, graph: dict[str, Any]) -> float:
-    """ComfyUI alone, to its first result."""
+    """Return the time of ComfyUI alone to its first result."""
     began = time.perf_counter()
     with BareEngine(engine, base_dir) as bare:
         bare.run(graph)
@@ -31,7 +31,7 @@ def bare_s(engine: Engine, base_dir: Path, graph: dict[str, Any]) -> float:
 
 
 def worker_s(engine: Engine, folder: Path, volume: Path, graph: dict[str, Any]) -> float:
-    """The worker, to its first result. A fresh folder each time: no links are left from the run before."""
+    """Return the time of the worker to its first result, in a new folder each time: no links are left from the last run."""
     began = time.perf_counter()
     with LocalWorker(engine, folder, volume) as worker:
         worker.wait_ready()

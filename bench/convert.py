@@ -115,7 +115,7 @@ def _large(samples: int) -> Figure:
 
 
 def _hostile() -> Iterator[Figure]:
-    """Workflows that grow while they are expanded or followed; the bound is what a refusal may take."""
+    """Return workflows that grow when they are expanded or followed. The bound is for refusing them."""
     chain = [node(at, "Reroute", inputs={"": at}) for at in range(1, 4000)]
     ends = [node(5000 + at, "Sampler", inputs={"model": 5000 + at}) for at in range(900)]
     links = [(at, at + 1, 0, at, 0) for at in range(1, 3999)] + [(5000 + at, 1, 0, 5000 + at, 0) for at in range(900)]

@@ -86,7 +86,7 @@ def write_weights(engine: Engine, path: Path, depth: int) -> int:
 
 
 def evict(path: Path) -> None:
-    """Have nothing of a file in this host's memory. What the chunk server has in its own is another machine's."""
+    """Drop a file from this host's memory. The chunk server's cache belongs to another machine."""
     with path.open("rb", buffering=0) as stream:
         os.fsync(stream.fileno())
         os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -109,11 +109,11 @@ class Scene:
 
     @property
     def weights(self) -> Path:
-        """The model on the volume."""
+        """Return the model on the volume."""
         return self.volume.mounts[0] / "models/diffusion_models" / NAME
 
     def read_once_s(self) -> float:
-        """Four readers through the whole file."""
+        """Return the time of four readers through the whole file."""
         evict(self.weights)
         began = time.perf_counter()
         with self.weights.open("rb", buffering=0) as stream:
@@ -132,7 +132,7 @@ class Scene:
         return time.perf_counter() - began
 
     def bare_s(self) -> tuple[float, float]:
-        """ComfyUI alone: its boot, and then the job with the weights in memory, where `read_once_s` has put them."""
+        """Return the time of ComfyUI alone: its boot, then the job with the weights in memory."""
         folder = self.root / "bare/models/diffusion_models"
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / NAME).is_symlink():
@@ -144,7 +144,7 @@ class Scene:
             return booted - began, time.perf_counter() - booted
 
     def worker_s(self, name: str, **environ: str) -> float:
-        """From a worker's start to its first result, nothing of the weights in memory."""
+        """Return the time from a worker's start to its first result, with no weights in memory."""
         folder = self.root / name
         folder.mkdir()
         evict(self.weights)

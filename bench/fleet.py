@@ -141,7 +141,7 @@ class Part:
         self._log.close()
 
     def told(self) -> dict[str, Any]:
-        """The next thing it says."""
+        """Return its next message."""
         assert self._process.stdout  # noqa: S101 - asked for above
         line = self._process.stdout.readline()
         if not line:
@@ -150,19 +150,19 @@ class Part:
         return value
 
     def log(self) -> str:
-        """The end of what it had to complain of."""
+        """Return the end of its errors."""
         self._log.seek(0)
         return self._log.read()[-2000:]
 
     def let_go(self) -> None:
-        """Have it begin."""
+        """Let it begin."""
         assert self._process.stdin  # noqa: S101 - asked for above
         self._process.stdin.write("go\n")
         self._process.stdin.flush()
 
 
 def boot_s(root: Path) -> float:
-    """ComfyUI's own boot."""
+    """Return the time of ComfyUI's own boot."""
     began = time.perf_counter()
     with BareEngine(ensure_engine(), root / "bare"):
         return time.perf_counter() - began
@@ -178,13 +178,13 @@ class Round:
     on_disk: Start
 
     def ready_ratio(self, many_s: float) -> float:
-        """How much later all are ready than one is, where the volume's part takes so long for 32."""
+        """Return how much later all are ready than one, if the volume's part takes as long as for 32."""
         one_s = max(self.boot_s, self.one.imports_s + self.one.volume_s)
         return max(self.boot_s, self.one.imports_s + many_s) / one_s
 
     @property
     def without_cores_s(self) -> float:
-        """The volume's part of 32 workers that have cores of their own."""
+        """Return the volume's part of 32 workers that have their own cores."""
         return self.one.volume_s + max(0.0, self.many.volume_s - self.on_disk.volume_s)
 
 
@@ -216,7 +216,7 @@ def main() -> int:
 
 
 def figures(rounds: Sequence[Round]) -> list[Figure]:
-    """What the rounds come to."""
+    """Return the figures of the rounds."""
     return [
         Figure.of("engine_boot_s", [each.boot_s for each in rounds], "s"),
         Figure.of("imports_s", [each.one.imports_s for each in rounds], "s"),

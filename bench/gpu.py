@@ -46,7 +46,7 @@ _ASK: Final = "import torch; d = torch.cuda; print(d.is_available() and f'{d.get
 
 
 def graph(seed: int, *, size: int, steps: int, batch: int = 1) -> dict[str, Any]:
-    """SDXL's usual text-to-image graph."""
+    """Return SDXL's usual text-to-image graph."""
     clips = {"clip_name1": "sdxl_clip_l.safetensors", "clip_name2": "sdxl_clip_g.safetensors", "type": "sdxl"}
     sampling = {"seed": seed, "steps": steps, "cfg": 7.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
     wires = {"model": ["1", 0], "positive": ["4", 0], "negative": ["5", 0], "latent_image": ["6", 0]}
@@ -64,7 +64,7 @@ def graph(seed: int, *, size: int, steps: int, batch: int = 1) -> dict[str, Any]
 
 
 def broken_gpu() -> dict[str, Any]:
-    """A graph that reads beside a tensor on the GPU, after which CUDA serves its process no more."""
+    """Return a graph that reads outside a tensor on the GPU, after which CUDA no longer works in its process."""
     picture = {"width": 64, "height": 64, "batch_size": 1, "color": 0}
     return {
         "1": {"class_type": "EmptyImage", "inputs": picture},
@@ -85,22 +85,22 @@ class Scene:
     steps: int
 
     def job(self, seed: int, **more: int) -> dict[str, Any]:
-        """A job that no cache answers, unless with a seed that was used before."""
+        """Return a job that no cache answers, unless its seed was used before."""
         return graph(seed, **{"size": self.size, "steps": self.steps, **more})
 
     def weights(self) -> list[Path]:
-        """The files of the model."""
+        """Return the files of the model."""
         return sorted((self.volume / "models").rglob("*.safetensors"))
 
     def read(self) -> None:
-        """Have all of the weights in the page cache."""
+        """Read all of the weights into the page cache."""
         for path in self.weights():
             with path.open("rb", buffering=0) as stream:
                 while stream.read(64 << 20):
                     pass
 
     def bare(self, number: int) -> tuple[float, list[float]]:
-        """ComfyUI alone: process start to the first result, then warm jobs; seconds."""
+        """Return the times of ComfyUI alone: process start to the first result, then warm jobs; seconds."""
         folder = self.root / f"bare-{number}"
         folder.mkdir()
         (folder / "models").symlink_to(self.volume / "models")
@@ -111,7 +111,7 @@ class Scene:
             return first_s, [timed(lambda seed=seed: engine.run(self.job(seed))) for seed in range(1, WARM_JOBS + 1)]
 
     def worker(self, name: str, **environ: str) -> LocalWorker:
-        """A worker on the volume, with the nodes that break things."""
+        """Return a worker on the volume, with the nodes that break things."""
         folder = self.root / name
         folder.mkdir()
         nodes.install(folder / "comfyui")
@@ -119,7 +119,7 @@ class Scene:
         return LocalWorker(self.engine, folder, self.volume, {"COMFY_ARGS": flags, "RUNPOD_ENDPOINT_ID": "bench", **environ})
 
     def through_worker(self, number: int) -> tuple[float, list[float]]:
-        """The same jobs through the worker, each with its picture in the answer; seconds."""
+        """Return the times of the same jobs through the worker, each with its picture in the answer; seconds."""
         began = time.perf_counter()
         with self.worker(f"worker-{number}") as worker:
             worker.wait_ready()
@@ -139,7 +139,7 @@ class Scene:
             return ready - began, time.perf_counter() - ready
 
     def faults(self) -> tuple[float, float]:
-        """The next job's time after the GPU's memory ran out, and after a kernel broke its context; seconds."""
+        """Return the next job's time after the GPU's memory ran out, and after a kernel broke its context; seconds."""
         with self.worker("faults") as worker:
             worker.wait_ready()
             run(worker, self.job(0))
@@ -154,21 +154,21 @@ class Scene:
 
 
 def timed(action: Any) -> float:  # noqa: ANN401 - anything without arguments
-    """How long it takes, in seconds."""
+    """Return how long it takes, in seconds."""
     began = time.perf_counter()
     action()
     return time.perf_counter() - began
 
 
 def run(worker: LocalWorker, workflow: dict[str, Any]) -> None:
-    """One job that has to return a picture."""
+    """Run one job that has to return a picture."""
     answer = worker.runsync({"workflow": workflow})
     if answer["status"] != "COMPLETED" or not answer["output"]["images"]:
         raise RuntimeError(f"the worker answered {json.dumps(answer)[:1000]}:\n{worker.log_tail()}")
 
 
 def fail(worker: LocalWorker, workflow: dict[str, Any], says: str) -> None:
-    """One job that has to fail with such a sentence."""
+    """Run one job that has to fail with such a sentence."""
     answer = worker.runsync({"workflow": workflow})
     print(answer.get("error"), file=sys.stderr)
     if answer["status"] != "FAILED" or says not in answer["error"]:
@@ -176,7 +176,7 @@ def fail(worker: LocalWorker, workflow: dict[str, Any], says: str) -> None:
 
 
 def find_engine(root: Path) -> Engine:
-    """The ComfyUI that COMFYUI_DIR and COMFYUI_PYTHON name, or the tests' own."""
+    """Return the ComfyUI that COMFYUI_DIR and COMFYUI_PYTHON name, or the tests' own."""
     if "COMFYUI_DIR" not in os.environ:
         return ensure_engine()
     web = root / "web"
@@ -209,7 +209,7 @@ def main() -> int:
 
 
 def measure(scene: Scene, samples: int, chosen: argparse.Namespace) -> list[Figure]:
-    """Everything, in one run."""
+    """Measure everything, in one run."""
     scene.read()
     scene.bare(-1)  # what ComfyUI and CUDA themselves keep on disk comes into memory
     bare, worker, unread, ahead, warmed = [], [], [], [], []

@@ -39,7 +39,7 @@ LOADERS = (
 
 
 def tiny() -> dict[str, Any]:
-    """EmptyImage into SaveImage, in a colour of its own."""
+    """Return EmptyImage into SaveImage, in its own colour."""
     colour = random.randrange(1 << 24)
     return {
         "1": {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 64, "batch_size": 1, "color": colour}},
@@ -48,7 +48,7 @@ def tiny() -> dict[str, Any]:
 
 
 def with_models() -> dict[str, Any]:
-    """The same, with three models loaded beside it."""
+    """Return the same, with three models loaded besides."""
     graph = tiny()
     for number, (loader, field, name) in enumerate(LOADERS):
         graph[f"{10 + number}"] = {"class_type": loader, "inputs": {field: name}}
@@ -57,7 +57,7 @@ def with_models() -> dict[str, Any]:
 
 
 def timed_ms(action: Callable[[], object]) -> float:
-    """How long it takes."""
+    """Return how long it takes."""
     began = time.perf_counter()
     action()
     return (time.perf_counter() - began) * 1000
@@ -106,7 +106,7 @@ def main() -> int:
 def figures(
     name: str, rounds: list[tuple[float, float, float]], bound: float | None = None, bound_ms: float | None = None
 ) -> Iterator[Figure]:
-    """What the rounds of one graph come to."""
+    """Return the figures of the rounds of one graph."""
     bare_ms, sdk_ms, worker_ms = zip(*rounds, strict=True)
     yield Figure.of(f"{name}_bare_engine_ms", bare_ms, "ms")
     yield Figure.of(f"{name}_sdk_alone_ms", sdk_ms, "ms")

@@ -35,7 +35,7 @@ SAME = 0.01
 
 
 def graph() -> dict[str, Any]:
-    """Noise that no earlier run made."""
+    """Return a graph with noise that no earlier run made."""
     seed = random.randrange(1 << 48)
     return {
         "1": {"class_type": "EmptyImage", "inputs": {"width": SIDE, "height": SIDE, "batch_size": PICTURES, "color": 0x808080}},
@@ -94,7 +94,7 @@ def main() -> int:
 
 
 def sizes_of(answer: dict[str, Any]) -> list[int]:
-    """The sizes of the pictures in bytes; raises unless every picture is there, whole."""
+    """Return the sizes of the pictures in bytes. Raises unless every picture is complete."""
     pictures = [base64.b64decode(item["data"]) for item in answer["output"]["images"]]
     if len(pictures) != PICTURES or not all(data.endswith(b"IEND\xaeB`\x82") for data in pictures):
         raise RuntimeError("the worker did not return the pictures")

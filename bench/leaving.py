@@ -67,14 +67,14 @@ def main() -> int:
 
 
 def tiny_job_s(plane: ControlPlane) -> float:
-    """A tiny job, from its submission to its result."""
+    """Return the time of a tiny job, from its submission to its result."""
     began = time.perf_counter()
     completed(plane.submit(tiny(TINY)[0]))
     return time.perf_counter() - began
 
 
 def next_after_cancel_s(plane: ControlPlane, seed: int) -> float:
-    """From the cancellation of a job that samples to the result of the one that waits."""
+    """Return the time from cancelling a sampling job to the result of the waiting one."""
     sampling = plane.submit({"workflow": long_sampling(seed)})
     plane.wait_until(lambda: any(update.value["type"] == "progress" for update in sampling.updates), TIMEOUT_S)
     following = plane.submit(tiny(TINY)[0])
@@ -92,7 +92,7 @@ def completed(job: JobHandle) -> None:
 
 
 def gone_s(worker: ProductionWorker) -> float:
-    """From SIGTERM until neither the worker nor its ComfyUI is there."""
+    """Return the time from SIGTERM until the worker and its ComfyUI are gone."""
     waiting = {os.pidfd_open(pid) for pid in (worker.pid, worker.comfyui_pid())}
     try:
         began = time.perf_counter()

@@ -97,7 +97,7 @@ def main() -> int:
 
 
 def refreshes(tree: Tree, data: Path, options: Options) -> Iterator[Figure]:
-    """What a refresh costs, in both shapes that the links of a folder can have; the largest folder is judged."""
+    """Yield the cost of a refresh, for both forms of links. The largest folder is judged."""
     for number, shape in enumerate(SHAPES):
         mounts = tree.place.fresh[number * options.samples : (number + 1) * options.samples]
         samples = [_refresh_sample(tree, mount, data, SHAPES[shape]) for mount in mounts]
@@ -138,7 +138,7 @@ def _refresh_sample(tree: Tree, mount: Path, data: Path, large_folder: int) -> d
 
 
 def walks(tree: Tree, data: Path, comfyui: Path, options: Options) -> Iterator[Figure]:
-    """What ComfyUI's own listing costs through links of both shapes, and on the bare volume."""
+    """Yield the cost of ComfyUI's own listing through both forms of links, and on the bare volume."""
     bases = {shape: Path(tempfile.mkdtemp(dir=data)) for shape in ("bare", "file_links", "folder_link")}
     (bases["bare"] / "models").symlink_to(tree.root)
     ModelLinks(bases["file_links"] / "models", [tree.root], large_folder=10**9).refresh()

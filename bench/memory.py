@@ -60,7 +60,7 @@ class Sample:
 
 
 def status_mb(pid: int, field: str) -> float:
-    """A figure of /proc/PID/status in MB."""
+    """Return a figure of /proc/PID/status in MB."""
     found = re.search(rf"^{field}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
     assert found  # noqa: S101 - every process has it
     return int(found[1]) * 1024 / 1e6
@@ -87,12 +87,12 @@ def measure(way: Way, engine: Engine, folder: Path) -> Sample:
 
 
 def graph(size_bytes: int) -> dict[str, Any]:
-    """A node that writes a file of this size."""
+    """Return a node that writes a file of this size."""
     return {"1": {"class_type": "FaultFile", "inputs": {"key": "gifs", "filename": "1.mp4", "size_bytes": size_bytes}}}
 
 
 def item_type(answer: dict[str, Any]) -> str:
-    """How the one output came: its type, or `refused`."""
+    """Return the type of the one output, or `refused`."""
     if answer["status"] == "FAILED":
         return "refused" if "result_too_large" in str(answer) else str(answer)
     output = answer.get("output") or {}
@@ -128,7 +128,7 @@ def main() -> int:
 
 
 def figures(taken: Sequence[tuple[Way, Sequence[Sample]]]) -> Iterator[Figure]:
-    """What is held idle, by whether there is a bucket, and the highest of the peaks."""
+    """Return the memory when idle, with and without a bucket, and the highest of the peaks."""
     for name, with_bucket in (("idle_mb", False), ("idle_with_bucket_mb", True)):
         idle = [each.idle_mb for way, samples in taken if bool(way.environ) is with_bucket for each in samples]
         yield Figure.of(name, idle, "MB", IDLE_BOUND_MB)

@@ -47,12 +47,12 @@ class Figure:
 
     @classmethod
     def of(cls, name: str, samples: Iterable[float], unit: str, bound: float | None = None) -> Figure:
-        """The median of the samples, which are kept."""
+        """Return the median of the samples, and keep them."""
         values = tuple(samples)
         return cls(name, median(values), unit, bound, values)
 
     def ok(self, forgive: float = 1.0) -> bool:
-        """Whether the value is a number and within `forgive` times its bound."""
+        """Return whether the value is a number and within `forgive` times its bound."""
         return math.isfinite(self.value) and (self.bound is None or self.value <= self.bound * forgive)
 
 
@@ -137,7 +137,7 @@ def _json_line(figure: Figure, forgive: float) -> str:
 
 
 def table(figures: Sequence[Figure], forgive: float = 1.0) -> str:
-    """The figures for people; a bound may be missed by the factor `forgive`."""
+    """Return the figures for people. A bound may be missed by the factor `forgive`."""
     rows = [("figure", "median", "(min - max)", "bound", ""), *(_row(figure, forgive) for figure in figures)]
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
     lines = []
@@ -155,7 +155,7 @@ def _row(figure: Figure, forgive: float) -> tuple[str, str, str, str, str]:
 
 
 def _number(value: float) -> str:
-    """Three digits that mean something, never in scientific notation."""
+    """Return three significant digits, never in scientific notation."""
     if not math.isfinite(value) or value == 0:
         return f"{value:g}"
     exponent = math.floor(math.log10(abs(value)))
@@ -163,7 +163,7 @@ def _number(value: float) -> str:
 
 
 def _memory_bytes() -> int:
-    """The container's limit where there is one (cgroup v2), else the machine's memory."""
+    """Return the container's limit (cgroup v2), or the machine's memory."""
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
         limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
@@ -173,7 +173,7 @@ def _memory_bytes() -> int:
 
 
 def _file_system(place: Path) -> str:
-    """The type of the mount that `place` lies on: the longest mount point above it, the newest of equals."""
+    """Return the type of the mount of `place`: the longest mount point above it, the newest of equals."""
     best, kind = "", "unknown"
     for line in Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines():
         _, point, this_kind, *_ = line.split(" ")

@@ -88,23 +88,23 @@ class Scene:
         return subprocess.Popen([sys.executable, *command], cwd=PROJECT, env=environ, stdout=subprocess.DEVNULL)
 
     def ours(self) -> subprocess.Popen[bytes]:
-        """The seeder."""
+        """Run the seeder."""
         where = ["--s3", "vol", "--endpoint", self.proxy.endpoint_url]
         return self.start(["scripts/seed_volume.py", "--folder", "loras", *where, "--json", f"hf://{REPO}/*.safetensors"])
 
     def theirs(self, folder: Path) -> subprocess.Popen[bytes]:
-        """The reference."""
+        """Run the reference."""
         files = [path.name for path in sorted((self.root / "hub" / REPO).iterdir())]
         return self.start(["-c", _THEIRS, str(folder), self.hub.endpoint, self.proxy.endpoint_url, "vol", REPO, *files])
 
     def empty(self) -> None:
-        """A new volume."""
+        """Return a new volume."""
         self.server.reset()
         self.server.bucket("vol")
         self.proxy.reset()
 
     def check(self) -> None:
-        """Every model is there, and right; raises RuntimeError."""
+        """Check that every model is there and right. Raises RuntimeError."""
         for path in sorted((self.root / "hub" / REPO).iterdir()):
             with path.open("rb") as file:
                 expected = hashlib.file_digest(file, "sha256").hexdigest()
@@ -137,7 +137,7 @@ def main() -> int:
 
 
 def _make_models(folder: Path, size_bytes: int) -> None:
-    """Safetensors files of random bytes: a length, a header, one tensor."""
+    """Write safetensors files of random bytes: a length, a header, one tensor."""
     folder.mkdir(parents=True)
     header = json.dumps({"t": {"dtype": "U8", "shape": [size_bytes - 108], "data_offsets": [0, size_bytes - 108]}}).encode()
     for number in range(COUNT):

@@ -288,7 +288,7 @@ class Troubles:
         self._endpoint.start_other()
 
     def stop_pod(self) -> None:
-        """Have the other pod leave: it answers what it has taken."""
+        """Let the other pod leave: it answers what it has taken."""
         status = self._endpoint.other.stop(timeout_s=120)
         jobs = (job for job in self._plane.jobs if status_of(job) == "IN_PROGRESS" and job.takes[-1:] == ["other"])
         self.lost_at_stop += sum(1 for _ in jobs) + (status != 0)

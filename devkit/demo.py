@@ -162,7 +162,7 @@ _STEP = re.compile(r"(?P<text>\w[^;]*?) \[(?P<start>[\d.]+)-(?P<end>[\d.]+)\]")
 
 
 def chart(log: str) -> Iterator[str]:
-    """The cold start's line of the worker's log, drawn as bars over time."""
+    """Return the worker's cold start line as bars over time."""
     found = _SUMMARY.search(log)
     if not found:
         return
@@ -174,7 +174,7 @@ def chart(log: str) -> Iterator[str]:
 
 
 def _job(workflow: Path, images: list[str]) -> dict[str, Any]:
-    """The request, made by the client; the project's own test picture goes along when the workflow loads it."""
+    """Return the client's request. It includes the project's own test picture if the workflow loads it."""
     if not images and workflow.is_file() and b'"in.png"' in workflow.read_bytes():
         images = [str(PROJECT / "devkit/workflows/in.png")]
     return build(Wishes(str(workflow), images=images))
@@ -189,12 +189,12 @@ def _shown(path: Path) -> Path:
 
 
 def say(text: str) -> None:
-    """One step of the demo."""
+    """Print one step of the demo."""
     print(f"==> {text}", flush=True)
 
 
 def _leave(number: int, _: object) -> None:
-    """Unwind, so that everything that was started ends too. Another signal does not disturb that."""
+    """Unwind, so that everything that was started ends too. Ignore further signals meanwhile."""
     signal.signal(number, signal.SIG_IGN)
     sys.exit(128 + number)
 

@@ -83,7 +83,10 @@ INFO: dict[str, Any] = {
 
 
 def node(node_id: int | str, kind: str, values: object = None, **more: Any) -> dict[str, Any]:  # noqa: ANN401 - whatever a node may have
-    """A node; `inputs` as `name: link`, or `name: (type, link)`, with a trailing `*` at the name for a widget's input."""
+    """Return a node.
+
+    `inputs` are `name: link`, or `name: (type, link)`, with a trailing `*` at the name for a widget's input.
+    """
     inputs = []
     for name, link in more.pop("inputs", {}).items():
         kind_of, link_id = link if isinstance(link, tuple) else ("*", link)
@@ -94,14 +97,14 @@ def node(node_id: int | str, kind: str, values: object = None, **more: Any) -> d
 
 
 def ui(*nodes: dict[str, Any], links: Iterable[Any] = (), **more: Any) -> dict[str, Any]:  # noqa: ANN401 - whatever a workflow may have
-    """A workflow; links as `(id, origin, slot, target, slot)`."""
+    """Return a workflow. Links are `(id, origin, slot, target, slot)`."""
     return {"nodes": list(nodes), "links": [[*link, "*"] for link in links], "version": 0.4} | more
 
 
 def subgraph(
     name: str, *nodes: dict[str, Any], links: Iterable[Any], inputs: Iterable[Any] = (), outputs: Iterable[Any] = ()
 ) -> dict[str, Any]:
-    """A subgraph definition; ports as `(name, type, [link ids])`."""
+    """Return a subgraph definition. Ports are `(name, type, [link ids])`."""
     keys = ("id", "origin_id", "origin_slot", "target_id", "target_slot")
     return {
         "id": name,
@@ -117,7 +120,7 @@ LOADER = node(1, "Loader", ["b.safetensors"], outputs=("MODEL", "CLIP"))
 
 
 def inner() -> dict[str, Any]:
-    """A sampler whose model comes from outside, whose steps are promoted."""
+    """Return a sampler whose model comes from outside and whose steps are promoted."""
     sampler = node(20, "Sampler", [5, "randomize", 25], inputs={"model": 1, "steps*": 2}, outputs=("IMAGE",))
     return subgraph(
         "In",
@@ -129,7 +132,7 @@ def inner() -> dict[str, Any]:
 
 
 def outer() -> dict[str, Any]:
-    """A subgraph around that one, which promotes the promoted widget."""
+    """Return a subgraph around that one, which promotes the promoted widget."""
     instance = node(10, "In", inputs={"model": 1, "steps*": 2}, outputs=("IMAGE",))
     return subgraph(
         "Out",
@@ -141,7 +144,7 @@ def outer() -> dict[str, Any]:
 
 
 def with_instance(kind: str, values: object = None, **more: Any) -> dict[str, Any]:  # noqa: ANN401 - whatever a node may have
-    """A loader, an instance of one of these two subgraphs (`In`, `Out`), and a node that saves its picture."""
+    """Return a loader, an instance of one of these two subgraphs (`In`, `Out`), and a node that saves its picture."""
     instance = node(8, kind, values, inputs={"model": 1}, outputs=("IMAGE",), **more)
     save = node(9, "SaveImage", inputs={"images": ("IMAGE", 2)})
     links = [(1, 1, 0, 8, 0), (2, 8, 0, 9, 0)]
@@ -149,7 +152,7 @@ def with_instance(kind: str, values: object = None, **more: Any) -> dict[str, An
 
 
 def large(count: int) -> dict[str, Any]:
-    """A workflow of `count` nodes as they are in use: chains through reroutes and bypassed nodes, a fifth in subgraphs."""
+    """Return a realistic workflow of `count` nodes: chains through reroutes and bypassed nodes, a fifth in subgraphs."""
     nodes: list[dict[str, Any]] = [LOADER]
     links: list[tuple[int, int, int, int, int]] = []
     tail = 1

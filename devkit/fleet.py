@@ -209,7 +209,7 @@ class Fleet:
                 self._changed.notify_all()
 
     def wait_for(self, happened: Callable[[dict[str, Any]], bool], timeout_s: float = 60) -> dict[str, Any]:
-        """The first event of which `happened` is true."""
+        """Return the first event for which `happened` is true."""
 
         def found() -> dict[str, Any] | None:
             return next((event for event in self.events if happened(event)), None)
@@ -220,11 +220,11 @@ class Fleet:
             return event
 
     def wait_step(self, step: str, of: str | None = None) -> dict[str, Any]:
-        """The first arrival at a step, of any worker or of the one named."""
+        """Return the first arrival at a step, of any worker or of the named one."""
         return self.wait_for(lambda event: event.get("step") == step and of in {None, event["worker"]})
 
     def wait_ended(self, timeout_s: float = 120) -> list[dict[str, Any]]:
-        """Every `done` and `error`, once all workers have ended."""
+        """Return every `done` and `error`, once all workers have ended."""
         with self._changed:
             if not self._changed.wait_for(lambda: not self._running, timeout_s):
                 os.killpg(self._process.pid, signal.SIGUSR1)  # each says on standard error where it is

@@ -63,12 +63,12 @@ class ComfyListing:
         self._process.communicate(timeout=_ANSWER_S)
 
     def names(self, folder: str) -> list[str]:
-        """What a loader offers for this folder key, from ComfyUI's cache where it trusts that; ListingError where it fails."""
+        """Return what a loader offers for this folder key, from ComfyUI's cache if it trusts that. Raises ListingError."""
         found: list[str] = self._ask(folder, forget=False)["names"]
         return found
 
     def walk_seconds(self, folder: str) -> float:
-        """How long ComfyUI takes to list the folder when it has to walk it."""
+        """Return how long ComfyUI takes to list the folder when it has to walk it."""
         return float(self._ask(folder, forget=True)["seconds"])
 
     def _ask(self, folder: str, *, forget: bool) -> dict[str, Any]:

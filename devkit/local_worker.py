@@ -60,7 +60,7 @@ def free_port() -> int:
 
 
 def engine_environ(engine: Engine, base_dir: Path, port: int) -> dict[str, str]:
-    """The worker's settings for the CPU engine; ComfyUI keeps its models, inputs and outputs under `base_dir`."""
+    """Return the worker's settings for the CPU engine. ComfyUI keeps models, inputs and outputs under `base_dir`."""
     return {
         "COMFYUI_DIR": str(engine.comfyui_dir),
         "COMFYUI_PYTHON": str(engine.python),
@@ -101,17 +101,17 @@ class LocalWorker:
 
     @property
     def comfyui_port(self) -> str:
-        """Where its ComfyUI listens."""
+        """Return the port of its ComfyUI."""
         return self._environ["COMFYUI_PORT"]
 
     @property
     def pid(self) -> int:
-        """The worker's process id."""
+        """Return the worker's process id."""
         assert self._process is not None  # noqa: S101 - asked for after start
         return self._process.pid
 
     def arguments(self) -> list[str]:
-        """What the worker is started with, after its own name."""
+        """Return the worker's arguments, after its own name."""
         return ["--rp_serve_api", "--rp_api_host", "127.0.0.1", "--rp_api_port", str(self.port)]
 
     def start(self) -> None:
@@ -138,7 +138,7 @@ class LocalWorker:
         raise TimeoutError(f"the worker was not ready within {timeout_s:g} s:\n{self.log_tail()}")
 
     def serves(self) -> bool:
-        """Whether it takes jobs by now; asking too often is slowed down here."""
+        """Return whether it takes jobs by now. Frequent calls are slowed down here."""
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=1):
             return True
         time.sleep(_POLL_S)
@@ -157,19 +157,19 @@ class LocalWorker:
             return answer
 
     def log(self) -> str:
-        """What the worker and ComfyUI have printed so far."""
+        """Return the output of the worker and ComfyUI so far."""
         return self.log_path.read_text("utf-8", "replace")
 
     def log_tail(self, lines: int = 30) -> str:
-        """The end of the log."""
+        """Return the end of the log."""
         return "\n".join(self.log().splitlines()[-lines:])
 
     def comfyui_pid(self) -> int:
-        """The process id of its ComfyUI, the last that it started."""
+        """Return the process id of the last ComfyUI that it started."""
         return int(_SPAWNED.findall(self.log())[-1])
 
     def wait_exit(self, timeout_s: float = 30.0) -> int:
-        """Its exit status, once it has ended by itself; TimeoutError."""
+        """Return its exit status, once it has ended by itself. Raises TimeoutError."""
         assert self._process is not None  # noqa: S101 - called after start
         try:
             return self._process.wait(timeout_s)
@@ -190,5 +190,5 @@ class LocalWorker:
 
 
 def _own_environ() -> dict[str, str]:
-    """Our environment without what would make a local worker think it is on RunPod, or act for somebody's account."""
+    """Return our environment without variables that make a local worker believe it is on RunPod, or use an account."""
     return {name: value for name, value in os.environ.items() if not name.startswith(("RUNPOD_", "HF_", "CIVITAI_"))}

@@ -46,7 +46,7 @@ class MooseFSError(RuntimeError):
 
 
 def available() -> str | None:
-    """Why no MooseFS can run here, None when it can."""
+    """Return why no MooseFS can run here, or None."""
     if os.geteuid() != 0:
         return "MooseFS needs root, to mount"
     if not Path("/dev/fuse").exists():
@@ -163,7 +163,7 @@ class MooseFS:
         self._servers.append(chunk)
 
     def _inside(self) -> list[str]:
-        """What puts a command into the volume's network, which lives as long as a process in it, the master first."""
+        """Return the command prefix that enters the volume's network. It lives as long as a process in it, the master first."""
         return ["nsenter", f"--net=/proc/{self._servers[0].pid}/ns/net"]
 
     def _spawn(self, name: str, command: Sequence[str]) -> subprocess.Popen[bytes]:

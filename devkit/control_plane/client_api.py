@@ -37,7 +37,7 @@ class ClientApi:
         self._limits_bytes = limits_bytes
 
     def routes(self, root: str) -> list[web.RouteDef]:
-        """What the server is to serve."""
+        """Return the routes for the server."""
         return [
             web.post(f"{root}/run", self._run),
             web.post(f"{root}/runsync", self._runsync),
@@ -99,7 +99,7 @@ class ClientApi:
 
 
 def _authorise(request: web.Request) -> None:
-    """The documentation shows the key both with `Bearer` and raw."""
+    """Check the key. The documentation shows it both with `Bearer` and raw."""
     if not request.headers.get("Authorization", "").removeprefix("Bearer").strip():
         raise _error(web.HTTPUnauthorized, "unauthorized")
 

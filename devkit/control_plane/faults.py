@@ -48,7 +48,7 @@ class Rule:
         self.fired = 0
 
     def matches(self, route: FaultRoute, pod_id: str, job_id: str) -> bool:
-        """Whether the fault is meant for this request."""
+        """Return whether the fault applies to this request."""
         return self.fault.route == route and fnmatchcase(pod_id, self.fault.pod) and fnmatchcase(job_id, self.fault.job)
 
     def spend(self) -> bool:
@@ -74,12 +74,12 @@ class Book:
             return rule
 
     def clear(self) -> None:
-        """Nothing goes wrong any more."""
+        """Remove all faults."""
         with self._lock:
             self._rules.clear()
 
     def take(self, route: FaultRoute, pod_id: str, job_id: str = "") -> Fault | None:
-        """The fault that befalls this request, spent."""
+        """Return the fault that applies to this request, and use it up."""
         with self._lock:
             met = (rule for rule in self._rules if rule.matches(route, pod_id, job_id))
             return next((rule.fault for rule in met if rule.spend()), None)

@@ -47,7 +47,7 @@ class Ping:
 
 
 def read_post(raw: bytes) -> dict[str, Any]:
-    """A posted body. ValueError for what is no JSON object (NaN is no JSON) and for an `error` that is no text."""
+    """Parse a posted body. Raises ValueError unless it is a JSON object (NaN is no JSON) whose `error` is a text."""
     body = json.loads(raw, parse_constant=_refuse)
     if isinstance(body, dict) and isinstance(body.get("error", ""), str):
         return body
@@ -87,23 +87,23 @@ class Job:
 
     @property
     def answers(self) -> int:
-        """How many results arrived, lost ones included; those answered 5xx are not: the SDK sends them again."""
+        """Return how many results arrived, including lost ones. Those answered 5xx do not count: the SDK sends them again."""
         return sum(post.kind == "result" and post.answer in {200, 400} for post in self.posts)
 
     def take(self, pod_id: str, now_s: float) -> None:
-        """It goes to a worker."""
+        """Give it to a worker."""
         self.status = "IN_PROGRESS"
         self.takes.append(pod_id)
         self.deliveries += 1
         self._taken_s = now_s
 
     def untake(self) -> None:
-        """The worker never got it."""
+        """Take it back: the worker never got it."""
         self.takes.pop()
         self._wait_again()
 
     def retry(self) -> None:
-        """The worker that had it is gone; the next one starts over."""
+        """Queue it again: its worker is gone."""
         self.retries += 1
         self._output = _NOTHING
         self._wait_again()
@@ -113,14 +113,14 @@ class Job:
         self._taken_s = None
 
     def progress(self, update: Update) -> None:
-        """Shown as the output of a running job. After the result it puts the job back IN_PROGRESS (runpod-python #250)."""
+        """Show this as the output of a running job. After the result it sets the job to IN_PROGRESS (runpod-python #250)."""
         self.updates.append(update)
         if self.status not in _STOPPED and self.status != "IN_QUEUE":  # queued anew: the update is a former worker's
             self.status = "IN_PROGRESS"
             self._output = update.value
 
     def finish(self, body: dict[str, Any], now_s: float) -> None:
-        """The result is here: FAILED if it has an error, with the rest as output all the same."""
+        """Record the result: FAILED if it has an error, with the rest as output."""
         self.stop_pod = self.stop_pod or bool(body.get("stopPod"))
         if self.status not in _STOPPED:
             self.status = "FAILED" if body.get("error") else "COMPLETED"
@@ -129,18 +129,18 @@ class Job:
             self._ended_s = now_s
 
     def lose(self, now_s: float) -> None:
-        """The result was refused: the client is told COMPLETED, and nothing else (runpod-python #309)."""
+        """Refuse the result: the client is told COMPLETED, and nothing else (runpod-python #309)."""
         self.lost = True
         self.finish({}, now_s)
 
     def stop(self, status: Literal["CANCELLED", "TIMED_OUT"], now_s: float) -> None:
-        """The client, or the clock, ends it; what the worker posts from now on changes nothing."""
+        """End it for the client or the clock. Later posts of the worker change nothing."""
         self.status = status
         self._output = _NOTHING
         self._ended_s = now_s
 
     def to_status(self, now_s: float) -> dict[str, Any]:
-        """What GET /status answers. The times are in milliseconds."""
+        """Return the answer of GET /status. The times are in milliseconds."""
         shown: dict[str, Any] = {"id": self.id, "status": self.status}
         if self._taken_s is not None:
             shown["delayTime"] = round((self._taken_s - self._submitted_s) * 1000)

@@ -33,11 +33,11 @@ class JobHandle:
         self.id = job.id
 
     def status(self) -> dict[str, Any]:
-        """What GET /status answers now."""
+        """Return the current answer of GET /status."""
         return self._board.shown(self._job)
 
     def result(self, timeout_s: float = 60.0) -> dict[str, Any]:
-        """The final status: `id`, `status`, `output` and `error` where there are any. TimeoutError, saying what is known."""
+        """Return the final status: `id`, `status`, and `output` and `error` if any. Raises TimeoutError with what is known."""
         if not self._board.wait_until(lambda: self._job.status in FINAL, timeout_s):
             late = " by an update that came after the result" if self.late_updates else ""
             raise TimeoutError(f"job {self.id} is {self._job.status}{late} after {timeout_s:g} s; taken by {self.takes}")
@@ -45,37 +45,37 @@ class JobHandle:
 
     @property
     def answers(self) -> int:
-        """How many results arrived, lost ones included: 1, or 0 for a job that was cancelled or never run."""
+        """Return how many results arrived, including lost ones: 1, or 0 for a job that was cancelled or never run."""
         return self._job.answers
 
     @property
     def updates(self) -> list[Update]:
-        """The progress updates in the order they arrived."""
+        """Return the progress updates in the order of arrival."""
         return list(self._job.updates)
 
     @property
     def late_updates(self) -> list[Update]:
-        """Those that came after the result: each leaves the job IN_PROGRESS for its client, for ever."""
+        """Return those that came after the result: each leaves the job IN_PROGRESS for its client for ever."""
         return [update for update in self._job.updates if update.late]
 
     @property
     def posts(self) -> list[Post]:
-        """Everything workers posted about it, what was refused included."""
+        """Return everything that workers posted about it, including refused posts."""
         return list(self._job.posts)
 
     @property
     def takes(self) -> list[str]:
-        """The pods that it was given to, one after another."""
+        """Return the pods that got it, in order."""
         return list(self._job.takes)
 
     @property
     def lost(self) -> bool:
-        """Whether a result was refused as too large, or as no JSON; clients see COMPLETED without output."""
+        """Return whether a result was refused as too large, or as no JSON. Clients see COMPLETED without output."""
         return self._job.lost
 
     @property
     def stop_pod(self) -> bool:
-        """Whether a result asked for the worker to be replaced."""
+        """Return whether a result asked for a replacement of the worker."""
         return self._job.stop_pod
 
 
@@ -169,12 +169,12 @@ class ControlPlane:
         return self._board.submit({**fields, "id": job_id or made}, self._limits_bytes[via], timeout_s)
 
     def job(self, job_id: str) -> JobHandle:
-        """A job by its id; LookupError."""
+        """Return a job by its id. Raises LookupError."""
         return JobHandle(self._board, self._board.find(job_id))
 
     @property
     def jobs(self) -> list[JobHandle]:
-        """Every job, in the order they were submitted."""
+        """Return every job in the order of submission."""
         return [JobHandle(self._board, job) for job in list(self._board.jobs.values())]
 
     def cancel(self, job_id: str) -> dict[str, Any]:
@@ -198,13 +198,13 @@ class ControlPlane:
 
     @property
     def pings(self) -> list[Ping]:
-        """Every heartbeat so far."""
+        """Return every heartbeat so far."""
         with self._board.changed:
             return list(self._board.pings)
 
     @property
     def pods_to_stop(self) -> set[str]:
-        """Pods that asked to be replaced. RunPod stops them; here they get no more jobs, and the test ends the process."""
+        """Return pods that asked to be replaced. RunPod stops them. Here they get no more jobs, and the test ends them."""
         with self._board.changed:
             return set(self._board.retired)
 
@@ -214,7 +214,7 @@ class ControlPlane:
             self._board.retired.discard(pod_id)
 
     def kill_pod(self, pod_id: str = "pod-1") -> int:
-        """SIGKILL every process of this pod, as its machine's death does; returns how many there were."""
+        """Send SIGKILL to every process of this pod, as its machine's death does. Return how many there were."""
         return kill_all(self._home(pod_id))
 
     def freeze_pod(self, pod_id: str = "pod-1") -> int:
@@ -229,7 +229,7 @@ class ControlPlane:
         return thaw_all(self._home(pod_id))
 
     def is_polling(self, pod_id: str = "pod-1") -> bool:
-        """Whether the pod waits for a job: it is up, and has room for one."""
+        """Return whether the pod waits for a job: it runs, and has room for one."""
         return self._board.is_polling(pod_id)
 
     def end_polls(self, pod_id: str | None = None) -> None:
@@ -243,7 +243,7 @@ class ControlPlane:
         return self._book.add(Fault(kind, route, **options))
 
     def clear_faults(self) -> None:
-        """From now on nothing goes wrong."""
+        """Remove all faults."""
         self._book.clear()
 
     def wait_until(self, happened: Callable[[], bool], timeout_s: float = 30.0) -> None:

@@ -17,9 +17,9 @@ _GONE_TIMEOUT_S: Final = 10.0
 
 
 def kill_all(home: Path) -> int:
-    """SIGKILL every process whose HOME this is, as a machine's death does, and wait for their end; returns how many.
+    """Send SIGKILL to every process with this HOME, as a machine's death does, and wait for their end. Return how many.
 
-    A worker alone killed leaves the SDK's heartbeat process behind, which goes on pinging, and ComfyUI. TimeoutError.
+    Killing only a worker leaves the SDK's heartbeat process, which still pings, and ComfyUI. Raises TimeoutError.
     """
     killed = 0
     while found := _kill_once(os.fsencode(home)):  # until none is left that was forked while we looked

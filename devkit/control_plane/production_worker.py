@@ -34,11 +34,11 @@ class ProductionWorker(LocalWorker):
         self.pod_id = pod_id
 
     def arguments(self) -> list[str]:
-        """None: on RunPod the environment says it all."""
+        """Return no arguments: on RunPod the environment says everything."""
         return []
 
     def serves(self) -> bool:
-        """Whether it waits for a job."""
+        """Return whether it waits for a job."""
         try:
             self.plane.wait_polling(self.pod_id, _LOOK_S)
         except TimeoutError:

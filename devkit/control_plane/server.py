@@ -21,7 +21,7 @@ _LINGER_S: Final = 1.0
 
 
 def peer_is_gone(request: web.Request) -> bool:
-    """Whether the client has closed its end: known to the kernel before the loop has read of it."""
+    """Return whether the client has closed its end, which the kernel knows before the loop has read it."""
     if request.transport is None or request.transport.is_closing():
         return True
     poller = select.poll()
@@ -60,11 +60,11 @@ class Bell:
         self._waiters: list[_Waiter] = []
 
     def attach(self) -> None:
-        """Belong to the running loop."""
+        """Bind it to the running loop."""
         self._loop = asyncio.get_running_loop()
 
     def ring(self) -> None:
-        """Something has changed."""
+        """Announce a change."""
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._wake)
 
@@ -73,7 +73,7 @@ class Bell:
             waiter.wake()
 
     async def wait_for(self, attempt: Callable[[], T], timeout_s: float) -> T:
-        """What `attempt()` returns, once that is true, or when the time is over. Asked now and at every ring."""
+        """Return the result of `attempt()` once it is true, or when the time is over. Try now and at every ring."""
         loop, waiter = asyncio.get_running_loop(), _Waiter()
         end_s = loop.time() + timeout_s
         self._waiters.append(waiter)

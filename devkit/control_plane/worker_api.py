@@ -56,7 +56,7 @@ class WorkerApi:
         self._silent |= self._connections.pop(pod_id, WeakSet())
 
     def routes(self, root: str) -> list[web.RouteDef]:
-        """What the server is to serve."""
+        """Return the routes for the server."""
         return [
             web.get(f"{root}/job-take/{{pod}}", self._authorised(self._take)),
             web.get(f"{root}/job-take-batch/{{pod}}", self._authorised(self._take)),
@@ -129,7 +129,7 @@ class WorkerApi:
     async def _hold(
         self, request: web.Request, route: PollRoute, attempt: Callable[[Poll], list[T]], undo: Callable[[list[T]], None]
     ) -> list[T]:
-        """What `attempt` finds; nothing when the poll's time is over, when it was ended, when its worker is gone."""
+        """Return what `attempt` finds. Nothing if the poll's time is over, it was ended, or its worker is gone."""
         with self._board.poll(request.match_info["pod"], route) as poll:
             found: list[T] = []
 
@@ -246,7 +246,7 @@ class WorkerApi:
     async def _instead(
         self, fault: Fault, request: web.Request, note_refusal: Callable[[int], None]
     ) -> web.StreamResponse | None:
-        """What the worker gets where nothing is done; None where all is done."""
+        """Return the worker's answer if nothing is done, or None if everything is done."""
         match fault.kind:
             case "status":
                 note_refusal(fault.status)

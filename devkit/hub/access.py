@@ -25,20 +25,20 @@ class Access:
     tokens: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def is_private(self, repo: str) -> bool:
-        """Whether strangers are told that there is no such repo."""
+        """Return whether strangers are told that there is no such repo."""
         return any(fnmatchcase(repo, pattern) for pattern in self.private)
 
     def is_gated(self, repo: str) -> bool:
-        """Whether strangers see the metadata, not the files."""
+        """Return whether strangers see the metadata but not the files."""
         return any(fnmatchcase(repo, pattern) for pattern in self.gated)
 
     def check_token(self, token: str | None) -> None:
-        """A token the hub does not know is refused everywhere, public repos included."""
+        """Refuse a token that the hub does not know, even for public repos."""
         if token is not None and token not in self.tokens:
             raise RefusedError(401, "Invalid credentials in Authorization header")
 
     def check_repo(self, repo: str, token: str | None, *, exists: bool) -> None:
-        """The hub never says whether a repo is missing or private: 401 to strangers, 404 to a token without access."""
+        """Refuse without saying whether a repo is missing or private: 401 to strangers, 404 to a token without access."""
         if exists and not (self.is_private(repo) and not self._opens(token, repo)):
             return
         if token is None:
@@ -46,7 +46,7 @@ class Access:
         raise RefusedError(404, "Repository not found", "RepoNotFound")
 
     def check_gate(self, repo: str, token: str | None) -> None:
-        """A gated repo shows its metadata to everyone and its files to those who were let in."""
+        """Show a gated repo's metadata to everyone, and its files to those who were let in."""
         if not self.is_gated(repo) or self._opens(token, repo):
             return
         restricted = f"Access to model {repo} is restricted"
@@ -71,7 +71,7 @@ class Signer:
         self._generation = 0
 
     def sign(self, path: str, disposition: str) -> str:
-        """The quoted path with a query that opens it until it expires."""
+        """Return the quoted path with a query that opens it until it expires."""
         query = {
             "response-content-disposition": disposition,
             "Expires": f"{time.time() + self.life_s:.3f}",
@@ -80,7 +80,7 @@ class Signer:
         return f"{path}?{urlencode({**query, 'Signature': self._signature(path, query)})}"
 
     def check(self, path: str, query: Mapping[str, str]) -> str:
-        """The Content-Disposition that was signed, or RefusedError 403 in S3's words."""
+        """Return the Content-Disposition that was signed. Raises RefusedError 403 in S3's words."""
         signed = {name: query.get(name, "") for name in ("response-content-disposition", "Expires", "Generation")}
         if not hmac.compare_digest(self._signature(path, signed), query.get("Signature", "")):
             raise RefusedError(403, "<Error><Code>SignatureDoesNotMatch</Code></Error>")
@@ -89,7 +89,7 @@ class Signer:
         return signed["response-content-disposition"]
 
     def expire(self) -> None:
-        """Every address given out so far is refused from now on."""
+        """Refuse every address given out so far."""
         self._generation += 1
 
     def _signature(self, path: str, query: Mapping[str, str]) -> str:

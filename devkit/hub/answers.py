@@ -24,10 +24,10 @@ class CutError(Exception):
 
 
 def not_found() -> RefusedError:
-    """There is nothing at this address."""
+    """Return the answer for an unknown address."""
     return RefusedError(404, "Not found")
 
 
 def expired() -> RefusedError:
-    """The signed address was good once; S3 and CloudFront say it in these words."""
+    """Return the answer for an expired signed address, in the words of S3 and CloudFront."""
     return RefusedError(403, "<Error><Code>AccessDenied</Code><Message>Request has expired</Message></Error>")

@@ -19,7 +19,10 @@ _CHUNK_BYTES: Final = MIB
 
 
 def parse_range(header: str | None, size: int) -> range | None:
-    """The bytes asked for; None for the whole file (no range, several, or none that can be read). RefusedError 416."""
+    """Return the requested bytes.
+
+    None for the whole file (no range, several, or an unreadable one). Raises RefusedError 416.
+    """
     unit, _, spec = (header or "").partition("=")
     first, dash, last = spec.strip().partition("-")
     if unit.strip() != "bytes" or not dash or not (first + last).isdigit() or (first and last and int(last) < int(first)):

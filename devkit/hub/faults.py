@@ -69,7 +69,7 @@ class Fault:
             raise ValueError("bytes_per_s must be at least 1")
 
     def mark(self, part: range, size: int) -> int | None:
-        """Where in a file of `size` bytes a body fault strikes when `part` is sent; None when it does not reach there."""
+        """Return where a body fault strikes in a file of `size` bytes when `part` is sent, or None."""
         match self.kind:
             case "slow":
                 return part.start
@@ -92,7 +92,7 @@ class Pace:
         self._free_at_s = 0.0
 
     def delay_s(self, size_bytes: int) -> float:
-        """How long to wait before these bytes may go."""
+        """Return how long to wait before these bytes may be sent."""
         with self._lock:
             now_s = time.monotonic()
             start_s = max(now_s, self._free_at_s)
@@ -112,11 +112,11 @@ class Rule:
         self._pace = Pace(fault.bytes_per_s)
 
     def pace(self) -> Pace:
-        """The pace one body keeps to: its own, or the one that all bodies under this fault share."""
+        """Return the pace of one body: its own, or the one that all bodies under this fault share."""
         return self._pace if self.fault.shared else Pace(self.fault.bytes_per_s)
 
     def matches(self, request: Request) -> bool:
-        """Whether the fault is meant for this request."""
+        """Return whether the fault applies to this request."""
         fault = self.fault
         return (
             request.is_about(fault.file)
@@ -153,24 +153,24 @@ class Book:
             return self._made
 
     def clear(self) -> None:
-        """Nothing goes wrong any more."""
+        """Remove all faults."""
         with self._lock:
             self._rules.clear()
 
     def state(self) -> list[dict[str, Any]]:
-        """Each fault's fields, and how many requests it has `seen` and `fired` at."""
+        """Return each fault's fields, and how many requests it has `seen` and `fired` at."""
         with self._lock:
             return [{"id": r.number, "seen": r.seen, "fired": r.fired, **asdict(r.fault)} for r in self._rules]
 
     def take(self, request: Request, kinds: Iterable[FaultKind], reaches: Callable[[Fault], bool]) -> list[Rule]:
-        """Every fault of these kinds that befalls the request, spent."""
+        """Return every fault of these kinds that applies to the request, and use them up."""
         wanted = set(kinds)
         with self._lock:
             met = (r for r in self._rules if r.fault.kind in wanted and r.matches(request) and reaches(r.fault))
             return [rule for rule in met if rule.spend(request)]
 
     def take_first(self, request: Request, kinds: Iterable[FaultKind]) -> Rule | None:
-        """The first of these kinds that befalls the request; those behind it are not spent."""
+        """Return the first of these kinds that applies to the request. The others are not used up."""
         wanted = set(kinds)
         with self._lock:
             met = (r for r in self._rules if r.fault.kind in wanted and r.matches(request))

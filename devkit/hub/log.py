@@ -49,7 +49,7 @@ class Request:
     faults: tuple[str, ...] = ()
 
     def is_about(self, pattern: str) -> bool:
-        """Whether the file matches a glob: over the whole of it, or over its last part when the glob has no slash."""
+        """Return whether the file matches a glob: as a whole, or its last part if the glob has no slash."""
         return fnmatchcase(self.file if "/" in pattern else self.file.rpartition("/")[2], pattern)
 
 
@@ -66,13 +66,13 @@ class Ledger:
         self._connections = 0
 
     def connection(self) -> int:
-        """A number for a new connection."""
+        """Return a number for a new connection."""
         with self.changed:
             self._connections += 1
             return self._connections
 
     def number(self) -> int:
-        """A number for a new request."""
+        """Return a number for a new request."""
         with self.changed:
             self._made += 1
             return self._made
@@ -91,7 +91,7 @@ class Ledger:
             self.changed.notify_all()
 
     def requests(self) -> list[Request]:
-        """All of them, oldest first."""
+        """Return all of them, oldest first."""
         with self.changed:
             return list(self._entries.values())
 
@@ -101,7 +101,7 @@ class Ledger:
             self._entries.clear()
 
     def release(self) -> None:
-        """Everything that is held now goes on."""
+        """Continue everything that is held now."""
         with self.changed:
             self._releases += 1
             self.changed.notify_all()
@@ -127,7 +127,7 @@ class Reading:
 
     @property
     def requests(self) -> list[Request]:
-        """Every request since the log was last cleared, oldest first, those under way included."""
+        """Return every request since the log was last cleared, oldest first, including running ones."""
         raise NotImplementedError
 
     @property
@@ -140,5 +140,5 @@ class Reading:
         return [r for r in there if r.had_query_token or (r.had_auth and r.route != "xet/reconstruction")]
 
     def bytes_sent(self, file: str = "*") -> int:
-        """Bytes of matching files' content (a glob as in Request.is_about) handed to clients, those on their way included."""
+        """Return the bytes of matching files' content (a glob as in Request.is_about) that clients got or are getting."""
         return sum(r.bytes_sent for r in self.requests if r.is_about(file))

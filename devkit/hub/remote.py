@@ -36,12 +36,12 @@ class RemoteHub(Reading):
 
     @property
     def requests(self) -> list[Request]:
-        """Every request since the log was last cleared, oldest first, those under way included."""
+        """Return every request since the log was last cleared, oldest first, including running ones."""
         return [Request(**{**request, "faults": tuple(request["faults"])}) for request in self._call("log")]
 
     @property
     def faults(self) -> list[dict[str, Any]]:
-        """The faults asked for: their fields, and how many requests each has `seen` and `fired` at."""
+        """Return the requested faults: their fields, and how many requests each has `seen` and `fired` at."""
         found: list[dict[str, Any]] = self._call("faults")
         return found
 
@@ -59,11 +59,11 @@ class RemoteHub(Reading):
         self._call("clear-log", {})
 
     def clear_faults(self) -> None:
-        """From now on nothing goes wrong; what is stalled goes on."""
+        """Remove all faults, and continue what is stalled."""
         self._call("clear-faults", {})
 
     def reset(self) -> None:
-        """As new: no faults, no log, both origins listening, addresses living as long as at the start."""
+        """Restore the initial state: no faults, no log, both origins listening, addresses valid as long as at the start."""
         self._call("reset", {})
 
     def release(self) -> None:

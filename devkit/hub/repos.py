@@ -78,7 +78,7 @@ def _resolve(wire: Wire, target: Target, snapshot: Snapshot) -> None:
 
 
 def _shown(wire: Wire, file: str, blob: Blob) -> Blob:
-    """What metadata says about a file: the truth, or the lie that was asked for."""
+    """Return a file's metadata: the truth, or the requested lie."""
     lies: dict[str, Any] = {rule.fault.kind: rule.fault.value for rule in wire.befall("size", "sha256", file=file)}
     return replace(blob, **lies)
 
@@ -154,5 +154,5 @@ def _path_info(wire: Wire, snapshot: Snapshot, path: str, *, expand: bool) -> di
 
 
 def _folders(paths: Iterable[str]) -> set[str]:
-    """Every folder above these paths."""
+    """Return every folder above these paths."""
     return {path[:end] for path in paths for end, letter in enumerate(path) if letter == "/"}

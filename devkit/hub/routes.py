@@ -41,12 +41,12 @@ class Target:
 
     @property
     def file(self) -> str:
-        """`org/repo/path`, `org/repo`, or the path under the root."""
+        """Return `org/repo/path`, `org/repo`, or the path under the root."""
         return f"{self.repo}/{self.path}".strip("/")
 
 
 def target_of(path: str) -> Target:
-    """What a path asks for. It is matched as it came, still quoted: a revision may hold a quoted slash."""
+    """Return what a path asks for. Match it quoted, because a revision may contain a quoted slash."""
     for route, pattern in _ROUTES:
         if found := pattern.fullmatch(path):
             return Target(route, **{name: unquote(value) for name, value in found.groupdict().items() if value})

@@ -28,7 +28,7 @@ class Blob:
     lfs: bool
 
     def is_current(self) -> bool:
-        """Whether the bytes are still those that were hashed."""
+        """Return whether the bytes are still the hashed ones."""
         try:
             stat = self.source.stat()
         except OSError:
@@ -46,12 +46,12 @@ class Snapshot:
 
 
 def git_oid(content: bytes) -> str:
-    """The id git gives a blob of this content."""
+    """Return git's id of a blob with this content."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
 def lfs_pointer(sha256: str, size_bytes: int) -> bytes:
-    """The text that git holds in place of a large file."""
+    """Return the text that git stores in place of a large file."""
     return f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size_bytes}\n".encode()
 
 
@@ -77,16 +77,16 @@ class Shelf:
         self._written.cleanup()
 
     def repos(self) -> list[str]:
-        """Every `org/repo` that has a folder."""
+        """Return every `org/repo` that has a folder."""
         found = {f"{d.parent.name}/{d.name.partition('@')[0]}" for d in self.root.glob("[!.]*/[!.]*/") if d.is_dir()}
         return sorted(found)
 
     def exists(self, repo: str) -> bool:
-        """Whether any revision of the repo is there."""
+        """Return whether any revision of the repo exists."""
         return repo in self.repos() or any(repo == known for known, _ in self._refs)
 
     def snapshot(self, repo: str, revision: str) -> Snapshot | None:
-        """The commit a branch, a tag or a commit id stands for; ids seen once stay valid, for files that did not change."""
+        """Return the commit of a branch, tag or commit id. Ids seen once stay valid for files that did not change."""
         with self._lock:
             if found := self._refs.get((repo, revision)) or self._scan(repo, revision):
                 return found
@@ -109,12 +109,12 @@ class Shelf:
             return made.commit
 
     def plain(self, path: str) -> Path | None:
-        """A file under the root, or None."""
+        """Return a file under the root, or None."""
         found = (self.root / path).resolve()
         return found if found.is_file() and found.is_relative_to(self.root.resolve()) else None
 
     def blob(self, source: Path) -> Blob:
-        """What the hub says about a file; hashed on the first call."""
+        """Return the hub's description of a file, hashed on the first call."""
         with self._lock:
             stat = source.stat()
             key = (str(source), stat.st_size, stat.st_mtime_ns)

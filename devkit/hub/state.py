@@ -48,22 +48,22 @@ class State(Reading):
 
     @property
     def endpoint(self) -> str:
-        """What HF_ENDPOINT shall be."""
+        """Return the value for HF_ENDPOINT."""
         return f"http://127.0.0.1:{self.ports['hub']}"
 
     @property
     def cdn_endpoint(self) -> str:
-        """The other origin, by another host name."""
+        """Return the other origin, with another host name."""
         return f"http://localhost:{self.ports['cdn']}"
 
     @property
     def requests(self) -> list[Request]:
-        """Every request since the log was last cleared, oldest first, those under way included."""
+        """Return every request since the log was last cleared, oldest first, including running ones."""
         return self.ledger.requests()
 
     @property
     def faults(self) -> list[dict[str, Any]]:
-        """The faults asked for: their fields, and how many requests each has `seen` and `fired` at."""
+        """Return the requested faults: their fields, and how many requests each has `seen` and `fired` at."""
         return self.book.state()
 
     def fault(self, kind: FaultKind, **options: Any) -> int:  # noqa: ANN401 (fields of Fault)
@@ -82,7 +82,7 @@ class State(Reading):
         self.ledger.clear()
 
     def clear_faults(self) -> None:
-        """From now on nothing goes wrong; what is stalled goes on."""
+        """Remove all faults, and continue what is stalled."""
         self.book.clear()
         self.release()
 
@@ -119,7 +119,7 @@ class State(Reading):
         raise NotImplementedError
 
     def reset(self) -> None:
-        """As new: no faults, no log, both origins listening, addresses living as long as at the start."""
+        """Restore the initial state: no faults, no log, both origins listening, addresses valid as long as at the start."""
         for origin in self.ports:
             self.listen(origin)
         self.clear_faults()

@@ -43,7 +43,7 @@ class Xet:
         self._made.cleanup()
 
     def hash_of(self, repo: str, path: str, blob: Blob) -> str | None:
-        """What a file is called there; None when its repo is not on Xet."""
+        """Return a file's name in Xet's storage, or None if its repo is not on Xet."""
         if not any(fnmatchcase(repo, pattern) for pattern in self._repos):
             return None
         name = hashlib.sha256(f"xet {blob.sha256}".encode()).hexdigest()
@@ -52,32 +52,32 @@ class Xet:
         return name
 
     def file(self, name: str) -> str:
-        """`org/repo/path` of a hash that was given out, or the hash."""
+        """Return `org/repo/path` of a hash that was given out, or the hash."""
         return self._files[name][0] if name in self._files else name
 
     def blob(self, name: str) -> Blob:
-        """The file of a hash, or RefusedError 404."""
+        """Return the file of a hash. Raises RefusedError 404."""
         if name not in self._files:
             raise not_found()
         return self._files[name][1]
 
     def token(self) -> str:
-        """A new token for the storage."""
+        """Return a new token for the storage."""
         token = f"xet_{secrets.token_hex(8)}"
         self._tokens.add(token)
         return token
 
     def expire(self) -> None:
-        """Every token given out so far is refused from now on."""
+        """Refuse every token given out so far."""
         self._tokens.clear()
 
     def check_token(self, token: str | None) -> None:
-        """RefusedError 401 for any other token, the hub's own too."""
+        """Raise RefusedError 401 for any other token, also the hub's own."""
         if token not in self._tokens:
             raise RefusedError(401, "Unauthorized")
 
     def piece(self, name: str, number: int) -> Path:
-        """A file with one piece as it is stored, made when it is asked for; RefusedError 404."""
+        """Return a stored file with one piece, created on request. Raises RefusedError 404."""
         blob = self.blob(name)
         path = Path(self._made.name, f"{name}.{number}")
         with self._lock:

@@ -56,7 +56,7 @@ def mirror(release: str, sources: Path = _SOURCES) -> str:
 
 
 def _entries(sources: Path) -> Iterator[tuple[str, list[str]]]:
-    """Each address with its suites, from files of the older format and of the newer."""
+    """Yield each address with its suites, from files of the older and the newer format."""
     for path in [sources / "sources.list", *sorted((sources / "sources.list.d").glob("*"))]:
         text = path.read_text() if path.is_file() else ""
         for line in re.findall(r"^deb\s+(?:\[[^]]*\]\s+)?(\S+)\s+(\S+)", text, re.MULTILINE):

@@ -77,7 +77,7 @@ class ImageBuilder:
         return self.buildah.build(folder, tag, volumes=self.volumes())
 
     def volumes(self) -> list[tuple[Path, str]]:
-        """How this machine reaches its package index, for the build's commands: its settings, certificates and local wheels."""
+        """Return how the build's commands reach the package index: settings, certificates and local wheels."""
         certificates = Path("/etc/ssl/certs")
         return [
             (self._pip_conf, "/etc/pip.conf"),
@@ -88,19 +88,19 @@ class ImageBuilder:
 
 
 def report(layers: list[Layer]) -> list[str]:
-    """The layers as lines for people, the largest parts summed up."""
+    """Yield the layers as lines for people, with the largest parts summed up."""
     lines = [f"{layer.size_bytes / 1e6:9.1f} MB  {shown(layer)}" for layer in layers]
     return [*lines, f"{own_bytes(layers) / 1e6:9.1f} MB  everything but the base and torch"]
 
 
 def shown(layer: Layer) -> str:
-    """The instruction behind a layer, in one line's length."""
+    """Return the instruction of a layer, shortened to one line."""
     text = re.sub(r"^(\|\d+ .*?)?/bin/(ba)?sh -c (#\(nop\) )?", "", layer.made_by)
     return " ".join(text.split())[:100]
 
 
 def own_bytes(layers: list[Layer]) -> int:
-    """What the project adds: all layers but the base (the first) and torch's."""
+    """Return what the project adds: all layers but the base (the first) and torch's."""
     return sum(layer.size_bytes for layer in layers[1:] if "torch==" not in layer.made_by)
 
 

@@ -45,7 +45,7 @@ class Buildah:
 
     @classmethod
     def of(cls, root: Path) -> Buildah:
-        """A storage at `root` with overlay mounts where the kernel has them here, else with copies, which are slow."""
+        """Return a storage at `root`, with overlay mounts if the kernel has them here, otherwise with slow copies."""
         root.mkdir(parents=True, exist_ok=True)
         for driver in ("overlay", "vfs"):
             buildah = cls(root / driver, driver)
@@ -67,7 +67,7 @@ class Buildah:
         return done.stdout.strip()
 
     def command(self, *arguments: str | Path) -> list[str]:
-        """The command line of one of buildah's commands on this storage."""
+        """Return the command line of one of buildah's commands on this storage."""
         storage = ("--root", str(self.root / "storage"), "--runroot", str(self.root / "run"), "--storage-driver", self._driver)
         return ["buildah", *storage, *map(str, arguments)]
 
@@ -92,11 +92,11 @@ class Buildah:
         return self("build", *options, context, timeout_s=timeout_s)
 
     def inspect(self, image: str) -> Any:  # noqa: ANN401 - JSON
-        """What the image says of itself: `OCIv1.config` and the rest."""
+        """Return the image's metadata: `OCIv1.config` and the rest."""
         return json.loads(self("inspect", "--type", "image", image))
 
     def layers(self, image: str) -> list[Layer]:
-        """The image's layers, from the base up."""
+        """Return the image's layers, from the base up."""
         about = self.inspect(image)["OCIv1"]
         commands = [item.get("created_by", "") for item in about["history"] if not item.get("empty_layer")]
         known = json.loads((self.root / "storage" / f"{self._driver}-layers" / "layers.json").read_text())
@@ -111,7 +111,7 @@ class Buildah:
 
     @contextlib.contextmanager
     def container(self, image: str) -> Iterator[str]:
-        """A container of the image, gone afterwards."""
+        """Run a container of the image, and remove it afterwards."""
         name = self("from", "--pull-never", image)
         try:
             yield name
@@ -149,7 +149,7 @@ class Running:
         self.stop()
 
     def log(self) -> str:
-        """What it has printed so far."""
+        """Return its output so far."""
         return self.log_path.read_text("utf-8", "replace")
 
     def processes(self) -> dict[int, str]:
@@ -158,7 +158,7 @@ class Running:
         return {pid: name for pid, name in found.items() if not name.startswith(("buildah", "memfd:buildah", "3"))}
 
     def stop(self) -> int:
-        """SIGTERM to the first process, as a container's end; SIGKILL to all that is left after a while. Returns the status."""
+        """Send SIGTERM to the first process, then SIGKILL to all that is left. Return the status."""
         inside = self.processes()
         if inside and self.process.poll() is None:
             os.kill(next(iter(inside)), signal.SIGTERM)
@@ -173,7 +173,7 @@ class Running:
 
 
 def gone(pids: Sequence[int], timeout_s: float = 10.0) -> bool:
-    """Whether all of these processes end within a while."""
+    """Return whether all of these processes end within a while."""
     deadline = time.monotonic() + timeout_s
     while any(Path(f"/proc/{pid}").exists() for pid in pids):
         if time.monotonic() > deadline:

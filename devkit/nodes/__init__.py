@@ -13,7 +13,7 @@ FLAGS = ("--whitelist-custom-nodes", "fault_nodes.py")
 
 
 def install(base_dir: Path) -> None:
-    """Have the nodes loaded by the ComfyUI that is started on this base directory next."""
+    """Install the nodes for the ComfyUI that starts on this base directory next."""
     folder = base_dir / "custom_nodes"
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(Path(__file__).with_name("fault_nodes.py"), folder)

@@ -20,7 +20,7 @@ class FaultSleep:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict:  # noqa: N802 - ComfyUI's name
-        """The image, how long to take, and a number that keeps the node from being cached."""
+        """Return the image, the duration, and a number that keeps the node from being cached."""
         return {"required": {"image": ("IMAGE",), "seconds": ("FLOAT", {"default": 1.0}), "seed": ("INT", {"default": 0})}}
 
     def run(self, image: torch.Tensor, seconds: float, seed: int) -> tuple[torch.Tensor]:
@@ -42,13 +42,13 @@ class FaultDie:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict:  # noqa: N802 - ComfyUI's name
-        """The image, the signal, and a number that keeps the node from being cached."""
+        """Return the image, the signal, and a number that keeps the node from being cached."""
         return {
             "required": {"image": ("IMAGE",), "signal": ("INT", {"default": 9, "min": -1}), "seed": ("INT", {"default": 0})}
         }
 
     def run(self, image: torch.Tensor, signal: int, seed: int) -> tuple[torch.Tensor]:
-        """Die of the signal; never returns."""
+        """Die of the signal. Never returns."""
         del seed
         if signal < 0:
             raise torch.OutOfMemoryError("Allocation on device 0 would exceed allowed memory.")
@@ -68,7 +68,7 @@ class FaultFile:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict:  # noqa: N802 - ComfyUI's name
-        """The key of the history, the file's name and size."""
+        """Return the key of the history, the file's name and size."""
         return {
             "required": {
                 "key": ("STRING", {"default": "gifs"}),
@@ -78,7 +78,7 @@ class FaultFile:
         }
 
     def run(self, key: str, filename: str, size_bytes: int) -> dict:
-        """A sparse file: it costs no disk and is read like any other."""
+        """Write a sparse file: it costs no disk and is read like any other."""
         path = os.path.join(folder_paths.get_output_directory(), filename)
         with open(path, "wb") as file:
             file.truncate(size_bytes)
@@ -94,11 +94,11 @@ class FaultGpu:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict:  # noqa: N802 - ComfyUI's name
-        """The image."""
+        """Return the image."""
         return {"required": {"image": ("IMAGE",)}}
 
     def run(self, image: torch.Tensor) -> tuple[torch.Tensor]:
-        """Never returns: waiting for the kernel raises."""
+        """Break the GPU's context. Never returns: waiting for the kernel raises."""
         values = torch.zeros(1, device="cuda")
         beside = torch.tensor([1 << 20], device="cuda")
         print(values[beside])

@@ -72,25 +72,25 @@ class Account:
             machine.close()
 
     def volume_folder(self, volume_id: str) -> Path:
-        """Where a volume's files are."""
+        """Return the folder of a volume's files."""
         return self.folder / "volumes" / volume_id
 
     # --- what is asked
 
     def shown(self, kind: str) -> Thing:
-        """A list."""
+        """Return a list as the API shows it."""
         with self.lock:
             return {LISTS[kind]: list(self.things[kind].values())}
 
     def one(self, kind: str, thing_id: str) -> Thing:
-        """One of a kind."""
+        """Return one of a kind."""
         with self.lock:
             if thing_id not in self.things[kind]:
                 raise Refused(404, "resource not found")
             return self.things[kind][thing_id]
 
     def workers(self, endpoint_id: str) -> Thing:
-        """An endpoint's workers."""
+        """Return an endpoint's workers."""
         endpoint = self.one("serverless", endpoint_id)
         running = self.endpoints[endpoint_id].running
         worker = {
@@ -253,7 +253,7 @@ class Account:
             shutil.rmtree(self.volume_folder(thing_id))
 
     def billed(self) -> dict[str, int]:
-        """What costs money now, and the endpoints, which do not by themselves."""
+        """Return what costs money now, and the endpoints, which cost nothing by themselves."""
         with self.lock:
             return {
                 "volumes": len(self.things["network-volumes"]),

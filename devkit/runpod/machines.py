@@ -48,12 +48,12 @@ class EndpointMachines:
 
     @property
     def running(self) -> int:
-        """How many workers there are."""
+        """Return how many workers there are."""
         return int(self._worker is not None)
 
     @property
     def log(self) -> str:
-        """What the newest worker has printed."""
+        """Return the newest worker's output."""
         worker = self._worker
         return worker.log() if worker else ""
 
@@ -141,19 +141,19 @@ class PodMachine:
         self._thread.join(_END_TIMEOUT_S)
 
     def lines(self, start: int) -> list[tuple[int, str]]:
-        """The lines of its log from a number on, each with its number; a line that is not whole yet is none."""
+        """Return the complete lines of its log from a number on, each with its number."""
         text = self.log_path.read_text("utf-8", "replace")
         whole = text[: text.rfind("\n") + 1].splitlines()
         return list(enumerate(whole))[start:]
 
 
 def now() -> str:
-    """The time as the API writes it."""
+    """Return the time as the API writes it."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def no_value() -> dict[str, Any]:
-    """A Pod's fields that say nothing here."""
+    """Return a Pod's fields that mean nothing here."""
     return {
         "actions": [],
         "ports": [],

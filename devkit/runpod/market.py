@@ -42,12 +42,12 @@ class Market:
 
     @property
     def centres(self) -> dict[str, list[str]]:
-        """The data centres, and which kinds of volumes each has."""
+        """Return the data centres, and the kinds of volumes that each has."""
         return {name: types for name, _, _, types in _CENTRES}
 
     @property
     def pools(self) -> dict[str, list[str]]:
-        """The GPU types of each pool."""
+        """Return the GPU types of each pool."""
         found: dict[str, list[str]] = {}
         for gpu_id, _, pool, *_ in _GPUS:
             if pool:
@@ -56,15 +56,15 @@ class Market:
 
     @property
     def cpus(self) -> set[str]:
-        """The CPU flavours."""
+        """Return the CPU flavours."""
         return {flavour for flavour, *_ in _CPUS}
 
     def level(self, centre: str, what: str | None) -> str:
-        """How much of a pool or CPU is free in a data centre."""
+        """Return how much of a pool or CPU is free in a data centre."""
         return self.stock.get((centre, what or ""), self.stock.get((centre, "*"), "HIGH"))
 
     def gpus_shown(self, *, available: bool) -> list[dict[str, Any]]:
-        """`GET catalog/gpus`."""
+        """Return the answer of `GET catalog/gpus`."""
         shown = []
         for gpu_id, name, pool, memory, pod_price, price in _GPUS:
             gpu: dict[str, Any] = {
@@ -88,7 +88,7 @@ class Market:
         return shown
 
     def cpus_shown(self) -> list[dict[str, Any]]:
-        """`GET catalog/cpus`."""
+        """Return the answer of `GET catalog/cpus`."""
         return [
             {
                 "id": flavour,
@@ -102,7 +102,7 @@ class Market:
         ]
 
     def centres_shown(self, include: str) -> list[dict[str, Any]]:
-        """`GET catalog/datacenters`."""
+        """Return the answer of `GET catalog/datacenters`."""
         shown = []
         for centre, title, region, types in _CENTRES:
             found: dict[str, Any] = {

@@ -94,7 +94,7 @@ class RunPodStandIn:
         self._server.close()
 
     def environ(self) -> dict[str, str]:
-        """What the environment of a command of the account is to have."""
+        """Return the environment for a command of the account."""
         return {
             "RUNPOD_API_KEY": KEY,
             "RUNPOD_API_BASE_URL": self.url,
@@ -104,16 +104,16 @@ class RunPodStandIn:
 
     @property
     def calls(self) -> list[Call]:
-        """Every request that has ended, in that order."""
+        """Return every finished request, in order."""
         with self._lock:
             return list(self._calls)
 
     def operations(self, *, changing: bool = True) -> list[str]:
-        """The operations that were carried out; with `changing` only those that may change something."""
+        """Return the operations that were carried out; with `changing` only those that may change something."""
         return [call.operation for call in self.calls if call.done and not (changing and call.operation.startswith("GET"))]
 
     def billed(self) -> dict[str, int]:
-        """What is there, see `Account.billed`."""
+        """Return what exists, see `Account.billed`."""
         return self.account.billed()
 
     def fault(
@@ -127,7 +127,7 @@ class RunPodStandIn:
             self._faults.append(_Fault(operation, status, times, after, done, detail or f"status {status} on purpose"))
 
     def clear_faults(self) -> None:
-        """From now on nothing goes wrong."""
+        """Remove all faults."""
         with self._lock:
             self._faults = []
 
@@ -220,7 +220,7 @@ class RunPodStandIn:
         return web.Response(status=status, text=json.dumps(answer), content_type=kind, headers=headers)
 
     def _authorise(self, request: web.Request) -> None:
-        """The account's key may do anything; a Pod's key, only look at and end its own Pod."""
+        """Allow the account's key everything. Allow a Pod's key only to show and end its own Pod."""
         key = request.headers.get("Authorization", "").removeprefix("Bearer ").strip()
         if key == KEY:
             return
@@ -241,7 +241,7 @@ class RunPodStandIn:
         return None
 
     async def _logs(self, request: web.Request) -> web.StreamResponse:
-        """A Pod's log as server-sent events, each with its line's number as its id."""
+        """Send a Pod's log as server-sent events, each with its line's number as its id."""
         pod = self.account.pods.get(request.match_info["id"])
         if request.headers.get("Authorization") != f"Bearer {KEY}":
             return _problem(401, "invalid API key")

@@ -70,7 +70,7 @@ class _Gone(Exception):  # noqa: N818 - never leaves this module
 
 
 def operation_of(method: str, path: str, query: dict[str, list[str]]) -> str:
-    """The S3 operation that a request is."""
+    """Return the S3 operation of a request."""
     has_key = bool(path.strip("/").partition("/")[2])
     marked = next((mark for mark in ("uploads", "uploadId", "partNumber", "delete") if mark in query), "")
     if method == "PUT" and "partNumber" in query:
@@ -141,25 +141,25 @@ class RunPodProxy:
             self._changed.wait_for(lambda: not self._holding, _WAIT_S)
 
     def clear_faults(self) -> None:
-        """From now on nothing goes wrong; what is held goes on."""
+        """Remove all faults, and continue what is held."""
         with self._changed:
             self._faults = []
         self.release()
 
     def reset(self) -> None:
-        """No faults, no calls."""
+        """Remove all faults and calls."""
         self.release()
         with self._changed:
             self._faults, self._calls = [], []
 
     @property
     def calls(self) -> list[Call]:
-        """Every call that has ended, in that order."""
+        """Return every finished call, in order."""
         with self._changed:
             return list(self._calls)
 
     def count(self, operation: str, *, answered: bool = True) -> int:
-        """How many calls of an operation there were; with `answered` only those that the server did."""
+        """Return how many calls of an operation there were; with `answered` only those that the server carried out."""
         return sum(call.operation == operation and (not answered or 200 <= call.status < 300) for call in self.calls)  # noqa: PLR2004 - success
 
     def wait_for(self, operation: str, count: int, timeout_s: float = 60.0) -> None:
@@ -219,7 +219,7 @@ class _Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Clients that go away are what is tested here."""
+        """Ignore clients that disconnect, because that is tested here."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -234,7 +234,7 @@ class _Handler(BaseHTTPRequestHandler):
         return True
 
     def log_message(self, *_: object) -> None:
-        """The calls are recorded."""
+        """Do nothing: the calls are recorded."""
 
     def _handle(self) -> None:
         proxy = cast("_Server", self.server).proxy

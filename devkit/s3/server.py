@@ -56,13 +56,13 @@ class S3Server:
 
     @property
     def pid(self) -> int:
-        """The server's process."""
+        """Return the server's process id."""
         if self._process is None:
             raise RuntimeError("the server was not started")
         return self._process.pid
 
     def make_client(self, endpoint_url: str | None = None) -> Any:  # noqa: ANN401 - boto3 makes its classes at run time
-        """A boto3 client of this server, or of what stands before it at `endpoint_url`."""
+        """Return a boto3 client of this server, or of the proxy before it at `endpoint_url`."""
         return boto3.client(
             "s3",
             endpoint_url=endpoint_url or self.endpoint_url,

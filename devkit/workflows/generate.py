@@ -104,25 +104,25 @@ def draw(graph: Graph, loaded: Loaded, prefix: str, *, prompt: str = PROMPT, sta
 
 
 def text_to_image() -> Graph:
-    """The usual one: UNET, text encoder and VAE in files of their own."""
+    """Return the usual graph: UNET, text encoder and VAE in their own files."""
     graph = Graph()
     return draw(graph, separate_files(graph), "text_to_image")
 
 
 def text_to_image_subfolder() -> Graph:
-    """A model whose name has folders in it, and a VAE that is two files under one name."""
+    """Return a graph with a model name that contains folders, and a VAE that is two files under one name."""
     graph = Graph()
     return draw(graph, separate_files(graph, unet="sub/dir/tiny_sd3_b.safetensors", vae="taesd3"), "text_to_image_subfolder")
 
 
 def text_to_image_clip_fp8() -> Graph:
-    """A text encoder in 8 bits; its 124 MB are in the large set of weights only."""
+    """Return a graph with a text encoder in 8 bits. Its 124 MB are only in the large set of weights."""
     graph = Graph()
     return draw(graph, separate_files(graph, clip="clip_l_fp8_full.safetensors"), "text_to_image_clip_fp8")
 
 
 def text_to_image_lora() -> Graph:
-    """A LoRA between the loaders and the sampler."""
+    """Return a graph with a LoRA between the loaders and the sampler."""
     graph = Graph()
     base = separate_files(graph, vae="taesd3")
     lora = graph.add(
@@ -137,19 +137,19 @@ def text_to_image_lora() -> Graph:
 
 
 def text_to_image_embedding() -> Graph:
-    """An embedding, which only the prompt names."""
+    """Return a graph with an embedding that only the prompt names."""
     graph = Graph()
     return draw(graph, separate_files(graph, vae="taesd3"), "text_to_image_embedding", prompt="a embedding:tinyemb fox")
 
 
 def text_to_image_checkpoint() -> Graph:
-    """All the parts from one file."""
+    """Return a graph with all parts from one file."""
     graph = Graph()
     return draw(graph, checkpoint(graph), "text_to_image_checkpoint")
 
 
 def text_to_image_checkpoint_clip() -> Graph:
-    """A checkpoint that lacks the text encoder, which comes from a file of its own."""
+    """Return a graph with a checkpoint without text encoder, which comes from its own file."""
     graph = Graph()
     base = checkpoint(graph, "tiny_sd3_noclip.safetensors")
     clip = graph.add("CLIPLoader", clip_name="tiny_clip_l.pt", type="sd3")
@@ -157,7 +157,7 @@ def text_to_image_checkpoint_clip() -> Graph:
 
 
 def image_to_image() -> Graph:
-    """A picture of the client's, drawn over."""
+    """Return a graph that draws over a client's picture."""
     graph = Graph()
     loaded = separate_files(graph)
     picture = graph.add("LoadImage", image=PICTURE)
@@ -166,7 +166,7 @@ def image_to_image() -> Graph:
 
 
 def text_to_video() -> Graph:
-    """Nine frames of a video model, saved as mp4."""
+    """Return a graph with nine frames of a video model, saved as mp4."""
     graph = Graph()
     unet = graph.add("UNETLoader", unet_name="tiny_hunyuanvideo.safetensors", weight_dtype="default")
     clip = graph.add("CLIPLoader", clip_name="tiny_clip_l.pt", type="stable_diffusion")
@@ -194,7 +194,7 @@ def text_to_video() -> Graph:
 
 
 def empty_image() -> Graph:
-    """A red picture: no weights, next to no work. What a job costs besides its work is measured with it."""
+    """Return a graph with a red picture: no weights, hardly any work. It measures the overhead of a job."""
     graph = Graph()
     picture = graph.add("EmptyImage", width=64, height=64, batch_size=1, color=0xFF0000)
     graph.add("SaveImage", images=picture[0], filename_prefix="empty_image")
@@ -202,7 +202,7 @@ def empty_image() -> Graph:
 
 
 def scale_image() -> Graph:
-    """A picture of the client's, scaled, saved in a subfolder."""
+    """Return a graph that scales a client's picture, saved in a subfolder."""
     graph = Graph()
     picture = graph.add("LoadImage", image=PICTURE)
     scaled = graph.add("ImageScale", image=picture[0], upscale_method="bicubic", width=96, height=48, crop="disabled")
@@ -211,7 +211,7 @@ def scale_image() -> Graph:
 
 
 def upscale(model: str, prefix: str) -> Graph:
-    """A picture of the client's, enlarged by a network."""
+    """Return a graph that enlarges a client's picture with a network."""
     graph = Graph()
     picture = graph.add("LoadImage", image=PICTURE)
     upscaler = graph.add("UpscaleModelLoader", model_name=model)
@@ -221,17 +221,17 @@ def upscale(model: str, prefix: str) -> Graph:
 
 
 def upscale_compact() -> Graph:
-    """Twice the size, with the compact network."""
+    """Return a graph that doubles the size with the compact network."""
     return upscale("tiny_compact_x2.safetensors", "upscale_compact")
 
 
 def upscale_esrgan() -> Graph:
-    """Four times the size, with ESRGAN."""
+    """Return a graph that enlarges four times with ESRGAN."""
     return upscale("tiny_esrgan_x4.safetensors", "upscale_esrgan")
 
 
 def decode_taesd() -> Graph:
-    """Two files behind a name that neither of them has: `taesd` means its encoder and its decoder in vae_approx."""
+    """Return a graph that loads two files by another name: `taesd` means its encoder and decoder in vae_approx."""
     graph = Graph()
     empty = graph.add("EmptyLatentImage", width=128, height=128, batch_size=1)
     vae = graph.add("VAELoader", vae_name="taesd")
@@ -241,7 +241,7 @@ def decode_taesd() -> Graph:
 
 
 def vae_round_trip() -> Graph:
-    """A picture of the client's, encoded and decoded."""
+    """Return a graph that encodes and decodes a client's picture."""
     graph = Graph()
     picture = graph.add("LoadImage", image=PICTURE)
     vae = graph.add("VAELoader", vae_name="tiny_taesd3_vae.safetensors")
@@ -252,7 +252,7 @@ def vae_round_trip() -> Graph:
 
 
 def frames(graph: Graph) -> Link:
-    """Eight frames in four colours, for everything that moves."""
+    """Return eight frames in four colours, for everything that moves."""
     pairs = [
         graph.add("EmptyImage", width=64, height=64, batch_size=2, color=color)
         for color in (0x0000FF, 0x3D09FF, 0x7A13FF, 0xB71CFF)
@@ -263,7 +263,7 @@ def frames(graph: Graph) -> Link:
 
 
 def animated_webp() -> Graph:
-    """An animation that ComfyUI's history lists among the images."""
+    """Return a graph with an animation that ComfyUI's history lists among the images."""
     graph = Graph()
     graph.add(
         "SaveAnimatedWEBP",
@@ -278,14 +278,14 @@ def animated_webp() -> Graph:
 
 
 def animated_png() -> Graph:
-    """The same as PNG."""
+    """Return the same as PNG."""
     graph = Graph()
     graph.add("SaveAnimatedPNG", images=frames(graph), filename_prefix="animated_png", fps=6.0, compress_level=4)
     return graph
 
 
 def video_mp4() -> Graph:
-    """A silent video."""
+    """Return a graph with a silent video."""
     graph = Graph()
     video = graph.add("CreateVideo", images=frames(graph), fps=8.0)
     graph.add("SaveVideo", video=video[0], filename_prefix="video/silent", format="auto", codec="auto")
@@ -293,7 +293,7 @@ def video_mp4() -> Graph:
 
 
 def video_with_audio() -> Graph:
-    """A video with a sound track."""
+    """Return a graph with a video with a sound track."""
     graph = Graph()
     sound = silence(graph, duration=1.0)
     video = graph.add("CreateVideo", images=frames(graph), audio=sound, fps=8.0)
@@ -302,7 +302,7 @@ def video_with_audio() -> Graph:
 
 
 def video_webm() -> Graph:
-    """A video in the other container."""
+    """Return a graph with a video in the other container."""
     graph = Graph()
     graph.add("SaveWEBM", images=frames(graph), filename_prefix="video_webm", codec="vp9", fps=8.0, crf=32.0)
     return graph
@@ -314,28 +314,28 @@ def silence(graph: Graph, duration: float = 2.0) -> Link:
 
 
 def audio_flac() -> Graph:
-    """Sound, lossless."""
+    """Return a graph with lossless sound."""
     graph = Graph()
     graph.add("SaveAudio", audio=silence(graph), filename_prefix="audio/lossless")
     return graph
 
 
 def audio_mp3() -> Graph:
-    """Sound as mp3."""
+    """Return a graph with sound as mp3."""
     graph = Graph()
     graph.add("SaveAudioMP3", audio=silence(graph), filename_prefix="audio/mp3", quality="V0")
     return graph
 
 
 def audio_opus() -> Graph:
-    """Sound as opus."""
+    """Return a graph with sound as opus."""
     graph = Graph()
     graph.add("SaveAudioOpus", audio=silence(graph), filename_prefix="audio/opus", quality="128k")
     return graph
 
 
 def preview_text() -> Graph:
-    """A result that is a text and no file."""
+    """Return a graph whose result is a text and no file."""
     graph = Graph()
     picture = graph.add("EmptyImage", width=8, height=8, batch_size=1, color=0)
     size = graph.add("GetImageSize", image=picture[0])
@@ -344,7 +344,7 @@ def preview_text() -> Graph:
 
 
 def preview_image() -> Graph:
-    """Pictures of type `temp`, as a preview node leaves them."""
+    """Return a graph with pictures of type `temp`, as preview nodes create them."""
     graph = Graph()
     pictures = graph.add("EmptyImage", width=8, height=8, batch_size=2, color=0)
     graph.add("PreviewImage", images=pictures[0])
@@ -352,7 +352,7 @@ def preview_image() -> Graph:
 
 
 def save_latent() -> Graph:
-    """A file that is neither picture nor video nor sound."""
+    """Return a graph with a file that is neither picture nor video nor sound."""
     graph = Graph()
     latent = graph.add("EmptyLatentImage", width=64, height=64, batch_size=1)
     graph.add("SaveLatent", samples=latent[0], filename_prefix="latents/empty")
