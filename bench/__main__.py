@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 HERE: Final = Path(__file__).parent
-PARTS: Final = frozenset({"__init__", "__main__", "bare", "fleet_part", "report"})
+PARTS: Final = frozenset({"__init__", "__main__", "bare", "evict_part", "fleet_part", "report"})
 """What is not a benchmark here."""
 
 _TIMEOUT_S: Final = 3600.0

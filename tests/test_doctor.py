@@ -662,3 +662,31 @@ def no_child_is_left() -> Iterator[None]:
     children = mine.read_text().split() if mine.exists() else []  # a kernel can be built without
     left = [pid for pid in children if b"worker.doctor." in Path(f"/proc/{pid}/cmdline").read_bytes()]
     assert left == []
+
+
+# --- making room --------------------------------------------------------------------------------
+
+
+def sealed_with_a_source(patient: Patient, name: str, size: int) -> None:
+    path = patient.put(f"models/loras/{name}", b"\x01" * size)
+    seal = Seal(size=size, mtime=whole_mtime(path.stat()), sha256="ab" * 32, repo="org/repo", file=name)
+    write_seal(patient.layout.seal("loras", name), seal)
+    os.utime(patient.layout.seal("loras", name), (1, 1))
+
+
+def test_what_would_be_removed_next_is_told_where_models_are_removed(patient: Patient) -> None:
+    sealed_with_a_source(patient, "a.bin", 1000)
+    sealed_with_a_source(patient, "b.bin", 2000)
+    assert patient.look("room") == []
+    fits, kept = patient.look("room", VOLUME_KEEP_GB="1", MODELS="loras=hf://org/repo/b.bin")
+    assert "3.0 kB taken by models, of 1.0 GB" in fits.message
+    assert "next to go: loras/a.bin (1.0 kB, used" in fits.message
+    assert kept.paths == ("loras/b.bin: a manifest names it",)
+    assert "to remove: loras/b.bin" in patient.only("room", VOLUME_KEEP_GB="0.000001").message
+
+
+def test_a_manifest_that_keeps_everything_is_a_problem(patient: Patient) -> None:
+    patient.put("models.toml", b"[[")
+    sealed_with_a_source(patient, "a.bin", 1000)
+    found = patient.only("room", VOLUME_KEEP_GB="1")
+    assert (found.severity, "No model is removed" in found.message) == (Severity.PROBLEM, True)

@@ -560,6 +560,28 @@ def test_a_worker_that_is_killed_in_the_middle_loses_nothing_of_anybodys(site: S
     assert not list(site.layout.removing.rglob("*"))
 
 
+def test_what_a_killed_worker_left_aside_does_not_come_back_without_its_seal(site: Site) -> None:
+    site.fetch(0, 1)
+    child = os.fork()
+    if child == 0:
+        try:
+            site.room(hooks=Meanwhile("moved", lambda: os.kill(os.getpid(), signal.SIGKILL))).make(1, site.never)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    (gone,) = {0, 1} - site.there()
+    site.fetch(gone)  # another worker wants it meanwhile, and it is removed once more
+    room, until_s = site.room(), time.monotonic() + 60
+    while site.there() and time.monotonic() < until_s:
+        room.make(10 * SIZE, site.never)
+    for removal in site.layout.removing.glob("*"):
+        os.utime(removal, (1, 1))
+    room.make(1, site.never)
+
+    assert site.there() == set()
+    assert not list(site.layout.removing.rglob("*"))
+
+
 def full(*_: object, **__: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -568,7 +590,7 @@ def test_a_volume_that_takes_not_one_byte_is_freed(site: Site) -> None:
     site.fetch(0)
     site.room().begin()
     with (
-        mock.patch("worker.store.disk.write_at", full),
+        mock.patch("worker.base.files.write_at", full),
         mock.patch("filelock._soft_rw._sync._atomic_write_bytes", full, create=True),
     ):
         assert site.room().make(1, site.never) == SIZE

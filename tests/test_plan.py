@@ -515,3 +515,16 @@ def test_a_workflow_may_be_its_json_wrapped_or_in_a_file_of_the_request(planner:
     (problem,) = planner.report({"input": broken})["problems"]
     assert problem["code"] == "no_workflow_in_file"
     assert "line 2 column 1" in str(problem)
+
+
+def test_what_makes_room_for_a_workflow_is_told(planner: Planner) -> None:
+    path = planner.put("models/loras/old.safetensors")
+    layout = Layout(planner.volume)
+    size = path.stat().st_size
+    seal = Seal(size=size, mtime=whole_mtime(path.stat()), sha256="ab" * 32, repo="org/open", file="old.safetensors")
+    write_seal(layout.seal("loras", "old.safetensors"), seal)
+    os.utime(layout.seal("loras", "old.safetensors"), (1, 1))
+    report = planner.report(lora("a.safetensors"), VOLUME_KEEP_GB=str(size / 1e9), **MODELS)
+    assert report["can_run"]
+    assert "to remove: loras/old.safetensors" in report["notes"][0]
+    assert path.exists()

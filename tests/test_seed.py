@@ -27,6 +27,7 @@ from worker.spec import HubFile, ModelSpec
 from worker.store.layout import Layout
 from worker.store.seals import read_seal
 from worker.store.store import Store
+from worker.store.tombstones import tombstone_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -721,3 +722,70 @@ def test_a_worker_on_another_host_finds_a_seeded_volume_ready(seeder: Seeder, mo
     assert store.ensure(spec, lambda moment: phases.append(moment.phase)).how == "ready"
     assert phases == []  # neither downloaded nor hashed
     assert seeder.stand_in.requests == []
+
+
+# --- making room --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def aged(seeder: Seeder) -> Seeder:
+    """Two models that nobody has used for long, on a volume whose workers know that models may go."""
+    seeded(seeder)
+    for folder, name in (("loras", "a.safetensors"), ("vae", "b.safetensors")):
+        os.utime(seeder.layout.seal(folder, name), (1, 1))
+    seeder.layout.leases.mkdir()
+    seeder.layout.leases_began.touch()
+    os.utime(seeder.layout.leases_began, (1, 1))
+    return seeder
+
+
+def test_the_list_shows_what_would_be_removed_first_and_what_stays(aged: Seeder) -> None:
+    aged.layout.manifest.write_text(MANIFEST)
+    _, [listed] = aged.events("--list")
+    assert [(model["model"], model["removed_as"], model["kept"]) for model in listed["models"]] == [
+        ("loras/a.safetensors", None, "a manifest names it"),
+        ("vae/b.safetensors", 1, None),
+    ]
+    said = aged.run("--list")[1]
+    assert "stays: a manifest names it" in said
+    assert "number 1, used" in said
+
+
+def test_pruning_what_is_used_least_stops_where_the_rest_fits(aged: Seeder) -> None:
+    sizes = {path: (aged.layout.models / path).stat().st_size for path in aged.models}
+    code, said = aged.run("--prune", "--least-used", "--keep-gb", str(max(sizes.values()) / 1e9), "--yes")
+    assert code == 0
+    assert len(aged.models) == 1
+    assert "removed" in said
+    assert tombstone_of(aged.layout, *next(iter(set(sizes) - set(aged.models))).split("/"))
+
+
+def test_pruning_says_what_cannot_be_removed(aged: Seeder) -> None:
+    aged.layout.manifest.write_text(MANIFEST)
+    code, said = aged.run("--prune", "--least-used", "--keep-gb", "0", "--yes")
+    assert code == 1
+    assert aged.models == ["loras/a.safetensors"]
+    assert "nothing else may be removed" in said
+
+
+def test_seeding_makes_room_for_what_comes(aged: Seeder) -> None:
+    size = sum((aged.layout.models / path).stat().st_size for path in aged.models)
+    assert aged.run("loras/c.safetensors=hf://org/open/deep/c.safetensors", "--keep-gb", str(size / 1e9))[0] == 0
+    assert "loras/c.safetensors" in aged.models
+    assert len(aged.models) == 2
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--least-used"],
+        ["--prune", "--least-used"],
+        ["--prune", "--keep-gb", "1"],
+        ["--prune", "--least-used", "--keep-gb", "1", "models.toml"],
+        ["--verify", "--keep-gb", "1"],
+        ["--keep-gb", "-1"],
+        ["--keep-gb", "1", "--s3", "V", "--datacenter", "EU-RO-1"],
+    ],
+)
+def test_options_of_making_room_that_make_no_sense(seeder: Seeder, argv: list[str]) -> None:
+    assert seeder.run(*argv)[0] == 2

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 from worker.doctor.child import Child
 from worker.doctor.download_checks import downloads
 from worker.doctor.findings import Deadlines, Finding, FolderCount, Severity, Subject, problem
-from worker.doctor.list_checks import custom_nodes, host_cache, manifests
+from worker.doctor.list_checks import custom_nodes, host_cache, manifests, room
 from worker.doctor.model_checks import misplaced, models, seals
 from worker.doctor.volume_checks import locks, silence, space, where, writable
 from worker.store.pod_links import layout_at
@@ -48,6 +48,7 @@ class Probe:
         layout, subject = layout_at(self.root), self.subject
         return {
             "space": partial(space, layout),
+            "room": partial(room, layout, subject),
             "writable": partial(writable, layout),
             "locks": partial(locks, layout),
             "models": partial(models, layout, counted=self.folders.extend),

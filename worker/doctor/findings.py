@@ -60,6 +60,8 @@ class Subject:
     manifest: str | None
     models: str | None
     require_volume: bool
+    keep_gb: float | None = None
+    free_gb: float | None = None
     deadlines: Deadlines = field(default_factory=Deadlines)
 
     @classmethod
@@ -67,7 +69,8 @@ class Subject:
         """Return the subject of these settings."""
         comfyui_models = str(settings.base_dir / "models")
         manifest, models = settings.models_manifest, settings.models
-        return cls(str(settings.volume_path), comfyui_models, manifest, models, settings.require_volume, deadlines)
+        limits = settings.volume_keep_gb, settings.volume_free_gb
+        return cls(str(settings.volume_path), comfyui_models, manifest, models, settings.require_volume, *limits, deadlines)
 
 
 def ok(message: str) -> Finding:

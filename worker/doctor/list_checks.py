@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from worker.base.text import count
-from worker.doctor.findings import ok, problem, some
+from worker.base.text import count, size_text
+from worker.doctor.findings import Severity, listing, note, ok, problem, some
 from worker.doctor.volume_checks import entries, names_in
 from worker.engine.custom_nodes import read_failures
 from worker.errors import ManifestInvalid
 from worker.models.sources import Sources
+from worker.pins import read_pins
+from worker.store.eviction import Limits, outlook, survey
+from worker.store.leases import LeaseTiming
 from worker.store.seals import stat_file
 
 if TYPE_CHECKING:
@@ -66,3 +69,25 @@ def custom_nodes(layout: Layout) -> Iterator[Finding]:
         yield problem(f"{text} requirements.txt, or remove it.", [folder / failed.name])
     if folder.is_dir() and not failures:
         yield ok(f"{count(names_in(folder), 'custom node')} on the volume, none known to fail")
+
+
+def room(layout: Layout, subject: Subject) -> Iterator[Finding]:
+    """Yield what would be removed next to make room, and what stays and why. Nothing where no worker removes models."""
+    limits = Limits.of_gb(subject.keep_gb, subject.free_gb)
+    if not limits and not layout.leases_began.exists():
+        return
+    sources = Sources.gather(volume_manifest=layout.manifest, manifest=subject.manifest, models=subject.models)
+    pins = read_pins(layout.root, sources)
+    found = survey(layout, pins, LeaseTiming())
+    taken = f"{size_text(found.used_bytes)} taken by models"
+    taken += f", of {size_text(limits.keep_bytes)} that VOLUME_KEEP_GB allows" if limits.keep_bytes is not None else ""
+    if pins.trouble:
+        yield problem(f"{taken}. No model is removed while this is so: {pins.trouble}")
+    elif not limits:
+        yield note(f"{taken}. This endpoint removes nothing, another one on the volume does; {outlook(found, limits)}")
+    else:
+        over = found.excess(limits)
+        yield (note if over > 0 else ok)(f"{taken}; {outlook(found, limits)}")
+    stays = [f"{one.title}: {one.kept}" for one in found.contents if one.kept]
+    if stays and not pins.trouble:
+        yield listing(Severity.OK, f"{count(stays, 'model')} kept", stays)

@@ -12,10 +12,14 @@ from worker.base.files import free_bytes
 from worker.base.text import forms, size_text
 from worker.base.volume import is_volume
 from worker.errors import VolumeFull, VolumeMissing, VolumeReadOnly, no_volume
+from worker.models.sources import Sources
+from worker.pins import read_pins
 from worker.plan.items import Item, State
 from worker.store.byte_ranges import Ranges
+from worker.store.eviction import Limits, outlook, survey
 from worker.store.inventory import Standing, look
 from worker.store.layout import Layout
+from worker.store.leases import LeaseTiming
 from worker.store.pod_links import layout_at
 from worker.store.seals import stat_file
 from worker.store.store import cached_file
@@ -117,6 +121,9 @@ def with_space(plan: Plan, settings: Settings, places: Places) -> Plan:
     volume = places.volume.root
     plan = replace(plan, target=volume, free_bytes=free_bytes(volume) if is_volume(volume) else None)
     problem = _no_space(plan, volume) if is_volume(volume) else VolumeMissing(volume)
+    limits = Limits.of_gb(settings.volume_keep_gb, settings.volume_free_gb)
+    if plan.to_fetch and limits and isinstance(problem, VolumeFull | None):
+        plan, problem = _with_removals(plan, problem, limits, settings, places)
     if problem is None:
         return plan
     if not plan.to_fetch:
@@ -129,6 +136,21 @@ def with_space(plan: Plan, settings: Settings, places: Places) -> Plan:
         return replace(plan, problems=(*plan.problems, problem if isinstance(problem, VolumeFull) else too_full))
     note = f"{_reason(problem)}: what is fetched goes to this container's disk, and is gone with it."
     return replace(there, notes=(*plan.notes, note))
+
+
+def _with_removals(
+    plan: Plan, problem: VolumeFull | None, limits: Limits, settings: Settings, places: Places
+) -> tuple[Plan, VolumeFull | None]:
+    """Return the plan with what the worker would remove for its files, and the problem if that is not enough."""
+    sources = Sources.gather(volume_manifest=places.volume.manifest, manifest=settings.models_manifest, models=settings.models)
+    found = survey(places.volume, read_pins(places.volume.root, sources), LeaseTiming())
+    short = plan.fetch_bytes - plan.free_bytes if plan.free_bytes is not None else 0
+    limits = replace(limits, free_bytes=max(limits.free_bytes or 0, 0) if short > 0 else limits.free_bytes)
+    if found.excess(limits, plan.fetch_bytes) <= 0:
+        return plan, problem
+    note = f"The volume makes room for these models; {outlook(found, limits, plan.fetch_bytes)}."
+    enough = sum(one.size_bytes for one in found.removable) >= short
+    return replace(plan, notes=(*plan.notes, note)), None if enough else problem
 
 
 def _no_space(plan: Plan, place: Path) -> VolumeReadOnly | VolumeFull | None:

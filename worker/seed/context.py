@@ -18,6 +18,7 @@ from worker.fetch.hub import Hub, credentials
 from worker.fetch.ranges import Tuning
 from worker.models.lists import SpecList
 from worker.models.sources import Sources
+from worker.pins import read_pins
 from worker.seed.errors import S3Unreachable, SeedUsage
 from worker.seed.fill import MountedFiller, S3Filler
 from worker.seed.options import keys_from
@@ -27,7 +28,10 @@ from worker.seed.s3_volume import S3Volume
 from worker.seed.screen import Bars, JsonLines, Lines
 from worker.seed.selection import Selection
 from worker.seed.volumes import MountedVolume
+from worker.store.eviction import Limits, survey
+from worker.store.leases import LeaseTiming
 from worker.store.pod_links import layout_at
+from worker.store.room import Room, asks
 from worker.store.store import Store
 
 if TYPE_CHECKING:
@@ -41,8 +45,11 @@ if TYPE_CHECKING:
     from worker.seed.screen import Screen
     from worker.seed.volumes import Volume
     from worker.settings import Settings
+    from worker.store.eviction import Pins, Survey
+    from worker.store.layout import Layout
 
 _WIDE: Final = 160
+_NAME: Final = f"seeder-{socket.gethostname()}"
 _S3_CALLS: Final = 8
 
 
@@ -75,6 +82,7 @@ class Context:
         self.hub = _hub(settings)
         self._environ = environ
         self._volumes: tuple[Volume, ...] = ()
+        self.room: Room | None = None
 
     def place(self) -> Target:
         """Return the target. Raises `SeedUsage`, `S3KeysMissing`, and for S3 what `Bucket.check` raises."""
@@ -92,9 +100,32 @@ class Context:
             raise SeedUsage(f"There is no folder {root}: say with --volume where the volume is mounted, or use --s3.")
         layout = layout_at(root)
         tuning = Tuning(connections=self.settings.download_connections)
-        store = Store(layout, self.hub, f"seeder-{socket.gethostname()}", tuning=tuning)
+        self.room = self._room(layout)
+        store = Store(layout, self.hub, _NAME, tuning=tuning, room=self.room if self._limits() else None)
         manifests = (layout.manifest.read_text("utf-8-sig"),) if layout.manifest.is_file() else ()
         return Target(MountedFiller(store), (MountedVolume(layout),), manifests)
+
+    def _limits(self) -> Limits:
+        keep_gb = self.settings.volume_keep_gb if self.options.keep_gb is None else self.options.keep_gb
+        return Limits.of_gb(keep_gb, self.settings.volume_free_gb)
+
+    def _room(self, layout: Layout) -> Room:
+        """Return what makes room on a mounted volume."""
+        return Room(layout, _NAME, self._limits(), lambda: self.pins(layout), ask=asks(lambda: self.hub), on_notice=self._wait)
+
+    def _wait(self, left_s: float) -> None:
+        self.tell(f"Workers on this volume have {left_s:.0f} s to say what they use before a model is removed; waiting.")
+
+    def pins(self, layout: Layout) -> Pins:
+        """Return what people name on a mounted volume, and in this environment."""
+        settings = self.settings
+        sources = Sources.gather(volume_manifest=layout.manifest, manifest=settings.models_manifest, models=settings.models)
+        return read_pins(layout.root, sources)
+
+    def survey(self) -> Survey | None:
+        """Return the uses of a mounted volume's models and their order. None through S3."""
+        layout = self.room.layout if self.room else None
+        return survey(layout, self.pins(layout), LeaseTiming()) if layout else None
 
     def _over_s3(self) -> Target:
         """Return all reachable volumes. Raises other errors of a volume, and an error if none is reachable."""

@@ -12,9 +12,10 @@ from worker.base.text import count, size_text
 from worker.errors import EnsureCancelled, SpecInvalid, WorkerError
 from worker.seed.errors import SeedUsage
 from worker.seed.outcome import Outcome
-from worker.seed.screen import sealed_table, summary_table, verification_table
+from worker.seed.screen import least_used_table, sealed_table, summary_table, verification_table
 from worker.seed.seeding import FAILED, code_of, fill
 from worker.spec import HubFile, ModelSpec, parse_source
+from worker.store.eviction import chosen, idle_text
 from worker.store.inventory import Standing
 
 if TYPE_CHECKING:
@@ -149,12 +150,31 @@ def list_sealed(context: Context, place: Target) -> int:
     for volume in place.volumes:
         found = sorted(volume.sealed(), key=lambda sealed: sealed.title)
         fits = [is_as_sealed(volume, sealed) for sealed in found]
-        models = [_listed(sealed, good=good) for sealed, good in zip(found, fits, strict=True)]
+        words = _outlook(context)
+        models = [_listed(sealed, good=good) | words.get(sealed.title, {}) for sealed, good in zip(found, fits, strict=True)]
         if not context.options.json:
             total = size_text(sum(sealed.seal.size for sealed in found))
             context.console.print(f"{volume.title}: {count(len(found), 'sealed model')}, {total}")
-        context.show("list", partial(sealed_table, found, fits), volume=volume.title, models=models)
+        shown = [_in_words(words.get(sealed.title)) for sealed in found] if words else None
+        context.show("list", partial(sealed_table, found, fits, shown), volume=volume.title, models=models)
     return 0
+
+
+def _outlook(context: Context) -> dict[str, dict[str, Any]]:
+    """Return for each sealed model on a mounted volume when it would be removed to make room, or why it would not."""
+    found = context.survey()
+    order = {one.title: place for place, one in enumerate(found.removable, 1)} if found else {}
+    return {
+        name.title: {"idle_s": round(one.idle_s), "removed_as": order.get(one.title), "kept": one.kept}
+        for one in (found.contents if found else ())
+        for name in one.names
+    }
+
+
+def _in_words(word: Mapping[str, Any] | None) -> str:
+    if word is None:
+        return ""
+    return f"stays: {word['kept']}" if word["kept"] else f"number {word['removed_as']}, {idle_text(word['idle_s'])}"
 
 
 def verify_all(context: Context, place: Target, sources: Sources) -> int:
@@ -222,6 +242,8 @@ def titles_of(item: Item) -> Iterator[str]:
 
 def prune(context: Context, place: Target, sources: Sources) -> int:
     """Remove the sealed models that nothing names, after a question. Files put there by hand are not even examined."""
+    if context.options.least_used:
+        return _prune_least_used(context)
     items = context.selection(sources).read(context.options.whats) if context.options.whats else ()
     named = {*_named(context, sources), *(title for item in items for title in titles_of(item))}
     if not named:
@@ -236,6 +258,27 @@ def prune(context: Context, place: Target, sources: Sources) -> int:
                 _remove(context, volume, sealed)
             context.tell(f"removed {count(len(gone), 'model')}, {total}")
     return 0
+
+
+def _prune_least_used(context: Context) -> int:
+    """Remove what jobs use least until the rest is as small as was said, after a question."""
+    room, found = context.room, context.survey()
+    if room is None or found is None:
+        raise SeedUsage("--least-used needs a mounted volume: links and uses do not show through S3.")
+    over = found.excess(room.limits)
+    gone = chosen(found.removable, over) if over > 0 else []
+    models = [{"model": one.title, "size_bytes": one.size_bytes, "idle_s": round(one.idle_s)} for one in gone]
+    context.show("prune", partial(least_used_table, gone), volume=str(room.layout.root), models=models)
+    total = size_text(sum(one.size_bytes for one in gone))
+    if gone and _agreed(context, f"Remove {count(len(gone), 'model')}, {total}, from {room.layout.root}?"):
+        freed = room.fit(0, context.cancel)
+        context.tell(f"removed {size_text(freed)}")
+        over -= freed
+    elif gone:
+        return 0
+    if over > 0:
+        context.tell(f"{size_text(over)} more than --keep-gb allows stay, because nothing else may be removed: see --list")
+    return FAILED if over > 0 else 0
 
 
 def _remove(context: Context, volume: Volume, sealed: Sealed) -> None:

@@ -52,6 +52,8 @@ class Options:
     json: bool
     yes: bool
     repair: bool
+    keep_gb: float | None = None
+    least_used: bool = False
 
 
 def parser() -> argparse.ArgumentParser:
@@ -89,6 +91,17 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="with --prune: do not ask; with --repair: also replace files that were put there by hand",
     )
+    found.add_argument(
+        "--keep-gb",
+        type=float,
+        metavar="GB",
+        help="how much all models on a mounted volume may take: the least used are removed (default: VOLUME_KEEP_GB)",
+    )
+    found.add_argument(
+        "--least-used",
+        action="store_true",
+        help="with --prune and --keep-gb: remove what jobs use least until the rest fits; asks",
+    )
     found.add_argument("--json", action="store_true", help="one JSON object a line, for programs")
     return found
 
@@ -108,6 +121,8 @@ def parse(argv: Sequence[str]) -> Options:
         json=given.json,
         yes=given.yes,
         repair=given.repair,
+        keep_gb=given.keep_gb,
+        least_used=given.least_used,
     )
 
 
@@ -117,6 +132,16 @@ def _check(given: argparse.Namespace, action: Action) -> None:
         ((given.datacenter or given.endpoint) and not given.s3, "--datacenter and --endpoint belong to --s3 VOLUME_ID."),
         (given.repair and action != "verify", "--repair belongs to --verify."),
         (given.yes and action != "prune" and not given.repair, "--yes belongs to --prune and --repair."),
+        (given.least_used and action != "prune", "--least-used belongs to --prune."),
+        (given.least_used and given.keep_gb is None, "Say with --keep-gb how many GB are to be kept."),
+        (given.least_used and given.what, "--least-used goes by the uses on the volume; it takes no WHAT."),
+        (given.keep_gb is not None and given.keep_gb < 0, "--keep-gb is a number of GB, 0 or more."),
+        (
+            given.keep_gb is not None and action not in {"seed", "list", "prune"},
+            "--keep-gb belongs to seeding, --list and --prune.",
+        ),
+        (given.keep_gb is not None and action == "prune" and not given.least_used, "Say --least-used with --prune --keep-gb."),
+        (given.keep_gb is not None and given.s3, "--keep-gb needs a mounted volume: links and uses do not show through S3."),
         (action == "list" and given.what, "--list shows what is on the volume; it takes no WHAT."),
     )
     for wrong, reason in rules:

@@ -25,6 +25,7 @@ from rich.text import Text
 
 from worker.base.text import count, size_text
 from worker.seed.outcome import WORDS
+from worker.store.eviction import idle_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from worker.seed.outcome import Outcome
     from worker.seed.seeding import Line
     from worker.seed.volumes import Sealed
+    from worker.store.eviction import Content
 
 
 _LINE_EVERY_S: Final = 10.0
@@ -304,14 +306,24 @@ def dry_run_table(lines: Sequence[Line]) -> Table:
     return table
 
 
-def sealed_table(found: Iterable[Sealed], fits: Iterable[bool]) -> Table:
-    """Return what is sealed."""
-    table = _table("model", "size", "state", "sealed", "from", numbers=frozenset({"size"}))
-    for sealed, good in zip(found, fits, strict=True):
+def sealed_table(found: Sequence[Sealed], fits: Iterable[bool], removals: Sequence[str] | None = None) -> Table:
+    """Return what is sealed, on a mounted volume with the order in which it would be removed to make room."""
+    last = ("removal",) if removals else ()
+    table = _table("model", "size", "state", "sealed", "from", *last, numbers=frozenset({"size"}))
+    for sealed, good, removal in zip(found, fits, removals or [""] * len(found), strict=True):
         seal = sealed.seal
         source = f"hf://{seal.repo}/{seal.file}" if seal.repo else seal.file or ""
         state = Text("ready" if good else "CHANGED", _STYLES[good])
-        table.add_row(sealed.title, size_text(seal.size), state, f"{(seal.at or '')[:16].replace('T', ' ')}", source)
+        at = f"{(seal.at or '')[:16].replace('T', ' ')}"
+        table.add_row(sealed.title, size_text(seal.size), state, at, source, *([removal] if last else []))
+    return table
+
+
+def least_used_table(found: Iterable[Content]) -> Table:
+    """Return what would be removed to make room."""
+    table = _table("model", "size", "last use", numbers=frozenset({"size"}))
+    for one in found:
+        table.add_row(one.title, size_text(one.size_bytes), idle_text(one.idle_s))
     return table
 
 

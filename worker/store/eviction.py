@@ -11,10 +11,10 @@ import os
 import stat
 from collections import defaultdict
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from worker.base.files import free_bytes
-from worker.base.text import count
+from worker.base.text import count, size_text
 from worker.errors import SpecInvalid, UnsafePath
 from worker.spec import HubFile, ModelSpec, parse_source
 from worker.store.inventory import sealed
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
     from worker.store.layout import Layout
 
-_LOOK_UP_BYTES: Final = 500_000_000
+_SHOWN = 5
+LOOK_UP_BYTES = 500_000_000
 """The cost of a download besides its bytes, as bytes: a small file is worth more for each byte."""
 
 
@@ -136,6 +137,32 @@ def chosen(contents: Sequence[Content], needed_bytes: int) -> list[Content]:
             found.remove(content)
             total -= content.size_bytes
     return found
+
+
+def outlook(found: Survey, limits: Limits, more_bytes: int = 0) -> str:
+    """Return in words what would be removed for that many more bytes, or next if they fit."""
+    over = found.excess(limits, more_bytes)
+    gone = chosen(found.removable, over) if over > 0 else list(found.removable[:_SHOWN])
+    if not gone:
+        return "nothing on the volume may be removed"
+    shown = [f"{one.title} ({size_text(one.size_bytes)}, {idle_text(one.idle_s)})" for one in gone[:_SHOWN]]
+    more = f" and {len(gone) - _SHOWN} more" if len(gone) > _SHOWN else ""
+    short = over - sum(one.size_bytes for one in gone)
+    lack = f", and {size_text(short)} would still be lacking" if over > 0 and short > 0 else ""
+    return f"{'to remove' if over > 0 else 'next to go'}: {', '.join(shown)}{more}{lack}"
+
+
+def idle_text(seconds: float) -> str:
+    """Return how long ago a model was used, for people."""
+    return f"used {duration_text(seconds)} ago"
+
+
+def duration_text(seconds: float) -> str:
+    """Return a duration for people."""
+    for unit, length_s in (("days", 86_400), ("hours", 3_600), ("minutes", 60)):
+        if seconds >= 2 * length_s:
+            return f"{seconds / length_s:.0f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 # --- how it stands ------------------------------------------------------------------------------
@@ -252,7 +279,7 @@ class Judge:
         fetched_s = max(0.0, self.usage.now_s - max(found.sealed_s for found in group))
         idle_s = min([fetched_s, *(age_s for age_s, _ in uses)])
         weight = sum(weight for _, weight in uses) + 0.5 ** (fetched_s / self.timing.half_life_s)
-        value = weight * (info.st_size + _LOOK_UP_BYTES) / max(info.st_size, 1)
+        value = weight * (info.st_size + LOOK_UP_BYTES) / max(info.st_size, 1)
         lasting = self._named(titles) or self._odd(group)
         in_use = self.user(titles) or (f"used {idle_s:.0f} s ago" if idle_s < self.timing.grace_s else None)
         return Content(names, info.st_size, stamp(info), idle_s, value, lasting or in_use, in_use=not lasting and bool(in_use))

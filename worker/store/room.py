@@ -25,10 +25,11 @@ from worker.base.text import size_text
 from worker.errors import ContentMismatch, EnsureCancelled, UnsafePath, WorkerError
 from worker.spec import ModelSpec
 from worker.store.download import Hooks
-from worker.store.eviction import Judge, Limits, Pins, Tree, chosen, stamp, survey
+from worker.store.eviction import Judge, Limits, Pins, Tree, chosen, duration_text, stamp, survey
 from worker.store.layout import split
 from worker.store.leases import LeaseTiming, Titles, Usage, merge_old, volume_now_s
 from worker.store.locks import Locks
+from worker.store.seals import read_seal
 from worker.store.tombstones import bury
 
 if TYPE_CHECKING:
@@ -65,7 +66,9 @@ class Room:
     """Makes room on one volume, for one worker. Safe to use from many threads. All workers together make one pass at a time.
 
     `pins` reads what people name, again for each pass. `patience_s` is how long a pass waits for models that stay only because
-    of their use. `settle_s` is a wait until another host's writes are visible on a volume whose clients cache.
+    of their use. `settle_s` passes between the move of a file and the second look at the uses: a client of MooseFS answers from
+    its cache for up to 1 s. In that time a job may still see a moved file, and this worker an old lease. `on_notice` hears how
+    many seconds the first pass on a volume waits until all workers write leases. Without it that pass removes nothing.
     """
 
     def __init__(
@@ -79,11 +82,12 @@ class Room:
         ask: Ask = _always,
         lock_timing: Timing | None = None,
         patience_s: float = 0.0,
-        settle_s: float = 1.0,
+        settle_s: float = 1.5,
+        on_notice: Callable[[float], None] | None = None,
         hooks: Hooks | None = None,
     ) -> None:
         self.limits = limits
-        self._layout = layout
+        self.layout = layout
         self._worker = worker
         self._pins = pins
         self._leases = leases
@@ -92,6 +96,7 @@ class Room:
         self._locks = Locks(layout, worker, lock_timing)
         self._patience_s = patience_s
         self._settle_s = settle_s
+        self._on_notice = on_notice
         self._at = (hooks or Hooks()).at
         self._asked: dict[ModelSpec, tuple[float, str | None]] = {}
         self._promised: list[tuple[float, int]] = []
@@ -103,9 +108,9 @@ class Room:
     def begin(self) -> None:
         """Announce on the volume that models may be removed from now on, so that every worker records what it uses."""
         with contextlib.suppress(OSError):
-            self._layout.leases.mkdir(parents=True, exist_ok=True)
+            self.layout.leases.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(FileExistsError):
-                os.close(os.open(self._layout.leases_began, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
+                os.close(os.open(self.layout.leases_began, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
 
     def keep(self) -> None:
         """Keep to the limits in the background, in its own thread, until `stop`."""
@@ -121,9 +126,9 @@ class Room:
         """Begin no more removals."""
         self._stopped.set()
 
-    def fit(self, more_bytes: int, cancel: CancelToken) -> None:
+    def fit(self, more_bytes: int, cancel: CancelToken) -> int:
         """Keep to the limits, with that many bytes of a running download still to be written, as far as possible."""
-        self._pass(lambda found, _: self._excess(found, more_bytes), cancel)
+        return self._pass(lambda found, _: self._excess(found, more_bytes), cancel)
 
     def _excess(self, found: Survey, more_bytes: int) -> int:
         free = None if found.free_bytes is None else found.free_bytes + self._promised_bytes()
@@ -147,25 +152,30 @@ class Room:
                 raise EnsureCancelled("room on the volume")
         try:
             self.begin()
-            if not self._is_announced():
+            if not self._is_announced(cancel):
                 return 0
             with self._locks.hold(ROOM, published=lambda: False, cancel=cancel, name="room on the volume"):
                 self._tidy()
-                merge_old(self._layout, self._timing)
+                merge_old(self.layout, self._timing)
                 return self._free(needed, cancel)
         finally:
             self._turn.release()
 
-    def _is_announced(self) -> bool:
-        """Return whether every worker had time to learn that it must record its uses."""
+    def _is_announced(self, cancel: CancelToken) -> bool:
+        """Return whether every worker has had the time to learn that it must write down what it uses."""
         try:
-            began_s = self._layout.leases_began.stat().st_mtime
+            began_s = self.layout.leases_began.stat().st_mtime
         except OSError:
             return False
-        if volume_now_s(self._layout) - began_s >= self._timing.notice_s:
-            return True
-        log.info("no model is removed yet: other workers are given %.0f s to say what they use", self._timing.notice_s)
-        return False
+        left_s = began_s + self._timing.notice_s - volume_now_s(self.layout)
+        if left_s > 0 and self._on_notice:
+            self._on_notice(left_s)
+            if cancel.wait(left_s):
+                raise EnsureCancelled("room on the volume")
+        elif left_s > 0:
+            log.info("no model is removed yet: other workers have %.0f s to say what they use", left_s)
+            return False
+        return True
 
     def _free(self, needed: Callable[[Survey, int], int], cancel: CancelToken) -> int:
         until_s = time.monotonic() + self._patience_s
@@ -173,7 +183,7 @@ class Room:
         freed = 0
         while True:
             pins = self._pins()
-            found = survey(self._layout, pins, self._timing, self._held(), fill=True)
+            found = survey(self.layout, pins, self._timing, self._held(), fill=True)
             left = needed(found, freed)
             if left <= 0:
                 return freed
@@ -226,7 +236,7 @@ class Room:
 
     def _remove(self, contents: Iterable[Content], refused: set[str]) -> int:
         """Remove these, except those that turn out to be in use. Return the freed bytes."""
-        before = free_bytes(self._layout.root)
+        before = free_bytes(self.layout.root)
         freed = 0
         moved: dict[Content, list[_Aside]] = {}
         with contextlib.ExitStack() as locks:
@@ -251,9 +261,9 @@ class Room:
 
     def _unused(self, contents: Iterable[Content]) -> list[Content]:
         """Return those that no job uses which looked for its models before they were moved."""
-        tree = Tree.of(self._layout)
+        tree = Tree.of(self.layout)
         own = Titles((title, "this worker") for title in self._held())
-        judge = Judge(Usage.of(self._layout, self._timing), own, Pins(), tree, self._timing)
+        judge = Judge(Usage.of(self.layout, self._timing), own, Pins(), tree, self._timing)
         found = []
         for content in contents:
             titles = [name.title for name in content.names]
@@ -275,7 +285,7 @@ class Room:
         aside: list[_Aside] = []
         for name in content.names:
             with contextlib.suppress(OSError):
-                aside.append(_Aside.of(self._layout, name, content.stamp))
+                aside.append(_Aside.of(self.layout, name, content.stamp))
                 self._at("half_moved")
         if len(aside) == len(content.names) and all(one.is_same(content.stamp) for one in aside):
             return aside
@@ -294,7 +304,7 @@ class Room:
                 one.settle()
             return 0
         for name in content.names:
-            bury(self._layout, name.title, name.seal, self._worker, f"it was not used for {duration_text(content.idle_s)}")
+            bury(self.layout, name.title, name.seal, self._worker, f"it was not used for {duration_text(content.idle_s)}")
             self._at("buried")
         for one in aside:
             one.clear()
@@ -310,11 +320,11 @@ class Room:
     def _tidy(self) -> None:
         """Put back what a killed worker had moved aside. Remove it if the model exists again."""
         with contextlib.suppress(OSError):
-            now_s = volume_now_s(self._layout)
-            for removal in list(self._layout.removing.iterdir()):
+            now_s = volume_now_s(self.layout)
+            for removal in list(self.layout.removing.iterdir()):
                 if now_s - removal.stat().st_mtime < _ORPHAN_S:
                     continue
-                for one in _Aside.all_of(self._layout, removal):
+                for one in _Aside.all_of(self.layout, removal):
                     one.settle()
                 _clear(removal)
 
@@ -322,7 +332,7 @@ class Room:
 
     def _promise(self, before: int | None, freed: int) -> None:
         """Remember freed bytes that are not visible yet: a process that has a removed file open frees its space later."""
-        after = free_bytes(self._layout.root)
+        after = free_bytes(self.layout.root)
         if before is not None and after is not None and (missing := freed - max(0, after - before)) > 0:
             self._promised.append((time.monotonic(), missing))
 
@@ -353,6 +363,7 @@ class _Aside:
 
     path: Path
     home: Path
+    seal_path: Path
     removal: Path
 
     @classmethod
@@ -366,7 +377,7 @@ class _Aside:
         except OSError:
             _clear(removal)
             raise
-        return cls(path, name.path, removal)
+        return cls(path, name.path, name.seal_path, removal)
 
     @classmethod
     def all_of(cls, layout: Layout, removal: Path) -> Iterator[_Aside]:
@@ -376,32 +387,44 @@ class _Aside:
                 path = removal.joinpath(above, name)
                 _, *parts = path.relative_to(removal).parts
                 with contextlib.suppress(UnsafePath):
-                    yield cls(path, layout.model(*split("/".join(parts))), removal)
+                    title = split("/".join(parts))
+                    yield cls(path, layout.model(*title), layout.seal(*title), removal)
 
     def is_same(self, looked_at: tuple[int, int, int, int]) -> bool:
         """Return whether it is the examined file: another one may have got its name at the last moment."""
         return stamp(self.path.lstat()) == looked_at
 
     def put_back(self) -> None:
-        """Give it its name again. If another file has the name by now, remove a sealed copy and keep any other file."""
+        """Give it its name again. If another file has the name by now, remove a sealed copy and keep any other file.
+
+        A file whose seal is gone, or another file's, is removed as well: with its name it would look as if put there by hand.
+        """
         try:
-            try:
-                os.link(self.path, self.home, follow_symlinks=False)
-            except OSError as exc:
-                if exc.errno == errno.EEXIST or os.path.lexists(self.home):
-                    raise FileExistsError from exc
-                self.path.rename(self.home)
-            else:
-                self.path.unlink()
-        except FileExistsError:
-            if not self._is_as_said():
-                log.warning("%s stays there: another file has its name", self.path)
-                return
-            self.path.unlink(missing_ok=True)
+            if self._has_lost_its_seal() or not self._is_named_again():
+                if not self._is_as_said():
+                    log.warning("%s stays there: another file has its name", self.path)
+                    return
+                self.path.unlink(missing_ok=True)
         except OSError as exc:
             log.warning("%s cannot be put back (%s); the next removal tries again", self.path, exc.strerror)
             return
         self.clear()
+
+    def _is_named_again(self) -> bool:
+        """Give it its name. Return False if another file has that. Raises `OSError`."""
+        try:
+            os.link(self.path, self.home, follow_symlinks=False)
+        except OSError as exc:
+            if exc.errno == errno.EEXIST or os.path.lexists(self.home):
+                return False
+            self.path.rename(self.home)
+        else:
+            self.path.unlink()
+        return True
+
+    def _has_lost_its_seal(self) -> bool:
+        seal = read_seal(self.seal_path)
+        return self._is_as_said() and (seal is None or not seal.fits(self.path.lstat()))
 
     def settle(self) -> None:
         """Undo half of a removal."""
@@ -422,14 +445,6 @@ def _clear(folder: Path) -> None:
     for above, _, _ in os.walk(folder, topdown=False):
         with contextlib.suppress(OSError):
             Path(above).rmdir()
-
-
-def duration_text(seconds: float) -> str:
-    """Return a duration for people."""
-    for unit, length_s in (("day", 86_400), ("hour", 3_600), ("minute", 60)):
-        if seconds >= 2 * length_s:
-            return f"{seconds / length_s:.0f} {unit}s"
-    return f"{seconds:.0f} s"
 
 
 def asks(hub: Callable[[], Hub]) -> Ask:
