@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import random
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from worker.comfyui_data import known
-from worker.editor.convert import Control, classes, convert, is_ui
 from worker.editor.embedded_workflow import embedded_workflow, json_fault
+from worker.editor.saved_workflow import is_ui
 from worker.engine.event_loop import Aside, is_large
 from worker.errors import FieldInvalid, NoWorkflowInFile, UiWorkflowInvalid
 from worker.graph.graph import bare, is_finite, parse_graph
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from worker.editor.convert import Control
     from worker.engine.engine import Engine
     from worker.graph.graph import Graph
     from worker.job import Request
@@ -90,6 +92,10 @@ class Workflows:
         return {key: {"_meta": {}, **node} if node["class_type"] in replaced else node for key, node in graph.items()}
 
     async def _converted(self, ui: Any, aside: Aside) -> tuple[Graph, Sequence[Control]]:  # noqa: ANN401 - what the editor saved
+        # Jobs in API format never need it. It would add 2,000 lines to every cold start.
+        await asyncio.to_thread(importlib.import_module, "worker.editor.convert")
+        from worker.editor.convert import classes, convert  # noqa: PLC0415 - imported above, away from the event loop
+
         needed = await aside(classes, ui)
         info, versions = await asyncio.gather(self._engine.object_info(needed), self._engine.versions())
         converted = await asyncio.to_thread(convert, ui, info, frontend=versions.frontend, comfyui=versions.comfyui)

@@ -1,7 +1,8 @@
-"""Progress and cancellation: the values that every part of a download shares. Pure."""
+"""Progress and cancellation: the values that every part of a download shares. Pure but for the clock."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias
@@ -11,6 +12,7 @@ from worker.base.text import part_text, size_text
 Phase = Literal["waiting", "downloading", "checking"]
 
 _SMOOTHING_S = 3.0
+_TICK_S = 0.2
 
 
 class CancelToken(Protocol):
@@ -64,3 +66,18 @@ class Meter:
         self._rate = current if self._rate is None else self._rate + weight * (current - self._rate)
         self._at_s, self._done_bytes = now_s, done_bytes
         return self._rate
+
+
+def metered(phase: Phase, total_bytes: int, report: Listener, done_bytes: int = 0) -> Callable[[int], None]:
+    """Return a function that turns byte counts into progress with a rate, a few times a second."""
+    rate = Meter(time.monotonic(), done_bytes)
+    next_s = 0.0
+
+    def on_bytes(done_bytes: int) -> None:
+        nonlocal next_s
+        now_s = time.monotonic()
+        if now_s >= next_s:
+            next_s = now_s + _TICK_S
+            report(Progress(phase, done_bytes, total_bytes, rate.rate(now_s, done_bytes)))
+
+    return on_bytes

@@ -12,16 +12,16 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Protocol
 
 from worker.base.files import FULL
-from worker.base.progress import Meter, Progress
+from worker.base.progress import Progress, metered
 from worker.base.text import forms
-from worker.errors import ContentMismatch, EnsureCancelled, VolumeReadOnly, WorkerError
+from worker.errors import EnsureCancelled, VolumeReadOnly, WorkerError
 from worker.plan.lookup import check_promises
 from worker.seed.errors import S3Failed, SeedError
 from worker.seed.outcome import NEWER, Outcome
 from worker.seed.relay import Load, Relay, Upload
 from worker.seed.s3_api import UploadGone
-from worker.seed.s3_volume import S3Volume, new_seal
 from worker.store.inventory import Standing
+from worker.store.verification import ATTEMPTS, WrongFiles, new_seal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
     from worker.base.progress import CancelToken, Listener, Phase
     from worker.fetch.hub import Hub, Remote
     from worker.seed.outcome import How
+    from worker.seed.s3_volume import S3Volume
     from worker.seed.volumes import Volume
     from worker.spec import ModelSpec
     from worker.store.store import Store
 
 log = logging.getLogger(__name__)
 
-_ATTEMPTS: Final = 3
 _FINISHERS: Final = 4
 _TICK_S: Final = 0.2
 _BY: Final = "seeder"
@@ -131,17 +131,8 @@ class _Job:
         return f"{self.spec.folder}/{self.spec.name}"
 
     def meter(self, phase: Phase) -> Callable[[int], None]:
-        """Return a function that turns byte counts into progress with a rate, a few times a second."""
-        rate, next_s = Meter(time.monotonic()), 0.0
-
-        def on_bytes(done_bytes: int) -> None:
-            nonlocal next_s
-            now_s = time.monotonic()
-            if now_s >= next_s:
-                next_s = now_s + _TICK_S
-                self.progress(Progress(phase, done_bytes, self.remote.size_bytes, rate.rate(now_s, done_bytes)))
-
-        return on_bytes
+        """Return a function that turns byte counts into progress."""
+        return metered(phase, self.remote.size_bytes, self.progress)
 
     def outcome(self, volume: S3Volume, how: How, moved_bytes: int = 0, note: str | None = None) -> Outcome:
         size_bytes, seconds = self.remote.size_bytes, time.monotonic() - self.began_s
@@ -229,14 +220,16 @@ class S3Filler:
     def _send(self, job: _Job, volumes: Sequence[S3Volume]) -> dict[S3Volume, Outcome]:
         """Send to these volumes, and again to those whose upload vanished. Download a file with a wrong byte again, once."""
         outcomes: dict[S3Volume, Outcome] = {}
-        wrong: set[str] = set()
+        wrong = WrongFiles(job.model, job.remote)
         uploads = {volume: Upload(volume.bucket, volume.key(job.spec.folder, job.spec.name)) for volume in volumes}
         error: WorkerError | None = None
-        for _ in range(_ATTEMPTS):
+        for _ in range(ATTEMPTS):
             try:
                 sha256 = self._stream(job, uploads)
                 if sha256 and job.remote.sha256 not in {None, sha256}:
-                    self._judge(job, uploads, sha256, wrong)
+                    for upload in uploads.values():
+                        upload.abort()
+                    wrong.add(sha256)
                 elif sha256:
                     outcomes |= self._finish(job, uploads, sha256)
             except WorkerError as exc:
@@ -277,15 +270,6 @@ class S3Filler:
             return ""
         finally:
             self._streaming.release()
-
-    def _judge(self, job: _Job, uploads: dict[S3Volume, Upload], actual: str, wrong: set[str]) -> None:
-        """Abort. Raise if the same wrong file arrived twice, which is no coincidence."""
-        log.warning("%s arrived with the sha256 %s, not %s: discarded", job.model, actual, job.remote.sha256)
-        for upload in uploads.values():
-            upload.abort()
-        if actual in wrong:
-            raise ContentMismatch(job.remote.where, "sha256", str(job.remote.sha256), actual)
-        wrong.add(actual)
 
     def _finish(self, job: _Job, uploads: dict[S3Volume, Upload], sha256: str) -> dict[S3Volume, Outcome]:
         """Complete and seal the files on all volumes in parallel. Leave out volumes whose upload vanished."""

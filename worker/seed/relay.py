@@ -18,13 +18,14 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from worker.errors import ContentMismatch, EnsureCancelled, NotAFile, SourceRefused, SourceUnreachable
+from worker.errors import EnsureCancelled, NotAFile, SourceRefused, SourceUnreachable
 from worker.fetch.ranges import Fetch, Tuning
 from worker.seed.errors import S3Failed, S3Unreachable, SeedError
 from worker.seed.s3_api import UploadGone
 from worker.seed.window import Window, WindowClosed
 from worker.store.disk import stated_in
 from worker.store.file_formats import HEAD_BYTES, is_safetensors, misfit
+from worker.store.verification import check_unhashed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -274,7 +275,7 @@ class Relay:
         finally:
             self._end()
         self._raise_last()
-        self._check_unhashed()
+        check_unhashed(self._remote, self._foreign, lambda: self._stated_bytes)
         return self._digest.hexdigest()
 
     def _fetch(self, on_bytes: Callable[[int], None]) -> None:
@@ -317,13 +318,6 @@ class Relay:
             raise self._defect
         if all(upload.error for upload in self._uploads) and (error := self._uploads[-1].error):
             raise error
-
-    def _check_unhashed(self) -> None:
-        if self._foreign:
-            raise NotAFile(self._remote.where, self._foreign)
-        if self._remote.sha256 is None and self._stated_bytes != self._remote.size_bytes:
-            promised = "its safetensors header says" if self._stated_bytes is None else str(self._stated_bytes)
-            raise ContentMismatch(self._remote.where, "size", promised, str(self._remote.size_bytes))
 
     # --- in the threads
 

@@ -19,11 +19,11 @@ from worker.errors import EnsureCancelled, FileIncomplete, UnsafePath
 from worker.seed.errors import S3Failed, S3FileDiffers
 from worker.seed.volumes import Sealed, sealed_at
 from worker.store.disk import stated_in
-from worker.store.download import Origin
 from worker.store.file_formats import is_safetensors
 from worker.store.inventory import Look, Standing
 from worker.store.layout import Layout
-from worker.store.seals import Seal, decode_seal, encode_seal, now
+from worker.store.seals import Seal, decode_seal, encode_seal
+from worker.store.verification import new_seal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -206,19 +206,3 @@ class S3Volume:
     def _seal(self, path: Path) -> Seal | None:
         data = self.bucket.read(path.as_posix(), 0, _SEAL_BYTES)
         return decode_seal(data) if data else None
-
-
-def new_seal(spec: ModelSpec, remote: Remote, sha256: str, by: str) -> Seal:
-    """Return the seal of an uploaded file."""
-    origin = Origin.of(spec)
-    return Seal(
-        size=remote.size_bytes,
-        mtime=None,
-        sha256=sha256,
-        etag=remote.etag,
-        repo=origin.repo,
-        file=origin.file,
-        commit=remote.commit,
-        by=by,
-        at=now(),
-    )

@@ -18,20 +18,20 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Literal
 
 from worker.base.files import FULL, free_bytes, patiently, sync_folder
-from worker.base.progress import Meter, Progress
+from worker.base.progress import Progress, metered
 from worker.base.text import size_text
-from worker.errors import ContentMismatch, EnsureCancelled, NotAFile, SourceChanged, SourceRefused, VolumeFull
+from worker.errors import EnsureCancelled, ModelError, SourceChanged, SourceRefused, VolumeFull
 from worker.fetch.blocking_call import abandonable
 from worker.fetch.ranges import Fetch, Tuning
 from worker.fetch.xet import XetFetch
-from worker.spec import HubFile
 from worker.store.disk import git_sha1_of, head_of, stated_bytes
 from worker.store.file_formats import is_safetensors, misfit
 from worker.store.hashing import HashedPartial
 from worker.store.inventory import stamp_of
 from worker.store.partial import DiskFailed, Partial, Stuck, Taken, sweep
-from worker.store.seals import Seal, now, stat_file, whole_mtime, write_seal
+from worker.store.seals import Seal, stat_file, whole_mtime, write_seal
 from worker.store.tombstones import forget_tombstone, tombstone_of
+from worker.store.verification import WrongFiles, check_unhashed, new_seal
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -49,7 +49,6 @@ log = logging.getLogger(__name__)
 
 How = Literal["ready", "adopted", "host_cache", "downloaded", "by_hand"]
 
-_WHOLE_ATTEMPTS: Final = 3
 _IDLE_S: Final = 60.0
 _TICK_S: Final = 0.2
 _PENDING_S: Final = 86_400.0
@@ -108,20 +107,6 @@ class Task:
     remote: Remote | None = None
     """The source's answer, if the file turned out to be another one than the key's."""
 
-    def meter(self, phase: Phase, total_bytes: int, report: Listener, done_bytes: int = 0) -> Callable[[int], None]:
-        """Return a function that turns byte counts into progress with a rate, a few times a second."""
-        rate = Meter(time.monotonic(), done_bytes)
-        next_s = 0.0
-
-        def on_bytes(done_bytes: int) -> None:
-            nonlocal next_s
-            now_s = time.monotonic()
-            if now_s >= next_s:
-                next_s = now_s + _TICK_S
-                report(Progress(phase, done_bytes, total_bytes, rate.rate(now_s, done_bytes)))
-
-        return on_bytes
-
 
 class Download:
     """The download of one content to one name."""
@@ -142,7 +127,7 @@ class Download:
         `ContentMismatch`.
         """
         log.info("downloading %s (%s)", self._task.spec, size_text(self._remote.size_bytes))
-        wrong: set[str] = set()
+        wrong = WrongFiles(str(self._task.spec), self._remote)
         self._say_if_removed()
         partial = self._claimed()
         while True:
@@ -156,7 +141,7 @@ class Download:
                 if not isinstance(result, str):
                     return result
                 partial.discard()
-                self._judge(result, wrong)
+                wrong.add(result)
             partial = patiently(lambda: Partial.begin(self._folder, self._remote.size_bytes))
 
     def _say_if_removed(self) -> None:
@@ -218,15 +203,6 @@ class Download:
             return self._remote.sha256 not in {None, sha256}
         return git_sha1_of(partial.path, self._remote.size_bytes) != self._remote.git_sha1
 
-    def _judge(self, actual: str, wrong: set[str]) -> None:
-        """Raise if the same wrong file arrived twice, which is no coincidence. Otherwise retry."""
-        remote = self._remote
-        promised = remote.sha256 or f"that of the git blob {remote.git_sha1}"
-        log.warning("%s arrived with the sha256 %s, not %s: discarded", self._task.spec, actual, promised)
-        if actual in wrong or len(wrong) + 1 == _WHOLE_ATTEMPTS:
-            raise ContentMismatch(remote.where, "sha256", promised, actual)
-        wrong.add(actual)
-
     def _check_space(self, partial: Partial) -> None:
         """Make room, then raise if the file system still reports too little space. A quota shows only later."""
         needed = partial.size_bytes - partial.done_bytes
@@ -279,21 +255,19 @@ class Download:
             self._task.fetched_bytes += fetch.fetched_bytes
 
     def _meter(self, phase: Phase, done_bytes: int = 0) -> Callable[[int], None]:
-        return self._task.meter(phase, self._remote.size_bytes, both(self._task.progress, self._hold.report), done_bytes)
+        return metered(phase, self._remote.size_bytes, both(self._task.progress, self._hold.report), done_bytes)
 
     def _check_unhashed(self, partial: Partial) -> None:
         """Without a hash, check the length and what a safetensors header says about it."""
-        size_bytes = self._remote.size_bytes
-        if found := misfit(self._task.path.name, head_of(partial.path), size_bytes, is_verified=self._remote.is_verified):
+        name, size_bytes = self._task.path.name, self._remote.size_bytes
+        found = misfit(name, head_of(partial.path), size_bytes, is_verified=self._remote.is_verified)
+        try:
+            check_unhashed(
+                self._remote, found, lambda: stated_bytes(partial.path, size_bytes) if is_safetensors(name) else size_bytes
+            )
+        except ModelError:
             partial.discard()
-            raise NotAFile(self._remote.where, found)
-        if self._remote.sha256 is not None or not is_safetensors(self._task.path.name):
-            return
-        stated = stated_bytes(partial.path, self._remote.size_bytes)
-        if stated != self._remote.size_bytes:
-            partial.discard()
-            promised = "its safetensors header says" if stated is None else str(stated)
-            raise ContentMismatch(self._remote.where, "size", promised, str(self._remote.size_bytes))
+            raise
 
     # --- the name
 
@@ -354,34 +328,7 @@ class Download:
         found = partial.path.stat()
         if found.st_size != partial.size_bytes:
             raise Taken  # it was truncated after it was hashed
-        origin, remote = Origin.of(self._task.spec), self._remote
-        seal = Seal(
-            size=found.st_size,
-            mtime=whole_mtime(found),
-            sha256=sha256,
-            etag=remote.etag,
-            repo=origin.repo,
-            file=origin.file,
-            commit=remote.commit,
-            by=self._tools.worker,
-            at=now(),
-        )
-        return seal, found.st_ino
-
-
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """Where a file is from, for its seal. It contains no secret."""
-
-    repo: str | None
-    file: str
-
-    @classmethod
-    def of(cls, spec: ModelSpec) -> Origin:
-        """Return the source, without secrets."""
-        if isinstance(spec.source, HubFile):
-            return cls(spec.source.repo, spec.source.path)
-        return cls(None, str(spec.source))
+        return new_seal(self._task.spec, self._remote, sha256, self._tools.worker, whole_mtime(found)), found.st_ino
 
 
 def write_own_seal(layout: Layout, spec: ModelSpec, seal: Seal, inode: int, opened: Callable[[], None] = lambda: None) -> None:

@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Final, Self
 
 from worker.base.files import Peek, patiently, sync_folder
+from worker.base.progress import metered
 from worker.errors import (
     ContentMismatch,
     FileUnusable,
@@ -30,12 +31,13 @@ from worker.errors import (
 from worker.fetch.ranges import Tuning
 from worker.spec import HubFile
 from worker.store.disk import check_whole, sha256_of, volume_error
-from worker.store.download import Download, Hooks, Origin, Ready, Task, Tools, both, forget_pending, write_own_seal
+from worker.store.download import Download, Hooks, Ready, Task, Tools, both, forget_pending, write_own_seal
 from worker.store.inventory import path_of, record, sealed, spelled, stamp_of
 from worker.store.locks import Locks, Timing
 from worker.store.partial import DiskFailed, sweep
 from worker.store.seals import Seal, now, stat_file, whole_mtime, write_seal
 from worker.store.shared_lookups import Lookups
+from worker.store.verification import Origin
 
 if TYPE_CHECKING:
     import os
@@ -245,7 +247,7 @@ class Store:
         """Return the file's sha256, cached while the file stays the same."""
         key = (str(path), found.st_size, found.st_mtime_ns)
         if key not in self._hashed:
-            meter = task.meter("checking", found.st_size, report)
+            meter = metered("checking", found.st_size, report)
             self._hashed[key] = sha256_of(path, task.cancel, meter)
         return self._hashed[key]
 
