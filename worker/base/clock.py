@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_TICK_S = 0.5
+# Until a freeze is noticed, a job may wait that RunPod thawed the worker for.
+_TICK_S = 0.1
 # A busy machine, or a library that holds the interpreter, delays ticks by a second or two.
 _LATE_S = 4.0
 

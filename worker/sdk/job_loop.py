@@ -18,10 +18,10 @@ import signal
 import time
 from functools import partial
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import aiohttp
-from runpod.http_client import AsyncClientSession
+from runpod.http_client import get_auth_header
 from runpod.serverless.modules import rp_scale
 from runpod.serverless.modules.rp_http import send_result
 from runpod.serverless.modules.rp_job import _job_get_url, get_stop_signals, handle_job
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from worker.errors import WorkerError
 
 log = logging.getLogger(__name__)
+
+Answer = TypeVar("Answer")
 
 _POLL_S = 90.0
 # Results may be sent more slowly than they are made, so their number needs a limit.
@@ -62,6 +64,14 @@ _POST_PAUSES_S = (0.3, 5.0)  # the first, and the longest
 _REFUSED = frozenset({HTTPStatus.BAD_REQUEST, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.UNPROCESSABLE_ENTITY})
 # The fields that the worker and the SDK need. The SDK turns every field into an attribute, and fails on names such as `self`.
 _FIELDS = ("id", "input", "s3Config", "webhook", "batchId")
+_NO_LIMIT = aiohttp.ClientTimeout(total=None)
+
+
+def _connections(**options: Any) -> aiohttp.ClientSession:  # noqa: ANN401 - aiohttp's own
+    """Return connections as the SDK makes them, without its limit of ten minutes: that would count a freeze."""
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0), headers=get_auth_header(), timeout=_NO_LIMIT, **options
+    )
 
 
 class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]  # the SDK has no types
@@ -132,7 +142,7 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]  # the SDK has no types
         """Send everything from now on over new connections. Data on the old ones may still arrive."""
         if self._posts:
             self._old.append(self._posts)
-        self._posts, self._session = None, AsyncClientSession()
+        self._posts, self._session = None, _connections()
         self._old.append(self._session)
         self._thawed.set()
         self._thawed = asyncio.Event()
@@ -229,13 +239,21 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]  # the SDK has no types
         self._moved.set()
         self._end_if_done()
 
+    async def _in_time(self, poll: Awaitable[Answer]) -> Answer:
+        """Return what a poll brings. Raises `TimeoutError` after the time that it may take.
+
+        A freeze does not count: what came meanwhile may wait in the socket.
+        """
+        async with within(_POLL_S, self._clock):
+            return await poll
+
     async def _ask(self) -> list[dict[str, Any]]:
         """Return the result of one poll: a job, or none. If the worker leaves meanwhile, a job that is already on its way.
 
         After a freeze return none at once. A job that later arrives on the poll is handled like any other.
         """
         line = _Line(self.session)
-        poll = asyncio.create_task(asyncio.wait_for(line.poll(), _POLL_S))
+        poll = asyncio.create_task(self._in_time(line.poll()))
         thawed = self._thawed
         await _until_one(poll, self._leaving, thawed)
         if thawed.is_set() and not (poll.done() or self._leaving.is_set()):
@@ -332,7 +350,7 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]  # the SDK has no types
         Raises TimeoutError when the worker is gone, and the SDK asks again or ends.
         """
         self._session = self._session or session
-        poll = asyncio.create_task(asyncio.wait_for(get_stop_signals(self._session), _POLL_S))
+        poll = asyncio.create_task(self._in_time(get_stop_signals(self._session)))
         if not await _until_one(poll, self._gone, self._thawed):
             poll.cancel()
             raise TimeoutError
@@ -352,7 +370,7 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]  # the SDK has no types
     def _posting(self) -> aiohttp.ClientSession:
         """Return the connections for results. They are kept, so that no result waits for a handshake."""
         if self._posts is None:
-            self._posts = AsyncClientSession(middlewares=(say_refused, partial(send_again, clock=self._clock)))
+            self._posts = _connections(middlewares=(say_refused, partial(send_again, clock=self._clock)))
         return self._posts
 
 
@@ -381,7 +399,7 @@ async def send_again(
     for attempt in itertools.count(1):
         last = clock() > deadline
         try:
-            async with asyncio.timeout(_ATTEMPT_S + int(request.headers.get("Content-Length", 0)) / _SLOWEST_BYTES_PER_S):
+            async with within(_ATTEMPT_S + int(request.headers.get("Content-Length", 0)) / _SLOWEST_BYTES_PER_S, clock):
                 response = await send(request)
                 await response.read()  # the answer's body may be what does not arrive
         except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, TimeoutError) as exc:
@@ -434,7 +452,7 @@ class _Line:
 
     async def poll(self) -> bytes:
         """Return the answer's body, empty if there is no job. Raises `aiohttp.ClientError`; `ValueError` if it is no JSON."""
-        async with self._session.get(_job_get_url(1)) as response:
+        async with self._session.get(_job_get_url(1), timeout=_NO_LIMIT) as response:
             self.answering = True
             # 400: RunPod's answer to a worker that FlashBoot put aside, says the SDK.
             if response.status in {HTTPStatus.NO_CONTENT, HTTPStatus.BAD_REQUEST}:

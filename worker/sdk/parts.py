@@ -11,7 +11,7 @@ from worker.errors import SdkUnknown
 
 _MODULES: Final = "runpod.serverless.modules"
 _PARTS: Final = (
-    ("runpod.http_client", "AsyncClientSession", None),
+    ("runpod.http_client", "get_auth_header", None),
     # Makes the loop and runs it: `rp_scale.JobScaler(config).start()`.
     ("runpod.serverless.worker", "rp_scale.JobScaler", ("config",)),
     ("runpod.serverless.worker", "run_worker", ("config",)),
