@@ -14,6 +14,7 @@ from devkit.control_plane import ControlPlane, ProductionWorker
 from devkit.engine.build import engine_args
 from devkit.engine.models import make_volume
 from devkit.hub import Hub
+from devkit.shifted_clock import ShiftedClock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -34,6 +35,14 @@ def job(colour: int, seconds: float = 0.0) -> dict[str, Any]:
             "3": {"class_type": "SaveImage", "inputs": {"images": ["2", 0], "filename_prefix": "frozen"}},
         },
         "timeout_s": FROZEN_S - 1,
+    }
+
+
+def tiny(colour: int) -> dict[str, Any]:
+    """A picture of one colour."""
+    return {
+        "1": {"class_type": "EmptyImage", "inputs": {"width": 8, "height": 8, "batch_size": 1, "color": colour}},
+        "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "frozen"}},
     }
 
 
@@ -109,6 +118,26 @@ def test_a_job_that_came_in_while_the_worker_was_frozen_is_done_once(plane: Cont
     completed(plane, pod, 8)
     assert [each.answers for each in plane.jobs] == [1, 1]
     assert all(len(each.takes) == 1 for each in plane.jobs)
+
+
+@pytest.mark.parametrize("monotonic", [True, False], ids=["clock-went-on", "clock-stood-still"])
+def test_a_job_in_the_socket_of_a_worker_that_was_frozen_for_an_hour_is_done_once(
+    plane: ControlPlane, engine: Engine, tmp_path: Path, *, monotonic: bool
+) -> None:
+    clock = ShiftedClock(tmp_path / "ahead")
+    (tmp_path / "volume").mkdir()
+    with ProductionWorker(plane, engine, tmp_path, tmp_path / "volume", clock.environ) as pod:
+        pod.wait_ready()
+        for colour in (9, 10):
+            plane.wait_polling(timeout_s=60)
+            plane.freeze_pod()
+            handle = plane.submit({"workflow": tiny(colour)})
+            plane.wait_until(lambda handle=handle: bool(handle.takes), 60)  # type: ignore[misc]  # mypy infers no default
+            clock.jump(3600, monotonic=monotonic)
+            plane.thaw_pod(cut=False)
+            assert handle.result(120)["status"] == "COMPLETED", pod.log_tail()
+            assert handle.answers == 1
+            assert pod.log().count("this worker was frozen for") == colour - 8
 
 
 def test_a_download_that_was_frozen_with_its_connections_cut_goes_on(

@@ -115,6 +115,7 @@ class Worker:
         models = settings.base_dir / "models"
         volume, local = layout_at(settings.volume_path), Layout(settings.local_store)
         roots = [volume.models, local.models]
+        self.clock = RunningClock().start()
         self._links = ModelLinks(models, roots, within=[settings.volume_path], host_cache=_host_cache(settings))
         self._leases = Leases(volume, _name(settings)) if is_volume(settings.volume_path) else None
         self._room = build_room(settings, self._leases) if self._leases else None
@@ -123,12 +124,11 @@ class Worker:
             [volume, local],
             _host_cache(settings),
             lambda: read_sources(settings),
-            lambda: build_store(settings, self._room),
+            lambda: build_store(settings, self._room, self.clock),
             hosts=settings.request_hosts,
             leases=self._leases,
         )
         self.failed = False
-        self.clock = RunningClock().start()
         if self._leases:
             self.clock.on_thaw(self._leases.forget)
         self._engine = Engine(settings, command, process, self._give_up, self.clock)
@@ -283,13 +283,13 @@ def _pins(settings: Settings) -> Pins:
     return read_pins(settings.volume_path, read_sources(settings))
 
 
-def build_hub(settings: Settings) -> Hub:
+def build_hub(settings: Settings, clock: Callable[[], float] = time.monotonic) -> Hub:
     """Return the network to download from."""
     from worker.fetch.http import Network  # noqa: PLC0415 - as for the sources
     from worker.fetch.hub import Hub, credentials  # noqa: PLC0415 - huggingface_hub takes 0.3 s to import
 
     network = Network(credentials(settings.hf_endpoint, settings.hf_token, settings.civitai_token), urllib.request.getproxies())
-    return Hub(settings.hf_endpoint, network)
+    return Hub(settings.hf_endpoint, network, clock=clock)
 
 
 def _name(settings: Settings) -> str:
@@ -297,11 +297,11 @@ def _name(settings: Settings) -> str:
     return settings.runpod_pod_id or socket.gethostname()
 
 
-def build_store(settings: Settings, room: Room | None = None) -> Stores:
+def build_store(settings: Settings, room: Room | None = None, clock: Callable[[], float] = time.monotonic) -> Stores:
     """Return the volume's store, with the container's disk as fallback and the network to download from."""
     from worker.store.store import Store, Stores, Tuning  # noqa: PLC0415 - as for the sources
 
-    hub = build_hub(settings)
+    hub = build_hub(settings, clock)
     tuning = Tuning(connections=settings.download_connections)
     volume = layout_at(settings.volume_path)
     mounted = is_volume(settings.volume_path)

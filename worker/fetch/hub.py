@@ -12,6 +12,7 @@ import http.client
 import json
 import logging
 import re
+import time
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
@@ -157,8 +158,11 @@ def credentials(endpoint: str, hf_token: str | None, civitai_token: str | None) 
 class Hub:
     """Looks up addresses. It holds the tokens and sends each only to its own origin."""
 
-    def __init__(self, endpoint: str, network: Network, patience_s: float = 60.0) -> None:
+    def __init__(
+        self, endpoint: str, network: Network, patience_s: float = 60.0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.network = network
+        self.clock = clock
         self._endpoint = endpoint.rstrip("/")
         self._patience_s = patience_s
         if network.has_other_proxies:
@@ -194,7 +198,7 @@ class Hub:
         return self._asked(lambda: self._ask_files(folder), f"hf://{folder.repo}", cancel)
 
     def _asked(self, ask: Callable[[], T], where: str, cancel: CancelToken) -> T:
-        backoff = Backoff(partial(SourceUnreachable, where), self._patience_s)
+        backoff = Backoff(partial(SourceUnreachable, where), self._patience_s, clock=self.clock)
         while True:
             try:
                 return abandonable(ask, where, cancel)

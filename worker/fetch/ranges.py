@@ -135,7 +135,11 @@ class Fetch:
         self._renewing = threading.Lock()
         enough_bytes = int(tuning.slowest_bytes_per_s * tuning.patience_s)
         self._backoff = Backoff(
-            partial(SourceUnreachable, remote.where), tuning.patience_s, tuning.connections, enough_bytes=enough_bytes
+            partial(SourceUnreachable, remote.where),
+            tuning.patience_s,
+            tuning.connections,
+            hub.clock,
+            enough_bytes=enough_bytes,
         )
         self._doubts = 0
         self._spans = Spans((), 1, 1, 1)

@@ -13,7 +13,6 @@ import re
 import subprocess
 import sys
 import threading
-import time
 from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Final
@@ -76,7 +75,9 @@ class XetFetch:
         self._tuning = tuning
         self._cancel = cancel
         enough_bytes = int(tuning.slowest_bytes_per_s * tuning.patience_s)
-        self._backoff = Backoff(partial(SourceUnreachable, remote.where), tuning.patience_s, enough_bytes=enough_bytes)
+        self._backoff = Backoff(
+            partial(SourceUnreachable, remote.where), tuning.patience_s, clock=hub.clock, enough_bytes=enough_bytes
+        )
         self._todo = sink.gaps()
         self._doubts = 0
         self._reason = "Xet ended early"
@@ -114,7 +115,7 @@ class XetFetch:
         since_s = self._waits_since_s
         if since_s is None:
             self._backoff.pause(_TICK_S)
-        elif time.monotonic() - since_s > self._tuning.patience_s or self._backoff.is_over:
+        elif self._hub.clock() - since_s > self._tuning.patience_s or self._backoff.is_over:
             self._kill()
 
     def _kill(self) -> None:
@@ -209,7 +210,7 @@ class XetFetch:
         """Fill the buffer. A pipe gives little at a time, and a network volume wants large writes. Less only at the end."""
         done = 0
         while done < len(into):
-            self._waits_since_s = time.monotonic()
+            self._waits_since_s = self._hub.clock()
             try:
                 length = stream.readinto(into[done:])  # type: ignore[attr-defined] # unbuffered: it is a FileIO
             finally:
