@@ -5,8 +5,8 @@ Touches the loopback network.
 One websocket stays open for as long as the process lives. It is opened before the first prompt, so that no event of a run can
 be missed. After a gap or silence /history and /queue are asked instead. Everything runs on one event loop.
 
-HTTP goes through httpcore2, the connection pool that httpx2 is made of. No cookie, redirect or login passes between two
-programs of one container, and httpx2 takes 0.3 ms of processor time for them with each request
+HTTP goes through the connections of httpcore2, which httpx2 is made of. No cookie, redirect, login or proxy passes between two
+programs of one container, and httpx2 takes 0.5 ms of processor time for them with each request
 (docs/decisions/006-http-clients.md).
 """
 
@@ -188,9 +188,7 @@ class ComfyClient:
         self._ended: list[str] = []
         self._forgetting: asyncio.Task[None] | None = None
         self._listener: asyncio.Task[None] | None = None
-        self._http = httpcore2.AsyncConnectionPool(
-            max_connections=None, keepalive_expiry=_KEEPALIVE_S, network_backend=AsyncioBackend()
-        )
+        self._connections: list[httpcore2.AsyncHTTP11Connection] = []
         self._closed = False
         # Classes come with ComfyUI's start, and this client goes with that ComfyUI.
         self._classes: set[str] = set()
@@ -232,7 +230,8 @@ class ComfyClient:
             self._listener.cancel()
             await asyncio.gather(self._listener, return_exceptions=True)
         self._closed = True
-        await self._http.aclose()
+        for connection in self._connections:
+            await connection.aclose()
 
     async def choices(self, class_type: str, input_name: str) -> Sequence[str] | None:
         """Return the current choices of a node's input: for a loader, the files it sees. None if there is no list."""
@@ -456,9 +455,7 @@ class ComfyClient:
         limit_s = min(limit_s, self._hang_s)
         if self._closed:
             raise EngineUnreachable(self.address, "the connection was closed")
-        host, _, port = self.address.partition(":")
-        url = httpcore2.URL(scheme=b"http", host=host.encode(), port=int(port), target=path.encode())
-        send = partial(self._http.request, method, url, headers=_JSON, content=data)
+        send = partial(self._send, method, path, data)
         try:
             async with within(limit_s, self._clock):  # ours, by a clock that stops during a freeze
                 try:
@@ -471,6 +468,21 @@ class ComfyClient:
             raise EngineUnreachable(self.address, f"{_reason(exc)} on {method} {path}") from exc
         self._heard_at = self._clock()
         return response.status, _decoded(response.content)
+
+    async def _send(self, method: str, path: str, data: bytes | None) -> httpcore2.Response:
+        """Send a request on a connection that is idle, or on a new one."""
+        for each in self._connections:
+            if each.is_idle() and each.has_expired():
+                await each.aclose()
+        self._connections = [each for each in self._connections if not each.is_closed()]
+        host, _, port = self.address.partition(":")
+        url = httpcore2.URL(scheme=b"http", host=host.encode(), port=int(port), target=path.encode())
+        connection = next((each for each in self._connections if each.is_idle()), None)
+        if connection is None:
+            stream = await AsyncioBackend().connect_tcp(host, int(port))
+            connection = httpcore2.AsyncHTTP11Connection(url.origin, stream, _KEEPALIVE_S)
+            self._connections.append(connection)
+        return await connection.request(method, url, headers=_JSON, content=data)
 
     async def _wait_for(self, method: str, path: str, body: object = None) -> tuple[int, Any]:
         """Like `_ask`, for as long as a busy ComfyUI may take. Raises `EngineHung` after that."""
