@@ -9,9 +9,11 @@ It is RunPod's and no part of this repository. CI fetches it every week, so that
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
+import pty
 import re
 import subprocess
 import sys
@@ -229,6 +231,21 @@ def test_a_lost_answer_doubles_nothing(desk: Desk, operation: str, status: int, 
     assert desk.runpod.operations().count(operation) == 1
 
 
+@pytest.mark.parametrize("lag", [1, 2, 5])
+@pytest.mark.parametrize("operation", ["POST network-volumes", "POST serverless"])
+def test_a_list_that_lags_doubles_nothing(desk: Desk, operation: str, lag: int) -> None:
+    """What was made is not in the lists yet when its lost answer is asked after; with a long lag the second one is removed."""
+    desk.runpod.account.lag, desk.runpod.account.quota = lag, 20
+    desk.runpod.fault(operation, 502, done=True)
+    assert desk.up().status == 0
+    desk.up()
+    there = desk.runpod.billed()
+    assert (there["volumes"], there["endpoints"]) == (1, 1)
+    desk.runpod.account.lag = 0
+    assert desk.run("down", "--name", "tiny", "--yes", "--volume-too").status == 0
+    assert not any(desk.runpod.billed().values())
+
+
 @pytest.mark.parametrize("operation", ["GET *", "PATCH *", "DELETE *"])
 def test_what_may_be_sent_twice_is_sent_again(desk: Desk, operation: str) -> None:
     desk.runpod.fault(operation, 503, times=2)
@@ -314,6 +331,59 @@ def test_a_dry_run_makes_nothing_and_says_everything(desk: Desk) -> None:
     assert shown["volume_usd_month"] == 0.7
     assert desk.runpod.operations() == []
     assert not list((desk.folder / "state").rglob("*.json"))
+
+
+def test_later_options_change_what_is_there(desk: Desk) -> None:
+    desk.up()
+    account = desk.runpod.account
+    (endpoint,) = account.things["serverless"]
+    assert desk.up("--gpu", "ADA_24,AMPERE_24", "--max-workers", "1", "--image", f"{IMAGE}-cu128").status == 0
+    shown = account.one("serverless", endpoint)
+    assert (shown["gpu"]["pools"], shown["gpu"]["excludedTypes"]) == (["ADA_24", "AMPERE_24"], [MIG])
+    assert (shown["workers"]["max"], shown["image"]) == (1, f"{IMAGE}-cu128")
+    said = desk.up("--datacenter", "US-KS-2")
+    assert (said.code, "EU-RO-1" in said.sentence) == ("up_usage", True)
+    assert desk.runpod.billed() == {"volumes": 1, "pods": 0, "endpoints": 1, "workers": 0}
+
+
+def test_a_file_that_is_missing_ends_it_before_anything_is_made(desk: Desk) -> None:
+    assert desk.up("--image-file", "in.png=nowhere.png").code == "file_unreadable"
+    assert desk.runpod.operations() == []
+
+
+def test_no_s3_api_where_the_volume_is(desk: Desk) -> None:
+    assert desk.up("--datacenter", "AP-JP-1", "--fill", "s3").code == "up_usage"
+
+
+@pytest.mark.parametrize(("answer", "volumes"), [("n", 0), ("y", 1)])
+def test_a_person_is_asked_once(desk: Desk, answer: str, volumes: int) -> None:
+    leader, follower = pty.openpty()
+    workflow = str(PROJECT / "devkit/workflows/empty_image.json")
+    argv = [sys.executable, "-m", "worker", "up", workflow, "--image", IMAGE, "--no-picture", "--output", str(desk.folder)]
+    own = {name: value for name, value in os.environ.items() if not name.startswith("RUNPOD_")}
+    environ = {**own, **desk.runpod.environ(), "XDG_STATE_HOME": str(desk.folder / "state")}
+    process = subprocess.Popen(argv, cwd=PROJECT, env=environ, stdin=follower, stdout=follower, stderr=follower)
+    os.close(follower)
+    said = b""
+    while b"[y/N]" not in said:
+        said += os.read(leader, 1024)
+    os.write(leader, f"{answer}\n".encode())
+    with contextlib.suppress(OSError):  # how a terminal whose program has ended reads
+        while part := os.read(leader, 1024):
+            said += part
+    assert process.wait(60) == (1 if answer == "n" else 0)
+    assert said.count(b"[y/N]") == 1
+    assert (b"$0.70 a month" in said, b"Nothing was made" in said) == (True, answer == "n")
+    assert desk.runpod.billed()["volumes"] == volumes
+
+
+def test_what_a_person_reads(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
+    environ = {**desk.runpod.environ(), "RUNPOD_API_KEY": "rpa_wrong"}
+    assert up_command.run(["status", "--name", "tiny"], environ) == 2
+    assert capsys.readouterr().err == (
+        "error: RunPod does not accept RUNPOD_API_KEY (status 401): copy it again, or make a new one under "
+        "Settings > API Keys. [api_key_refused]\n"
+    )
 
 
 # --- values ---------------------------------------------------------------------------------------

@@ -52,12 +52,15 @@ class Account:
     pods: dict[str, PodMachine] = field(default_factory=dict)
     pod_environ: dict[str, str] = field(default_factory=dict)
     worker_environ: dict[str, str] = field(default_factory=dict)
+    lag: int = 0
+    """How many lists do not show yet what was just made."""
     workers_may_start: threading.Event = field(default_factory=threading.Event)
     on_volume: Callable[[str], object] = lambda _: None
     """Called with the id of a volume that is made."""
     before_worker: Callable[[str, Path], object] = lambda _, __: None
     """Called with a volume and its folder before a worker that has it starts."""
     lock: threading.RLock = field(default_factory=threading.RLock)
+    _hidden: dict[str, int] = field(default_factory=dict)
     _numbers: count[int] = field(default_factory=lambda: count(1))
 
     def __post_init__(self) -> None:
@@ -80,7 +83,10 @@ class Account:
     def shown(self, kind: str) -> Thing:
         """Return a list as the API shows it."""
         with self.lock:
-            return {LISTS[kind]: list(self.things[kind].values())}
+            shown = [thing for thing in self.things[kind].values() if self._hidden.get(str(thing["id"]), 0) <= 0]
+            for thing_id in self.things[kind]:
+                self._hidden[thing_id] = self._hidden.get(thing_id, 0) - 1
+            return {LISTS[kind]: shown}
 
     def one(self, kind: str, thing_id: str) -> Thing:
         """Return one of a kind."""
@@ -117,6 +123,7 @@ class Account:
             thing_id = f"{ {'network-volumes': 'vol', 'serverless': 'ep', 'pods': 'pod'}[kind] }{next(self._numbers):06d}"
             made = makers[kind](thing_id, body)
             self.things[kind][thing_id] = made
+            self._hidden[thing_id] = self.lag
             return made
 
     def _volume(self, volume_id: str, body: Thing) -> Thing:

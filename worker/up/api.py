@@ -51,6 +51,7 @@ _BAD_REQUEST: Final = 400
 _LOCAL: Final = frozenset({"127.0.0.1", "localhost", "::1"})
 # FlashBoot was once turned on by this suffix of an endpoint's name, and RunPod may still add it.
 _FLASHBOOT_ENDING: Final = " -fb"
+_LOOKS: Final = 3
 _KEY: Final = re.compile(r"[!-~]+")
 
 
@@ -131,20 +132,50 @@ class RunPod:
 
     # --- what is changed
 
-    def ensure(self, kind: Kind, body: Mapping[str, Any]) -> tuple[Thing, bool]:
-        """Return what has the body's name, and whether it was created now. Never creates two, whatever happens to an answer."""
+    def ensure(self, kind: Kind, body: Mapping[str, Any], *, begun: bool = False) -> tuple[Thing, bool]:
+        """Return what has the body's name, and whether it was created now. Never leaves two, whatever happens to an answer.
+
+        `begun`: an earlier run may have sent this, and was killed before it heard the answer.
+        """
         name, retries = str(body["name"]), self._retries
-        end_s, pause_s = retries.now() + retries.patience_s, retries.first_s
+        end_s = retries.now() + retries.patience_s
+        if found := self.named(kind, name) or (self.appearing(kind, name) if begun else []):
+            return found[0], False
+        unsure = False
         while True:
-            if found := self.named(kind, name):
-                return found[0], False
             try:
-                return self._there(self._once, "POST", kind, json=dict(body)), True
+                made = self._there(self._once, "POST", kind, json=dict(body))
             except Unsure as exc:
+                if found := self.appearing(kind, name):
+                    return found[0], True
                 if retries.now() >= end_s:
                     raise exc.error from None
-                retries.sleep(pause_s)  # this also gives the list time to show what was created after all
-                pause_s = min(pause_s * 2, retries.longest_s)
+                unsure = True
+            else:
+                break
+        if unsure:
+            self._remove_others(kind, name, str(made["id"]))
+        return made, True
+
+    def _remove_others(self, kind: Kind, name: str, kept_id: str) -> None:
+        """Remove what else has this name: nothing had it before, so a request without an answer created it just now."""
+        pause_s = self._retries.first_s
+        for _ in range(_LOOKS):
+            self._retries.sleep(pause_s)
+            for other in self.named(kind, name):
+                if other["id"] != kept_id:
+                    self.delete(kind, str(other["id"]))
+            pause_s = min(pause_s * 2, self._retries.longest_s)
+
+    def appearing(self, kind: Kind, name: str) -> list[Thing]:
+        """Return what has this name, giving RunPod's lists some time to show what was just created."""
+        pause_s = self._retries.first_s
+        for _ in range(_LOOKS):
+            self._retries.sleep(pause_s)
+            if found := self.named(kind, name):
+                return found
+            pause_s = min(pause_s * 2, self._retries.longest_s)
+        return []
 
     def update(self, kind: Kind, thing_id: str, body: Mapping[str, Any]) -> Thing:
         """Change the fields in the body, and return the whole."""

@@ -67,8 +67,10 @@ class Filler:
 
     def by_pod(self, volume_id: str, manifest: str) -> None:
         """Let a CPU Pod download the models, and remove it. Raises `NoCpuFree`, `FillFailed`, and errors of the API."""
-        pod = self._pod(volume_id, manifest)
-        self.state.put("models", pod=pod["id"])
+        begun = bool(self.state.get("models").get("pod_begun"))
+        self.state.put("models", pod_begun=True)
+        pod = self._pod(volume_id, manifest, begun=begun)
+        self.state.put("models", pod=pod["id"], pod_begun=False)
         try:
             failed = self._follow(str(pod["id"]))
         except KeyboardInterrupt:
@@ -78,7 +80,7 @@ class Filler:
         if failed:
             raise FillFailed(failed)
 
-    def _pod(self, volume_id: str, manifest: str) -> Thing:
+    def _pod(self, volume_id: str, manifest: str, *, begun: bool) -> Thing:
         """Return the Pod that fills the volume: an existing one, or a new one of the cheapest available kind."""
         image, refused = cpu_image_of(self.plan.image), "none is free"
         for old in self.runpod.named("pods", self.options.resource):
@@ -96,10 +98,10 @@ class Filler:
                 "args": POD_COMMAND,
                 "env": {MODELS_VARIABLE: manifest, **handed_on(self.environ)},
             }
+            if self.options.registry:
+                body["registry"] = self.options.registry
             try:
-                return self.runpod.ensure(
-                    "pods", body | ({"registry": self.options.registry} if self.options.registry else {})
-                )[0]
+                return self.runpod.ensure("pods", body, begun=begun)[0]
             except RunPodRefused as exc:  # RunPod answers 400 both to a wrong request and to what is not free just now
                 if "image" in exc.reason.lower():
                     raise ImageNotFound(image, exc.reason) from None

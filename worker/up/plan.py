@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _CHECKOUT: Final = Path(__file__).resolve().parents[2]
 _GIT_TIMEOUT_S: Final = 10.0
+_MAX_WORKERS: Final = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,18 +114,24 @@ def plan_of(options: Options, needs: Needs | None, runpod: RunPod, state: State,
     """
     volume = _volume(options, runpod, state)
     own = options.volume is None and not state.get("volume").get("given")
-    if agreed := state.get("agreed"):
+    agreed = state.get("agreed")
+    if agreed and not options.pools:
         return _as_agreed(options, needs, agreed, volume, own=own)
     pools = catalog.pools_of(runpod.all("catalog/gpus", include="AVAILABILITY", product="SERVERLESS"))
     centres = catalog.datacenters_of(runpod.all("catalog/datacenters", include="GPU_AVAILABILITY,CPU_AVAILABILITY"))
     size_bytes = needs.size_bytes if needs else 0
     wanted = _pools(options, pools, size_bytes)
-    datacenter = str(volume["dataCenter"]) if volume else options.datacenter
+    datacenter = _place_of(options, volume)
     places = _places(options, centres, datacenter)
     offers = catalog.offers(wanted, places, DATACENTERS)
     fill = options.fill or ("s3" if _has_s3_keys(environ) else "pod")
     if fill == "s3" and options.s3_endpoint is None:
-        offers = [offer for offer in offers if offer.datacenter in DATACENTERS]
+        if datacenter and datacenter not in DATACENTERS:
+            if options.fill == "s3":
+                raise UpUsage(f"RunPod has no S3 API in {datacenter}: use --fill pod, or another --datacenter.")
+            fill = "pod"
+        else:
+            offers = [offer for offer in offers if offer.datacenter in DATACENTERS]
     if not offers:
         raise NoGpuFree([pool.name for pool in wanted], datacenter or "any data centre with network volumes")
     offer = offers[0]
@@ -145,7 +152,7 @@ def plan_of(options: Options, needs: Needs | None, runpod: RunPod, state: State,
         high_performance=options.high_performance,
         fill=fill,
         pod_usd_hour=cpus[0].usd_hour if cpus else 0.0,
-        max_workers=options.max_workers,
+        max_workers=options.max_workers or _MAX_WORKERS,
         offers=tuple(offers),
     )
 
@@ -157,7 +164,7 @@ def _as_agreed(options: Options, needs: Needs | None, agreed: Mapping[str, Any],
         needs=needs,
         image=str(agreed["image"]),
         cuda=str(agreed["cuda"]),
-        datacenter=str(volume["dataCenter"]) if volume else str(agreed["datacenter"]),
+        datacenter=_place_of(options, volume) or str(agreed["datacenter"]),
         pools=tuple(agreed["pools"]),
         excluded=tuple(agreed["excluded"]),
         usd_second=tuple(agreed["usd_second"]),
@@ -167,7 +174,7 @@ def _as_agreed(options: Options, needs: Needs | None, agreed: Mapping[str, Any],
         high_performance=bool(agreed["high_performance"]),
         fill=options.fill or agreed["fill"],
         pod_usd_hour=float(agreed["pod_usd_hour"]),
-        max_workers=int(agreed["max_workers"]),
+        max_workers=options.max_workers or int(agreed["max_workers"]),
         new=False,
     )
     # Options of this command line take precedence over the agreed ones.
@@ -187,6 +194,16 @@ def _volume(options: Options, runpod: RunPod, state: State) -> Thing | None:
     if found is None:
         found = next(iter(runpod.named("network-volumes", options.resource)), None)
     return found
+
+
+def _place_of(options: Options, volume: Thing | None) -> str | None:
+    """Return the data centre that is settled, None where any will do. Raises `UpUsage` where the volume is in another."""
+    if volume is None:
+        return options.datacenter
+    there = str(volume["dataCenter"])
+    if options.datacenter not in {None, there}:
+        raise UpUsage(f"--datacenter: the volume {volume['id']} is in {there}; use another --name for another data centre.")
+    return there
 
 
 def _pools(options: Options, pools: Mapping[str, Pool], size_bytes: int) -> Sequence[Pool]:

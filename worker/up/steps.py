@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 from client.command import check, tell_outputs, watched
 from client.errors import ServiceError
-from client.request import Wishes, build
 from client.service import ENDPOINTS, Endpoint
 from worker.base.text import count, size_text
 from worker.up.catalog import volume_usd_month
@@ -46,6 +45,8 @@ class Steps:
     state: State
     screen: UpScreen
     environ: Mapping[str, str]
+    job: Mapping[str, Any]
+    """The request that makes the first picture."""
 
     def run(self) -> int:
         """Do what is not done yet. Return the exit status. Raises errors of `up`, the seeder and the client."""
@@ -60,10 +61,11 @@ class Steps:
         found = self.runpod.get("network-volumes", plan.volume_id) if plan.volume_id else None
         made = False
         if found is None:
+            begun = bool(self.state.get("volume").get("begun")) and not self.state.get("volume").get("id")
             self.state.put("volume", name=name, begun=True)
             tier = {"type": "HIGH_PERFORMANCE"} if plan.high_performance else {}
             body = {"name": name, "size": plan.size_gb, "dataCenter": plan.datacenter, **tier}
-            found, made = self.runpod.ensure("network-volumes", body)
+            found, made = self.runpod.ensure("network-volumes", body, begun=begun)
         if str(found["id"]) != self.state.get("volume").get("id"):
             self.state.drop("models", "picture")  # another volume than the one with the models
         self.state.put("volume", name=name, id=found["id"], given=not plan.own_volume)
@@ -82,10 +84,11 @@ class Steps:
         said = "there"
         try:
             if found is None:
+                begun = bool(self.state.get("endpoint").get("begun")) and not known
                 self.state.put("endpoint", name=self.options.resource, begun=True)
-                found, made = self.runpod.ensure("serverless", body)
+                found, made = self.runpod.ensure("serverless", body, begun=begun)
                 said = "made" if made else said
-            if wrong := _differences(found, body):
+            if wrong := _differences(found, body, self.options):
                 found = self.runpod.update("serverless", str(found["id"]), wrong)
                 said = f"changed: {', '.join(sorted(wrong))}"
         except RunPodRefused as exc:
@@ -144,14 +147,13 @@ class Steps:
 
     def picture(self, endpoint: Thing) -> int:
         """Send the workflow, save the result, and say how to send the next one. Return the exit status."""
-        job = build(Wishes(self.options.workflow, values=self.options.values, images=self.options.images))
         request = self.options.output / f"{self.options.name}.request.json"
         self.options.output.mkdir(parents=True, exist_ok=True)
-        request.write_text(json.dumps(job), "utf-8")
+        request.write_text(json.dumps(self.job), "utf-8")
         url = self.state.get("endpoint")["url"]
         status = 0
         if self.options.picture and not self.state.get("picture").get("done"):
-            status = self._picture(job, str(url))
+            status = self._picture(str(url))
         if status == 0:
             curl = (
                 f'curl -s {url}/runsync -H "Authorization: Bearer $RUNPOD_API_KEY" '
@@ -167,7 +169,7 @@ class Steps:
             self.screen.result("done", text, endpoint=endpoint["id"], url=url, curl=curl, request=str(request))
         return status
 
-    def _picture(self, job: Mapping[str, Any], url: str) -> int:
+    def _picture(self, url: str) -> int:
         base, _, endpoint_id = url.rpartition("/")
         known = self.state.get("picture")
         where = {"RUNPOD_API_KEY": self.environ.get("RUNPOD_API_KEY", ""), "RUNPOD_ENDPOINT_BASE_URL": base}
@@ -177,7 +179,7 @@ class Steps:
             service.endpoint.wire.post("/purge-queue", None, 30.0)
         self.state.put("picture", begun=True)
         try:
-            answer = watched(service, job, _PICTURE_TIMEOUT_S)
+            answer = watched(service, self.job, _PICTURE_TIMEOUT_S)
         except ServiceError:
             if known.get("job"):
                 self.state.drop("picture")  # its result is kept for only half an hour: the next run makes another
@@ -220,17 +222,22 @@ class _Noted:
         return self.endpoint.aftermath(error)
 
 
-def _differences(found: Thing, body: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields in which an existing endpoint differs from the wanted one.
+def _differences(found: Thing, body: Mapping[str, Any], options: Options) -> dict[str, Any]:
+    """Return the fields of an existing endpoint to change: those that this command line names, and those it cannot do without.
 
-    RunPod itself lowers the workers of an endpoint without requests, to 2 after three days and to 0 after seven.
+    What somebody set in the console stays. But RunPod itself lowers the workers of an endpoint without requests, to 2 after
+    three days and to 0 after seven.
     """
     wrong: dict[str, Any] = {}
-    if found["workers"]["max"] < body["workers"]["max"]:
-        wrong["workers"] = {"max": body["workers"]["max"]}
+    most, wanted = found["workers"]["max"], body["workers"]["max"]
+    if most < wanted or (options.max_workers and most != wanted):
+        wrong["workers"] = {"max": wanted}
     if list(found.get("networkVolumes", ())) != body["networkVolumes"]:
         wrong["networkVolumes"] = body["networkVolumes"]
         wrong["dataCenterIds"] = body["dataCenterIds"]
-    if found.get("image") != body["image"]:
+    if options.image and found.get("image") != body["image"]:
         wrong["image"] = body["image"]
+    if options.pools and list(found.get("gpu", {}).get("pools", ())) != body["gpu"]["pools"]:
+        # The two are one choice: pools without exclusions would clear them.
+        wrong["gpu"] = {name: value for name, value in body["gpu"].items() if name in {"pools", "excludedTypes"}}
     return wrong

@@ -9,6 +9,7 @@ import threading
 from typing import IO, TYPE_CHECKING, Any, Final, NoReturn
 
 from client.errors import ClientError, JobFailed
+from client.request import Wishes, build
 from worker.base.text import count
 from worker.errors import ManifestInvalid, SettingsError, SpecInvalid, WorkerError
 from worker.seed.errors import S3KeysMissing, SeedUsage, WhatUnknown
@@ -90,6 +91,8 @@ def _up(options: Options, runpod: RunPod, state: State, screen: UpScreen, enviro
     if known and known.get("digest") != digest:
         state.drop("models", "picture")
     needs = None if state.get("models").get("done") else needed.read(options.workflow, options.whats, settings, screen.note)
+    # Whatever the request names is there, or it ends here.
+    job = build(Wishes(options.workflow, values=options.values, images=options.images))
     plan = plan_of(options, needs, runpod, state, environ)
     if needs is not None or options.dry_run:
         screen.plan(plan)
@@ -97,19 +100,31 @@ def _up(options: Options, runpod: RunPod, state: State, screen: UpScreen, enviro
         needs.check()
     if options.dry_run:
         return 0
-    if plan.new and not options.yes:
+    if needs is not None and needs.unknown_sizes and not (options.size_gb or options.volume):
+        raise UpUsage(
+            f"The size of {count(needs.unknown_sizes, 'model')} is not known now, because its source did not answer: say with "
+            "--size how many GB the volume shall have, or try again."
+        )
+    if (plan.new or state.get("agreed").get("digest") != digest) and not options.yes:
         if not sys.stdin.isatty():
             raise UpUsage("Nobody can be asked here: run it with --yes, or with --dry-run to see only what it would make.")
         if not ask("Make it?"):
             screen.say("Nothing was made.")
             return FAILED
-    state.put("agreed", **plan.agreed())
-    return Steps(runpod, options, plan, state, screen, environ).run()
+    state.put("agreed", **plan.agreed(), digest=digest)
+    return Steps(runpod, options, plan, state, screen, environ, job).run()
 
 
 def _found(options: Options, runpod: RunPod, state: State) -> dict[Kind, list[Thing]]:
     """Return everything of a deployment that is there, by what was written down and by its name."""
     found: dict[Kind, list[Thing]] = {}
+    begun: set[Kind] = set()  # what a run was about to make when it was killed
+    if state.get("models").get("pod_begun"):
+        begun.add("pods")
+    if state.get("endpoint").get("begun") and not state.get("endpoint").get("id"):
+        begun.add("serverless")
+    if state.get("volume").get("begun") and not state.get("volume").get("id"):
+        begun.add("network-volumes")
     steps: tuple[tuple[Kind, Any], ...] = (
         ("pods", state.get("models").get("pod")),
         ("serverless", state.get("endpoint").get("id")),
@@ -117,6 +132,8 @@ def _found(options: Options, runpod: RunPod, state: State) -> dict[Kind, list[Th
     )
     for kind, thing_id in steps:
         things = {str(thing["id"]): thing for thing in runpod.named(kind, options.resource)}
+        if not things and kind in begun:
+            things = {str(thing["id"]): thing for thing in runpod.appearing(kind, options.resource)}
         if thing_id and str(thing_id) not in things and (thing := runpod.get(kind, str(thing_id))):
             things[str(thing_id)] = thing
         found[kind] = list(things.values())
