@@ -177,6 +177,7 @@ def kill_at(desk: Desk, argv: list[str], operation: str, phase: str) -> None:
     assert killer.process.returncode == -signal.SIGKILL
 
 
+@pytest.mark.timeout(1500)  # twenty runs, one after another
 def test_killed_at_each_of_its_steps_and_run_again(desk: Desk) -> None:
     """One deployment that is killed at every request which changes anything: same end, nothing doubled, nothing left."""
     desk.runpod.account.workers_may_start.clear()

@@ -15,6 +15,7 @@ import pytest
 
 from devkit.hub import Hub as StandIn
 from devkit.local_worker import PROJECT
+from devkit.runpod import RunPodStandIn
 from devkit.s3 import RunPodProxy, S3Server
 
 if TYPE_CHECKING:
@@ -34,6 +35,11 @@ for name in ("fcntl", "grp", "pwd", "pty", "resource", "syslog", "termios", "tty
     sys.modules[name] = None
 usage = {root: shutil.disk_usage(root) for root in ("/",)}
 shutil.disk_usage = lambda path: usage["/"]  # a Windows has its own
+try:
+    import filelock._unix, types
+    filelock._unix.os = types.SimpleNamespace(**vars(os))  # it has a module of its own for Windows
+except ModuleNotFoundError:
+    pass
 for name in ("O_CLOEXEC", "O_DIRECTORY", "O_NONBLOCK", "fork", "forkpty", "geteuid", "getuid", "killpg", "posix_fadvise",
              "pread", "preadv", "pwrite", "pwritev", "sched_getaffinity", "setsid", "statvfs", "fstatvfs", "sysconf", "uname"):
     if hasattr(os, name):
@@ -129,3 +135,14 @@ def test_the_client_runs(tmp_path: Path) -> None:
     status, text = run("scripts/run_workflow.py", str(workflow), "--url", "http://127.0.0.1:9")
     assert status not in {0, 2}, text
     assert "127.0.0.1:9" in text
+
+
+def test_up_makes_an_endpoint_and_removes_it(tmp_path: Path) -> None:
+    with RunPodStandIn(tmp_path / "runpod") as runpod:
+        environ = {**runpod.environ(), "XDG_STATE_HOME": str(tmp_path / "state")}
+        workflow = str(PROJECT / "devkit/workflows/empty_image.json")
+        more = ("--image", "docker.io/you/worker:1", "--yes", "--no-picture", "--output", str(tmp_path))
+        status, text = run("scripts/up.py", workflow, *more, **environ)
+        assert (status, runpod.billed()["endpoints"]) == (0, 1), text
+        status, text = run("scripts/up.py", "down", "--name", "empty-image", "--yes", "--volume-too", **environ)
+        assert (status, any(runpod.billed().values())) == (0, False), text
