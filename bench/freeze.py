@@ -116,7 +116,7 @@ class Pod:
             self.plane.thaw_pod(cut=False)
             pod.stop()
             log = pod.log()
-            self.hung += sum(log.count(word) for word in ("[engine_hung]", "is replaced", "starting it again"))
+            self.hung += sum(log.count(word) for word in ("[engine_hung]", "is replaced", "restarting it"))
 
     def freeze(self, kind: str) -> None:
         """Stop the pod, move its clocks, let it go on."""
