@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import threading
@@ -14,11 +15,13 @@ from devkit.hub import Hub as StandIn
 from devkit.s3 import RunPodProxy, S3Server
 from worker.fetch.http import Network
 from worker.fetch.hub import Hub, credentials
+from worker.seed import seed_command
 from worker.seed.errors import S3FileDiffers, S3KeysRefused, S3Unreachable, S3VolumeFull, S3VolumeNotFound
 from worker.seed.fill import S3Filler
 from worker.seed.relay import Load
 from worker.seed.s3_api import Bucket, Keys, Place, bucket_at
 from worker.seed.s3_volume import S3Volume
+from worker.seed.sibling import Sibling
 from worker.spec import HubFile, ModelSpec, Url
 from worker.store.layout import Layout
 from worker.store.store import Store
@@ -435,3 +438,56 @@ def test_a_bucket_names_the_call_that_failed() -> None:
     bucket = Bucket(Place("v", "", "http://127.0.0.1:9"), S3Server().make_client("http://127.0.0.1:9"))
     with pytest.raises(S3Unreachable, match="run this again"):
         bucket.check()
+
+
+# --- from a sibling volume ------------------------------------------------------------------------
+
+
+def synced(seeder: Seeder, *volumes: str) -> tuple[list[Outcome], list[str]]:
+    sibling = Sibling(seeder.volume("vol1"))
+    specs, left = sibling.models()
+    filler = S3Filler(seeder.hub, [seeder.volume(name) for name in volumes or ("vol2",)], FAST, sibling=sibling)
+    return [found for spec in specs for found in filler.ensure(spec, seeder.moments.append, seeder.cancel)], left
+
+
+def test_a_volume_is_filled_from_its_sibling_and_the_hub_is_not_asked(seeder: Seeder) -> None:
+    seeder.seed()
+    seeder.stand_in.reset()
+    assert [outcome.how for outcome in synced(seeder)[0]] == ["sent"]
+    seeder.check_seeded("vol2")
+    assert seeder.stand_in.requests == []
+    first, second = (json.loads(seeder.read(SEAL, volume)) for volume in ("vol1", "vol2"))
+    assert {key: first[key] for key in ("sha256", "repo", "file", "commit")} == {
+        key: second[key] for key in ("sha256", "repo", "file", "commit")
+    }
+    assert [outcome.how for outcome in synced(seeder)[0]] == ["ready"]
+
+
+def test_bytes_that_are_not_those_of_the_siblings_seal_go_nowhere(seeder: Seeder) -> None:
+    seeder.seed()
+    seal = json.loads(seeder.read(SEAL)) | {"sha256": "ab" * 32}
+    seeder.server.client.put_object(Bucket="vol1", Key=SEAL, Body=json.dumps(seal).encode())
+    (outcome,), _ = synced(seeder)
+    assert outcome.error
+    assert outcome.error.code == "content_mismatch"
+    assert seeder.files("vol2") == []
+    assert seeder.uploads("vol2") == []
+
+
+def test_what_is_not_as_it_was_sealed_is_left_out_by_name(seeder: Seeder) -> None:
+    seeder.seed()
+    seeder.server.client.put_object(Bucket="vol1", Key=KEY, Body=b"mine")
+    outcomes, left = synced(seeder)
+    assert outcomes == []
+    assert left == ["loras/a.safetensors is left out: it is not the file that was sealed"]
+
+
+def test_the_command_fills_volumes_from_their_sibling(seeder: Seeder) -> None:
+    seeder.seed()
+    environ = {"RUNPOD_S3_ACCESS_KEY_ID": "user_devkit", "RUNPOD_S3_SECRET_ACCESS_KEY": "rps_devkit"}
+    stream = io.StringIO()
+    argv = ["--sync", "vol1", "--to", "vol2", "--endpoint", seeder.proxy.endpoint_url]
+    assert seed_command.run(argv, environ, stream) == 0, stream.getvalue()
+    seeder.check_seeded("vol2")
+    assert seed_command.run([*argv[:2], *argv[4:]], environ, stream) == 2
+    assert seed_command.run([*argv, "models.toml"], environ, stream) == 2

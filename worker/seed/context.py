@@ -27,6 +27,7 @@ from worker.seed.s3_api import bucket_at
 from worker.seed.s3_volume import S3Volume
 from worker.seed.screen import Bars, JsonLines, Lines
 from worker.seed.selection import Selection
+from worker.seed.sibling import Sibling
 from worker.seed.volumes import MountedVolume
 from worker.store.eviction import Limits, survey
 from worker.store.leases import LeaseTiming
@@ -83,6 +84,7 @@ class Context:
         self._environ = environ
         self._volumes: tuple[Volume, ...] = ()
         self.room: Room | None = None
+        self.sibling: Sibling | None = None
 
     def place(self) -> Target:
         """Return the target. Raises `SeedUsage`, `S3KeysMissing`, and for S3 what `Bucket.check` raises."""
@@ -144,11 +146,17 @@ class Context:
                     continue
                 volumes.append(S3Volume(bucket))
                 manifests += [manifest.decode("utf-8-sig")] if manifest else []
+        if self.options.sync_from:
+            source = bucket_at(self.options.sync_from, keys, load.downloads + _S3_CALLS)
+            source.check()
+            self.sibling = Sibling(S3Volume(source))
         for error in away.values():
             if not volumes:
                 raise error
             self.tell(f"warning: {error}")
-        return Target(S3Filler(self.hub, volumes, load, away), tuple(volumes), tuple(manifests), tuple(away.values()))
+        return Target(
+            S3Filler(self.hub, volumes, load, away, self.sibling), tuple(volumes), tuple(manifests), tuple(away.values())
+        )
 
     def sources(self, place: Target) -> Sources:
         """Return the lists of models as workers on these volumes have them."""

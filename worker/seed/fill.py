@@ -9,6 +9,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Final, Protocol
 
 from worker.base.files import FULL
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from worker.fetch.hub import Hub, Remote
     from worker.seed.outcome import How
     from worker.seed.s3_volume import S3Volume
+    from worker.seed.sibling import Sibling
     from worker.seed.volumes import Volume
     from worker.spec import ModelSpec
     from worker.store.store import Store
@@ -151,9 +153,18 @@ class S3Filler:
     """
 
     def __init__(
-        self, hub: Hub, volumes: Sequence[S3Volume], load: Load | None = None, away: Mapping[str, SeedError] | None = None
+        self,
+        hub: Hub,
+        volumes: Sequence[S3Volume],
+        load: Load | None = None,
+        away: Mapping[str, SeedError] | None = None,
+        sibling: Sibling | None = None,
     ) -> None:
-        """Set the volumes. `away` maps unreachable volumes to the reason: each model failed there."""
+        """Set the volumes. `away` maps unreachable volumes to the reason: each model failed there.
+
+        `sibling` is the volume that the bytes are read from, in place of each model's source.
+        """
+        self._sibling = sibling
         self._hub = hub
         self._volumes = volumes
         self._away = away or {}
@@ -178,7 +189,7 @@ class S3Filler:
     def _ensure(self, spec: ModelSpec, progress: Listener, cancel: CancelToken, replaces: object) -> list[Outcome]:
         began_s = time.monotonic()
         try:
-            remote = self._hub.look_up(spec.source, cancel)
+            remote = self._sibling.look_up(spec) if self._sibling else self._hub.look_up(spec.source, cancel)
             check_promises(spec, remote)
         except WorkerError as exc:
             return [_failed(f"{spec.folder}/{spec.name}", volume.title, exc, began_s) for volume in self._volumes]
@@ -264,7 +275,8 @@ class S3Filler:
             living = [upload for upload in uploads.values() if upload.error is None]
             if not living:
                 raise next(upload.error for upload in uploads.values() if upload.error)
-            relay = Relay(self._hub, job.remote, living, self._load, job.cancel, spare=self._spare)
+            begin = partial(self._sibling.copy, job.spec) if self._sibling else None
+            relay = Relay(self._hub, job.remote, living, self._load, job.cancel, spare=self._spare, begin=begin)
             return relay.run(job.meter("downloading"))
         except UploadGone:
             return ""

@@ -13,7 +13,7 @@ from worker.seed.s3_api import DATACENTERS, Keys, Place
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-Action = Literal["seed", "dry_run", "list", "verify", "prune"]
+Action = Literal["seed", "dry_run", "list", "verify", "prune", "sync"]
 
 KEY_ID, KEY_SECRET = "RUNPOD_S3_ACCESS_KEY_ID", "RUNPOD_S3_SECRET_ACCESS_KEY"
 
@@ -54,6 +54,7 @@ class Options:
     repair: bool
     keep_gb: float | None = None
     least_used: bool = False
+    sync_from: Place | None = None
 
 
 def parser() -> argparse.ArgumentParser:
@@ -73,6 +74,10 @@ def parser() -> argparse.ArgumentParser:
         "--datacenter", action="append", default=[], metavar="DC", help="its data centre, such as EU-RO-1: one for each --s3"
     )
     found.add_argument("--endpoint", metavar="URL", help="another S3 endpoint than RunPod's; --s3 is a bucket there")
+    found.add_argument("--sync", metavar="VOLUME_ID", help="copy the sealed models of this volume to those of --to, through S3")
+    found.add_argument(
+        "--to", action="append", default=[], metavar="VOLUME_ID", help="with --sync: a volume to fill; repeatable"
+    )
     found.add_argument("--folder", metavar="NAME", help="the folder under models/ for addresses, such as checkpoints")
     action = found.add_mutually_exclusive_group()
     action.add_argument("--dry-run", action="store_true", help="only show what would be done, with sizes and space")
@@ -110,26 +115,41 @@ def parse(argv: Sequence[str]) -> Options:
     """Return the options. Raises `SeedUsage`, `DatacenterUnknown`, and SystemExit as argparse does."""
     given = parser().parse_args(list(argv))
     actions: dict[Action, bool] = {"dry_run": given.dry_run, "list": given.list, "verify": given.verify, "prune": given.prune}
+    actions["sync"] = given.sync is not None
     action: Action = next((name for name, on in actions.items() if on), "seed")
     _check(given, action)
+    source: Place | None = None
+    if given.sync:
+        source, *places = _places([given.sync, *given.to], given.datacenter, given.endpoint)
+    else:
+        places = [*_places(given.s3, given.datacenter, given.endpoint)]
     return Options(
         whats=tuple(given.what),
         action=action,
         volume=given.volume,
-        places=_places(given.s3, given.datacenter, given.endpoint),
+        places=tuple(places),
         folder=given.folder,
         json=given.json,
         yes=given.yes,
         repair=given.repair,
         keep_gb=given.keep_gb,
         least_used=given.least_used,
+        sync_from=source,
     )
 
 
 def _check(given: argparse.Namespace, action: Action) -> None:
     rules = (
         (given.volume and given.s3, "Give --volume or --s3, not both."),
-        ((given.datacenter or given.endpoint) and not given.s3, "--datacenter and --endpoint belong to --s3 VOLUME_ID."),
+        (
+            (given.datacenter or given.endpoint) and not (given.s3 or given.sync),
+            "--datacenter and --endpoint belong to --s3 VOLUME_ID.",
+        ),
+        (given.sync and not given.to, "Say with --to which volumes --sync fills."),
+        (given.to and not given.sync, "--to belongs to --sync."),
+        (given.sync and (given.s3 or given.volume), "--sync takes the volumes to fill with --to."),
+        (given.sync and action != "sync", "--sync is an action of its own."),
+        (given.sync and given.what, "--sync copies what is sealed; it takes no WHAT."),
         (given.repair and action != "verify", "--repair belongs to --verify."),
         (given.yes and action != "prune" and not given.repair, "--yes belongs to --prune and --repair."),
         (given.least_used and action != "prune", "--least-used belongs to --prune."),

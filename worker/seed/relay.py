@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from worker.base.progress import CancelToken
     from worker.fetch.hub import Hub, Remote
     from worker.seed.s3_api import Bucket, Head, SentPart
+    from worker.seed.sibling import Copy
     from worker.seed.window import Part
 
 log = logging.getLogger(__name__)
@@ -229,8 +230,10 @@ class Relay:
         cancel: CancelToken,
         *,
         spare: list[bytearray] | None = None,
+        begin: Callable[[Window, Tuning, CancelToken], Fetch | Copy] | None = None,
     ) -> None:
-        self._hub = hub
+        """Set the file. `begin` begins a fetch of its bytes. Without it they come from the source itself."""
+        self._begin = begin or (lambda window, tuning, cancel: Fetch(hub, remote, window, tuning, cancel))
         self._remote = remote
         self._load = load
         self._cancel = cancel
@@ -280,7 +283,7 @@ class Relay:
 
     def _fetch(self, on_bytes: Callable[[int], None]) -> None:
         while True:
-            fetch = Fetch(self._hub, self._remote, self._window, self._load.tuning(), self._either)
+            fetch = self._begin(self._window, self._load.tuning(), self._either)
             try:
                 fetch.run(on_bytes)
             except SourceUnreachable:

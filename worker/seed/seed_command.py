@@ -53,6 +53,8 @@ def _act(context: Context) -> int:
     place = context.place()
     if context.options.action == "list":
         code = maintenance.list_sealed(context, place)
+    elif context.options.action == "sync":
+        code = seeding.sync(context, place)
     else:
         actions = {
             "seed": seeding.seed,

@@ -73,6 +73,23 @@ def seed(context: Context, place: Target, sources: Sources) -> int:
     return code_of(context, outcomes)
 
 
+def sync(context: Context, place: Target) -> int:
+    """Copy the sealed models of another volume. Return the exit code. Raises `EnsureCancelled` if it was stopped."""
+    began_s = time.monotonic()
+    if context.sibling is None:
+        raise SeedUsage("Say with --sync which volume the models come from.")
+    specs, left = context.sibling.models()
+    for reason in left:
+        context.tell(f"warning: {reason}")
+    with context.screen() as screen:
+        screen.expect([spec.size_bytes or 0 for spec in specs])
+        outcomes = fill(context, [(spec, None) for spec in specs], place.filler, screen)
+    took_s = time.monotonic() - began_s
+    values = [outcome.to_dict() for outcome in outcomes]
+    context.show("summary", partial(summary_table, outcomes, took_s), seconds=round(took_s, 3), outcomes=values)
+    return code_of(context, outcomes) or (FAILED if left else 0)
+
+
 def dry_run(context: Context, place: Target, sources: Sources) -> int:
     """Report what `seed` would do. Return the exit status, 1 if something blocks it. Raises `VolumeFull`."""
     lines = preview(_items(context, sources), place.volumes, context.hub, context.cancel)
