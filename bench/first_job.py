@@ -6,6 +6,12 @@ carries 200 MB/s, what is quoted for RunPod's; before each measurement nothing o
 
     first_job_read_ahead / (max(engine's boot, reading once) + the job when warm)     bound 1.15
     first_job_cold       / the same                                                   informs: what it costs without
+    first_job_taken_booting / the same                                                bound 1.05
+    first_job_taken_ready   / the same                                                informs: as with TAKE_JOBS=ready
+
+The last two are in production mode, with a job that waits in the queue and weights that no job of the endpoint used before:
+what is read ahead is what the job itself names. `wrong_request_s` is from the worker's start to the answer to a request that
+is wrong in itself; bound 2.5 s.
 
 The boot and the warm job are ComfyUI's alone, without a worker. Reading once is four readers through plain reads, measured with
 nothing else going on. The second worker knows what to read from the record that the first one's job left on the volume.
@@ -28,6 +34,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from bench.bare import BareEngine
 from bench.report import Figure, leave_out, parse_args, report
+from devkit.control_plane import ControlPlane, ProductionWorker
 from devkit.engine.build import ensure_engine
 from devkit.local_worker import LocalWorker
 from devkit.moosefs import MooseFS, MooseFSError, available
@@ -38,6 +45,8 @@ if TYPE_CHECKING:
     from devkit.engine.build import Engine
 
 BOUND: Final = 1.15
+BOOTING_BOUND: Final = 1.05
+WRONG_BOUND_S: Final = 2.5
 LINE_BYTES_PER_S: Final = 200_000_000
 FULL_DEPTH, SHORT_DEPTH = 19, 15
 """2.0 GB, and 1.0 GB: in the short run the boot and the reading take about as long as each other."""
@@ -157,6 +166,23 @@ class Scene:
             raise RuntimeError(f"the worker answered {answer}:\n{worker.log_tail()}")
         return took_s
 
+    def queued_s(self, name: str, job_input: object, status: str, **environ: str) -> float:
+        """From a worker's start in production mode to the answer of the job that waits, nothing of the weights in memory."""
+        folder = self.root / name
+        folder.mkdir()
+        evict(self.weights)
+        with ControlPlane(poll_s=60.0) as plane:
+            job = plane.submit(job_input)
+            began = time.perf_counter()
+            # An endpoint of its own: nobody has left a record of what to read.
+            volume = self.volume.mounts[0]
+            with ProductionWorker(plane, self.engine, folder, volume, {"RUNPOD_ENDPOINT_ID": name, **environ}) as worker:
+                answer = job.result(600)
+                took_s = time.perf_counter() - began
+        if answer["status"] != status:
+            raise RuntimeError(f"the worker answered {answer}:\n{worker.log_tail()}")
+        return took_s
+
 
 def main() -> int:
     """Measure and report."""
@@ -184,9 +210,12 @@ def main() -> int:
             if number == 0:
                 scene.worker_s("recorder", RUNPOD_ENDPOINT_ID="bench")
             ahead_s = scene.worker_s(f"ahead-{number}", RUNPOD_ENDPOINT_ID="bench")
-            rows.append((read_s, boot_s, warm_s, cold_s, ahead_s))
-    read, boot, warm, cold, ahead = (tuple(column) for column in zip(*rows, strict=True))
-    parts = [max(boot_s, read_s) + warm_s for read_s, boot_s, warm_s, _, _ in rows]
+            ready_s = scene.queued_s(f"ready-{number}", {"workflow": GRAPH}, "COMPLETED", TAKE_JOBS="ready")
+            booting_s = scene.queued_s(f"booting-{number}", {"workflow": GRAPH}, "COMPLETED", TAKE_JOBS="booting")
+            wrong_s = scene.queued_s(f"wrong-{number}", {"workflow": GRAPH, "timeout_s": -1}, "FAILED")
+            rows.append((read_s, boot_s, warm_s, cold_s, ahead_s, ready_s, booting_s, wrong_s))
+    read, boot, warm, cold, ahead, ready, booting, wrong = (tuple(column) for column in zip(*rows, strict=True))
+    parts = [max(row[1], row[0]) + row[2] for row in rows]
     return report(
         [
             Figure.of("line_mb_per_s", [size_bytes / 1e6 / seconds for seconds in read], "MB/s"),
@@ -195,6 +224,16 @@ def main() -> int:
             Figure.of("warm_job_s", warm, "s"),
             Figure.of("first_job_cold_s", cold, "s"),
             Figure.of("first_job_read_ahead_s", ahead, "s"),
+            Figure.of("first_job_taken_ready_s", ready, "s"),
+            Figure.of("first_job_taken_booting_s", booting, "s"),
+            Figure.of("wrong_request_s", wrong, "s", WRONG_BOUND_S),
+            Figure.of("first_job_taken_ready_ratio", [ours / theirs for ours, theirs in zip(ready, parts, strict=True)], "x"),
+            Figure.of(
+                "first_job_taken_booting_ratio",
+                [ours / theirs for ours, theirs in zip(booting, parts, strict=True)],
+                "x",
+                BOOTING_BOUND,
+            ),
             Figure.of("first_job_cold_ratio", [ours / theirs for ours, theirs in zip(cold, parts, strict=True)], "x"),
             Figure.of(
                 "first_job_read_ahead_ratio", [ours / theirs for ours, theirs in zip(ahead, parts, strict=True)], "x", BOUND

@@ -25,7 +25,7 @@ pytest_plugins = ["devkit.pytest_moosefs"]
 SLOW = frozenset(
     f"test_{name}.py"
     for name in (
-        *("delivery", "devkit_engine", "devkit_hub", "docs", "doctor", "download_queue", "editor_workflows", "fuzz"),
+        *("booting", "delivery", "devkit_engine", "devkit_hub", "docs", "doctor", "download_queue", "editor_workflows", "fuzz"),
         *("hub", "image_files", "links", "locks", "moosefs", "plan_editor", "progress_posts", "proxies"),
         *(
             "requirements",

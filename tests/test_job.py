@@ -17,8 +17,8 @@ from worker.errors import (
     WorkflowInvalid,
     WorkflowMissing,
 )
-from worker.handler import check_outputs
 from worker.job import InputFile, OutputItem, Request, Result
+from worker.preparation import check_outputs
 
 if TYPE_CHECKING:
     from worker.graph.graph import Graph

@@ -353,3 +353,26 @@ def test_a_model_that_no_output_needs_fails_no_job(empty_worker: LocalWorker) ->
         answer = empty_worker.runsync({"workflow": with_loader(name, wired=True), "models": models})
         assert name == "nobody_knows.safetensors" or answer["status"] == "FAILED", "the same, where it is needed"
     cut.unlink()
+
+
+def test_nothing_is_fetched_for_a_graph_that_comfyui_refuses_for_another_reason(
+    engine: Engine, hub: RemoteHub, tmp_path: Path, workflow: Load
+) -> None:
+    (tmp_path / "volume").mkdir()
+    names = ("diffusion_models/tiny_sd3.safetensors", "text_encoders/tiny_clip_l.pt", "vae/tiny_taesd3_vae.safetensors")
+    models = " ".join(f"{name.split('/')[0]}=hf://{REPO}/{name}" for name in names)
+    environ = {"HF_ENDPOINT": hub.endpoint, "MODELS": models, "MODEL_LOADING": "on_demand", "INPUT_URL_ALLOW_PRIVATE": "true"}
+    with LocalWorker(engine, tmp_path, tmp_path / "volume", environ) as local:
+        local.wait_ready()
+        hub.clear_log()
+        image = {"name": "in.png", "url": f"{hub.endpoint}/{REPO}/resolve/main/{names[0]}"}
+        for wrong in ({"steps": "many"}, {"sampler_name": "none"}, {"model": ["99", 0]}, {"cfg": -1}):
+            graph = changed(workflow("text_to_image"), "KSampler", **wrong)
+            answer = local.runsync({"workflow": graph, "images": [image]})
+            assert answer["status"] == "FAILED", answer
+            assert answer["output"]["code"] in {"workflow_rejected", "workflow_invalid"}
+            assert next(iter(wrong)) in answer["error"] or "99" in answer["error"]
+            assert "needs the model" not in str(answer)
+        assert hub.requests == []
+        graph = changed(workflow("text_to_image"), "KSampler")
+        assert picture(local.runsync({"workflow": graph}))

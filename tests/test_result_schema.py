@@ -15,10 +15,11 @@ from worker.base.progress import Progress as ModelProgress
 from worker.engine.events import Progress
 from worker.error_reply import failure
 from worker.errors import WorkerError
-from worker.handler import download_progress, sampling_progress
+from worker.handler import sampling_progress
 from worker.job import OutputItem, Result
 from worker.job_timings import JobTimings
 from worker.models.download_queue import Waiting
+from worker.preparation import download_progress
 
 SCHEMA: dict[str, Any] = json.loads((PROJECT / "docs" / "result.schema.json").read_text("utf-8"))
 DEFINED = SCHEMA["$defs"]

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 from worker import __version__, logs
 from worker.engine.process import EngineCommand, EngineProcess, prepare_base_dir
 from worker.errors import CommandUnknown, NotOnWindows, WorkerError
-from worker.sdk.serve import import_sdk, prepare_environ, sdk_arguments, serve
+from worker.sdk.serve import import_sdk, prepare_environ, sdk_arguments, serve, takes_jobs
 from worker.settings import Settings, markdown_table, remarks
 
 if TYPE_CHECKING:
@@ -96,7 +96,8 @@ def run_worker(argv: Sequence[str], environ: MutableMapping[str, str]) -> int:
     prepare_environ(environ)
     worker = Worker(settings, command, process, warmup)
     try:
-        worker.start(lambda: import_sdk(arguments, environ), process_start())
+        early = settings.take_jobs == "booting" and settings.model_loading != "eager" and takes_jobs(arguments, environ)
+        worker.start(lambda: import_sdk(arguments, environ), process_start(), wait=not early)
         serve(worker, arguments, environ)
     finally:
         worker.stop()

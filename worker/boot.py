@@ -10,9 +10,9 @@ import logging
 import os
 import signal
 import socket
+import threading
 import time
 import urllib.request
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING
 from worker.base.clock import RunningClock
 from worker.base.text import count
 from worker.base.volume import is_volume
+from worker.engine.definitions import Kept
 from worker.engine.engine import Engine
-from worker.engine.event_loop import LoopThread
-from worker.errors import VolumeMissing, no_volume
+from worker.engine.event_loop import Boot, LoopThread
+from worker.errors import VolumeMissing, WorkerError, no_volume
 from worker.handler import JobHandler
 from worker.links.host_cache import lay_out
 from worker.links.model_links import ModelLinks
@@ -38,6 +39,7 @@ from worker.store.pod_links import layout_at
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
+    from concurrent.futures import Future
 
     from worker.engine.process import EngineCommand, EngineProcess
     from worker.fetch.hub import Hub
@@ -129,6 +131,11 @@ class Worker:
             leases=self._leases,
         )
         self.failed = False
+        self.leave: Callable[[], None] = _terminate
+        """What ends this worker when its engine is gone for good, from any thread."""
+        self._boot = Boot()
+        self._waited_for = True
+        self._stopped = False
         if self._leases:
             self.clock.on_thaw(self._leases.forget)
         self._engine = Engine(settings, command, process, self._give_up, self.clock)
@@ -137,38 +144,69 @@ class Worker:
         inputs = InputFiles(settings.base_dir / "input", Fetcher(rules, limits))
         self._delivery = Delivery.of(settings)
         self._warmup = warmup
-        self.handler = JobHandler(settings, self._engine, self._job_models, inputs, self._delivery, warmup=self._warmup)
+        state = volume.definitions if is_volume(settings.volume_path) else None
+        nodes = [folder / "custom_nodes" for folder in dict.fromkeys((settings.comfyui_dir, settings.base_dir))]
+        kept = Kept(state, command, nodes)
+        self.handler = JobHandler(
+            settings, self._engine, self._job_models, inputs, self._delivery, warmup=self._warmup, boot=self._boot, kept=kept
+        )
 
-    def start(self, import_sdk: Callable[[], object], began: float) -> None:
-        """Do everything that must be done before the first job, in parallel.
+    def start(self, import_sdk: Callable[[], object], began: float, *, wait: bool = True) -> None:
+        """Do everything that must be done before the first job, in parallel. With `wait` return when that is done.
 
-        Raises `StartError` if ComfyUI does not start, or if a volume is required and missing. With MODEL_LOADING=eager it also
-        raises `ManifestInvalid` and any `ModelError`.
+        Without it return when the SDK is imported: jobs wait for what they need. If that never comes they fail with the cause,
+        `failed` is set and `leave` called.
+
+        Raises `VolumeMissing` if a volume is required and missing. With `wait` also `StartError` if ComfyUI does not start, and
+        with MODEL_LOADING=eager `ManifestInvalid` and any `ModelError`.
         """
         if self._settings.require_volume and not is_volume(self._settings.volume_path):
             raise VolumeMissing(self._settings.volume_path)
+        self._waited_for = wait
+        if not wait:
+            self.leave = _later
         timeline = Timeline(began)
         up = self.loop.submit(self._start_engine(timeline))
-        with ThreadPoolExecutor(1, thread_name_prefix="models") as pool:
-            supplied = pool.submit(self._supply_models, timeline)
-            try:
-                with timeline.step("sdk"):
-                    import_sdk()
-                self._delivery.start()
-                for done in wait((up, supplied), return_when=FIRST_EXCEPTION).done:
-                    done.result()
-            except BaseException:
-                # SIGTERM, or a ComfyUI that does not start, while models are downloaded: the pool waits for its threads.
-                self._job_models.stop()
-                raise
-        if warmed := self._warmup.warmed():
-            timeline.add("warm", warmed.began_s, warmed.seconds, warmed.what)
-        if self._settings.warmup_workflow:
-            began_s = time.monotonic()
-            if note := self.loop.submit(self._warmup.warm_up(self._engine)).result():
-                timeline.add("warm-up", began_s, time.monotonic() - began_s, note)
-        self._report_custom_nodes()
-        log.info("%s", timeline.summary())
+        up.add_done_callback(self._look)
+        threading.Thread(target=self._finish, args=(timeline, up), name="boot", daemon=True).start()
+        with timeline.step("sdk"):
+            import_sdk()
+        self._delivery.start()
+        if wait:
+            self._boot.ready.wait_here()
+
+    def _look(self, up: Future[None]) -> None:
+        """End the start at once if ComfyUI does not come up: models may be on their way, or a volume may hang."""
+        if not up.cancelled() and (error := up.exception()):
+            self._fail(error)
+
+    def _finish(self, timeline: Timeline, up: Future[None]) -> None:
+        try:
+            self._supply_models(timeline)
+            up.result()
+            if warmed := self._warmup.warmed():
+                timeline.add("warm", warmed.began_s, warmed.seconds, warmed.what)
+            if self._settings.warmup_workflow:
+                began_s = time.monotonic()
+                if note := self.loop.submit(self._warmup.warm_up(self._engine)).result():
+                    timeline.add("warm-up", began_s, time.monotonic() - began_s, note)
+            self._report_custom_nodes()
+        except BaseException as exc:  # noqa: BLE001 - whatever it is, jobs wait for this
+            self._fail(exc)
+        else:
+            log.info("%s", timeline.summary())
+            self._boot.ready.reach()
+
+    def _fail(self, error: BaseException) -> None:
+        if self.failed or self._stopped:
+            return
+        self.failed = True
+        self._job_models.stop()
+        self._boot.linked.fail(error)
+        self._boot.ready.fail(error)
+        if not self._waited_for:
+            log.error("%s", error, exc_info=None if isinstance(error, WorkerError) else error)
+            self.leave()
 
     def _pin(self, wanted: Iterable[ModelSpec]) -> None:
         """Let workers of other endpoints know what this one's manifests name: they cannot read its environment."""
@@ -181,6 +219,7 @@ class Worker:
 
     def stop(self) -> None:
         """End the downloads, the engine and the loop."""
+        self._stopped = True
         self._warmup.stop()
         self._job_models.stop()
         if self._room:
@@ -202,7 +241,7 @@ class Worker:
     def _give_up(self) -> None:
         """Leave as if RunPod had asked for it: accepted jobs get the engine's failure, no more are taken."""
         self.failed = True
-        os.kill(os.getpid(), signal.SIGTERM)
+        self.leave()
 
     def _supply_models(self, timeline: Timeline) -> None:
         settings = self._settings
@@ -213,6 +252,7 @@ class Worker:
                 report = self._links.refresh()
             step.note = f"{report.files} files"
         self._warmup.linked(self._job_models)
+        self._boot.linked.reach()
         _log_volume(settings)
         if self._room:
             self._room.keep()
@@ -230,6 +270,15 @@ class Worker:
         self._pin(wanted)
         if settings.model_loading == "background":
             self._job_models.fetch_behind(wanted)
+
+
+def _terminate() -> None:
+    """Leave as if RunPod, or who runs the container, had asked for it."""
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _later() -> None:
+    """The job loop, which has not begun, looks at `failed` when it does."""
 
 
 def _host_cache(settings: Settings) -> Path:

@@ -328,6 +328,12 @@ class Settings:
     serve_api_locally: bool = _setting(
         _flag, "false", "Serve RunPod's local API on port 8000, and ComfyUI on its port, both on all interfaces."
     )
+    take_jobs: str = _setting(
+        _choice("booting", "ready"),
+        "booting",
+        "When a new worker takes its first job. `booting`: while ComfyUI starts, so that the job's files and models come "
+        "meanwhile. `ready`: when ComfyUI is there. `MODEL_LOADING=eager` implies `ready`.",
+    )
     refresh_worker: bool = _setting(_flag, "false", "Have RunPod replace the worker after each job.")
     network_volume_debug: bool = _setting(_flag, "false", "Log the contents of each model folder of the volume at start.")
     runpod_pod_id: str | None = _setting(

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from worker.editor.convert import Control
-    from worker.engine.engine import Engine
+    from worker.engine.definitions import Answers
     from worker.graph.graph import Graph
     from worker.job import Request
     from worker.media.inputs import JobFiles
@@ -34,26 +34,38 @@ _SEED_RANGE = 1 << 32
 
 
 @dataclass(frozen=True, slots=True)
+class Source:
+    """A request's workflow as it came, what came with it for ComfyUI to embed, and where large requests are processed."""
+
+    value: object
+    extra_pnginfo: dict[str, Any] | None
+    aside: Aside
+
+    @property
+    def is_saved(self) -> bool:
+        """Return whether it is in the editor's format, which only ComfyUI's definitions make a graph of."""
+        return is_ui(self.value)
+
+
+@dataclass(frozen=True, slots=True)
 class Given:
-    """The graph to run, what ComfyUI embeds in its pictures, and where large requests are processed."""
+    """The graph to run, and what ComfyUI embeds in its pictures."""
 
     graph: Graph
     extra_pnginfo: dict[str, Any] | None
-    aside: Aside
 
 
 class Workflows:
     """Accepts graphs in API format, workflows in the editor's format, and files that contain either."""
 
-    def __init__(self, engine: Engine, volume: Path) -> None:
-        self._engine = engine
+    def __init__(self, volume: Path) -> None:
         self._volume = volume
 
-    async def of(self, request: Request, files: JobFiles, aside: Aside) -> Given:
-        """Return the request's graph with seeds and overrides applied. The request itself is not changed.
+    async def read(self, request: Request, files: JobFiles, aside: Aside) -> Source:
+        """Return the request's workflow, from wherever it is.
 
-        Raises a `RequestError`: nothing is guessed. Raises `InputError` if the file that contains the workflow is unavailable,
-        and `VolumeFailed` if a named one cannot be read.
+        Raises a `RequestError`. Raises `InputError` if the file that contains the workflow is unavailable, and `VolumeFailed`
+        if a named one cannot be read.
         """
         value, pnginfo = request.workflow, request.extra_pnginfo
         if request.workflow_from is not None:
@@ -64,10 +76,17 @@ class Workflows:
             check_depth(value, f"The workflow '{name}'")
         if value is not request.workflow and is_large(value):
             aside = Aside(value)
-        value = bare(value)
+        return Source(bare(value), pnginfo, aside)
+
+    async def graph_of(self, source: Source, request: Request, answers: Answers) -> Given:
+        """Return the graph with the request's seeds and overrides applied. The request itself is not changed.
+
+        Raises a `RequestError`: nothing is guessed. `answers` is asked for a workflow in the editor's format only.
+        """
+        value, pnginfo, aside = source.value, source.extra_pnginfo, source.aside
         controls: Sequence[Control] = ()
-        if is_ui(value):
-            graph, controls = await self._converted(value, aside)
+        if source.is_saved:
+            graph, controls = await self._converted(value, aside, answers)
             # As the editor does: the picture can be dropped into it again, and the models' addresses are in there.
             pnginfo = pnginfo or {"workflow": value}
             if not await aside(is_finite, pnginfo):
@@ -76,28 +95,33 @@ class Workflows:
             graph = await aside(parse_graph, value)
         if request.seed is not None or request.set:
             graph = await aside(_changed, graph, controls, request)
-        return Given(graph, pnginfo, aside)
+        return Given(graph, pnginfo)
 
-    async def check_classes(self, graph: Graph) -> Graph:
+    async def check_classes(self, graph: Graph, answers: Answers) -> Graph:
         """Return the graph if ComfyUI has all its node classes. It refuses any other graph, even if a node is unused.
 
         Raises `UnknownNodes` with all missing classes. If ComfyUI replaces a node's class, the node gets the `_meta` without
         which ComfyUI 0.33.0 fails.
         """
-        lacking, replaced = await self._engine.lacks({node["class_type"] for node in graph.values()})
+        lacking, replaced = await answers.lacks({node["class_type"] for node in graph.values()})
         if lacking:
-            raise unknown_nodes(nodes_of(graph, lacking), (await self._engine.versions()).comfyui)
+            raise unknown_nodes(nodes_of(graph, lacking), (await answers.versions()).comfyui)
         if not replaced:
             return graph
         return {key: {"_meta": {}, **node} if node["class_type"] in replaced else node for key, node in graph.items()}
 
-    async def _converted(self, ui: Any, aside: Aside) -> tuple[Graph, Sequence[Control]]:  # noqa: ANN401 - what the editor saved
+    async def _converted(
+        self,
+        ui: Any,  # noqa: ANN401 - what the editor saved
+        aside: Aside,
+        answers: Answers,
+    ) -> tuple[Graph, Sequence[Control]]:
         # Jobs in API format never need it. It would add 2,000 lines to every cold start.
         await asyncio.to_thread(importlib.import_module, "worker.editor.convert")
         from worker.editor.convert import classes, convert  # noqa: PLC0415 - imported above, away from the event loop
 
         needed = await aside(classes, ui)
-        info, versions = await asyncio.gather(self._engine.object_info(needed), self._engine.versions())
+        info, versions = await asyncio.gather(answers.object_info(needed), answers.versions())
         converted = await asyncio.to_thread(convert, ui, info, frontend=versions.frontend, comfyui=versions.comfyui)
         return await aside(parse_graph, converted.graph), converted.controls
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 from devkit.local_worker import JOB_TIMEOUT_S, LocalWorker
@@ -38,7 +39,10 @@ class ProductionWorker(LocalWorker):
         return []
 
     def serves(self) -> bool:
-        """Return whether it waits for a job."""
+        """Return whether ComfyUI is up and it waits for a job."""
+        if "cold start " not in self.log():
+            time.sleep(_LOOK_S / 4)
+            return False
         try:
             self.plane.wait_polling(self.pod_id, _LOOK_S)
         except TimeoutError:

@@ -191,7 +191,7 @@ class ComfyClient:
         self._connections: list[httpcore2.AsyncHTTP11Connection] = []
         self._closed = False
         # Classes come with ComfyUI's start, and this client goes with that ComfyUI.
-        self._classes: set[str] = set()
+        self._classes: dict[str, Any] = {}
 
     async def answers(self) -> bool:
         """Return whether ComfyUI answers requests. Once it does, `versions` is set."""
@@ -252,15 +252,21 @@ class ComfyClient:
 
         answers = await asyncio.gather(*(ask(name) for name in class_types))
         found = {name: entry for answer in answers for name, entry in answer.items()}
-        self._classes |= found.keys()
+        self._classes |= found
         return found
+
+    async def definitions(self, class_types: Collection[str]) -> dict[str, Any]:
+        """Return the definitions of these node classes, as ComfyUI gave them first: their lists of files may be old."""
+        if asked := set(class_types) - self._classes.keys():
+            await self.object_info(asked)
+        return {name: self._classes[name] for name in class_types if name in self._classes}
 
     async def lacks(self, class_types: Collection[str]) -> tuple[frozenset[str], frozenset[str]]:
         """Return the node classes that ComfyUI does not have, and those that it replaces by others.
 
         It asks once for each class that exists, not for each job.
         """
-        asked = set(class_types) - self._classes
+        asked = set(class_types) - self._classes.keys()
         if not asked or not (lacking := asked - (await self.object_info(asked)).keys()):
             return frozenset(), frozenset()
         status, body = await self._wait_for("GET", "/node_replacements")  # older ones have none
@@ -270,6 +276,16 @@ class ComfyClient:
         there = await self.object_info(set(successors.values()))
         replaced = frozenset(name for name, successor in successors.items() if successor in there)
         return frozenset(lacking) - replaced, replaced
+
+    async def everything(self) -> dict[str, Any]:
+        """Return all that ComfyUI says of its node classes and of itself, for `KeptDefinitions`."""
+        status, classes = await self._wait_for("GET", "/object_info")
+        with _understood("GET /object_info", status):
+            found = dict(classes)
+        status, body = await self._wait_for("GET", "/node_replacements")  # older ones have none
+        replacements = dict(body) if status == HTTPStatus.OK and isinstance(body, dict) else {}
+        versions = {"comfyui": self.versions.comfyui, "frontend": self.versions.frontend}
+        return {"versions": versions, "classes": found, "replacements": replacements}
 
     def fail_all(self, error: EngineError) -> None:
         """End every open run with `error`: the engine is gone, or cannot be reached any more."""

@@ -85,8 +85,18 @@ class Engine:
 
     async def start(self) -> None:
         """Wait until the spawned process answers and the websocket is open. Raises `EngineStartFailed`."""
-        await self._await_ready()
+        try:
+            await self._await_ready()
+        except StartError as exc:
+            self._failure = exc
+            self._up.set()
+            raise
         self._watcher = asyncio.create_task(self._watch(), name="comfyui-watch")
+
+    @property
+    def is_booting(self) -> bool:
+        """Return whether the first ComfyUI has not answered yet."""
+        return self._watcher is None and self._failure is None
 
     async def run(
         self,
@@ -165,9 +175,17 @@ class Engine:
         """Like `ComfyClient.object_info`; waits, replaces and raises as `run` does if the engine does not answer."""
         return await self._answered(lambda client: client.object_info(class_types))
 
+    async def definitions(self, class_types: Collection[str]) -> dict[str, Any]:
+        """As `ComfyClient.definitions`; waits, replaces and raises as `run` does for an engine that does not answer."""
+        return await self._answered(lambda client: client.definitions(class_types))
+
     async def lacks(self, class_types: Collection[str]) -> tuple[frozenset[str], frozenset[str]]:
         """Like `ComfyClient.lacks`; waits, replaces and raises as `run` does if the engine does not answer."""
         return await self._answered(lambda client: client.lacks(class_types))
+
+    async def everything(self) -> dict[str, Any]:
+        """As `ComfyClient.everything`; waits, replaces and raises as `run` does for an engine that does not answer."""
+        return await self._answered(lambda client: client.everything())
 
     async def versions(self) -> Versions:
         """Return the engine's versions. Waits and raises as `run` does if the engine is not there."""

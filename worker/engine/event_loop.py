@@ -52,6 +52,41 @@ def is_large(value: object) -> bool:
     return cost > _SMALL
 
 
+class Milestone:
+    """A moment that jobs wait for on any loop. A thread reaches it, or says why it never will."""
+
+    def __init__(self) -> None:
+        self._reached: Future[None] = Future()
+
+    def reach(self) -> None:
+        """Have everybody go on. More than once is once."""
+        if not self._reached.done():
+            self._reached.set_result(None)
+
+    def fail(self, error: BaseException) -> None:
+        """Raise this in everybody who waits, or will. After it was reached nothing happens."""
+        if not self._reached.done():
+            self._reached.set_exception(error)
+
+    async def wait(self) -> None:
+        """Return when it is reached. Raises what it failed with."""
+        if not self._reached.done():
+            await asyncio.shield(asyncio.wrap_future(self._reached))
+        self._reached.result()
+
+    def wait_here(self) -> None:
+        """Return when it is reached, in a thread. Raises what it failed with."""
+        self._reached.result()
+
+
+class Boot:
+    """How far the cold start is: the models are `linked` where ComfyUI finds them, and ComfyUI is `ready` and warm."""
+
+    def __init__(self) -> None:
+        self.linked = Milestone()
+        self.ready = Milestone()
+
+
 class LoopThread:
     """A running event loop that accepts coroutines from any thread."""
 

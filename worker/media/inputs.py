@@ -59,6 +59,7 @@ class JobFiles:
         self._files = files
         self._undo = undo
         self._early: dict[PurePosixPath, StagedFile] = {}
+        self._fetching: asyncio.Task[None] | None = None
 
     @contextlib.asynccontextmanager
     async def placed(self) -> AsyncIterator[None]:
@@ -73,6 +74,9 @@ class JobFiles:
         if not wanted:
             yield
             return
+        if self._fetching:
+            fetching, self._fetching = self._fetching, None
+            await fetching
         with contextlib.ExitStack() as undo:
             staging, early = self._make_staging(undo), self._early
             self._early = {}
@@ -107,6 +111,27 @@ class JobFiles:
         await self._fill({name: staged}, {name: file})
         self._early[name] = staged
         return await asyncio.to_thread(_look, staged, look)
+
+    @property
+    def has_addresses(self) -> bool:
+        """Return whether a file comes from an address."""
+        return any(file.url is not None for file in self._files)
+
+    def fetch_ahead(self) -> None:
+        """Begin to fetch the files that addresses name. `placed` waits for them, and raises what went wrong."""
+        wanted = {name: file for name, file in self._wanted().items() if file.url is not None and name not in self._early}
+        if wanted and self._fetching is None:
+            staging = self._make_staging(self._undo)
+            self._fetching = asyncio.create_task(self._fetch(wanted, staging), name="fetch-ahead")
+            self._fetching.add_done_callback(
+                lambda task: task.cancelled() or task.exception()
+            )  # told by `placed`, or by nobody
+            self._undo.callback(self._fetching.cancel)
+
+    async def _fetch(self, wanted: Mapping[PurePosixPath, InputFile], staging: Path) -> None:
+        staged = {name: self._staged(staging / str(at), file) for at, (name, file) in enumerate(wanted.items())}
+        await self._fill(staged, wanted)
+        self._early |= staged
 
     @property
     def names(self) -> list[str]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from worker.base.text import form_of, forms
 from worker.errors import EnsureCancelled, FileIncomplete, ManifestInvalid
 from worker.models.download_queue import Provisioner
+from worker.spec import WEIGHT_SUFFIXES
 from worker.store.disk import volume_error
 from worker.store.eviction import spec_of
 from worker.store.inventory import lacking, trouble_of
@@ -92,6 +93,10 @@ class JobModels:
     def located(self, names: Iterable[Name]) -> list[Path]:
         """Return the files that ComfyUI would read for these names, in order. Leave out names that no folder has."""
         return [Path(there.path) for name in names if (there := self._find(name))]
+
+    def is_model(self, name: str) -> bool:
+        """Return whether any of the folders has a model with this name."""
+        return name.lower().endswith(WEIGHT_SUFFIXES) and self._find(((), (name,))) is not None
 
     def respelled(self, names: Iterable[Name]) -> dict[Name, Literal["NFC", "NFD"]]:
         """Return the form of accents in existing files, for names that use the other form."""

@@ -83,11 +83,16 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]  # the SDK has no types
 
     After a freeze (`clock`) RunPod is polled over new connections at once, because the old ones may be silently dead. A job
     that still arrives on an old poll also counts.
+
+    A worker that `has_failed` before its first poll makes that poll all the same: a job that waits is told why.
     """
 
-    def __init__(self, config: dict[str, Any], clock: RunningClock) -> None:
+    def __init__(self, config: dict[str, Any], clock: RunningClock, has_failed: Callable[[], bool] = lambda: False) -> None:
         super().__init__(config)
         self._clock = clock
+        self._has_failed = has_failed
+        self._runs = False
+        self._has_polled = False
         self._loop: asyncio.AbstractEventLoop
         self._session: aiohttp.ClientSession | None = None
         self._posts: aiohttp.ClientSession | None = None
@@ -126,7 +131,8 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]  # the SDK has no types
             self._loop.add_signal_handler(number, self.leave)
         self._clock.on_thaw(self._tell_thaw)
         self._free.set()
-        if not self.is_alive():  # the signal came before its handler
+        self._runs = True  # first: who fails from now on calls `leave_soon`, and who failed before is seen below
+        if not self.is_alive() or self._has_failed():  # the signal came before its handler
             self.leave()
         await super().run()
 
@@ -169,6 +175,12 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]  # the SDK has no types
         self._leaving.set()
         self._end_if_done()
 
+    def leave_soon(self) -> None:
+        """Leave because the worker has failed. From any thread, also before the loop runs."""
+        if self._runs:
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                self._loop.call_soon_threadsafe(self.leave)
+
     async def is_last(self, job_id: str, *, asks: bool) -> bool:
         """Return whether this job's result must ask RunPod for another worker. Called on the SDK's loop.
 
@@ -198,8 +210,12 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]  # the SDK has no types
 
     def _end_if_done(self) -> None:
         # The worker must not exit while a poll has no answer: the answer may be a job.
-        if self._leaving.is_set() and not (self._taken or self._polls or self._ending):
+        if self._leaving.is_set() and not (self._taken or self._polls or self._ending or self._owes_a_poll):
             self._ending = self._loop.create_task(self._end())
+
+    @property
+    def _owes_a_poll(self) -> bool:
+        return self._has_failed() and not self._has_polled
 
     async def _end(self) -> None:
         for session in (*self._old, self._posts):
@@ -215,8 +231,9 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]  # the SDK has no types
         not pause.
         """
         self._session, failures, idle = self._session or session, 0, 0
-        while await _before(self._leaving, self._free.wait()):
+        while self._owes_a_poll or await _before(self._leaving, self._free.wait()):
             self._polls += 1
+            self._has_polled = True
             began_s = self._loop.time()
             try:
                 jobs = await self._ask()

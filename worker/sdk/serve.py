@@ -121,6 +121,7 @@ def _production(worker: Worker) -> dict[str, Any]:
         return result
 
     config = {"handler": handle}
-    loop = JobLoop(config, worker.clock)
+    loop = JobLoop(config, worker.clock, lambda: worker.failed)
     loop.take_the_place()
+    worker.leave = loop.leave_soon
     return config

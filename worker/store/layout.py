@@ -60,6 +60,11 @@ class Layout:
         return self.state / "partial"
 
     @property
+    def definitions(self) -> Path:
+        """Return the folder of what ComfyUI said of its node classes, a file for each version with its custom nodes."""
+        return self.state / "definitions"
+
+    @property
     def seals(self) -> Path:
         """Return the folder of the records that say which files are whole."""
         return self.state / "seals"

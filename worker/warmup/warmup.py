@@ -91,6 +91,11 @@ class Warmup:
             self._work.put(lambda: self._warmer.warm(_files(self._located(names))))
         self._names = frozenset(names) or self._names
 
+    def is_new(self, models: Iterable[NamedModel]) -> bool:
+        """Return whether a job with these models has something read."""
+        names = _names_of(models)
+        return self._reads and bool(names) and not self._names.issuperset(names)
+
     def standing_back(self) -> AbstractContextManager[None]:
         """Read nothing while the body runs: a job waits for a download to the same disk."""
         return self._warmer.standing_back()
