@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from multiprocessing.context import ForkServerProcess
 
 FAILED_BOUND, IN_USE_BOUND, UNSEALED_BOUND = 0, 0, 0
-OVER_KNOWN_BOUND = 1.15
+OVER_KNOWN_BOUND = 1.3
 LEASE_BOUND_MS = 0.1
 
 _WORKERS: Final = 4
