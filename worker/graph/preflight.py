@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 from worker.graph.graph import BrokenLink, is_link, reached, takers_in
+from worker.graph.model_names import named_models
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 _CONVERSIONS: Final[Mapping[object, Callable[[Any], float]]] = {"INT": int, "FLOAT": float}
 _LINK_LENGTH: Final = 2
+_A_MODEL: Final = object()
+"""In place of a value that names a model: it is no number, and a choice that may still come."""
 _DYNAMIC: Final = "COMFY_"  # types that a value makes other inputs of, and types that match others
 _UPLOADS: Final = ("image_upload", "video_upload", "audio_upload", "file_upload", "upload", "remote", "multiselect")
 
@@ -32,9 +35,11 @@ def runnable_outputs(graph: Graph, definitions: Mapping[str, Any]) -> list[str]:
 def refused_nodes(graph: Graph, definitions: Mapping[str, Any]) -> dict[str, str]:
     """Return the nodes that ComfyUI refuses whatever files there are, each with the name of an input that is the reason."""
     found: dict[str, str] = {}
+    models = {(model.node_id, model.input_name) for model in named_models(graph)}  # their files may still come
     for node_id, node in graph.items():
         definition = definitions.get(node["class_type"])
-        if definition and (name := _refused_input(graph, node["inputs"], definition, definitions)) is not None:
+        inputs = {name: _A_MODEL if (node_id, name) in models else value for name, value in node["inputs"].items()}
+        if definition and (name := _refused_input(graph, inputs, definition, definitions)) is not None:
             found[node_id] = name
     return found
 
@@ -71,8 +76,8 @@ def _is_refused(graph: Graph, value: Any, config: list[Any], definitions: Mappin
         if isinstance(value, BrokenLink) or len(value) != _LINK_LENGTH:
             return True
         return is_link(graph, value) and _is_mismatch(graph, value, kind, definitions)
-    if isinstance(value, dict):
-        return False
+    if isinstance(value, dict) and "__value__" in value:
+        value = value["__value__"]
     if isinstance(kind, str) and kind in _CONVERSIONS:
         return _is_no_number(value, _CONVERSIONS[kind], options)
     choices = kind if isinstance(kind, list) else options.get("options") if kind == "COMBO" else None
@@ -106,10 +111,6 @@ def _is_no_number(value: object, convert: Callable[[Any], float], options: Mappi
 
 def _is_no_choice(value: object, choices: list[Any], options: Mapping[str, Any]) -> bool:
     """Return whether it is none of the choices, where they are certainly no files: those come with the job."""
-    if value in choices or not choices or any(options.get(flag) for flag in _UPLOADS):
+    if value is _A_MODEL or value in choices or not choices or any(options.get(flag) for flag in _UPLOADS):
         return False
-    return not any(_may_be_a_file(item) for item in (value, *choices))
-
-
-def _may_be_a_file(item: object) -> bool:
-    return isinstance(item, str) and ("." in item or "/" in item or "\\" in item or item.endswith("]"))
+    return not (isinstance(value, str) and ("." in value or "/" in value or "\\" in value or value.endswith("]")))
