@@ -319,9 +319,8 @@ def test_a_use_of_one_name_keeps_the_other(site: Site) -> None:
 def ended(leases: Leases) -> None:
     """Have a worker leave, and say its last word."""
     leases.stop()
-    for thread in threading.enumerate():
-        if thread.name == "leases":
-            thread.join(30)
+    if leases._thread:
+        leases._thread.join(60)
 
 
 def some(title: str, size: int) -> Content:

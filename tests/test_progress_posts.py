@@ -72,7 +72,7 @@ PROGRAM = """
     if __name__ == "__main__":
         prepare_environ(os.environ)
         import_sdk([], os.environ)
-        worker = SimpleNamespace(loop=LoopThread("engine-loop"), handler=Handler(), clock=RunningClock())
+        worker = SimpleNamespace(loop=LoopThread("engine-loop"), handler=Handler(), clock=RunningClock(), failed=False)
         serve(worker, [], os.environ)
 """
 

@@ -373,7 +373,7 @@ def test_a_volume_that_takes_no_record_is_said_once(volume: Path, caplog: pytest
     mine = record(volume)
     assert not mine.note([volume / "models/loras/a"])
     assert not mine.note([volume / "models/loras/b"])
-    assert len([line for line in caplog.messages if "not remembered" in line]) == 1
+    assert len([line for line in caplog.messages if "cannot be recorded" in line]) == 1
 
 
 def test_the_record_holds_no_more_than_a_few_names(volume: Path) -> None:
