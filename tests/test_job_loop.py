@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import pytest
 import runpod
@@ -55,6 +56,32 @@ def attached(handler: Callable[[dict[str, Any]], Any] = endless) -> JobLoop:
     loop._loop = asyncio.get_running_loop()
     loop._free.set()
     return loop
+
+
+@pytest.mark.parametrize("turns", range(5))
+def test_a_worker_that_fails_while_its_first_poll_begins_makes_it_and_leaves(turns: int, run_async: Run) -> None:
+    async def scenario() -> None:
+        failed, polls = False, 0
+
+        async def poll() -> list[dict[str, Any]]:
+            nonlocal polls
+            polls += 1
+            return []
+
+        loop = JobLoop({"handler": endless}, RunningClock(), lambda: failed)
+        loop._loop = asyncio.get_running_loop()
+        loop._free.set()
+        with mock.patch.object(loop, "_ask", poll):
+            jobs = asyncio.create_task(loop.get_jobs(None))  # type: ignore[arg-type]  # nothing is sent
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            failed = True
+            loop.leave()
+            await asyncio.wait_for(jobs, 30)
+        assert polls >= 1
+        assert not loop.is_alive()
+
+    run_async(scenario())
 
 
 def test_a_job_that_is_stopped_before_its_first_step_is_forgotten_and_the_next_one_is_asked_for(run_async: Run) -> None:

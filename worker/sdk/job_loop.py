@@ -231,7 +231,8 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]  # the SDK has no types
         not pause.
         """
         self._session, failures, idle = self._session or session, 0, 0
-        while self._owes_a_poll or await _before(self._leaving, self._free.wait()):
+        # The debt is looked at last: the worker may fail, and leave, while this waits.
+        while await _before(self._leaving, self._free.wait()) or self._owes_a_poll:
             self._polls += 1
             self._has_polled = True
             began_s = self._loop.time()
@@ -249,6 +250,7 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]  # the SDK has no types
             for count, pauses_s in ((failures, _PAUSES_S), (idle, _IDLE_PAUSES_S)):
                 if count:
                     await _before(self._leaving, asyncio.sleep(pauses_s[min(count, len(pauses_s)) - 1]))
+        self._end_if_done()
         await self._gone.wait()
 
     def _poll_over(self) -> None:

@@ -95,7 +95,7 @@ def serve(worker: Worker, arguments: Sequence[str], environ: Mapping[str, str]) 
         runpod.serverless.start(_production(worker))
         # The heartbeat is a daemon process, which would end with this one, but only after everything else.
         for child in multiprocessing.active_children():
-            child.terminate()
+            child.kill()  # forked beside running threads, it may be stuck and deaf to SIGTERM
     else:
         runpod.serverless.start({"handler": lambda job: worker.loop.run(worker.handler.handle(job))})
 
