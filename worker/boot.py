@@ -194,7 +194,8 @@ class Worker:
         except BaseException as exc:  # noqa: BLE001 - whatever it is, jobs wait for this
             self._fail(exc)
         else:
-            log.info("%s", timeline.summary())
+            if not self._stopped:  # a warm-up also ends if the worker leaves meanwhile
+                log.info("%s", timeline.summary())
             self._boot.ready.reach()
 
     def _fail(self, error: BaseException) -> None:
