@@ -7,7 +7,6 @@ import contextlib
 import logging
 import math
 import uuid
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -33,7 +32,7 @@ from worker.preparation import Job, Parts, Preparation
 from worker.workflows import Workflows
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Collection, Mapping
+    from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 
     from worker.engine.client import RunResult
     from worker.engine.definitions import Kept
@@ -45,18 +44,12 @@ if TYPE_CHECKING:
     from worker.media.delivery import Delivery
     from worker.media.inputs import InputFiles, JobFiles
     from worker.models.job_models import JobModels
-    from worker.preparation import Prepared
+    from worker.preparation import Prepared, Tell
     from worker.settings import Settings
     from worker.store.leases import JobUse
     from worker.warmup.warmup import Warmup
 
 log = logging.getLogger(__name__)
-
-Tell = Callable[[dict[str, Any]], None]
-"""Receives a job's progress, from any thread. Only the latest counts."""
-
-_SAY_EVERY_S = 10.0
-_SHOWN_IDS = 10
 
 
 def _tell_nobody(_: dict[str, Any]) -> None:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from worker.workflows import Given, Source, Workflows
 
     Tell = Callable[[dict[str, Any]], None]
+    """Receives a job's progress, from any thread. Only the latest counts."""
 
 log = logging.getLogger(__name__)
 
@@ -263,7 +264,7 @@ def check_outputs(graph: Graph, node_ids: Collection[str] | None) -> None:
 
 
 def by_name(models: Iterable[NamedModel]) -> dict[Name, list[NamedModel]]:
-    """Map the job_models's names to the models that use them."""
+    """Map each name that `JobModels` knows to the models of the graph that use it."""
     found: dict[Name, list[NamedModel]] = {}
     for model in models:
         found.setdefault((model.folders, model.file_names), []).append(model)

@@ -50,7 +50,6 @@ log = logging.getLogger(__name__)
 How = Literal["ready", "adopted", "host_cache", "downloaded", "by_hand"]
 
 _IDLE_S: Final = 60.0
-_TICK_S: Final = 0.2
 _PENDING_S: Final = 86_400.0
 
 
