@@ -15,8 +15,8 @@ from worker.spec import HubFile, ModelSpec
 from worker.store import eviction
 from worker.store.layout import Layout
 from worker.store.leases import Leases, LeaseTiming
-from worker.store.room import Room, asks
-from worker.store.store import Store, Timing
+from worker.store.room import Room, source_check
+from worker.store.store import LockTiming, Store
 
 if TYPE_CHECKING:
     import os
@@ -29,7 +29,7 @@ SMALLER: Final = 50_000
 TIMING: Final = LeaseTiming(beat_s=3, lease_s=20, linger_s=1, grace_s=0, notice_s=0, merge_s=60)
 """No time of grace: what keeps a model under a job is its lease alone."""
 
-LOCKS: Final = Timing(
+LOCKS: Final = LockTiming(
     heartbeat_s=0.5, stale_s=4, quiet_s=0.5, look_s=0.1, poll_s=0.05, attempt_s=0.3, patience_s=60, report_every_s=0.2
 )
 TUNING: Final = Tuning(
@@ -79,10 +79,10 @@ def run(part: Part, jobs: Connection) -> None:
     room = Room(
         layout,
         part.name,
-        eviction.Limits(keep_bytes=part.keep_bytes),
+        eviction.EvictionLimits(keep_bytes=part.keep_bytes),
         eviction.Pins,
         leases=leases,
-        ask=asks(lambda: hub),
+        ask=source_check(lambda: hub),
         lock_timing=LOCKS,
         patience_s=part.patience_s,
         settle_s=part.settle_s,

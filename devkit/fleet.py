@@ -1,8 +1,8 @@
 """Workers as real processes that die where a test says: `python -m devkit.fleet '<JSON>'`; `Fleet` starts and hears them.
 
 The JSON is a list of workers. Each is forked from one process that has everything imported, so that sixteen of them cost what
-one does, and says on standard output, a JSON line for each: `step` (the named points of `Hooks`, and `waiting` and `moving`
-from its progress, once each), then `done` or `error`; `gone` is said for it when its process has ended.
+one does, and says on standard output, a JSON line for each: `step` (the named points of `DownloadHooks`, and `waiting` and
+`moving` from its progress, once each), then `done` or `error`; `gone` is said for it when its process has ended.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from worker.fetch.hub import Hub, credentials
 from worker.fetch.ranges import Tuning
 from worker.spec import HubFile, ModelSpec, Source, Url
 from worker.store.layout import Layout
-from worker.store.store import Hooks, Store, Timing
+from worker.store.store import DownloadHooks, LockTiming, Store
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -60,7 +60,7 @@ SMALL = {
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """One worker of a fleet. It kills itself at the step `die_at` of `Hooks`, and stops (SIGSTOP) at `stop_at`."""
+    """One worker of a fleet. It kills itself at the step `die_at` of `DownloadHooks`, and stops (SIGSTOP) at `stop_at`."""
 
     name: str
     root: str
@@ -87,7 +87,7 @@ def _say(worker: Worker, event: str, **more: str | int) -> None:
     os.write(1, f"{line}\n".encode())
 
 
-class _Deadly(Hooks):
+class _Deadly(DownloadHooks):
     """Says each step once, and ends or stops the process where it should."""
 
     def __init__(self, worker: Worker) -> None:
@@ -137,7 +137,7 @@ def _run(worker: Worker) -> None:
         Hub(worker.endpoint, network),
         worker.name,
         tuning=Tuning(**worker.tuning),  # type: ignore[arg-type] # JSON has one kind of number
-        timing=Timing(**worker.timing),
+        timing=LockTiming(**worker.timing),
         hooks=hooks,
     )
     try:

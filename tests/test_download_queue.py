@@ -12,7 +12,7 @@ from worker.base.progress import CancelToken, Listener, Progress
 from worker.errors import EnsureCancelled, ModelError, VolumeReadOnly
 from worker.models.download_queue import Provisioner, Waiting
 from worker.spec import HubFile, ModelSpec
-from worker.store.download import Ready
+from worker.store.download import ReadyModel
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -63,7 +63,7 @@ class GatedStore:
     def __getitem__(self, name: str) -> Gate:
         return self.gates.setdefault(name, Gate())
 
-    def ensure(self, spec: ModelSpec, progress: Listener, cancel: CancelToken | None) -> Ready:
+    def ensure(self, spec: ModelSpec, progress: Listener, cancel: CancelToken | None) -> ReadyModel:
         name = name_of(spec)
         with self._lock:
             self.order.append(name)
@@ -75,7 +75,7 @@ class GatedStore:
             with self._lock:
                 self._going.remove(name)
 
-    def _ensure(self, gate: Gate, spec: ModelSpec, progress: Listener, cancel: CancelToken | None) -> Ready:
+    def _ensure(self, gate: Gate, spec: ModelSpec, progress: Listener, cancel: CancelToken | None) -> ReadyModel:
         progress(Progress("downloading", 5, 10, 1.0))
         gate.begun.release()
         assert cancel is not None
@@ -86,7 +86,7 @@ class GatedStore:
                 raise EnsureCancelled(spec.name)
         if gate.error:
             raise gate.error
-        return Ready(Path("/x") / spec.name, "downloaded", 10, 1.0)
+        return ReadyModel(Path("/x") / spec.name, "downloaded", 10, 1.0)
 
 
 class Job:

@@ -27,12 +27,12 @@ from worker.fetch.ranges import Tuning
 from worker.models.sources import Sources
 from worker.pins import read_pins
 from worker.spec import HubFile, ModelSpec
-from worker.store.download import Hooks
-from worker.store.eviction import Content, Limits, Name, Pins, chosen, survey
+from worker.store.download import DownloadHooks
+from worker.store.eviction import Content, ContentName, EvictionLimits, Pins, chosen_for_removal, survey
 from worker.store.layout import Layout
-from worker.store.leases import Leases, LeaseTiming, Titles, merge_old, read_leases
-from worker.store.locks import Locks, Timing
-from worker.store.room import Room, asks
+from worker.store.leases import LeasedTitles, Leases, LeaseTiming, merge_old, read_leases
+from worker.store.locks import Locks, LockTiming
+from worker.store.room import Room, source_check
 from worker.store.seals import Seal, read_seal
 from worker.store.store import Store
 from worker.store.tombstones import tombstone_of
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 MIB = 1024 * 1024
 SIZE = MIB // 4
 COUNT = 6
-QUICK = Timing(heartbeat_s=0.3, stale_s=2, quiet_s=0.5, look_s=0.1, poll_s=0.05, attempt_s=0.1, lone_patience_s=0.2)
+QUICK = LockTiming(heartbeat_s=0.3, stale_s=2, quiet_s=0.5, look_s=0.1, poll_s=0.05, attempt_s=0.1, lone_patience_s=0.2)
 TUNING = Tuning(
     connections=2, request_bytes=MIB // 2, smallest_bytes=MIB // 4, buffer_bytes=64 * 1024, unsaved_bytes=MIB, patience_s=5
 )
@@ -84,8 +84,8 @@ class Site:
     def room(self, keep: int | None = None, name: str = "pod-1", **options: Any) -> Room:
         pins = options.pop("pins", Pins())
         options.setdefault("leases", Leases(self.layout, name, timing=options.pop("timing", NOW)))
-        options.setdefault("ask", asks(lambda: self.hub))
-        limits = Limits(keep_bytes=None if keep is None else keep * SIZE)
+        options.setdefault("ask", source_check(lambda: self.hub))
+        limits = EvictionLimits(keep_bytes=None if keep is None else keep * SIZE)
         return Room(self.layout, name, limits, lambda: pins, lock_timing=QUICK, settle_s=0.0, **options)
 
     def store(self, room: Room | None = None, name: str = "pod-1") -> Store:
@@ -233,7 +233,9 @@ def test_what_is_never_removed(site: Site, keep: Callable[[Site], str]) -> None:
 
 def test_what_people_name_stays(site: Site) -> None:
     site.fetch(0, 1, 2)
-    pins = Pins(Titles([("loras/m0.bin", "models.toml names it")]), lambda title: "w.json names it" if "m1" in title else None)
+    pins = Pins(
+        LeasedTitles([("loras/m0.bin", "models.toml names it")]), lambda title: "w.json names it" if "m1" in title else None
+    )
 
     assert site.room(pins=pins).make(10 * SIZE, site.never) == SIZE
 
@@ -325,7 +327,7 @@ def ended(leases: Leases) -> None:
 
 def some(title: str, size: int) -> Content:
     seal = Seal(size=size, mtime=1, sha256="0" * 64)
-    return Content((Name(title, Path(title), Path(title), seal),), size, (size, 1, 1, 1), 100.0, 1.0)
+    return Content((ContentName(title, Path(title), Path(title), seal),), size, (size, 1, 1, 1), 100.0, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -339,7 +341,9 @@ def some(title: str, size: int) -> Content:
     ],
 )
 def test_no_more_goes_than_is_needed(sizes: list[int], needed: int, gone: list[int]) -> None:
-    assert [found.size_bytes for found in chosen([some(f"a/{at}", size) for at, size in enumerate(sizes)], needed)] == gone
+    assert [
+        found.size_bytes for found in chosen_for_removal([some(f"a/{at}", size) for at, size in enumerate(sizes)], needed)
+    ] == gone
 
 
 def test_a_model_that_many_jobs_use_outlasts_one_that_was_used_last(site: Site) -> None:
@@ -442,7 +446,7 @@ def test_a_worker_that_starts_again_keeps_what_it_said_before(site: Site) -> Non
 # --- races --------------------------------------------------------------------------------------
 
 
-class Meanwhile(Hooks):
+class Meanwhile(DownloadHooks):
     """Does something at one of the steps, once."""
 
     def __init__(self, step: str, act: Callable[[], object]) -> None:
@@ -518,7 +522,7 @@ def test_two_workers_that_need_room_take_turns(site: Site) -> None:
 def test_a_removed_file_that_is_still_open_is_counted_once(site: Site) -> None:
     site.fetch(0, 1, 2)
     room = site.room()
-    room.limits = Limits(free_bytes=10 * SIZE)
+    room.limits = EvictionLimits(free_bytes=10 * SIZE)
     with (
         mock.patch("worker.store.room.free_bytes", return_value=9 * SIZE),
         mock.patch("worker.store.eviction.free_bytes", return_value=9 * SIZE),

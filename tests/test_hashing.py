@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from worker.errors import EnsureCancelled
 from worker.fetch.ranges import Tuning
 from worker.store.hashing import HashedPartial
-from worker.store.partial import DiskFailed, Partial, Taken
+from worker.store.partial import Partial, PartialTaken, PartialWriteFailed
 from worker.store.reorder import ReorderBuffer
 
 if TYPE_CHECKING:
@@ -154,10 +154,10 @@ def test_a_file_that_was_taken_has_no_hash(tmp_path: Path) -> None:
     sink = hashed(partial)
     put(sink, 0, BLOCK)
     partial.close()
-    with pytest.raises(Taken):
+    with pytest.raises(PartialTaken):
         put(sink, BLOCK, 2 * BLOCK)
     sink.stop()
-    with pytest.raises(Taken):
+    with pytest.raises(PartialTaken):
         sink.sha256(NEVER, lambda _: None)
 
 
@@ -183,7 +183,7 @@ def test_a_disk_that_gives_nothing_back_is_not_waited_for_for_ever(tmp_path: Pat
     with mock.patch("os.preadv", keep):
         sink = HashedPartial(partial, Tuning(reorder_bytes=0, patience_s=0.3))
         try:
-            with pytest.raises(DiskFailed, match="did not answer"):
+            with pytest.raises(PartialWriteFailed, match="did not answer"):
                 sink.sha256(NEVER, lambda _: None)
         finally:
             go_on.set()

@@ -45,7 +45,7 @@ from worker.fetch.http import Credential, Network, origin, sendable, shown, what
 from worker.fetch.hub import Hub, Remote, credentials
 from worker.fetch.ranges import Fetch, Tuning
 from worker.spec import HubFile, Source, Url
-from worker.store.partial import Partial, Taken
+from worker.store.partial import Partial, PartialTaken
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -785,7 +785,7 @@ def test_a_partial_that_was_taken_ends_the_fetch(stand_in: StandIn, tmp_path: Pa
     remote = hub.look_up(FILE, NEVER)
     partial = Partial.claim(tmp_path, remote.size_bytes)
     partial.path.rename(tmp_path / "heir.part")
-    with pytest.raises(Taken):
+    with pytest.raises(PartialTaken):
         Fetch(hub, remote, partial, SMALL, NEVER).run()
 
 

@@ -17,7 +17,7 @@ from worker.links.model_links import LARGE_FOLDER, LinkReport, ModelLinks
 from worker.models.job_models import JobModels
 from worker.models.sources import Sources
 from worker.spec import HubFile, ModelSpec
-from worker.store.download import Ready
+from worker.store.download import ReadyModel
 from worker.store.layout import Layout
 from worker.store.seals import Seal, write_seal
 
@@ -56,14 +56,14 @@ class Shop:
         self.how: How = "downloaded"
         self.cache: Path | None = None
 
-    def ensure(self, spec: ModelSpec, _progress: Listener, _cancel: CancelToken | None) -> Ready:
+    def ensure(self, spec: ModelSpec, _progress: Listener, _cancel: CancelToken | None) -> ReadyModel:
         self.asked.append(spec.name)
         if self.cache:
-            return Ready(self.cache, "host_cache")
+            return ReadyModel(self.cache, "host_cache")
         path = self.layout.model(spec.folder, spec.name)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(WHOLE)
-        return Ready(path, self.how)
+        return ReadyModel(path, self.how)
 
 
 class Machine:

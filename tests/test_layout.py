@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from worker.base.files import write_atomically
 from worker.errors import UnsafePath
 from worker.spec import content_key
-from worker.store.layout import Layout, safe_parts, sealed_by
+from worker.store.layout import Layout, safe_parts, title_of_seal
 
 LAYOUT = Layout(Path("/volume"))
 SHA256 = "ab" * 32
@@ -26,7 +26,7 @@ def test_the_seal_of_a_name_of_any_length_fits_a_disk_and_leads_back_to_it(tmp_p
         write_atomically(path, b"a seal")
         assert path.read_bytes() == b"a seal"
     found = layout.seal("loras", f"sub/{name}").relative_to(layout.seals)
-    assert sealed_by(found.as_posix()) == f"loras/sub/{name}"
+    assert title_of_seal(found.as_posix()) == f"loras/sub/{name}"
     assert not found.name.startswith(".")
     assert len(set(found.parts) & {"loras", "sub"}) == 2
 

@@ -24,8 +24,8 @@ from worker.base.progress import Meter, Progress
 from worker.base.text import size_text
 from worker.errors import EnsureCancelled
 from worker.store.layout import Layout
-from worker.store.locks import Hold, Holder, Locks, Timing
-from worker.store.store import Watch
+from worker.store.locks import LockHolder, LockResult, Locks, LockTiming
+from worker.store.store import PublishedOrCancelled
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 PROJECT = Path(__file__).resolve().parents[1]
 # A second stands for the default's thirty.
-QUICK = Timing(
+QUICK = LockTiming(
     heartbeat_s=0.3,
     stale_s=1.5,
     quiet_s=0.3,
@@ -79,8 +79,8 @@ print("done", flush=True)
 """
 
 
-def timing_json(timing: Timing) -> str:
-    return json.dumps({name: getattr(timing, name) for name in Timing.__dataclass_fields__})
+def timing_json(timing: LockTiming) -> str:
+    return json.dumps({name: getattr(timing, name) for name in LockTiming.__dataclass_fields__})
 
 
 @contextlib.contextmanager
@@ -184,15 +184,15 @@ def test_the_report_of_an_older_worker_is_understood(tmp_path: Path) -> None:
     layout.locks.mkdir(parents=True)
     old = {"by": "x", "phase": "checking", "done_bytes": 1, "total_bytes": 2, "bytes_per_s": 0.5, "beat": 3}
     layout.lock_progress(KEY).write_bytes(json.dumps(old).encode())
-    assert Locks(layout, "me").holder(KEY) == Holder("x", "checking", 1, 2, 0.5, 3, "")
+    assert Locks(layout, "me").holder(KEY) == LockHolder("x", "checking", 1, 2, 0.5, 3, "")
 
 
 def test_a_report_is_written_at_most_as_often_as_agreed(tmp_path: Path) -> None:
-    locks = Locks(Layout(tmp_path), "pod-1", Timing(report_every_s=60))
+    locks = Locks(Layout(tmp_path), "pod-1", LockTiming(report_every_s=60))
     with locks.hold(KEY, published=lambda: False, cancel=threading.Event(), name="vae/ae.safetensors") as hold:
         for done in range(100):
             hold.report(Progress("downloading", done, 100))
-    assert locks.holder(KEY) == Holder("pod-1", "downloading", 0, 100, 0.0, 1, "vae/ae.safetensors")
+    assert locks.holder(KEY) == LockHolder("pod-1", "downloading", 0, 100, 0.0, 1, "vae/ae.safetensors")
 
 
 @pytest.mark.parametrize("content", [b"", b"[1]", b'{"by": "x"}', b"\xff\xfe", b'{"other": 1}'])
@@ -216,13 +216,13 @@ def test_a_holder_without_progress_is_not_waited_for_for_ever(tmp_path: Path) ->
     with contender(tmp_path, "stuck", 1, "stay") as stuck:
         tell(stuck)
         assert said(stuck) == "entered"
-        impatient = Timing(**{**json.loads(timing_json(QUICK)), "patience_s": 0.5})
+        impatient = LockTiming(**{**json.loads(timing_json(QUICK)), "patience_s": 0.5})
         assert hold_now(tmp_path, timing=impatient) == "unlocked"
 
 
 def test_a_holder_that_reports_the_same_again_and_again_lives_and_does_not_get_on(tmp_path: Path) -> None:
     """Its disk is stuck, and the thread that reports goes on."""
-    impatient = Timing(**{**json.loads(timing_json(QUICK)), "patience_s": 0.5})
+    impatient = LockTiming(**{**json.loads(timing_json(QUICK)), "patience_s": 0.5})
     holder = Locks(Layout(tmp_path), "stuck", QUICK)
     beats: set[int] = set()
 
@@ -240,7 +240,7 @@ def test_a_holder_that_reports_the_same_again_and_again_lives_and_does_not_get_o
 
 @pytest.mark.parametrize("what", ["phase", "bytes"])
 def test_a_holder_that_moves_is_waited_for_beyond_any_patience(tmp_path: Path, what: str) -> None:
-    impatient = Timing(**{**json.loads(timing_json(QUICK)), "patience_s": 0.5})
+    impatient = LockTiming(**{**json.loads(timing_json(QUICK)), "patience_s": 0.5})
     began = time.monotonic()
     with Locks(Layout(tmp_path), "mover", QUICK).hold(KEY, published=lambda: False, cancel=threading.Event()) as hold:
         moves = itertools.count()
@@ -258,11 +258,11 @@ def test_a_holder_that_moves_is_waited_for_beyond_any_patience(tmp_path: Path, w
 
 
 def test_two_reporters_that_do_not_move_are_not_waited_for_for_ever(tmp_path: Path) -> None:
-    impatient = Timing(**{**json.loads(timing_json(QUICK)), "patience_s": 0.5})
+    impatient = LockTiming(**{**json.loads(timing_json(QUICK)), "patience_s": 0.5})
     holder, other = (Locks(Layout(tmp_path), name, QUICK) for name in ("one", "other"))
     calls = itertools.count()
     with holder.hold(KEY, published=lambda: False, cancel=threading.Event()) as hold:
-        second = Hold(Layout(tmp_path).lock_progress(KEY), "other", "", QUICK, "unlocked")
+        second = LockResult(Layout(tmp_path).lock_progress(KEY), "other", "", QUICK, "unlocked")
 
         def report_in_turn() -> bool:
             turn = next(calls) % 2
@@ -294,7 +294,7 @@ def test_who_hears_from_the_holder_leaves_the_lock_alone(tmp_path: Path) -> None
 
 
 def test_who_heard_that_the_holder_failed_is_next_at_once(tmp_path: Path) -> None:
-    patient = Timing(**{**json.loads(timing_json(QUICK)), "quiet_s": 60.0})
+    patient = LockTiming(**{**json.loads(timing_json(QUICK)), "quiet_s": 60.0})
     heard: list[Progress] = []
 
     def fail_soon() -> None:
@@ -325,7 +325,7 @@ def test_waiting_costs_a_volume_little(moosefs: MooseFS) -> None:
     here.model("checkpoints", "model.safetensors").parent.mkdir(parents=True)
     stop, heard, states = threading.Event(), threading.Semaphore(0), []
 
-    def work(hold: Hold) -> None:
+    def work(hold: LockResult) -> None:
         for done in itertools.count():
             if stop.wait(0.2):
                 return
@@ -333,10 +333,10 @@ def test_waiting_costs_a_volume_little(moosefs: MooseFS) -> None:
 
     def wait() -> None:
         path = there.model("checkpoints", "model.safetensors")
-        locks = Locks(there, "waiter", Timing(quiet_s=120))  # on a busy machine the holder may be late
+        locks = Locks(there, "waiter", LockTiming(quiet_s=120))  # on a busy machine the holder may be late
         with (
             contextlib.suppress(EnsureCancelled),
-            Watch(stop, path, path.exists, Timing().look_s) as watch,
+            PublishedOrCancelled(stop, path, path.exists, LockTiming().look_s) as watch,
             locks.hold(KEY, published=lambda: False, cancel=watch, on_wait=lambda _: heard.release()) as hold,
         ):
             states.append(hold.state)
@@ -385,7 +385,7 @@ def test_a_file_system_without_hard_links_costs_a_moment_and_no_more(tmp_path: P
 
 
 def test_a_volume_that_cannot_be_written_is_not_waited_for(tmp_path: Path) -> None:
-    never = Timing(**{**json.loads(timing_json(QUICK)), "patience_s": 1e9, "lone_patience_s": 1e9})
+    never = LockTiming(**{**json.loads(timing_json(QUICK)), "patience_s": 1e9, "lone_patience_s": 1e9})
     with mock.patch("os.open", side_effect=OSError(errno.EROFS, "Read-only file system")):
         assert hold_now(tmp_path, timing=never) == "unlocked"
 

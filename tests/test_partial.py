@@ -24,7 +24,7 @@ from worker.base import files
 from worker.errors import FileIncomplete, VolumeFailed, VolumeFull, VolumeReadOnly
 from worker.store import disk
 from worker.store.byte_ranges import Ranges
-from worker.store.partial import MIB, DiskFailed, Partial, Stuck, Taken, sweep
+from worker.store.partial import MIB, Partial, PartialStuck, PartialTaken, PartialWriteFailed, sweep_partials
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -147,16 +147,19 @@ def test_a_disk_that_fails_while_journalling_stops_the_writers(tmp_path: Path) -
     partial = Partial.claim(tmp_path, SIZE)
     with mock.patch("os.fdatasync", side_effect=OSError(errno.EDQUOT, "Disk quota exceeded")):
         partial.keep_journal(1000)
-        with pytest.raises(DiskFailed, match="quota") as caught:
+        with pytest.raises(PartialWriteFailed, match="quota") as caught:
             put_all(partial)
         assert caught.value.error.errno == errno.EDQUOT
-        with pytest.raises(DiskFailed, match="quota"):
+        with pytest.raises(PartialWriteFailed, match="quota"):
             partial.settle()
 
 
 def test_a_write_that_fails_is_no_error_of_the_network(tmp_path: Path) -> None:
     partial = Partial.claim(tmp_path, SIZE)
-    with mock.patch("os.pwrite", side_effect=OSError(errno.ENOSPC, "No space left on device")), pytest.raises(DiskFailed):
+    with (
+        mock.patch("os.pwrite", side_effect=OSError(errno.ENOSPC, "No space left on device")),
+        pytest.raises(PartialWriteFailed),
+    ):
         put(partial, 0, 10)
 
 
@@ -205,14 +208,14 @@ def test_a_flush_that_never_ends_is_an_error_of_the_disk(tmp_path: Path, call: s
     with stuck(call):
         if journalled:
             partial.keep_journal(SIZE)
-        with pytest.raises(DiskFailed, match="did not answer"):
+        with pytest.raises(PartialWriteFailed, match="did not answer"):
             partial.settle(patience_s=0.2)
     partial.discard()
 
 
 def test_in_a_file_of_another_worker_it_is_somebody_else_s_lock_and_soon_so(tmp_path: Path) -> None:
     heir = inherit(tmp_path)
-    with stuck("fdatasync"), pytest.raises(Stuck):
+    with stuck("fdatasync"), pytest.raises(PartialStuck):
         heir.settle(patience_s=60, stuck_s=0.2)
     heir.discard()
 
@@ -224,7 +227,7 @@ def test_a_flush_behind_the_writers_is_watched_as_well(tmp_path: Path) -> None:
         writer = threading.Thread(target=put, args=(partial, 0, 5000))
         writer.start()
         assert flushing.wait(30)
-        with pytest.raises(DiskFailed, match="did not answer"):
+        with pytest.raises(PartialWriteFailed, match="did not answer"):
             partial.check(patience_s=0)
         partial.check(patience_s=60)
     writer.join(30)
@@ -240,7 +243,7 @@ def test_a_flush_of_much_is_given_the_time_of_a_slow_volume(tmp_path: Path) -> N
         assert flushing.wait(30)
         heir.check(stuck_s=0)
         heir._flushing_bytes = 0
-        with pytest.raises(Stuck):
+        with pytest.raises(PartialStuck):
             heir.check(stuck_s=0)
     heir.discard()
 
@@ -250,7 +253,7 @@ def test_who_gave_a_file_up_does_not_journal_it_later(tmp_path: Path) -> None:
     put_all(partial)
     with stuck("fdatasync") as flushing:
         partial.keep_journal(SIZE)
-        with pytest.raises(DiskFailed):
+        with pytest.raises(PartialWriteFailed):
             partial.settle(patience_s=0.1)
         assert flushing.is_set()
         journalist = partial._journalist
@@ -271,7 +274,7 @@ def test_whoever_claims_a_partial_stops_the_one_who_had_it(tmp_path: Path) -> No
     heir = Partial.claim(tmp_path, SIZE)
     assert heir.done_bytes == 3000
     zombie._owned_until_s = 0
-    with pytest.raises(Taken):
+    with pytest.raises(PartialTaken):
         put(zombie, 3000, 4000)
     zombie.close()
     zombie.discard()
@@ -418,7 +421,7 @@ def test_closing_waits_for_nobody_and_its_descriptor_is_not_reused_under_a_write
         writer.join(30)
     assert partial.path.read_bytes()[:100] == CONTENT[:100]
     assert [os.fstat(fd).st_size for fd in others] == [0] * 20
-    with pytest.raises(Taken):
+    with pytest.raises(PartialTaken):
         put(partial, 100, 200)
     for fd in others:
         os.close(fd)
@@ -438,9 +441,9 @@ def test_hashing_follows_the_writers_and_ends_when_told(tmp_path: Path) -> None:
 
 def test_what_is_swept_is_gone_and_a_missing_folder_is_no_matter(tmp_path: Path) -> None:
     Partial.claim(tmp_path / "key", SIZE)
-    sweep(tmp_path / "key")
+    sweep_partials(tmp_path / "key")
     assert not (tmp_path / "key").exists()
-    sweep(tmp_path / "key")
+    sweep_partials(tmp_path / "key")
 
 
 # --- the disk's small operations ----------------------------------------------------------------

@@ -24,8 +24,8 @@ from worker.fetch.ranges import Tuning
 from worker.spec import HubFile, ModelSpec, Url
 from worker.store.layout import Layout
 from worker.store.seals import read_seal
-from worker.store.shared_lookups import Lookups
-from worker.store.store import Hooks, Store, Timing
+from worker.store.shared_lookups import SharedLookups
+from worker.store.store import DownloadHooks, LockTiming, Store
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -44,7 +44,7 @@ SHA256 = hashlib.sha256(WEIGHTS).hexdigest()
 SPEC = ModelSpec("checkpoints", NAME, HubFile("org/repo", NAME))
 # Nobody asks a second time because a busy machine makes the asker slow.
 CALM = {**FAST, "quiet_s": 20.0, "answer_s": 60.0}
-QUICK = Timing(**{**FAST, "answer_s": 1.0})
+QUICK = LockTiming(**{**FAST, "answer_s": 1.0})
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +158,7 @@ def test_a_look_up_and_a_wait_for_one_cost_a_volume_little(moosefs: MooseFS) -> 
     """By the counters of the mount; the default timings."""
     layout, cancel = Layout(moosefs.mounts[1] / "lookups"), threading.Event()
     remote = Remote(SPEC.source, len(WEIGHTS), SHA256, None, None, "")
-    lookups, heard = Lookups(layout, "pod-1", Timing(quiet_s=120, answer_s=120)), threading.Semaphore(0)
+    lookups, heard = SharedLookups(layout, "pod-1", LockTiming(quiet_s=120, answer_s=120)), threading.Semaphore(0)
 
     def ask(address: str) -> None:
         with lookups.turn(address, lambda _: True, cancel, lambda _: heard.release()) as turn:
@@ -274,7 +274,7 @@ def test_a_worker_without_the_token_hears_nothing_of_what_the_token_opened(tmp_p
     gated = ModelSpec("checkpoints", NAME, HubFile("org/gated", NAME))
     refused: list[BaseException] = []
 
-    class Meanwhile(Hooks):
+    class Meanwhile(DownloadHooks):
         def at(self, step: str) -> None:
             if step == "claimed":  # the one with the token fetches, and has told
                 with pytest.raises(RepoGated) as caught:

@@ -43,10 +43,10 @@ from worker.fetch.http import Network
 from worker.fetch.hub import Hub, credentials
 from worker.spec import HubFile, ModelSpec, Url
 from worker.store import pod_links
-from worker.store.inventory import Standing, lacking, look
+from worker.store.inventory import Standing, look, not_ready
 from worker.store.layout import Layout
 from worker.store.seals import Seal, read_seal, whole_mtime, write_seal
-from worker.store.store import Hooks, Ready, Store, Stores, Timing, Tuning
+from worker.store.store import DownloadHooks, LockTiming, ReadyModel, Store, Stores, Tuning
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -58,7 +58,7 @@ MIB = 1024 * 1024
 SMALL = Tuning(
     connections=2, request_bytes=MIB // 2, smallest_bytes=MIB // 4, buffer_bytes=64 * 1024, unsaved_bytes=MIB, patience_s=5
 )
-QUICK = Timing(heartbeat_s=0.3, stale_s=2, quiet_s=0.5, look_s=0.1, poll_s=0.05, attempt_s=0.1, lone_patience_s=0.2)
+QUICK = LockTiming(heartbeat_s=0.3, stale_s=2, quiet_s=0.5, look_s=0.1, poll_s=0.05, attempt_s=0.1, lone_patience_s=0.2)
 
 
 def safetensors(tensor_bytes: int, seed: int = 1) -> bytes:
@@ -407,7 +407,7 @@ def test_whatever_a_worker_waits_for_it_sees_that_another_published_the_model(se
         stand_in.fault("status", status=429, retry_after_s=3600, route="resolve", count=None)
     else:
         stand_in.fault("slow", bytes_per_s=9000, shared=False, route="cdn", count=None)
-    found: list[Ready] = []
+    found: list[ReadyModel] = []
     waiting = threading.Thread(target=lambda: found.append(setup.store().ensure(SPEC)))
     waiting.start()
     stand_in.wait_until(lambda: any(r.route == ("resolve" if at == "look-up" else "cdn") for r in stand_in.requests))
@@ -422,7 +422,7 @@ def test_whatever_a_worker_waits_for_it_sees_that_another_published_the_model(se
 
 
 def test_an_error_that_came_after_another_worker_published_is_none(setup: Setup, stand_in: StandIn) -> None:
-    class Publish(Hooks):
+    class Publish(DownloadHooks):
         def at(self, step: str) -> None:
             if step == "locked":
                 stand_in.fault("expired", route="cdn", count=None)
@@ -438,7 +438,7 @@ def test_an_error_that_came_after_another_worker_published_is_none(setup: Setup,
 
 def test_one_content_under_two_names_is_fetched_once(setup_everywhere: Setup, stand_in: StandIn) -> None:
     setup = setup_everywhere
-    found: list[Ready] = []
+    found: list[ReadyModel] = []
     threads = [
         threading.Thread(target=lambda spec=spec: found.append(setup.store().ensure(spec))) for spec in (SPEC, TWIN, PINNED)
     ]
@@ -592,15 +592,15 @@ def test_what_another_worker_is_publishing_is_not_taken_for_put_there_by_hand(se
     nowhere.state.mkdir(parents=True)
     nowhere.locks.write_bytes(b"in the way")
     late, published, sealed = (threading.Event() for _ in range(3))
-    seen: list[Ready] = []
+    seen: list[ReadyModel] = []
 
-    class Late(Hooks):
+    class Late(DownloadHooks):
         def at(self, step: str) -> None:
             if step == "hashed":
                 late.set()
                 assert published.wait(60)
 
-    class Early(Hooks):
+    class Early(DownloadHooks):
         def at(self, step: str) -> None:
             if step == "hashed":
                 assert late.wait(60)
@@ -710,7 +710,7 @@ def test_a_newer_seal_with_more_fields_is_read(tmp_path: Path) -> None:
 
 
 def test_a_file_that_appears_while_the_download_runs_is_never_overwritten(setup: Setup) -> None:
-    class Meddler(Hooks):
+    class Meddler(DownloadHooks):
         def at(self, step: str) -> None:
             if step == "hashed":
                 setup.put(OTHER)
@@ -745,7 +745,7 @@ def test_a_file_by_hand_whose_accents_are_written_otherwise_is_not_fetched_again
     path.parent.mkdir(parents=True)
     path.write_bytes(WEIGHTS)
     spec = ModelSpec("checkpoints", asked, SOURCE)
-    assert lacking([setup.layout], [spec]) == []
+    assert not_ready([setup.layout], [spec]) == []
     assert (found := setup.store().ensure(spec)).how == "by_hand"
     assert found.path == path
     assert setup.store().ensure(replace(spec, sha256=SHA256)).how == "adopted"
@@ -753,7 +753,7 @@ def test_a_file_by_hand_whose_accents_are_written_otherwise_is_not_fetched_again
 
 
 def test_nor_one_that_appears_at_the_very_last_moment(setup: Setup) -> None:
-    class Meddler(Hooks):
+    class Meddler(DownloadHooks):
         def at(self, step: str) -> None:
             if step == "replacing":
                 setup.put(OTHER)
@@ -764,7 +764,7 @@ def test_nor_one_that_appears_at_the_very_last_moment(setup: Setup) -> None:
 
 
 def test_nothing_is_left_where_another_worker_published_and_swept_up_at_the_very_last_moment(setup: Setup) -> None:
-    class Faster(Hooks):
+    class Faster(DownloadHooks):
         def at(self, step: str) -> None:
             if step == "replacing" and not setup.final.exists():
                 setup.put(WEIGHTS)
@@ -844,16 +844,16 @@ def test_nothing_is_left_to_do_for_what_is_sealed_or_put_there_by_hand(setup: Se
         cut,
         linked,
     ]
-    assert lacking([setup.layout], [SPEC, PINNED, loose, *left]) == left
+    assert not_ready([setup.layout], [SPEC, PINNED, loose, *left]) == left
     os.utime(setup.final, (1, 1))
-    assert lacking([setup.layout], [SPEC]) == [SPEC], "a record of ours says what it should hash to"
+    assert not_ready([setup.layout], [SPEC]) == [SPEC], "a record of ours says what it should hash to"
 
 
 def test_what_lies_on_the_containers_disk_is_there_too(setup: Setup, tmp_path: Path) -> None:
     local = Layout(tmp_path / "container")
     setup.store(layout=local).ensure(SPEC)
-    assert lacking([setup.layout], [SPEC]) == [SPEC]
-    assert lacking([setup.layout, local], [SPEC]) == []
+    assert not_ready([setup.layout], [SPEC]) == [SPEC]
+    assert not_ready([setup.layout, local], [SPEC]) == []
 
 
 def test_many_models_are_looked_at_in_their_order_also_where_a_look_is_slow(setup: Setup) -> None:
@@ -862,9 +862,9 @@ def test_many_models_are_looked_at_in_their_order_also_where_a_look_is_slow(setu
         path = setup.layout.model(spec.folder, spec.name)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(WEIGHTS)
-    assert lacking([setup.layout], specs) == specs[1::2]
+    assert not_ready([setup.layout], specs) == specs[1::2]
     with mock.patch("worker.store.inventory._SLOW_LOOK_S", 0.0):
-        assert lacking([setup.layout], specs) == specs[1::2]
+        assert not_ready([setup.layout], specs) == specs[1::2]
 
 
 # --- RunPod's host cache ------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from worker.fetch.ranges import Tuning
 from worker.spec import HubFile, ModelSpec
 from worker.store.byte_ranges import Ranges
 from worker.store.layout import Layout
-from worker.store.store import Store, Timing
+from worker.store.store import LockTiming, Store
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -453,7 +453,7 @@ def test_a_flush_that_never_ends_is_an_error_and_the_next_one_finishes(tmp_path:
         real(fd)
 
     hub = Hub(stand_in.endpoint, Network())
-    tuning, timing = Tuning(**{**SMALL, "patience_s": 1.0}), Timing(**FAST)  # type: ignore[arg-type] # as in devkit.fleet
+    tuning, timing = Tuning(**{**SMALL, "patience_s": 1.0}), LockTiming(**FAST)  # type: ignore[arg-type] # as in devkit.fleet
     with mock.patch("os.fdatasync", keep):
         try:
             with pytest.raises(VolumeFailed, match="did not answer"):

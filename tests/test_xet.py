@@ -27,8 +27,8 @@ from worker.fetch.xet import XetFetch
 from worker.spec import HubFile, ModelSpec
 from worker.store.layout import Layout
 from worker.store.locks import Locks
-from worker.store.partial import Partial, Taken
-from worker.store.store import Store, Timing
+from worker.store.partial import Partial, PartialTaken
+from worker.store.store import LockTiming, Store
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,7 +41,7 @@ SHA256 = hashlib.sha256(WEIGHTS).hexdigest()
 FILE = HubFile("org/repo", "model.safetensors")
 SPEC = ModelSpec("checkpoints", "model.safetensors", FILE)
 SMALL = Tuning(connections=2, request_bytes=MIB, smallest_bytes=MIB, buffer_bytes=256 * 1024, unsaved_bytes=MIB, patience_s=20)
-QUICK = Timing(
+QUICK = LockTiming(
     heartbeat_s=0.3, stale_s=2, quiet_s=0.5, look_s=0.1, poll_s=0.05, attempt_s=0.1, lone_patience_s=0.2, report_every_s=0
 )
 NEVER = threading.Event()
@@ -229,7 +229,7 @@ def test_a_partial_that_another_worker_took_ends_it(stand_in: StandIn, tmp_path:
     remote = hub.look_up(FILE, NEVER)
     partial = Partial.claim(tmp_path / "partial", remote.size_bytes)
     partial.path.rename(tmp_path / "heir.part")
-    with pytest.raises(Taken):
+    with pytest.raises(PartialTaken):
         XetFetch(hub, remote, partial, SMALL, NEVER).run()
 
 

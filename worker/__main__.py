@@ -114,12 +114,12 @@ def with_custom_nodes(settings: Settings, command: EngineCommand) -> EngineComma
 
     def once(key: str, done: Callable[[], bool]) -> AbstractContextManager[object]:
         from worker.store.layout import Layout  # noqa: PLC0415 - only for the worker that installs packages
-        from worker.store.locks import Locks, Timing  # noqa: PLC0415 - as above
+        from worker.store.locks import Locks, LockTiming  # noqa: PLC0415 - as above
 
         locks = Locks(
             Layout(settings.volume_path),
             settings.runpod_pod_id or socket.gethostname(),
-            Timing(patience_s=custom_nodes.INSTALL_TIMEOUT_S),
+            LockTiming(patience_s=custom_nodes.INSTALL_TIMEOUT_S),
         )
         return locks.hold(key, published=done, cancel=threading.Event(), name="the custom nodes' packages")
 

@@ -312,16 +312,16 @@ def build_room(settings: Settings, leases: Leases) -> Room | None:
     limits = (settings.volume_keep_gb, settings.volume_free_gb)
     if limits == (None, None):
         return None
-    from worker.store.eviction import Limits  # noqa: PLC0415 - only for workers that remove models
-    from worker.store.room import Room, asks  # noqa: PLC0415 - only for workers that remove models
+    from worker.store.eviction import EvictionLimits  # noqa: PLC0415 - only for workers that remove models
+    from worker.store.room import Room, source_check  # noqa: PLC0415 - only for workers that remove models
 
     return Room(
         layout_at(settings.volume_path),
         _name(settings),
-        Limits.of_gb(*limits),
+        EvictionLimits.of_gb(*limits),
         lambda: _pins(settings),
         leases=leases,
-        ask=asks(cache(partial(build_hub, settings))),
+        ask=source_check(cache(partial(build_hub, settings))),
         # With the container's disk to fall back on, a job need not wait until models are out of use.
         patience_s=leases.timing.grace_s if settings.require_volume else 0.0,
     )

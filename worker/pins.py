@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from worker.errors import NoWorkflowInFile, WorkerError
 from worker.store.eviction import Pins
-from worker.store.leases import Titles
+from worker.store.leases import LeasedTitles
 from worker.volume_workflows import all_workflows, decoded
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def read_pins(volume: Path, sources: Sources) -> Pins:
     """
     for error in sources.errors:
         return Pins(trouble=str(error))
-    titles = Titles((f"{spec.folder}/{spec.name}", "a manifest names it") for spec in sources.manifest())
+    titles = LeasedTitles((f"{spec.folder}/{spec.name}", "a manifest names it") for spec in sources.manifest())
     try:
         texts = [(name, _text(name, data)) for name, data in all_workflows(volume)]
     except (OSError, WorkerError) as exc:

@@ -11,7 +11,7 @@ from worker.engine.custom_nodes import read_failures
 from worker.errors import ManifestInvalid
 from worker.models.sources import Sources
 from worker.pins import read_pins
-from worker.store.eviction import Limits, outlook, survey
+from worker.store.eviction import EvictionLimits, eviction_outlook, survey
 from worker.store.leases import LeaseTiming
 from worker.store.seals import stat_file
 
@@ -73,7 +73,7 @@ def custom_nodes(layout: Layout) -> Iterator[Finding]:
 
 def room(layout: Layout, subject: Subject) -> Iterator[Finding]:
     """Yield what would be removed next to make room, and what stays and why. Nothing where no worker removes models."""
-    limits = Limits.of_gb(subject.keep_gb, subject.free_gb)
+    limits = EvictionLimits.of_gb(subject.keep_gb, subject.free_gb)
     if not limits and not layout.leases_began.exists():
         return
     sources = Sources.gather(volume_manifest=layout.manifest, manifest=subject.manifest, models=subject.models)
@@ -84,10 +84,10 @@ def room(layout: Layout, subject: Subject) -> Iterator[Finding]:
     if pins.trouble:
         yield problem(f"{taken}. No model is removed while this is so: {pins.trouble}")
     elif not limits:
-        yield note(f"{taken}. This endpoint removes nothing, another one on the volume does; {outlook(found, limits)}")
+        yield note(f"{taken}. This endpoint removes nothing, another one on the volume does; {eviction_outlook(found, limits)}")
     else:
         over = found.excess(limits)
-        yield (note if over > 0 else ok)(f"{taken}; {outlook(found, limits)}")
+        yield (note if over > 0 else ok)(f"{taken}; {eviction_outlook(found, limits)}")
     stays = [f"{one.title}: {one.kept}" for one in found.contents if one.kept]
     if stays and not pins.trouble:
         yield listing(Severity.OK, f"{count(stays, 'model')} kept", stays)

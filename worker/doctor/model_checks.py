@@ -15,8 +15,8 @@ from worker.doctor.volume_checks import names_in
 from worker.links.scan import IN_FLIGHT, Scan
 from worker.spec import WEIGHT_SUFFIXES
 from worker.store.inventory import Standing, look_at
-from worker.store.layout import sealed_by
-from worker.store.pod_links import is_absolute, mending
+from worker.store.layout import title_of_seal
+from worker.store.pod_links import is_absolute, relink
 from worker.store.seals import read_seal, stat_file
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from worker.doctor.findings import Finding
     from worker.links.scan import Folder
-    from worker.store.inventory import Look
+    from worker.store.inventory import InventoryEntry
     from worker.store.layout import Layout
 
 
@@ -66,10 +66,7 @@ def _absolute(layout: Layout, scan: Scan) -> Iterator[Finding]:
     found = scan.absolute | ({link: os.path.realpath(layout.models)} if is_absolute(link) else {})
     yield from capped(
         [
-            (
-                f"{path} names the volume by its mount, called otherwise in a Pod than in a worker: {mending(path, real)}",
-                path,
-            )
+            (f"{path} names the volume by its mount, called otherwise in a Pod than in a worker: {relink(path, real)}", path)
             for path, real in sorted(found.items())
         ],
         Severity.NOTE,
@@ -138,7 +135,7 @@ class _File:
             self.trouble = str(there.error)
 
 
-def _trouble(path: Path, there: Look) -> str | None:
+def _trouble(path: Path, there: InventoryEntry) -> str | None:
     try:
         with path.open("rb") as stream:
             head = stream.read(64).lstrip().lower()
@@ -209,7 +206,7 @@ def seals(layout: Layout) -> Iterator[Finding]:
 
 
 def _sealed_by(layout: Layout, seal: Path) -> str:
-    return sealed_by(seal.relative_to(layout.seals).as_posix())
+    return title_of_seal(seal.relative_to(layout.seals).as_posix())
 
 
 # --- in the wrong place -----------------------------------------------------------------------------

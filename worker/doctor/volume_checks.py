@@ -18,7 +18,7 @@ from worker.base.text import size_text
 from worker.doctor.child import ARGUMENTS_AT, Child
 from worker.doctor.findings import note, ok, problem
 from worker.store.layout import Layout
-from worker.store.locks import Locks, Timing
+from worker.store.locks import Locks, LockTiming
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -148,7 +148,7 @@ LOCK: Final = "doctor"
 
 _CONTEST_S: Final = 20.0
 # Short times: if this command is killed, the next one need not wait for its lock.
-_TIMING: Final = Timing(heartbeat_s=1.0, stale_s=5.0, poll_s=0.05, attempt_s=0.2, patience_s=60.0, lone_patience_s=0.0)
+_TIMING: Final = LockTiming(heartbeat_s=1.0, stale_s=5.0, poll_s=0.05, attempt_s=0.2, patience_s=60.0, lone_patience_s=0.0)
 
 
 def locks(layout: Layout) -> Iterator[Finding]:

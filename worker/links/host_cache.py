@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from worker.store.inventory import Look
+    from worker.store.inventory import InventoryEntry
     from worker.store.layout import Layout
 
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
@@ -63,7 +63,7 @@ def _sealed_as(layout: Layout, blobs: dict[str, Path]) -> Iterator[tuple[Path, P
                     yield path, copy
 
 
-def _is_same(own: Look, copy: Path) -> bool:
+def _is_same(own: InventoryEntry, copy: Path) -> bool:
     """Return whether the seal still fits the file, and the copy has the same length."""
     found = stat_file(copy)
     return own.standing is Standing.READY and found is not None and found.st_size == own.size_bytes

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from worker.base.progress import CancelToken, Listener, Progress
     from worker.spec import ModelSpec
-    from worker.store.download import Ready
+    from worker.store.download import ReadyModel
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ _TELL_EVERY_S = 0.5
 class Ensurer(Protocol):
     """Makes a model available. `Stores` is one."""
 
-    def ensure(self, spec: ModelSpec, progress: Listener, cancel: CancelToken | None) -> Ready:
+    def ensure(self, spec: ModelSpec, progress: Listener, cancel: CancelToken | None) -> ReadyModel:
         """Return when the model is available. Raises a `WorkerError`."""
         ...
 
@@ -64,7 +64,7 @@ class _Fetch:
     running: bool = False
     stop: threading.Event = field(default_factory=threading.Event)
     progress: Progress | None = None
-    result: Ready | None = None
+    result: ReadyModel | None = None
     error: WorkerError | None = None
 
     @property
@@ -89,7 +89,7 @@ class Provisioner:
     """
 
     def __init__(
-        self, store: Ensurer, on_ready: Callable[[ModelSpec, Ready], None], files_at_once: int = _FILES_AT_ONCE
+        self, store: Ensurer, on_ready: Callable[[ModelSpec, ReadyModel], None], files_at_once: int = _FILES_AT_ONCE
     ) -> None:
         self._store = store
         self._on_ready = on_ready
@@ -222,7 +222,7 @@ class Provisioner:
             fetch.progress = progress
 
         began, name = time.monotonic(), f"{fetch.spec.folder}/{fetch.spec.name}"
-        result: Ready | None = None
+        result: ReadyModel | None = None
         error: WorkerError | None = None
         try:
             result = self._store.ensure(fetch.spec, listen, fetch.stop)

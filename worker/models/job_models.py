@@ -17,8 +17,8 @@ from worker.errors import EnsureCancelled, FileIncomplete, ManifestInvalid
 from worker.models.download_queue import Provisioner
 from worker.spec import WEIGHT_SUFFIXES
 from worker.store.disk import volume_error
-from worker.store.eviction import spec_of
-from worker.store.inventory import lacking, trouble_of
+from worker.store.eviction import redownload_spec
+from worker.store.inventory import not_ready, trouble_of
 from worker.store.tombstones import removed_folders, tombstone_of
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from worker.models.download_queue import Ensurer, Waiting
     from worker.models.sources import Sources
     from worker.spec import ModelSpec
-    from worker.store.download import Ready
+    from worker.store.download import ReadyModel
     from worker.store.layout import Layout
     from worker.store.leases import JobUse, Leases
 
@@ -132,7 +132,7 @@ class JobModels:
             for folder in folders or removed_folders(layout):
                 for file in named:
                     if there := tombstone_of(layout, folder, file):
-                        return spec_of(there.title, there.seal)
+                        return redownload_spec(there.title, there.seal)
         return None
 
     def check_request(self, request: object) -> None:
@@ -156,12 +156,12 @@ class JobModels:
 
     def fetch_behind(self, specs: Iterable[ModelSpec]) -> None:
         """Download the missing ones in the background."""
-        if left := lacking(self._places, specs):
+        if left := not_ready(self._places, specs):
             self._fetcher(left).want(left)
 
     def fetch_first(self, specs: Iterable[ModelSpec]) -> None:
         """Return when all of them are available. Raises the first `ModelError`."""
-        if left := lacking(self._places, specs):
+        if left := not_ready(self._places, specs):
             self._fetcher(left).settle(left)
 
     def stop(self) -> None:
@@ -203,7 +203,7 @@ class JobModels:
                 self._provisioner = Provisioner(self._build_store(), self._on_ready)
             return self._provisioner
 
-    def _on_ready(self, spec: ModelSpec, ready: Ready) -> None:
+    def _on_ready(self, spec: ModelSpec, ready: ReadyModel) -> None:
         """Show ComfyUI a model that it does not see yet. Do not list all folders again for each file."""
         if ready.how == "host_cache":
             self._show(spec, ready.path)

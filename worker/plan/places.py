@@ -16,7 +16,7 @@ from worker.models.sources import Sources
 from worker.pins import read_pins
 from worker.plan.items import Item, State
 from worker.store.byte_ranges import Ranges
-from worker.store.eviction import Limits, outlook, survey
+from worker.store.eviction import EvictionLimits, eviction_outlook, survey
 from worker.store.inventory import Standing, look
 from worker.store.layout import Layout
 from worker.store.leases import LeaseTiming
@@ -121,7 +121,7 @@ def with_space(plan: Plan, settings: Settings, places: Places) -> Plan:
     volume = places.volume.root
     plan = replace(plan, target=volume, free_bytes=free_bytes(volume) if is_volume(volume) else None)
     problem = _no_space(plan, volume) if is_volume(volume) else VolumeMissing(volume)
-    limits = Limits.of_gb(settings.volume_keep_gb, settings.volume_free_gb)
+    limits = EvictionLimits.of_gb(settings.volume_keep_gb, settings.volume_free_gb)
     if plan.to_fetch and limits and isinstance(problem, VolumeFull | None):
         plan, problem = _with_removals(plan, problem, limits, settings, places)
     if problem is None:
@@ -139,7 +139,7 @@ def with_space(plan: Plan, settings: Settings, places: Places) -> Plan:
 
 
 def _with_removals(
-    plan: Plan, problem: VolumeFull | None, limits: Limits, settings: Settings, places: Places
+    plan: Plan, problem: VolumeFull | None, limits: EvictionLimits, settings: Settings, places: Places
 ) -> tuple[Plan, VolumeFull | None]:
     """Return the plan with what the worker would remove for its files, and the problem if that is not enough."""
     sources = Sources.gather(volume_manifest=places.volume.manifest, manifest=settings.models_manifest, models=settings.models)
@@ -148,7 +148,7 @@ def _with_removals(
     limits = replace(limits, free_bytes=max(limits.free_bytes or 0, 0) if short > 0 else limits.free_bytes)
     if found.excess(limits, plan.fetch_bytes) <= 0:
         return plan, problem
-    note = f"The volume makes room for these models; {outlook(found, limits, plan.fetch_bytes)}."
+    note = f"The volume makes room for these models; {eviction_outlook(found, limits, plan.fetch_bytes)}."
     enough = sum(one.size_bytes for one in found.removable) >= short
     return replace(plan, notes=(*plan.notes, note)), None if enough else problem
 

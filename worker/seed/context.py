@@ -29,10 +29,10 @@ from worker.seed.screen import Bars, JsonLines, Lines
 from worker.seed.selection import Selection
 from worker.seed.sibling import Sibling
 from worker.seed.volumes import MountedVolume
-from worker.store.eviction import Limits, survey
+from worker.store.eviction import EvictionLimits, survey
 from worker.store.leases import LeaseTiming
 from worker.store.pod_links import layout_at
-from worker.store.room import Room, asks
+from worker.store.room import Room, source_check
 from worker.store.store import Store
 
 if TYPE_CHECKING:
@@ -107,13 +107,15 @@ class Context:
         manifests = (layout.manifest.read_text("utf-8-sig"),) if layout.manifest.is_file() else ()
         return Target(MountedFiller(store), (MountedVolume(layout),), manifests)
 
-    def _limits(self) -> Limits:
+    def _limits(self) -> EvictionLimits:
         keep_gb = self.settings.volume_keep_gb if self.options.keep_gb is None else self.options.keep_gb
-        return Limits.of_gb(keep_gb, self.settings.volume_free_gb)
+        return EvictionLimits.of_gb(keep_gb, self.settings.volume_free_gb)
 
     def _room(self, layout: Layout) -> Room:
         """Return what makes room on a mounted volume."""
-        return Room(layout, _NAME, self._limits(), lambda: self.pins(layout), ask=asks(lambda: self.hub), on_notice=self._wait)
+        return Room(
+            layout, _NAME, self._limits(), lambda: self.pins(layout), ask=source_check(lambda: self.hub), on_notice=self._wait
+        )
 
     def _wait(self, left_s: float) -> None:
         self.tell(f"Workers on this volume have {left_s:.0f} s to say what they use before a model is removed; waiting.")

@@ -15,7 +15,7 @@ from worker.seed.outcome import Outcome
 from worker.seed.screen import least_used_table, sealed_table, summary_table, verification_table
 from worker.seed.seeding import FAILED, code_of, fill
 from worker.spec import HubFile, ModelSpec, parse_source
-from worker.store.eviction import chosen, idle_text
+from worker.store.eviction import chosen_for_removal, idle_text
 from worker.store.inventory import Standing
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from worker.seed.context import Context, Target
     from worker.seed.screen import Screen
     from worker.seed.volumes import Sealed, Volume
-    from worker.store.inventory import Look
+    from worker.store.inventory import InventoryEntry
 
 
 Verdict = Literal["whole", "touched", "damaged", "replaced", "missing", "unhashed", "unreadable"]
@@ -83,7 +83,9 @@ def verify(volume: Volume, found: Sealed, on_bytes: Callable[[int], None], cance
         return Checked(found, "unreadable", error=exc)
 
 
-def _compare(volume: Volume, found: Sealed, there: Look, on_bytes: Callable[[int], None], cancel: CancelToken) -> Checked:
+def _compare(
+    volume: Volume, found: Sealed, there: InventoryEntry, on_bytes: Callable[[int], None], cancel: CancelToken
+) -> Checked:
     if there.standing is Standing.READY and there.error:
         return Checked(found, "damaged", error=there.error, stamp=there.stamp)
     actual = volume.hash(found.folder, found.name, found.seal.size, on_bytes, cancel)
@@ -266,7 +268,7 @@ def _prune_least_used(context: Context) -> int:
     if room is None or found is None:
         raise SeedUsage("--least-used needs a mounted volume: links and uses do not show through S3.")
     over = found.excess(room.limits)
-    gone = chosen(found.removable, over) if over > 0 else []
+    gone = chosen_for_removal(found.removable, over) if over > 0 else []
     models = [{"model": one.title, "size_bytes": one.size_bytes, "idle_s": round(one.idle_s)} for one in gone]
     context.show("prune", partial(least_used_table, gone), volume=str(room.layout.root), models=models)
     total = size_text(sum(one.size_bytes for one in gone))

@@ -20,7 +20,7 @@ from worker.seed.errors import S3Failed, S3FileDiffers
 from worker.seed.volumes import Sealed, sealed_at
 from worker.store.disk import stated_in
 from worker.store.file_formats import is_safetensors
-from worker.store.inventory import Look, Standing
+from worker.store.inventory import InventoryEntry, Standing
 from worker.store.layout import Layout
 from worker.store.seals import Seal, decode_seal, encode_seal
 from worker.store.verification import new_seal
@@ -62,21 +62,21 @@ class S3Volume:
 
     # --- what is there
 
-    def look(self, folder: str, name: str) -> Look:
+    def look(self, folder: str, name: str) -> InventoryEntry:
         """Return the state of a model's file, as the worker's inventory does for a mounted volume."""
         found = self.bucket.head(self.key(folder, name))
         if found is None:
-            return Look(Standing.ABSENT)
+            return InventoryEntry(Standing.ABSENT)
         seal_key = _LAYOUT.seal(folder, name).as_posix()
         seal = self._seal(Path(seal_key))
         if seal and seal.size == found.size_bytes and self._unchanged(found, seal, seal_key):
-            return Look(Standing.READY, found.size_bytes, seal, found)
+            return InventoryEntry(Standing.READY, found.size_bytes, seal, found)
         record = self._seal(_LAYOUT.pending_seal(folder, name))
         if record and (record.size != found.size_bytes or record.sha256 is None):
             record = None
         error = None if record else self._trouble(folder, name, found.size_bytes)
         standing = Standing.INCOMPLETE if error else Standing.REPLACED if seal else Standing.BY_HAND
-        return Look(standing, found.size_bytes, seal, found, error, record)
+        return InventoryEntry(standing, found.size_bytes, seal, found, error, record)
 
     def _unchanged(self, found: Head, seal: Seal, seal_key: str) -> bool:
         """Return whether the file is not younger than its seal, and not older than the time that a worker wrote into it.
@@ -110,7 +110,9 @@ class S3Volume:
         if expected and actual and expected != actual:
             raise S3FileDiffers(self.key(spec.folder, spec.name), what, expected, actual)
 
-    def adopt(self, spec: ModelSpec, found: Look, remote: Remote, on_bytes: Callable[[int], None], cancel: CancelToken) -> How:
+    def adopt(
+        self, spec: ModelSpec, found: InventoryEntry, remote: Remote, on_bytes: Callable[[int], None], cancel: CancelToken
+    ) -> How:
         """Seal a file that has no seal, if it is the wanted one. Leave it as it is if no sha256 is known.
 
         If a run died between Complete and seal, its record is used. Any other file is read over the network. Raises

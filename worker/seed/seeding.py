@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from worker.seed.screen import Screen
     from worker.seed.volumes import Volume
     from worker.spec import ModelSpec
-    from worker.store.inventory import Look
+    from worker.store.inventory import InventoryEntry
 
 
 FAILED: Final = 1
@@ -261,7 +261,7 @@ def _line(item: Item, volumes: Sequence[Volume], hub: Hub, cancel: CancelToken) 
     return Line(item.title, item.size_bytes, "; ".join(states), source, good=good, send_bytes=send_bytes)
 
 
-def _there(found: Look, item: Item, expected: str | None) -> tuple[str, bool]:
+def _there(found: InventoryEntry, item: Item, expected: str | None) -> tuple[str, bool]:
     """Return what seeding would do with an existing file, and whether that is as wanted. `expected` is its required hash."""
     pinned, sealed = item.spec.sha256 if item.spec else None, found.seal.sha256 if found.seal else None
     if found.standing is Standing.READY:

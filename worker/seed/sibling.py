@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 from worker.errors import EnsureCancelled
 from worker.fetch.hub import Remote
 from worker.seed.errors import S3Failed
-from worker.store.eviction import spec_of
+from worker.store.eviction import redownload_spec
 from worker.store.inventory import Standing
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class Sibling:
         specs: list[ModelSpec] = []
         left: list[str] = []
         for found in self._volume.sealed():
-            spec = spec_of(found.title, found.seal)
+            spec = redownload_spec(found.title, found.seal)
             if self._volume.look(found.folder, found.name).standing is not Standing.READY:
                 left.append(f"{found.title} is left out: it is not the file that was sealed")
             elif spec is None or found.seal.sha256 is None:

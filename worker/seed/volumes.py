@@ -12,8 +12,8 @@ from worker.base.text import forms
 from worker.errors import UnsafePath, VolumeFailed
 from worker.plan.places import Places
 from worker.store.disk import sha256_of, volume_error
-from worker.store.inventory import Look, Standing, look
-from worker.store.layout import sealed_by
+from worker.store.inventory import InventoryEntry, Standing, look
+from worker.store.layout import title_of_seal
 from worker.store.seals import Seal, read_seal, stat_file, whole_mtime, write_seal
 from worker.volume_workflows import workflow_bytes, workflow_names
 
@@ -44,7 +44,7 @@ def sealed_at(path: str, seal: Seal | None) -> Sealed | None:
     """Return the model of a seal's path below the seals' folder: `folder/name.json`."""
     if seal is None or not path.endswith(".json") or path.rpartition("/")[2].startswith("."):
         return None
-    folder, _, name = sealed_by(path).partition("/")
+    folder, _, name = title_of_seal(path).partition("/")
     return Sealed(folder, name, seal)
 
 
@@ -69,7 +69,7 @@ class Volume(Protocol):
         """Return the names of its workflows."""
         ...
 
-    def look(self, folder: str, name: str) -> Look:
+    def look(self, folder: str, name: str) -> InventoryEntry:
         """Return the state of a model's file."""
         ...
 
@@ -125,10 +125,10 @@ class MountedVolume:
         """Return the names of its workflows."""
         return workflow_names(self._layout.root)
 
-    def look(self, folder: str, name: str) -> Look:
+    def look(self, folder: str, name: str) -> InventoryEntry:
         """Return the state of a model's file."""
         looks = (look(self._layout, folder, form) for form in forms(name))
-        return next((found for found in looks if found.standing is not Standing.ABSENT), Look(Standing.ABSENT))
+        return next((found for found in looks if found.standing is not Standing.ABSENT), InventoryEntry(Standing.ABSENT))
 
     @staticmethod
     def expected(spec: ModelSpec, sha256: str | None) -> str | None:

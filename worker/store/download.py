@@ -28,7 +28,7 @@ from worker.store.disk import git_sha1_of, head_of, stated_bytes
 from worker.store.file_formats import is_safetensors, misfit
 from worker.store.hashing import HashedPartial
 from worker.store.inventory import stamp_of
-from worker.store.partial import DiskFailed, Partial, Stuck, Taken, sweep
+from worker.store.partial import Partial, PartialStuck, PartialTaken, PartialWriteFailed, sweep_partials
 from worker.store.seals import Seal, stat_file, whole_mtime, write_seal
 from worker.store.tombstones import forget_tombstone, tombstone_of
 from worker.store.verification import WrongFiles, check_unhashed, new_seal
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from worker.fetch.ranges import Sink
     from worker.spec import ModelSpec
     from worker.store.layout import Layout
-    from worker.store.locks import Hold
+    from worker.store.locks import LockResult
     from worker.store.room import Room
 
 log = logging.getLogger(__name__)
@@ -54,8 +54,8 @@ _PENDING_S: Final = 86_400.0
 
 
 @dataclass(frozen=True, slots=True)
-class Ready:
-    """A model that can be used. `how` is the reason: a `by_hand` file was put there by a person and is used as it is."""
+class ReadyModel:
+    """A model that can be used, downloaded or there before. `how` is the reason: a `by_hand` file was put there by a person."""
 
     path: Path
     how: How
@@ -63,22 +63,22 @@ class Ready:
     seconds: float = 0.0
 
 
-class Hooks:
-    """Named points between the steps. This class does nothing; tests end the process there."""
+class DownloadHooks:
+    """Named points between the steps of a download. This class does nothing; tests end the process there."""
 
     def at(self, step: str) -> None:
         """Run at a step, in the thread that does the work."""
 
 
 @dataclass(frozen=True, slots=True)
-class Tools:
+class DownloadTools:
     """What a download needs besides the model."""
 
     layout: Layout
     hub: Hub
     worker: str
     tuning: Tuning = field(default_factory=Tuning)
-    hooks: Hooks = field(default_factory=Hooks)
+    hooks: DownloadHooks = field(default_factory=DownloadHooks)
     room: Room | None = None
     """Makes room on the volume, where that is wanted."""
 
@@ -91,8 +91,8 @@ class Tools:
 
 
 @dataclass(slots=True)
-class Task:
-    """One call of `ensure`: the model, the listener, and the cost so far."""
+class DownloadTask:
+    """What to download for one call of `ensure`: the model, the listener, and the cost so far."""
 
     spec: ModelSpec
     path: Path
@@ -110,7 +110,7 @@ class Task:
 class Download:
     """The download of one content to one name."""
 
-    def __init__(self, tools: Tools, task: Task, remote: Remote, hold: Hold) -> None:
+    def __init__(self, tools: DownloadTools, task: DownloadTask, remote: Remote, hold: LockResult) -> None:
         self._tools = tools
         self._task = task
         self._remote = remote
@@ -119,7 +119,7 @@ class Download:
         self._left: list[Partial] = []
         self._at = tools.hooks.at
 
-    def run(self) -> Ready | None:
+    def run(self) -> ReadyModel | None:
         """Download, verify and publish. None if another worker changed the file meanwhile; call again.
 
         A file with a wrong byte is downloaded again. If the same wrong file arrives twice, the source is wrong:
@@ -132,7 +132,7 @@ class Download:
         while True:
             try:
                 result = self._attempt(partial)
-            except Stuck:
+            except PartialStuck:
                 log.warning("the volume keeps a dead host's writes locked: starting the download of %s again", self._task.spec)
                 partial.disown()
                 self._left.append(partial)
@@ -165,7 +165,7 @@ class Download:
         idle_s = 0.0 if self._hold.state == "held" else _IDLE_S
         return patiently(lambda: Partial.claim(self._folder, self._remote.size_bytes, idle_s))
 
-    def _attempt(self, partial: Partial) -> Ready | str | None:
+    def _attempt(self, partial: Partial) -> ReadyModel | str | None:
         """Do what `run` does, with one partial. Return the sha256 if it is wrong."""
         try:
             self._at("claimed")
@@ -177,13 +177,13 @@ class Download:
                 return actual
             self._check_unhashed(partial)
             return self._publish(partial, actual)
-        except Taken:
+        except PartialTaken:
             log.info("another worker continues the download of %s", self._task.spec)
             with contextlib.suppress(OSError):
                 partial.discard()
             return None
-        except (DiskFailed, OSError) as exc:
-            error, missing = exc.error if isinstance(exc, DiskFailed) else exc, partial.size_bytes - partial.done_bytes
+        except (PartialWriteFailed, OSError) as exc:
+            error, missing = exc.error if isinstance(exc, PartialWriteFailed) else exc, partial.size_bytes - partial.done_bytes
             if self._tools.make_room(error, missing, self._task.cancel):
                 return None
             _discard_if_full(partial, error)
@@ -254,7 +254,7 @@ class Download:
             self._task.fetched_bytes += fetch.fetched_bytes
 
     def _meter(self, phase: Phase, done_bytes: int = 0) -> Callable[[int], None]:
-        return metered(phase, self._remote.size_bytes, both(self._task.progress, self._hold.report), done_bytes)
+        return metered(phase, self._remote.size_bytes, both_listeners(self._task.progress, self._hold.report), done_bytes)
 
     def _check_unhashed(self, partial: Partial) -> None:
         """Without a hash, check the length and what a safetensors header says about it."""
@@ -270,7 +270,7 @@ class Download:
 
     # --- the name
 
-    def _publish(self, partial: Partial, sha256: str) -> Ready | None:
+    def _publish(self, partial: Partial, sha256: str) -> ReadyModel | None:
         """Give the verified file its name, then seal it. None if a file appeared there meanwhile."""
         spec, path, layout = self._task.spec, self._task.path, self._tools.layout
         there = stat_file(path)
@@ -287,7 +287,7 @@ class Download:
         self._at("replacing")
         try:
             published = patiently(lambda: partial.publish(path, over=over))
-        except Taken:
+        except PartialTaken:
             # A worker that continues the file removes the record with the seal. If another file has the name by now, nobody
             # does.
             there = stat_file(path)
@@ -302,36 +302,36 @@ class Download:
         sync_folder(path.parent)
         if self._hold.state == "held":
             self._clear_away()
-        write_own_seal(layout, spec, seal, inode, lambda: self._at("seal_half_written"))
+        seal_download(layout, spec, seal, inode, lambda: self._at("seal_half_written"))
         if self._hold.state != "held":
             # Other workers may download it as well. They stop now and look again: without the seal they would have to hash.
             self._clear_away()
         self._at("sealed")
         log.debug("published %s", path)
-        return Ready(path, "downloaded")
+        return ReadyModel(path, "downloaded")
 
     def _clear_away(self) -> None:
         """Remove what other workers, mostly dead ones, left of this content. Once it is sealed nobody looks there."""
-        sweep(self._folder, {partial.path for partial in self._left})
+        sweep_partials(self._folder, {partial.path for partial in self._left})
         for left in self._left:
             threading.Thread(target=left.discard_later, name="clear-away", daemon=True).start()
 
     def _seal(self, partial: Partial, sha256: str) -> tuple[Seal, int]:
         """Return the seal of a file and its inode, which identifies it before it has its name."""
         if not partial.is_ours():
-            raise Taken
+            raise PartialTaken
         # Set our own time: what a network file system records for the last write may still change, and differ between hosts.
         mtime = int(time.time())
         os.utime(partial.path, (mtime, mtime))
         partial.close()
         found = partial.path.stat()
         if found.st_size != partial.size_bytes:
-            raise Taken  # it was truncated after it was hashed
+            raise PartialTaken  # it was truncated after it was hashed
         return new_seal(self._task.spec, self._remote, sha256, self._tools.worker, whole_mtime(found)), found.st_ino
 
 
-def write_own_seal(layout: Layout, spec: ModelSpec, seal: Seal, inode: int, opened: Callable[[], None] = lambda: None) -> None:
-    """Seal a model's file if possible. Without a seal the file is still used."""
+def seal_download(layout: Layout, spec: ModelSpec, seal: Seal, inode: int, opened: Callable[[], None] = lambda: None) -> None:
+    """Seal the file that was downloaded or adopted, if possible. Without a seal the file is still used."""
     try:
         write_seal(layout.seal(spec.folder, spec.name), seal, opened)
         forget_pending(layout, spec, inode)
@@ -341,7 +341,7 @@ def write_own_seal(layout: Layout, spec: ModelSpec, seal: Seal, inode: int, open
 
 
 def forget_pending(layout: Layout, spec: ModelSpec, inode: int) -> None:
-    """Remove the pending record of a file, and those that others left a day ago."""
+    """Remove the pending record of a published download, and those that others left a day ago."""
     own = layout.pending(inode)
     for path in (own, layout.pending_seal(spec.folder, spec.name)):
         path.unlink(missing_ok=True)
@@ -351,8 +351,8 @@ def forget_pending(layout: Layout, spec: ModelSpec, inode: int) -> None:
                 left.unlink(missing_ok=True)
 
 
-def both(first: Listener, second: Listener) -> Listener:
-    """Return one listener that calls two."""
+def both_listeners(first: Listener, second: Listener) -> Listener:
+    """Return one progress listener of a download that calls two."""
 
     def report(progress: Progress) -> None:
         first(progress)
@@ -362,7 +362,7 @@ def both(first: Listener, second: Listener) -> Listener:
 
 
 def _discard_if_full(partial: Partial, error: OSError) -> None:
-    """Remove a partial that filled the disk, because it blocks everything else."""
+    """Remove a download's partial that filled the disk, because it blocks everything else."""
     if error.errno in FULL:
         with contextlib.suppress(OSError):
             partial.discard()

@@ -17,9 +17,9 @@ from worker.base.files import free_bytes
 from worker.base.text import count, size_text
 from worker.errors import SpecInvalid, UnsafePath
 from worker.spec import HubFile, ModelSpec, parse_source
-from worker.store.inventory import sealed
-from worker.store.layout import sealed_by, split
-from worker.store.leases import ANY, LeaseTiming, Titles, Usage, normal
+from worker.store.inventory import ready_file
+from worker.store.layout import split_title, title_of_seal
+from worker.store.leases import ANY, LeasedTitles, LeaseTiming, Usage, normal_title
 from worker.store.seals import Seal, read_seal
 
 if TYPE_CHECKING:
@@ -34,26 +34,26 @@ LOOK_UP_BYTES = 500_000_000
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
-    """How full a volume may get: the total of all models, and the free space of the file system."""
+class EvictionLimits:
+    """How full a volume may get before models are evicted: the total of all models, and the free space of the file system."""
 
     keep_bytes: int | None = None
     free_bytes: int | None = None
 
     @classmethod
-    def of_gb(cls, keep_gb: float | None, free_gb: float | None) -> Limits:
+    def of_gb(cls, keep_gb: float | None, free_gb: float | None) -> EvictionLimits:
         """Return the limits from settings in GB."""
         return cls(*(None if size is None else int(size * 1e9) for size in (keep_gb, free_gb)))
 
     def __bool__(self) -> bool:
-        return self != Limits()
+        return self != EvictionLimits()
 
 
 @dataclass(frozen=True, slots=True)
 class Pins:
-    """What must stay. `texts` are searched for a model's file name; `trouble` is why the pins are unknown."""
+    """The models that must not be evicted. `texts` are searched for a file name; `trouble` is why the pins are unknown."""
 
-    titles: Titles = field(default_factory=Titles)
+    titles: LeasedTitles = field(default_factory=LeasedTitles)
     texts: Callable[[str], str | None] = lambda _: None
     trouble: str | None = None
 
@@ -63,8 +63,8 @@ class Pins:
 
 
 @dataclass(frozen=True, slots=True)
-class Name:
-    """One name of a content, with its seal."""
+class ContentName:
+    """One name of a sealed content that may be evicted, with its seal."""
 
     title: str
     path: Path
@@ -80,7 +80,7 @@ class Content:
     only its use keeps it, and it may be removed a short time later.
     """
 
-    names: tuple[Name, ...]
+    names: tuple[ContentName, ...]
     size_bytes: int
     stamp: tuple[int, int, int, int]
     idle_s: float
@@ -96,12 +96,12 @@ class Content:
     @property
     def spec(self) -> ModelSpec | None:
         """Return its source, as far as its seal tells."""
-        return spec_of(self.names[0].title, self.names[0].seal)
+        return redownload_spec(self.names[0].title, self.names[0].seal)
 
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """The volume at one moment: its sealed contents in the order of removal, and how full it is."""
+    """The volume at one moment, for eviction: its sealed contents in the order of removal, and how full it is."""
 
     contents: tuple[Content, ...]
     used_bytes: int
@@ -113,7 +113,7 @@ class Survey:
         """Return those that may be removed, in order."""
         return tuple(content for content in self.contents if content.kept is None)
 
-    def excess(self, limits: Limits, more_bytes: int = 0) -> int:
+    def excess(self, limits: EvictionLimits, more_bytes: int = 0) -> int:
         """Return by how many bytes the limits would be exceeded with that many more."""
         over = [0]
         if limits.keep_bytes is not None:
@@ -123,8 +123,8 @@ class Survey:
         return max(over)
 
 
-def chosen(contents: Sequence[Content], needed_bytes: int) -> list[Content]:
-    """Return what to remove for that many bytes: from the front, without those that turned out to be unnecessary."""
+def chosen_for_removal(contents: Sequence[Content], needed_bytes: int) -> list[Content]:
+    """Return what to evict for that many bytes: from the front, without those that turned out to be unnecessary."""
     found: list[Content] = []
     total = 0
     for content in contents:
@@ -139,10 +139,10 @@ def chosen(contents: Sequence[Content], needed_bytes: int) -> list[Content]:
     return found
 
 
-def outlook(found: Survey, limits: Limits, more_bytes: int = 0) -> str:
-    """Return in words what would be removed for that many more bytes, or next if they fit."""
+def eviction_outlook(found: Survey, limits: EvictionLimits, more_bytes: int = 0) -> str:
+    """Return in words what would be evicted for that many more bytes, or next if they fit."""
     over = found.excess(limits, more_bytes)
-    gone = chosen(found.removable, over) if over > 0 else list(found.removable[:_SHOWN])
+    gone = chosen_for_removal(found.removable, over) if over > 0 else list(found.removable[:_SHOWN])
     if not gone:
         return "nothing on the volume may be removed"
     shown = [f"{one.title} ({size_text(one.size_bytes)}, {idle_text(one.idle_s)})" for one in gone[:_SHOWN]]
@@ -174,9 +174,11 @@ def survey(layout: Layout, pins: Pins, timing: LeaseTiming, held: Iterable[str] 
     With `fill`, an uploaded file's seal gets the file's time, as for a use. Otherwise only the mark of the volume's time is
     written.
     """
-    judge = Judge(Usage.of(layout, timing), Titles((title, "this worker") for title in held), pins, Tree.of(layout), timing)
+    judge = EvictionJudge(
+        Usage.of(layout, timing), LeasedTitles((title, "this worker") for title in held), pins, ModelsTree.of(layout), timing
+    )
     groups: dict[tuple[int, int], list[_Sealed]] = defaultdict(list)
-    for found in _sealed(layout, fill=fill):
+    for found in _sealed_files(layout, fill=fill):
         groups[found.info.st_dev, found.info.st_ino].append(found)
     contents = sorted(map(judge.content, groups.values()), key=lambda found: (found.value, -found.idle_s, found.title))
     return Survey(tuple(contents), judge.tree.size_bytes + _partial_bytes(layout), free_bytes(layout.root))
@@ -184,38 +186,38 @@ def survey(layout: Layout, pins: Pins, timing: LeaseTiming, held: Iterable[str] 
 
 @dataclass(frozen=True, slots=True)
 class _Sealed:
-    name: Name
+    name: ContentName
     info: os.stat_result
     sealed_s: float
 
 
-def _sealed(layout: Layout, *, fill: bool) -> Iterator[_Sealed]:
-    """Yield every file whose seal fits and that is no link."""
+def _sealed_files(layout: Layout, *, fill: bool) -> Iterator[_Sealed]:
+    """Yield every file that may be evicted if nobody uses it: its seal fits and it is no link."""
     for above, _, names in os.walk(layout.seals):
         for name in sorted(names):
             if not name.endswith(".json") or name.startswith("."):
                 continue
             seal_path = layout.seals.joinpath(above, name)
-            title = sealed_by(seal_path.relative_to(layout.seals).as_posix())
+            title = title_of_seal(seal_path.relative_to(layout.seals).as_posix())
             with contextlib.suppress(OSError, UnsafePath):
-                path, seal = layout.model(*split(title)), read_seal(seal_path)
+                path, seal = layout.model(*split_title(title)), read_seal(seal_path)
                 info = path.lstat()
                 if seal and stat.S_ISREG(info.st_mode) and seal.size == info.st_size:
-                    if seal.mtime is None and fill and sealed(layout, *split(title)):
+                    if seal.mtime is None and fill and ready_file(layout, *split_title(title)):
                         seal = read_seal(seal_path) or seal
                     if seal.mtime is None or seal.fits(info):
-                        yield _Sealed(Name(title, path, seal_path, seal), info, seal_path.stat().st_mtime)
+                        yield _Sealed(ContentName(title, path, seal_path, seal), info, seal_path.stat().st_mtime)
 
 
 @dataclass(slots=True)
-class Tree:
-    """The files under `models/`: their total size, each content once, and the targets of links."""
+class ModelsTree:
+    """The files under `models/`, as eviction counts them: their total size, each content once, and the targets of links."""
 
     size_bytes: int = 0
     links: dict[str, list[str]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, layout: Layout) -> Tree:
+    def of(cls, layout: Layout) -> ModelsTree:
         """Walk the tree without following links."""
         tree, seen = cls(), set[tuple[int, int]]()
         for top in dict.fromkeys((layout.models, *(path for name, path in layout.moved if name))):
@@ -261,13 +263,13 @@ def _partial_bytes(layout: Layout) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Judge:
-    """Decides whether a content may be removed, and its value."""
+class EvictionJudge:
+    """Decides whether a content may be evicted, and its value."""
 
     usage: Usage
-    own: Titles
+    own: LeasedTitles
     pins: Pins
-    tree: Tree
+    tree: ModelsTree
     timing: LeaseTiming
 
     def content(self, group: Sequence[_Sealed]) -> Content:
@@ -275,7 +277,9 @@ class Judge:
         info, names = group[0].info, tuple(found.name for found in group)
         titles = [name.title for name in names]
         titles += [title for name in names for title in self.tree.also(name.path)]
-        uses = [self.usage.used[key] for key in {key for title in titles for key in _keys(title)} if key in self.usage.used]
+        uses = [
+            self.usage.used[key] for key in {key for title in titles for key in _usage_titles(title)} if key in self.usage.used
+        ]
         fetched_s = max(0.0, self.usage.now_s - max(found.sealed_s for found in group))
         idle_s = min([fetched_s, *(age_s for age_s, _ in uses)])
         weight = sum(weight for _, weight in uses) + 0.5 ** (fetched_s / self.timing.half_life_s)
@@ -286,31 +290,31 @@ class Judge:
 
     def user(self, titles: Iterable[str]) -> str | None:
         """Return which worker's job uses one of them."""
-        by = first(self.own.find(title) or self.usage.held.find(title) for title in titles)
+        by = _first(self.own.find(title) or self.usage.held.find(title) for title in titles)
         return f"a job of {by} uses it" if by else None
 
     def _named(self, titles: Sequence[str]) -> str | None:
         """Return who wants it to stay."""
-        by = first(self.usage.pins.find(title) for title in titles)
-        return first(map(self.pins.why, titles)) or (f"a list of {by} names it" if by else None)
+        by = _first(self.usage.pins.find(title) for title in titles)
+        return _first(map(self.pins.why, titles)) or (f"a list of {by} names it" if by else None)
 
     def _odd(self, group: Sequence[_Sealed]) -> str | None:
         """Return what prevents removing it completely, or downloading it again."""
         names, links = [found.name for found in group], group[0].info.st_nlink
-        if link := first(self.tree.linked(name.path) for name in names):
+        if link := _first(self.tree.linked(name.path) for name in names):
             return f"the link {link} leads to it"
         if links != len(group):
             return f"it has {count(links, 'name')}, of which {len(group)} are sealed"
         if any(name.seal.mtime is None for name in names):
             return "no worker has looked at it since its upload"
-        if names[0].seal.sha256 is None or spec_of(names[0].title, names[0].seal) is None:
+        if names[0].seal.sha256 is None or redownload_spec(names[0].title, names[0].seal) is None:
             return "nothing says where it comes from"
         return None
 
 
-def _keys(title: str) -> Iterator[str]:
+def _usage_titles(title: str) -> Iterator[str]:
     """Yield every title under which a use of the model may be recorded."""
-    path = normal(title)
+    path = normal_title(title)
     below = path.partition("/")[2]
     while path:
         yield path
@@ -320,21 +324,21 @@ def _keys(title: str) -> Iterator[str]:
         below = below.rpartition("/")[0]
 
 
-def first(words: Iterable[str | None]) -> str | None:
-    """Return the first that is not None or empty."""
+def _first(words: Iterable[str | None]) -> str | None:
+    """Return the first reason against an eviction that is not None or empty."""
     return next((word for word in words if word), None)
 
 
 def stamp(info: os.stat_result) -> tuple[int, int, int, int]:
-    """Return values that differ for another file: size, mtime, inode and the number of its names."""
+    """Return values that differ if the file was replaced since the survey: size, mtime, inode and the number of its names."""
     return info.st_size, info.st_mtime_ns, info.st_ino, info.st_nlink
 
 
-def spec_of(title: str, seal: Seal) -> ModelSpec | None:
-    """Return the source of a sealed model, pinned to its content, or None if its seal does not tell."""
+def redownload_spec(title: str, seal: Seal) -> ModelSpec | None:
+    """Return where an evicted model can be downloaded again, pinned to its content, or None if its seal does not tell."""
     if not seal.file:
         return None
     with contextlib.suppress(SpecInvalid):
         source = HubFile(seal.repo, seal.file, seal.commit or "main") if seal.repo else parse_source(seal.file)
-        return ModelSpec(*split(title), source, seal.sha256, seal.size or None)
+        return ModelSpec(*split_title(title), source, seal.sha256, seal.size or None)
     return None

@@ -4,7 +4,7 @@ On a network volume, reading back what eight connections write costs as much as 
 from memory on their way to the disk, where that is as good as reading them back:
 
 - From its first byte on, the file had a name that only this worker knew, so nobody else had it open for writing. A file that
-  lost its name is `Taken` and never published. Its length is checked again before that.
+  lost its name is `PartialTaken` and never published. Its length is checked again before that.
 - Every byte was written once. Nothing was published before each write, the following flush and the close reported success. A
   lost write is reported there; the page cache, which a read back shows, would have hidden it.
 - Bytes that came too early to be kept in memory are read back.
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Final
 
 from worker.errors import EnsureCancelled
 from worker.store.disk import sha256_of
-from worker.store.partial import Taken, silent
+from worker.store.partial import PartialTaken, stuck_error
 from worker.store.reorder import ReorderBuffer
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class HashedPartial:
     def _hash(self) -> None:
         try:
             self._sha256 = self._partial.follow(self._stop.is_set, self._count, self._reorder)
-        except (OSError, Taken) as exc:
+        except (OSError, PartialTaken) as exc:
             self._error = exc
 
     def _count(self, hashed_bytes: int) -> None:
@@ -98,7 +98,8 @@ class HashedPartial:
     def sha256(self, cancel: CancelToken, on_bytes: Callable[[int], None]) -> str:
         """Return the sha256 of the file, which must be complete and settled by now.
 
-        Raises `EnsureCancelled`, `Taken`, file system errors, and `DiskFailed` if no byte can be read for `patience_s`.
+        Raises `EnsureCancelled`, `PartialTaken`, file system errors, and `PartialWriteFailed` if no byte can be read for
+        `patience_s`.
         """
         seen_bytes, moved_s = -1, time.monotonic()
         while self._thread.is_alive():
@@ -110,9 +111,9 @@ class HashedPartial:
             if self._hashed_bytes != seen_bytes:
                 seen_bytes, moved_s = self._hashed_bytes, now_s
             if now_s - moved_s > self._tuning.patience_s:
-                raise silent(self._tuning.patience_s)
+                raise stuck_error(self._tuning.patience_s)
         if self._sha256 is None:
-            raise self._error or Taken
+            raise self._error or PartialTaken
         if self._partial.rewritten:
             return sha256_of(self._partial.path, cancel, on_bytes)
         return self._sha256

@@ -34,7 +34,7 @@ _SLOW_LOOK_S: Final = 0.0003  # a look takes about a millisecond on a network fi
 
 
 class Standing(StrEnum):
-    """The state of a file. No look finds `DAMAGED`: that requires reading the file."""
+    """The state of a model's file in the inventory. No look finds `DAMAGED`: that requires reading the file."""
 
     READY = "ready"  # size and time equal its seal
     BY_HAND = "by hand"  # present without a seal
@@ -45,8 +45,8 @@ class Standing(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
-    """One file as a look found it.
+class InventoryEntry:
+    """One model's file as a look found it.
 
     `seal` is its seal, whether or not it fits. `stamp` changes if the file is replaced or written to. `error` is why an
     incomplete file cannot be used, or why a ready one is no model (old versions sealed a source's answer without a look).
@@ -61,22 +61,22 @@ class Look:
     record: Seal | None = None
 
 
-def look(layout: Layout, folder: str, name: str) -> Look:
-    """Return the state of a model's file. Write nothing."""
+def look(layout: Layout, folder: str, name: str) -> InventoryEntry:
+    """Return the inventory's entry for a model: the state of its file. Write nothing."""
     return look_at(layout.model(folder, name), layout.seal(folder, name))
 
 
-def look_at(path: Path, seal_path: Path) -> Look:
+def look_at(path: Path, seal_path: Path) -> InventoryEntry:
     """Like `look`, for a file and its seal."""
     found = stat_file(path)
     if found is None:
-        return Look(Standing.ABSENT)
+        return InventoryEntry(Standing.ABSENT)
     size_bytes, seal = found.st_size, read_seal(seal_path)
     if seal and _fits(seal, seal_path, path, found):
-        return Look(Standing.READY, size_bytes, seal, stamp_of(found), _foreign(path))
+        return InventoryEntry(Standing.READY, size_bytes, seal, stamp_of(found), _foreign(path))
     error = trouble_of(path, size_bytes)
     standing = Standing.INCOMPLETE if error else Standing.REPLACED if seal else Standing.BY_HAND
-    return Look(standing, size_bytes, seal, stamp_of(found), error)
+    return InventoryEntry(standing, size_bytes, seal, stamp_of(found), error)
 
 
 def _foreign(path: Path) -> ModelError | None:
@@ -87,7 +87,7 @@ def _foreign(path: Path) -> ModelError | None:
 
 
 def stamp_of(found: os.stat_result) -> tuple[int, ...]:
-    """Return values that change if the file is replaced or written to."""
+    """Return values that change if the file is replaced or written to after the look."""
     return found.st_size, found.st_mtime_ns, found.st_ino
 
 
@@ -117,8 +117,8 @@ def _fits(seal: Seal, seal_path: Path, path: Path, found: os.stat_result) -> boo
     return own is not None and found.st_ctime <= own.st_ctime + _UPLOADED_S
 
 
-def path_of(layout: Layout, spec: ModelSpec) -> Path:
-    """Return the model's final path. Raises `LinkAstray` if a link above it leads nowhere, or out of the layout's root."""
+def resolved_path(layout: Layout, spec: ModelSpec) -> Path:
+    """Return the final path of a model's file. Raises `LinkAstray` if a link above it leads nowhere, or out of the root."""
     path = layout.model(spec.folder, spec.name)
     root = layout.root.resolve()
     if path.parent.resolve().is_relative_to(root) and path.resolve().is_relative_to(root) and path.parent.exists():
@@ -130,7 +130,7 @@ def path_of(layout: Layout, spec: ModelSpec) -> Path:
     return path
 
 
-def sealed(layout: Layout, folder: str, name: str) -> tuple[Path, Seal] | None:
+def ready_file(layout: Layout, folder: str, name: str) -> tuple[Path, Seal] | None:
     """Return the file and its seal if it is ready: one stat, one small read. A seal without a time gets the file's."""
     path = layout.model(folder, name)
     found = stat_file(path)
@@ -143,15 +143,15 @@ def sealed(layout: Layout, folder: str, name: str) -> tuple[Path, Seal] | None:
     return path, seal
 
 
-def lacking(layouts: Iterable[Layout], specs: Iterable[ModelSpec]) -> list[ModelSpec]:
-    """Return the models that still need work: a download, an adoption, or an error message.
+def not_ready(layouts: Iterable[Layout], specs: Iterable[ModelSpec]) -> list[ModelSpec]:
+    """Return the models whose files are not ready: they need a download, an adoption, or an error message.
 
     The others lie under the first layout that has them: sealed as the requested file, or put there by hand where no hash is
     known.
     """
     left = list(specs)
     for layout in layouts:
-        there = _each(partial(_is_settled, layout), left)
+        there = _look_in_parallel(partial(_is_settled, layout), left)
         left = [spec for spec, settled in zip(left, there, strict=True) if not settled]
     return left
 
@@ -166,7 +166,7 @@ def record(layout: Layout, spec: ModelSpec, found: os.stat_result) -> Seal | Non
     return seal if seal and seal.size == found.st_size else None
 
 
-def spelled(layout: Layout, spec: ModelSpec) -> ModelSpec:
+def as_spelled(layout: Layout, spec: ModelSpec) -> ModelSpec:
     """Return the model with its name as the existing file spells it, if only the form of accents differs."""
     names = forms(spec.name)
     there = (name for name in names if len(names) > 1 and stat_file(layout.model(spec.folder, name)))
@@ -174,8 +174,8 @@ def spelled(layout: Layout, spec: ModelSpec) -> ModelSpec:
 
 
 def _is_settled(layout: Layout, spec: ModelSpec) -> bool:
-    spec = spelled(layout, spec)
-    there = sealed(layout, spec.folder, spec.name)
+    spec = as_spelled(layout, spec)
+    there = ready_file(layout, spec.folder, spec.name)
     if there:
         sha256 = there[1].sha256
         return None in {spec.sha256, sha256} or sha256 == spec.sha256
@@ -188,12 +188,12 @@ def _is_by_hand(layout: Layout, spec: ModelSpec) -> bool:
     if found is None or record(layout, spec, found):
         return False
     with contextlib.suppress(UnsafePath):
-        return trouble_of(path_of(layout, spec), found.st_size) is None
+        return trouble_of(resolved_path(layout, spec), found.st_size) is None
     return False
 
 
-def _each(look: Callable[[_T], _R], items: Sequence[_T]) -> list[_R]:
-    """Return the results of the looks, in order."""
+def _look_in_parallel(look: Callable[[_T], _R], items: Sequence[_T]) -> list[_R]:
+    """Return the results of the looks at many files, in order."""
     first, rest = items[:_PROBED], items[_PROBED:]
     began_s = time.monotonic()
     said = [look(item) for item in first]

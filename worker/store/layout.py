@@ -147,7 +147,7 @@ class Layout:
         A long name is split in two: its first part becomes a folder with a `\` at its end, which no name has.
         """
         *above, last = path.split("/")
-        head = _head(last) if len(_encoded(last)) > _SEALED_BYTES else ""
+        head = _first_part(last) if len(_encoded(last)) > _SEALED_BYTES else ""
         return self.seals.joinpath(*above, *([f"{head}\\"] if head else []), f"{last[len(head) :]}.json")
 
     def pending(self, inode: int) -> Path:
@@ -192,13 +192,13 @@ class Layout:
         return self.host_cache / "--".join((_REPO_KINDS.get(repo_type, "models"), *parts))
 
 
-def split(title: str) -> tuple[str, str]:
+def split_title(title: str) -> tuple[str, str]:
     """Return the folder and the name of `folder/name`."""
     folder, _, name = title.partition("/")
     return folder, name
 
 
-def sealed_by(path: str) -> str:
+def title_of_seal(path: str) -> str:
     """Return the `folder/name` of a seal at this path below the seals' folder: the inverse of `Layout.seal`."""
     return path.replace("\\/", "").removesuffix(".json")
 
@@ -207,8 +207,8 @@ def _encoded(name: str) -> bytes:
     return name.encode("utf-8", "surrogateescape")  # as the disk has it
 
 
-def _head(name: str) -> str:
-    """Return the first part of a long name. The second part must not begin with a dot, as hidden files do."""
+def _first_part(name: str) -> str:
+    """Return the first part of a long file name. The second part must not begin with a dot, as hidden files do."""
     head = name
     while len(_encoded(head)) > _HEAD_BYTES or name[len(head) :].startswith("."):
         head = head[:-1]

@@ -68,8 +68,8 @@ class Lease:
     path: Path | None = None
 
 
-class Titles:
-    """Models by `folder/name`, each with a word about it. `?/name` means any folder; a folder's title means all its files."""
+class LeasedTitles:
+    """Models that leases name, by `folder/name`, each with a word about it. `?/name`: in any folder; a folder: all in it."""
 
     def __init__(self, titles: Iterable[tuple[str, str]] = ()) -> None:
         self._exact: dict[str, str] = {}
@@ -79,7 +79,7 @@ class Titles:
 
     def add(self, title: str, word: str) -> None:
         """Add a title. The first word about a title stays."""
-        folder, _, name = normal(title).partition("/")
+        folder, _, name = normal_title(title).partition("/")
         if folder == ANY:
             self._anywhere.setdefault(name, word)
         else:
@@ -87,7 +87,7 @@ class Titles:
 
     def find(self, title: str) -> str | None:
         """Return the word about a model, or None."""
-        path = normal(title)
+        path = normal_title(title)
         below = path.partition("/")[2]
         while path:
             if path in self._exact:
@@ -100,8 +100,8 @@ class Titles:
         return None
 
 
-def normal(title: str) -> str:
-    """Return the title with its accents in one Unicode form."""
+def normal_title(title: str) -> str:
+    """Return a leased model's title with its accents in one Unicode form."""
     return title if title.isascii() else unicodedata.normalize("NFC", title)
 
 
@@ -131,13 +131,13 @@ def _read(path: Path) -> Lease | None:
         written_s,
         _texts(record.get("held")),
         _texts(record.get("pins")),
-        {normal(title): pair for title, value in pairs if (pair := _pair(value))},
+        {normal_title(title): pair for title, value in pairs if (pair := _pair(value))},
         path,
     )
 
 
 def read_json(path: Path) -> tuple[dict[str, Any], float] | None:
-    """Return a small file's JSON object and its mtime, or None."""
+    """Return the JSON object of a lease or another small file, and its mtime, or None."""
     try:
         with path.open("rb") as stream:
             record: Any = json.loads(stream.read(_MAX_BYTES))
@@ -166,12 +166,12 @@ def _recent(layout: Layout) -> list[Lease]:
             if read := read_json(path):
                 names = [name.removeprefix("models/") for name in _texts(read[0].get("files")) if name.startswith("models/")]
                 at_s = min(read[1], began_s)
-                found.append(Lease(path.stem, at_s, used={normal(name): (0.0, 0.0) for name in names}))
+                found.append(Lease(path.stem, at_s, used={normal_title(name): (0.0, 0.0) for name in names}))
     return found
 
 
 def volume_now_s(layout: Layout, leases: Iterable[Lease] = ()) -> float:
-    """Return the time by the volume's own clock. No file on it is younger. Needs no space on it."""
+    """Return the time by the volume's own clock, by which leases expire. No file on it is younger. Needs no space on it."""
     latest_s = max((lease.written_s for lease in leases), default=0.0)
     clock = layout.leases_clock
     try:
@@ -183,11 +183,11 @@ def volume_now_s(layout: Layout, leases: Iterable[Lease] = ()) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """The known uses of models at one moment of the volume's clock."""
+    """The uses of models that all leases tell, at one moment of the volume's clock."""
 
     now_s: float
-    held: Titles
-    pins: Titles
+    held: LeasedTitles
+    pins: LeasedTitles
     used: Mapping[str, tuple[float, float]]
     """For each model the seconds since its last use, and the current weight of its uses."""
 
@@ -204,8 +204,8 @@ class Usage:
             for title, (age_s, weight) in lease.used.items():
                 known_s, known = used.get(title, (age_s + since_s, 0.0))
                 used[title] = min(known_s, age_s + since_s), known + weight * decay
-        held = Titles((title, lease.by) for lease in living for title in lease.held)
-        pins = Titles((title, lease.by) for lease in living for title in lease.pins)
+        held = LeasedTitles((title, lease.by) for lease in living for title in lease.held)
+        pins = LeasedTitles((title, lease.by) for lease in living for title in lease.pins)
         return cls(now_s, held, pins, used)
 
 
@@ -315,7 +315,7 @@ class Leases:
     def pin(self, titles: Iterable[str]) -> None:
         """Keep these models while this worker lives: its own environment names them."""
         with self._changed:
-            self._pins = frozenset(map(normal, titles))
+            self._pins = frozenset(map(normal_title, titles))
             if self._pins:
                 self._start()
 
@@ -431,14 +431,14 @@ class Leases:
 
 @dataclass(eq=False, slots=True)
 class JobUse:
-    """The models that one job uses."""
+    """The models that one job uses, which this worker's lease holds."""
 
     leases: Leases
     titles: set[str] = field(default_factory=set)
 
     def note(self, titles: Iterable[str]) -> bool:
         """Hold these models, as `folder/name`. Return whether other workers know it. If not: `publish`, then look."""
-        return self.leases.note(self, [normal(title) for title in titles])
+        return self.leases.note(self, [normal_title(title) for title in titles])
 
     def publish(self) -> None:
         """Tell the other workers, if the volume can be written to. Blocks for a small write."""

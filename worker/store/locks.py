@@ -37,7 +37,7 @@ _CANNOT_WRITE: Final = READ_ONLY | FULL
 
 
 @dataclass(frozen=True, slots=True)
-class Timing:
+class LockTiming:
     """How the lock waits. A dead holder is replaced after `quiet_s + stale_s` and two polls: within 45 s with the defaults.
 
     A waiter looks for the published file each `look_s` and reads the holder's report every second time. It takes part in the
@@ -66,8 +66,8 @@ class Timing:
 
 
 @dataclass(frozen=True, slots=True)
-class Holder:
-    """What the downloader of a content reports once a second to those who wait for it.
+class LockHolder:
+    """What the holder of a download's lock reports once a second to those who wait for it.
 
     `beat` counts its reports: it lives, which does not mean progress. `left`: it has released the lock.
     """
@@ -86,11 +86,11 @@ class Holder:
         return Progress("waiting", self.done_bytes, self.total_bytes, self.bytes_per_s, self.by)
 
 
-class Hold:
-    """The result of waiting: the content was published meanwhile, or this worker shall download it."""
+class LockResult:
+    """The result of waiting for a lock: the content was published meanwhile, or this worker shall download it."""
 
     def __init__(
-        self, path: Path, worker: str, name: str, timing: Timing, state: Literal["held", "unlocked", "published"]
+        self, path: Path, worker: str, name: str, timing: LockTiming, state: Literal["held", "unlocked", "published"]
     ) -> None:
         self.state = state
         self._path = path
@@ -119,7 +119,7 @@ class Hold:
         self._beat += 1
         phase: Literal["downloading", "checking"] = "checking" if progress.phase == "checking" else "downloading"
         done, total, rate = progress.done_bytes, progress.total_bytes, progress.bytes_per_s
-        holder = Holder(self._worker, phase, done, total, rate, self._beat, self._name, left)
+        holder = LockHolder(self._worker, phase, done, total, rate, self._beat, self._name, left)
         with contextlib.suppress(OSError):
             write_atomically(self._path, json.dumps(asdict(holder)).encode(), durable=False)
 
@@ -127,13 +127,13 @@ class Hold:
 class Locks:
     """The locks of one volume, as one worker takes them."""
 
-    def __init__(self, layout: Layout, worker: str, timing: Timing | None = None) -> None:
+    def __init__(self, layout: Layout, worker: str, timing: LockTiming | None = None) -> None:
         self._layout = layout
         self._worker = worker
-        self._timing = timing or Timing()
+        self._timing = timing or LockTiming()
         self._tried: dict[str, SoftReadWriteLock] = {}
 
-    def holder(self, key: str) -> Holder | None:
+    def holder(self, key: str) -> LockHolder | None:
         """Return who reports a download of this content, possibly a worker that has died since."""
         with Peek(self._layout.lock_progress(key)) as peek:
             return _read(peek)
@@ -147,19 +147,19 @@ class Locks:
         cancel: CancelToken,
         on_wait: Listener = lambda _: None,
         name: str = "",
-    ) -> Iterator[Hold]:
-        """Wait until the content is published or this worker may download it. `Hold.state` says which.
+    ) -> Iterator[LockResult]:
+        """Wait until the content is published or this worker may download it. `LockResult.state` says which.
 
         `name` is the content's name for people: it appears in this worker's log, and in those of workers that wait for this
         one.
 
         A waiter never waits longer than a holder without progress is allowed. It then continues without the lock, which costs
-        bandwidth and nothing else. Raises `EnsureCancelled` within `Timing.attempt_s` and a disk access.
+        bandwidth and nothing else. Raises `EnsureCancelled` within `LockTiming.attempt_s` and a disk access.
         """
         record, lock = self._layout.lock_progress(key), self._make(key)
         with Peek(record) as peek:
-            state = _Waiter(peek, name or key, self._timing, on_wait).wait(lock, published, cancel)
-        hold = Hold(record, self._worker, name, self._timing, state)
+            state = _LockWait(peek, name or key, self._timing, on_wait).wait(lock, published, cancel)
+        hold = LockResult(record, self._worker, name, self._timing, state)
         left = True
         try:
             yield hold
@@ -205,17 +205,17 @@ class Locks:
         )
 
 
-def _read(record: Peek) -> Holder | None:
+def _read(record: Peek) -> LockHolder | None:
     try:
-        return Holder(**json.loads(record.read()))
+        return LockHolder(**json.loads(record.read()))
     except (OSError, ValueError, TypeError):
         return None
 
 
-class _Waiter:
+class _LockWait:
     """One wait for one lock. It retries and watches everything that could end the wait."""
 
-    def __init__(self, record: Peek, name: str, timing: Timing, on_wait: Listener) -> None:
+    def __init__(self, record: Peek, name: str, timing: LockTiming, on_wait: Listener) -> None:
         self._record = record
         self._name = name
         self._timing = timing
@@ -223,7 +223,7 @@ class _Waiter:
         # If all workers lost patience together, all would download. With a random delay the first one shows progress to the
         # others.
         self._haste = random.uniform(1.0, 2.0)  # noqa: S311 - no secret
-        self._seen: Holder | None = None
+        self._seen: LockHolder | None = None
         self._furthest: dict[str, tuple[str, int]] = {}
         self._moved_s = time.monotonic()
         self._heard_s = -math.inf
@@ -290,7 +290,7 @@ class _Waiter:
         self._on_wait(holder.as_progress() if holder else Progress("waiting"))
         return now_s - self._moved_s >= self._patience_s * self._haste
 
-    def _moves(self, holder: Holder) -> bool:
+    def _moves(self, holder: LockHolder) -> bool:
         """Return whether this reporter is in a new phase, or further in it than before. Alternating reports do not count."""
         phase, done_bytes = self._furthest.get(holder.by, ("", -1))
         if holder.phase == phase and holder.done_bytes <= done_bytes:

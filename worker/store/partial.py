@@ -1,9 +1,9 @@
 """One partial download: its bytes, and the journal of those that are there. Touches the disk.
 
 A partial is `<nonce>.part` beside `<nonce>.journal`, in the folder of its content. It belongs to whoever renamed it last. A
-worker that continues another's partial first renames it, and a writer whose file has lost its name stops (`Taken`). So a worker
-that was wrongly believed dead cannot write for long into a file that another worker may publish. And a journal, named like its
-file, never describes another file's bytes.
+worker that continues another's partial first renames it, and a writer whose file has lost its name stops (`PartialTaken`). So a
+worker that was wrongly believed dead cannot write for long into a file that another worker may publish. And a journal, named
+like its file, never describes another file's bytes.
 """
 
 from __future__ import annotations
@@ -43,25 +43,25 @@ _SLOWEST_BYTES_PER_S: Final = 16 * MIB  # the flush may take as long as a volume
 _GONE: Final = frozenset({errno.ENOENT, errno.ESTALE})
 
 
-class Taken(Exception):  # noqa: N818 - not an error: another worker continues the file
+class PartialTaken(Exception):  # noqa: N818 - not an error: another worker continues the file
     """The partial is no longer this worker's: another one continues it, has published it, or removed it."""
 
 
-class Stuck(Exception):  # noqa: N818 - as above
+class PartialStuck(Exception):  # noqa: N818 - as above
     """The file system does not finish a write to, or a flush of, a partial that another worker began."""
 
 
-class DiskFailed(Exception):  # noqa: N818 - named for what happened, as all errors here
-    """The file system's error during a write. It is no OSError, so that it is not taken for the network's."""
+class PartialWriteFailed(Exception):  # noqa: N818 - named for what happened, as all errors here
+    """The file system's error during a write to a partial. It is no OSError, so that it is not taken for the network's."""
 
     def __init__(self, error: OSError) -> None:
         super().__init__(str(error))
         self.error = error
 
 
-def silent(for_s: float) -> DiskFailed:
-    """Return the error for a file system that has not answered for that long."""
-    return DiskFailed(TimeoutError(errno.ETIMEDOUT, f"it did not answer for {for_s:.0f} s"))
+def stuck_error(for_s: float) -> PartialWriteFailed:
+    """Return the error of a partial download for a file system that has not answered for that long."""
+    return PartialWriteFailed(TimeoutError(errno.ETIMEDOUT, f"it did not answer for {for_s:.0f} s"))
 
 
 class Partial:
@@ -101,7 +101,7 @@ class Partial:
         path = folder / f"{secrets.token_hex(8)}.part"
         candidates = _candidates(folder, size_bytes)
         if idle_s and candidates:
-            candidates = _idle(candidates, path.with_suffix(".journal"), size_bytes, idle_s)
+            candidates = _idle_partials(candidates, path.with_suffix(".journal"), size_bytes, idle_s)
         for journal, done in candidates:
             with contextlib.suppress(FileNotFoundError):
                 return cls._take(journal, path, size_bytes, done)
@@ -189,7 +189,7 @@ class Partial:
         return self.size_bytes
 
     def check(self, patience_s: float = _PATIENCE_S, stuck_s: float = _STUCK_S) -> None:
-        """Raise `Stuck` or `DiskFailed` if a write or a flush takes too long. On a network volume it may never end.
+        """Raise `PartialStuck` or `PartialWriteFailed` if a write or a flush takes too long. On a network volume it may hang.
 
         `stuck_s` is for a file that another worker began, which a dead host may have left locked; `patience_s` for our own. A
         large flush, which writes wait for as well, gets the time that a slow volume needs.
@@ -198,16 +198,16 @@ class Partial:
         if not waited_s:
             return
         if self.inherited and waited_s > max(stuck_s, self._flushing_bytes / _SLOWEST_BYTES_PER_S):
-            raise Stuck
+            raise PartialStuck
         if waited_s > patience_s:
-            raise silent(patience_s)
+            raise stuck_error(patience_s)
 
     @contextlib.contextmanager
     def _using(self) -> Iterator[int]:
         """Yield the descriptor. It stays open in the body even if `close` is called, because its number must not be reused."""
         with self._changed:
             if self._closed:
-                raise Taken
+                raise PartialTaken
             self._users += 1
         try:
             yield self._fd
@@ -231,13 +231,13 @@ class Partial:
         return self._journalist
 
     def write(self, offset: int, view: memoryview) -> None:
-        """Write bytes at their offset. Raises `Taken`, or `DiskFailed`, also for an earlier error of the journal."""
+        """Write bytes at their offset. Raises `PartialTaken`, or `PartialWriteFailed`, also for an earlier journal error."""
         with self._using() as fd, self._pended():
             try:
                 self._check_ours()
                 write_at(fd, view, offset)
             except OSError as exc:
-                raise DiskFailed(exc) from exc
+                raise PartialWriteFailed(exc) from exc
         with self._changed:
             before = self._done.total
             self._done.add(offset, offset + len(view))
@@ -253,7 +253,7 @@ class Partial:
         if now_s < self._owned_until_s:
             return
         if not self.is_ours():
-            raise Taken
+            raise PartialTaken
         self._owned_until_s = now_s + _OWNED_EVERY_S
 
     def is_ours(self) -> bool:
@@ -287,7 +287,7 @@ class Partial:
                 while not self._wait_for_work():
                     self._save(fd)
                 self._save(fd)
-        except Taken:
+        except PartialTaken:
             return
         except OSError as exc:
             with self._changed:
@@ -299,8 +299,8 @@ class Partial:
         if self._broken is None:
             return
         if self._broken.errno in _GONE and not self.is_ours():
-            raise Taken
-        raise DiskFailed(self._broken)
+            raise PartialTaken
+        raise PartialWriteFailed(self._broken)
 
     def _wait_for_work(self) -> bool:
         """Wait until there is enough to journal, or for a while. Return True if it is time to end."""
@@ -336,7 +336,7 @@ class Partial:
                 elif readable := self._readable(at, kept):
                     length = os.preadv(fd, [buffer[:readable]], at)
                     if length == 0:
-                        raise Taken  # the file was truncated: it is not the one that was journalled
+                        raise PartialTaken  # the file was truncated: it is not the one that was journalled
                     digest.update(buffer[:length])
                     at += length
                 on_bytes(at)
@@ -357,7 +357,7 @@ class Partial:
     def settle(self, patience_s: float = _PATIENCE_S, stuck_s: float = _STUCK_S) -> None:
         """Return when everything is safe and journalled.
 
-        Raises `Taken`, the disk's errors, and what `check` raises if the disk does not answer.
+        Raises `PartialTaken`, the disk's errors, and what `check` raises if the disk does not answer.
         """
         # An abandoned connection can still be in a write: nothing may land after the file was judged.
         while self.stuck_s:
@@ -374,7 +374,7 @@ class Partial:
             journalist.join(_OWNED_EVERY_S / 10)
         self._raise_broken()
         if self._closed:
-            raise Taken
+            raise PartialTaken
 
     def close(self, wait_s: float = 0.5) -> None:
         """Release the file and keep it for the next worker. A disk slower than `wait_s` journals later."""
@@ -396,7 +396,7 @@ class Partial:
     def publish(self, target: Path, *, over: bool = False) -> bool:
         """Give the file its final name and forget the partial. Return False if another file has that name.
 
-        `over` replaces that file. Raises `Taken` if another worker has this partial.
+        `over` replaces that file. Raises `PartialTaken` if another worker has this partial.
         """
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -406,7 +406,7 @@ class Partial:
             return False
         except FileNotFoundError:
             if not self.is_ours():
-                raise Taken from None
+                raise PartialTaken from None
             raise
         self.path.with_suffix(".journal").unlink(missing_ok=True)
         self.path.unlink(missing_ok=True)
@@ -451,7 +451,7 @@ class Partial:
             self.path.parent.rmdir()  # only if nobody else has a file in it
 
 
-def sweep(folder: Path, but: Collection[Path] = ()) -> None:
+def sweep_partials(folder: Path, but: Collection[Path] = ()) -> None:
     """Remove a published content's partials, of all workers. A writer among them notices and stops."""
     with contextlib.suppress(OSError):
         for entry in set(folder.iterdir()).difference(but):
@@ -463,8 +463,8 @@ def _encode(size_bytes: int, done: Ranges) -> bytes:
     return json.dumps({"v": _VERSION, "size": size_bytes, "ranges": done.as_list()}).encode()
 
 
-def _idle(found: list[tuple[Path, Ranges]], clock: Path, size_bytes: int, idle_s: float) -> list[tuple[Path, Ranges]]:
-    """Return those not journalled for `idle_s`, by the file server's clock alone: `clock` is a file made for that."""
+def _idle_partials(found: list[tuple[Path, Ranges]], clock: Path, size_bytes: int, idle_s: float) -> list[tuple[Path, Ranges]]:
+    """Return the partials not journalled for `idle_s`, by the file server's clock alone: `clock` is a file made for that."""
     write_atomically(clock, _encode(size_bytes, Ranges()))
     before_s = clock.stat().st_mtime - idle_s
     idle = []

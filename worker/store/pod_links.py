@@ -22,7 +22,7 @@ _MOST_LINKS: Final = 40
 
 
 def real_path(path: str, tops: Iterable[str]) -> str:
-    """Return the path without links. Read a broken link to the volume's other mount point as below one of `tops`.
+    """Return the path without links. Read a broken absolute link to the volume's other mount point as below one of `tops`.
 
     Raises `OSError` if it still leads nowhere.
     """
@@ -52,8 +52,8 @@ def is_absolute(link: str) -> bool:
     return target.startswith(tuple(f"{name}/" for name in NAMES))
 
 
-def mending(link: str, real: str) -> str:
-    """Return the command that makes such a link work wherever the volume is mounted."""
+def relink(link: str, real: str) -> str:
+    """Return the command that makes an absolute link work wherever the volume is mounted."""
     return f"ln -sfn {shlex.quote(os.path.relpath(real, os.path.realpath(os.path.dirname(link))))} {shlex.quote(link)}"
 
 
@@ -61,17 +61,19 @@ def layout_at(root: Path) -> Layout:
     """Return the layout of a volume, with the real places of `models` and its folders if such links lead there."""
     top = os.path.realpath(root)
     models = root / "models"
-    moved = {"": found} if (found := _moved(str(models), top)) else {}
+    moved = {"": found} if (found := _target_elsewhere(str(models), top)) else {}
     try:
         with os.scandir(moved.get("", models)) as entries:
-            moved |= {entry.name: found for entry in entries if entry.is_symlink() and (found := _moved(entry.path, top))}
+            moved |= {
+                entry.name: found for entry in entries if entry.is_symlink() and (found := _target_elsewhere(entry.path, top))
+            }
     except OSError:
         pass
     return Layout(root, tuple((name, Path(found)) for name, found in moved.items()))
 
 
-def _moved(link: str, top: str) -> str | None:
-    """Return the target of a link that the file system itself does not follow."""
+def _target_elsewhere(link: str, top: str) -> str | None:
+    """Return the target of an absolute link that is broken here, because a Pod mounts the volume elsewhere."""
     if not os.path.islink(link) or os.path.exists(link):
         return None
     try:

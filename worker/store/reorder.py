@@ -9,7 +9,7 @@ import threading
 
 
 class ReorderBuffer:
-    """Copies of blocks by their offset, at most `limit_bytes`. Those furthest from their turn are dropped first.
+    """Copies of blocks that arrived early, at most `limit_bytes`. Those furthest from their turn are dropped first.
 
     No caller may rely on a block: a dropped or repeated block must be found elsewhere. Memory is allocated as needed, in
     buffers of `block_bytes` that are reused.

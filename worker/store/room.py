@@ -24,10 +24,19 @@ from worker.base.files import free_bytes
 from worker.base.text import size_text
 from worker.errors import ContentMismatch, EnsureCancelled, UnsafePath, WorkerError
 from worker.spec import ModelSpec
-from worker.store.download import Hooks
-from worker.store.eviction import Judge, Limits, Pins, Tree, chosen, duration_text, stamp, survey
-from worker.store.layout import split
-from worker.store.leases import LeaseTiming, Titles, Usage, merge_old, volume_now_s
+from worker.store.download import DownloadHooks
+from worker.store.eviction import (
+    EvictionJudge,
+    EvictionLimits,
+    ModelsTree,
+    Pins,
+    chosen_for_removal,
+    duration_text,
+    stamp,
+    survey,
+)
+from worker.store.layout import split_title
+from worker.store.leases import LeasedTitles, LeaseTiming, Usage, merge_old, volume_now_s
 from worker.store.locks import Locks
 from worker.store.seals import read_seal
 from worker.store.tombstones import bury
@@ -37,10 +46,10 @@ if TYPE_CHECKING:
 
     from worker.base.progress import CancelToken
     from worker.fetch.hub import Hub
-    from worker.store.eviction import Content, Name, Survey
+    from worker.store.eviction import Content, ContentName, Survey
     from worker.store.layout import Layout
     from worker.store.leases import Leases
-    from worker.store.locks import Timing
+    from worker.store.locks import LockTiming
 
 log = logging.getLogger(__name__)
 
@@ -58,8 +67,8 @@ Ask = Callable[[ModelSpec, "CancelToken"], None]
 """Raises a `WorkerError` if a model could not be downloaded again."""
 
 
-def _always(_: ModelSpec, __: CancelToken) -> None:
-    """Assume that every source exists."""
+def _exists_always(_: ModelSpec, __: CancelToken) -> None:
+    """Assume that every source still exists, so that any model may be removed to make room."""
 
 
 class Room:
@@ -75,16 +84,16 @@ class Room:
         self,
         layout: Layout,
         worker: str,
-        limits: Limits,
+        limits: EvictionLimits,
         pins: Callable[[], Pins],
         *,
         leases: Leases | None = None,
-        ask: Ask = _always,
-        lock_timing: Timing | None = None,
+        ask: Ask = _exists_always,
+        lock_timing: LockTiming | None = None,
         patience_s: float = 0.0,
         settle_s: float = 1.5,
         on_notice: Callable[[float], None] | None = None,
-        hooks: Hooks | None = None,
+        hooks: DownloadHooks | None = None,
     ) -> None:
         self.limits = limits
         self.layout = layout
@@ -97,7 +106,7 @@ class Room:
         self._patience_s = patience_s
         self._settle_s = settle_s
         self._on_notice = on_notice
-        self._at = (hooks or Hooks()).at
+        self._at = (hooks or DownloadHooks()).at
         self._asked: dict[ModelSpec, tuple[float, str | None]] = {}
         self._promised: list[tuple[float, int]] = []
         self._turn = threading.Lock()
@@ -134,8 +143,8 @@ class Room:
         free = None if found.free_bytes is None else found.free_bytes + self._promised_bytes()
         # `used_bytes` already includes the length of a running download.
         over = max(
-            found.excess(Limits(keep_bytes=self.limits.keep_bytes)),
-            replace(found, free_bytes=free).excess(Limits(free_bytes=self.limits.free_bytes), more_bytes),
+            found.excess(EvictionLimits(keep_bytes=self.limits.keep_bytes)),
+            replace(found, free_bytes=free).excess(EvictionLimits(free_bytes=self.limits.free_bytes), more_bytes),
         )
         short = 0 if free is None else more_bytes - free
         possible = sum(content.size_bytes for content in found.contents if content.kept is None or content.in_use)
@@ -189,7 +198,7 @@ class Room:
                 return freed
             removable = [content for content in found.removable if content.title not in refused]
             if removable:
-                freed += self._remove(list(self._to_be_had(chosen(removable, left), refused, cancel)), refused)
+                freed += self._remove(list(self._to_be_had(chosen_for_removal(removable, left), refused, cancel)), refused)
                 continue
             if pins.trouble:
                 log.warning("no model is removed: %s", pins.trouble)
@@ -207,7 +216,7 @@ class Room:
 
     def _to_be_had(self, contents: Iterable[Content], refused: set[str], cancel: CancelToken) -> Iterator[Content]:
         """Yield those that their sources still have for this worker. The others are refused."""
-        limit = _Deadline(cancel, _ASK_S)
+        limit = _CancelOrDeadline(cancel, _ASK_S)
         for content in contents:
             reason = self._why_not(content.spec, limit) if content.spec else "nothing says where it comes from"
             if cancel.is_set():
@@ -238,7 +247,7 @@ class Room:
         """Remove these, except those that turn out to be in use. Return the freed bytes."""
         before = free_bytes(self.layout.root)
         freed = 0
-        moved: dict[Content, list[_Aside]] = {}
+        moved: dict[Content, list[_MovedAside]] = {}
         with contextlib.ExitStack() as locks:
             try:
                 for content in contents:
@@ -261,9 +270,9 @@ class Room:
 
     def _unused(self, contents: Iterable[Content]) -> list[Content]:
         """Return those that no job uses which looked for its models before they were moved."""
-        tree = Tree.of(self.layout)
-        own = Titles((title, "this worker") for title in self._held())
-        judge = Judge(Usage.of(self.layout, self._timing), own, Pins(), tree, self._timing)
+        tree = ModelsTree.of(self.layout)
+        own = LeasedTitles((title, "this worker") for title in self._held())
+        judge = EvictionJudge(Usage.of(self.layout, self._timing), own, Pins(), tree, self._timing)
         found = []
         for content in contents:
             titles = [name.title for name in content.names]
@@ -279,13 +288,13 @@ class Room:
         sha256 = content.names[0].seal.sha256
         return sha256 is not None and locks.enter_context(self._locks.attempt(sha256))
 
-    def _moved_aside(self, content: Content) -> list[_Aside] | None:
+    def _moved_aside(self, content: Content) -> list[_MovedAside] | None:
         """Move every name of the content aside, if it is still the examined one. None if it is another one."""
         self._at("locked")
-        aside: list[_Aside] = []
+        aside: list[_MovedAside] = []
         for name in content.names:
             with contextlib.suppress(OSError):
-                aside.append(_Aside.of(self.layout, name, content.stamp))
+                aside.append(_MovedAside.of(self.layout, name, content.stamp))
                 self._at("half_moved")
         if len(aside) == len(content.names) and all(one.is_same(content.stamp) for one in aside):
             return aside
@@ -293,7 +302,7 @@ class Room:
             one.put_back()
         return None
 
-    def _unlinked(self, content: Content, aside: Sequence[_Aside]) -> int:
+    def _unlinked(self, content: Content, aside: Sequence[_MovedAside]) -> int:
         """Free the space, then record that on the volume. Return the freed bytes."""
         try:
             for one in aside:
@@ -324,7 +333,7 @@ class Room:
             for removal in list(self.layout.removing.iterdir()):
                 if now_s - removal.stat().st_mtime < _ORPHAN_S:
                     continue
-                for one in _Aside.all_of(self.layout, removal):
+                for one in _MovedAside.all_of(self.layout, removal):
                     one.settle()
                 _clear(removal)
 
@@ -341,8 +350,8 @@ class Room:
         return sum(size for _, size in self._promised)
 
 
-class _Deadline:
-    """A cancel token that is also set after some seconds."""
+class _CancelOrDeadline:
+    """A cancel token for making room that is also set after some seconds."""
 
     def __init__(self, cancel: CancelToken, seconds: float) -> None:
         self._cancel = cancel
@@ -358,8 +367,8 @@ class _Deadline:
 
 
 @dataclass(frozen=True, slots=True)
-class _Aside:
-    """One name's file, moved aside. Its folder records the expected file: size, mtime, inode."""
+class _MovedAside:
+    """One model's file, moved aside to make room. Its folder records the expected file: size, mtime, inode."""
 
     path: Path
     home: Path
@@ -367,7 +376,7 @@ class _Aside:
     removal: Path
 
     @classmethod
-    def of(cls, layout: Layout, name: Name, looked_at: tuple[int, int, int, int]) -> _Aside:
+    def of(cls, layout: Layout, name: ContentName, looked_at: tuple[int, int, int, int]) -> _MovedAside:
         """Move a name's file aside. Raises `OSError`."""
         removal = layout.removing / secrets.token_hex(8)
         path = removal / "-".join(map(str, looked_at[:3])) / name.title
@@ -380,14 +389,14 @@ class _Aside:
         return cls(path, name.path, name.seal_path, removal)
 
     @classmethod
-    def all_of(cls, layout: Layout, removal: Path) -> Iterator[_Aside]:
+    def all_of(cls, layout: Layout, removal: Path) -> Iterator[_MovedAside]:
         """Yield what an interrupted removal left."""
         for above, _, names in os.walk(removal):
             for name in names:
                 path = removal.joinpath(above, name)
                 _, *parts = path.relative_to(removal).parts
                 with contextlib.suppress(UnsafePath):
-                    title = split("/".join(parts))
+                    title = split_title("/".join(parts))
                     yield cls(path, layout.model(*title), layout.seal(*title), removal)
 
     def is_same(self, looked_at: tuple[int, int, int, int]) -> bool:
@@ -447,8 +456,8 @@ def _clear(folder: Path) -> None:
             Path(above).rmdir()
 
 
-def asks(hub: Callable[[], Hub]) -> Ask:
-    """Return a function that asks a model's source whether this worker could download that very content again."""
+def source_check(hub: Callable[[], Hub]) -> Ask:
+    """Return a function that asks, before room is made, whether this worker could download that very content again."""
 
     def ask(spec: ModelSpec, cancel: CancelToken) -> None:
         remote = hub().look_up(spec.source, cancel)

@@ -22,7 +22,7 @@ _READ: Final = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seal:
-    """What is known of a whole file. `mtime` is in whole seconds, as network file systems keep it.
+    """What a seal says of a whole file. `mtime` is in whole seconds, as network file systems keep it.
 
     `mtime` is None if the file was uploaded through S3, which does not report it: the first worker that sees the file compares
     size and header, and fills it in. `sha256` is of the bytes that were stored.
@@ -48,11 +48,11 @@ _FIELDS: Final = frozenset(item.name for item in fields(Seal))
 
 
 def whole_mtime(found: os.stat_result) -> int:
-    """Return the second of the last change. Some file systems drop the fraction."""
+    """Return the mtime that a seal records: the second of the last change. Some file systems drop the fraction."""
     return found.st_mtime_ns // 1_000_000_000
 
 
-def now() -> str:
+def seal_time() -> str:
     """Return the time for `Seal.at`."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
@@ -71,7 +71,7 @@ def read_seal(path: Path) -> Seal | None:
 
 
 def decode_seal(data: bytes) -> Seal | None:
-    """Like `read_seal`, from the bytes of the file."""
+    """Return the seal in the bytes of its file, or None if they are no readable one."""
     try:
         values: Any = json.loads(data)
         seal = Seal(**{name: value for name, value in values.items() if name in _FIELDS})
@@ -94,7 +94,7 @@ def encode_seal(seal: Seal) -> bytes:
 
 
 def stat_file(path: Path) -> os.stat_result | None:
-    """Return the stat of a regular file, following links, or None."""
+    """Return the stat of a file to compare with its seal, following links. None if there is no regular file."""
     try:
         found = os.stat(path)  # noqa: PTH116 - a thousand of these at every start
     except OSError:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from worker.base.progress import CancelToken, Listener
     from worker.fetch.hub import Remote
     from worker.store.layout import Layout
-    from worker.store.locks import Timing
+    from worker.store.locks import LockTiming
 
 log = logging.getLogger(__name__)
 
@@ -37,19 +37,19 @@ _KEY: Final = re.compile(r"(url-)?[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """A worker's answer for the others: the content's key, its size, and who asked. No address, no token."""
+class SharedAnswer:
+    """A look-up's answer for other workers: the content's key, its size, and who asked. No address, no token."""
 
     key: str
     size_bytes: int
     by: str
 
 
-class Turn:
-    """One worker's part in a look-up: `answer` is another worker's, or None if this worker has to ask."""
+class LookupTurn:
+    """One worker's part in a shared look-up: `answer` is another worker's, or None if this worker has to ask."""
 
     def __init__(self, record: Path, mark: Path, worker: str) -> None:
-        self.answer: Answer | None = None
+        self.answer: SharedAnswer | None = None
         self._record = record
         self._mark = mark
         self._worker = worker
@@ -73,7 +73,7 @@ class Turn:
         if remote is None or self._told:
             return
         self._told = True
-        answer = json.dumps(asdict(Answer(remote.key, remote.size_bytes, self._worker))).encode()
+        answer = json.dumps(asdict(SharedAnswer(remote.key, remote.size_bytes, self._worker))).encode()
         with contextlib.suppress(OSError):
             write_atomically(self._record, answer, durable=False)
         self.end()
@@ -82,39 +82,41 @@ class Turn:
         """Let the next worker ask, unless there is an answer by now."""
         if self._asks:
             self._asks = False
-            _remove(self._mark)
+            _remove_mark(self._mark)
 
 
-class Lookups:
+class SharedLookups:
     """The shared look-ups of one volume, as one worker takes part in them."""
 
-    def __init__(self, layout: Layout, worker: str, timing: Timing) -> None:
+    def __init__(self, layout: Layout, worker: str, timing: LockTiming) -> None:
         self._layout = layout
         self._worker = worker
         self._timing = timing
 
     @contextlib.contextmanager
-    def turn(self, address: str, fits: Callable[[Answer], bool], cancel: CancelToken, on_wait: Listener) -> Iterator[Turn]:
+    def turn(
+        self, address: str, fits: Callable[[SharedAnswer], bool], cancel: CancelToken, on_wait: Listener
+    ) -> Iterator[LookupTurn]:
         """Wait until another worker left a fresh answer that `fits`, or this worker has to ask.
 
-        `address` is the same for all whose look-ups have one answer. It never waits longer than `Timing.answer_s` allows.
+        `address` is the same for all whose look-ups have one answer. It never waits longer than `LockTiming.answer_s` allows.
         Raises `EnsureCancelled`.
         """
         digest = hashlib.sha256(address.encode("utf-8", "surrogatepass")).hexdigest()
         record, mark = self._layout.lookup(digest), self._layout.lookup_mark(digest)
-        turn = Turn(record, mark, self._worker)
+        turn = LookupTurn(record, mark, self._worker)
         try:
             with Peek(record) as record_peek, Peek(mark) as mark_peek, contextlib.suppress(OSError):
-                turn.answer = _Wait(turn, record_peek, mark_peek, self._timing).run(mark, fits, cancel, on_wait)
+                turn.answer = _AnswerWait(turn, record_peek, mark_peek, self._timing).run(mark, fits, cancel, on_wait)
             yield turn
         finally:
             turn.end()
 
 
-class _Wait:
-    """One wait for an answer. A look costs the volume two or three operations. It never compares clocks of two hosts."""
+class _AnswerWait:
+    """One wait for another worker's answer to a look-up. A look costs two or three operations."""
 
-    def __init__(self, turn: Turn, record: Peek, mark: Peek, timing: Timing) -> None:
+    def __init__(self, turn: LookupTurn, record: Peek, mark: Peek, timing: LockTiming) -> None:
         self._turn = turn
         self._record = record
         self._mark = mark
@@ -126,7 +128,9 @@ class _Wait:
         self._seen: tuple[int, int] | None = None
         self._seen_s = 0.0
 
-    def run(self, mark: Path, fits: Callable[[Answer], bool], cancel: CancelToken, on_wait: Listener) -> Answer | None:
+    def run(
+        self, mark: Path, fits: Callable[[SharedAnswer], bool], cancel: CancelToken, on_wait: Listener
+    ) -> SharedAnswer | None:
         while not cancel.is_set():
             others = self._mark.stat()
             there = others or self._turn.take()
@@ -138,7 +142,7 @@ class _Wait:
                     return None
             if others and self._is_quiet(others):
                 # It was killed, or its source is slow: then one more asks, every few seconds.
-                _remove(mark)
+                _remove_mark(mark)
                 continue
             if time.monotonic() >= self._until_s:
                 return None
@@ -146,7 +150,7 @@ class _Wait:
             cancel.wait(self._look_s * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
         raise EnsureCancelled(mark.stem)
 
-    def _fresh(self, mark: os.stat_result) -> Answer | None:
+    def _fresh(self, mark: os.stat_result) -> SharedAnswer | None:
         """Return the answer if it was written about when the mark was made, by the volume's clock, not by this host's."""
         found = self._record.stat()
         if found is None or abs(found.st_mtime - mark.st_mtime) > _FRESH_S:
@@ -160,17 +164,17 @@ class _Wait:
         return now_s - self._seen_s >= self._quiet_s
 
 
-def _decoded(data: bytes) -> Answer | None:
+def _decoded(data: bytes) -> SharedAnswer | None:
     try:
         values: Any = json.loads(data)
-        answer = Answer(**values)
+        answer = SharedAnswer(**values)
     except (ValueError, TypeError, RecursionError):
         return None
     sound = type(answer.key) is str and type(answer.size_bytes) is int and type(answer.by) is str
     return answer if sound and _KEY.fullmatch(answer.key) else None
 
 
-def _remove(mark: Path) -> None:
-    """Remove a mark if possible. Other workers replace one that stays."""
+def _remove_mark(mark: Path) -> None:
+    """Remove a look-up's mark if possible. Other workers replace one that stays."""
     with contextlib.suppress(OSError):
         mark.unlink(missing_ok=True)

@@ -31,12 +31,21 @@ from worker.errors import (
 from worker.fetch.ranges import Tuning
 from worker.spec import HubFile
 from worker.store.disk import check_whole, sha256_of, volume_error
-from worker.store.download import Download, Hooks, Ready, Task, Tools, both, forget_pending, write_own_seal
-from worker.store.inventory import path_of, record, sealed, spelled, stamp_of
-from worker.store.locks import Locks, Timing
-from worker.store.partial import DiskFailed, sweep
-from worker.store.seals import Seal, now, stat_file, whole_mtime, write_seal
-from worker.store.shared_lookups import Lookups
+from worker.store.download import (
+    Download,
+    DownloadHooks,
+    DownloadTask,
+    DownloadTools,
+    ReadyModel,
+    both_listeners,
+    forget_pending,
+    seal_download,
+)
+from worker.store.inventory import as_spelled, ready_file, record, resolved_path, stamp_of
+from worker.store.locks import Locks, LockTiming
+from worker.store.partial import PartialWriteFailed, sweep_partials
+from worker.store.seals import Seal, seal_time, stat_file, whole_mtime, write_seal
+from worker.store.shared_lookups import SharedLookups
 from worker.store.verification import Origin
 
 if TYPE_CHECKING:
@@ -49,9 +58,9 @@ if TYPE_CHECKING:
     from worker.spec import ModelSpec
     from worker.store.layout import Layout
     from worker.store.room import Room
-    from worker.store.shared_lookups import Answer
+    from worker.store.shared_lookups import SharedAnswer
 
-__all__ = ["Hooks", "Ready", "Store", "Stores", "Timing", "Tuning", "cached_file"]
+__all__ = ["DownloadHooks", "LockTiming", "ReadyModel", "Store", "Stores", "Tuning", "cached_file"]
 
 log = logging.getLogger(__name__)
 
@@ -61,8 +70,8 @@ _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 
 
-def _ignore(_: Progress) -> None:
-    """Ignore progress."""
+def _ignore_progress(_: Progress) -> None:
+    """Ignore the progress of a model that the store makes available."""
 
 
 def cached_file(host_cache: Layout, spec: ModelSpec) -> Path | None:
@@ -85,7 +94,7 @@ def cached_file(host_cache: Layout, spec: ModelSpec) -> Path | None:
 
 
 class Store:
-    """The models below one root: a network volume, or the container's own disk.
+    """A store: the models below one root, a network volume or the container's own disk.
 
     `host_cache` is the location of RunPod's host cache if it is not below the same root. Safe to use from many threads.
     """
@@ -97,25 +106,25 @@ class Store:
         worker: str,
         *,
         tuning: Tuning | None = None,
-        timing: Timing | None = None,
+        timing: LockTiming | None = None,
         host_cache: Layout | None = None,
-        hooks: Hooks | None = None,
+        hooks: DownloadHooks | None = None,
         room: Room | None = None,
     ) -> None:
         self.layout = layout
-        self._tools = Tools(layout, hub, worker, tuning or Tuning(), hooks or Hooks(), room)
-        self._timing = timing or Timing()
+        self._tools = DownloadTools(layout, hub, worker, tuning or Tuning(), hooks or DownloadHooks(), room)
+        self._timing = timing or LockTiming()
         self._locks = Locks(layout, worker, self._timing)
-        self._lookups = Lookups(layout, worker, self._timing)
+        self._lookups = SharedLookups(layout, worker, self._timing)
         self._host_cache = host_cache or layout
         self._hashed: dict[tuple[str, int, int], str] = {}
 
     def ready(self, folder: str, name: str) -> Path | None:
         """Return the file if its size and whole-second mtime equal its seal: one stat, one small read, no network, no lock."""
-        there = sealed(self.layout, folder, name)
+        there = ready_file(self.layout, folder, name)
         return there[0] if there else None
 
-    def ensure(self, spec: ModelSpec, progress: Listener = _ignore, cancel: CancelToken | None = None) -> Ready:
+    def ensure(self, spec: ModelSpec, progress: Listener = _ignore_progress, cancel: CancelToken | None = None) -> ReadyModel:
         """Return when the model can be used. `progress` is called several times a second.
 
         The order: a sealed file; a file without a seal, which is never overwritten or removed; RunPod's host cache; a file of
@@ -124,50 +133,52 @@ class Store:
         continues the partial.
         """
         began_s = time.monotonic()
-        spec = spelled(self.layout, spec)
-        path = path_of(self.layout, spec)
+        spec = as_spelled(self.layout, spec)
+        path = resolved_path(self.layout, spec)
         cancel = cancel or threading.Event()
-        task = Task(spec, path, progress, cancel)
+        task = DownloadTask(spec, path, progress, cancel)
         while True:
             task.cancel = cancel
             try:
                 found = self._look(task) or self._get(task)
                 break
-            except (DiskFailed, OSError) as exc:
-                error = exc.error if isinstance(exc, DiskFailed) else exc
+            except (PartialWriteFailed, OSError) as exc:
+                error = exc.error if isinstance(exc, PartialWriteFailed) else exc
                 # What is small was refused: large writes make room where they are refused.
                 if not self._tools.make_room(error, 1, cancel):
                     raise volume_error(self.layout.root, error, task.needed_bytes) from exc
         return replace(found, bytes_fetched=task.fetched_bytes, seconds=time.monotonic() - began_s)
 
-    def _get(self, task: Task) -> Ready:
+    def _get(self, task: DownloadTask) -> ReadyModel:
         """Download or adopt the model. Stop as soon as another worker has it, whatever this one waits for."""
-        with Watch(task.cancel, task.path, lambda: self._is_published(task.spec), self._timing.look_s) as watch:
+        with PublishedOrCancelled(task.cancel, task.path, lambda: self._is_published(task.spec), self._timing.look_s) as watch:
             task.cancel = watch
             try:
                 while (found := self._once(task)) is None:
                     pass
-            except (ModelError, OSError, DiskFailed):
+            except (ModelError, OSError, PartialWriteFailed):
                 if not watch.look():
                     raise
                 log.info("%s was published by another worker", task.path)
                 if task.key:
-                    sweep(self.layout.partial(task.key))
-                return Ready(task.path, "ready")
+                    sweep_partials(self.layout.partial(task.key))
+                return ReadyModel(task.path, "ready")
             return found
 
     def _is_published(self, spec: ModelSpec) -> bool:
-        there = sealed(self.layout, spec.folder, spec.name)
+        there = ready_file(self.layout, spec.folder, spec.name)
         return there is not None and (None in {spec.sha256, there[1].sha256} or spec.sha256 == there[1].sha256)
 
-    def replace(self, spec: ModelSpec, stamp: object, progress: Listener = _ignore, cancel: CancelToken | None = None) -> Ready:
+    def replace(
+        self, spec: ModelSpec, stamp: object, progress: Listener = _ignore_progress, cancel: CancelToken | None = None
+    ) -> ReadyModel:
         """Download the model again, verify it, and then replace the file with this stamp.
 
         Until then the old file stays, and it stays if the source is unavailable. If the file changed meanwhile, it is left
         alone and this does what `ensure` does. Raises what `ensure` raises.
         """
         began_s = time.monotonic()
-        task = Task(spec, path_of(self.layout, spec), progress, cancel or threading.Event(), replaces=stamp)
+        task = DownloadTask(spec, resolved_path(self.layout, spec), progress, cancel or threading.Event(), replaces=stamp)
         name = f"{spec.folder}/{spec.name}"
         try:
             remote = self._look_up(task)
@@ -178,7 +189,7 @@ class Store:
                     ready = Download(self._tools, task, remote, hold).run()
                 if ready:
                     return replace(ready, bytes_fetched=task.fetched_bytes, seconds=time.monotonic() - began_s)
-        except DiskFailed as exc:
+        except PartialWriteFailed as exc:
             raise volume_error(self.layout.root, exc.error, task.needed_bytes) from exc
         except OSError as exc:
             raise volume_error(self.layout.root, exc, task.needed_bytes) from exc
@@ -186,24 +197,24 @@ class Store:
 
     # --- what is there already
 
-    def _look(self, task: Task) -> Ready | None:
+    def _look(self, task: DownloadTask) -> ReadyModel | None:
         """Return what can be used without a lock or the network."""
         spec = task.spec
         if self._is_ready(task):
-            return Ready(task.path, "ready")
+            return ReadyModel(task.path, "ready")
         if (found := stat_file(task.path)) is None:
             if task.path.is_dir():
                 raise VolumeFailed(task.path, "it is a folder where a file belongs")
             return self._cached(task)
         if self._sha256_to_have(spec, found) is None:
             check_whole(task.path, found.st_size)
-            return Ready(task.path, "by_hand")
+            return ReadyModel(task.path, "by_hand")
         return None
 
-    def _is_ready(self, task: Task) -> bool:
+    def _is_ready(self, task: DownloadTask) -> bool:
         """Return whether the file is sealed. Raises `UnsealedMismatch` if it is sealed as another file than the wanted one."""
         spec = task.spec
-        there = sealed(self.layout, spec.folder, spec.name)
+        there = ready_file(self.layout, spec.folder, spec.name)
         if there is None:
             return False
         sha256 = there[1].sha256
@@ -216,24 +227,26 @@ class Store:
         known = record(self.layout, spec, found)
         return spec.sha256 or (known.sha256 if known else None)
 
-    def _adopt(self, task: Task, found: os.stat_result, report: Listener) -> Ready:
+    def _adopt(self, task: DownloadTask, found: os.stat_result, report: Listener) -> ReadyModel:
         """Use a file that has no seal, and seal it if it is the expected one."""
         spec, path = task.spec, task.path
         check_whole(path, found.st_size)
         known, expected = record(self.layout, spec, found), self._sha256_to_have(spec, found)
         if expected is None:
-            return Ready(path, "by_hand")
+            return ReadyModel(path, "by_hand")
         actual = self._hash(path, found, task, report)
         if actual != expected:
             return self._not_as_recorded(spec, path, found, actual)
         origin = Origin.of(spec)
         if known is None or known.sha256 != actual:
-            known = Seal(size=0, mtime=0, sha256=actual, repo=origin.repo, file=origin.file, by=self._tools.worker, at=now())
-        write_own_seal(self.layout, spec, replace(known, size=found.st_size, mtime=whole_mtime(found)), found.st_ino)
+            known = Seal(
+                size=0, mtime=0, sha256=actual, repo=origin.repo, file=origin.file, by=self._tools.worker, at=seal_time()
+            )
+        seal_download(self.layout, spec, replace(known, size=found.st_size, mtime=whole_mtime(found)), found.st_ino)
         log.info("adopted %s: its sha256 is right", path)
-        return Ready(path, "adopted")
+        return ReadyModel(path, "adopted")
 
-    def _not_as_recorded(self, spec: ModelSpec, path: Path, found: os.stat_result, actual: str) -> Ready:
+    def _not_as_recorded(self, spec: ModelSpec, path: Path, found: os.stat_result, actual: str) -> ReadyModel:
         """Handle a file that was replaced: an error if the model is pinned. Otherwise use it and drop our record."""
         if spec.sha256:
             raise UnsealedMismatch(path, spec.sha256, actual)
@@ -241,9 +254,9 @@ class Store:
         with contextlib.suppress(OSError):
             self.layout.seal(spec.folder, spec.name).unlink(missing_ok=True)
             forget_pending(self.layout, spec, found.st_ino)
-        return Ready(path, "by_hand")
+        return ReadyModel(path, "by_hand")
 
-    def _hash(self, path: Path, found: os.stat_result, task: Task, report: Listener) -> str:
+    def _hash(self, path: Path, found: os.stat_result, task: DownloadTask, report: Listener) -> str:
         """Return the file's sha256, cached while the file stays the same."""
         key = (str(path), found.st_size, found.st_mtime_ns)
         if key not in self._hashed:
@@ -255,15 +268,15 @@ class Store:
         """Like `cached_file`, in the host cache that this store uses."""
         return cached_file(self._host_cache, spec)
 
-    def _cached(self, task: Task) -> Ready | None:
+    def _cached(self, task: DownloadTask) -> ReadyModel | None:
         """Return the file in RunPod's host cache if it is the requested one. It is faster than the volume and costs nothing."""
         with contextlib.suppress(OSError):
             if (path := self.cached(task.spec)) and self._is_blob(path, path.stat(), task):
                 log.info("using %s from the machine's cache", task.spec)
-                return Ready(path, "host_cache")
+                return ReadyModel(path, "host_cache")
         return None
 
-    def _is_blob(self, path: Path, found: os.stat_result, task: Task) -> bool:
+    def _is_blob(self, path: Path, found: os.stat_result, task: DownloadTask) -> bool:
         """Return whether a cached file has the requested sha256, which names the cache's blobs."""
         wanted = task.spec.sha256
         if wanted is None:
@@ -273,7 +286,7 @@ class Store:
 
     # --- getting it
 
-    def _once(self, task: Task) -> Ready | None:
+    def _once(self, task: DownloadTask) -> ReadyModel | None:
         """Adopt or download it, once for all workers. None if another worker changed the file meanwhile; call again."""
         if (found := stat_file(task.path)) is not None:
             expected = self._sha256_to_have(task.spec, found)
@@ -282,7 +295,7 @@ class Store:
             remote, task.remote = task.remote, None
             return self._locked(task, remote.key, remote)
         spec, question = task.spec, self._tools.hub.question(task.spec.source)
-        with self._lookups.turn(question, lambda answer: _fits(spec, answer), task.cancel, task.progress) as turn:
+        with self._lookups.turn(question, lambda answer: _answer_fits(spec, answer), task.cancel, task.progress) as turn:
             if turn.answer:
                 log.info("%s was looked up by %s", spec, turn.answer.by)
                 return self._locked(task, spec.sha256 or turn.answer.key, None)
@@ -292,7 +305,9 @@ class Store:
             # well.
             return self._locked(task, own.key, own, lambda: turn.tell(own))
 
-    def _locked(self, task: Task, key: str, remote: Remote | None, tell: Callable[[], None] = lambda: None) -> Ready | None:
+    def _locked(
+        self, task: DownloadTask, key: str, remote: Remote | None, tell: Callable[[], None] = lambda: None
+    ) -> ReadyModel | None:
         """Like `_once`, for a content. Call `tell` once this or another worker has its lock."""
         spec, task.key = task.spec, key
 
@@ -302,7 +317,7 @@ class Store:
 
         with self._locks.hold(
             key,
-            published=lambda: False,  # `Watch` looks for that
+            published=lambda: False,  # `PublishedOrCancelled` looks for that
             cancel=task.cancel,
             on_wait=on_wait,
             name=f"{spec.folder}/{spec.name}",
@@ -310,9 +325,9 @@ class Store:
             tell()
             self._tools.hooks.at("locked")
             if self._is_ready(task):
-                return Ready(task.path, "ready")
+                return ReadyModel(task.path, "ready")
             if (found := stat_file(task.path)) is not None:
-                there: Ready | None = self._adopt(task, found, both(task.progress, hold.report))
+                there: ReadyModel | None = self._adopt(task, found, both_listeners(task.progress, hold.report))
             else:
                 remote = remote or self._look_up(task)
                 if remote.key != key:
@@ -320,10 +335,10 @@ class Store:
                     return None
                 there = self._linked(task, remote)
             if there and hold.state == "held":
-                sweep(self.layout.partial(key))
+                sweep_partials(self.layout.partial(key))
             return there or (Download(self._tools, task, remote, hold).run() if remote else None)
 
-    def _linked(self, task: Task, remote: Remote) -> Ready | None:
+    def _linked(self, task: DownloadTask, remote: Remote) -> ReadyModel | None:
         """Give this name to an existing file of the same content. None if there is none.
 
         The last downloader of the content left that name beside its lock. A hard link copies no byte. If the file system has no
@@ -332,19 +347,19 @@ class Store:
         spec, holder = task.spec, self._locks.holder(remote.key)
         folder, _, name = holder.name.partition("/") if holder else ("", "", "")
         try:
-            there = sealed(self.layout, folder, name)
+            there = ready_file(self.layout, folder, name)
         except UnsafePath:
             return None
         if there is None or remote.sha256 is None or there[1].sha256 != remote.sha256 or there[0].is_symlink():
             return None
         origin = Origin.of(spec)
         seal = replace(there[1], etag=remote.etag, repo=origin.repo, file=origin.file, commit=remote.commit)
-        seal = replace(seal, by=self._tools.worker, at=now())
+        seal = replace(seal, by=self._tools.worker, at=seal_time())
         if (inode := self._link(there[0], task.path, seal)) is None:
             return None
-        write_own_seal(self.layout, spec, seal, inode)
+        seal_download(self.layout, spec, seal, inode)
         log.info("%s has the content of %s: linked", task.path, there[0])
-        return Ready(task.path, "adopted")
+        return ReadyModel(task.path, "adopted")
 
     def _link(self, old: Path, new: Path, seal: Seal) -> int | None:
         """Link the sealed file to the new name, unless another file has it. Return its inode."""
@@ -366,7 +381,7 @@ class Store:
                 pending.unlink(missing_ok=True)
         return None
 
-    def _look_up(self, task: Task) -> Remote:
+    def _look_up(self, task: DownloadTask) -> Remote:
         """Return the source's metadata. Raises `ContentMismatch` if that differs from the model's."""
         spec = task.spec
         remote = self._tools.hub.look_up(spec.source, task.cancel)
@@ -378,14 +393,14 @@ class Store:
         return replace(remote, sha256=remote.sha256 or spec.sha256)
 
 
-def _fits(spec: ModelSpec, answer: Answer) -> bool:
-    """Return whether another worker's answer can be about the model. The source itself must report a wrong pin."""
+def _answer_fits(spec: ModelSpec, answer: SharedAnswer) -> bool:
+    """Return whether another worker's answer can be about the store's model. The source itself must report a wrong pin."""
     same_content = spec.sha256 in {None, answer.key} or answer.key.startswith("url-")
     return same_content and spec.size_bytes in {None, answer.size_bytes}
 
 
-class Watch:
-    """A cancel token that is also set once another worker has published `path`. It looks each `every_s`.
+class PublishedOrCancelled:
+    """A cancel token that is also set once another worker has published the store's file at `path`. It looks each `every_s`.
 
     Its own thread looks, so that a volume that does not answer delays no waiter.
     """
@@ -436,7 +451,7 @@ class Watch:
 
 
 class Stores:
-    """The volume, and the container's own disk if the volume cannot be used."""
+    """The stores of a worker: the volume, and the container's own disk if the volume cannot be used."""
 
     def __init__(self, volume_path: Path, volume: Store | None, local: Store | None, *, require_volume: bool = False) -> None:
         self._volume_path = volume_path
@@ -444,7 +459,7 @@ class Stores:
         self._local = None if require_volume else local
         self._said = False
 
-    def ensure(self, spec: ModelSpec, progress: Listener = _ignore, cancel: CancelToken | None = None) -> Ready:
+    def ensure(self, spec: ModelSpec, progress: Listener = _ignore_progress, cancel: CancelToken | None = None) -> ReadyModel:
         """Like `Store.ensure`. A missing, full or read-only volume is no error while the container's disk can be used."""
         local = self._local
         if self._volume is None:

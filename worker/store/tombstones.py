@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 from worker.base.files import write_atomically
 from worker.errors import UnsafePath
-from worker.store.layout import split
+from worker.store.layout import split_title
 from worker.store.leases import read_json
-from worker.store.seals import Seal, decode_seal, now, read_seal
+from worker.store.seals import Seal, decode_seal, read_seal, seal_time
 
 if TYPE_CHECKING:
     from worker.store.layout import Layout
@@ -37,7 +37,7 @@ class Tombstone:
 
 
 def tombstone_of(layout: Layout, folder: str, name: str) -> Tombstone | None:
-    """Return the record that a model was removed, if it was."""
+    """Return a model's tombstone, the record that it was removed, or None."""
     with contextlib.suppress(UnsafePath):
         read = read_json(layout.tombstone(folder, name))
         seal = decode_seal(json.dumps(read[0]).encode()) if read else None
@@ -49,7 +49,7 @@ def tombstone_of(layout: Layout, folder: str, name: str) -> Tombstone | None:
 
 
 def removed_folders(layout: Layout) -> list[str]:
-    """Return the folders of which a model was removed."""
+    """Return the folders of models that have tombstones."""
     try:
         return sorted(entry.name for entry in os.scandir(layout.tombstones))
     except OSError:
@@ -57,7 +57,7 @@ def removed_folders(layout: Layout) -> list[str]:
 
 
 def forget_tombstone(layout: Layout, folder: str, name: str) -> None:
-    """Remove the record: the model is there again."""
+    """Remove a model's tombstone: the model is there again."""
     with contextlib.suppress(OSError):
         layout.tombstone(folder, name).unlink(missing_ok=True)
 
@@ -68,7 +68,7 @@ def bury(layout: Layout, title: str, seal: Seal, by: str, why: str) -> None:
     Raises nothing: the model is gone either way. A seal that is another file's by now stays.
     """
     with contextlib.suppress(UnsafePath):
-        path, tombstone = layout.seal(*split(title)), layout.tombstone(*split(title))
+        path, tombstone = layout.seal(*split_title(title)), layout.tombstone(*split_title(title))
         if read_seal(path) != seal:
             return
         try:
@@ -78,6 +78,6 @@ def bury(layout: Layout, title: str, seal: Seal, by: str, why: str) -> None:
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
             return
-        words = {"removed_by": by, "removed_at": now(), "removed_for": why}
+        words = {"removed_by": by, "removed_at": seal_time(), "removed_for": why}
         with contextlib.suppress(OSError):
             write_atomically(tombstone, json.dumps(asdict(seal) | words, indent=1).encode(), durable=False)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from worker.errors import ContentMismatch, NotAFile
 from worker.spec import HubFile
-from worker.store.seals import Seal, now
+from worker.store.seals import Seal, seal_time
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,7 +23,7 @@ ATTEMPTS: Final = 3
 
 
 class WrongFiles:
-    """The wrong files that arrived for one model so far."""
+    """The wrong files that failed verification for one model so far."""
 
     def __init__(self, model: str, remote: Remote) -> None:
         self._model = model
@@ -40,7 +40,7 @@ class WrongFiles:
 
 
 def check_unhashed(remote: Remote, misfit: str | None, stated_bytes: Callable[[], int | None]) -> None:
-    """Check what shows without a hash: what the first bytes say it is (`misfit`), and the length that its header states.
+    """Verify a download without a hash: what the first bytes say it is (`misfit`), and the length that its header states.
 
     Raises `NotAFile` and `ContentMismatch`.
     """
@@ -81,5 +81,5 @@ def new_seal(spec: ModelSpec, remote: Remote, sha256: str, by: str, mtime: int |
         file=origin.file,
         commit=remote.commit,
         by=by,
-        at=now(),
+        at=seal_time(),
     )
