@@ -501,7 +501,7 @@ def test_a_content_that_has_no_other_name_any_more_is_fetched(setup: Setup, spoi
 
 def test_a_link_whose_worker_died_before_the_seal_is_adopted(setup: Setup, stand_in: StandIn) -> None:
     setup.store().ensure(SPEC)
-    with mock.patch("worker.store.store.write_own_seal", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+    with mock.patch("worker.store.store.seal_download", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
         setup.store().ensure(TWIN)
     stand_in.clear_log()
     assert setup.store().ensure(ModelSpec(TWIN.folder, TWIN.name, SOURCE, SHA256)).how == "adopted"
