@@ -26,7 +26,7 @@ from bench.report import Figure, Options, parse_args, report
 from devkit.hub import hub_process
 from devkit.local_worker import PROJECT
 from devkit.s3 import RunPodProxy, S3Server
-from worker.seed.relay import Load
+from worker.seed.relay import RelayLoad
 
 if TYPE_CHECKING:
     from devkit.hub import RemoteHub
@@ -175,7 +175,7 @@ def _killed(scene: Scene) -> list[Figure]:
     proxy.fault("UploadPart", "502", times=2, after=5)
     proxy.fault("PutObject", "502")
     proxy.fault("HeadObject", "slow", times=4, seconds=1.0)
-    parts = -(-scene.size_bytes // Load().part_bytes)
+    parts = -(-scene.size_bytes // RelayLoad().part_bytes)
     runs = []
     for kill_at in (parts // 2, parts + parts // 2):
         process, began = scene.ours(), time.perf_counter()
@@ -190,7 +190,7 @@ def _killed(scene: Scene) -> list[Figure]:
     sent = [(call.key, call.part) for call in proxy.calls if call.operation == "UploadPart" and call.fault is None]
     again = len(sent) - len(set(sent))
     return [
-        Figure("killed_twice_parts_sent_again_per_connection", again / (KILLS * Load().uploads), "parts", AGAIN_BOUND),
+        Figure("killed_twice_parts_sent_again_per_connection", again / (KILLS * RelayLoad().uploads), "parts", AGAIN_BOUND),
         Figure("killed_twice_parts", len(set(sent)), "parts"),
         Figure("killed_twice_peak_memory_mb", max(run.memory_mb for run in runs), "MB", MEMORY_BOUND_MB),
     ]

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from worker.errors import InputUrlRefused, SettingsError
-from worker.media.address_guard import PRIVATE, UrlRules, embedded, is_public
-from worker.media.url_inputs import Fetcher
+from worker.media.address_guard import PRIVATE, AddressRules, embedded_ipv4, is_public
+from worker.media.url_inputs import UrlFetcher
 from worker.settings import Settings
 
 V4 = st.ip_addresses(v=4).map(lambda address: IPv4Address(int(address)))
@@ -36,7 +36,7 @@ LOCAL_V4 = st.sampled_from(
 )
 def test_what_is_not_on_the_internet(address: str) -> None:
     assert not is_public(ip_address(address))
-    assert not UrlRules().admits("example.com", address)
+    assert not AddressRules().admits("example.com", address)
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_no_ipv4_address_is_public_that_python_calls_otherwise(address: IPv4Addr
 
 @given(V6)
 def test_no_ipv6_address_is_public_that_python_calls_otherwise(address: IPv6Address) -> None:
-    if embedded(address) is None and (not address.is_global or address.is_multicast or address.is_site_local):
+    if embedded_ipv4(address) is None and (not address.is_global or address.is_multicast or address.is_site_local):
         assert not is_public(address)
 
 
@@ -71,7 +71,7 @@ def test_an_embedded_address_is_judged_as_itself_and_a_tunnel_never_passes(addre
 def refusal_of(url: str) -> str | None:
     """As requests are answered: httpx2 reads an address first, and refuses some itself."""
     try:
-        Fetcher().check("a.png", url)
+        UrlFetcher().check("a.png", url)
     except InputUrlRefused as exc:
         return str(exc)
     return None
@@ -124,20 +124,20 @@ def test_addresses_that_need_no_look_up_to_be_refused(url: str, reason: str) -> 
     "url", ["https://example.com/a?b=c", "http://example.com:9000/", "http://8.8.8.8/", "https://a_b.example/"]
 )
 def test_what_may_be_looked_up(url: str) -> None:
-    assert UrlRules().refusal(URL(url)) is None
+    assert AddressRules().refusal(URL(url)) is None
 
 
 def test_only_the_hosts_that_the_operator_lists() -> None:
-    rules = UrlRules(hosts=("cdn.example.com", ".s3.example.com"))
+    rules = AddressRules(hosts=("cdn.example.com", ".s3.example.com"))
     for host in ("cdn.example.com", "CDN.example.com.", "s3.example.com", "bucket.s3.example.com"):
         assert rules.refusal(URL(f"https://{host}/")) is None
     for host in ("example.com", "a.cdn.example.com", "evils3.example.com", "cdn.example.com.evil.net"):
         assert "INPUT_URL_HOSTS" in (rules.refusal(URL(f"https://{host}/")) or "")
-    assert "send the file itself" in (UrlRules(hosts=()).refusal(URL("https://example.com/")) or "")
+    assert "send the file itself" in (AddressRules(hosts=()).refusal(URL("https://example.com/")) or "")
 
 
 def test_exceptions_are_for_what_they_name_and_nothing_else() -> None:
-    rules = UrlRules(private=("minio.internal", "10.1.0.0/16", "fd12::/32", "192.168.7.7"))
+    rules = AddressRules(private=("minio.internal", "10.1.0.0/16", "fd12::/32", "192.168.7.7"))
     for address in ("10.1.2.3", "::ffff:10.1.2.3", "fd12::1", "192.168.7.7"):
         assert rules.admits("example.com", address)
     for address in ("10.2.0.1", "192.168.7.8", "127.0.0.1", "fd13::1", "no address"):

@@ -28,11 +28,11 @@ from hypothesis import strategies as st
 from devkit.local_worker import PROJECT
 from devkit.s3 import S3Server
 from worker.errors import BucketRefused, BucketUnreachable, OutputGone, ResultTooLarge, S3ConfigInvalid
-from worker.media.address_guard import UrlRules
-from worker.media.bucket import Bucket, Upload, Uploads, _guard
-from worker.media.delivery import Delivery, measure
+from worker.media.address_guard import AddressRules
+from worker.media.bucket import Bucket, BucketUpload, BucketUploads, _guard_connections
+from worker.media.delivery import Delivery, result_size_bytes
 from worker.media.s3 import S3Target, make_client
-from worker.media.volume_copies import Copies, Copy
+from worker.media.volume_copies import VolumeCopies, VolumeCopy
 from worker.settings import Settings
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def test_the_size_is_known_to_the_byte_before_a_file_is_read(
             return result
 
         size_bytes = sent(deliver(1_000_000))
-        assert measure(deliver(1_000_000)) == size_bytes
+        assert result_size_bytes(deliver(1_000_000)) == size_bytes
         assert sent(deliver(size_bytes + RESERVE)) == size_bytes
         with pytest.raises(ResultTooLarge) as caught:
             deliver(size_bytes + RESERVE - 1)
@@ -271,7 +271,7 @@ def test_too_many_files_even_for_the_volume(folder: Folder, run_async: RunAsync)
 def test_a_stopped_copy_leaves_nothing_behind(tmp_path: Path) -> None:
     source, volume = tmp_path / "source", tmp_path / "volume"
     os.mkfifo(source)
-    copies = Copies(volume, [Copy("outputs/j/a.mp4", source), Copy("outputs/j/b.mp4", b"never begun")])
+    copies = VolumeCopies(volume, [VolumeCopy("outputs/j/a.mp4", source), VolumeCopy("outputs/j/b.mp4", b"never begun")])
     volume.mkdir()
     copying = threading.Thread(target=copies.run)
     copying.start()
@@ -437,7 +437,7 @@ def test_both_addressing_styles_reach_the_bucket(
 
 
 def test_a_file_that_goes_while_it_is_uploaded(store: S3Server, tmp_path: Path) -> None:
-    uploads = Uploads(bucket_of(store), "j", [Upload("a.png", "image/png", tmp_path / "a.png")])
+    uploads = BucketUploads(bucket_of(store), "j", [BucketUpload("a.png", "image/png", tmp_path / "a.png")])
     with pytest.raises(OutputGone):
         uploads.run()
 
@@ -463,7 +463,9 @@ def test_a_cancelled_job_leaves_no_upload_open(store: S3Server, folder: Folder, 
 
 
 def test_uploads_that_are_stopped_before_they_begin(store: S3Server) -> None:
-    uploads = Uploads(bucket_of(store), "j", [Upload("a.txt", "text/plain", b"a"), Upload("b.txt", "text/plain", b"b")])
+    uploads = BucketUploads(
+        bucket_of(store), "j", [BucketUpload("a.txt", "text/plain", b"a"), BucketUpload("b.txt", "text/plain", b"b")]
+    )
     uploads.stop()
     uploads.run()
     assert "Contents" not in store.client.list_objects_v2(Bucket="results")
@@ -514,8 +516,8 @@ def test_a_jobs_own_bucket_is_not_in_the_workers_network(
 def test_a_name_that_changes_its_mind_gains_nothing(store: S3Server) -> None:
     target = S3Target.at(store.endpoint_url, store.access_key_id, store.secret_access_key)
     allowed, refused = make_client(target, attempts=1), make_client(target, attempts=1)
-    _guard(allowed, UrlRules(private=("127.0.0.1",)))
-    _guard(refused, UrlRules())  # what is left when the name's first answer was a public address
+    _guard_connections(allowed, AddressRules(private=("127.0.0.1",)))
+    _guard_connections(refused, AddressRules())  # what is left when the name's first answer was a public address
     allowed.create_bucket(Bucket="first")
     with pytest.raises(ConnectionClosedError):
         refused.create_bucket(Bucket="second")

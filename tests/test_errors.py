@@ -229,7 +229,7 @@ def test_the_clients_help_has_the_same_statuses() -> None:
 
 
 def test_the_seeders_help_has_the_same_statuses() -> None:
-    from worker.seed.options import parser as seeder  # noqa: PLC0415 - beside the other parser of that name
+    from worker.seed.options import seed_parser as seeder  # noqa: PLC0415 - beside the other parser of that name
 
     text = seeder().format_help().partition("Exit codes:")[2].partition(".")[0]
     listed = {int(status) for status in re.findall(r"\d+", text)}

@@ -25,7 +25,7 @@ from devkit.image.base import mirror
 from devkit.image.build import ImageBuilder
 from devkit.local_worker import PROJECT
 from worker.settings import Settings
-from worker.up.options import parse
+from worker.up.options import parse_up_options
 
 if TYPE_CHECKING:
     from devkit.local_worker import LocalWorker
@@ -111,7 +111,7 @@ def test_the_same_versions_everywhere() -> None:
     assert hub()["config"]["allowedCudaVersions"] == ["13.0"]
     assert json.loads(text(".runpod/tests.json"))["config"]["allowedCudaVersions"] == ["13.0"]
     assert re.findall(r'"minCudaVersion": "([\d.]+)"', text("docs/deployment.md")) == ["13.0"]
-    assert parse(["workflow.json"]).cuda == "13.0", "what `up` asks of a host"
+    assert parse_up_options(["workflow.json"]).cuda == "13.0", "what `up` asks of a host"
 
 
 def test_every_flavour_of_torch_is_one_that_was_made_and_none_brings_a_setuptools_without_pkg_resources() -> None:

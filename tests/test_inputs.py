@@ -31,9 +31,9 @@ from worker.errors import (
 )
 from worker.job import InputFile
 from worker.media import inputs
-from worker.media.address_guard import UrlRules
-from worker.media.inputs import InputFiles, base64_pieces, clear_leftovers
-from worker.media.url_inputs import Fetcher, FetchLimits
+from worker.media.address_guard import AddressRules
+from worker.media.inputs import InputFiles, base64_pieces, clear_leftover_inputs
+from worker.media.url_inputs import UrlFetcher, UrlFetchLimits
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 RunAsync = Callable[[Coroutine[Any, Any, Any]], Any]
 
 A, B = base64.b64encode(b"first").decode(), base64.b64encode(b"second").decode()
-LOOPBACK = UrlRules(private=("127.0.0.1",))
+LOOPBACK = AddressRules(private=("127.0.0.1",))
 
 
 def listing(folder: Path) -> dict[str, bytes]:
@@ -71,7 +71,7 @@ class Placing:
         folder: Path,
         files: Sequence[InputFile],
         body: Callable[[], object] = lambda: None,
-        fetcher: Fetcher | None = None,
+        fetcher: UrlFetcher | None = None,
     ) -> Any:
         async def scenario() -> object:
             async with placed(InputFiles(folder, fetcher), files):
@@ -80,7 +80,7 @@ class Placing:
         return self._run_async(scenario())
 
     def refused(
-        self, error: type[WorkerError], folder: Path, files: Sequence[InputFile], fetcher: Fetcher | None = None
+        self, error: type[WorkerError], folder: Path, files: Sequence[InputFile], fetcher: UrlFetcher | None = None
     ) -> str:
         """The sentence that the files are refused with, before the job runs and with the folder untouched."""
         before = sorted(folder.rglob("*"))
@@ -291,7 +291,7 @@ def test_large_data_is_decoded_piece_by_piece(placing: Placing, tmp_path: Path) 
     data = os.urandom(7_000_000)
     files = [InputFile("a.bin", base64.b64encode(data).decode())]
     assert placing(tmp_path, files, lambda: listing(tmp_path)) == {"a.bin": data}
-    fetcher = Fetcher(limits=FetchLimits(max_bytes=6_999_999))
+    fetcher = UrlFetcher(limits=UrlFetchLimits(max_bytes=6_999_999))
     assert "more than 7 MB" in placing.refused(InputTooLarge, tmp_path, files, fetcher)
 
 
@@ -322,7 +322,7 @@ def test_files_from_addresses_beside_files_in_the_request(run_async: RunAsync, t
 
     async def scenario() -> None:
         runner, at = await _serve(answer)
-        folder = InputFiles(tmp_path, Fetcher(LOOPBACK))
+        folder = InputFiles(tmp_path, UrlFetcher(LOOPBACK))
         files = [InputFile("a.png", A), InputFile("b.mp4", url=f"{at}/b?c", subfolder="x"), InputFile("c", url=f"{at}/c")]
         async with placed(folder, files):
             assert listing(tmp_path) == {"a.png": b"first", "x/b.mp4": b"/b", "c": b"/c"}
@@ -352,7 +352,7 @@ def test_a_file_that_was_looked_into_is_fetched_once_and_is_in_place_later(run_a
     async def scenario() -> None:
         runner, at = await _serve(answer)
         files = [InputFile("a", url=f"{at}/a"), InputFile("b", url=f"{at}/b"), InputFile("b", url=f"{at}/later")]
-        with InputFiles(tmp_path, Fetcher(LOOPBACK)).of_job(files) as job:
+        with InputFiles(tmp_path, UrlFetcher(LOOPBACK)).of_job(files) as job:
             assert await job.look_into("b", lambda data: (len(data), data[:3], data[3:100])) == (6, b"/la", b"ter")
             assert asked == ["/later"]
             assert list(listing(tmp_path).values()) == [b"/later"], "staged, not placed"
@@ -394,7 +394,7 @@ def test_of_a_large_video_only_the_metadata_is_in_memory(run_async: RunAsync, tm
 
     async def scenario() -> None:
         runner, at = await _serve(answer)
-        with InputFiles(tmp_path / "input", Fetcher(LOOPBACK)).of_job([InputFile("v.mp4", url=at)]) as job:
+        with InputFiles(tmp_path / "input", UrlFetcher(LOOPBACK)).of_job([InputFile("v.mp4", url=at)]) as job:
             tracemalloc.start()
             try:
                 found = await job.look_into("v.mp4", embedded_workflow)
@@ -429,7 +429,7 @@ def test_a_cancelled_job_ends_its_fetch_and_leaves_nothing(run_async: RunAsync, 
                 let_go.set()
 
         async def job() -> None:
-            folder = InputFiles(tmp_path, Fetcher(LOOPBACK, FetchLimits(max_bytes=1 << 40)))
+            folder = InputFiles(tmp_path, UrlFetcher(LOOPBACK, UrlFetchLimits(max_bytes=1 << 40)))
             async with placed(folder, [InputFile("a.png", A), InputFile("b", url=at)]):
                 pytest.fail("the job must not run")
 
@@ -450,6 +450,6 @@ def test_what_a_killed_worker_left_is_removed(tmp_path: Path) -> None:
     (tmp_path / ".job-x").mkdir()
     (tmp_path / ".job-x" / "0").touch()
     (tmp_path / "keep.png").touch()
-    clear_leftovers(tmp_path)
+    clear_leftover_inputs(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["keep.png"]
-    clear_leftovers(tmp_path / "absent")
+    clear_leftover_inputs(tmp_path / "absent")

@@ -561,7 +561,7 @@ def test_refreshes_take_turns(rig: Rig) -> None:
     rig.many("loras", 200)
     rig.bake("loras/put_loras_here")
     inside, most = [0], [0]
-    real = sync.Pass.folder
+    real = sync.SyncPass.folder
 
     def folder(self: Any, relative: str, sources: Any) -> None:
         inside[0] += relative == ""
@@ -572,7 +572,7 @@ def test_refreshes_take_turns(rig: Rig) -> None:
     reports: list[LinkReport] = []
     threads = [threading.Thread(target=lambda: reports.append(rig.links.refresh())) for _ in range(4)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sync.Pass, "folder", folder)
+        patch.setattr(sync.SyncPass, "folder", folder)
         for thread in threads:
             thread.start()
         for thread in threads:

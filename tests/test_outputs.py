@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.media.outputs import Collected, OutputFiles, media_type, node_order, unanswered
+from worker.media.outputs import CollectedOutputs, OutputFiles, media_type, missing_output_sentences, node_order
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -79,12 +79,12 @@ def test_a_name_may_hold_its_folder(files: OutputFiles) -> None:
 
 def test_previews_come_only_when_asked_for(files: OutputFiles) -> None:
     outputs = {"1": {"images": [file("preview.png", kind="temp")]}}
-    assert files.collect(outputs) == Collected()
+    assert files.collect(outputs) == CollectedOutputs()
     assert [item.filename for item in files.collect(outputs, previews=True).outputs] == ["preview.png"]
 
 
 def test_what_is_an_input_is_no_output(files: OutputFiles) -> None:
-    assert files.collect({"1": {"images": [file("a.png", kind="input")]}}, previews=True) == Collected()
+    assert files.collect({"1": {"images": [file("a.png", kind="input")]}}, previews=True) == CollectedOutputs()
 
 
 def test_only_the_nodes_that_are_asked_for_and_a_word_for_those_that_gave_nothing(files: OutputFiles) -> None:
@@ -92,8 +92,8 @@ def test_only_the_nodes_that_are_asked_for_and_a_word_for_those_that_gave_nothin
     nodes = {"2", "10", "9"}
     found = files.collect(outputs, nodes=nodes)
     assert [item.node_id for item in found.outputs] == ["2"]
-    assert [text.split()[1] for text in unanswered(nodes, found, {})] == ["9", "10"]
-    assert unanswered(None, Collected(), {}) == []
+    assert [text.split()[1] for text in missing_output_sentences(nodes, found, {})] == ["9", "10"]
+    assert missing_output_sentences(None, CollectedOutputs(), {}) == []
 
 
 def test_a_file_that_a_node_lists_twice_comes_once(files: OutputFiles) -> None:
@@ -121,7 +121,7 @@ def test_a_file_that_is_not_there_has_a_sentence_beside_what_is(name: str, files
     found = files.collect({"9": {"images": [file(name), file("a.png")]}})
     assert [item.filename for item in found.outputs] == ["a.png"]
     assert [item.outside for item in found.missing] == [False]
-    (said,) = unanswered(None, found, {})
+    (said,) = missing_output_sentences(None, found, {})
     assert said.startswith(f"Node 9 lists the file '{name[:4]}")
     assert said.endswith("which is not in ComfyUI's output folder: it is not returned.")
     assert len(said) < 400
@@ -134,14 +134,14 @@ def test_a_node_cannot_have_files_from_elsewhere_delivered(filename: str, subfol
     found = files.collect({"9": {"images": [file(filename, subfolder)]}})
     assert found.outputs == ()
     assert [item.outside for item in found.missing] == [True]
-    (said,) = unanswered(None, found, {})
+    (said,) = missing_output_sentences(None, found, {})
     assert said.endswith("which is outside of ComfyUI's output folder: it is not returned.")
 
 
 def test_a_place_that_is_none_of_comfyuis_is_elsewhere(files: OutputFiles) -> None:
     found = files.collect({"9": {"images": [file("a.png", kind="s3")]}})
     assert found.outputs == ()
-    assert unanswered(None, found, {}) == [
+    assert missing_output_sentences(None, found, {}) == [
         "Node 9 lists the file 'a.png', which is outside of ComfyUI's s3 folder: it is not returned."
     ]
 
@@ -185,7 +185,7 @@ def test_strings_and_numbers_under_any_key_are_texts(files: OutputFiles) -> None
         ("text", "text_3_0.txt", "/no/such/file.png"),
         ("text", "text_3_1.txt", "a.png"),
     ]
-    assert unanswered(None, found, {}) == []
+    assert missing_output_sentences(None, found, {}) == []
 
 
 def test_a_path_in_the_output_folder_is_its_file_and_comes_once(files: OutputFiles, folder: Path) -> None:
@@ -211,7 +211,7 @@ def test_a_node_that_gives_nothing_is_told_of_where_that_is_a_loss(files: Output
         "5": {"a": []},
     }
     silent = {"6": "SaveImageWebsocket", "7": "PlaySound"}
-    alone = unanswered(None, files.collect(outputs), silent)
+    alone = missing_output_sentences(None, files.collect(outputs), silent)
     assert alone == [
         "Node 2 ran and lists no file; what it saved, if anything, is not returned.",
         "Node 3 put out only what is neither a file nor a text (bbox, masks): it is not returned.",
@@ -219,9 +219,9 @@ def test_a_node_that_gives_nothing_is_told_of_where_that_is_a_loss(files: Output
         "Node 6 (SaveImageWebsocket) ran and told ComfyUI of no file and no text: nothing of it is returned.",
         "Node 7 (PlaySound) ran and told ComfyUI of no file and no text: nothing of it is returned.",
     ]
-    beside = unanswered(None, files.collect({**outputs, "1": {"images": [file("a.png")]}}), silent)
+    beside = missing_output_sentences(None, files.collect({**outputs, "1": {"images": [file("a.png")]}}), silent)
     assert beside == [alone[0], alone[1], alone[3]]
-    assert unanswered({"1"}, files.collect({"1": {"images": [file("a.png")]}}, nodes={"1"}), silent) == []
+    assert missing_output_sentences({"1"}, files.collect({"1": {"images": [file("a.png")]}}, nodes={"1"}), silent) == []
 
 
 @given(st.sets(st.text(min_size=1)), st.randoms(use_true_random=False))

@@ -13,7 +13,7 @@ import pytest
 from worker.editor.embedded_workflow import embedded_workflow
 from worker.media.delivery import Delivery
 from worker.media.outputs import Output
-from worker.media.picture_formats import Encoding, PictureFormat
+from worker.media.picture_formats import PictureEncoding, PictureFormat
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -82,7 +82,7 @@ def test_pngs_are_encoded_and_keep_their_size(kind: str, suffix: str, folder: Pa
     names = ("plain", "grey", "clear")
     given = [output_of(folder / f"{name}.png") for name in names]
     given.append(output_of(folder / "plain.png", (folder / "plain.png").read_bytes()))  # as it came through a websocket
-    made, said = Encoding(str(engine.python), given, PictureFormat(kind, 90), tmp_path).run()
+    made, said = PictureEncoding(str(engine.python), given, PictureFormat(kind, 90), tmp_path).run()
     assert said == []
     assert [item.filename for item in made] == [f"{name}{suffix}" for name in (*names, "plain")]
     assert {item.media_type for item in made} == {f"image/{kind}"}
@@ -98,7 +98,7 @@ def test_pngs_are_encoded_and_keep_their_size(kind: str, suffix: str, folder: Pa
 def test_a_lower_quality_is_smaller(folder: Path, engine: Engine, tmp_path: Path) -> None:
     sizes = []
     for quality in (30, 95):
-        (made,), _ = Encoding(
+        (made,), _ = PictureEncoding(
             str(engine.python), [output_of(folder / "plain.png")], PictureFormat("webp", quality), tmp_path
         ).run()
         sizes.append(made.size_bytes)
@@ -106,12 +106,16 @@ def test_a_lower_quality_is_smaller(folder: Path, engine: Engine, tmp_path: Path
 
 
 def test_the_workflow_goes_with_the_picture(folder: Path, engine: Engine, tmp_path: Path) -> None:
-    (webp,), _ = Encoding(str(engine.python), [output_of(folder / "plain.png")], PictureFormat("webp", 90), tmp_path).run()
+    (webp,), _ = PictureEncoding(
+        str(engine.python), [output_of(folder / "plain.png")], PictureFormat("webp", 90), tmp_path
+    ).run()
     assert isinstance(webp.source, type(tmp_path))
     found = embedded_workflow(webp.source.read_bytes())
     assert found is not None
     assert (found.prompt, found.workflow) == (PROMPT, WORKFLOW)
-    (jpeg,), _ = Encoding(str(engine.python), [output_of(folder / "plain.png")], PictureFormat("jpeg", 90), tmp_path).run()
+    (jpeg,), _ = PictureEncoding(
+        str(engine.python), [output_of(folder / "plain.png")], PictureFormat("jpeg", 90), tmp_path
+    ).run()
     assert isinstance(jpeg.source, type(tmp_path))
     assert f"prompt:{json.dumps(PROMPT)}".encode() in jpeg.source.read_bytes()
 
@@ -119,7 +123,7 @@ def test_the_workflow_goes_with_the_picture(folder: Path, engine: Engine, tmp_pa
 def test_what_cannot_be_encoded_comes_as_it_is_and_is_named(folder: Path, engine: Engine, tmp_path: Path) -> None:
     given = [output_of(folder / f"{name}.png") for name in ("moving", "plain", "deep", "broken")]
     text = Output("text", "3", "text_3_0.txt", "", "text/plain", 2, "hi")
-    made, said = Encoding(str(engine.python), [*given, text], PictureFormat("webp", 90), tmp_path).run()
+    made, said = PictureEncoding(str(engine.python), [*given, text], PictureFormat("webp", 90), tmp_path).run()
     assert [item.filename for item in made] == ["moving.png", "plain.webp", "deep.png", "broken.png", "text_3_0.txt"]
     assert [sentence.split()[2] for sentence in said] == ["moving.png", "deep.png", "broken.png"]
     assert said[0] == "The picture moving.png is returned as it is, not as webp: it is animated."
@@ -128,7 +132,7 @@ def test_what_cannot_be_encoded_comes_as_it_is_and_is_named(folder: Path, engine
 @pytest.mark.parametrize("python", ["/no/such/python", "false"])
 def test_without_an_encoder_pictures_come_as_they_are(python: str, folder: Path, tmp_path: Path) -> None:
     given = [output_of(folder / "plain.png")]
-    made, said = Encoding(python, given, PictureFormat("webp", 90), tmp_path).run()
+    made, said = PictureEncoding(python, given, PictureFormat("webp", 90), tmp_path).run()
     assert made == given
     assert said == ["The picture plain.png is returned as it is, not as webp: the encoder did not answer."]
 
@@ -137,7 +141,7 @@ def test_an_encoder_that_is_stopped_ends_at_once(folder: Path, tmp_path: Path) -
     slow = tmp_path / "slow"
     slow.write_text("#!/bin/sh\nexec sleep 300\n")
     slow.chmod(0o755)
-    encoding = Encoding(str(slow), [output_of(folder / "plain.png")], PictureFormat("webp", 90), tmp_path)
+    encoding = PictureEncoding(str(slow), [output_of(folder / "plain.png")], PictureFormat("webp", 90), tmp_path)
     running = threading.Thread(target=encoding.run)
     running.start()
     while encoding._process is None:

@@ -21,8 +21,8 @@ from worker.graph.overrides import apply_overrides
 from worker.graph.paths import check_paths
 from worker.job import Request
 from worker.media.bucket import job_target
-from worker.media.inputs import _check_apart, _relative, base64_pieces
-from worker.media.url_inputs import Fetcher
+from worker.media.inputs import _check_apart, _input_name, base64_pieces
+from worker.media.url_inputs import UrlFetcher
 from worker.models import lists
 from worker.models.sources import Sources
 from worker.store.layout import Layout
@@ -36,7 +36,7 @@ BODY = jsonschema.Draft202012Validator(SCHEMA)
 INPUT: dict[str, Any] = SCHEMA["$defs"]["input"]
 HOSTS = ("huggingface.co", "civitai.com")
 LISTS = Sources.read()
-FETCHER = Fetcher()
+FETCHER = UrlFetcher()
 
 
 # --- the two verdicts -----------------------------------------------------------------------------
@@ -59,7 +59,7 @@ def _checked(body: dict[str, Any]) -> None:
     request = Request.parse(body.get("input"))
     job_target(body.get("s3Config"))
     LISTS.with_request(request.models, HOSTS)
-    _check_apart([_relative(file) for file in request.files])
+    _check_apart([_input_name(file) for file in request.files])
     for file in request.files:
         if file.url is not None:
             FETCHER.check(file.name, file.url)

@@ -18,8 +18,8 @@ from worker.fetch.hub import Hub, credentials
 from worker.seed import seed_command
 from worker.seed.errors import S3FileDiffers, S3KeysRefused, S3Unreachable, S3VolumeFull, S3VolumeNotFound
 from worker.seed.fill import S3Filler
-from worker.seed.relay import Load
-from worker.seed.s3_api import Bucket, Keys, Place, bucket_at
+from worker.seed.relay import RelayLoad
+from worker.seed.s3_api import S3Api, S3Keys, S3Place, s3_api_at
 from worker.seed.s3_volume import S3Volume
 from worker.seed.sibling import Sibling
 from worker.spec import HubFile, ModelSpec, Url
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 KIB = 1024
 PART = 64 * KIB
 COUNT = 10
-FAST = Load(
+FAST = RelayLoad(
     downloads=3,
     uploads=3,
     part_bytes=PART,
@@ -89,12 +89,12 @@ class Seeder:
         self._client: Any = None
 
     def volume(self, name: str = "vol1") -> S3Volume:
-        place = Place(name, "", self.proxy.endpoint_url)
+        place = S3Place(name, "", self.proxy.endpoint_url)
         if self._client is None:  # it takes boto3 half a second to make one
-            self._client = bucket_at(place, Keys("user_devkit", "rps_devkit"), 12)._client
-        return S3Volume(Bucket(place, self._client))
+            self._client = s3_api_at(place, S3Keys("user_devkit", "rps_devkit"), 12)._client
+        return S3Volume(S3Api(place, self._client))
 
-    def seed(self, *volumes: str, spec: ModelSpec | None = None, load: Load = FAST) -> list[Outcome]:
+    def seed(self, *volumes: str, spec: ModelSpec | None = None, load: RelayLoad = FAST) -> list[Outcome]:
         filler = S3Filler(self.hub, [self.volume(name) for name in volumes or ("vol1",)], load)
         return filler.ensure(spec or self.spec(), self.moments.append, self.cancel)
 
@@ -259,7 +259,7 @@ def test_a_damaged_part_is_refused_by_the_server(seeder: Seeder) -> None:
 
 def test_keys_and_volumes_that_are_wrong_are_named(seeder: Seeder) -> None:
     with pytest.raises(S3KeysRefused, match="RUNPOD_S3_ACCESS_KEY_ID"):
-        bucket_at(seeder.volume().bucket.place, Keys("user_other", "rps_other"), 1).check()
+        s3_api_at(seeder.volume().bucket.place, S3Keys("user_other", "rps_other"), 1).check()
     with pytest.raises(S3VolumeNotFound, match="no volume 'vol9'"):
         seeder.volume("vol9").bucket.check()
 
@@ -435,7 +435,7 @@ def test_memory_is_bounded_by_the_window(seeder: Seeder) -> None:
 
 
 def test_a_bucket_names_the_call_that_failed() -> None:
-    bucket = Bucket(Place("v", "", "http://127.0.0.1:9"), S3Server().make_client("http://127.0.0.1:9"))
+    bucket = S3Api(S3Place("v", "", "http://127.0.0.1:9"), S3Server().make_client("http://127.0.0.1:9"))
     with pytest.raises(S3Unreachable, match="run this again"):
         bucket.check()
 

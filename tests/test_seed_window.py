@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.seed.window import Part, Window, WindowClosed
+from worker.seed.window import Window, WindowClosed, WindowPart
 
 READER = object()
 
@@ -27,7 +27,7 @@ def test_bytes_written_in_any_order_within_reach_come_out_in_order(size: int, pa
     data, chance = content(size), random.Random(seed)
     window = Window(size, part, width, [READER])
     out: list[bytes] = []
-    held: list[Part] = []
+    held: list[WindowPart] = []
     parts = window.in_order()
     todo = list(range(size))
     while len(out) < window.count:

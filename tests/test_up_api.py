@@ -35,10 +35,10 @@ from scripts.make_catalog import fetch_wheel, specs_in, templates
 from worker.models.catalog import Catalog
 from worker.spec import HubFile
 from worker.up import api, catalog, options, plan, up_command
-from worker.up.api import Retries, RunPod
-from worker.up.catalog import volume_gb, volume_usd_month, wanted_gb
+from worker.up.api import ApiRetries, RunPodApi
+from worker.up.catalog import volume_gb, volume_usd_month, wanted_gpu_gb
 from worker.up.errors import ApiKeyMissing, StateInvalid, UpUsage
-from worker.up.state import State, alone, state_path
+from worker.up.state import UpState, state_lock, state_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -108,7 +108,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
 
 @pytest.fixture
 def desk(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
-    monkeypatch.setattr(api, "Retries", lambda: Retries(patience_s=3.0, first_s=0.01, longest_s=0.05))
+    monkeypatch.setattr(api, "ApiRetries", lambda: ApiRetries(patience_s=3.0, first_s=0.01, longest_s=0.05))
     with RunPodStandIn(tmp_path / "runpod") as runpod:
         yield Desk(tmp_path, runpod, hub)
 
@@ -398,10 +398,10 @@ def test_how_large_and_how_dear_a_volume_is() -> None:
 
 def test_which_gpus_a_workflow_fits_into(desk: Desk) -> None:
     pools = catalog.pools_of(desk.runpod.account.market.gpus_shown(available=True))
-    assert wanted_gb(20_700_000_000) == 23
-    assert [pool.name for pool in catalog.fitting(pools, 23)][:3] == ["AMPERE_24", "ADA_24", "AMPERE_48"]
-    assert [pool.name for pool in catalog.fitting(pools, 90)] == ["BLACKWELL_96", "HOPPER_141", "BLACKWELL_180"]
-    assert [pool.name for pool in catalog.fitting(pools, 500)] == ["BLACKWELL_180"]  # the largest there is
+    assert wanted_gpu_gb(20_700_000_000) == 23
+    assert [pool.name for pool in catalog.fitting_pools(pools, 23)][:3] == ["AMPERE_24", "ADA_24", "AMPERE_48"]
+    assert [pool.name for pool in catalog.fitting_pools(pools, 90)] == ["BLACKWELL_96", "HOPPER_141", "BLACKWELL_180"]
+    assert [pool.name for pool in catalog.fitting_pools(pools, 500)] == ["BLACKWELL_180"]  # the largest there is
     assert pools["AMPERE_24"].slices == (MIG,)
 
 
@@ -416,7 +416,7 @@ def test_which_gpus_a_workflow_fits_into(desk: Desk) -> None:
     ],
 )
 def test_the_image_that_fills_a_volume(image: str, small: str) -> None:
-    assert plan.cpu_image_of(image) == small
+    assert plan.planned_cpu_image(image) == small
 
 
 @pytest.mark.parametrize(
@@ -429,7 +429,7 @@ def test_the_image_that_fills_a_volume(image: str, small: str) -> None:
     ],
 )
 def test_what_a_deployment_is_called(argv: list[str], name: str) -> None:
-    assert options.parse(argv).name == name
+    assert options.parse_up_options(argv).name == name
 
 
 @pytest.mark.parametrize(
@@ -438,44 +438,44 @@ def test_what_a_deployment_is_called(argv: list[str], name: str) -> None:
 )
 def test_a_command_line_that_makes_no_sense(argv: list[str]) -> None:
     with pytest.raises(UpUsage):
-        options.parse(argv)
+        options.parse_up_options(argv)
 
 
 def test_the_image_is_that_of_whoever_the_checkout_is_from(monkeypatch: pytest.MonkeyPatch) -> None:
-    given = options.parse(["x.json"])
-    monkeypatch.setattr(plan, "_owner", lambda: "Somebody")
-    assert plan.image_of(given) == "ghcr.io/somebody/comfyui-volume-worker:1.0.0"
-    monkeypatch.setattr(plan, "_owner", lambda: None)
+    given = options.parse_up_options(["x.json"])
+    monkeypatch.setattr(plan, "_clone_owner", lambda: "Somebody")
+    assert plan.planned_image(given) == "ghcr.io/somebody/comfyui-volume-worker:1.0.0"
+    monkeypatch.setattr(plan, "_clone_owner", lambda: None)
     with pytest.raises(UpUsage, match="--image"):
-        plan.image_of(given)
+        plan.planned_image(given)
 
 
 def test_the_key_goes_over_tls_only_and_is_a_key() -> None:
     with pytest.raises(UpUsage, match="https"):
-        RunPod("rpa_x", "http://example.com")
+        RunPodApi("rpa_x", "http://example.com")
     with pytest.raises(UpUsage, match="blank"):
-        RunPod("rpa_x y")
+        RunPodApi("rpa_x y")
     with pytest.raises(ApiKeyMissing):
-        RunPod("")
+        RunPodApi("")
 
 
 def test_the_state_is_whole_or_the_old_one(tmp_path: Path) -> None:
     path = state_path("x", {"XDG_STATE_HOME": str(tmp_path)})
-    state = State.load(path)
+    state = UpState.load(path)
     assert not state.exists
     state.put("volume", id="v1")
     path.with_suffix(".new").write_text('{"volume": ')  # killed while the next one was written
-    assert State.load(path).get("volume") == {"id": "v1"}
+    assert UpState.load(path).get("volume") == {"id": "v1"}
     path.write_text("{")
     with pytest.raises(StateInvalid):
-        State.load(path)
+        UpState.load(path)
 
 
 def test_two_of_a_name_do_not_run_at_once(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
-    with alone(path), pytest.raises(UpUsage, match="Another"), alone(path):
+    with state_lock(path), pytest.raises(UpUsage, match="Another"), state_lock(path):
         pass
-    with alone(path):
+    with state_lock(path):
         pass
 
 
@@ -656,7 +656,7 @@ def test_what_the_stand_in_refuses_runpod_refuses_too(contract: Contract) -> Non
 
 @needs_openapi
 def test_the_base_address_is_theirs(contract: Contract) -> None:
-    runpod = RunPod("rpa_x")
+    runpod = RunPodApi("rpa_x")
     assert contract.document["servers"][0]["url"] + "/v2/" == str(runpod._client.base_url)
     runpod.close()
 

@@ -31,9 +31,16 @@ from worker.errors import (
     RequestError,
     WorkerError,
 )
-from worker.media.address_guard import UrlRules
+from worker.media.address_guard import AddressRules
 from worker.media.staging import StagedFile
-from worker.media.url_inputs import Download, Fetcher, FetchLimits, JudgingBackend, _PrivateAddressError, shown
+from worker.media.url_inputs import (
+    JudgingBackend,
+    UrlDownload,
+    UrlFetcher,
+    UrlFetchLimits,
+    _PrivateAddressError,
+    shown_input_url,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -44,8 +51,8 @@ Answer = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 FILES = "files.test"
 """The one name that the tests' operator allows; it leads to the loopback."""
-RULES = UrlRules(private=(FILES,))
-LIMITS = FetchLimits(max_bytes=1_000_000, timeout_s=60, pause_s=0)
+RULES = AddressRules(private=(FILES,))
+LIMITS = UrlFetchLimits(max_bytes=1_000_000, timeout_s=60, pause_s=0)
 SECRET = "0ld-sQueamish"
 
 
@@ -106,13 +113,13 @@ async def fetch(
     url: str,
     folder: Path,
     *,
-    rules: UrlRules = RULES,
-    limits: FetchLimits = LIMITS,
+    rules: AddressRules = RULES,
+    limits: UrlFetchLimits = LIMITS,
     lookup: Callable[[str], Awaitable[list[str]]] = looking_up,
     tls: ssl.SSLContext | None = None,
 ) -> bytes:
     path = folder / "0"
-    await Fetcher(rules, limits, lookup, tls).fetch([Download(url, StagedFile("a.png", path, limits.max_bytes))])
+    await UrlFetcher(rules, limits, lookup, tls).fetch([UrlDownload(url, StagedFile("a.png", path, limits.max_bytes))])
     return path.read_bytes()
 
 
@@ -147,7 +154,9 @@ def test_four_at_a_time(run_async: RunAsync, tmp_path: Path) -> None:
 
         async with serving(answer) as server:
             files = [StagedFile(f"{at}.png", tmp_path / str(at), 10) for at in range(9)]
-            await Fetcher(RULES, LIMITS, looking_up).fetch([Download(server.url(f"/{file.name}"), file) for file in files])
+            await UrlFetcher(RULES, LIMITS, looking_up).fetch(
+                [UrlDownload(server.url(f"/{file.name}"), file) for file in files]
+            )
         assert most == 4
         assert {file.path.read_bytes() for file in files} == {b"x"}
 
@@ -242,7 +251,7 @@ def test_a_name_that_changes_its_address_gains_nothing(run_async: RunAsync, tmp_
     async def scenario() -> None:
         async with serving(answer, "0.0.0.0") as server:
             with pytest.raises(InputUrlRefused, match="private"):
-                await fetch(server.url(host="rebind.test"), tmp_path, rules=UrlRules(private=("127.0.0.2",)), lookup=lookup)
+                await fetch(server.url(host="rebind.test"), tmp_path, rules=AddressRules(private=("127.0.0.2",)), lookup=lookup)
             assert answers == []
             assert len(server.asked) == 1
 
@@ -254,7 +263,7 @@ def test_of_several_addresses_only_those_that_may_be_reached_are_tried(run_async
         return ["127.0.0.1", "::1", "127.0.0.3", "127.0.0.2"]
 
     async def scenario() -> None:
-        rules = UrlRules(private=("127.0.0.2/31",))
+        rules = AddressRules(private=("127.0.0.2/31",))
         async with serving(saying(b"x"), "127.0.0.2") as server:
             assert await fetch(server.url(host="both.test"), tmp_path, rules=rules, lookup=lookup) == b"x"
         async with serving(saying(b"x"), "127.0.0.1") as server:
@@ -270,7 +279,7 @@ def test_a_socket_opens_to_nothing_that_was_not_judged(run_async: RunAsync) -> N
         return ["127.0.0.1", "localhost", ""] if host == "name.test" else ["127.0.0.2"]
 
     async def scenario() -> None:
-        backend = JudgingBackend(UrlRules(private=("127.0.0.2",)), lookup)
+        backend = JudgingBackend(AddressRules(private=("127.0.0.2",)), lookup)
         async with serving(saying(b"x"), "0.0.0.0") as server:
             for host in ("127.0.0.2", "other.test"):
                 stream = await backend.connect_tcp(host, server.port)
@@ -288,7 +297,7 @@ def test_an_address_that_does_not_answer_leaves_time_for_the_next(run_async: Run
         return ["127.0.0.2", "127.0.0.3"]
 
     async def scenario() -> None:
-        backend = JudgingBackend(UrlRules(private=("127.0.0.0/8",)), lookup)
+        backend = JudgingBackend(AddressRules(private=("127.0.0.0/8",)), lookup)
         port = free_port()
         with socket.socket() as silent:
             silent.bind(("127.0.0.2", port))
@@ -307,7 +316,7 @@ def test_an_address_that_does_not_answer_leaves_time_for_the_next(run_async: Run
     run_async(scenario())
 
 
-class EverythingIsPublic(UrlRules):
+class EverythingIsPublic(AddressRules):
     """As for a machine that has a public address of its own."""
 
     def admits(self, host: str, address: str) -> bool:
@@ -387,11 +396,11 @@ def test_a_server_that_is_too_slow(run_async: RunAsync, tmp_path: Path) -> None:
     async def scenario() -> None:
         async with serving(never) as server:
             files = [StagedFile(name, tmp_path / name, 10) for name in ("a.png", "b.png")]
-            fetcher = Fetcher(RULES, FetchLimits(timeout_s=0.3), looking_up)
+            fetcher = UrlFetcher(RULES, UrlFetchLimits(timeout_s=0.3), looking_up)
             with pytest.raises(InputTimedOut, match=r"'a.png' and 1 more did not arrive within 0.3 s") as caught:
-                await fetcher.fetch([Download(server.url(), file) for file in files])
+                await fetcher.fetch([UrlDownload(server.url(), file) for file in files])
             assert caught.value.retryable
-            limits = FetchLimits(silence_timeout_s=0.1, attempts=1)
+            limits = UrlFetchLimits(silence_timeout_s=0.1, attempts=1)
             with pytest.raises(InputUnreachable, match=r"it sent nothing for 0\.1 s"):
                 await fetch(server.url(), tmp_path, limits=limits)
 
@@ -496,7 +505,7 @@ def test_what_speaks_no_http_or_nobody_answers(run_async: RunAsync, tmp_path: Pa
             await fetch("http://nowhere.test/a", tmp_path, lookup=unknown)
         for host in ("a..b", "a" * 70 + ".test"):
             with pytest.raises(InputUnreachable, match="does not resolve"):
-                await Fetcher(limits=LIMITS).fetch([Download(f"http://{host}/", StagedFile("a", tmp_path / "0", 9))])
+                await UrlFetcher(limits=LIMITS).fetch([UrlDownload(f"http://{host}/", StagedFile("a", tmp_path / "0", 9))])
 
     run_async(scenario())
 
@@ -543,7 +552,7 @@ def test_no_error_and_no_log_shows_a_query_or_a_folder(
     query = f"/{SECRET}/a.png?X-Amz-Signature={SECRET}"
     told: list[WorkerError] = []
 
-    async def attempt(url: str, limits: FetchLimits = LIMITS) -> None:
+    async def attempt(url: str, limits: UrlFetchLimits = LIMITS) -> None:
         with pytest.raises((InputError, RequestError)) as caught:
             await fetch(url, tmp_path, limits=limits)
         told.append(caught.value)
@@ -555,8 +564,8 @@ def test_no_error_and_no_log_shows_a_query_or_a_folder(
         async with serving(redirecting(f"http://10.0.0.1{query}")) as server:
             await attempt(server.url(query))
         async with serving(never) as server:
-            await attempt(server.url(query), FetchLimits(timeout_s=0.1))
-            await attempt(server.url(query), FetchLimits(silence_timeout_s=0.05, attempts=1))
+            await attempt(server.url(query), UrlFetchLimits(timeout_s=0.1))
+            await attempt(server.url(query), UrlFetchLimits(silence_timeout_s=0.05, attempts=1))
         async with serving(saying(b"\0", Content_Encoding="gzip")) as server:
             await attempt(server.url(query))
         await attempt(server.url(query))
@@ -585,13 +594,13 @@ def test_no_error_and_no_log_shows_a_query_or_a_folder(
     ],
 )
 def test_how_an_address_is_shown(url: str, text: str) -> None:
-    assert shown(url) == text
+    assert shown_input_url(url) == text
 
 
 def test_the_address_on_the_wire_is_that_of_the_judged_host() -> None:
     """Two readers of one address may differ about its host; there is one reader."""
-    from worker.media.url_inputs import _checked  # noqa: PLC0415 - private, for this one test
+    from worker.media.url_inputs import _checked_url  # noqa: PLC0415 - private, for this one test
 
-    checked = _checked(UrlRules(), "a", "http://example.com:81\t/a b\n?c d#e")
+    checked = _checked_url(AddressRules(), "a", "http://example.com:81\t/a b\n?c d#e")
     assert checked == httpx2.URL("http://example.com:81/a%20b?c%20d")
     assert (checked.raw_host, checked.port, checked.raw_path) == (b"example.com", 81, b"/a%20b?c%20d")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from devkit.local_worker import PROJECT
-from worker.seed.s3_api import DATACENTERS, Bucket, Place
+from worker.seed.s3_api import DATACENTERS, S3Api, S3Place
 from worker.seed.s3_volume import S3Volume
 from worker.store.layout import Layout
 from worker.store.seals import Seal
@@ -72,5 +72,5 @@ def test_the_data_centres_are_those_that_the_seeder_takes() -> None:
 
 
 def test_a_key_is_the_path_on_the_mounted_volume() -> None:
-    volume = S3Volume(Bucket(Place("v", "EU-RO-1", ""), None))
+    volume = S3Volume(S3Api(S3Place("v", "EU-RO-1", ""), None))
     assert volume.key("F", "sub/N") == str(LAYOUT.model("F", "sub/N").relative_to(ROOT))

@@ -17,7 +17,7 @@ from devkit.hub import Hub as StandIn
 from devkit.s3 import S3Server
 from worker import plan
 from worker.errors import NoWorkflowInFile, UnsafePath, WorkflowUnknown
-from worker.seed.s3_api import Bucket, Place
+from worker.seed.s3_api import S3Api, S3Place
 from worker.seed.s3_volume import S3Volume
 from worker.seed.seed_command import USAGE, run
 from worker.settings import Settings
@@ -247,7 +247,7 @@ def test_a_volume_through_s3_has_workflows_too() -> None:
         bucket = server.bucket("vol1")
         for name in ("tiny", "upscale/4x"):
             server.client.put_object(Bucket=bucket, Key=f"workflows/{name}.json", Body=json.dumps(TINY).encode())
-        volume = S3Volume(Bucket(Place(bucket, "EU-RO-1", server.endpoint_url), server.client))
+        volume = S3Volume(S3Api(S3Place(bucket, "EU-RO-1", server.endpoint_url), server.client))
         assert volume.workflow_names() == ["tiny", "upscale/4x"]
         assert json.loads(volume.workflow("upscale/4x") or b"") == TINY
         assert volume.workflow("portrait") is None

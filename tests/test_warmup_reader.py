@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from devkit.local_worker import PROJECT
-from worker.links.host_cache import cached_copies, lay_out
+from worker.links.host_cache import cached_copies, link_host_cache
 from worker.links.model_links import ModelLinks
 from worker.store.layout import Layout
 from worker.store.seals import Seal, write_seal
@@ -411,13 +411,13 @@ def test_comfyui_is_shown_the_copy_in_the_host_cache(volume: Path, cached: Path,
     layout, models, near = Layout(volume), tmp_path / "comfyui/models", tmp_path / "near"
     copies = cached_copies(layout)
     assert list(copies) == [cached]
-    assert lay_out(copies, layout, near) == 1
+    assert link_host_cache(copies, layout, near) == 1
     report = ModelLinks(models, [layout.models], within=[volume], host_cache=near).refresh()
     assert (report.files, report.problems) == (3, ())
     assert (models / "loras/a").resolve() == layout.host_cache_repo("org/repo") / "blobs" / ("ab" * 32)
     assert (models / "loras/b").resolve() == layout.models / "loras/b"
 
-    assert lay_out({}, layout, near) == 0
+    assert link_host_cache({}, layout, near) == 0
     ModelLinks(models, [layout.models], within=[volume], host_cache=near).refresh()
     assert (models / "loras/a").resolve() == cached
 

@@ -160,7 +160,7 @@ def _up(argv: Sequence[str], environ: MutableMapping[str, str]) -> int:
     if list(argv) == ["fill"]:
         from worker.up import pod  # noqa: PLC0415 - in the Pod that `up` makes, where there is no client
 
-        return pod.fill(environ, sys.stdout)
+        return pod.fill_in_pod(environ, sys.stdout)
     try:
         from worker.up import up_command  # noqa: PLC0415 - only for this command
     except ModuleNotFoundError as exc:

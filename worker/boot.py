@@ -26,12 +26,12 @@ from worker.engine.engine import Engine
 from worker.engine.event_loop import Boot, LoopThread
 from worker.errors import VolumeMissing, WorkerError, no_volume
 from worker.handler import JobHandler
-from worker.links.host_cache import lay_out
+from worker.links.host_cache import link_host_cache
 from worker.links.model_links import ModelLinks
-from worker.media.address_guard import UrlRules
+from worker.media.address_guard import AddressRules
 from worker.media.delivery import Delivery
-from worker.media.inputs import InputFiles, clear_leftovers
-from worker.media.url_inputs import Fetcher, FetchLimits
+from worker.media.inputs import InputFiles, clear_leftover_inputs
+from worker.media.url_inputs import UrlFetcher, UrlFetchLimits
 from worker.models.job_models import JobModels
 from worker.store.layout import Layout
 from worker.store.leases import Leases
@@ -139,9 +139,9 @@ class Worker:
         if self._leases:
             self.clock.on_thaw(self._leases.forget)
         self._engine = Engine(settings, command, process, self._give_up, self.clock)
-        rules = UrlRules(settings.input_url_hosts, settings.input_url_allow_private)
-        limits = FetchLimits(settings.input_max_mb * 1_000_000, settings.input_timeout_s)
-        inputs = InputFiles(settings.base_dir / "input", Fetcher(rules, limits))
+        rules = AddressRules(settings.input_url_hosts, settings.input_url_allow_private)
+        limits = UrlFetchLimits(settings.input_max_mb * 1_000_000, settings.input_timeout_s)
+        inputs = InputFiles(settings.base_dir / "input", UrlFetcher(rules, limits))
         self._delivery = Delivery.of(settings)
         self._warmup = warmup
         state = volume.definitions if is_volume(settings.volume_path) else None
@@ -247,9 +247,9 @@ class Worker:
     def _supply_models(self, timeline: Timeline) -> None:
         settings = self._settings
         with timeline.step("links") as step:
-            clear_leftovers(settings.base_dir / "input")
+            clear_leftover_inputs(settings.base_dir / "input")
             with self._warmup.standing_back():
-                lay_out(self._warmup.copies(), Layout(settings.volume_path.resolve()), _host_cache(settings))
+                link_host_cache(self._warmup.copies(), Layout(settings.volume_path.resolve()), _host_cache(settings))
                 report = self._links.refresh()
             step.note = f"{report.files} files"
         self._warmup.linked(self._job_models)

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from worker.graph.graph import Graph
     from worker.job import Result
     from worker.media.delivery import Delivery
-    from worker.media.inputs import InputFiles, JobFiles
+    from worker.media.inputs import InputFiles, JobInputFiles
     from worker.models.job_models import JobModels
     from worker.preparation import Prepared, Tell
     from worker.settings import Settings
@@ -136,7 +136,7 @@ class JobHandler:
                 self._delivery.job_ended()
 
     async def _run_request(
-        self, request: Request, files: JobFiles, job: Mapping[str, Any], job_id: str, around: Around
+        self, request: Request, files: JobInputFiles, job: Mapping[str, Any], job_id: str, around: Around
     ) -> Result:
         await around.aside(files.check)
         if request.models is not None:
@@ -188,7 +188,7 @@ class JobHandler:
         self._keep_definitions()
         return timed(result, request, around, run.queued_s, run.node_s)
 
-    async def _ask_the_judge(self, prepared: Prepared, request: Request, files: JobFiles, around: Around) -> None:
+    async def _ask_the_judge(self, prepared: Prepared, request: Request, files: JobInputFiles, around: Around) -> None:
         """Have ComfyUI refuse, in its own words, a graph that no file can save. Returns if it does not refuse it for that.
 
         Nothing was fetched for it, so what ComfyUI says of files that would have been is left out.
@@ -274,7 +274,7 @@ class JobHandler:
         return result
 
     async def _run_again(
-        self, graph: Graph, request: Request, files: JobFiles, around: Around, nodes: Collection[str]
+        self, graph: Graph, request: Request, files: JobInputFiles, around: Around, nodes: Collection[str]
     ) -> RunResult:
         """Run these output nodes again, and no others."""
         roots = {node_id if node_id in graph else node_id.partition(".")[0] for node_id in nodes}
@@ -284,7 +284,7 @@ class JobHandler:
         self,
         graph: Graph,
         request: Request,
-        files: JobFiles,
+        files: JobInputFiles,
         around: Around,
         targets: Collection[str] | None = None,
         *,

@@ -25,7 +25,7 @@ _COLOUR = re.compile(r"\x1b\[[0-9;:]*m")
 _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029]")
 
 
-def printable(text: str) -> str:
+def log_line(text: str) -> str:
     r"""Return the text as one log line: without colours, and with other control characters as `\n` and the like.
 
     A name in a job may contain line breaks that would begin another record, or sequences that a terminal obeys.
@@ -42,7 +42,7 @@ class RedactingFilter(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Keep every record, with its text redacted."""
-        record.msg, record.args = printable(self.redact(shortened(record.getMessage(), _LONGEST))), None
+        record.msg, record.args = log_line(self.redact(shortened(record.getMessage(), _LONGEST))), None
         return True
 
     def redact(self, text: str) -> str:

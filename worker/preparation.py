@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from worker.graph.graph import Graph
     from worker.graph.model_names import NamedModel
     from worker.job import Request
-    from worker.media.inputs import JobFiles
+    from worker.media.inputs import JobInputFiles
     from worker.models.download_queue import Waiting
     from worker.models.job_models import JobModels, Name
     from worker.spec import ModelSpec
@@ -63,7 +63,7 @@ class Job:
     id: str
     source: Source
     request: Request
-    files: JobFiles
+    files: JobInputFiles
     tell: Tell
     use: JobUse | None = None
     """What protects its models from removal."""

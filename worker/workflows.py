@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from worker.engine.definitions import Answers
     from worker.graph.graph import Graph
     from worker.job import Request
-    from worker.media.inputs import JobFiles
+    from worker.media.inputs import JobInputFiles
 
 # 32 bits: some nodes accept no more, and nobody makes that many pictures.
 _SEED_RANGE = 1 << 32
@@ -61,7 +61,7 @@ class Workflows:
     def __init__(self, volume: Path) -> None:
         self._volume = volume
 
-    async def read(self, request: Request, files: JobFiles, aside: Aside) -> Source:
+    async def read(self, request: Request, files: JobInputFiles, aside: Aside) -> Source:
         """Return the request's workflow, from wherever it is.
 
         Raises a `RequestError`. Raises `InputError` if the file that contains the workflow is unavailable, and `VolumeFailed`
@@ -132,7 +132,7 @@ def _changed(graph: Graph, controls: Sequence[Control], request: Request) -> Gra
     return parse_graph(apply_overrides(graph, request.set) if request.set else graph)
 
 
-async def _carried(request: Request, name: str, files: JobFiles) -> tuple[object, Mapping[str, Any] | None]:
+async def _carried(request: Request, name: str, files: JobInputFiles) -> tuple[object, Mapping[str, Any] | None]:
     if not any(file.name == name for file in request.files):
         raise FieldInvalid("workflow_from", "must be the name of one of the job's 'images' or 'files'")
     found = await files.look_into(name, lambda data: embedded_workflow(data) or json_fault(name, data))

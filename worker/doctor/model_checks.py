@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
     from worker.doctor.findings import Finding
-    from worker.links.scan import Folder
+    from worker.links.scan import ScannedFolder
     from worker.store.inventory import InventoryEntry
     from worker.store.layout import Layout
 
@@ -83,7 +83,7 @@ def _of_files(layout: Layout, files: Sequence[_File]) -> Iterator[Finding]:
         yield listing(Severity.NOTE, f"{count(changed, 'file')} changed after being sealed, to be checked again", changed)
 
 
-def _of_folders(tree: Folder) -> Iterator[Finding]:
+def _of_folders(tree: ScannedFolder) -> Iterator[Finding]:
     loose = sorted(name for name in tree.files if name.lower().endswith(WEIGHT_SUFFIXES))
     if loose:
         text = f"{count(loose, 'file')} directly in models/, where ComfyUI does not look; move each into its folder"
@@ -99,14 +99,14 @@ def _of_folders(tree: Folder) -> Iterator[Finding]:
                 )
 
 
-def _hidden(tree: Folder) -> Iterator[Finding]:
+def _hidden(tree: ScannedFolder) -> Iterator[Finding]:
     busy = [path for relative, folder in tree.below("models") for path in _in_flight(relative, folder.path)]
     if busy:
         text = f"{count(busy, 'file')} named like a copy under way and hidden from ComfyUI; finish or remove"
         yield listing(Severity.NOTE, text, busy)
 
 
-def _twins(tree: Folder) -> Iterator[Finding]:
+def _twins(tree: ScannedFolder) -> Iterator[Finding]:
     for first, second in known().same_folders:
         ours, theirs = _names_below(tree, first), _names_below(tree, second)
         if twins := sorted(name for name in ours.keys() & theirs.keys() if ours[name] != theirs[name]):
@@ -150,13 +150,13 @@ def _trouble(path: Path, there: InventoryEntry) -> str | None:
     return str(there.error) if there.error else None
 
 
-def _files_of(tree: Folder) -> Iterator[_File]:
+def _files_of(tree: ScannedFolder) -> Iterator[_File]:
     for top, folder in sorted(tree.folders.items()):
         for relative, below in folder.below(top):
             yield from (_File(f"{relative}/{name}") for name in sorted(below.files))
 
 
-def _counts(tree: Folder, files: Sequence[_File]) -> Iterator[FolderCount]:
+def _counts(tree: ScannedFolder, files: Sequence[_File]) -> Iterator[FolderCount]:
     looked = len(files) <= _LOOKED_AT
     for top in sorted(tree.folders):
         here = [file for file in files if file.path.startswith(f"{top}/")]
@@ -165,7 +165,7 @@ def _counts(tree: Folder, files: Sequence[_File]) -> Iterator[FolderCount]:
             yield FolderCount(top, len(here), size_bytes if looked else None, sealed if looked else None)
 
 
-def _names_below(tree: Folder, top: str) -> dict[str, str]:
+def _names_below(tree: ScannedFolder, top: str) -> dict[str, str]:
     """Return the names that a loader of this folder sees, with the paths of their bytes."""
     below = tree.folders[top].below("") if top in tree.folders else ()
     return {f"{relative}/{name}".lstrip("/"): folder.real_path(name) for relative, folder in below for name in folder.files}

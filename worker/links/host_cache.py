@@ -32,12 +32,12 @@ def cached_copies(layout: Layout) -> dict[Path, Path]:
     This lists the cache, in which RunPod keeps the one or few repositories that the endpoint names. If the cache holds files,
     every seal of the volume is read. Without a cache nothing of the volume is read.
     """
-    blobs = dict(_blobs(layout.host_cache))
+    blobs = dict(_cache_blobs(layout.host_cache))
     return dict(_sealed_as(layout, blobs)) if blobs else {}
 
 
-def _blobs(cache: Path) -> Iterator[tuple[str, Path]]:
-    """Yield the sha256 and the path of each file in the cache that is named by one. Small files are named by another hash."""
+def _cache_blobs(cache: Path) -> Iterator[tuple[str, Path]]:
+    """Yield the sha256 and the path of each file in the host cache that is named by one. Small files have another name."""
     for repo in _entries(cache):
         if repo.name.startswith("models--"):
             for blob in _entries(repo / "blobs"):
@@ -59,18 +59,18 @@ def _sealed_as(layout: Layout, blobs: dict[str, Path]) -> Iterator[tuple[Path, P
             place = layout.seals / folder / name
             if name.endswith(_SEAL) and (seal := read_seal(place)) and (copy := blobs.get(seal.sha256 or "")):
                 path = above / name.removesuffix(_SEAL)
-                if _is_same(look_at(path, place), copy):
+                if _is_same_in_cache(look_at(path, place), copy):
                     yield path, copy
 
 
-def _is_same(own: InventoryEntry, copy: Path) -> bool:
-    """Return whether the seal still fits the file, and the copy has the same length."""
+def _is_same_in_cache(own: InventoryEntry, copy: Path) -> bool:
+    """Return whether the seal still fits the volume's file, and its copy in the host cache has the same length."""
     found = stat_file(copy)
     return own.standing is Standing.READY and found is not None and found.st_size == own.size_bytes
 
 
-def lay_out(copies: dict[Path, Path], layout: Layout, root: Path) -> int:
-    """Fill `root` with links to the copies, as a models folder for `ModelLinks`. Return the number of links.
+def link_host_cache(copies: dict[Path, Path], layout: Layout, root: Path) -> int:
+    """Fill `root` with links to the host cache's copies, as a models folder for `ModelLinks`. Return the number of links.
 
     Remove what an earlier worker of this container left there, because its volume may have had other models.
     """

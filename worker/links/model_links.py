@@ -28,13 +28,13 @@ from typing import TYPE_CHECKING
 from worker.base.text import count
 from worker.comfyui_data import known
 from worker.links.scan import LinkProblem, ProblemKind, Scan
-from worker.links.sync import Pass, View, under
+from worker.links.sync import SyncedView, SyncPass, is_under
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
-__all__ = ["LARGE_FOLDER", "Found", "LinkProblem", "LinkReport", "ModelLinks", "ProblemKind"]
+__all__ = ["LARGE_FOLDER", "LinkProblem", "LinkReport", "ModelLinks", "ProblemKind", "VisibleFile"]
 
 LARGE_FOLDER = 64
 """From this number of files on (here and below) a folder becomes one link.
@@ -71,8 +71,8 @@ class LinkReport:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """A file or folder that ComfyUI sees: its path below ComfyUI's models folder, and the stat of its target."""
+class VisibleFile:
+    """A file or folder that ComfyUI sees through the links: its path below ComfyUI's models folder, and its target's stat."""
 
     path: str
     info: os.stat_result
@@ -104,7 +104,7 @@ class ModelLinks:
         self._within = [str(place) for place in within]
         self._large_folder = large_folder
         self._lock = threading.Lock()
-        self._view = View()
+        self._view = SyncedView()
         self._known_problems: frozenset[LinkProblem] = frozenset()
 
     def refresh(self) -> LinkReport:
@@ -120,10 +120,10 @@ class ModelLinks:
             scan = Scan(map(os.path.realpath, (*self._roots, *self._within)), leave_out=models)
             # A root that IS the models folder (ComfyUI on the volume, or its models folder one link to it) needs no links.
             roots = [scan.root(root) for root, real in zip(self._roots, reals, strict=True) if real != models]
-            run = Pass(models, roots, self._view, scan, self._large_folder, host_cache=self._host_cache)
+            run = SyncPass(models, roots, self._view, scan, self._large_folder, host_cache=self._host_cache)
             run.folder("", roots)
-            view = View(run.places, run.sources, frozenset(run.linked))
-            _move_clocks(self._view, view)
+            view = SyncedView(run.places, run.sources, frozenset(run.linked))
+            _touch_changed_folders(self._view, view)
             self._view = view
             problems = {*scan.problems, *run.problems, *_aliased(models, view)}
             report = LinkReport(
@@ -141,7 +141,7 @@ class ModelLinks:
         """Return whether ComfyUI would find `name`; see `find`."""
         return self.find(folders, name) is not None
 
-    def find(self, folders: Sequence[str], name: str) -> Found | None:
+    def find(self, folders: Sequence[str], name: str) -> VisibleFile | None:
         """Return where ComfyUI would find an existing `name` under one of these folders. Without folders, search all of them.
 
         It makes one stat call for each folder up to that one. What it finds needs no refresh. None may also mean that the file
@@ -153,7 +153,7 @@ class ModelLinks:
         places = (f"{folder}/{name}" for folder in _with_aliases(folders or sorted(view.tops())))
         return next((found for place in places if (found := self._live(view, place))), None)
 
-    def _live(self, view: View, relative: str) -> Found | None:
+    def _live(self, view: SyncedView, relative: str) -> VisibleFile | None:
         path = f"{self._models}/{relative}"
         try:
             found = os.stat(path)
@@ -164,8 +164,8 @@ class ModelLinks:
         # A folder link shows more than the last refresh saw: files in flight, or newer than ComfyUI's listing (see
         # _move_clocks).
         folder, _, last = relative.rpartition("/")
-        is_shown = not under(view.linked, relative) or view.holds(folder, last) or relative in view.sources
-        return Found(path, found) if is_shown else None
+        is_shown = not is_under(view.linked, relative) or view.holds(folder, last) or relative in view.sources
+        return VisibleFile(path, found) if is_shown else None
 
     def _log(self, report: LinkReport) -> None:
         if report.made or report.removed:
@@ -186,11 +186,11 @@ class ModelLinks:
         self._known_problems = frozenset(report.problems)
 
 
-def _aliased(models: str, view: View) -> Iterator[LinkProblem]:
-    """Yield names that exist in both of two folders that ComfyUI reads as one, unless they are the same file."""
+def _aliased(models: str, view: SyncedView) -> Iterator[LinkProblem]:
+    """Yield names of model links that exist in both of two folders that ComfyUI reads as one, unless they are one file."""
     for first, second in known().same_folders:
         for folder in view.folders():
-            if not under((second,), folder):
+            if not is_under((second,), folder):
                 continue
             twin = first + folder[len(second) :]
             for name in view.names(folder) & view.names(twin):
@@ -198,7 +198,7 @@ def _aliased(models: str, view: View) -> Iterator[LinkProblem]:
                     yield LinkProblem(ProblemKind.ALIAS, f"{models}/{folder}/{name}", f"{models}/{twin}/{name}")
 
 
-def _origin(models: str, view: View, folder: str, name: str) -> str:
+def _origin(models: str, view: SyncedView, folder: str, name: str) -> str:
     place = view.places.get(folder)
     if place is None or not (name in place.files or name in place.foreign):
         for source in view.sources.get(folder, ()):
@@ -207,7 +207,7 @@ def _origin(models: str, view: View, folder: str, name: str) -> str:
     return os.path.realpath(f"{models}/{folder}/{name}")
 
 
-def _move_clocks(before: View, after: View) -> None:
+def _touch_changed_folders(before: SyncedView, after: SyncedView) -> None:
     """Make sure that the mtime of a folder-linked folder changed if its names did.
 
     ComfyUI lists a folder again if its mtime changed. On a file system with whole-second mtimes (MooseFS) it misses a file that
@@ -215,7 +215,7 @@ def _move_clocks(before: View, after: View) -> None:
     moved forward by a second. Where that is not allowed (a read-only cache) the file is seen after the next change.
     """
     for relative in before.sources.keys() & after.sources.keys():
-        if not (under(before.linked, relative) and under(after.linked, relative)):
+        if not (is_under(before.linked, relative) and is_under(after.linked, relative)):
             continue
         then, now = before.sources[relative][0], after.sources[relative][0]
         if then.files == now.files and then.folders.keys() == now.folders.keys():

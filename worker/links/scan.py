@@ -39,7 +39,7 @@ _RETRY_S = 0.02
 
 
 class ProblemKind(Enum):
-    """Why ComfyUI does not show a name of the volume. The value is the sentence."""
+    """Why ComfyUI does not show a name that a scan found. The value is the sentence."""
 
     LEAVES_VOLUME = "{path} leads to {other}, outside the volume, and is not followed: put the file itself on the volume."
     BROKEN = "{path} is a link to {other}, which does not exist: rm {quoted}, or put the file there."
@@ -57,7 +57,7 @@ class ProblemKind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class LinkProblem:
-    """One name that ComfyUI does not see, or not as expected: `path` is the name, `other` is the reason."""
+    """One name that a scan found and ComfyUI does not see, or not as expected: `path` is the name, `other` is the reason."""
 
     kind: ProblemKind
     path: str
@@ -69,15 +69,15 @@ class LinkProblem:
 
 
 @dataclass(slots=True)
-class Folder:
-    """One folder of models, with everything below it."""
+class ScannedFolder:
+    """One folder of models in a scan, with everything below it."""
 
     path: str
     """The path as reached from the scanned root. Links use this spelling."""
     real: str
     """The same folder with no symlink in its path."""
     files: set[str] = field(default_factory=set)
-    folders: dict[str, Folder] = field(default_factory=dict)
+    folders: dict[str, ScannedFolder] = field(default_factory=dict)
     resolved: dict[str, str] = field(default_factory=dict)
     """Real paths of the files that are symlinks."""
     moved: dict[str, str] = field(default_factory=dict)
@@ -97,7 +97,7 @@ class Folder:
         """Return where a link to this folder's file `name` leads."""
         return self.moved.get(name) or f"{self.path}/{name}"
 
-    def below(self, relative: str) -> Iterator[tuple[str, Folder]]:
+    def below(self, relative: str) -> Iterator[tuple[str, ScannedFolder]]:
         """Yield this folder as `relative`, and every folder under it."""
         yield relative, self
         for name, child in self.folders.items():
@@ -105,7 +105,7 @@ class Folder:
 
 
 class Scan:
-    """One scan of the roots. `problems` and `unreadable` (folder paths) are filled while it runs.
+    """One scan of the roots by name. `problems` and `unreadable` (folder paths) are filled while it runs.
 
     So are `moved`, the real paths behind links that the file system does not follow, and `absolute`, the targets of links that
     name the volume by its mount.
@@ -121,15 +121,15 @@ class Scan:
         self._leave_out = leave_out
         self._patient_until = time.monotonic() + _LAG_S
 
-    def root(self, path: str) -> Folder:
+    def root(self, path: str) -> ScannedFolder:
         """Return everything under `path`. Empty if the folder does not exist, as on an endpoint without models."""
-        folder = Folder(path, os.path.realpath(path))
+        folder = ScannedFolder(path, os.path.realpath(path))
         if os.path.islink(path) and not os.path.exists(path):
             self._report(folder, ProblemKind.BROKEN, path, _target(path))
         self._fill(folder, frozenset({folder.real}))
         return folder
 
-    def _fill(self, folder: Folder, above: frozenset[str]) -> bool:
+    def _fill(self, folder: ScannedFolder, above: frozenset[str]) -> bool:
         """Read one folder and those below it. Return False if it is gone."""
         try:
             entries = self._entries(folder.path)
@@ -147,7 +147,7 @@ class Scan:
             folder.whole = folder.whole and child.whole
         return True
 
-    def _sort(self, folder: Folder, entries: Sequence[os.DirEntry[str]], above: frozenset[str]) -> None:
+    def _sort(self, folder: ScannedFolder, entries: Sequence[os.DirEntry[str]], above: frozenset[str]) -> None:
         files = folder.files
         busy = []
         for entry in entries:
@@ -166,16 +166,16 @@ class Scan:
             if name.endswith(_CONTROL):
                 files.discard(name.removesuffix(_CONTROL))
 
-    def _enter(self, folder: Folder, name: str, real: str, above: frozenset[str], path: str | None = None) -> None:
+    def _enter(self, folder: ScannedFolder, name: str, real: str, above: frozenset[str], path: str | None = None) -> None:
         if real == self._leave_out:
             return
-        child = Folder(path or f"{folder.path}/{name}", real)
+        child = ScannedFolder(path or f"{folder.path}/{name}", real)
         if real in above:
             self._report(folder, ProblemKind.LOOP, child.path)
         elif self._fill(child, above | {real}):
             folder.folders[name] = child
 
-    def _follow(self, folder: Folder, entry: os.DirEntry[str], above: frozenset[str]) -> None:
+    def _follow(self, folder: ScannedFolder, entry: os.DirEntry[str], above: frozenset[str]) -> None:
         try:
             real = real_path(entry.path, self._within)
             mode = os.stat(real).st_mode
@@ -198,7 +198,7 @@ class Scan:
             self.moved.add(real)
             folder.whole = False  # through one link to this folder nobody could follow it
 
-    def _report(self, folder: Folder, kind: ProblemKind, path: str, other: str = "") -> None:
+    def _report(self, folder: ScannedFolder, kind: ProblemKind, path: str, other: str = "") -> None:
         folder.whole = False
         self.problems.append(LinkProblem(kind, path, other))
 

@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from worker.links.scan import Folder, LinkProblem, ProblemKind
+from worker.links.scan import LinkProblem, ProblemKind, ScannedFolder
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -32,8 +32,8 @@ _TICK_NS = 20_000_000
 
 
 @dataclass(slots=True)
-class Place:
-    """The contents of a real folder of ComfyUI's."""
+class SyncedFolder:
+    """The contents of a real folder of ComfyUI's that a sync filled."""
 
     files: set[str] = field(default_factory=set)
     folders: set[str] = field(default_factory=set)
@@ -46,11 +46,11 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class View:
-    """What a pass found and made, by path under ComfyUI's models folder ('' is that folder itself)."""
+class SyncedView:
+    """What a sync found and made, by path under ComfyUI's models folder ('' is that folder itself)."""
 
-    places: Mapping[str, Place] = field(default_factory=dict)
-    sources: Mapping[str, Sequence[Folder]] = field(default_factory=dict)
+    places: Mapping[str, SyncedFolder] = field(default_factory=dict)
+    sources: Mapping[str, Sequence[ScannedFolder]] = field(default_factory=dict)
     """The roots' folders that each folder shows, including those that are seen through a folder link."""
     linked: frozenset[str] = frozenset()
     """The folders that are one link."""
@@ -78,14 +78,14 @@ class View:
         return {folder.split("/", 1)[0] for folder in self.folders() if folder} | (top.foreign if top else set())
 
 
-class Pass:
-    """One pass. Its results are the counts, problems, places, sources and links."""
+class SyncPass:
+    """One sync. Its results are the counts, problems, places, sources and links."""
 
     def __init__(
         self,
         models: str,
-        roots: Sequence[Folder],
-        before: View,
+        roots: Sequence[ScannedFolder],
+        before: SyncedView,
         scan: Scan,
         large_folder: int,
         *,
@@ -93,10 +93,10 @@ class Pass:
     ) -> None:
         self.made = self.removed = self.files = 0
         self.problems: list[LinkProblem] = []
-        self.places: dict[str, Place] = {}
-        self.sources: dict[str, Sequence[Folder]] = {}
+        self.places: dict[str, SyncedFolder] = {}
+        self.sources: dict[str, Sequence[ScannedFolder]] = {}
         self.linked: set[str] = set()
-        self._looked: dict[str, Place] = {}
+        self._looked: dict[str, SyncedFolder] = {}
         self._models = models
         self._roots = roots
         self._spellings = frozenset(spelling for root in roots for spelling in (root.path, root.real))
@@ -105,7 +105,7 @@ class Pass:
         self._large_folder = large_folder
         self._host_cache = (host_cache,) if host_cache else ()
 
-    def folder(self, relative: str, sources: Sequence[Folder]) -> None:
+    def folder(self, relative: str, sources: Sequence[ScannedFolder]) -> None:
         """Make one real folder of ComfyUI's, and the folders below it, show the contents of `sources`."""
         try:
             place = self._look(relative)
@@ -129,7 +129,7 @@ class Pass:
 
     # --- what is there ------------------------------------------------------------------------------
 
-    def _look(self, relative: str) -> Place:
+    def _look(self, relative: str) -> SyncedFolder:
         """Return the folder's current contents, from memory if its mtime proves that nothing changed.
 
         Create a missing folder.
@@ -138,7 +138,7 @@ class Pass:
             self._looked[relative] = self._look_again(relative)
         return self._looked[relative]
 
-    def _look_again(self, relative: str) -> Place:
+    def _look_again(self, relative: str) -> SyncedFolder:
         path = self._path(relative)
         try:
             changed_ns = os.stat(path).st_mtime_ns
@@ -151,8 +151,8 @@ class Pass:
             return replace(known, folders=set(known.folders), own=dict(known.own))
         return self._read(relative, changed_ns)
 
-    def _read(self, relative: str, changed_ns: int) -> Place:
-        place = Place(changed_ns=changed_ns, settled=_is_settled(changed_ns))
+    def _read(self, relative: str, changed_ns: int) -> SyncedFolder:
+        place = SyncedFolder(changed_ns=changed_ns, settled=_is_settled(changed_ns))
         links = []
         folder = os.open(self._path(relative), os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -173,26 +173,26 @@ class Pass:
             place.foreign.discard(_ASIDE)
         return place
 
-    def _sort_links(self, relative: str, place: Place, folder: int, links: Sequence[str]) -> None:
+    def _sort_links(self, relative: str, place: SyncedFolder, folder: int, links: Sequence[str]) -> None:
         """Separate our links from others. Ours lead to their own name in one of the roots."""
         homes = {_join(root, relative) for root in self._spellings}
         for name in links:
             target = _read_link(name, folder)
             home, _, last = target.removesuffix("/").rpartition("/")
-            if (last == name and home in homes) or under(self._scan.moved, target.removesuffix("/")):
+            if (last == name and home in homes) or is_under(self._scan.moved, target.removesuffix("/")):
                 place.own[name] = target
             else:
                 place.foreign.add(name)
 
     # --- what should be there -----------------------------------------------------------------------
 
-    def _merge(self, sources: Sequence[Folder]) -> tuple[dict[str, str], dict[str, list[Folder]]]:
+    def _merge(self, sources: Sequence[ScannedFolder]) -> tuple[dict[str, str], dict[str, list[ScannedFolder]]]:
         """Return files with their link targets, and folders with the sources that have them."""
         wanted: dict[str, str] = {}
-        groups: dict[str, list[Folder]] = {}
+        groups: dict[str, list[ScannedFolder]] = {}
         for source in sources:
             for name in wanted.keys() & source.files:
-                if _real_path(sources, name) != source.real_path(name) and not under(self._host_cache, wanted[name]):
+                if _real_path(sources, name) != source.real_path(name) and not is_under(self._host_cache, wanted[name]):
                     self._report(ProblemKind.TWICE, f"{source.path}/{name}", wanted[name])
             for name in groups.keys() & source.files:
                 self._report(ProblemKind.SHAPE, f"{source.path}/{name}", groups[name][0].path)
@@ -202,9 +202,11 @@ class Pass:
                     self._report(ProblemKind.SHAPE, child.path, wanted[name])
                 else:
                     groups.setdefault(name, []).append(child)
-        return wanted, {name: _that_count(group) for name, group in groups.items()}
+        return wanted, {name: _folders_that_count(group) for name, group in groups.items()}
 
-    def _yield_files(self, relative: str, place: Place, sources: Sequence[Folder], wanted: dict[str, str]) -> None:
+    def _yield_files(
+        self, relative: str, place: SyncedFolder, sources: Sequence[ScannedFolder], wanted: dict[str, str]
+    ) -> None:
         """Leave out files whose name the image uses itself. Report them unless both are one file."""
         path = self._path(relative)
         for name in wanted.keys() & (place.files | place.foreign):
@@ -220,7 +222,7 @@ class Pass:
             else:
                 place.folders.discard(name)
 
-    def _yield_folders(self, relative: str, place: Place, groups: dict[str, list[Folder]]) -> None:
+    def _yield_folders(self, relative: str, place: SyncedFolder, groups: dict[str, list[ScannedFolder]]) -> None:
         """Leave out folders whose name is a file or a foreign link in the image, and report them."""
         path = self._path(relative)
         for name in groups.keys() & place.files:
@@ -230,7 +232,7 @@ class Pass:
             if os.path.realpath(f"{path}/{name}") != source.real:
                 self._report(ProblemKind.FOLDER_TAKEN, source.path, f"{path}/{name}")
 
-    def _as_one_link(self, relative: str, place: Place, name: str, group: Sequence[Folder]) -> str | None:
+    def _as_one_link(self, relative: str, place: SyncedFolder, name: str, group: Sequence[ScannedFolder]) -> str | None:
         """Return the target of the one link for this folder, or None if it must be a real folder.
 
         A folder that is one link stays one while it can be shown whole, whatever its size: during a change ComfyUI misses it
@@ -248,21 +250,21 @@ class Pass:
             return None
         return target
 
-    def _take_in(self, relative: str, folder: Folder) -> None:
+    def _take_in(self, relative: str, folder: ScannedFolder) -> None:
         self.linked.add(relative)
         self.files += folder.count
         self.sources.update((inner, (source,)) for inner, source in folder.below(relative))
 
     # --- making it so -------------------------------------------------------------------------------
 
-    def _update(self, relative: str, place: Place, wanted: Mapping[str, str]) -> None:
+    def _update(self, relative: str, place: SyncedFolder, wanted: Mapping[str, str]) -> None:
         """Make this folder's links equal the wanted ones."""
         path = self._path(relative)
         if place.own == wanted:
             return
         try:
             for name in place.own.keys() - wanted.keys():
-                if not under(self._scan.unreadable, place.own[name]):
+                if not is_under(self._scan.unreadable, place.own[name]):
                     self._drop(path, place, name)
             for name, target in wanted.items() - place.own.items():
                 self._put(path, place, name, target)
@@ -271,7 +273,7 @@ class Pass:
             # folder.
             self._report(ProblemKind.NOT_LINKED, path, _reason(exc))
 
-    def _put(self, path: str, place: Place, name: str, target: str) -> None:
+    def _put(self, path: str, place: SyncedFolder, name: str, target: str) -> None:
         link = f"{path}/{name}"
         if name in place.own:
             os.symlink(target, f"{path}/{_ASIDE}")
@@ -284,7 +286,7 @@ class Pass:
         place.own[name] = target
         self.made += 1
 
-    def _drop(self, path: str, place: Place, name: str) -> None:
+    def _drop(self, path: str, place: SyncedFolder, name: str) -> None:
         with suppress(FileNotFoundError):
             os.unlink(f"{path}/{name}")
         if place.own.pop(name).endswith("/"):
@@ -294,7 +296,7 @@ class Pass:
             place.folders.add(name)
         self.removed += 1
 
-    def _as_real_folder(self, relative: str, place: Place, name: str, group: Sequence[Folder]) -> None:
+    def _as_real_folder(self, relative: str, place: SyncedFolder, name: str, group: Sequence[ScannedFolder]) -> None:
         """Make sure that the folder is a real one, for `folder` to fill. Skip an empty folder of the volume."""
         path = _join(self._path(relative), name)
         if name in place.folders or not (name in place.own or any(source.count for source in group)):
@@ -312,11 +314,16 @@ class Pass:
             return
         place.folders.add(name)
 
-    def _replace_by_folder(self, relative: str, path: str, group: Sequence[Folder]) -> None:
+    def _replace_by_folder(self, relative: str, path: str, group: Sequence[ScannedFolder]) -> None:
         """Turn one link into a real folder that was filled aside: a running engine misses it for microseconds."""
         aside = _join(relative, _ASIDE)
-        filling = Pass(
-            self._models, self._roots, View(), self._scan, self._large_folder, host_cache=next(iter(self._host_cache), None)
+        filling = SyncPass(
+            self._models,
+            self._roots,
+            SyncedView(),
+            self._scan,
+            self._large_folder,
+            host_cache=next(iter(self._host_cache), None),
         )
         filling.folder(aside, group)
         os.unlink(path)
@@ -324,7 +331,7 @@ class Pass:
         self.made += filling.made
         self.removed += 1
 
-    def _replace_by_link(self, relative: str, place: Place, name: str, target: str) -> bool:
+    def _replace_by_link(self, relative: str, place: SyncedFolder, name: str, target: str) -> bool:
         """Replace a real folder by one link, if it contains nothing but our links."""
         if not self._is_ours(_join(relative, name)):
             return False
@@ -352,7 +359,7 @@ class Pass:
         """Remove what was put aside: links into the roots and the folders that held them, nothing else."""
         with suppress(OSError):
             if os.path.islink(path):
-                if under(self._spellings, _read_link(path)):
+                if is_under(self._spellings, _read_link(path)):
                     os.unlink(path)
                 return
             with os.scandir(path) as entries:
@@ -368,13 +375,13 @@ class Pass:
         self.problems.append(LinkProblem(kind, path, other))
 
 
-def under(tops: Iterable[str], path: str) -> bool:
+def is_under(tops: Iterable[str], path: str) -> bool:
     """Return whether `path` is one of `tops` or lies below one, by the text alone."""
     return any(path == top or path.startswith(f"{top}/") for top in tops)
 
 
 def _is_settled(changed_ns: int) -> bool:
-    """Return whether a later change is sure to show as another mtime.
+    """Return whether a change after this sync is sure to show as another mtime.
 
     A file system's clock ticks. Within one tick a second change leaves the same mtime. On ext4 a tick is some milliseconds (a
     jiffy), on MooseFS a whole second, by another machine's clock.
@@ -383,18 +390,18 @@ def _is_settled(changed_ns: int) -> bool:
     return time.time_ns() - changed_ns > tick_ns
 
 
-def _that_count(group: list[Folder]) -> list[Folder]:
+def _folders_that_count(group: list[ScannedFolder]) -> list[ScannedFolder]:
     """Return the folders without empty ones: a root whose folder is empty must not prevent one link to another root's."""
     return [child for child in group if child.count] or group[:1]
 
 
-def _real_path(sources: Sequence[Folder], name: str) -> str:
-    """Return the bytes' path of `name` in the first source that has it."""
+def _real_path(sources: Sequence[ScannedFolder], name: str) -> str:
+    """Return the path of the bytes that a sync links `name` to: in the first source that has it."""
     return next(source.real_path(name) for source in sources if name in source.files)
 
 
 def _remove_or_rename(folder: str, aside: str) -> None:
-    """Remove an empty folder, or rename it. overlayfs cannot rename a folder of an image's layer (EXDEV)."""
+    """Remove an empty folder in a sync's way, or rename it. overlayfs cannot rename a folder of an image's layer (EXDEV)."""
     try:
         os.rmdir(folder)
     except OSError as exc:
@@ -408,7 +415,7 @@ def _join(folder: str, name: str) -> str:
 
 
 def _read_link(path: str, folder: int | None = None) -> str:
-    """Return a link's target, or an empty text if the link is gone."""
+    """Return the target of a link that an earlier sync made, or an empty text if the link is gone."""
     try:
         return os.readlink(path, dir_fd=folder)
     except OSError:

@@ -1,7 +1,7 @@
 """Decide which addresses a request may have the worker fetch. Pure.
 
 It judges the IP address that a connection goes to; names and spellings only lead there. The caller resolves the name, asks
-`UrlRules.admits` about each IP address, and connects to no other.
+`AddressRules.admits` about each IP address, and connects to no other.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ _NUMBER: Final = re.compile(r"[0-9]+|0x[0-9a-f]*")
 
 
 @dataclass(frozen=True, slots=True)
-class UrlRules:
-    """What the operator allows. A host may be `example.com`, or `.example.com` for it and all its subdomains."""
+class AddressRules:
+    """The addresses that the operator allows. A host may be `example.com`, or `.example.com` for it and all its subdomains."""
 
     hosts: tuple[str, ...] | None = None
     """The only hosts that may be named. None allows every public one, an empty list none."""
@@ -74,7 +74,7 @@ class UrlRules:
         """Return whether the operator's exceptions name this host or this address."""
         if _named(host.lower().removesuffix("."), self.private):
             return True
-        numbers = {address, embedded(address) or address}
+        numbers = {address, embedded_ipv4(address) or address}
         return any(number in network for network in _networks(self.private) for number in numbers)
 
 
@@ -97,7 +97,7 @@ def parse_address(text: str) -> Address | None:
         return None
 
 
-def embedded(address: Address) -> IPv4Address | None:
+def embedded_ipv4(address: Address) -> IPv4Address | None:
     """Return the IPv4 address that this IPv6 address really reaches: mapped, or through the well-known NAT64 prefix."""
     if isinstance(address, IPv4Address):
         return None
@@ -111,7 +111,7 @@ def is_public(address: Address) -> bool:
 
     Stricter than `is_global`, which also accepts multicast and a few local services, differently in each version of Python.
     """
-    inner = embedded(address)
+    inner = embedded_ipv4(address)
     if inner is not None:
         return is_public(inner)
     if isinstance(address, IPv4Address):

@@ -1,7 +1,7 @@
 """Upload a job's files to a bucket, in parallel and streamed, and sign their addresses. Touches the network.
 
-For a bucket that a request names, each connection is judged by `UrlRules`. The check uses the address of the connected socket,
-before a byte is sent, so a name that resolves to something else a moment later gains nothing.
+For a bucket that a request names, each connection is judged by `AddressRules`. The check uses the address of the connected
+socket, before a byte is sent, so a name that resolves to something else a moment later gains nothing.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from worker.media.s3 import S3Target, make_client
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from worker.media.address_guard import UrlRules
+    from worker.media.address_guard import AddressRules
 
 log = logging.getLogger(__name__)
 
@@ -58,8 +58,8 @@ _PASSING: Final = frozenset({"SlowDown", "RequestTimeout", "ServiceUnavailable",
 
 
 @dataclass(frozen=True, slots=True)
-class Upload:
-    """One object to create: a file on the disk, or bytes."""
+class BucketUpload:
+    """One object to upload to the bucket: a file on the disk, or bytes."""
 
     filename: str
     media_type: str
@@ -73,7 +73,7 @@ class Bucket:
     """
 
     def __init__(
-        self, target: S3Target, *, prefix: str = "", url_expiry_s: int = 604_800, rules: UrlRules | None = None
+        self, target: S3Target, *, prefix: str = "", url_expiry_s: int = 604_800, rules: AddressRules | None = None
     ) -> None:
         self.target = target
         self._prefix = [part for part in prefix.split("/") if part]
@@ -96,7 +96,7 @@ class Bucket:
                 else:
                     # The environment's proxies would resolve the name behind the guard.
                     self._client = make_client(self.target, config={"proxies": {}})
-                    _guard(self._client, self._rules)
+                    _guard_connections(self._client, self._rules)
             return self._client
 
     def key(self, job_id: str, filename: str) -> str:
@@ -149,8 +149,8 @@ class Bucket:
         reason = self._redacted(" ".join(str(error).split()) or type(error).__name__)
         unanswered = isinstance(error, exceptions.HTTPClientError | exceptions.ConnectionError)
         if unanswered or not isinstance(error, exceptions.BotoCoreError):
-            return BucketUnreachable(bucket, host, reason, f"check {_names(own)['endpoint']}, and send the job again")
-        return BucketRefused(bucket, host, reason, f"check {_names(own)['bucket']} and {_names(own)['endpoint']}")
+            return BucketUnreachable(bucket, host, reason, f"check {_config_names(own)['endpoint']}, and send the job again")
+        return BucketRefused(bucket, host, reason, f"check {_config_names(own)['bucket']} and {_config_names(own)['endpoint']}")
 
     def _redacted(self, text: str) -> str:
         for secret in (self.target.secret_access_key, self.target.access_key_id):
@@ -158,10 +158,10 @@ class Bucket:
         return text
 
 
-class Uploads:
-    """The uploads of one job. Call `run` in a thread, and `stop` from any other."""
+class BucketUploads:
+    """The uploads of one job to its bucket. Call `run` in a thread, and `stop` from any other."""
 
-    def __init__(self, bucket: Bucket, job_id: str, files: Sequence[Upload]) -> None:
+    def __init__(self, bucket: Bucket, job_id: str, files: Sequence[BucketUpload]) -> None:
         self._bucket = bucket
         self._job_id = job_id
         self._files = files
@@ -195,7 +195,7 @@ class Uploads:
             for future in self._under_way:
                 future.cancel()
 
-    def _submit(self, manager: Any, bucket: str, file: Upload) -> tuple[str, Any]:  # noqa: ANN401 - s3transfer has no types
+    def _submit(self, manager: Any, bucket: str, file: BucketUpload) -> tuple[str, Any]:  # noqa: ANN401 - s3transfer has no types
         key = self._bucket.key(self._job_id, file.filename)
         source = io.BytesIO(file.source) if isinstance(file.source, bytes) else str(file.source)
         with self._lock:
@@ -205,7 +205,7 @@ class Uploads:
                 future.cancel()
         return key, future
 
-    def _outcome(self, future: Any, bucket: str, key: str, file: Upload) -> str | BucketFailed:  # noqa: ANN401 - as above
+    def _outcome(self, future: Any, bucket: str, key: str, file: BucketUpload) -> str | BucketFailed:  # noqa: ANN401 - as above
         try:
             future.result()
             return self._bucket.signed_url(key, bucket)
@@ -216,7 +216,7 @@ class Uploads:
 
 
 def clean_id(job_id: str) -> str:
-    """Return a job's id as one part of a path or a key."""
+    """Return a job's id as one part of a bucket's key or of a path."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", job_id).strip(".-")[:_LONGEST_ID] or "job"
 
 
@@ -244,8 +244,8 @@ def _text(config: Mapping[str, object], name: str) -> str:
     return value.strip() if isinstance(value, str) else ""
 
 
-def _headers(file: Upload) -> dict[str, str]:
-    """Return the object's metadata for downloads: its media type and file name."""
+def _headers(file: BucketUpload) -> dict[str, str]:
+    """Return an uploaded object's metadata for downloads: its media type and file name."""
     plain = re.sub(r"[^ !#-\[\]-~]", "_", file.filename)
     encoded = quote(file.filename, safe="", errors="replace")
     return {
@@ -266,8 +266,8 @@ def _manager(client: Any) -> Any:  # noqa: ANN401 - s3transfer has no types
     return create_transfer_manager(client, config)
 
 
-def _names(own: bool) -> dict[str, str]:  # noqa: FBT001 - a lookup, not a mode
-    """Return the field names of the two kinds of configuration."""
+def _config_names(own: bool) -> dict[str, str]:  # noqa: FBT001 - a lookup, not a mode
+    """Return the field names of the two kinds of bucket configuration."""
     if own:
         return {
             "keys": "accessId and accessSecret of the s3Config",
@@ -284,7 +284,7 @@ def _names(own: bool) -> dict[str, str]:  # noqa: FBT001 - a lookup, not a mode
 
 
 def _advice(code: str, *, own: bool) -> str:
-    names = _names(own)
+    names = _config_names(own)
     if code in _NO_BUCKET:
         return f"create the bucket, or correct {names['bucket']} or {names['endpoint']}"
     if code in _CREDENTIALS:
@@ -298,8 +298,8 @@ def _advice(code: str, *, own: bool) -> str:
     return f"check {names['bucket']} and {names['endpoint']}"
 
 
-def _guard(client: Any, rules: UrlRules) -> None:  # noqa: ANN401 - as above
-    """Let the client connect only to addresses that `rules` admit.
+def _guard_connections(client: Any, rules: AddressRules) -> None:  # noqa: ANN401 - as above
+    """Let the bucket's client connect only to addresses that `rules` admit.
 
     botocore offers no way to choose connections, so this uses its internals. If they changed, this would fail and no request's
     bucket would be used.

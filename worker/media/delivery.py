@@ -24,13 +24,20 @@ from worker.base.text import count, size_text
 from worker.base.volume import is_volume
 from worker.errors import BucketFailed, OutputElsewhere, OutputGone, ResultTooLarge
 from worker.job import OutputItem, Result
-from worker.media.address_guard import UrlRules
-from worker.media.bucket import Bucket, Upload, Uploads, clean_id, job_target
+from worker.media.address_guard import AddressRules
+from worker.media.bucket import Bucket, BucketUpload, BucketUploads, clean_id, job_target
 from worker.media.kept_outputs import KeptOutputs
-from worker.media.outputs import Collected, Missing, Output, OutputFiles, clean, unanswered
-from worker.media.picture_formats import Encoding
+from worker.media.outputs import (
+    CollectedOutputs,
+    MissingOutput,
+    Output,
+    OutputFiles,
+    missing_output_sentences,
+    without_surrogates,
+)
+from worker.media.picture_formats import PictureEncoding
 from worker.media.s3 import S3Target
-from worker.media.volume_copies import Copies, Copy
+from worker.media.volume_copies import VolumeCopies, VolumeCopy
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -56,8 +63,8 @@ _LEAVING_S: Final = 10.0
 _T = TypeVar("_T", covariant=True)  # noqa: PLC0105 - the protocol below is its one use
 
 
-class _Work(Protocol[_T]):
-    """A slow operation that runs in a thread and can be stopped from another."""
+class _DeliveryStep(Protocol[_T]):
+    """A slow step of a delivery that runs in a thread and can be stopped from another."""
 
     def run(self) -> _T: ...
 
@@ -65,7 +72,7 @@ class _Work(Protocol[_T]):
 
 
 @dataclass(frozen=True, slots=True)
-class _Planned:
+class _PlannedOutput:
     """An output and how it will be delivered."""
 
     output: Output
@@ -101,7 +108,7 @@ class Delivery:
         self._bucket = bucket
         self._result_limit_bytes = result_limit_bytes
         self._url_expiry_s = url_expiry_s
-        self._job_rules = UrlRules(private=allow_private)
+        self._job_rules = AddressRules(private=allow_private)
         self._python = python
 
     @classmethod
@@ -166,21 +173,25 @@ class Delivery:
             raise OutputGone(again[0].path, frozenset(item.node_id for item in again))
         if missing and not found:
             raise OutputElsewhere(missing[0].path, missing=[str(item) for item in missing])
-        said = [clean(text) for text in (*warnings, *unanswered(nodes, collected, silent))]
+        said = [without_surrogates(text) for text in (*warnings, *missing_output_sentences(nodes, collected, silent))]
         files = {item.source: item.size_bytes for item in found if isinstance(item.source, Path)}
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._kept.using(files))
             sent: Sequence[Output] = found
             if pictures:
                 folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="pictures-", ignore_cleanup_errors=True))
-                sent, notes = await _off_the_loop(Encoding(self._python, found, pictures, Path(folder)))
+                sent, notes = await _in_thread(PictureEncoding(self._python, found, pictures, Path(folder)))
                 said += notes
-            result = await _Job(self, clean_id(job_id), self._limit_bytes(job_id), bucket or self._bucket).deliver(sent, said)
+            result = await _JobDelivery(self, clean_id(job_id), self._limit_bytes(job_id), bucket or self._bucket).deliver(
+                sent, said
+            )
         # The next job may be running by now, and some nodes overwrite a file of a fixed name.
         self._outputs.check_same(found)
         return result
 
-    def _collect(self, outputs: Mapping[str, Mapping[str, Any]], nodes: Collection[str] | None, *, previews: bool) -> Collected:
+    def _collect(
+        self, outputs: Mapping[str, Mapping[str, Any]], nodes: Collection[str] | None, *, previews: bool
+    ) -> CollectedOutputs:
         """Return the outputs. A file that was removed to make room, and replaced by an empty one, is missing."""
         collected = self._outputs.collect(outputs, nodes=nodes, previews=previews)
         held = [
@@ -190,7 +201,7 @@ class Delivery:
         ]
         if not held:
             return collected
-        missing = [Missing(item.node_id, item.filename, "output", outside=False) for item in held]
+        missing = [MissingOutput(item.node_id, item.filename, "output", outside=False) for item in held]
         left = tuple(item for item in collected.outputs if item not in held)
         return replace(collected, outputs=left, missing=(*collected.missing, *missing))
 
@@ -224,7 +235,7 @@ class Delivery:
             log.exception("the delivery of results could not be prepared; the first job tries again")
 
 
-class _Job:
+class _JobDelivery:
     """The delivery of one job's outputs."""
 
     def __init__(self, delivery: Delivery, job_id: str, limit_bytes: int, bucket: Bucket | None) -> None:
@@ -234,7 +245,7 @@ class _Job:
         self._bucket = bucket
 
     async def deliver(self, outputs: Sequence[Output], warnings: list[str]) -> Result:
-        planned = [_Planned(output, _inline(output)) for output in outputs]
+        planned = [_PlannedOutput(output, _inline(output)) for output in outputs]
         failure = None
         if self._bucket:
             planned, failure = await self._upload(self._bucket, planned)
@@ -248,13 +259,13 @@ class _Job:
             items = await asyncio.to_thread(_encode, planned)
         return _result(planned, items, warnings)
 
-    async def _upload(self, bucket: Bucket, planned: list[_Planned]) -> tuple[list[_Planned], BucketFailed | None]:
+    async def _upload(self, bucket: Bucket, planned: list[_PlannedOutput]) -> tuple[list[_PlannedOutput], BucketFailed | None]:
         """Turn files and large texts into addresses. The second value is the first failure."""
         files = [each for each in planned if each.item.type != "text" or each.output.size_bytes > _LARGE_TEXT_BYTES]
         if not files:
             return planned, None
         began = time.monotonic()
-        outcomes = await _off_the_loop(Uploads(bucket, self._job_id, [_upload(each.output) for each in files]))
+        outcomes = await _in_thread(BucketUploads(bucket, self._job_id, [_upload(each.output) for each in files]))
         places = {id(each): outcome for each, outcome in zip(files, outcomes, strict=True) if isinstance(outcome, str)}
         failure = next((outcome for outcome in outcomes if isinstance(outcome, BucketFailed)), None)
         uploaded = [
@@ -269,27 +280,29 @@ class _Job:
             log.info("job %s: uploaded %s, %s in %.2f s", self._job_id, count(files, "file"), size, took_s)
         return uploaded, failure
 
-    async def _fit(self, planned: list[_Planned], warnings: Sequence[str], failure: BucketFailed | None) -> list[_Planned]:
+    async def _fit(
+        self, planned: list[_PlannedOutput], warnings: Sequence[str], failure: BucketFailed | None
+    ) -> list[_PlannedOutput]:
         """Return the plan within the limit: the largest files go to the volume until the rest fits."""
-        size_bytes = _size(planned, warnings)
+        size_bytes = _size_as_json(planned, warnings)
         if size_bytes <= self._limit_bytes - _RESERVE_BYTES:
             return planned
         volume = self._delivery.volume
         if volume is None:
             raise failure or self._too_large(planned, size_bytes, self._delivery.no_volume())
         fitted, moved = self._copy_to_volume(planned, size_bytes)
-        if _size(fitted, warnings) > self._limit_bytes - _RESERVE_BYTES:
+        if _size_as_json(fitted, warnings) > self._limit_bytes - _RESERVE_BYTES:
             raise failure or self._too_large(planned, size_bytes, "the rest is too large even with every file on the volume")
-        copies = [Copy(fitted[index].item.data, _source(planned[index].output)) for index in moved]
+        copies = [VolumeCopy(fitted[index].item.data, _source(planned[index].output)) for index in moved]
         try:
-            await _off_the_loop(Copies(volume, copies))
+            await _in_thread(VolumeCopies(volume, copies))
         except OSError as exc:
             reason = f"the volume at {volume} did not take the files ({exc.strerror or exc})"
             raise failure or self._too_large(planned, size_bytes, reason) from exc
         log.info("job %s: the result is too large, moved %s to the volume", self._job_id, count(moved, "file"))
         return fitted
 
-    def _copy_to_volume(self, planned: Sequence[_Planned], size_bytes: int) -> tuple[list[_Planned], list[int]]:
+    def _copy_to_volume(self, planned: Sequence[_PlannedOutput], size_bytes: int) -> tuple[list[_PlannedOutput], list[int]]:
         """Return which of them go to the volume: as few as possible, the largest first."""
         fitted, moved = list(planned), []
         names: set[str] = set()
@@ -319,13 +332,13 @@ class _Job:
         names.add(name)
         return name
 
-    def _too_large(self, planned: Sequence[_Planned], size_bytes: int, volume: str) -> ResultTooLarge:
+    def _too_large(self, planned: Sequence[_PlannedOutput], size_bytes: int, volume: str) -> ResultTooLarge:
         files = [f"{each.output.filename} of node {each.output.node_id}: {each.output.size_bytes} bytes" for each in planned]
         return ResultTooLarge(size_bytes, self._limit_bytes, volume, files)
 
 
-def measure(result: Result) -> int:
-    """Return a result's size as the SDK sends it. Raises ValueError for values outside JSON, such as NaN."""
+def result_size_bytes(result: Result) -> int:
+    """Return the size of a result to deliver, as the SDK sends it. Raises ValueError for values outside JSON, such as NaN."""
     return _json_length(result.to_dict())
 
 
@@ -338,9 +351,9 @@ def _base64_length(size_bytes: int) -> int:
     return 4 * ((size_bytes + 2) // 3)
 
 
-def _size(planned: Sequence[_Planned], warnings: Sequence[str]) -> int:
-    """Return the result's exact size as JSON, without encoding a file."""
-    without = measure(_result(planned, [each.item for each in planned], warnings))
+def _size_as_json(planned: Sequence[_PlannedOutput], warnings: Sequence[str]) -> int:
+    """Return the exact size of a result to deliver as JSON, without encoding a file."""
+    without = result_size_bytes(_result(planned, [each.item for each in planned], warnings))
     return without + sum(_base64_length(each.output.size_bytes) for each in planned if each.item.type == "base64")
 
 
@@ -350,19 +363,19 @@ def _inline(output: Output) -> OutputItem:
     return OutputItem(output.filename, kind, text or "", output.node_id, output.subfolder, output.media_type, output.size_bytes)
 
 
-def _result(planned: Sequence[_Planned], items: Sequence[OutputItem], warnings: Sequence[str]) -> Result:
+def _result(planned: Sequence[_PlannedOutput], items: Sequence[OutputItem], warnings: Sequence[str]) -> Result:
     def of(kind: str) -> tuple[OutputItem, ...]:
         return tuple(item for each, item in zip(planned, items, strict=True) if each.output.kind == kind)
 
     return Result(of("images"), tuple(warnings), videos=of("videos"), audio=of("audio"), text=of("text"), files=of("files"))
 
 
-def _encode(planned: Sequence[_Planned]) -> list[OutputItem]:
-    return [each.item if each.item.type != "base64" else replace(each.item, data=_base64(each.output)) for each in planned]
+def _encode(planned: Sequence[_PlannedOutput]) -> list[OutputItem]:
+    return [each.item if each.item.type != "base64" else replace(each.item, data=_base64_of(each.output)) for each in planned]
 
 
-def _base64(output: Output) -> str:
-    """Encode a file into a text of known length, piece by piece: only one piece of its bytes is in memory."""
+def _base64_of(output: Output) -> str:
+    """Encode a file to deliver into a text of known length, piece by piece: only one piece of its bytes is in memory."""
     source = _source(output)
     text, at = bytearray(_base64_length(output.size_bytes)), 0
     try:
@@ -384,12 +397,12 @@ def _source(output: Output) -> Path | bytes:
     return output.source.encode("utf-8", "replace") if isinstance(output.source, str) else output.source
 
 
-def _upload(output: Output) -> Upload:
-    return Upload(output.filename, output.media_type, _source(output))
+def _upload(output: Output) -> BucketUpload:
+    return BucketUpload(output.filename, output.media_type, _source(output))
 
 
-async def _off_the_loop(work: _Work[_T]) -> _T:
-    """Run it in a thread. On cancellation stop it and wait for it, so that it leaves nothing unfinished."""
+async def _in_thread(work: _DeliveryStep[_T]) -> _T:
+    """Run a step of a delivery in a thread. On cancellation stop it and wait for it, so that it leaves nothing unfinished."""
     running = asyncio.ensure_future(asyncio.to_thread(work.run))
     try:
         return await asyncio.shield(running)

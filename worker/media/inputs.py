@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 from worker.base.text import forms
 from worker.errors import ImageNotBase64, InputNameInvalid, UnsafePath
-from worker.media.staging import FileBytes, StagedFile, storing
-from worker.media.url_inputs import Download, Fetcher
+from worker.media.staging import StagedBytes, StagedFile, as_not_stored
+from worker.media.url_inputs import UrlDownload, UrlFetcher
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -39,21 +39,21 @@ _AROUND: Final = " \t\r\n\"'"
 class InputFiles:
     """ComfyUI's input folder."""
 
-    def __init__(self, input_dir: Path, fetcher: Fetcher | None = None) -> None:
+    def __init__(self, input_dir: Path, fetcher: UrlFetcher | None = None) -> None:
         self._input_dir = input_dir
-        self._fetcher = fetcher or Fetcher()
+        self._fetcher = fetcher or UrlFetcher()
 
     @contextlib.contextmanager
-    def of_job(self, files: Sequence[InputFile]) -> Iterator[JobFiles]:
+    def of_job(self, files: Sequence[InputFile]) -> Iterator[JobInputFiles]:
         """Yield a job's files. None of them is in the folder yet."""
         with contextlib.ExitStack() as undo:
-            yield JobFiles(self._input_dir, self._fetcher, files, undo)
+            yield JobInputFiles(self._input_dir, self._fetcher, files, undo)
 
 
-class JobFiles:
-    """A job's files, decoded or fetched once for a run, even if one was read before."""
+class JobInputFiles:
+    """A job's input files, decoded or fetched once for a run, even if one was read before."""
 
-    def __init__(self, input_dir: Path, fetcher: Fetcher, files: Sequence[InputFile], undo: contextlib.ExitStack) -> None:
+    def __init__(self, input_dir: Path, fetcher: UrlFetcher, files: Sequence[InputFile], undo: contextlib.ExitStack) -> None:
         self._input_dir = input_dir
         self._fetcher = fetcher
         self._files = files
@@ -68,7 +68,7 @@ class JobFiles:
         One job at a time: two may send different files under one name. All are decoded or fetched before the first appears. If
         two files of a job share a name, the later one counts, as in ComfyUI's own upload. A file of the image with the same
         name is moved away meanwhile. Raises `UnsafePath`, `InputNameInvalid`, `ImageNotBase64`, `InputTooLarge`,
-        `InputNotStored`, and what `Fetcher.fetch` raises, naming the file.
+        `InputNotStored`, and what `UrlFetcher.fetch` raises, naming the file.
         """
         wanted = self.check() if len(self._files) <= _AT_ONCE else await asyncio.to_thread(self.check)
         if not wanted:
@@ -84,7 +84,7 @@ class JobFiles:
             staged = early | {name: self._staged(staging / str(at), file) for at, (name, file) in enumerate(missing.items())}
             await self._fill(staged, missing)
             for at, (name, source) in enumerate(staged.items()):
-                with storing(source.name):
+                with as_not_stored(source.name):
                     self._put(source.path, self._target(name), undo)
                 if at % _AT_ONCE == 0:
                     await asyncio.sleep(0)
@@ -100,12 +100,12 @@ class JobFiles:
                 self._fetcher.check(file.name, file.url)
         return wanted
 
-    async def look_into(self, file_name: str, look: Callable[[FileBytes], T]) -> T:
+    async def look_into(self, file_name: str, look: Callable[[StagedBytes], T]) -> T:
         """Run `look` on the job's file of this name, in a thread, and return its result. `placed` reuses the file.
 
         Raises what `look` raises, and otherwise what `placed` raises.
         """
-        name = next(_relative(file) for file in reversed(self._files) if file.name == file_name)
+        name = next(_input_name(file) for file in reversed(self._files) if file.name == file_name)
         file = (await asyncio.to_thread(self.check))[name]
         staged = self._staged(self._make_staging(self._undo) / "0", file)
         await self._fill({name: staged}, {name: file})
@@ -167,11 +167,11 @@ class JobFiles:
         return False
 
     def _wanted(self) -> dict[PurePosixPath, InputFile]:
-        return {_relative(file): file for file in self._files}
+        return {_input_name(file): file for file in self._files}
 
     def _make_staging(self, undo: contextlib.ExitStack) -> Path:
         """Create a folder beside the final names, so that a rename is enough."""
-        with storing(_STAGING):
+        with as_not_stored(_STAGING):
             self._input_dir.mkdir(parents=True, exist_ok=True)
             # A thread of a cancelled job may still write there.
             folder = tempfile.TemporaryDirectory(prefix=_STAGING, dir=self._input_dir, ignore_cleanup_errors=True)
@@ -186,7 +186,7 @@ class JobFiles:
             _decode_all(sent)
         else:
             await asyncio.to_thread(_decode_all, sent)
-        downloads = [Download(file.url, staged[name]) for name, file in missing.items() if file.url is not None]
+        downloads = [UrlDownload(file.url, staged[name]) for name, file in missing.items() if file.url is not None]
         if downloads:
             await self._fetcher.fetch(downloads)
 
@@ -215,8 +215,8 @@ class JobFiles:
         source.replace(target)
 
 
-def _relative(file: InputFile) -> PurePosixPath:
-    """Return the file's name below the input folder, with `/`. Raises `UnsafePath` or `InputNameInvalid`."""
+def _input_name(file: InputFile) -> PurePosixPath:
+    """Return an input file's name below the input folder, with `/`. Raises `UnsafePath` or `InputNameInvalid`."""
     full = f"{file.subfolder}/{file.name}" if file.subfolder else file.name
     name, slashed = file.name.replace("\\", "/"), full.replace("\\", "/")
     path = PurePosixPath(slashed)
@@ -240,16 +240,16 @@ def _relative(file: InputFile) -> PurePosixPath:
 
 
 def _check_apart(names: Sequence[PurePosixPath]) -> None:
-    """Raise `InputNameInvalid` if one of the names would be a folder for another."""
+    """Raise `InputNameInvalid` if the name of one input file would be a folder for another."""
     taken = set(names)
     for name in names:
         if below := taken.intersection(name.parents):
             raise InputNameInvalid(str(name), f"lies below '{below.pop()}', which is another file of the same job")
 
 
-def _look(staged: StagedFile, look: Callable[[FileBytes], T]) -> T:
-    with storing(staged.name), staged.path.open("rb", buffering=0) as stream:
-        return look(FileBytes(stream))
+def _look(staged: StagedFile, look: Callable[[StagedBytes], T]) -> T:
+    with as_not_stored(staged.name), staged.path.open("rb", buffering=0) as stream:
+        return look(StagedBytes(stream))
 
 
 def _decode_all(files: Sequence[tuple[StagedFile, str]]) -> None:
@@ -267,7 +267,7 @@ def _decode(target: StagedFile, data: str) -> None:
 
 
 def base64_pieces(name: str, data: str) -> Iterator[bytes]:
-    """Yield the bytes of base64 text, some at a time. It may have a `data:image/png;base64,` prefix and line breaks.
+    """Yield the bytes of an input file's base64, some at a time. It may have a `data:image/png;base64,` prefix and line breaks.
 
     It accepts what clients of worker-comfyui send: the prefix ends at the first comma, and quotes around the text or excess
     padding do no harm. Raises `ImageNotBase64`, also if there are no bytes.
@@ -305,8 +305,8 @@ def _remove_empty(folders: Sequence[Path]) -> None:
             folder.rmdir()
 
 
-def clear_leftovers(input_dir: Path) -> None:
-    """Remove files that a killed worker left staged on a disk that outlives it."""
+def clear_leftover_inputs(input_dir: Path) -> None:
+    """Remove input files that a killed worker left staged on a disk that outlives it."""
     for entry in os.scandir(input_dir) if input_dir.is_dir() else ():
         if entry.name.startswith(_STAGING):
             shutil.rmtree(entry.path, ignore_errors=True)

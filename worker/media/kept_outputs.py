@@ -73,7 +73,7 @@ class KeptOutputs:
                     log.info("%s is on the network volume: nothing in it is ever removed", self._output_dir)
                 else:
                     folders.insert(0, self._output_dir)
-                    self._foreign = _foreign(self._output_dir)
+                    self._foreign = _outputs_of_others(self._output_dir)
                 self._folders = tuple(folders)
 
     @contextlib.contextmanager
@@ -117,7 +117,7 @@ class KeptOutputs:
         self.start()
         with self._sweeping:
             found = sorted(self._walk())
-            highest = _highest(path for _, _, path in found)
+            highest = _highest_numbers(path for _, _, path in found)
             total_bytes, removed = sum(size for _, size, _ in found), 0
             goal_bytes = self._limit_bytes * _DOWN_TO if total_bytes > self._limit_bytes else total_bytes
             there = {path for _, _, path in found}
@@ -138,7 +138,7 @@ class KeptOutputs:
     def _walk(self) -> Iterator[tuple[float, int, str]]:
         """Yield age, size and path of every file that may be removed."""
         for folder in self._folders or ():
-            for path, found in _files(str(folder), spare_models=folder == self._output_dir):
+            for path, found in _output_files(str(folder), spare_models=folder == self._output_dir):
                 if found.st_size:
                     self._held.pop(path, None)  # a node has written it again
                 # Files newer than the last delivery's start belong to a job that runs, perhaps beside that delivery.
@@ -153,7 +153,7 @@ class KeptOutputs:
             with contextlib.suppress(OSError):
                 if hold:
                     self._held[path] = None
-                    _empty(Path(path))
+                    _empty_output(Path(path))
                 else:
                     Path(path).unlink()
                 return True
@@ -168,40 +168,40 @@ class KeptOutputs:
                 self._held.pop(path, None)
 
 
-def _numbers(path: str) -> Iterator[tuple[tuple[str, str], int]]:
-    """Yield each way to read a file's name as prefix and number: a_2_00005_.png is number 2 of a, and number 5 of a_2."""
+def _output_numbers(path: str) -> Iterator[tuple[tuple[str, str], int]]:
+    """Yield each way to read an output's name as prefix and number: a_2_00005_.png is number 2 of a, and number 5 of a_2."""
     folder, name = os.path.split(path)
     for match in re.finditer(r"_0*([0-9]{1,18})(?![0-9])", name):
         yield (folder, name[: match.start()]), int(match[1])
 
 
-def _highest(paths: Iterable[str]) -> dict[tuple[str, str], int]:
-    """Return the highest number of each prefix in each folder."""
+def _highest_numbers(paths: Iterable[str]) -> dict[tuple[str, str], int]:
+    """Return the highest number of each prefix of the kept outputs in each folder."""
     highest: dict[tuple[str, str], int] = {}
     for path in paths:
-        for prefix, number in _numbers(path):
+        for prefix, number in _output_numbers(path):
             highest[prefix] = max(number, highest.get(prefix, 0))
     return highest
 
 
 def _is_highest(path: str, highest: Mapping[tuple[str, str], int]) -> bool:
-    return any(number >= highest.get(prefix, 0) for prefix, number in _numbers(path))
+    return any(number >= highest.get(prefix, 0) for prefix, number in _output_numbers(path))
 
 
-def _empty(path: Path) -> None:
-    """Replace a file atomically by an empty file of the same age."""
+def _empty_output(path: Path) -> None:
+    """Replace an output atomically by an empty file of the same age, which keeps its number taken."""
     found, holder = path.stat(), path.with_name(_HOLDER)
     holder.touch()
     os.utime(holder, (found.st_atime, found.st_mtime))
     holder.replace(path)
 
 
-def _foreign(folder: Path) -> frozenset[str]:
-    """Return what was in the folder before any worker: all of it, unless a worker found it empty and marked it as its own."""
+def _outputs_of_others(folder: Path) -> frozenset[str]:
+    """Return the outputs from before any worker: all in the folder, unless a worker found it empty and marked it as its own."""
     marker = folder / _MARKER
     if marker.exists():
         return frozenset()
-    there = frozenset(path for path, _ in _files(str(folder)) if Path(path).name != _PLACEHOLDER)
+    there = frozenset(path for path, _ in _output_files(str(folder)) if Path(path).name != _PLACEHOLDER)
     if not there:
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
@@ -209,8 +209,8 @@ def _foreign(folder: Path) -> frozenset[str]:
     return there
 
 
-def _files(folder: str, *, spare_models: bool = False) -> Iterable[tuple[str, os.stat_result]]:
-    """Yield every regular file below, without following links."""
+def _output_files(folder: str, *, spare_models: bool = False) -> Iterable[tuple[str, os.stat_result]]:
+    """Yield every output file below a folder, without following links."""
     try:
         entries = list(os.scandir(folder))
     except OSError:
@@ -219,7 +219,7 @@ def _files(folder: str, *, spare_models: bool = False) -> Iterable[tuple[str, os
         try:
             if entry.is_dir(follow_symlinks=False):
                 if not (spare_models and entry.name in known().output_model_folders):
-                    yield from _files(entry.path)
+                    yield from _output_files(entry.path)
             elif entry.is_file(follow_symlinks=False) and entry.name not in {_MARKER, _PLACEHOLDER}:
                 yield entry.path, entry.stat(follow_symlinks=False)
         except OSError:

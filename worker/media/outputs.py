@@ -54,7 +54,7 @@ _LONGEST_PATH: Final = 4096
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """One output to deliver. `kind` is its list in the result."""
+    """One output of a run, to be delivered. `kind` is its list in the result."""
 
     kind: str
     node_id: str
@@ -69,8 +69,8 @@ class Output:
 
 
 @dataclass(frozen=True, slots=True)
-class Missing:
-    """A file that a node lists but that is not in the folder where ComfyUI keeps such files."""
+class MissingOutput:
+    """An output that a node lists but that is not in the folder where ComfyUI keeps such files."""
 
     node_id: str
     path: str
@@ -87,11 +87,11 @@ class Missing:
 
 
 @dataclass(frozen=True, slots=True)
-class Collected:
+class CollectedOutputs:
     """A run's outputs, sorted: those that can be returned, missing listed files, and nodes without outputs."""
 
     outputs: tuple[Output, ...] = ()
-    missing: tuple[Missing, ...] = ()
+    missing: tuple[MissingOutput, ...] = ()
     empty: tuple[str, ...] = ()
     """Nodes that list no files although they have a list for them."""
     passed_over: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -108,21 +108,21 @@ class OutputFiles:
 
     def collect(
         self, outputs: Mapping[str, Mapping[str, Any]], *, nodes: Collection[str] | None = None, previews: bool = False
-    ) -> Collected:
+    ) -> CollectedOutputs:
         """Return every listed file and text: by node id (9 before 10), then in the order of creation.
 
         The order in which nodes ran depends on ComfyUI's cache, so it is not kept. `nodes` limits whose outputs are returned;
         `previews` adds the files of preview nodes. A file that a node lists twice is returned once.
         """
         found: dict[tuple[str, object], Output] = {}
-        missing: dict[Missing, None] = {}
+        missing: dict[MissingOutput, None] = {}
         empty, passed_over, silent = [], {}, []
         for node_id in sorted(outputs, key=node_order):
             if nodes is not None and node_id not in nodes:
                 continue
             items = tuple(self._of_node(node_id, outputs[node_id], previews=previews))
             for item in items:
-                if isinstance(item, Missing):
+                if isinstance(item, MissingOutput):
                     missing[item] = None
                 else:
                     found.setdefault((node_id, item.source if isinstance(item.source, Path) else item.filename), item)
@@ -134,9 +134,9 @@ class OutputFiles:
                 silent.append(node_id)
             else:
                 empty.append(node_id)
-        return Collected(tuple(found.values()), tuple(missing), tuple(empty), passed_over, tuple(silent))
+        return CollectedOutputs(tuple(found.values()), tuple(missing), tuple(empty), passed_over, tuple(silent))
 
-    def _of_node(self, node_id: str, output: Mapping[str, Any], *, previews: bool) -> Iterator[Output | Missing]:
+    def _of_node(self, node_id: str, output: Mapping[str, Any], *, previews: bool) -> Iterator[Output | MissingOutput]:
         texts: dict[str, None] = {}
         for key, values in output.items():
             for value in _entries(values):
@@ -151,9 +151,9 @@ class OutputFiles:
                     yield item
                 elif key not in (*_TEXT_KEYS, *_PATH_KEYS):
                     texts.update((str(text), None) for text in _entries(value) if _is_text(text))
-        yield from _texts(node_id, output, texts)
+        yield from _output_texts(node_id, output, texts)
 
-    def _listed(self, key: str, node_id: str, entry: Mapping[str, Any], *, previews: bool) -> Output | Missing | None:
+    def _listed(self, key: str, node_id: str, entry: Mapping[str, Any], *, previews: bool) -> Output | MissingOutput | None:
         """Return an entry of a list of files. None for an input, and for a preview that nobody asked for."""
         if isinstance(entry.get("data"), bytes):
             return _sent(node_id, entry)
@@ -162,29 +162,31 @@ class OutputFiles:
             return None
         return self._file(_KINDS.get(key, "files"), node_id, entry, folder)
 
-    def _file(self, kind: str, node_id: str, entry: Mapping[str, Any], folder: str) -> Output | Missing:
+    def _file(self, kind: str, node_id: str, entry: Mapping[str, Any], folder: str) -> Output | MissingOutput:
         name, subfolder = entry["filename"], str(entry.get("subfolder") or "")
-        listed = clean(f"{subfolder}/{name}" if subfolder else name)
+        listed = without_surrogates(f"{subfolder}/{name}" if subfolder else name)
         if folder not in self._folders:
-            return Missing(node_id, listed, clean(shortened(folder, _SHOWN_CHARACTERS)), outside=True)
+            return MissingOutput(node_id, listed, without_surrogates(shortened(folder, _SHOWN_CHARACTERS)), outside=True)
         path = self._folders[folder] / subfolder / name
         # Resolving every part of the path costs more than all the rest. A plain file directly in the folder is nowhere else.
         linked = os.path.islink(path)  # noqa: PTH114 - Path.is_symlink raises for a name that is too long
         plain = not subfolder and "/" not in name and "\0" not in name and not linked
         if not plain and not _is_below(path, self._folders[folder]):
-            return Missing(node_id, listed, folder, outside=True)
-        found = _regular(path)
+            return MissingOutput(node_id, listed, folder, outside=True)
+        found = _stat_output(path)
         if found is None:
-            return Missing(node_id, listed, folder, outside=False)
-        name = clean(path.name)
-        return Output(kind, node_id, name, clean(subfolder), media_type(path.name), found.st_size, path, _stamp(found))
+            return MissingOutput(node_id, listed, folder, outside=False)
+        name = without_surrogates(path.name)
+        return Output(
+            kind, node_id, name, without_surrogates(subfolder), media_type(path.name), found.st_size, path, _stamp(found)
+        )
 
     @staticmethod
     def check_same(found: Sequence[Output]) -> None:
         """Raise `OutputGone` if one of these files is no longer the one that was found."""
         for item in found:
             if isinstance(item.source, Path):
-                now = _regular(item.source)
+                now = _stat_output(item.source)
                 if now is None or _stamp(now) != item.stamp:
                     raise OutputGone(item.filename, frozenset({item.node_id}))
 
@@ -199,17 +201,19 @@ class OutputFiles:
             path = root / path.relative_to(root.resolve())
         if not path.is_relative_to(root) or not _is_below(path, root):
             return None
-        found = _regular(path)
+        found = _stat_output(path)
         if found is None:
             return None
         subfolder = str(path.relative_to(root).parent)
-        subfolder = "" if subfolder == "." else clean(subfolder)
-        name = clean(path.name)
+        subfolder = "" if subfolder == "." else without_surrogates(subfolder)
+        name = without_surrogates(path.name)
         return Output("files", node_id, name, subfolder, media_type(path.name), found.st_size, path, _stamp(found))
 
 
-def unanswered(nodes: Collection[str] | None, collected: Collected, silent: Mapping[str, str]) -> list[str]:
-    """Return a sentence for each thing that is missing in the result.
+def missing_output_sentences(
+    nodes: Collection[str] | None, collected: CollectedOutputs, silent: Mapping[str, str]
+) -> list[str]:
+    """Return a sentence for each output that is missing in the result.
 
     `silent` are output nodes that ran without reporting anything to ComfyUI, with their classes. Many nodes have nothing to
     report, but one that saves does. If nothing at all is returned, each gets a sentence.
@@ -238,29 +242,29 @@ def unanswered(nodes: Collection[str] | None, collected: Collected, silent: Mapp
 
 
 def node_order(node_id: str) -> tuple[tuple[int, int, str], ...]:
-    """Return a sort key that orders node ids as people count: 9 before 10, 57:3 (a node of a subgraph) after 57."""
+    """Return a sort key that orders outputs by node id as people count: 9 before 10, 57:3 (a subgraph's node) after 57."""
     parts = re.findall(r"0*([0-9]+)|([^0-9]+)", node_id)
     ordered = [(0, len(number), number) if number else (1, 0, text) for number, text in parts]
     return (*ordered, (-1, 0, node_id))
 
 
 def media_type(filename: str) -> str:
-    """Return the media type of a file name."""
+    """Return the media type of an output, by its file name."""
     suffix = "." + filename.rsplit(".", 1)[-1].lower()
     return _MEDIA_TYPES.get(suffix) or mimetypes.guess_type(filename)[0] or "application/octet-stream"
 
 
-def clean(text: str) -> str:
-    """Return the text without unpaired surrogates, which UTF-8 cannot encode: the SDK would fail and lose the result."""
+def without_surrogates(text: str) -> str:
+    """Return an output's text without unpaired surrogates, which UTF-8 cannot encode: the SDK would lose the result."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def _texts(node_id: str, output: Mapping[str, Any], more: Iterable[str]) -> Iterator[Output]:
-    """Yield the texts of the keys that are meant for them, then those of other keys, each of these once."""
+def _output_texts(node_id: str, output: Mapping[str, Any], more: Iterable[str]) -> Iterator[Output]:
+    """Yield the texts of the output keys that are meant for them, then those of other keys, each of these once."""
     values = [value for key in _TEXT_KEYS for value in _entries(output.get(key)) if value is not None and not _is_file(value)]
     texts = [value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str) for value in values]
     texts += [text for text in more if text not in texts]
-    for index, text in enumerate(map(clean, texts)):
+    for index, text in enumerate(map(without_surrogates, texts)):
         yield Output("text", node_id, f"text_{_safe(node_id)}_{index}.txt", "", "text/plain", len(text.encode()), text)
 
 
@@ -278,7 +282,7 @@ def _is_text(value: object) -> bool:
 
 
 def _says_something(values: object) -> bool:
-    """Return whether a key's values are more than flags and empty lists."""
+    """Return whether an output key's values are more than flags and empty lists."""
     return any(isinstance(value, dict | list) and value for value in _entries(values))
 
 
@@ -294,8 +298,8 @@ def _is_file(value: object) -> bool:
     return isinstance(value, dict) and isinstance(value.get("filename"), str) and value["filename"] != ""
 
 
-def _regular(path: Path) -> os.stat_result | None:
-    """Return the stat of a regular file, or None if there is none or the name is impossible."""
+def _stat_output(path: Path) -> os.stat_result | None:
+    """Return the stat of an output that is a regular file, or None if there is none or the name is impossible."""
     try:
         found = path.stat()
     except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -308,7 +312,7 @@ def _regular(path: Path) -> os.stat_result | None:
 
 
 def _is_below(path: Path, folder: Path) -> bool:
-    """Return whether a path, with its links followed, stays in a folder."""
+    """Return whether an output's path, with its links followed, stays in a folder."""
     try:
         return path.resolve().is_relative_to(folder.resolve())
     except ValueError:  # characters that no file name can contain

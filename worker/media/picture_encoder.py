@@ -44,7 +44,7 @@ def _has_alpha(image: Image.Image) -> bool:
 
 
 def _opaque(image: Image.Image) -> Image.Image:
-    """Return the picture on white, because JPEG has no transparency."""
+    """Return the picture on white for encoding as JPEG, which has no transparency."""
     if not _has_alpha(image):
         return image.convert("RGB")
     over = image.convert("RGBA")

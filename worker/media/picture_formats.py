@@ -35,8 +35,8 @@ class PictureFormat:
     quality: int
 
 
-class Encoding:
-    """The PNGs among a job's outputs, to be encoded into a folder. Call `run` in a thread, and `stop` from any other."""
+class PictureEncoding:
+    """The conversion of a job's PNGs to another format, into a folder. Call `run` in a thread, and `stop` from any other."""
 
     def __init__(self, python: str, outputs: Sequence[Output], wanted: PictureFormat, folder: Path) -> None:
         self._python = python

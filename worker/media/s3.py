@@ -112,7 +112,7 @@ def _service(address: str) -> SplitResult:
 
 
 def _split_path(path: str, bucket: str | None) -> tuple[str, str | None]:
-    """Return the service's own path and the bucket. A path of one part is a bucket; one of several may end with it."""
+    """Return the path in an object store's address, and the bucket: a path of one part, or the last one of several."""
     parts = [part for part in path.split("/") if part]
     if bucket is None and len(parts) == 1:
         return "", parts[0]

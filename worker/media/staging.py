@@ -17,7 +17,7 @@ _FULL_BYTES: Final = 1 << 20
 
 
 class StagedFile:
-    """One new file, open while the context lasts. At most a piece or two of it are in memory.
+    """One new file that is staged: open while the context lasts. At most a piece or two of it are in memory.
 
     Closing waits for a `flush` in another thread, so that this thread never writes to another file.
     """
@@ -30,7 +30,7 @@ class StagedFile:
         self._size_bytes = 0
 
     def __enter__(self) -> Self:
-        with storing(self.name):
+        with as_not_stored(self.name):
             self._file = self.path.open("wb")
         return self
 
@@ -61,7 +61,7 @@ class StagedFile:
 
     def flush(self) -> None:
         """Write the waiting bytes. Raises `InputNotStored`."""
-        with storing(self.name):
+        with as_not_stored(self.name):
             data, self._buffer = self._buffer, bytearray()
             self._file.write(data)
             self._file.flush()
@@ -70,13 +70,13 @@ class StagedFile:
         """Discard the bytes so far: they will come again. Raises `InputNotStored`."""
         self._buffer.clear()
         self._size_bytes = 0
-        with storing(self.name):
+        with as_not_stored(self.name):
             self._file.seek(0)
             self._file.truncate()
 
 
-class FileBytes:
-    """A file's bytes as slices, read from the disk on demand: of a video, only its metadata."""
+class StagedBytes:
+    """The bytes of a staged file as slices, read from the disk on demand: of a video, only its metadata."""
 
     def __init__(self, stream: FileIO) -> None:
         self._stream = stream
@@ -93,8 +93,8 @@ class FileBytes:
 
 
 @contextlib.contextmanager
-def storing(name: str) -> Iterator[None]:
-    """Turn an `OSError` into `InputNotStored`, which names the file."""
+def as_not_stored(name: str) -> Iterator[None]:
+    """Turn an `OSError` while a file is staged into `InputNotStored`, which names the file."""
     try:
         yield
     except OSError as exc:

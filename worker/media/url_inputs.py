@@ -27,7 +27,7 @@ from worker.base.http import OK, REDIRECTS, TRANSIENT, retry_after_s
 from worker.base.http_transport import AsyncioBackend, AsyncioTransport
 from worker.base.retry import pause_s
 from worker.errors import InputNotServed, InputTimedOut, InputUnreachable, InputUrlRefused
-from worker.media.address_guard import PRIVATE, UrlRules, bare_host, parse_address
+from worker.media.address_guard import PRIVATE, AddressRules, bare_host, parse_address
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
@@ -49,7 +49,7 @@ _DROPPED: Final = re.compile(r"^\s+|[\t\r\n]")
 
 
 @dataclass(frozen=True, slots=True)
-class FetchLimits:
+class UrlFetchLimits:
     """Sizes and times. `timeout_s` is for all files of a job together, the others are for one attempt."""
 
     max_bytes: int = 512_000_000
@@ -64,25 +64,25 @@ class FetchLimits:
 
 
 @dataclass(frozen=True, slots=True)
-class Download:
-    """An address, and the file for its bytes."""
+class UrlDownload:
+    """An address that a request names, and the file for its bytes."""
 
     url: str
     file: StagedFile
 
 
-class Fetcher:
+class UrlFetcher:
     """Downloads what requests name, under the operator's rules. Keeps no connection, cookie or address between jobs."""
 
     def __init__(
         self,
-        rules: UrlRules | None = None,
-        limits: FetchLimits | None = None,
+        rules: AddressRules | None = None,
+        limits: UrlFetchLimits | None = None,
         lookup: Lookup | None = None,
         tls: ssl.SSLContext | None = None,
     ) -> None:
-        self._rules = rules or UrlRules()
-        self.limits = limits or FetchLimits()
+        self._rules = rules or AddressRules()
+        self.limits = limits or UrlFetchLimits()
         # Its own threads: a name server that does not answer blocks a thread longer than the job that asked.
         self._pool = ThreadPoolExecutor(8, thread_name_prefix="input-dns")
         self._lookup = lookup or self._ask_system
@@ -90,9 +90,9 @@ class Fetcher:
 
     def check(self, name: str, url: str) -> None:
         """Refuse an address if that needs no look-up. Raises `InputUrlRefused`."""
-        _checked(self._rules, name, url)
+        _checked_url(self._rules, name, url)
 
-    async def fetch(self, downloads: Sequence[Download]) -> None:
+    async def fetch(self, downloads: Sequence[UrlDownload]) -> None:
         """Download every file, a few at a time. At the first failure, or on cancellation, all end at once.
 
         Raises `InputUrlRefused`, `InputTooLarge`, `InputNotServed`, `InputUnreachable`, `InputTimedOut`, `InputNotStored`.
@@ -102,7 +102,7 @@ class Fetcher:
         try:
             async with (
                 asyncio.timeout(self.limits.timeout_s),
-                _Line(self._rules, self.limits, self._lookup, self._tls_context()) as line,
+                _JobConnections(self._rules, self.limits, self._lookup, self._tls_context()) as line,
                 asyncio.TaskGroup() as tasks,
             ):
                 for download in downloads:
@@ -112,7 +112,9 @@ class Fetcher:
         except ExceptionGroup as group:
             raise group.exceptions[0] from None
 
-    async def _fetch_one(self, line: _Line, gate: asyncio.Semaphore, download: Download, missing: list[str]) -> None:
+    async def _fetch_one(
+        self, line: _JobConnections, gate: asyncio.Semaphore, download: UrlDownload, missing: list[str]
+    ) -> None:
         async with gate:
             with download.file:
                 for attempt in range(1, self.limits.attempts + 1):
@@ -122,7 +124,7 @@ class Fetcher:
                     except _TransientError as exc:
                         wait_s = max(pause_s(attempt, self.limits.pause_s), exc.pause_s)
                         if attempt == self.limits.attempts or wait_s > self.limits.longest_pause_s:
-                            raise InputUnreachable(download.file.name, shown(download.url), exc.reason) from exc
+                            raise InputUnreachable(download.file.name, shown_input_url(download.url), exc.reason) from exc
                     download.file.restart()
                     await asyncio.sleep(wait_s)
                 missing.remove(download.file.name)
@@ -144,7 +146,7 @@ class Fetcher:
 
 
 class _TransientError(Exception):
-    """A failed attempt that may be retried. `pause_s` is what the server asked for."""
+    """A failed attempt to fetch a file from its address that may be retried. `pause_s` is what the server asked for."""
 
     def __init__(self, reason: str, pause_s: float = 0.0) -> None:
         super().__init__(reason)
@@ -153,13 +155,13 @@ class _TransientError(Exception):
 
 
 class _PrivateAddressError(Exception):
-    """A host has no address that may be reached."""
+    """The host of an input file's address has no address that may be reached."""
 
 
-class _Line:
-    """The connections of one job, which open only to judged addresses."""
+class _JobConnections:
+    """The connections that fetch one job's files, which open only to judged addresses."""
 
-    def __init__(self, rules: UrlRules, limits: FetchLimits, lookup: Lookup, tls: ssl.SSLContext) -> None:
+    def __init__(self, rules: AddressRules, limits: UrlFetchLimits, lookup: Lookup, tls: ssl.SSLContext) -> None:
         self._rules = rules
         self._limits = limits
         # The transport itself: no cookie is kept, no redirect is followed and no address is logged.
@@ -173,11 +175,11 @@ class _Line:
     async def __aexit__(self, *_: object) -> None:
         await self._transport.aclose()
 
-    async def receive(self, download: Download) -> None:
+    async def receive(self, download: UrlDownload) -> None:
         """Make one attempt, including redirects. Raises `_TransientError` if a retry may help."""
-        name, start, text = download.file.name, shown(download.url), download.url
+        name, start, text = download.file.name, shown_input_url(download.url), download.url
         for hop in range(self._limits.redirects + 1):
-            url = _checked(self._rules, name, text, start if hop else "")
+            url = _checked_url(self._rules, name, text, start if hop else "")
             request = httpx2.Request("GET", url, headers=_HEADERS, extensions=self._extensions)
             with self._faults(name, start, url if hop else None):
                 response = await self._transport.handle_async_request(request)
@@ -188,16 +190,16 @@ class _Line:
                         return
             text = _joined(url, target)
             if url.scheme == "https" and not text.lower().startswith("https:"):
-                raise InputUrlRefused(name, start, f"it redirects away from https, to {shown(text)}")
+                raise InputUrlRefused(name, start, f"it redirects away from https, to {shown_input_url(text)}")
         raise InputNotServed(name, start, f"it redirects more than {self._limits.redirects} times")
 
-    async def _save(self, response: httpx2.Response, download: Download) -> None:
+    async def _save(self, response: httpx2.Response, download: UrlDownload) -> None:
         file, status = download.file, response.status_code
         if status in TRANSIENT:
             raise _TransientError(f"status {status}", retry_after_s(response.headers) or 0.0)
         if status != OK:
             expired = ", which is also how an expired signature looks" if status == 403 else ""  # noqa: PLR2004 - HTTP's
-            raise InputNotServed(file.name, shown(download.url), f"it answered with status {status}{expired}")
+            raise InputNotServed(file.name, shown_input_url(download.url), f"it answered with status {status}{expired}")
         stated = response.headers.get("Content-Length", "")
         file.check_size(int(stated) if re.fullmatch(r"\d{1,18}", stated) else 0)
         try:
@@ -212,7 +214,7 @@ class _Line:
         except httpx2.RequestError:
             raise _TransientError("the file broke off") from None
         if not file.size_bytes:
-            raise InputNotServed(file.name, shown(download.url), "it sent an empty file")
+            raise InputNotServed(file.name, shown_input_url(download.url), "it sent an empty file")
         file.flush()
 
     @contextlib.contextmanager
@@ -247,7 +249,7 @@ class _Line:
 class JudgingBackend(AsyncioBackend):
     """Opens connections only to addresses that a request may reach: the one place where its sockets are opened."""
 
-    def __init__(self, rules: UrlRules, lookup: Lookup) -> None:
+    def __init__(self, rules: AddressRules, lookup: Lookup) -> None:
         self._rules = rules
         self._lookup = lookup
 
@@ -309,7 +311,7 @@ def _family(address: str) -> socket.AddressFamily:
 
 
 def _is_this_machine(address: str) -> bool:
-    """Return whether a public address is this machine's own. Services here may rely on a firewall towards the outside."""
+    """Return whether an input file's host is this machine's own public address, behind which services may lack a firewall."""
     try:
         with socket.socket(_family(address), socket.SOCK_DGRAM) as probe:
             probe.bind((address, 0))
@@ -318,8 +320,8 @@ def _is_this_machine(address: str) -> bool:
     return True
 
 
-def _checked(rules: UrlRules, name: str, text: str, start: str = "") -> httpx2.URL:
-    """Return the address to send if the rules allow it. `start` is the address that redirected to it.
+def _checked_url(rules: AddressRules, name: str, text: str, start: str = "") -> httpx2.URL:
+    """Return the address to fetch if the rules allow it. `start` is the address that redirected to it.
 
     httpx2 keeps escapes as they are, which some signatures need.
     """
@@ -332,7 +334,9 @@ def _checked(rules: UrlRules, name: str, text: str, start: str = "") -> httpx2.U
         refusal = _INVALID
     if refusal is None:
         return url
-    raise InputUrlRefused(name, start or shown(text), f"it redirects to {shown(text)}: {refusal}" if start else refusal)
+    raise InputUrlRefused(
+        name, start or shown_input_url(text), f"it redirects to {shown_input_url(text)}: {refusal}" if start else refusal
+    )
 
 
 def _joined(url: httpx2.URL, target: str) -> str:
@@ -343,11 +347,11 @@ def _joined(url: httpx2.URL, target: str) -> str:
 
 
 def _through(redirected_to: httpx2.URL | None, reason: str) -> str:
-    return f"it redirects to {shown(str(redirected_to))}: {reason}" if redirected_to is not None else reason
+    return f"it redirects to {shown_input_url(str(redirected_to))}: {reason}" if redirected_to is not None else reason
 
 
-def shown(url: str) -> str:
-    """Return scheme, host and the path's last part, for logs and errors. Queries, users and sometimes paths contain tokens."""
+def shown_input_url(url: str) -> str:
+    """Return scheme, host and the last part of an input file's address, for logs and errors. The rest may contain tokens."""
     try:
         parsed = httpx2.URL(_DROPPED.sub("", url))
         host, port = parsed.host, f":{parsed.port}" if parsed.port else ""

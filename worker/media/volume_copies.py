@@ -20,17 +20,17 @@ _CHUNK_BYTES: Final = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Copy:
-    """One file to write: `path` is relative to the volume's root, `source` is a file or the bytes themselves."""
+class VolumeCopy:
+    """One output to copy to the volume: `path` is relative to the volume's root, `source` is a file or the bytes themselves."""
 
     path: str
     source: Path | bytes
 
 
-class Copies:
-    """The copies of one job. Call `run` in a thread, and `stop` from any other."""
+class VolumeCopies:
+    """The copies of one job's outputs on the volume. Call `run` in a thread, and `stop` from any other."""
 
-    def __init__(self, root: Path, copies: Sequence[Copy]) -> None:
+    def __init__(self, root: Path, copies: Sequence[VolumeCopy]) -> None:
         self._root = root
         self._copies = copies
         self._stopped = threading.Event()
@@ -50,7 +50,7 @@ class Copies:
         """Make `run` return soon."""
         self._stopped.set()
 
-    def _write(self, copy: Copy) -> None:
+    def _write(self, copy: VolumeCopy) -> None:
         target = self._root / copy.path
         if not target.parent.resolve().is_relative_to(self._root.resolve()):
             raise UnsafePath("The place of an output on the volume", copy.path)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from worker.base.progress import CancelToken
-    from worker.links.model_links import Found, ModelLinks
+    from worker.links.model_links import ModelLinks, VisibleFile
     from worker.models.download_queue import Ensurer, Waiting
     from worker.models.sources import Sources
     from worker.spec import ModelSpec
@@ -171,12 +171,12 @@ class JobModels:
             if self._provisioner:
                 self._provisioner.stop()
 
-    def _find(self, name: Name) -> Found | None:
+    def _find(self, name: Name) -> VisibleFile | None:
         folders, files = name
         named = (form for file in files for form in forms(file))
         return next((there for file in named if (there := self._links.find(folders, file))), None)
 
-    def _check_whole(self, there: Found) -> None:
+    def _check_whole(self, there: VisibleFile) -> None:
         """Check each found file once while it stays the same: under a millisecond on a disk."""
         seen = there.info.st_size, there.info.st_mtime_ns
         if self._whole.get(there.path) != seen and stat.S_ISREG(there.info.st_mode):

@@ -22,10 +22,10 @@ from worker.pins import read_pins
 from worker.seed.errors import S3Unreachable, SeedUsage
 from worker.seed.fill import MountedFiller, S3Filler
 from worker.seed.options import keys_from
-from worker.seed.relay import Load
-from worker.seed.s3_api import bucket_at
+from worker.seed.relay import RelayLoad
+from worker.seed.s3_api import s3_api_at
 from worker.seed.s3_volume import S3Volume
-from worker.seed.screen import Bars, JsonLines, Lines
+from worker.seed.screen import ScreenBars, ScreenJson, ScreenLines
 from worker.seed.selection import Selection
 from worker.seed.sibling import Sibling
 from worker.seed.volumes import MountedVolume
@@ -41,10 +41,10 @@ if TYPE_CHECKING:
 
     from worker.seed.errors import SeedError
     from worker.seed.fill import Filler
-    from worker.seed.options import Options
-    from worker.seed.s3_api import Bucket
-    from worker.seed.screen import Screen
-    from worker.seed.volumes import Volume
+    from worker.seed.options import SeedOptions
+    from worker.seed.s3_api import S3Api
+    from worker.seed.screen import SeedScreen
+    from worker.seed.volumes import SeedVolume
     from worker.settings import Settings
     from worker.store.eviction import Pins, Survey
     from worker.store.layout import Layout
@@ -55,22 +55,22 @@ _S3_CALLS: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
-    """The target: what fills it, and what maintains it."""
+class SeedTarget:
+    """What a seeder's run fills and maintains."""
 
     filler: Filler
-    volumes: tuple[Volume, ...]
+    volumes: tuple[SeedVolume, ...]
     manifests: tuple[str, ...]
     """The text of `models.toml` on each volume that has one."""
     away: tuple[SeedError, ...] = ()
     """For each unreachable volume the reason."""
 
 
-class Context:
-    """The parts of one run."""
+class SeedContext:
+    """What every action of the seeder shares in one run."""
 
     def __init__(
-        self, options: Options, settings: Settings, environ: Mapping[str, str], stream: IO[str], cancel: threading.Event
+        self, options: SeedOptions, settings: Settings, environ: Mapping[str, str], stream: IO[str], cancel: threading.Event
     ) -> None:
         self.options = options
         self.settings = settings
@@ -82,17 +82,17 @@ class Context:
         self.left_out: set[str] = set()
         self.hub = _hub(settings)
         self._environ = environ
-        self._volumes: tuple[Volume, ...] = ()
+        self._volumes: tuple[SeedVolume, ...] = ()
         self.room: Room | None = None
         self.sibling: Sibling | None = None
 
-    def place(self) -> Target:
-        """Return the target. Raises `SeedUsage`, `S3KeysMissing`, and for S3 what `Bucket.check` raises."""
+    def place(self) -> SeedTarget:
+        """Return the target. Raises `SeedUsage`, `S3KeysMissing`, and for S3 what `S3Api.check` raises."""
         place = self._place()
         self._volumes = place.volumes
         return place
 
-    def _place(self) -> Target:
+    def _place(self) -> SeedTarget:
         if self.options.places:
             return self._over_s3()
         root = (self.options.volume or self.settings.volume_path).absolute()
@@ -105,7 +105,7 @@ class Context:
         self.room = self._room(layout)
         store = Store(layout, self.hub, _NAME, tuning=tuning, room=self.room if self._limits() else None)
         manifests = (layout.manifest.read_text("utf-8-sig"),) if layout.manifest.is_file() else ()
-        return Target(MountedFiller(store), (MountedVolume(layout),), manifests)
+        return SeedTarget(MountedFiller(store), (MountedVolume(layout),), manifests)
 
     def _limits(self) -> EvictionLimits:
         keep_gb = self.settings.volume_keep_gb if self.options.keep_gb is None else self.options.keep_gb
@@ -131,16 +131,16 @@ class Context:
         layout = self.room.layout if self.room else None
         return survey(layout, self.pins(layout), LeaseTiming()) if layout else None
 
-    def _over_s3(self) -> Target:
+    def _over_s3(self) -> SeedTarget:
         """Return all reachable volumes. Raises other errors of a volume, and an error if none is reachable."""
-        keys, load = keys_from(self._environ), Load()
-        buckets = [bucket_at(place, keys, load.uploads + _S3_CALLS) for place in self.options.places]
+        keys, load = keys_from(self._environ), RelayLoad()
+        buckets = [s3_api_at(place, keys, load.uploads + _S3_CALLS) for place in self.options.places]
         volumes: list[S3Volume] = []
         manifests: list[str] = []
         away: dict[str, SeedError] = {}
         # In parallel: an unreachable data centre takes minutes to time out.
         with ThreadPoolExecutor(len(buckets), thread_name_prefix="reach") as pool:
-            for bucket, asked in [(bucket, pool.submit(_reach, bucket)) for bucket in buckets]:
+            for bucket, asked in [(bucket, pool.submit(_check_target, bucket)) for bucket in buckets]:
                 try:
                     manifest = asked.result()
                 except S3Unreachable as exc:
@@ -149,18 +149,18 @@ class Context:
                 volumes.append(S3Volume(bucket))
                 manifests += [manifest.decode("utf-8-sig")] if manifest else []
         if self.options.sync_from:
-            source = bucket_at(self.options.sync_from, keys, load.downloads + _S3_CALLS)
+            source = s3_api_at(self.options.sync_from, keys, load.downloads + _S3_CALLS)
             source.check()
             self.sibling = Sibling(S3Volume(source))
         for error in away.values():
             if not volumes:
                 raise error
             self.tell(f"warning: {error}")
-        return Target(
+        return SeedTarget(
             S3Filler(self.hub, volumes, load, away, self.sibling), tuple(volumes), tuple(manifests), tuple(away.values())
         )
 
-    def sources(self, place: Target) -> Sources:
+    def sources(self, place: SeedTarget) -> Sources:
         """Return the lists of models as workers on these volumes have them."""
         sources = Sources.read(manifest=self.settings.models_manifest, models=self.settings.models)
         try:
@@ -185,16 +185,16 @@ class Context:
         hosts, folder = self.settings.request_hosts, self.options.folder
         return Selection(sources, self.hub, hosts, folder, self.cancel, volumes=self._volumes, tell=self.tell, warn=self.warn)
 
-    def screen(self) -> Screen:
+    def screen(self) -> SeedScreen:
         """Return the output for progress: JSON for a program, bars for a terminal, or lines for a log."""
         if self.options.json:
-            return JsonLines(self.stream)
-        return Bars(self.console) if self.console.is_terminal else Lines(self.stream)
+            return ScreenJson(self.stream)
+        return ScreenBars(self.console) if self.console.is_terminal else ScreenLines(self.stream)
 
     def show(self, event: str, table: Callable[[], Any], **values: Any) -> None:  # noqa: ANN401 - JSON
         """Show a result: a table for people, an event for programs."""
         if self.options.json:
-            JsonLines(self.stream).tell(event, **values)
+            ScreenJson(self.stream).tell(event, **values)
         else:
             self.console.print(table())
 
@@ -204,9 +204,9 @@ class Context:
 
 
 def tell(text: str, stream: IO[str], *, as_json: bool) -> None:
-    """Print a sentence where people or programs look for it."""
+    """Print a sentence of the seeder where people or programs look for it."""
     if as_json:
-        JsonLines(stream).say(text)
+        ScreenJson(stream).say(text)
     else:
         print(text, file=sys.stderr)  # noqa: T201 - the command's output
 
@@ -216,7 +216,7 @@ def _hub(settings: Settings) -> Hub:
     return Hub(settings.hf_endpoint, Network(tokens, urllib.request.getproxies()))
 
 
-def _reach(bucket: Bucket) -> bytes | None:
-    """Check that the volume exists and the keys work. Return its `models.toml`."""
+def _check_target(bucket: S3Api) -> bytes | None:
+    """Check that the target volume exists and the keys work. Return its `models.toml`."""
     bucket.check()
     return S3Volume(bucket).manifest()

@@ -19,7 +19,7 @@ from worker.errors import EnsureCancelled, VolumeReadOnly, WorkerError
 from worker.plan.lookup import check_promises
 from worker.seed.errors import S3Failed, SeedError
 from worker.seed.outcome import NEWER, Outcome
-from worker.seed.relay import Load, Relay, Upload
+from worker.seed.relay import Relay, RelayLoad, RelayUpload
 from worker.seed.s3_api import UploadGone
 from worker.store.inventory import Standing
 from worker.store.verification import ATTEMPTS, WrongFiles, new_seal
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from worker.seed.outcome import How
     from worker.seed.s3_volume import S3Volume
     from worker.seed.sibling import Sibling
-    from worker.seed.volumes import Volume
+    from worker.seed.volumes import SeedVolume
     from worker.spec import ModelSpec
     from worker.store.store import Store
 
@@ -44,14 +44,14 @@ _BY: Final = "seeder"
 
 
 class Filler(Protocol):
-    """Puts models onto the volumes."""
+    """Fills volumes: puts models onto them, verified and sealed."""
 
     @property
     def titles(self) -> Sequence[str]:
         """Return the volumes' names."""
         ...
 
-    def on(self, volume: Volume) -> Filler:
+    def on(self, volume: SeedVolume) -> Filler:
         """Return a filler for one of the volumes."""
         ...
 
@@ -64,7 +64,7 @@ class Filler(Protocol):
 
 
 class MountedFiller:
-    """A volume that is mounted here. The worker's own store does the work."""
+    """Fills a volume that is mounted here. The worker's own store does the work."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -74,7 +74,7 @@ class MountedFiller:
         """Return the volume's name."""
         return (str(self._store.layout.root),)
 
-    def on(self, volume: Volume) -> MountedFiller:
+    def on(self, volume: SeedVolume) -> MountedFiller:
         """Like `Filler.on`."""
         del volume
         return self
@@ -118,8 +118,8 @@ def _failed(model: str, volume: str, error: WorkerError, began_s: float) -> Outc
 
 
 @dataclass(slots=True)
-class _Job:
-    """One model on its way to several volumes."""
+class _S3Fill:
+    """One model with which several volumes are filled through S3."""
 
     spec: ModelSpec
     remote: Remote
@@ -146,7 +146,7 @@ class _Job:
 
 
 class S3Filler:
-    """Volumes through their S3 API. One download feeds them all.
+    """Fills volumes through their S3 API. One download feeds them all.
 
     One file is in transfer at a time, with several connections. `ensure` of the next may begin while a server still assembles
     the last one.
@@ -156,7 +156,7 @@ class S3Filler:
         self,
         hub: Hub,
         volumes: Sequence[S3Volume],
-        load: Load | None = None,
+        load: RelayLoad | None = None,
         away: Mapping[str, SeedError] | None = None,
         sibling: Sibling | None = None,
     ) -> None:
@@ -168,7 +168,7 @@ class S3Filler:
         self._hub = hub
         self._volumes = volumes
         self._away = away or {}
-        self._load = load or Load()
+        self._load = load or RelayLoad()
         self._streaming = threading.Lock()
         self._spare: list[bytearray] = []  # belongs to the thread that streams
 
@@ -177,7 +177,7 @@ class S3Filler:
         """Return the volumes' names."""
         return (*(volume.title for volume in self._volumes), *self._away)
 
-    def on(self, volume: Volume) -> S3Filler:
+    def on(self, volume: SeedVolume) -> S3Filler:
         """Like `Filler.on`."""
         return S3Filler(self._hub, [found for found in self._volumes if found is volume], self._load)
 
@@ -193,7 +193,7 @@ class S3Filler:
             check_promises(spec, remote)
         except WorkerError as exc:
             return [_failed(f"{spec.folder}/{spec.name}", volume.title, exc, began_s) for volume in self._volumes]
-        job = _Job(spec, replace(remote, sha256=remote.sha256 or spec.sha256), progress, cancel, began_s, replaces)
+        job = _S3Fill(spec, replace(remote, sha256=remote.sha256 or spec.sha256), progress, cancel, began_s, replaces)
         found: dict[S3Volume, Outcome] = {}
         missing: list[S3Volume] = []
         for volume in self._volumes:
@@ -210,7 +210,7 @@ class S3Filler:
             found |= self._send(job, missing)
         return [found[volume] for volume in self._volumes]
 
-    def _there(self, job: _Job, volume: S3Volume) -> Outcome | None:
+    def _there(self, job: _S3Fill, volume: S3Volume) -> Outcome | None:
         """Return the outcome for an existing file. None if there is none, or if it is to be replaced.
 
         For a sealed file only the model's own pin decides: a source without a pin may have changed.
@@ -228,11 +228,11 @@ class S3Filler:
 
     # --- sending
 
-    def _send(self, job: _Job, volumes: Sequence[S3Volume]) -> dict[S3Volume, Outcome]:
+    def _send(self, job: _S3Fill, volumes: Sequence[S3Volume]) -> dict[S3Volume, Outcome]:
         """Send to these volumes, and again to those whose upload vanished. Download a file with a wrong byte again, once."""
         outcomes: dict[S3Volume, Outcome] = {}
         wrong = WrongFiles(job.model, job.remote)
-        uploads = {volume: Upload(volume.bucket, volume.key(job.spec.folder, job.spec.name)) for volume in volumes}
+        uploads = {volume: RelayUpload(volume.bucket, volume.key(job.spec.folder, job.spec.name)) for volume in volumes}
         error: WorkerError | None = None
         for _ in range(ATTEMPTS):
             try:
@@ -251,7 +251,7 @@ class S3Filler:
                 return outcomes
         return outcomes | {volume: self._given_up(job, volume, upload, error) for volume, upload in uploads.items()}
 
-    def _given_up(self, job: _Job, volume: S3Volume, upload: Upload, error: WorkerError | None) -> Outcome:
+    def _given_up(self, job: _S3Fill, volume: S3Volume, upload: RelayUpload, error: WorkerError | None) -> Outcome:
         """Return why this volume does not have the model. Abort what cannot be resumed."""
         cause = upload.error if isinstance(upload.error, SeedError) else error
         if cause and not cause.retryable:
@@ -259,7 +259,7 @@ class S3Filler:
         lost = S3Failed(volume.title, f"The upload of {upload.key}", "it vanished from the server each time")
         return job.failed(volume, cause or lost, upload.all_sent_bytes)
 
-    def _stream(self, job: _Job, uploads: dict[S3Volume, Upload]) -> str:
+    def _stream(self, job: _S3Fill, uploads: dict[S3Volume, RelayUpload]) -> str:
         """Return the sha256 of the content of every upload without an error. Empty if all of them vanished."""
         while not self._streaming.acquire(timeout=_TICK_S):
             if job.cancel.is_set():
@@ -283,11 +283,11 @@ class S3Filler:
         finally:
             self._streaming.release()
 
-    def _finish(self, job: _Job, uploads: dict[S3Volume, Upload], sha256: str) -> dict[S3Volume, Outcome]:
+    def _finish(self, job: _S3Fill, uploads: dict[S3Volume, RelayUpload], sha256: str) -> dict[S3Volume, Outcome]:
         """Complete and seal the files on all volumes in parallel. Leave out volumes whose upload vanished."""
         outcomes: dict[S3Volume, Outcome] = {}
 
-        def finish(volume: S3Volume, upload: Upload) -> None:
+        def finish(volume: S3Volume, upload: RelayUpload) -> None:
             try:
                 if upload.error:
                     raise upload.error
@@ -305,7 +305,7 @@ class S3Filler:
             list(pool.map(finish, uploads, uploads.values()))
         return outcomes
 
-    def _publish(self, job: _Job, volume: S3Volume, upload: Upload, sha256: str) -> Outcome:
+    def _publish(self, job: _S3Fill, volume: S3Volume, upload: RelayUpload, sha256: str) -> Outcome:
         """Announce, complete, check, seal. If this dies in between, the next run uses the record."""
         job.progress(Progress("checking", job.remote.size_bytes, job.remote.size_bytes))
         spec = job.spec

@@ -13,7 +13,7 @@ from worker.errors import EnsureCancelled, SpecInvalid, WorkerError
 from worker.seed.errors import SeedUsage
 from worker.seed.outcome import Outcome
 from worker.seed.screen import least_used_table, sealed_table, summary_table, verification_table
-from worker.seed.seeding import FAILED, code_of, fill
+from worker.seed.seeding import FAILED, seed_models, seeding_status
 from worker.spec import HubFile, ModelSpec, parse_source
 from worker.store.eviction import chosen_for_removal, idle_text
 from worker.store.inventory import Standing
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from worker.base.progress import CancelToken
     from worker.models.sources import Sources
     from worker.plan.items import Item
-    from worker.seed.context import Context, Target
-    from worker.seed.screen import Screen
-    from worker.seed.volumes import Sealed, Volume
+    from worker.seed.context import SeedContext, SeedTarget
+    from worker.seed.screen import SeedScreen
+    from worker.seed.volumes import SealedModel, SeedVolume
     from worker.store.inventory import InventoryEntry
 
 
@@ -34,7 +34,7 @@ Verdict = Literal["whole", "touched", "damaged", "replaced", "missing", "unhashe
 
 
 @dataclass(frozen=True, slots=True)
-class Checked:
+class VerifiedModel:
     """The result of verifying one sealed model.
 
     `touched`: its mtime differs from the seal, its content does not; it was sealed again. `damaged`: size and time equal its
@@ -42,7 +42,7 @@ class Checked:
     its seal has no sha256. `stamp` is that of the file that was read.
     """
 
-    sealed: Sealed
+    sealed: SealedModel
     verdict: Verdict
     actual: str | None = None
     error: WorkerError | None = None
@@ -66,39 +66,41 @@ class Checked:
         }
 
 
-def verify(volume: Volume, found: Sealed, on_bytes: Callable[[int], None], cancel: CancelToken) -> Checked:
-    """Read the file and compare. Write only a seal, and only for a right file. Raises `EnsureCancelled`."""
+def verify_sealed(
+    volume: SeedVolume, found: SealedModel, on_bytes: Callable[[int], None], cancel: CancelToken
+) -> VerifiedModel:
+    """Read the file of a sealed model and compare. Write only a seal, and only for a right file. Raises `EnsureCancelled`."""
     try:
         there = volume.look(found.folder, found.name)
         if there.standing is Standing.ABSENT:
-            return Checked(found, "missing")
+            return VerifiedModel(found, "missing")
         if there.size_bytes != found.seal.size:
-            return Checked(found, "replaced", f"{there.size_bytes} bytes", stamp=there.stamp)
+            return VerifiedModel(found, "replaced", f"{there.size_bytes} bytes", stamp=there.stamp)
         if found.seal.sha256 is None:
-            return Checked(found, "unhashed" if there.standing is Standing.READY else "replaced", stamp=there.stamp)
+            return VerifiedModel(found, "unhashed" if there.standing is Standing.READY else "replaced", stamp=there.stamp)
         return _compare(volume, found, there, on_bytes, cancel)
     except EnsureCancelled:
         raise
     except WorkerError as exc:
-        return Checked(found, "unreadable", error=exc)
+        return VerifiedModel(found, "unreadable", error=exc)
 
 
 def _compare(
-    volume: Volume, found: Sealed, there: InventoryEntry, on_bytes: Callable[[int], None], cancel: CancelToken
-) -> Checked:
+    volume: SeedVolume, found: SealedModel, there: InventoryEntry, on_bytes: Callable[[int], None], cancel: CancelToken
+) -> VerifiedModel:
     if there.standing is Standing.READY and there.error:
-        return Checked(found, "damaged", error=there.error, stamp=there.stamp)
+        return VerifiedModel(found, "damaged", error=there.error, stamp=there.stamp)
     actual = volume.hash(found.folder, found.name, found.seal.size, on_bytes, cancel)
     is_ready = there.standing is Standing.READY
     if actual == found.seal.sha256:
         if not is_ready:
             volume.seal(found.folder, found.name, found.seal)
-        return Checked(found, "whole" if is_ready else "touched", actual)
+        return VerifiedModel(found, "whole" if is_ready else "touched", actual)
     changed = volume.look(found.folder, found.name).stamp != there.stamp  # while it was read
-    return Checked(found, "damaged" if is_ready and not changed else "replaced", actual, stamp=there.stamp)
+    return VerifiedModel(found, "damaged" if is_ready and not changed else "replaced", actual, stamp=there.stamp)
 
 
-def repair_spec(found: Sealed, known: Mapping[str, ModelSpec]) -> ModelSpec | None:
+def repair_spec(found: SealedModel, known: Mapping[str, ModelSpec]) -> ModelSpec | None:
     """Return the source for a damaged model: its seal's commit, a list, or any address in its seal. None without one.
 
     The commit comes first, because a list without a pin may mean a newer file by now. If the list has another source, the list
@@ -117,7 +119,7 @@ def _is_same_origin(own: ModelSpec, listed: ModelSpec) -> bool:
     return (own.source.repo, own.source.path) == (listed.source.repo, listed.source.path)
 
 
-def _sealed_spec(found: Sealed) -> ModelSpec | None:
+def _sealed_spec(found: SealedModel) -> ModelSpec | None:
     seal = found.seal
     try:
         if seal.repo and seal.file:
@@ -130,7 +132,7 @@ def _sealed_spec(found: Sealed) -> ModelSpec | None:
     return None
 
 
-def unnamed(volume: Volume, named: Collection[str]) -> list[Sealed]:
+def sealed_but_unnamed(volume: SeedVolume, named: Collection[str]) -> list[SealedModel]:
     """Return the sealed models that none of these `folder/name`s is, without files that no longer fit their seal.
 
     `?/name` is a name that may be in any folder.
@@ -139,15 +141,15 @@ def unnamed(volume: Volume, named: Collection[str]) -> list[Sealed]:
     return [found for found in sealed if is_as_sealed(volume, found)]
 
 
-def is_as_sealed(volume: Volume, found: Sealed) -> bool:
-    """Return whether the file still fits its seal."""
+def is_as_sealed(volume: SeedVolume, found: SealedModel) -> bool:
+    """Return whether the file to verify or prune still fits its seal."""
     return volume.look(found.folder, found.name).standing is Standing.READY
 
 
 # --- reading and removing what is sealed ------------------------------------------------------------
 
 
-def list_sealed(context: Context, place: Target) -> int:
+def list_sealed(context: SeedContext, place: SeedTarget) -> int:
     """Show what is sealed on each volume. Return 0."""
     for volume in place.volumes:
         found = sorted(volume.sealed(), key=lambda sealed: sealed.title)
@@ -162,7 +164,7 @@ def list_sealed(context: Context, place: Target) -> int:
     return 0
 
 
-def _outlook(context: Context) -> dict[str, dict[str, Any]]:
+def _outlook(context: SeedContext) -> dict[str, dict[str, Any]]:
     """Return for each sealed model on a mounted volume when it would be removed to make room, or why it would not."""
     found = context.survey()
     order = {one.title: place for place, one in enumerate(found.removable, 1)} if found else {}
@@ -179,9 +181,9 @@ def _in_words(word: Mapping[str, Any] | None) -> str:
     return f"stays: {word['kept']}" if word["kept"] else f"number {word['removed_as']}, {idle_text(word['idle_s'])}"
 
 
-def verify_all(context: Context, place: Target, sources: Sources) -> int:
+def verify_all(context: SeedContext, place: SeedTarget, sources: Sources) -> int:
     """Read and hash what is sealed (of a WHAT, if given). With --repair download wrong files again."""
-    named = _named(context, sources) if context.options.whats else None
+    named = _named_models(context, sources) if context.options.whats else None
     code = 0
     for volume in place.volumes:
         found = [sealed for sealed in volume.sealed() if named is None or sealed.title in named]
@@ -192,23 +194,25 @@ def verify_all(context: Context, place: Target, sources: Sources) -> int:
         context.show("verified", partial(verification_table, checked), volume=volume.title, models=models)
         bad = [item for item in checked if not item.good]
         if bad and context.options.repair:
-            code |= _repair(context, volume, bad, place, _named(context, sources))
+            code |= _repair(context, volume, bad, place, _named_models(context, sources))
         elif bad:
             code = FAILED
     return code
 
 
-def _check(context: Context, volume: Volume, sealed: Sealed, screen: Screen) -> Checked:
+def _check(context: SeedContext, volume: SeedVolume, sealed: SealedModel, screen: SeedScreen) -> VerifiedModel:
     def on_bytes(done_bytes: int) -> None:
         screen.moved(sealed.title, Progress("checking", done_bytes, sealed.seal.size))
 
-    found = verify(volume, sealed, on_bytes, context.cancel)
+    found = verify_sealed(volume, sealed, on_bytes, context.cancel)
     screen.ended(sealed.title, [Outcome(sealed.title, volume.title, "ready" if found.good else "failed", sealed.seal.size)])
     return found
 
 
-def _repair(context: Context, volume: Volume, bad: Sequence[Checked], place: Target, known: Mapping[str, ModelSpec]) -> int:
-    """Download wrong files again. Replace a file after the new one was verified; one put there by hand only with --yes."""
+def _repair(
+    context: SeedContext, volume: SeedVolume, bad: Sequence[VerifiedModel], place: SeedTarget, known: Mapping[str, ModelSpec]
+) -> int:
+    """Download again what the verification found wrong, and replace it once verified; files put there by hand with --yes."""
     wanted: list[tuple[ModelSpec, object]] = []
     for item in bad:
         title, spec = item.sealed.title, repair_spec(item.sealed, known)
@@ -221,13 +225,13 @@ def _repair(context: Context, volume: Volume, bad: Sequence[Checked], place: Tar
         else:
             wanted.append((spec, item.stamp))
     with context.screen() as screen:
-        outcomes = fill(context, wanted, place.filler.on(volume), screen)
+        outcomes = seed_models(context, wanted, place.filler.on(volume), screen)
     context.show("repaired", partial(summary_table, outcomes, 0.0), outcomes=[outcome.to_dict() for outcome in outcomes])
-    return code_of(context, outcomes) or (FAILED if len(wanted) < len(bad) else 0)
+    return seeding_status(context, outcomes) or (FAILED if len(wanted) < len(bad) else 0)
 
 
-def _named(context: Context, sources: Sources) -> dict[str, ModelSpec]:
-    """Return every model that a list or a WHAT names."""
+def _named_models(context: SeedContext, sources: Sources) -> dict[str, ModelSpec]:
+    """Return every model that a list or a WHAT names, and that pruning therefore keeps."""
     items = context.selection(sources).read(context.options.whats) if context.options.whats else ()
     named: dict[str, ModelSpec] = {}
     for spec in [*(item.spec for item in items if item.spec), *sources.manifest()]:
@@ -235,34 +239,34 @@ def _named(context: Context, sources: Sources) -> dict[str, ModelSpec]:
     return named
 
 
-def titles_of(item: Item) -> Iterator[str]:
-    """Yield every `folder/name` at which a worker would find this model, whether or not its source is known."""
+def _titles_of(item: Item) -> Iterator[str]:
+    """Yield every `folder/name` at which a worker would find this model, so that pruning keeps it."""
     yield item.title
     for node in item.nodes:
         yield from (f"{folder}/{name}" for folder in node.folders for name in node.file_names)
 
 
-def prune(context: Context, place: Target, sources: Sources) -> int:
+def prune(context: SeedContext, place: SeedTarget, sources: Sources) -> int:
     """Remove the sealed models that nothing names, after a question. Files put there by hand are not even examined."""
     if context.options.least_used:
         return _prune_least_used(context)
     items = context.selection(sources).read(context.options.whats) if context.options.whats else ()
-    named = {*_named(context, sources), *(title for item in items for title in titles_of(item))}
+    named = {*_named_models(context, sources), *(title for item in items for title in _titles_of(item))}
     if not named:
         raise SeedUsage("No manifest and no WHAT names any model, so everything would go: name what is to stay.")
     for volume in place.volumes:
-        gone = unnamed(volume, named)
+        gone = sealed_but_unnamed(volume, named)
         total = size_text(sum(sealed.seal.size for sealed in gone))
         models = [_listed(sealed, good=True) for sealed in gone]
         context.show("prune", partial(sealed_table, gone, [True] * len(gone)), volume=volume.title, models=models)
         if gone and _agreed(context, f"Remove {count(len(gone), 'model')}, {total}, from {volume.title}?"):
             for sealed in gone:
-                _remove(context, volume, sealed)
+                _prune_one(context, volume, sealed)
             context.tell(f"removed {count(len(gone), 'model')}, {total}")
     return 0
 
 
-def _prune_least_used(context: Context) -> int:
+def _prune_least_used(context: SeedContext) -> int:
     """Remove what jobs use least until the rest is as small as was said, after a question."""
     room, found = context.room, context.survey()
     if room is None or found is None:
@@ -283,15 +287,15 @@ def _prune_least_used(context: Context) -> int:
     return FAILED if over > 0 else 0
 
 
-def _remove(context: Context, volume: Volume, sealed: Sealed) -> None:
-    """Remove a model, unless the file was replaced while the question was open."""
+def _prune_one(context: SeedContext, volume: SeedVolume, sealed: SealedModel) -> None:
+    """Remove a model while pruning, unless the file was replaced while the question was open."""
     if is_as_sealed(volume, sealed):
         volume.remove(sealed.folder, sealed.name)
     else:
         context.tell(f"{sealed.title} changed meanwhile and was left alone")
 
 
-def _agreed(context: Context, question: str) -> bool:
+def _agreed(context: SeedContext, question: str) -> bool:
     if context.options.yes:
         return True
     if not sys.stdin.isatty():
@@ -299,6 +303,6 @@ def _agreed(context: Context, question: str) -> bool:
     return context.console.input(f"{question} [y/N] ").strip().lower() in {"y", "yes"}
 
 
-def _listed(sealed: Sealed, *, good: bool) -> dict[str, Any]:
+def _listed(sealed: SealedModel, *, good: bool) -> dict[str, Any]:
     seal = sealed.seal
     return {"model": sealed.title, "size_bytes": seal.size, "sha256": seal.sha256, "repo": seal.repo, "fits": good}

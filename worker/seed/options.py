@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from worker.seed.errors import S3KeysMissing, SeedUsage
-from worker.seed.s3_api import DATACENTERS, Keys, Place
+from worker.seed.s3_api import DATACENTERS, S3Keys, S3Place
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -41,24 +41,24 @@ command again: it resumes.
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
-    """A valid command line. It has either `places` or `volume`; with neither, the settings' volume is used."""
+class SeedOptions:
+    """A valid command line of the seeder. It has either `places` or `volume`; with neither, the settings' volume is used."""
 
     whats: tuple[str, ...]
     action: Action
     volume: Path | None
-    places: tuple[Place, ...]
+    places: tuple[S3Place, ...]
     folder: str | None
     json: bool
     yes: bool
     repair: bool
     keep_gb: float | None = None
     least_used: bool = False
-    sync_from: Place | None = None
+    sync_from: S3Place | None = None
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the command line's parser."""
+def seed_parser() -> argparse.ArgumentParser:
+    """Return the parser of the seeder's command line."""
     found = argparse.ArgumentParser(
         prog="python scripts/seed_volume.py",
         description="Fill a volume with models before the first job: mounted, or from anywhere through RunPod's S3 API.",
@@ -111,19 +111,19 @@ def parser() -> argparse.ArgumentParser:
     return found
 
 
-def parse(argv: Sequence[str]) -> Options:
-    """Return the options. Raises `SeedUsage`, `DatacenterUnknown`, and SystemExit as argparse does."""
-    given = parser().parse_args(list(argv))
+def parse_seed_options(argv: Sequence[str]) -> SeedOptions:
+    """Return the options of the seeder. Raises `SeedUsage`, `DatacenterUnknown`, and SystemExit as argparse does."""
+    given = seed_parser().parse_args(list(argv))
     actions: dict[Action, bool] = {"dry_run": given.dry_run, "list": given.list, "verify": given.verify, "prune": given.prune}
     actions["sync"] = given.sync is not None
     action: Action = next((name for name, on in actions.items() if on), "seed")
     _check(given, action)
-    source: Place | None = None
+    source: S3Place | None = None
     if given.sync:
         source, *places = _places([given.sync, *given.to], given.datacenter, given.endpoint)
     else:
         places = [*_places(given.s3, given.datacenter, given.endpoint)]
-    return Options(
+    return SeedOptions(
         whats=tuple(given.what),
         action=action,
         volume=given.volume,
@@ -169,21 +169,21 @@ def _check(given: argparse.Namespace, action: Action) -> None:
             raise SeedUsage(reason)
 
 
-def _places(volumes: Sequence[str], datacenters: Sequence[str], endpoint: str | None) -> tuple[Place, ...]:
+def _places(volumes: Sequence[str], datacenters: Sequence[str], endpoint: str | None) -> tuple[S3Place, ...]:
     if volumes and endpoint is None and not datacenters:
         raise SeedUsage(f"Say with --datacenter where the volume is: one of {', '.join(DATACENTERS)}.")
     if len(datacenters) not in {0, 1, len(volumes)}:
         raise SeedUsage("Give one --datacenter for all volumes, or one for each --s3, in the same order.")
     named = [*datacenters] * len(volumes) if len(datacenters) == 1 else [*datacenters] or [""] * len(volumes)
-    places = tuple(Place.of(volume, name, endpoint) for volume, name in zip(volumes, named, strict=True))
+    places = tuple(S3Place.of(volume, name, endpoint) for volume, name in zip(volumes, named, strict=True))
     if len(set(places)) < len(places):
         raise SeedUsage("One volume is named twice: name each once.")
     return places
 
 
-def keys_from(environ: Mapping[str, str]) -> Keys:
-    """Return the keys of RunPod's S3 API. Raises `S3KeysMissing`, naming the missing ones."""
+def keys_from(environ: Mapping[str, str]) -> S3Keys:
+    """Return the keys of RunPod's S3 API that the seeder's environment has. Raises `S3KeysMissing`, naming the missing ones."""
     missing = [name for name in (KEY_ID, KEY_SECRET) if not environ.get(name, "").strip()]
     if missing:
         raise S3KeysMissing(missing)
-    return Keys(environ[KEY_ID].strip(), environ[KEY_SECRET].strip())
+    return S3Keys(environ[KEY_ID].strip(), environ[KEY_SECRET].strip())

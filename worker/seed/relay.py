@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
     from worker.base.progress import CancelToken
     from worker.fetch.hub import Hub, Remote
-    from worker.seed.s3_api import Bucket, Head, SentPart
-    from worker.seed.sibling import Copy
-    from worker.seed.window import Part
+    from worker.seed.s3_api import S3Api, S3Head, SentPart
+    from worker.seed.sibling import SiblingCopy
+    from worker.seed.window import WindowPart
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +44,8 @@ _TICK_S: Final = 0.2
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
-    """How much happens at a time. `memory_bytes` is for the parts; Python and its libraries need memory besides."""
+class RelayLoad:
+    """How much a relay does at a time. `memory_bytes` is for the parts; Python and its libraries need memory besides."""
 
     downloads: int = 4
     uploads: int = 4
@@ -78,10 +78,10 @@ class Load:
 
 
 @dataclass(eq=False, slots=True)
-class Upload:
-    """One file's upload to one volume. `error` ends it, and does not affect the others."""
+class RelayUpload:
+    """One file's upload to one volume in a relay. `error` ends it, and does not affect the others."""
 
-    bucket: Bucket
+    bucket: S3Api
     key: str
     upload_id: str = ""
     there: dict[int, SentPart] = field(default_factory=dict)
@@ -92,7 +92,7 @@ class Upload:
     kept_bytes: int = 0
     error: SeedError | UploadGone | None = None
     others: list[str] = field(default_factory=list)
-    before: Head | None = None
+    before: S3Head | None = None
     """The file that this one replaces."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -113,7 +113,7 @@ class Upload:
             self.upload_id = self.bucket.begin(self.key)
         self.before = self.bucket.head(self.key)
 
-    def take(self, part: Part, md5: bytes) -> None:
+    def take(self, part: WindowPart, md5: bytes) -> None:
         """Put this part on the server."""
         there = self.there.get(part.number)
         if there and there.etag == md5.hex() and there.size_bytes == len(part.buffer):
@@ -126,9 +126,9 @@ class Upload:
             self.sent_bytes += sent
             self.etags[part.number] = md5.hex()
 
-    def renewed(self) -> Upload:
+    def renewed(self) -> RelayUpload:
         """Return the same upload, to be begun again."""
-        return Upload(self.bucket, self.key, sent_before_bytes=self.all_sent_bytes)
+        return RelayUpload(self.bucket, self.key, sent_before_bytes=self.all_sent_bytes)
 
     @property
     def all_sent_bytes(self) -> int:
@@ -146,7 +146,7 @@ class Upload:
             with contextlib.suppress(SeedError):
                 self.bucket.abort(self.key, self.upload_id)
 
-    def complete(self, size_bytes: int, load: Load, cancel: CancelToken) -> None:
+    def complete(self, size_bytes: int, load: RelayLoad, cancel: CancelToken) -> None:
         """Return when HeadObject shows the file with its length. Complete's own answer is not trusted either way.
 
         Raises `UploadGone` if neither a file nor an upload exists any longer, `EnsureCancelled`, or what HeadObject raises.
@@ -172,7 +172,7 @@ class Upload:
             if cancel.wait(load.poll_s):
                 raise EnsureCancelled(self.key)
 
-    def _appears(self, size_bytes: int, load: Load, cancel: CancelToken, until_s: float) -> bool:
+    def _appears(self, size_bytes: int, load: RelayLoad, cancel: CancelToken, until_s: float) -> bool:
         """Return whether the file exists. Look again while the server may still assemble it: upload gone, file late."""
         while True:
             with contextlib.suppress(S3Unreachable):
@@ -204,8 +204,8 @@ def _length(number: int, size_bytes: int, part_bytes: int) -> int:
     return max(0, min(part_bytes, size_bytes - (number - 1) * part_bytes))
 
 
-class _Either:
-    """A cancel token that is set if the caller's is, or if no volume is left to send to."""
+class _CancelledOrNoTarget:
+    """A relay's cancel token, set if the caller's is, or if no volume is left to send to."""
 
     def __init__(self, cancel: CancelToken) -> None:
         self._cancel = cancel
@@ -225,25 +225,27 @@ class Relay:
         self,
         hub: Hub,
         remote: Remote,
-        uploads: Sequence[Upload],
-        load: Load,
+        uploads: Sequence[RelayUpload],
+        load: RelayLoad,
         cancel: CancelToken,
         *,
         spare: list[bytearray] | None = None,
-        begin: Callable[[Window, Tuning, CancelToken], Fetch | Copy] | None = None,
+        begin: Callable[[Window, Tuning, CancelToken], Fetch | SiblingCopy] | None = None,
     ) -> None:
         """Set the file. `begin` begins a fetch of its bytes. Without it they come from the source itself."""
         self._begin = begin or (lambda window, tuning, cancel: Fetch(hub, remote, window, tuning, cancel))
         self._remote = remote
         self._load = load
         self._cancel = cancel
-        self._either = _Either(cancel)
+        self._either = _CancelledOrNoTarget(cancel)
         self._uploads = uploads
         self._digest = hashlib.sha256()
         self._hashed = object()
         part_bytes, width = load.part_bytes_of(remote.size_bytes), load.width_of(remote.size_bytes)
         self._window = Window(remote.size_bytes, part_bytes, width, [self._hashed, *uploads], spare)
-        self._queues: dict[Upload, queue.Queue[tuple[Part, bytes] | None]] = {upload: queue.Queue() for upload in uploads}
+        self._queues: dict[RelayUpload, queue.Queue[tuple[WindowPart, bytes] | None]] = {
+            upload: queue.Queue() for upload in uploads
+        }
         self._stated_bytes: int | None = remote.size_bytes
         self._foreign: str | None = None
         self._defect: BaseException | None = None
@@ -344,7 +346,7 @@ class Relay:
             for _ in range(self._load.uploads):
                 waiting.put(None)
 
-    def _look_at_header(self, part: Part) -> None:
+    def _look_at_header(self, part: WindowPart) -> None:
         """Check the length that a safetensors file states, if its header is in the first part."""
         head, size = memoryview(part.buffer), self._remote.size_bytes
         first, is_verified = head[:HEAD_BYTES].tobytes(), self._remote.is_verified
@@ -356,7 +358,7 @@ class Relay:
     def _named_safetensors(self) -> bool:
         return any(is_safetensors(upload.key) for upload in self._uploads)
 
-    def _send(self, upload: Upload) -> None:
+    def _send(self, upload: RelayUpload) -> None:
         waiting = self._queues[upload]
         while (item := waiting.get()) is not None:
             part, md5 = item
@@ -370,7 +372,7 @@ class Relay:
                     self._either.ended.set()
             self._window.release(part, upload)
 
-    def _failed(self, upload: Upload, error: SeedError | UploadGone) -> None:
+    def _failed(self, upload: RelayUpload, error: SeedError | UploadGone) -> None:
         upload.error = error
         if all(other.error for other in self._uploads):
             self._either.ended.set()

@@ -62,11 +62,11 @@ _FORBIDDEN: Final = frozenset({401, 403})
 
 
 class UploadGone(Exception):  # noqa: N818 - it may mean success: another process completed it
-    """The multipart upload no longer exists."""
+    """A multipart upload that the S3 API no longer knows."""
 
 
 @dataclass(frozen=True, slots=True)
-class Keys:
+class S3Keys:
     """A key of RunPod's S3 API."""
 
     access_key_id: str
@@ -74,15 +74,15 @@ class Keys:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """A volume's id, and the endpoint and region of its data centre."""
+class S3Place:
+    """The address of a volume in RunPod's S3 API: its id, and the endpoint and region of its data centre."""
 
     volume: str
     datacenter: str
     endpoint_url: str
 
     @classmethod
-    def of(cls, volume: str, datacenter: str, endpoint_url: str | None = None) -> Place:
+    def of(cls, volume: str, datacenter: str, endpoint_url: str | None = None) -> S3Place:
         """Return the volume's place. Raises `DatacenterUnknown`. The regions of another endpoint are not checked."""
         name = datacenter.strip().upper()
         if endpoint_url is None and name not in DATACENTERS:
@@ -96,8 +96,8 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class Head:
-    """The server's description of a file. It differs for another file, or after a write."""
+class S3Head:
+    """The S3 API's description of a file. It differs for another file, or after a write."""
 
     size_bytes: int
     modified_s: int
@@ -106,30 +106,30 @@ class Head:
 
 @dataclass(frozen=True, slots=True)
 class SentPart:
-    """A part that the server has."""
+    """A part of a multipart upload that the S3 API has."""
 
     etag: str
     size_bytes: int
 
 
-def bucket_at(place: Place, keys: Keys, connections: int) -> Bucket:
-    """Return the volume with the client settings that RunPod's API requires. No connection is made yet."""
+def s3_api_at(place: S3Place, keys: S3Keys, connections: int) -> S3Api:
+    """Return a volume's S3 API, with the client settings that RunPod requires. No connection is made yet."""
     target = S3Target.at(
         place.endpoint_url, keys.access_key_id, keys.secret_access_key, bucket=place.volume, region=place.datacenter or None
     )
     client = make_client(
         target, attempts=_ATTEMPTS, connect_timeout_s=_CONNECT_S, read_timeout_s=_READ_S, connections=connections
     )
-    return Bucket(place, client)
+    return S3Api(place, client)
 
 
-class Bucket:
-    """One volume. Safe to use from many threads.
+class S3Api:
+    """The S3 API of one volume. Safe to use from many threads.
 
     Every method raises `S3KeysRefused`, `S3VolumeNotFound`, `S3VolumeFull`, `S3Unreachable` or `S3Failed`.
     """
 
-    def __init__(self, place: Place, client: Any) -> None:  # noqa: ANN401 - boto3 makes its classes at run time
+    def __init__(self, place: S3Place, client: Any) -> None:  # noqa: ANN401 - boto3 makes its classes at run time
         self.place = place
         self._client = client
 
@@ -145,7 +145,7 @@ class Bucket:
 
     # --- files
 
-    def head(self, key: str) -> Head | None:
+    def head(self, key: str) -> S3Head | None:
         """Return the server's description of a file, or None."""
         with self._saying("HeadObject", key):
             try:
@@ -154,7 +154,7 @@ class Bucket:
                 if _code(exc) in _NOT_FOUND:
                     return None
                 raise
-        return Head(int(said["ContentLength"]), int(said["LastModified"].timestamp()), str(said.get("ETag", "")))
+        return S3Head(int(said["ContentLength"]), int(said["LastModified"].timestamp()), str(said.get("ETag", "")))
 
     def read(self, key: str, start: int = 0, length: int = 1 << 16) -> bytes | None:
         """Return some bytes of a file, fewer at its end, or None if there is no file."""

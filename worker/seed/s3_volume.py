@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 from worker.base.text import forms
 from worker.errors import EnsureCancelled, FileIncomplete, UnsafePath
 from worker.seed.errors import S3Failed, S3FileDiffers
-from worker.seed.volumes import Sealed, sealed_at
+from worker.seed.volumes import SealedModel, sealed_model_at
 from worker.store.disk import stated_in
 from worker.store.file_formats import is_safetensors
 from worker.store.inventory import InventoryEntry, Standing
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from worker.base.progress import CancelToken
     from worker.fetch.hub import Remote
     from worker.seed.outcome import How
-    from worker.seed.s3_api import Bucket, Head
+    from worker.seed.s3_api import S3Api, S3Head
     from worker.spec import ModelSpec
 
 log = logging.getLogger(__name__)
@@ -43,12 +43,12 @@ _LAYOUT: Final = Layout(Path())
 
 
 class S3Volume:
-    """One volume. Its errors are those of `Bucket`."""
+    """One volume through its S3 API. Its errors are those of `S3Api`."""
 
     free_bytes: int | None = None
     """The API does not say."""
 
-    def __init__(self, bucket: Bucket) -> None:
+    def __init__(self, bucket: S3Api) -> None:
         self.bucket = bucket
 
     @property
@@ -78,7 +78,7 @@ class S3Volume:
         standing = Standing.INCOMPLETE if error else Standing.REPLACED if seal else Standing.BY_HAND
         return InventoryEntry(standing, found.size_bytes, seal, found, error, record)
 
-    def _unchanged(self, found: Head, seal: Seal, seal_key: str) -> bool:
+    def _unchanged(self, found: S3Head, seal: Seal, seal_key: str) -> bool:
         """Return whether the file is not younger than its seal, and not older than the time that a worker wrote into it.
 
         Only times of the server are compared with each other.
@@ -183,11 +183,11 @@ class S3Volume:
 
     # --- seals
 
-    def sealed(self) -> Iterator[Sealed]:
+    def sealed(self) -> Iterator[SealedModel]:
         """Yield every model that has a seal. The folders of models themselves are not listed."""
         prefix = f"{_LAYOUT.seals.as_posix()}/"
         for key in self.bucket.keys(prefix):
-            if found := sealed_at(key.removeprefix(prefix), self._seal(Path(key))):
+            if found := sealed_model_at(key.removeprefix(prefix), self._seal(Path(key))):
                 yield found
 
     def announce(self, folder: str, name: str, seal: Seal) -> None:

@@ -33,10 +33,10 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
     from worker.base.progress import Progress as Moment
-    from worker.seed.maintenance import Checked
+    from worker.seed.maintenance import VerifiedModel
     from worker.seed.outcome import Outcome
-    from worker.seed.seeding import Line
-    from worker.seed.volumes import Sealed
+    from worker.seed.seeding import DryRunLine
+    from worker.seed.volumes import SealedModel
     from worker.store.eviction import Content
 
 
@@ -46,8 +46,8 @@ _MARKS: Final = {True: ("✓", "green"), False: ("✗", "red")}
 _PHASES: Final = {"waiting": "waiting", "downloading": "", "checking": "checking"}
 
 
-class Screen(Protocol):
-    """Shows progress. Called from several threads; a context manager around the work."""
+class SeedScreen(Protocol):
+    """Shows the seeder's progress. Called from several threads; a context manager around the work."""
 
     def __enter__(self) -> Self:
         """Begin."""
@@ -74,8 +74,8 @@ class Screen(Protocol):
         ...
 
 
-class Bars:
-    """For a terminal: a bar for each model in transfer and one for all, and a line for each finished one."""
+class ScreenBars:
+    """The screen of a terminal: a bar for each model in transfer and one for all, and a line for each finished one."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -105,14 +105,14 @@ class Bars:
         self._progress.stop()
 
     def expect(self, sizes: Iterable[int]) -> None:
-        """Like `Screen.expect`."""
+        """Like `SeedScreen.expect`."""
         known = list(sizes)
         self._count = len(known)
         self._total = self._progress.add_task("", total=sum(known), phase="")
         self._retitle()
 
     def moved(self, model: str, moment: Moment) -> None:
-        """Like `Screen.moved`."""
+        """Like `SeedScreen.moved`."""
         with self._lock:
             if model not in self._tasks:
                 self._tasks[model] = self._progress.add_task(model, total=moment.total_bytes or None, phase="")
@@ -123,19 +123,19 @@ class Bars:
             self._retotal()
 
     def ended(self, model: str, outcomes: Iterable[Outcome]) -> None:
-        """Like `Screen.ended`."""
+        """Like `SeedScreen.ended`."""
         with self._lock:
             self._ended += 1
             if model in self._tasks:
                 self._progress.remove_task(self._tasks.pop(model))
             for outcome, where in grouped(outcomes):
                 self._done[model] = outcome.size_bytes
-                self._progress.console.print(line_of(outcome, where))
+                self._progress.console.print(outcome_line(outcome, where))
             self._retotal()
             self._retitle()
 
     def say(self, text: str) -> None:
-        """Like `Screen.say`."""
+        """Like `SeedScreen.say`."""
         self._progress.console.print(Text(text))
 
     def _retotal(self) -> None:
@@ -148,7 +148,7 @@ class Bars:
 
 
 def grouped(outcomes: Iterable[Outcome]) -> list[tuple[Outcome, str]]:
-    """Join equal outcomes of several volumes, and name these volumes unless they are all."""
+    """Join equal outcomes of several volumes for the screen, and name these volumes unless they are all."""
     groups: dict[tuple[str, str], list[Outcome]] = {}
     for outcome in outcomes:
         groups.setdefault((outcome.how, str(outcome.error)), []).append(outcome)
@@ -160,19 +160,19 @@ def grouped(outcomes: Iterable[Outcome]) -> list[tuple[Outcome, str]]:
     ]
 
 
-def line_of(outcome: Outcome, where: str) -> RenderableType:
-    """Return one outcome as a coloured line, with its error below."""
+def outcome_line(outcome: Outcome, where: str) -> RenderableType:
+    """Return one outcome as a coloured line of the screen, with its error below."""
     mark, style = _MARKS[outcome.good]
     if outcome.how == "cancelled":
         mark, style = "-", "yellow"
-    text = Text.assemble((f"{mark} ", style), outcome.model, ("  ", ""), (f"{text_of(outcome)}{where}", "dim"))
+    text = Text.assemble((f"{mark} ", style), outcome.model, ("  ", ""), (f"{outcome_text(outcome)}{where}", "dim"))
     if outcome.error is None or outcome.how == "cancelled":
         return text
     return Group(text, Padding(Text(str(outcome.error), style), (0, 0, 0, 2)))
 
 
-def text_of(outcome: Outcome) -> str:
-    """Return an outcome without the model's name: `seeded, 11.9 GB in 50 s, 240 MB/s`."""
+def outcome_text(outcome: Outcome) -> str:
+    """Return an outcome for the screen, without the model's name: `seeded, 11.9 GB in 50 s, 240 MB/s`."""
     text = WORDS[outcome.how]
     if outcome.how != "sent":
         size = f", {size_text(outcome.size_bytes)}" if outcome.size_bytes else ""
@@ -183,8 +183,8 @@ def text_of(outcome: Outcome) -> str:
     return f"{text}, {size_text(outcome.size_bytes)} in {outcome.seconds:.1f} s{rate}{kept}"
 
 
-class Lines:
-    """Without a terminal: a line when a model begins, every ten seconds, and when it has ended."""
+class ScreenLines:
+    """The screen without a terminal: a line when a model begins, every ten seconds, and when it has ended."""
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
@@ -198,12 +198,12 @@ class Lines:
         self._stream.flush()
 
     def expect(self, sizes: Iterable[int]) -> None:
-        """Like `Screen.expect`."""
+        """Like `SeedScreen.expect`."""
         known = list(sizes)
         self.say(f"{count(len(known), 'model')}, {size_text(sum(known))}")
 
     def moved(self, model: str, moment: Moment) -> None:
-        """Like `Screen.moved`."""
+        """Like `SeedScreen.moved`."""
         with self._lock:
             now_s = time.monotonic()
             if now_s < self._next_s.get(model, 0.0):
@@ -212,19 +212,19 @@ class Lines:
         self.say(f"{model}: {moment}")
 
     def ended(self, model: str, outcomes: Iterable[Outcome]) -> None:
-        """Like `Screen.ended`."""
+        """Like `SeedScreen.ended`."""
         del model
         for outcome, where in grouped(outcomes):
-            self.say(f"{outcome.model}: {text_of(outcome)}{where}" + (f": {outcome.error}" if outcome.error else ""))
+            self.say(f"{outcome.model}: {outcome_text(outcome)}{where}" + (f": {outcome.error}" if outcome.error else ""))
 
     def say(self, text: str) -> None:
-        """Like `Screen.say`."""
+        """Like `SeedScreen.say`."""
         with self._lock:
             print(text, file=self._stream, flush=True)
 
 
-class JsonLines:
-    """For a program: one JSON object a line, each with an `event`."""
+class ScreenJson:
+    """The screen of a program: one JSON object a line, each with an `event`."""
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
@@ -238,12 +238,12 @@ class JsonLines:
         self._stream.flush()
 
     def expect(self, sizes: Iterable[int]) -> None:
-        """Like `Screen.expect`."""
+        """Like `SeedScreen.expect`."""
         known = list(sizes)
         self.tell("begin", models=len(known), size_bytes=sum(known))
 
     def moved(self, model: str, moment: Moment) -> None:
-        """Like `Screen.moved`."""
+        """Like `SeedScreen.moved`."""
         with self._lock:
             now_s = time.monotonic()
             if now_s < self._next_s.get(model, 0.0):
@@ -253,13 +253,13 @@ class JsonLines:
         self.tell("progress", model=model, phase=moment.phase, done_bytes=done, total_bytes=total, bytes_per_s=rate)
 
     def ended(self, model: str, outcomes: Iterable[Outcome]) -> None:
-        """Like `Screen.ended`."""
+        """Like `SeedScreen.ended`."""
         del model
         for outcome in outcomes:
             self.tell("ended", **outcome.to_dict())
 
     def say(self, text: str) -> None:
-        """Like `Screen.say`."""
+        """Like `SeedScreen.say`."""
         self.tell("note", text=text)
 
     def tell(self, event: str, **values: Any) -> None:  # noqa: ANN401 - JSON
@@ -283,7 +283,7 @@ def _table(*columns: str, numbers: frozenset[str] = frozenset()) -> Table:
 
 
 def summary_table(outcomes: Sequence[Outcome], seconds: float) -> Table:
-    """Return the outcome of each model on each volume."""
+    """Return a table for the screen: the outcome of each model on each volume."""
     table = _table("model", "volume", "", "size", "sent", "time", numbers=frozenset({"size", "sent", "time"}))
     for outcome in outcomes:
         sent = size_text(outcome.moved_bytes) if outcome.moved_bytes else ""
@@ -297,8 +297,8 @@ def summary_table(outcomes: Sequence[Outcome], seconds: float) -> Table:
     return table
 
 
-def dry_run_table(lines: Sequence[Line]) -> Table:
-    """Return what would be done."""
+def dry_run_table(lines: Sequence[DryRunLine]) -> Table:
+    """Return a table for the screen: what would be done."""
     table = _table("model", "size", "state", "from", numbers=frozenset({"size"}))
     for line in lines:
         size = "?" if line.size_bytes is None else size_text(line.size_bytes)
@@ -306,8 +306,8 @@ def dry_run_table(lines: Sequence[Line]) -> Table:
     return table
 
 
-def sealed_table(found: Sequence[Sealed], fits: Iterable[bool], removals: Sequence[str] | None = None) -> Table:
-    """Return what is sealed, on a mounted volume with the order in which it would be removed to make room."""
+def sealed_table(found: Sequence[SealedModel], fits: Iterable[bool], removals: Sequence[str] | None = None) -> Table:
+    """Return a table for the screen: what is sealed, on a mounted volume in the order of removal to make room."""
     last = ("removal",) if removals else ()
     table = _table("model", "size", "state", "sealed", "from", *last, numbers=frozenset({"size"}))
     for sealed, good, removal in zip(found, fits, removals or [""] * len(found), strict=True):
@@ -320,15 +320,15 @@ def sealed_table(found: Sequence[Sealed], fits: Iterable[bool], removals: Sequen
 
 
 def least_used_table(found: Iterable[Content]) -> Table:
-    """Return what would be removed to make room."""
+    """Return a table for the screen: what would be removed to make room."""
     table = _table("model", "size", "last use", numbers=frozenset({"size"}))
     for one in found:
         table.add_row(one.title, size_text(one.size_bytes), idle_text(one.idle_s))
     return table
 
 
-def verification_table(checked: Sequence[Checked]) -> Table:
-    """Return what reading everything found."""
+def verification_table(checked: Sequence[VerifiedModel]) -> Table:
+    """Return a table for the screen: what reading everything found."""
     table = _table("model", "size", "state", "", numbers=frozenset({"size"}))
     for item in checked:
         note = str(item.error) if item.error else ""

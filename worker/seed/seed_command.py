@@ -11,10 +11,10 @@ from typing import IO, TYPE_CHECKING, Final
 
 from worker.errors import EnsureCancelled, ManifestInvalid, SettingsError, SpecInvalid, WorkerError
 from worker.seed import maintenance, seeding
-from worker.seed.context import Context, tell
+from worker.seed.context import SeedContext, tell
 from worker.seed.errors import DatacenterUnknown, S3KeysMissing, SeedUsage, WhatUnknown
-from worker.seed.options import parse
-from worker.seed.screen import JsonLines
+from worker.seed.options import parse_seed_options
+from worker.seed.screen import ScreenJson
 from worker.settings import Settings
 
 if TYPE_CHECKING:
@@ -29,13 +29,13 @@ _USAGE_ERRORS: Final = (SeedUsage, WhatUnknown, DatacenterUnknown, S3KeysMissing
 
 
 def run(argv: Sequence[str], environ: Mapping[str, str], out: IO[str] | None = None) -> int:
-    """Run the command. Return 0 if everything is there, 1 for a failure, 2 for wrong usage, 130 if stopped."""
+    """Run the seeder's command. Return 0 if everything is there, 1 for a failure, 2 for wrong usage, 130 if stopped."""
     stream, as_json = out or sys.stdout, "--json" in argv
     cancel = threading.Event()
     try:
-        options = parse(argv)
-        with _stopping(cancel):
-            return _act(Context(options, Settings.from_env(environ), environ, stream, cancel))
+        options = parse_seed_options(argv)
+        with _stop_on_signals(cancel):
+            return _act(SeedContext(options, Settings.from_env(environ), environ, stream, cancel))
     except SystemExit as exc:
         return int(exc.code or 0)
     except EnsureCancelled:
@@ -43,13 +43,13 @@ def run(argv: Sequence[str], environ: Mapping[str, str], out: IO[str] | None = N
         return STOPPED
     except WorkerError as exc:
         if as_json:
-            JsonLines(stream).tell("error", code=exc.code, text=str(exc))
+            ScreenJson(stream).tell("error", code=exc.code, text=str(exc))
         else:
             print(f"error: {exc}", file=sys.stderr)  # noqa: T201 - the command's output
         return USAGE if isinstance(exc, _USAGE_ERRORS) else FAILED
 
 
-def _act(context: Context) -> int:
+def _act(context: SeedContext) -> int:
     place = context.place()
     if context.options.action == "list":
         code = maintenance.list_sealed(context, place)
@@ -67,8 +67,8 @@ def _act(context: Context) -> int:
 
 
 @contextlib.contextmanager
-def _stopping(cancel: threading.Event) -> Iterator[None]:
-    """Let SIGINT and SIGTERM stop the work where it can be resumed. A second signal ends the process at once."""
+def _stop_on_signals(cancel: threading.Event) -> Iterator[None]:
+    """Let SIGINT and SIGTERM stop the seeder's command where it can be resumed. A second signal ends the process at once."""
 
     def stop(_: int, __: object) -> None:
         if cancel.is_set():

@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     from worker.fetch.hub import Hub
     from worker.models.sources import Sources
     from worker.plan.items import Item
-    from worker.seed.context import Context, Target
+    from worker.seed.context import SeedContext, SeedTarget
     from worker.seed.fill import Filler
-    from worker.seed.screen import Screen
-    from worker.seed.volumes import Volume
+    from worker.seed.screen import SeedScreen
+    from worker.seed.volumes import SeedVolume
     from worker.spec import ModelSpec
     from worker.store.inventory import InventoryEntry
 
@@ -46,10 +46,10 @@ _TICK_S: Final = 0.2
 _SLOW_S: Final = 5.0
 
 
-def seed(context: Context, place: Target, sources: Sources) -> int:
+def seed(context: SeedContext, place: SeedTarget, sources: Sources) -> int:
     """Put every wanted model onto the volumes. Return the exit status. Raises `EnsureCancelled` if stopped."""
     began_s = time.monotonic()
-    items = _items(context, sources)
+    items = _models_to_seed(context, sources)
     unavailable = [item for item in items if item.state not in {State.FETCH, State.NO_ANSWER} or item.spec is None]
     wanted = [item for item in items if item not in unavailable]
     outcomes = [outcome for item in unavailable if not item.optional for outcome in _unavailable(item, place.filler.titles)]
@@ -65,15 +65,15 @@ def seed(context: Context, place: Target, sources: Sources) -> int:
                 screen.ended(item.title, [outcome for outcome in outcomes if outcome.model == item.title])
         for item in wanted:
             if item.state is State.NO_ANSWER:
-                screen.say(f"{item.title}: {_hosts(context, [item])} did not answer and is asked again.")
-        outcomes += fill(context, [(item.spec, None) for item in wanted if item.spec], place.filler, screen)
+                screen.say(f"{item.title}: {_source_hosts(context, [item])} did not answer and is asked again.")
+        outcomes += seed_models(context, [(item.spec, None) for item in wanted if item.spec], place.filler, screen)
     took_s = time.monotonic() - began_s
     values = [outcome.to_dict() for outcome in outcomes]
     context.show("summary", partial(summary_table, outcomes, took_s), seconds=round(took_s, 3), outcomes=values)
-    return code_of(context, outcomes)
+    return seeding_status(context, outcomes)
 
 
-def sync(context: Context, place: Target) -> int:
+def sync(context: SeedContext, place: SeedTarget) -> int:
     """Copy the sealed models of another volume. Return the exit code. Raises `EnsureCancelled` if it was stopped."""
     began_s = time.monotonic()
     if context.sibling is None:
@@ -83,16 +83,16 @@ def sync(context: Context, place: Target) -> int:
         context.tell(f"warning: {reason}")
     with context.screen() as screen:
         screen.expect([spec.size_bytes or 0 for spec in specs])
-        outcomes = fill(context, [(spec, None) for spec in specs], place.filler, screen)
+        outcomes = seed_models(context, [(spec, None) for spec in specs], place.filler, screen)
     took_s = time.monotonic() - began_s
     values = [outcome.to_dict() for outcome in outcomes]
     context.show("summary", partial(summary_table, outcomes, took_s), seconds=round(took_s, 3), outcomes=values)
-    return code_of(context, outcomes) or (FAILED if left else 0)
+    return seeding_status(context, outcomes) or (FAILED if left else 0)
 
 
-def dry_run(context: Context, place: Target, sources: Sources) -> int:
+def dry_run(context: SeedContext, place: SeedTarget, sources: Sources) -> int:
     """Report what `seed` would do. Return the exit status, 1 if something blocks it. Raises `VolumeFull`."""
-    lines = preview(_items(context, sources), place.volumes, context.hub, context.cancel)
+    lines = dry_run_lines(_models_to_seed(context, sources), place.volumes, context.hub, context.cancel)
     send_bytes, free = sum(line.send_bytes for line in lines), place.volumes[0].free_bytes
     models = [line.to_dict() for line in lines]
     context.show("dry_run", partial(dry_run_table, lines), models=models, send_bytes=send_bytes, free_bytes=free)
@@ -104,30 +104,32 @@ def dry_run(context: Context, place: Target, sources: Sources) -> int:
     return 0 if all(line.good for line in lines) else FAILED
 
 
-def _items(context: Context, sources: Sources) -> tuple[Item, ...]:
-    """Return the wanted models with their sources' metadata."""
+def _models_to_seed(context: SeedContext, sources: Sources) -> tuple[Item, ...]:
+    """Return the models to seed with their sources' metadata."""
     hub = urlsplit(context.settings.hf_endpoint).hostname
     with _told_when_slow(context, f"waiting for an answer of {hub} about its files"):
         items = context.selection(sources).read(context.options.whats)
     if not items:
         raise SeedUsage("There is nothing to seed: name a manifest, a workflow, an address or a template; see --help.")
-    with _told_when_slow(context, f"waiting for an answer of {_hosts(context, items)} about {count(len(items), 'model')}"):
+    with _told_when_slow(
+        context, f"waiting for an answer of {_source_hosts(context, items)} about {count(len(items), 'model')}"
+    ):
         asked = ask(items, context.hub, lambda _: 0, context.cancel)
     if context.cancel.is_set():
         raise EnsureCancelled("seeding")
     return asked
 
 
-def _hosts(context: Context, items: Iterable[Item]) -> str:
-    """Return the hosts that are asked about these models."""
+def _source_hosts(context: SeedContext, items: Iterable[Item]) -> str:
+    """Return the hosts that are asked about the models to seed."""
     hub = urlsplit(context.settings.hf_endpoint).hostname or ""
     sources = [item.spec.source for item in items if item.spec]
     return ", ".join(sorted({hub if isinstance(source, HubFile) else source.host for source in sources}))
 
 
 @contextlib.contextmanager
-def _told_when_slow(context: Context, text: str) -> Iterator[None]:
-    """Say what is awaited if it takes long."""
+def _told_when_slow(context: SeedContext, text: str) -> Iterator[None]:
+    """Say what the seeding waits for if it takes long."""
     timer = threading.Timer(_SLOW_S, context.tell, [text])
     timer.daemon = True
     timer.start()
@@ -137,8 +139,10 @@ def _told_when_slow(context: Context, text: str) -> Iterator[None]:
         timer.cancel()
 
 
-def fill(context: Context, wanted: Sequence[tuple[ModelSpec, object]], filler: Filler, screen: Screen) -> list[Outcome]:
-    """Put models onto the volumes, each with the stamp of the file that it replaces, or None.
+def seed_models(
+    context: SeedContext, wanted: Sequence[tuple[ModelSpec, object]], filler: Filler, screen: SeedScreen
+) -> list[Outcome]:
+    """Seed models onto the volumes, each with the stamp of the file that it replaces, or None.
 
     Three run at a time: while one or two are assembled by the server, the next is in transfer.
     """
@@ -148,7 +152,7 @@ def fill(context: Context, wanted: Sequence[tuple[ModelSpec, object]], filler: F
         return [outcome for future in futures for outcome in future.result()]
 
 
-def _one(context: Context, spec: ModelSpec, stamp: object, filler: Filler, screen: Screen) -> list[Outcome]:
+def _one(context: SeedContext, spec: ModelSpec, stamp: object, filler: Filler, screen: SeedScreen) -> list[Outcome]:
     model = f"{spec.folder}/{spec.name}"
     if context.cancel.is_set():
         return [Outcome(model, title, "cancelled") for title in filler.titles]
@@ -158,8 +162,8 @@ def _one(context: Context, spec: ModelSpec, stamp: object, filler: Filler, scree
     return outcomes
 
 
-def code_of(context: Context, outcomes: Sequence[Outcome]) -> int:
-    """Return the exit status. Raises `EnsureCancelled` if stopped before the end."""
+def seeding_status(context: SeedContext, outcomes: Sequence[Outcome]) -> int:
+    """Return the exit status of seeding. Raises `EnsureCancelled` if stopped before the end."""
     if context.cancel.is_set() and any(outcome.how == "cancelled" for outcome in outcomes):
         raise EnsureCancelled("seeding")
     failed = [outcome for outcome in outcomes if not outcome.good]
@@ -170,8 +174,8 @@ def code_of(context: Context, outcomes: Sequence[Outcome]) -> int:
     return FAILED if failed else 0
 
 
-def _warn_of_space(items: Sequence[Item], place: Target, screen: Screen) -> None:
-    """Warn about models that will not fit. Each is checked again when its turn comes."""
+def _warn_of_space(items: Sequence[Item], place: SeedTarget, screen: SeedScreen) -> None:
+    """Warn before seeding about models that will not fit. Each is checked again when its turn comes."""
     for volume in place.volumes:
         if (free := volume.free_bytes) is None:
             continue
@@ -192,7 +196,7 @@ def _unavailable(item: Item, titles: Iterable[str]) -> list[Outcome]:
 
 
 def _wait_all(futures: Iterable[Future[Any]]) -> None:
-    """Wait in slices, so that a signal is noticed at once."""
+    """Wait for all models to be seeded, in slices, so that a signal is noticed at once."""
     left = set(futures)
     while left:
         _, left = wait(left, timeout=_TICK_S, return_when=FIRST_COMPLETED)
@@ -205,8 +209,8 @@ _ASK_AT_ONCE: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
-    """One model in the dry run. `send_bytes` are still to be sent, to all volumes together."""
+class DryRunLine:
+    """One model in the dry run of seeding. `send_bytes` are still to be sent, to all volumes together."""
 
     model: str
     size_bytes: int | None
@@ -227,16 +231,16 @@ class Line:
         }
 
 
-def preview(items: Sequence[Item], volumes: Sequence[Volume], hub: Hub, cancel: CancelToken) -> list[Line]:
-    """Return a line for each model, in order. A model's error is in its line."""
+def dry_run_lines(items: Sequence[Item], volumes: Sequence[SeedVolume], hub: Hub, cancel: CancelToken) -> list[DryRunLine]:
+    """Return the dry run's line for each model, in order. A model's error is in its line."""
     with ThreadPoolExecutor(_ASK_AT_ONCE, thread_name_prefix="look") as pool:
         return list(pool.map(lambda item: _line(item, volumes, hub, cancel), items))
 
 
-def _line(item: Item, volumes: Sequence[Volume], hub: Hub, cancel: CancelToken) -> Line:
+def _line(item: Item, volumes: Sequence[SeedVolume], hub: Hub, cancel: CancelToken) -> DryRunLine:
     spec, source = item.spec, str(item.spec.source) if item.spec else None
     if item.state is not State.FETCH or spec is None:
-        return Line(item.title, item.size_bytes, item.message or str(item.state), source, good=item.optional)
+        return DryRunLine(item.title, item.size_bytes, item.message or str(item.state), source, good=item.optional)
     states: list[str] = []
     send_bytes = 0
     good = True
@@ -249,19 +253,19 @@ def _line(item: Item, volumes: Sequence[Volume], hub: Hub, cancel: CancelToken) 
                 send_bytes += max(0, (item.size_bytes or 0) - begun)
                 states.append(f"to send, {size_text(begun)} are there" if begun else "to send")
             else:
-                state, is_good = _there(found, item, volume.expected(spec, item.sha256))
+                state, is_good = _dry_run_word(found, item, volume.expected(spec, item.sha256))
                 states.append(state)
                 good = good and is_good
     except WorkerError as exc:
-        return Line(item.title, item.size_bytes, str(exc), source, good=False)
+        return DryRunLine(item.title, item.size_bytes, str(exc), source, good=False)
     if len(set(states)) == 1:
         states = states[:1]
     else:
         states = [f"{state} ({volume.title})" for state, volume in zip(states, volumes, strict=True)]
-    return Line(item.title, item.size_bytes, "; ".join(states), source, good=good, send_bytes=send_bytes)
+    return DryRunLine(item.title, item.size_bytes, "; ".join(states), source, good=good, send_bytes=send_bytes)
 
 
-def _there(found: InventoryEntry, item: Item, expected: str | None) -> tuple[str, bool]:
+def _dry_run_word(found: InventoryEntry, item: Item, expected: str | None) -> tuple[str, bool]:
     """Return what seeding would do with an existing file, and whether that is as wanted. `expected` is its required hash."""
     pinned, sealed = item.spec.sha256 if item.spec else None, found.seal.sha256 if found.seal else None
     if found.standing is Standing.READY:

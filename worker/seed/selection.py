@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from worker.base.progress import CancelToken
     from worker.errors import UnknownNodes
     from worker.fetch.hub import Hub
-    from worker.seed.volumes import Volume
+    from worker.seed.volumes import SeedVolume
 
 _GLOB: Final = re.compile(r"[*?\[]")
 _SHORT_LINE: Final = re.compile(r"[^:/=]+(/[^:=]*)?=[A-Za-z]+://")
@@ -41,11 +41,11 @@ _NEAR: Final = 3
 
 
 def _tell_nobody(_: str) -> None:
-    """Ignore a sentence."""
+    """Ignore a sentence about the selection."""
 
 
 class Selection:
-    """Resolves WHATs. `sources` are the lists that always apply; manifests among the WHATs come before them.
+    """Selects models: resolves WHATs. `sources` are the lists that always apply; manifests among the WHATs come before them.
 
     `folder` is for an address that names no folder; `hosts` are those that a workflow's metadata may name; `volumes` have the
     workflows that are given by name. `tell` takes a warning before models are sent: a workflow that its ComfyUI cannot run.
@@ -60,7 +60,7 @@ class Selection:
         folder: str | None,
         cancel: CancelToken,
         *,
-        volumes: Sequence[Volume] = (),
+        volumes: Sequence[SeedVolume] = (),
         tell: Callable[[str], None] = _tell_nobody,
         warn: Callable[[Sources], None] = lambda _: None,
     ) -> None:
@@ -93,7 +93,7 @@ class Selection:
 
     def _items(self, what: str) -> Iterable[Item]:
         if _SHORT_LINE.match(what):
-            return self._of_specs(_short_lines(what), what)
+            return self._of_specs(_models_in_argument(what), what)
         if "://" in what:
             return self._of_specs(self._addressed(what), what)
         if what == "-" or Path(what).is_file():
@@ -182,8 +182,8 @@ class Selection:
         return sorted({name for volume in self._volumes for name in volume.workflow_names()})
 
 
-def _short_lines(what: str) -> Iterable[ModelSpec]:
-    """Return the models of an argument such as `loras=hf://org/repo/file.safetensors`. Raises `SeedUsage`."""
+def _models_in_argument(what: str) -> Iterable[ModelSpec]:
+    """Return the models of a WHAT such as `loras=hf://org/repo/file.safetensors`. Raises `SeedUsage`."""
     try:
         return Sources.read(models=what).manifest()
     except ManifestInvalid as exc:
@@ -191,7 +191,7 @@ def _short_lines(what: str) -> Iterable[ModelSpec]:
 
 
 def _is_manifest(what: str) -> bool:
-    """Return whether a file is a list of models, not a workflow: any file outside JSON, and JSON that has such a list."""
+    """Return whether a WHAT's file is a list of models, not a workflow: any file outside JSON, and JSON with such a list."""
     if "://" in what or what == "-":
         return False
     try:

@@ -25,7 +25,7 @@ _TICK_S: Final = 0.2
 
 
 class Sibling:
-    """A volume that others are filled from. What is read from it is checked against the sha256 in its seals."""
+    """The sibling: a volume that others are filled from. What is read from it is checked against the sha256 in its seals."""
 
     def __init__(self, volume: S3Volume) -> None:
         self._volume = volume
@@ -51,13 +51,13 @@ class Sibling:
         seal = self._seals[f"{spec.folder}/{spec.name}"]
         return Remote(spec.source, seal.size, seal.sha256, seal.etag, seal.commit, url="")
 
-    def copy(self, spec: ModelSpec, sink: Sink, tuning: Tuning, cancel: CancelToken) -> Copy:
+    def copy(self, spec: ModelSpec, sink: Sink, tuning: Tuning, cancel: CancelToken) -> SiblingCopy:
         """Return a copy of a model's bytes into the sink, to be run."""
-        return Copy(self._volume, self._volume.key(spec.folder, spec.name), sink, tuning, cancel)
+        return SiblingCopy(self._volume, self._volume.key(spec.folder, spec.name), sink, tuning, cancel)
 
 
-class Copy:
-    """One file from a volume into a sink, in order, over several connections. In place of `ranges.Fetch`."""
+class SiblingCopy:
+    """One file of a sibling volume on its way into a sink, in order, over several connections. In place of `ranges.Fetch`."""
 
     def __init__(self, volume: S3Volume, key: str, sink: Sink, tuning: Tuning, cancel: CancelToken) -> None:
         self._volume = volume

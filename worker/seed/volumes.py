@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Sealed:
-    """A model that has a seal."""
+class SealedModel:
+    """A model that has a seal on a volume of the seeder."""
 
     folder: str
     name: str
@@ -40,16 +40,16 @@ class Sealed:
         return f"{self.folder}/{self.name}"
 
 
-def sealed_at(path: str, seal: Seal | None) -> Sealed | None:
+def sealed_model_at(path: str, seal: Seal | None) -> SealedModel | None:
     """Return the model of a seal's path below the seals' folder: `folder/name.json`."""
     if seal is None or not path.endswith(".json") or path.rpartition("/")[2].startswith("."):
         return None
     folder, _, name = title_of_seal(path).partition("/")
-    return Sealed(folder, name, seal)
+    return SealedModel(folder, name, seal)
 
 
-class Volume(Protocol):
-    """A volume, mounted or through S3, as maintenance and the dry run see it."""
+class SeedVolume(Protocol):
+    """A volume as maintenance and the dry run see it, mounted or through S3."""
 
     @property
     def title(self) -> str:
@@ -85,7 +85,7 @@ class Volume(Protocol):
         """Return the sha256 of a file."""
         ...
 
-    def sealed(self) -> Iterator[Sealed]:
+    def sealed(self) -> Iterator[SealedModel]:
         """Yield every model that has a seal."""
         ...
 
@@ -99,7 +99,7 @@ class Volume(Protocol):
 
 
 class MountedVolume:
-    """One volume. Raises `VolumeReadOnly` and `VolumeFailed` if the file system refuses."""
+    """A volume that is mounted here. Raises `VolumeReadOnly` and `VolumeFailed` if the file system refuses."""
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
@@ -150,13 +150,13 @@ class MountedVolume:
         except OSError as exc:
             raise VolumeFailed(path, exc.strerror or str(exc)) from exc
 
-    def sealed(self) -> Iterator[Sealed]:
+    def sealed(self) -> Iterator[SealedModel]:
         """Yield every model that has a seal."""
         root = self._layout.seals
         for above, _, names in os.walk(root):
             for name in sorted(names):
                 path = root.joinpath(above, name)
-                found = sealed_at(path.relative_to(root).as_posix(), read_seal(path))
+                found = sealed_model_at(path.relative_to(root).as_posix(), read_seal(path))
                 with contextlib.suppress(UnsafePath):
                     if found and self._layout.model(found.folder, found.name):
                         yield found

@@ -19,12 +19,12 @@ _TICK_S: Final = 0.5
 
 
 class WindowClosed(Exception):  # noqa: N818 - it was closed on purpose
-    """Nobody takes the bytes any longer."""
+    """Nobody takes the bytes in a window any longer."""
 
 
 @dataclass(eq=False, slots=True)
-class Part:
-    """One part in memory. `number` counts from 1, as in S3."""
+class WindowPart:
+    """One part of a file in a window. `number` counts from 1, as in S3."""
 
     number: int
     buffer: bytearray
@@ -57,7 +57,7 @@ class Window:
         self._width = width
         self._readers = frozenset(readers)
         self._changed = threading.Condition()
-        self._parts: dict[int, Part] = {}
+        self._parts: dict[int, WindowPart] = {}
         self._spare = [] if spare is None else spare
         self._spare[:] = [buffer for buffer in self._spare if len(buffer) == part_bytes]
         self._through: set[int] = set()
@@ -66,7 +66,7 @@ class Window:
         self._closed = False
         self._held_until_s = 0.0
         if not size_bytes:
-            self._parts[1] = Part(1, bytearray(), open_for=set(self._readers))
+            self._parts[1] = WindowPart(1, bytearray(), open_for=set(self._readers))
 
     # --- what a fetch sees: it is a `ranges.Sink`
 
@@ -120,7 +120,7 @@ class Window:
             if part.whole:
                 self._changed.notify_all()
 
-    def _room_for(self, number: int) -> Part | None:
+    def _room_for(self, number: int) -> WindowPart | None:
         """Return the part once it is inside the window. None if it is already finished."""
         while not self._closed:
             if number in self._through or number < self._low:
@@ -128,7 +128,7 @@ class Window:
             if number in self._parts:
                 return self._parts[number]
             if number < self._low + self._width:
-                part = self._parts[number] = Part(number, self._buffer(number), open_for=set(self._readers))
+                part = self._parts[number] = WindowPart(number, self._buffer(number), open_for=set(self._readers))
                 return part
             self._held_until_s = time.monotonic() + _TICK_S
             self._changed.wait(_TICK_S)
@@ -144,7 +144,7 @@ class Window:
 
     # --- what a reader sees
 
-    def in_order(self) -> Iterator[Part]:
+    def in_order(self) -> Iterator[WindowPart]:
         """Yield each part, in order, as soon as it is complete. Raises `WindowClosed`."""
         for number in range(1, self.count + 1):
             with self._changed:
@@ -155,7 +155,7 @@ class Window:
                 part = self._parts[number]
             yield part
 
-    def release(self, part: Part, reader: object) -> None:
+    def release(self, part: WindowPart, reader: object) -> None:
         """Release the part for this reader. When all have released it, its memory is reused."""
         with self._changed:
             part.open_for.discard(reader)

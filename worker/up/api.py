@@ -55,8 +55,8 @@ _LOOKS: Final = 3
 _KEY: Final = re.compile(r"[!-~]+")
 
 
-class Unsure(Exception):  # noqa: N818 - it never leaves this module
-    """It is unknown whether the request was carried out. `error` is for the person if this stays so."""
+class RequestUnsure(Exception):  # noqa: N818 - it never leaves this module
+    """It is unknown whether RunPod's API carried out a request. `error` is for the person if this stays so."""
 
     def __init__(self, error: UpError) -> None:
         super().__init__(str(error))
@@ -64,8 +64,8 @@ class Unsure(Exception):  # noqa: N818 - it never leaves this module
 
 
 @dataclass(slots=True)
-class Retries:
-    """How long to retry, and the pauses. A pause doubles from `first_s` to `longest_s`."""
+class ApiRetries:
+    """How long to retry requests to RunPod's API, and the pauses. A pause doubles from `first_s` to `longest_s`."""
 
     patience_s: float = 90.0
     first_s: float = 1.0
@@ -74,14 +74,14 @@ class Retries:
     now: Callable[[], float] = field(default=time.monotonic)
 
 
-class RunPod:
-    """One account. Every method raises an `UpError` that says what is wrong.
+class RunPodApi:
+    """RunPod's REST API for one account. Every method raises an `UpError` that says what is wrong.
 
     GET, PATCH and DELETE are retried after a failure of the server or the network. POST creates something that is billed, so it
     is retried only after a look at what exists (`ensure`).
     """
 
-    def __init__(self, key: str, base_url: str | None = None, retries: Retries | None = None) -> None:
+    def __init__(self, key: str, base_url: str | None = None, retries: ApiRetries | None = None) -> None:
         if not key:
             raise ApiKeyMissing
         if not _KEY.fullmatch(key):
@@ -91,7 +91,7 @@ class RunPod:
         if url.scheme != "https" and url.host not in _LOCAL:
             raise UpUsage(f"RUNPOD_API_BASE_URL must be an https:// address, not {base}: the key would be sent in the clear.")
         self._key = key
-        self._retries = retries or Retries()
+        self._retries = retries or ApiRetries()
         # Use a proxy of the environment, but not for the stand-in on this machine.
         self._client = httpx2.Client(
             base_url=f"{base}/v2/",
@@ -115,7 +115,7 @@ class RunPod:
         """Return one of a kind by its id, or None."""
         try:
             return self._again("GET", f"{kind}/{thing_id}")
-        except _Missing:
+        except _ResourceMissing:
             return None
 
     def named(self, kind: Kind, name: str) -> list[Thing]:
@@ -127,7 +127,7 @@ class RunPod:
         """Return an endpoint's workers and their summary. Empty if there is no such endpoint."""
         try:
             return self._again("GET", f"serverless/{endpoint_id}/workers")
-        except _Missing:
+        except _ResourceMissing:
             return {}
 
     # --- what is changed
@@ -145,7 +145,7 @@ class RunPod:
         while True:
             try:
                 made = self._there(self._once, "POST", kind, json=dict(body))
-            except Unsure as exc:
+            except RequestUnsure as exc:
                 if found := self.appearing(kind, name):
                     return found[0], True
                 if retries.now() >= end_s:
@@ -183,7 +183,7 @@ class RunPod:
 
     def delete(self, kind: Kind, thing_id: str) -> None:
         """Remove it. A missing one is no error."""
-        with contextlib.suppress(_Missing):
+        with contextlib.suppress(_ResourceMissing):
             self._again("DELETE", f"{kind}/{thing_id}")
 
     # --- a Pod's log
@@ -216,17 +216,17 @@ class RunPod:
         """Send a request whose 404 is an ordinary refusal."""
         try:
             return send(method, path, **options)
-        except _Missing as exc:
+        except _ResourceMissing as exc:
             raise exc.error from None
 
     def _again(self, method: str, path: str, **options: Any) -> Thing:  # noqa: ANN401 - what httpx2 takes
-        """Send a request that may be carried out twice, until it is answered. Raises `_Missing` for 404."""
+        """Send a request that may be carried out twice, until it is answered. Raises `_ResourceMissing` for 404."""
         retries = self._retries
         end_s, pause_s = retries.now() + retries.patience_s, retries.first_s
         while True:
             try:
                 return self._once(method, path, **options)
-            except Unsure as exc:
+            except RequestUnsure as exc:
                 if retries.now() >= end_s:
                     raise exc.error from None
                 retries.sleep(pause_s)
@@ -235,7 +235,7 @@ class RunPod:
     def _once(self, method: str, path: str, **options: Any) -> Thing:  # noqa: ANN401 - what httpx2 takes
         """Send a request once. Retry only after 429 or without a connection, because it was then not carried out.
 
-        Raises `_Missing` for 404, and `Unsure` if it may have been carried out.
+        Raises `_ResourceMissing` for 404, and `RequestUnsure` if it may have been carried out.
         """
         operation, retries = f"{method} {path}", self._retries
         began_s, pause_s = retries.now(), retries.first_s
@@ -248,7 +248,7 @@ class RunPod:
                     raise RunPodUnreachable(operation, _reason(exc)) from None
                 retries.sleep(pause_s)
             except httpx2.HTTPError as exc:
-                raise Unsure(RunPodUnreachable(operation, _reason(exc))) from None
+                raise RequestUnsure(RunPodUnreachable(operation, _reason(exc))) from None
             else:
                 if answer.status_code != _TOO_MANY:
                     return self._read(operation, answer)
@@ -260,9 +260,9 @@ class RunPod:
     def _read(self, operation: str, answer: httpx2.Response) -> Thing:
         status = answer.status_code
         if status >= _SERVER_ERROR:
-            raise Unsure(RunPodFailed(operation, status))
+            raise RequestUnsure(RunPodFailed(operation, status))
         if status == _NOT_FOUND:
-            raise _Missing(RunPodRefused(operation, status, self._words(answer)))
+            raise _ResourceMissing(RunPodRefused(operation, status, self._words(answer)))
         if status >= _BAD_REQUEST:
             raise self._refusal(operation, answer)
         if not answer.content:
@@ -270,7 +270,7 @@ class RunPod:
         try:
             found = answer.json()
         except ValueError:
-            raise Unsure(RunPodFailed(operation, status)) from None
+            raise RequestUnsure(RunPodFailed(operation, status)) from None
         return found if isinstance(found, dict) else {}
 
     def _refusal(self, operation: str, answer: httpx2.Response) -> UpError:
@@ -298,8 +298,8 @@ class RunPod:
         return " ".join(text.replace(self._key, "...").split())[:_REASON_CHARS].rstrip(".")
 
 
-class _Missing(Exception):  # noqa: N818 - it never leaves this module
-    """Nothing has this id. `error` is for the person if something should have been there."""
+class _ResourceMissing(Exception):  # noqa: N818 - it never leaves this module
+    """RunPod's API knows no resource of this id. `error` is for the person if something should have been there."""
 
     def __init__(self, error: UpError) -> None:
         super().__init__(str(error))

@@ -30,8 +30,8 @@ _SLICE: Final = " MIG "
 
 
 @dataclass(frozen=True, slots=True)
-class Pool:
-    """GPUs that RunPod treats alike. `levels`: how many are free, by data centre. `slices`: types that are no whole GPU."""
+class GpuPool:
+    """A pool of GPUs that RunPod offers. `levels`: how many are free, by data centre. `slices`: types that are no whole GPU."""
 
     name: str
     memory_gb: int
@@ -52,7 +52,7 @@ class Pool:
 
 @dataclass(frozen=True, slots=True)
 class DataCenter:
-    """A data centre with network volumes. `cpus`: its CPU flavours, and how many are free."""
+    """A data centre that RunPod offers network volumes in. `cpus`: its CPU flavours, and how many are free."""
 
     name: str
     title: str
@@ -61,16 +61,16 @@ class DataCenter:
 
 
 @dataclass(frozen=True, slots=True)
-class Cpu:
-    """A kind of CPU Pod. Its price is for one vCPU an hour."""
+class CpuPod:
+    """A kind of CPU Pod that RunPod offers. Its price is for one vCPU an hour."""
 
     name: str
     vcpus: int
     usd_hour: float
 
 
-def pools_of(gpus: Iterable[Mapping[str, Any]]) -> dict[str, Pool]:
-    """Return the pools in `GET catalog/gpus?include=AVAILABILITY&product=SERVERLESS`, the cheapest first."""
+def pools_of(gpus: Iterable[Mapping[str, Any]]) -> dict[str, GpuPool]:
+    """Return the offered pools in `GET catalog/gpus?include=AVAILABILITY&product=SERVERLESS`, the cheapest first."""
     by_pool: dict[str, list[Mapping[str, Any]]] = {}
     for gpu in gpus:
         if gpu.get("pool") and gpu.get("manufacturer") == "NVIDIA":
@@ -79,14 +79,14 @@ def pools_of(gpus: Iterable[Mapping[str, Any]]) -> dict[str, Pool]:
     return {pool.name: pool for pool in sorted(found, key=lambda pool: (pool.usd_hour, pool.memory_gb)) if pool.gpus}
 
 
-def _pool(name: str, types: Sequence[Mapping[str, Any]]) -> Pool:
+def _pool(name: str, types: Sequence[Mapping[str, Any]]) -> GpuPool:
     whole = [gpu for gpu in types if _SLICE not in f"{gpu['id']} "]
     levels: dict[str, str] = {}
     for gpu in whole:
         for place in gpu.get("dataCenters") or ():
             levels[place["id"]] = max(levels.get(place["id"], "NONE"), place["availability"], key=_rank)
     prices = [float(gpu["price"]["serverless"]) for gpu in whole if gpu.get("price", {}).get("serverless")]
-    return Pool(
+    return GpuPool(
         name,
         min((int(gpu["memory"]) for gpu in whole), default=0),
         max(prices, default=0.0),
@@ -110,10 +110,10 @@ def datacenters_of(places: Iterable[Mapping[str, Any]]) -> dict[str, DataCenter]
     }
 
 
-def cpus_of(cpus: Iterable[Mapping[str, Any]]) -> list[Cpu]:
+def cpus_of(cpus: Iterable[Mapping[str, Any]]) -> list[CpuPod]:
     """Return the CPU Pods in `GET catalog/cpus`, each in its smallest size, the cheapest first."""
     found = [
-        Cpu(
+        CpuPod(
             str(cpu["id"]),
             max(2, int(cpu["vcpu"]["min"])),
             float(cpu["price"]["securePerVcpu"]) * max(2, int(cpu["vcpu"]["min"])),
@@ -123,13 +123,13 @@ def cpus_of(cpus: Iterable[Mapping[str, Any]]) -> list[Cpu]:
     return sorted(found, key=lambda cpu: cpu.usd_hour)
 
 
-def wanted_gb(model_bytes: int) -> int:
+def wanted_gpu_gb(model_bytes: int) -> int:
     """Return the GPU memory that holds all of a workflow's files at once, in whole GB."""
     return -(-model_bytes // _GB) + _SPARE_GB
 
 
-def fitting(pools: Mapping[str, Pool], gb: int) -> list[Pool]:
-    """Return the pools whose GPUs have this much memory, the cheapest first. If there are none, those with the most memory."""
+def fitting_pools(pools: Mapping[str, GpuPool], gb: int) -> list[GpuPool]:
+    """Return the offered pools whose GPUs have this much memory, the cheapest first. If none, those with the most memory."""
     most = max((pool.memory_gb for pool in pools.values()), default=0)
     return [pool for pool in pools.values() if pool.memory_gb >= min(gb, most)]
 
@@ -139,7 +139,7 @@ class Offer:
     """A data centre, and the pools for an endpoint there: those with free GPUs, the cheapest first."""
 
     datacenter: str
-    pools: tuple[Pool, ...]
+    pools: tuple[GpuPool, ...]
 
     @property
     def best(self) -> str:
@@ -147,7 +147,7 @@ class Offer:
         return max((pool.level(self.datacenter) for pool in self.pools), key=_rank, default="NONE")
 
 
-def offers(pools: Sequence[Pool], datacenters: Iterable[DataCenter], preferred: Iterable[str]) -> list[Offer]:
+def offers(pools: Sequence[GpuPool], datacenters: Iterable[DataCenter], preferred: Iterable[str]) -> list[Offer]:
     """Return where GPUs of these pools are free, the best first: cheap, then many, then a `preferred` data centre."""
     liked = set(preferred)
     found = []
@@ -166,13 +166,13 @@ def offers(pools: Sequence[Pool], datacenters: Iterable[DataCenter], preferred: 
 
 
 def volume_gb(model_bytes: int) -> int:
-    """Return the size of a volume for models of this size."""
+    """Return the size of a volume to offer for models of this size."""
     spare = max(_VOLUME_SPARE_GB, int(model_bytes * _VOLUME_SPARE_SHARE) // _GB)
     return min(LARGEST_VOLUME_GB, max(SMALLEST_VOLUME_GB, -(-model_bytes // _GB) + spare))
 
 
 def volume_usd_month(size_gb: int) -> float:
-    """Return the price of a standard volume for a month."""
+    """Return the price that RunPod asks for a standard volume, a month."""
     beyond = max(0, size_gb - _TIER_GB)
     return (size_gb - beyond) * VOLUME_GB_MONTH_USD + beyond * VOLUME_GB_MONTH_BEYOND_USD
 

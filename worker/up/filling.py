@@ -16,17 +16,17 @@ from worker.base.progress import Progress
 from worker.seed import seed_command
 from worker.seed.outcome import Outcome
 from worker.up.errors import FillFailed, ImageNotFound, NoCpuFree, RunPodRefused
-from worker.up.plan import centre_of, cpu_image_of, free_cpus
+from worker.up.plan import datacenter_now, free_cpus, planned_cpu_image
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from worker.seed.screen import Screen
-    from worker.up.api import RunPod, Thing
-    from worker.up.options import Options
+    from worker.seed.screen import SeedScreen
+    from worker.up.api import RunPodApi, Thing
+    from worker.up.options import UpOptions
     from worker.up.plan import UpPlan
     from worker.up.screen import UpScreen
-    from worker.up.state import State
+    from worker.up.state import UpState
 
 POD_COMMAND: Final = "worker up fill"
 MODELS_VARIABLE: Final = "UP_MODELS"
@@ -41,13 +41,13 @@ _GONE: Final = frozenset({"TERMINATED", "EXITED", "ERROR"})
 
 
 @dataclass(slots=True)
-class Filler:
-    """Fills one deployment's volume."""
+class VolumeFilling:
+    """The filling of one deployment's volume."""
 
-    runpod: RunPod
-    options: Options
+    runpod: RunPodApi
+    options: UpOptions
     plan: UpPlan
-    state: State
+    state: UpState
     screen: UpScreen
     environ: Mapping[str, str]
 
@@ -82,11 +82,11 @@ class Filler:
 
     def _pod(self, volume_id: str, manifest: str, *, begun: bool) -> Thing:
         """Return the Pod that fills the volume: an existing one, or a new one of the cheapest available kind."""
-        image, refused = cpu_image_of(self.plan.image), "none is free"
+        image, refused = planned_cpu_image(self.plan.image), "none is free"
         for old in self.runpod.named("pods", self.options.resource):
             if old.get("env", {}).get(MODELS_VARIABLE) != manifest:  # it downloads the models of an earlier workflow
                 self.runpod.delete("pods", str(old["id"]))
-        for cpu in free_cpus(self.runpod, centre_of(self.runpod, self.plan.datacenter)):
+        for cpu in free_cpus(self.runpod, datacenter_now(self.runpod, self.plan.datacenter)):
             body = {
                 "name": self.options.resource,
                 "image": image,
@@ -125,7 +125,7 @@ class Filler:
         while True:
             for position, line in self.runpod.log(pod_id, since):
                 since, heard_s = position, time.monotonic()
-                event = _event(line)
+                event = _event_in_log(line)
                 if event:
                     yield event
             pod = self.runpod.get("pods", pod_id)
@@ -136,7 +136,7 @@ class Filler:
                 raise FillFailed(f"its Pod printed nothing for {_SILENCE_S / 60:.0f} minutes and was removed")
             time.sleep(_LOOK_S)
 
-    def _show(self, event: dict[str, Any], screen: Screen) -> list[str]:
+    def _show(self, event: dict[str, Any], screen: SeedScreen) -> list[str]:
         """Show one event of the Pod's seeder. Return what failed."""
         if self.screen.as_json:
             self.screen.raw(event)
@@ -167,12 +167,12 @@ class Filler:
 
 
 def handed_on(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables that are passed to Pods and workers."""
+    """Return the variables that are passed to Pods that fill volumes, and to workers."""
     return {name: environ[name].strip() for name in HANDED_ON if environ.get(name, "").strip()}
 
 
-def _event(line: str) -> dict[str, Any] | None:
-    """Return the event in a line of the log, or None."""
+def _event_in_log(line: str) -> dict[str, Any] | None:
+    """Return the event of the filling in a line of a Pod's log, or None."""
     if not line.startswith("{"):
         return None
     try:

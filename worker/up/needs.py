@@ -27,7 +27,7 @@ _DEADLINE_S = 40.0
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """The models of a workflow. `digest` changes with the workflow and with the lists of models beside it."""
+    """The models that a workflow needs. `digest` changes with the workflow and with the lists of models beside it."""
 
     items: tuple[Item, ...]
     digest: str
@@ -63,8 +63,8 @@ class Needs:
             raise ModelsNotReady(blocking)
 
 
-def digest_of(workflow: str, whats: Sequence[str]) -> str:
-    """Return a digest of this workflow and its lists of models."""
+def needs_digest(workflow: str, whats: Sequence[str]) -> str:
+    """Return a digest of a workflow and its lists of models, which changes with its needs."""
     found = hashlib.sha256()
     for what in (workflow, *whats):
         path = Path(what)
@@ -73,10 +73,10 @@ def digest_of(workflow: str, whats: Sequence[str]) -> str:
     return found.hexdigest()[:16]
 
 
-def read(workflow: str, whats: Sequence[str], settings: Settings, tell: Callable[[str], None]) -> Needs:
+def read_needs(workflow: str, whats: Sequence[str], settings: Settings, tell: Callable[[str], None]) -> Needs:
     """Return what the workflow needs, with its sources' answers. Raises what `Selection.read` raises."""
     hub = make_hub(settings)
     sources = Sources.read(manifest=settings.models_manifest, models=settings.models)
     wants = Selection(sources, hub, settings.request_hosts, None, threading.Event(), tell=tell)
     items = ask_in_time(wants.read([workflow, *whats]), hub, lambda _: 0, _DEADLINE_S)
-    return Needs(items, digest_of(workflow, whats))
+    return Needs(items, needs_digest(workflow, whats))

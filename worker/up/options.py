@@ -46,8 +46,8 @@ exit status: 0 done; 1 something failed, and the last line says what to do; 2 th
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
-    """A valid command line. `whats` are lists of models besides the workflow, as in `seed`."""
+class UpOptions:
+    """A valid command line of `up`. `whats` are lists of models besides the workflow, as in `seed`."""
 
     action: Action
     name: str
@@ -79,8 +79,8 @@ class Options:
         return f"worker-up-{self.name}"
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the command line's parser."""
+def up_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line of `up`."""
     found = argparse.ArgumentParser(
         prog="python -m worker up",
         description="Create an endpoint on RunPod for a workflow. `up status` shows it, `up down` removes it.",
@@ -124,9 +124,9 @@ def parser() -> argparse.ArgumentParser:
     return found
 
 
-def parse(argv: Sequence[str]) -> Options:
-    """Return the options. Raises `UpUsage`, and SystemExit as argparse does."""
-    given = parser().parse_intermixed_args(list(argv))
+def parse_up_options(argv: Sequence[str]) -> UpOptions:
+    """Return the options of `up`. Raises `UpUsage`, and SystemExit as argparse does."""
+    given = up_parser().parse_intermixed_args(list(argv))
     if not given.what:
         raise UpUsage("Say what to make: up WORKFLOW.json. `up status` and `up down` are for what was made; see --help.")
     first, *rest = given.what
@@ -140,7 +140,7 @@ def parse(argv: Sequence[str]) -> Options:
     cuda = given.cuda or _cuda_of(given.image)
     if not _CUDA.fullmatch(cuda):
         raise UpUsage("--cuda must be a version such as 12.8.")
-    return Options(
+    return UpOptions(
         action=action,
         name=_name(given.name, first if action == "up" else None),
         workflow=first if action == "up" else "",
@@ -180,6 +180,6 @@ def _name(given: str | None, workflow: str | None) -> str:
 
 
 def _cuda_of(image: str | None) -> str:
-    """Return the CUDA version at the end of an image's tag, as the release workflow writes it."""
+    """Return the CUDA version that the option `--image` names at the end of its tag, as the release workflow writes it."""
     found = _CUDA_OF_TAG.search((image or "").partition("@")[0])
     return f"{found[1]}.{found[2]}" if found else _DEFAULT_CUDA

@@ -11,18 +11,18 @@ from urllib.parse import urlsplit
 from worker.seed.options import KEY_ID, KEY_SECRET
 from worker.seed.s3_api import DATACENTERS
 from worker.up import catalog
-from worker.up.catalog import DataCenter, volume_gb, volume_usd_month, wanted_gb
+from worker.up.catalog import DataCenter, volume_gb, volume_usd_month, wanted_gpu_gb
 from worker.up.errors import NoGpuFree, UpUsage, VolumeUnknown
 from worker.up.options import IMAGE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from worker.up.api import RunPod, Thing
-    from worker.up.catalog import Cpu, Offer, Pool
+    from worker.up.api import RunPodApi, Thing
+    from worker.up.catalog import CpuPod, GpuPool, Offer
     from worker.up.needs import Needs
-    from worker.up.options import Fill, Options
-    from worker.up.state import State
+    from worker.up.options import Fill, UpOptions
+    from worker.up.state import UpState
 
 _CHECKOUT: Final = Path(__file__).resolve().parents[2]
 _GIT_TIMEOUT_S: Final = 10.0
@@ -31,7 +31,7 @@ _MAX_WORKERS: Final = 3
 
 @dataclass(frozen=True, slots=True)
 class UpPlan:
-    """What will be created. `volume_id` is that of an existing volume; `own_volume`: `up` created it, or will.
+    """What `up` will create. `volume_id` is that of an existing volume; `own_volume`: `up` created it, or will.
 
     `needs` is None if the models are on the volume already and were not requested again.
     """
@@ -87,7 +87,7 @@ class UpPlan:
             "prices_of": catalog.PRICES_OF,
             "models": [item.to_dict() for item in needs.items] if needs else [],
             "size_bytes": needs.size_bytes if needs else None,
-            "gpu_gb": wanted_gb(needs.size_bytes) if needs else None,
+            "gpu_gb": wanted_gpu_gb(needs.size_bytes) if needs else None,
             "offers": [
                 {
                     "datacenter": offer.datacenter,
@@ -107,12 +107,14 @@ class UpPlan:
         }
 
 
-def plan_of(options: Options, needs: Needs | None, runpod: RunPod, state: State, environ: Mapping[str, str]) -> UpPlan:
-    """Return what to create. For a deployment that was agreed to before, return the agreed plan.
+def make_up_plan(
+    options: UpOptions, needs: Needs | None, runpod: RunPodApi, state: UpState, environ: Mapping[str, str]
+) -> UpPlan:
+    """Return what `up` will create. For a deployment that was agreed to before, return the agreed plan.
 
     Raises `NoGpuFree`, `VolumeUnknown`, `UpUsage`, and errors of RunPod's API.
     """
-    volume = _volume(options, runpod, state)
+    volume = _planned_volume(options, runpod, state)
     own = options.volume is None and not state.get("volume").get("given")
     agreed = state.get("agreed")
     if agreed and not options.pools:
@@ -121,7 +123,7 @@ def plan_of(options: Options, needs: Needs | None, runpod: RunPod, state: State,
     centres = catalog.datacenters_of(runpod.all("catalog/datacenters", include="GPU_AVAILABILITY,CPU_AVAILABILITY"))
     size_bytes = needs.size_bytes if needs else 0
     wanted = _pools(options, pools, size_bytes)
-    datacenter = _place_of(options, volume)
+    datacenter = _planned_datacenter(options, volume)
     places = _places(options, centres, datacenter)
     offers = catalog.offers(wanted, places, DATACENTERS)
     fill = options.fill or ("s3" if _has_s3_keys(environ) else "pod")
@@ -140,7 +142,7 @@ def plan_of(options: Options, needs: Needs | None, runpod: RunPod, state: State,
     return UpPlan(
         name=options.name,
         needs=needs,
-        image=image_of(options),
+        image=planned_image(options),
         cuda=options.cuda,
         datacenter=offer.datacenter,
         pools=tuple(pool.name for pool in offer.pools),
@@ -157,14 +159,16 @@ def plan_of(options: Options, needs: Needs | None, runpod: RunPod, state: State,
     )
 
 
-def _as_agreed(options: Options, needs: Needs | None, agreed: Mapping[str, Any], volume: Thing | None, *, own: bool) -> UpPlan:
+def _as_agreed(
+    options: UpOptions, needs: Needs | None, agreed: Mapping[str, Any], volume: Thing | None, *, own: bool
+) -> UpPlan:
     size_gb = max(int(agreed["size_gb"]), volume_gb(needs.size_bytes) if needs else 0, int(volume["size"]) if volume else 0)
     plan = UpPlan(
         name=options.name,
         needs=needs,
         image=str(agreed["image"]),
         cuda=str(agreed["cuda"]),
-        datacenter=_place_of(options, volume) or str(agreed["datacenter"]),
+        datacenter=_planned_datacenter(options, volume) or str(agreed["datacenter"]),
         pools=tuple(agreed["pools"]),
         excluded=tuple(agreed["excluded"]),
         usd_second=tuple(agreed["usd_second"]),
@@ -182,8 +186,8 @@ def _as_agreed(options: Options, needs: Needs | None, agreed: Mapping[str, Any],
     return replace(plan, size_gb=max(plan.size_gb, options.size_gb or 0))
 
 
-def _volume(options: Options, runpod: RunPod, state: State) -> Thing | None:
-    """Return the existing volume: given, created by an earlier run, or with the deployment's name."""
+def _planned_volume(options: UpOptions, runpod: RunPodApi, state: UpState) -> Thing | None:
+    """Return the existing volume that `up` will use: given, created by an earlier run, or with the deployment's name."""
     known = state.get("volume")
     if wanted := options.volume or (known.get("id") if known.get("given") else None):
         found = runpod.get("network-volumes", str(wanted))
@@ -196,8 +200,8 @@ def _volume(options: Options, runpod: RunPod, state: State) -> Thing | None:
     return found
 
 
-def _place_of(options: Options, volume: Thing | None) -> str | None:
-    """Return the data centre that is settled, None where any will do. Raises `UpUsage` where the volume is in another."""
+def _planned_datacenter(options: UpOptions, volume: Thing | None) -> str | None:
+    """Return the data centre to which the plan of `up` is bound, None for any. Raises `UpUsage` if the volume is elsewhere."""
     if volume is None:
         return options.datacenter
     there = str(volume["dataCenter"])
@@ -206,15 +210,15 @@ def _place_of(options: Options, volume: Thing | None) -> str | None:
     return there
 
 
-def _pools(options: Options, pools: Mapping[str, Pool], size_bytes: int) -> Sequence[Pool]:
+def _pools(options: UpOptions, pools: Mapping[str, GpuPool], size_bytes: int) -> Sequence[GpuPool]:
     if not options.pools:
-        return catalog.fitting(pools, wanted_gb(size_bytes))
+        return catalog.fitting_pools(pools, wanted_gpu_gb(size_bytes))
     if unknown := [name for name in options.pools if name not in pools]:
         raise UpUsage(f"--gpu: RunPod has no pool {unknown[0]}; it is one of {', '.join(sorted(pools))}.")
     return [pools[name] for name in options.pools]
 
 
-def _places(options: Options, centres: Mapping[str, DataCenter], name: str | None) -> list[DataCenter]:
+def _places(options: UpOptions, centres: Mapping[str, DataCenter], name: str | None) -> list[DataCenter]:
     tier = "HIGH_PERFORMANCE" if options.high_performance else None
     if name is None:
         return [place for place in centres.values() if tier is None or tier in place.tiers]
@@ -225,13 +229,13 @@ def _places(options: Options, centres: Mapping[str, DataCenter], name: str | Non
     return [centres[name]]
 
 
-def free_cpus(runpod: RunPod, centre: DataCenter) -> list[Cpu]:
-    """Return the CPU Pods that are free in a data centre now, the cheapest first."""
+def free_cpus(runpod: RunPodApi, centre: DataCenter) -> list[CpuPod]:
+    """Return the CPU Pods that `up` can plan with in a data centre now, the cheapest first."""
     return [cpu for cpu in catalog.cpus_of(runpod.all("catalog/cpus")) if centre.cpus.get(cpu.name, "NONE") != "NONE"]
 
 
-def centre_of(runpod: RunPod, name: str) -> DataCenter:
-    """Return the current state of a data centre."""
+def datacenter_now(runpod: RunPodApi, name: str) -> DataCenter:
+    """Return the current state of a data centre for the plan of `up`."""
     centres = catalog.datacenters_of(runpod.all("catalog/datacenters", include="CPU_AVAILABILITY"))
     return centres.get(name) or DataCenter(name, name, (), {})
 
@@ -240,13 +244,13 @@ def _has_s3_keys(environ: Mapping[str, str]) -> bool:
     return all(environ.get(name, "").strip() for name in (KEY_ID, KEY_SECRET))
 
 
-def image_of(options: Options) -> str:
-    """Return the workers' image: the given one, or that of the owner of this clone. Raises `UpUsage`."""
+def planned_image(options: UpOptions) -> str:
+    """Return the image that `up` will give the workers: the named one, or that of the owner of this clone. Raises `UpUsage`."""
     if options.image:
         return options.image
     if "OWNER" not in IMAGE:
         return IMAGE
-    owner = _owner()
+    owner = _clone_owner()
     if not owner:
         raise UpUsage(
             "Say with --image what the endpoint runs, such as ghcr.io/you/comfyui-volume-worker:1.0.0: "
@@ -255,16 +259,16 @@ def image_of(options: Options) -> str:
     return IMAGE.replace("OWNER", owner.lower())
 
 
-def cpu_image_of(image: str) -> str:
-    """Return the image that fills a volume: the small one without CUDA for images of the release workflow, else the same."""
+def planned_cpu_image(image: str) -> str:
+    """Return the image with which `up` will fill a volume: the small one without CUDA of a release, else the workers' image."""
     repository, _, tag = image.rpartition(":")
     if "@" in image or not repository.startswith("ghcr.io/") or not repository.endswith("/comfyui-volume-worker"):
         return image
     return f"{repository}:{tag.partition('-')[0]}-cpu"
 
 
-def _owner() -> str | None:
-    """Return the owner of the repository on GitHub that this checkout was cloned from."""
+def _clone_owner() -> str | None:
+    """Return the owner of the repository on GitHub that this checkout was cloned from, whose image `up` plans with."""
     try:
         found = subprocess.run(  # noqa: S603 - our own words
             ["git", "-C", str(_CHECKOUT), "remote", "get-url", "origin"],  # noqa: S607 - whichever git there is

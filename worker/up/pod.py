@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Final
 
 from worker.seed import seed_command
-from worker.seed.screen import JsonLines
-from worker.up.api import RunPod
+from worker.seed.screen import ScreenJson
+from worker.up.api import RunPodApi
 from worker.up.errors import UpError, UpUsage
 from worker.up.filling import MODELS_VARIABLE
 
@@ -26,8 +26,8 @@ _LINGER_S: Final = 600.0
 _AGAIN_S: Final = 300.0
 
 
-def fill(environ: Mapping[str, str], stream: IO[str], sleep: Callable[[float], object] = time.sleep) -> int:
-    """Download the models that the environment names, report the result, and remove this Pod. Does not return in a Pod.
+def fill_in_pod(environ: Mapping[str, str], stream: IO[str], sleep: Callable[[float], object] = time.sleep) -> int:
+    """Download, in a Pod, the models that the environment names, report the result, and remove this Pod. Does not return there.
 
     RunPod restarts a container that ends, and its Pod costs money until it is removed.
     """
@@ -38,15 +38,15 @@ def fill(environ: Mapping[str, str], stream: IO[str], sleep: Callable[[float], o
         wanted = Path(folder) / "models.json"
         wanted.write_text(manifest, "utf-8")
         code = seed_command.run([str(wanted), "--json"], environ, stream)
-    JsonLines(stream).tell("filled", code=code)
+    ScreenJson(stream).tell("filled", code=code)
     pod_id = environ.get("RUNPOD_POD_ID", "")
     if not pod_id:
         return code
     sleep(float(environ.get(LINGER_VARIABLE) or _LINGER_S))
     while True:
         try:
-            runpod = RunPod(environ.get("RUNPOD_API_KEY", ""), environ.get("RUNPOD_API_BASE_URL"))
+            runpod = RunPodApi(environ.get("RUNPOD_API_KEY", ""), environ.get("RUNPOD_API_BASE_URL"))
             runpod.delete("pods", pod_id)
         except UpError as exc:
-            JsonLines(stream).say(f"The Pod could not remove itself: {exc}")
+            ScreenJson(stream).say(f"The Pod could not remove itself: {exc}")
         sleep(_AGAIN_S)

@@ -12,13 +12,13 @@ from rich.text import Text
 
 from worker.base.text import count, size_text, wrapped
 from worker.plan.plan_command import row
-from worker.seed.screen import Bars, JsonLines, Lines
-from worker.up.catalog import PRICES_OF, volume_usd_month, wanted_gb
+from worker.seed.screen import ScreenBars, ScreenJson, ScreenLines
+from worker.up.catalog import PRICES_OF, volume_usd_month, wanted_gpu_gb
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from worker.seed.screen import Screen
+    from worker.seed.screen import SeedScreen
     from worker.up.catalog import Offer
     from worker.up.plan import UpPlan
 
@@ -38,7 +38,7 @@ class UpScreen:
     def __init__(self, stream: IO[str], *, as_json: bool) -> None:
         self.stream = stream
         self.as_json = as_json
-        self._lines = JsonLines(stream)
+        self._lines = ScreenJson(stream)
         self._console = Console(file=stream, highlight=False, soft_wrap=True)
 
     @property
@@ -46,11 +46,11 @@ class UpScreen:
         """Return the width of a line."""
         return shutil.get_terminal_size((100, 24)).columns if self._console.is_terminal else _WIDE
 
-    def models(self) -> Screen:
+    def models(self) -> SeedScreen:
         """Return the output for the models' progress, which is the seeder's."""
         if self.as_json:
             return self._lines
-        return Bars(Console(file=self.stream, highlight=False)) if self._console.is_terminal else Lines(self.stream)
+        return ScreenBars(Console(file=self.stream, highlight=False)) if self._console.is_terminal else ScreenLines(self.stream)
 
     def say(self, text: str) -> None:
         """Print a sentence."""
@@ -85,7 +85,7 @@ class UpScreen:
         if self.as_json:
             self._lines.tell("plan", **plan.to_dict())
         else:
-            for line in plan_lines(plan, self.width):
+            for line in up_plan_lines(plan, self.width):
                 self._console.print(Text(line))
 
     def raw(self, event: dict[str, Any]) -> None:
@@ -93,18 +93,18 @@ class UpScreen:
         print(json.dumps(event), file=self.stream, flush=True)
 
 
-def ask(question: str) -> bool:
-    """Ask a person. Anything but yes means no."""
+def ask_once(question: str) -> bool:
+    """Ask the person at the screen. Anything but yes means no."""
     print(f"{question} [y/N] ", end="", flush=True)  # noqa: T201 - a question
     return sys.stdin.readline().strip().lower() in {"y", "yes"}
 
 
-def plan_lines(plan: UpPlan, width: int) -> Iterator[str]:
-    """Yield the plan's lines for a terminal."""
+def up_plan_lines(plan: UpPlan, width: int) -> Iterator[str]:
+    """Yield the lines of `up`'s plan for a terminal's screen."""
     needs = plan.needs
     if needs is not None:
         total = size_text(needs.size_bytes) if needs.fetched else "nothing to fetch"
-        gpu = f"a GPU with {wanted_gb(needs.size_bytes)} GB holds them all"
+        gpu = f"a GPU with {wanted_gpu_gb(needs.size_bytes)} GB holds them all"
         yield f"{plan.name}: {count(len(needs.items), 'model')}, {total}; {gpu}"
         for item in sorted(needs.items, key=lambda item: -(item.size_bytes or 0)):
             yield row(item.state.upper() if item.blocking else item.state, item.size_bytes, item.title)

@@ -23,8 +23,8 @@ VERSION: Final = 1
 
 
 @contextlib.contextmanager
-def alone(path: Path) -> Iterator[None]:
-    """Prevent other processes of this machine from working on the deployment.
+def state_lock(path: Path) -> Iterator[None]:
+    """Prevent other processes of this machine from working on the deployment whose state is recorded.
 
     Raises `UpUsage` if one does; a kill ends its lock.
     """
@@ -43,13 +43,13 @@ def alone(path: Path) -> Iterator[None]:
 
 
 def state_path(name: str, environ: Mapping[str, str]) -> Path:
-    """Return the path of a deployment's state."""
+    """Return the path of the file with a deployment's state."""
     home = environ.get("XDG_STATE_HOME", "").strip()
     return (Path(home) if home else Path.home() / ".local" / "state") / "comfyui-volume-worker" / f"{name}.json"
 
 
-class State:
-    """A deployment's state. Every change is on the disk when the method returns."""
+class UpState:
+    """What `up` has begun and created for a deployment. Every change is on the disk when the method returns."""
 
     def __init__(self, path: Path, values: dict[str, Any]) -> None:
         self.path = path
@@ -57,7 +57,7 @@ class State:
         self._new = path.with_suffix(".new")
 
     @classmethod
-    def load(cls, path: Path) -> State:
+    def load(cls, path: Path) -> UpState:
         """Read the file. A missing file means that nothing was created. Raises `StateInvalid`."""
         try:
             values = json.loads(path.read_text("utf-8"))

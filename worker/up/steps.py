@@ -17,16 +17,16 @@ from client.service import ENDPOINTS, Endpoint
 from worker.base.text import count, size_text
 from worker.up.catalog import volume_usd_month
 from worker.up.errors import ImageNotFound, RunPodRefused, WorkerQuota
-from worker.up.filling import Filler, handed_on
+from worker.up.filling import VolumeFilling, handed_on
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from worker.up.api import RunPod, Thing
-    from worker.up.options import Options
+    from worker.up.api import RunPodApi, Thing
+    from worker.up.options import UpOptions
     from worker.up.plan import UpPlan
     from worker.up.screen import UpScreen
-    from worker.up.state import State
+    from worker.up.state import UpState
 
 _DISK_GB: Final = 30
 _IDLE_S: Final = 5
@@ -36,13 +36,13 @@ _PICTURE_TIMEOUT_S: Final = 3600.0
 
 
 @dataclass(slots=True)
-class Steps:
-    """The steps of one plan."""
+class UpSteps:
+    """The steps of one plan of `up`."""
 
-    runpod: RunPod
-    options: Options
+    runpod: RunPodApi
+    options: UpOptions
     plan: UpPlan
-    state: State
+    state: UpState
     screen: UpScreen
     environ: Mapping[str, str]
     job: Mapping[str, Any]
@@ -88,7 +88,7 @@ class Steps:
                 self.state.put("endpoint", name=self.options.resource, begun=True)
                 found, made = self.runpod.ensure("serverless", body, begun=begun)
                 said = "made" if made else said
-            if wrong := _differences(found, body, self.options):
+            if wrong := _endpoint_changes(found, body, self.options):
                 found = self.runpod.update("serverless", str(found["id"]), wrong)
                 said = f"changed: {', '.join(sorted(wrong))}"
         except RunPodRefused as exc:
@@ -136,7 +136,7 @@ class Steps:
             self.screen.step("models", "there")
             return
         self.state.put("models", digest=needs.digest, begun=True, done=False)
-        filler = Filler(self.runpod, self.options, self.plan, self.state, self.screen, self.environ)
+        filler = VolumeFilling(self.runpod, self.options, self.plan, self.state, self.screen, self.environ)
         if needs.fetched and self.plan.fill == "s3":
             filler.through_s3(volume_id, needs.manifest())
         elif needs.fetched and self.plan.fill == "pod":
@@ -173,7 +173,7 @@ class Steps:
         base, _, endpoint_id = url.rpartition("/")
         known = self.state.get("picture")
         where = {"RUNPOD_API_KEY": self.environ.get("RUNPOD_API_KEY", ""), "RUNPOD_ENDPOINT_BASE_URL": base}
-        service = _Noted(Endpoint.of(endpoint_id, where, known.get("job")), self.state)
+        service = _RecordingService(Endpoint.of(endpoint_id, where, known.get("job")), self.state)
         if known.get("begun") and not known.get("job"):
             # Killed between sending a job and recording its id: no other job is in this queue yet.
             service.endpoint.wire.post("/purge-queue", None, 30.0)
@@ -197,11 +197,11 @@ class Steps:
 
 
 @dataclass(slots=True)
-class _Noted:
-    """A service that records its job's id as soon as it is known."""
+class _RecordingService:
+    """A service for a step that records its job's id as soon as it is known."""
 
     endpoint: Endpoint
-    state: State
+    state: UpState
 
     def run(self, job: Mapping[str, Any], watch: Any, timeout_s: float | None) -> dict[str, Any]:  # noqa: ANN401 - the client's own
         """Like `Service.run`."""
@@ -222,8 +222,8 @@ class _Noted:
         return self.endpoint.aftermath(error)
 
 
-def _differences(found: Thing, body: Mapping[str, Any], options: Options) -> dict[str, Any]:
-    """Return the fields of an existing endpoint to change: those that this command line names, and those it cannot do without.
+def _endpoint_changes(found: Thing, body: Mapping[str, Any], options: UpOptions) -> dict[str, Any]:
+    """Return the fields of an existing endpoint that the step changes: those that this command line names, and necessary ones.
 
     What somebody set in the console stays. But RunPod itself lowers the workers of an endpoint without requests, to 2 after
     three days and to 0 after seven.

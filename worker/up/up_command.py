@@ -13,23 +13,23 @@ from client.request import Wishes, build
 from worker.base.text import count
 from worker.errors import ManifestInvalid, SettingsError, SpecInvalid, WorkerError
 from worker.seed.errors import S3KeysMissing, SeedUsage, WhatUnknown
-from worker.seed.screen import JsonLines
+from worker.seed.screen import ScreenJson
 from worker.settings import Settings
 from worker.up import needs as needed
-from worker.up.api import RunPod
+from worker.up.api import RunPodApi
 from worker.up.catalog import volume_usd_month
 from worker.up.errors import ApiKeyMissing, ApiKeyRefused, StateInvalid, UpUsage
-from worker.up.options import parse
-from worker.up.plan import plan_of
-from worker.up.screen import UpScreen, ask
-from worker.up.state import State, alone, state_path
-from worker.up.steps import Steps
+from worker.up.options import parse_up_options
+from worker.up.plan import make_up_plan
+from worker.up.screen import UpScreen, ask_once
+from worker.up.state import UpState, state_lock, state_path
+from worker.up.steps import UpSteps
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from worker.up.api import Kind, Thing
-    from worker.up.options import Options
+    from worker.up.options import UpOptions
 
 FAILED: Final = 1
 USAGE: Final = 2
@@ -43,10 +43,10 @@ _GO_ON: Final = "Stopped. Run the same command again to go on, or `up down` to r
 
 
 def run(argv: Sequence[str], environ: Mapping[str, str], out: IO[str] | None = None) -> int:
-    """Run the command. Return the exit status, see `--help`."""
+    """Run the command `up`. Return the exit status, see `--help`."""
     stream, as_json = out or sys.stdout, "--json" in argv
     try:
-        options = parse(argv)
+        options = parse_up_options(argv)
         with _interrupted_by_sigterm():
             return _act(options, environ, UpScreen(stream, as_json=options.json))
     except SystemExit as exc:
@@ -57,24 +57,24 @@ def run(argv: Sequence[str], environ: Mapping[str, str], out: IO[str] | None = N
     except (WorkerError, ClientError) as exc:
         code = exc.worker_code or exc.code if isinstance(exc, JobFailed) else exc.code
         if as_json:
-            JsonLines(stream).tell("error", code=code, text=str(exc))
+            ScreenJson(stream).tell("error", code=code, text=str(exc))
         else:
             print(f"error: {exc} [{code}]", file=sys.stderr)  # noqa: T201 - the command's output
         return USAGE if isinstance(exc, _USAGE_ERRORS) else FAILED
 
 
-def _act(options: Options, environ: Mapping[str, str], screen: UpScreen) -> int:
+def _act(options: UpOptions, environ: Mapping[str, str], screen: UpScreen) -> int:
     if options.action != "up" and not options.name:
         raise UpUsage(f"Name the deployment: up {options.action} --name NAME, as `up` called it.")
-    runpod = RunPod(environ.get("RUNPOD_API_KEY", "").strip(), environ.get("RUNPOD_API_BASE_URL", "").strip() or None)
+    runpod = RunPodApi(environ.get("RUNPOD_API_KEY", "").strip(), environ.get("RUNPOD_API_BASE_URL", "").strip() or None)
     path = state_path(options.name, environ)
     try:
         if options.action == "status":
-            return _status(options, runpod, State.load(path), screen)
-        with alone(path):
-            state = State.load(path)
+            return _up_status(options, runpod, UpState.load(path), screen)
+        with state_lock(path):
+            state = UpState.load(path)
             return (
-                _down(options, runpod, state, screen)
+                _up_down(options, runpod, state, screen)
                 if options.action == "down"
                 else _up(options, runpod, state, screen, environ)
             )
@@ -82,18 +82,20 @@ def _act(options: Options, environ: Mapping[str, str], screen: UpScreen) -> int:
         runpod.close()
 
 
-def _up(options: Options, runpod: RunPod, state: State, screen: UpScreen, environ: Mapping[str, str]) -> int:
-    """Plan, ask once, and run the steps."""
+def _up(options: UpOptions, runpod: RunPodApi, state: UpState, screen: UpScreen, environ: Mapping[str, str]) -> int:
+    """Run `up` for a workflow: plan, ask once, and run the steps."""
     runpod.all("network-volumes")  # a wrong key is noticed here, before anybody waits for the models' sources
-    digest = needed.digest_of(options.workflow, options.whats)
+    digest = needed.needs_digest(options.workflow, options.whats)
     settings = Settings.from_env(environ)
     known = state.get("models")
     if known and known.get("digest") != digest:
         state.drop("models", "picture")
-    needs = None if state.get("models").get("done") else needed.read(options.workflow, options.whats, settings, screen.note)
+    needs = (
+        None if state.get("models").get("done") else needed.read_needs(options.workflow, options.whats, settings, screen.note)
+    )
     # Whatever the request names is there, or it ends here.
     job = build(Wishes(options.workflow, values=options.values, images=options.images))
-    plan = plan_of(options, needs, runpod, state, environ)
+    plan = make_up_plan(options, needs, runpod, state, environ)
     if needs is not None or options.dry_run:
         screen.plan(plan)
     if needs is not None:
@@ -108,15 +110,15 @@ def _up(options: Options, runpod: RunPod, state: State, screen: UpScreen, enviro
     if (plan.new or state.get("agreed").get("digest") != digest) and not options.yes:
         if not sys.stdin.isatty():
             raise UpUsage("Nobody can be asked here: run it with --yes, or with --dry-run to see only what it would make.")
-        if not ask("Make it?"):
+        if not ask_once("Make it?"):
             screen.say("Nothing was made.")
             return FAILED
     state.put("agreed", **plan.agreed(), digest=digest)
-    return Steps(runpod, options, plan, state, screen, environ, job).run()
+    return UpSteps(runpod, options, plan, state, screen, environ, job).run()
 
 
-def _found(options: Options, runpod: RunPod, state: State) -> dict[Kind, list[Thing]]:
-    """Return everything of a deployment that is there, by what was written down and by its name."""
+def _find_deployment(options: UpOptions, runpod: RunPodApi, state: UpState) -> dict[Kind, list[Thing]]:
+    """Return everything of a deployment that `up` finds: by what was written down and by its name."""
     found: dict[Kind, list[Thing]] = {}
     begun: set[Kind] = set()  # what a run was about to make when it was killed
     if state.get("models").get("pod_begun"):
@@ -140,9 +142,9 @@ def _found(options: Options, runpod: RunPod, state: State) -> dict[Kind, list[Th
     return found
 
 
-def _status(options: Options, runpod: RunPod, state: State, screen: UpScreen) -> int:
-    """Show what exists, and its cost."""
-    found = _found(options, runpod, state)
+def _up_status(options: UpOptions, runpod: RunPodApi, state: UpState, screen: UpScreen) -> int:
+    """Run `up status`: show what exists, and its cost."""
+    found = _find_deployment(options, runpod, state)
     workers = {str(thing["id"]): runpod.workers(str(thing["id"])).get("summary", {}) for thing in found["serverless"]}
     if screen.as_json:
         screen.result("status", "", name=options.name, **_names(found), workers=workers, steps=_done(state))
@@ -164,9 +166,9 @@ def _status(options: Options, runpod: RunPod, state: State, screen: UpScreen) ->
     return 0
 
 
-def _down(options: Options, runpod: RunPod, state: State, screen: UpScreen) -> int:
-    """Remove what exists, the most expensive first. Remove the volume only on request."""
-    found = _found(options, runpod, state)
+def _up_down(options: UpOptions, runpod: RunPodApi, state: UpState, screen: UpScreen) -> int:
+    """Run `up down`: remove what exists, the most expensive first, and the volume only on request."""
+    found = _find_deployment(options, runpod, state)
     if state.get("volume").get("given"):
         kept, found["network-volumes"] = found["network-volumes"], []
     else:
@@ -181,7 +183,7 @@ def _down(options: Options, runpod: RunPod, state: State, screen: UpScreen) -> i
         warning = " and every model on it" if found["network-volumes"] else ""
         if not sys.stdin.isatty():
             raise UpUsage("Nobody can be asked here: run `up down` with --yes.")
-        if not ask(f"Remove {what}{warning}?"):
+        if not ask_once(f"Remove {what}{warning}?"):
             screen.say("Nothing was removed.")
             return FAILED
     removed = _names(found)
@@ -208,7 +210,7 @@ def _names(found: Mapping[Kind, list[Thing]]) -> dict[str, Any]:
     }
 
 
-def _done(state: State) -> dict[str, bool]:
+def _done(state: UpState) -> dict[str, bool]:
     return {
         "volume": bool(state.get("volume").get("id")),
         "endpoint": bool(state.get("endpoint").get("id")),
@@ -227,7 +229,7 @@ def _still(kept: Sequence[Thing]) -> str:
 
 @contextlib.contextmanager
 def _interrupted_by_sigterm() -> Iterator[None]:
-    """Let SIGTERM end the work as Ctrl-C does."""
+    """Let SIGTERM end the command `up` as Ctrl-C does."""
 
     def stop(_: int, __: object) -> NoReturn:
         raise KeyboardInterrupt
