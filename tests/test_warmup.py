@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import signal
 import threading
 from typing import TYPE_CHECKING, Any
@@ -21,10 +22,11 @@ from worker.graph.paths import check_paths
 from worker.settings import Settings
 from worker.store.layout import Layout
 from worker.warmup.loading_graph import loading_part, runnable
+from worker.warmup.reader import Warmer
 from worker.warmup.warmup import Warmup
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
     from devkit.engine.build import Engine
@@ -210,3 +212,30 @@ def test_a_warm_up_that_is_none_is_said(text: str, tmp_path: Path, caplog: pytes
     warmup.stop()
     assert (graph is None) == ("No" not in text)
     assert bool([line for line in caplog.messages if "no warm-up" in line]) == (graph is None)
+
+
+def test_what_was_downloaded_for_a_job_is_read_though_the_job_s_models_were_asked_for_before(
+    tmp_path: Path, workflow: Load
+) -> None:
+    read: queue.SimpleQueue[list[Path]] = queue.SimpleQueue()
+
+    class Noting(Warmer):
+        def warm(self, files: Iterable[Path]) -> None:
+            read.put(list(files))
+
+    class OneModel:
+        def located(self, names: object) -> list[Path]:
+            return [tmp_path / "a"] if names else []
+
+    warmup = Warmup(Settings.from_env({"VOLUME_PATH": str(tmp_path / "none")}), Noting(lambda: 0))
+    warmup.begin()
+    warmup.linked(OneModel())  # type: ignore[arg-type]  # the one question that it asks
+    models = list(named_models(workflow("text_to_image")))
+    warmup.job(models)  # while ComfyUI boots: the file may not be there yet
+    warmup.job(models)
+    warmup.fetched()
+    warmup.job(models)
+    warmup.job(models)
+    warmup._work.put(lambda: read.put([]))
+    assert [read.get(timeout=20) for _ in range(3)] == [[tmp_path / "a"], [tmp_path / "a"], []]
+    warmup.stop()

@@ -248,7 +248,7 @@ class JobHandler:
                 return
             self._warmup.job(named_models(given.graph))
             wanted.files.fetch_ahead()
-            await prepare.models(given)
+            self._warmup.job((await prepare.models(given)).models)
         except Exception as exc:  # noqa: BLE001 - it is told when ComfyUI is there
             log.debug("job %s: not done ahead: %s", wanted.id, exc)
 

@@ -91,6 +91,10 @@ class Warmup:
             self._work.put(lambda: self._warmer.warm(_files(self._located(names))))
         self._names = frozenset(names) or self._names
 
+    def fetched(self) -> None:
+        """Note that a job's models were downloaded: what of them is not in memory is read, whichever job needs it."""
+        self._names = frozenset()
+
     def is_new(self, models: Iterable[NamedModel]) -> bool:
         """Return whether a job with these models has something read."""
         names = _names_of(models)
