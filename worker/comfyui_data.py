@@ -75,10 +75,12 @@ class Known:
     `one_folder` maps the folder for new files to them, that one first. `releases` has the classes by the oldest recorded
     release that has them, `gone` all that a release no longer has. `newer` are classes that no recorded release has, with the
     release that official templates were saved with ("" if they do not say). `lacking_templates` are official templates with
-    classes that the newest release lacks, each with the id of a node.
+    classes that the newest release lacks, each with the id of a node. `judged_by_code` are classes whose own code checks their
+    values; from `combos_checked_since` on ComfyUI holds COMBO inputs against their options.
     """
 
     class_folders: Mapping[str, str | Mapping[str, str]]
+    combos_checked_since: str
     editor: Editor
     embedding_suffixes: tuple[str, ...]
     first_widgets: Mapping[str, list[str]]
@@ -87,6 +89,7 @@ class Known:
     gone: Mapping[str, list[str]]
     image_taes: frozenset[str]
     input_folders: tuple[tuple[str, str], ...]
+    judged_by_code: frozenset[str]
     lacking_templates: Mapping[str, Mapping[str, str]]
     manager_folders: Mapping[str, str]
     newer: Mapping[str, str]
@@ -106,6 +109,7 @@ class Known:
         same, taes = raw["same_folders"], raw["vae_approx"]
         return cls(
             class_folders=raw["class_folders"],
+            combos_checked_since=raw["checked_since"]["combos"],
             editor=Editor.of(raw["editor"]),
             embedding_suffixes=tuple(raw["embeddings"]["suffixes"]),
             first_widgets=raw["first_widgets"],
@@ -114,6 +118,7 @@ class Known:
             gone=raw["gone"],
             image_taes=frozenset(taes["image"]),
             input_folders=tuple((pattern, folder) for pattern, folder in raw["input_folders"]),
+            judged_by_code=frozenset(raw["judged_by_code"]),
             lacking_templates=raw["lacking_templates"],
             manager_folders=raw["manager_folders"],
             newer=raw["newer"],

@@ -89,6 +89,7 @@ class Preparation:
         self._warmup = parts.warmup
         self._linked = parts.linked
         self._job = job
+        self._judged: tuple[Graph, list[str]] | None = None
 
     async def graph(self) -> Given:
         """Return the graph, checked as far as that needs no model. Raises a `RequestError`."""
@@ -219,7 +220,11 @@ class Preparation:
 
     async def _outputs(self, graph: Graph) -> list[str]:
         """Return the output nodes that ComfyUI may run, by its definitions. It reports nodes of unknown classes itself."""
-        return runnable_outputs(graph, await self._answers.definitions({node["class_type"] for node in graph.values()}))
+        if self._judged is None or self._judged[0] is not graph:
+            known = await self._answers.definitions({node["class_type"] for node in graph.values()})
+            release = (await self._answers.versions()).comfyui
+            self._judged = graph, await self._job.source.aside(runnable_outputs, graph, known, release)
+        return self._judged[1]
 
     async def _listed(self, model: NamedModel) -> bool:
         """Return whether ComfyUI sees it in one of its own folders, such as one from an extra_model_paths.yaml."""
@@ -250,6 +255,7 @@ class Preparation:
                 await asyncio.to_thread(self._job_models.fetch, specs, cancel, on_progress)
         finally:
             cancel.set()
+        self._warmup.fetched()
 
 
 def check_outputs(graph: Graph, node_ids: Collection[str] | None) -> None:
