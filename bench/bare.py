@@ -37,6 +37,15 @@ if __name__ == "__main__":
     runpod.serverless.start({{"handler": handler}})
 """
 
+_WORKER_COMFYUI = """
+import sys
+sys.path[:0] = [{tree!r}, {tree!r} + "/src"]
+import runpod, handler
+handler.COMFY_HOST = {address!r}
+if __name__ == "__main__":
+    runpod.serverless.start({{"handler": handler.handler}})
+"""
+
 
 class Endpoint:
     """One kept-alive HTTP connection that posts JSON and reads the answer."""
@@ -123,14 +132,14 @@ class BareEngine:
 class BareSdk:
     """The SDK's local API in front of a handler that returns at once, with pictures of these sizes in bytes."""
 
-    def __init__(self, sizes: Sequence[int] = ()) -> None:
+    def __init__(self, sizes: Sequence[int] = (), code: str | None = None) -> None:
         port = free_port()
         environ = {name: value for name, value in os.environ.items() if not name.startswith("RUNPOD_")}
         self._process = subprocess.Popen(
             [
                 sys.executable,
                 "-c",
-                _SDK_ALONE.format(sizes=list(sizes)),
+                code or _SDK_ALONE.format(sizes=list(sizes)),
                 "--rp_serve_api",
                 "--rp_api_host",
                 "127.0.0.1",
@@ -153,6 +162,13 @@ class BareSdk:
         self._process.terminate()
         self._process.wait()
 
-    def run(self, job_input: object) -> None:
+    def run(self, job_input: object) -> Any:  # noqa: ANN401 - JSON
         """Run one `runsync`."""
-        self._http.post("/runsync", {"input": job_input})
+        return self._http.post("/runsync", {"input": job_input})
+
+
+class WorkerComfyui(BareSdk):
+    """The handler of a checkout of runpod-workers/worker-comfyui, behind the same SDK, in front of a ComfyUI that runs."""
+
+    def __init__(self, tree: Path, address: str) -> None:
+        super().__init__(code=_WORKER_COMFYUI.format(tree=str(tree), address=address))
