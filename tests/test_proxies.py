@@ -10,6 +10,7 @@ import os
 import random
 import select
 import socket
+import socketserver
 import ssl
 import subprocess
 import sys
@@ -26,8 +27,8 @@ from huggingface_hub.utils._http import default_client_factory  # to leave it as
 from devkit.hub import Hub as StandIn
 from devkit.local_worker import PROJECT
 from tests.test_hub import certificate, fetch_all, moved, scripted, whole
-from worker.errors import NotAFile, ProxyUnusable, SourceRefused, TokenMalformed, TokenRefused
-from worker.fetch.http import Network
+from worker.errors import NotAFile, ProxyUnusable, SourceRefused, SourceUnreachable, TokenMalformed, TokenRefused
+from worker.fetch.http import Channel, Network
 from worker.fetch.hub import Hub, credentials
 from worker.spec import HubFile, Url, parse_source
 
@@ -84,13 +85,8 @@ class Proxy(http.server.BaseHTTPRequestHandler):
         with socket.create_connection((host, int(port)), timeout=30) as there:
             self.send_response(200)
             self.end_headers()
-            ends = {self.connection: there, there: self.connection}
-            while True:
-                for end in select.select(list(ends), [], [], 30)[0]:
-                    if not (data := end.recv(1 << 16)):
-                        self.close_connection = True
-                        return
-                    ends[end].sendall(data)
+            tunnel(self.connection, there)
+            self.close_connection = True
 
     def _let_in(self) -> bool:
         wanted = self.pair and f"Basic {base64.b64encode(self.pair.encode()).decode()}"
@@ -104,6 +100,73 @@ class Proxy(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         """Quiet."""
+
+
+def tunnel(one: socket.socket, other: socket.socket) -> None:
+    """Pass on what comes from either side, until one ends."""
+    ends = {one: other, other: one}
+    while True:
+        for end in select.select(list(ends), [], [], 30)[0]:
+            if not (data := end.recv(1 << 16)):
+                return
+            ends[end].sendall(data)
+
+
+class Socks(socketserver.StreamRequestHandler):
+    """A SOCKS5 proxy (RFC 1928, 1929) that resolves every name to this machine; with `pair` only for those who know it."""
+
+    pair: str | None
+    asked: list[str]
+
+    def handle(self) -> None:
+        """Agree on a login, connect, tunnel."""
+        methods = self.rfile.read(self.rfile.read(2)[1])
+        method = b"\x00" if self.pair is None else b"\x02"
+        if method not in methods:
+            self.wfile.write(b"\x05\xff")
+            return
+        self.wfile.write(b"\x05" + method)
+        if self.pair is not None:
+            user = self.rfile.read(self.rfile.read(2)[1])
+            right = b":".join((user, self.rfile.read(self.rfile.read(1)[0]))) == self.pair.encode()
+            self.wfile.write(b"\x01\x00" if right else b"\x01\x01")
+            if not right:
+                return
+        kind = self.rfile.read(4)[3]
+        assert kind == 3, "an address where a name was named"
+        host, port = self.rfile.read(self.rfile.read(1)[0]).decode(), int.from_bytes(self.rfile.read(2))
+        self.asked.append(host)
+        try:
+            there = socket.create_connection(("127.0.0.1", port), timeout=30)
+        except OSError:
+            self.wfile.write(b"\x05\x05\x00\x01" + bytes(6))
+            return
+        with there:
+            self.wfile.write(b"\x05\x00\x00\x01" + bytes(6))
+            tunnel(self.connection, there)
+
+
+class NoSocks(Socks):
+    """What answers in another protocol."""
+
+    def handle(self) -> None:
+        """Refuse."""
+        self.connection.recv(1)
+        self.wfile.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+
+@contextlib.contextmanager
+def socks(pair: str | None = None, kind: type[Socks] = Socks) -> Iterator[tuple[str, list[str]]]:
+    """Where it listens, and the hosts that it was asked for."""
+    asked: list[str] = []
+    handler = type("Answers", (kind,), {"pair": pair, "asked": asked})
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), handler) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        try:
+            yield f"127.0.0.1:{server.server_address[1]}", asked
+        finally:
+            server.shutdown()
 
 
 @contextlib.contextmanager
@@ -139,9 +202,9 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     huggingface_hub.set_client_factory(default_client_factory)
 
 
-def hub_of(endpoint: str, **network: Any) -> Hub:
+def hub_of(endpoint: str, *, patience_s: float = 20.0, **network: Any) -> Hub:
     """As the worker builds it, from the environment's proxies."""
-    return Hub(endpoint, Network(credentials(endpoint, None, None), urllib.request.getproxies(), **network), patience_s=20)
+    return Hub(endpoint, Network(credentials(endpoint, None, None), urllib.request.getproxies(), **network), patience_s)
 
 
 def sources_of(stand_in: StandIn) -> tuple[Source, ...]:
@@ -149,6 +212,81 @@ def sources_of(stand_in: StandIn) -> tuple[Source, ...]:
 
 
 # --- proxies ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", ["socks5", "socks5h"])
+@pytest.mark.parametrize("pair", [None, PAIR])
+def test_look_ups_and_weights_go_through_a_socks_proxy_which_resolves_the_names(
+    stand_in: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str, pair: str | None
+) -> None:
+    endpoint = stand_in.endpoint.replace("127.0.0.1", "hub.invalid")
+    with socks(pair) as (address, asked):
+        monkeypatch.setenv("all_proxy", f"{scheme}://{QUOTED + '@' if pair else ''}{address}")
+        hub = hub_of(endpoint)
+        remote = hub.look_up(FILE, NEVER)
+        assert (remote.size_bytes, remote.sha256) == (len(WEIGHTS), hashlib.sha256(WEIGHTS).hexdigest())
+        assert set(asked) == {"hub.invalid"}
+        assert fetch_all(hub, tmp_path, Url(f"{endpoint}/files/org/repo/model.safetensors")) == WEIGHTS
+    assert set(asked) == {"hub.invalid"}
+    assert len(asked) >= 3
+
+
+def test_tls_reaches_through_a_socks_proxy(certificate: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server.load_cert_chain(certificate)
+    with socks() as (address, asked), scripted({"/file": whole(WEIGHTS)}, server) as (origin, requests):
+        monkeypatch.setenv("https_proxy", f"socks5://{address}")
+        hub = hub_of(origin, tls=ssl.create_default_context(cafile=str(certificate)))
+        assert fetch_all(hub, tmp_path, Url(f"{origin}/file")) == WEIGHTS
+        with pytest.raises(SourceUnreachable, match="CERTIFICATE_VERIFY_FAILED"):
+            hub_of(origin, patience_s=0.0).look_up(Url(f"{origin}/file"), NEVER)
+        with contextlib.closing(Channel(hub_of(origin).network)) as channel, pytest.raises(ssl.SSLCertVerificationError):
+            channel.get(f"{origin}/file", {})
+    assert set(asked) == {"localhost"}
+    assert {headers.get("Host") for _, headers in requests} == {urlsplit(origin).netloc}
+
+
+@pytest.mark.parametrize("login", ["", "user:secret@"])
+def test_a_socks_proxy_that_wants_another_login_is_one_sentence_at_once(
+    stand_in: StandIn, monkeypatch: pytest.MonkeyPatch, login: str
+) -> None:
+    with socks(PAIR) as (address, asked):
+        monkeypatch.setenv("all_proxy", f"socks5://{login}{address}")
+        hub = hub_of(stand_in.endpoint)
+        for source in sources_of(stand_in):
+            with pytest.raises(ProxyUnusable, match="wants another user or password") as caught:
+                hub.look_up(source, NEVER)
+            assert address in str(caught.value)
+            assert "secret" not in str(caught.value)
+        with contextlib.closing(Channel(hub.network)) as channel, pytest.raises(ProxyUnusable, match="wants another user"):
+            channel.get(f"{stand_in.endpoint}/files/org/repo/model.safetensors", {})
+    assert asked == []
+
+
+def test_what_a_socks_proxy_cannot_reach_is_named_after_the_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        address = f"http://hub.invalid:{closed.getsockname()[1]}"
+    with socks() as (proxy_address, _):
+        monkeypatch.setenv("all_proxy", f"socks5://{proxy_address}")
+        hub = hub_of(address, patience_s=0.0)
+        for source in (FILE, Url(f"{address}/file")):
+            with pytest.raises(SourceUnreachable, match="ould not connect: Connection refused"):
+                hub.look_up(source, NEVER)
+        with contextlib.closing(Channel(hub.network)) as channel, pytest.raises(ConnectionError, match="connection refused"):
+            channel.get(f"{address}/file", {})
+
+
+def test_a_proxy_that_does_not_speak_socks_is_named_after_the_patience(
+    stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socks(kind=NoSocks) as (address, _):
+        monkeypatch.setenv("all_proxy", f"socks5://{address}")
+        hub = hub_of(stand_in.endpoint, patience_s=0.0)
+        for source in sources_of(stand_in):
+            with pytest.raises(SourceUnreachable, match="the proxy's answer is not SOCKS"):
+                hub.look_up(source, NEVER)
+        with contextlib.closing(Channel(hub.network)) as channel, pytest.raises(ConnectionError, match="is not SOCKS"):
+            channel.get(f"{stand_in.endpoint}/files/org/repo/model.safetensors", {})
 
 
 @pytest.mark.parametrize("prefix", ["http://", ""])
@@ -190,11 +328,11 @@ def test_a_proxy_that_wants_another_password_is_one_sentence_at_once(
             assert "secret" not in str(caught.value)
 
 
-@pytest.mark.parametrize("written", ["socks5://user:secret@127.0.0.1:9", "socks5h://127.0.0.1:9", "http://127.0.0.1:port"])
+@pytest.mark.parametrize("written", ["socks4://user:secret@127.0.0.1:9", "https://127.0.0.1:9", "http://127.0.0.1:port"])
 def test_a_proxy_of_another_kind_is_one_sentence_at_once(
     stand_in: StandIn, monkeypatch: pytest.MonkeyPatch, written: str
 ) -> None:
-    monkeypatch.setenv("all_proxy" if "socks" in written else "http_proxy", written)
+    monkeypatch.setenv("http_proxy" if "port" in written else "all_proxy", written)
     for source in sources_of(stand_in):
         with pytest.raises(ProxyUnusable, match="set HTTPS_PROXY and HTTP_PROXY to an HTTP proxy") as caught:
             hub_of(stand_in.endpoint).look_up(source, NEVER)

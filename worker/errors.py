@@ -834,7 +834,7 @@ class ProxyUnusable(ModelError):
     code = "proxy_unusable"
     template = (
         "The proxy {where} {reason}: set HTTPS_PROXY and HTTP_PROXY to an HTTP proxy "
-        "(http://user:password@host:port), or unset them."
+        "(http://user:password@host:port) or a SOCKS5 one (socks5://user:password@host:port), or unset them."
     )
 
 

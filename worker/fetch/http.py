@@ -20,6 +20,7 @@ from urllib.parse import quote, unquote, urljoin, urlsplit, urlunsplit
 
 from worker.base.http import PROXY_LOGIN, REDIRECTS
 from worker.errors import NotAFile, ProxyUnusable, TokenMalformed, TokenRefused
+from worker.fetch import socks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -32,8 +33,6 @@ _PORTS: Final = {"http": 80, "https": 443}
 _AGENT: Final = "comfyui-volume-worker"
 _PRINTABLE: Final = "".join(map(chr, range(0x21, 0x7F)))
 _QUERY: Final = re.compile(r"\?\S*")
-
-PROXY_WANTS: Final = f"wants another user or password (status {PROXY_LOGIN})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +61,8 @@ class Network:
             raise TokenMalformed(found.variable)
         return found
 
-    @property
-    def has_other_proxies(self) -> bool:
-        """Return whether there is a proxy, for any address, that does not speak HTTP."""
-        return any(name != "no" and _kind(proxy) != "http" for name, proxy in self.proxies.items())
-
     def proxy(self, url: str) -> str | None:
-        """Return the HTTP proxy for the address. Raises `ProxyUnusable` for a proxy of another kind.
+        """Return the HTTP or SOCKS5 proxy for the address. Raises `ProxyUnusable` for a proxy of another kind.
 
         A proxy for the address's own scheme comes before `all`.
         """
@@ -80,8 +74,8 @@ class Network:
         if not found:
             return None
         found = found if "://" in found else f"http://{found}"
-        if _kind(found) != "http":
-            raise ProxyUnusable(shown(found), f"speaks {_kind(found)}, which is not known here")
+        if (kind := found.partition("://")[0].lower()) != "http" and not _is_socks(found):
+            raise ProxyUnusable(shown(found), f"speaks {kind}, which is not known here")
         try:
             if urlsplit(found).hostname and urlsplit(found).port != 0:
                 return found
@@ -90,8 +84,14 @@ class Network:
         raise ProxyUnusable(shown(found), "has an address that cannot be read")
 
 
-def _kind(proxy: str) -> str:
-    return proxy.partition("://")[0].lower() if "://" in proxy else "http"
+def _is_socks(proxy: str) -> bool:
+    return proxy.partition("://")[0].lower() in {"socks5", "socks5h"}
+
+
+def login_refused(proxy: str) -> ProxyUnusable:
+    """Return the error of a proxy that wants another user or password."""
+    status = "" if _is_socks(proxy) else f" (status {PROXY_LOGIN})"
+    return ProxyUnusable(shown(proxy), f"wants another user or password{status}")
 
 
 def basic(url: str) -> str | None:
@@ -291,6 +291,7 @@ class Channel:
         parts = urlsplit(url)
         path = f"{parts.path or '/'}{'?' if parts.query else ''}{parts.query}"
         proxy = self._network.proxy(url) if parts.scheme == "http" else None
+        proxy = None if proxy and _is_socks(proxy) else proxy
         sent = request_headers(self._network, url, headers) | _proxy_headers(proxy)
         whole = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
         connection.request("GET", whole if proxy else path, headers=sent)
@@ -298,28 +299,32 @@ class Channel:
         if not isinstance(response, Response):
             raise TypeError("the connection was made for another kind of answer")
         if proxy and response.status == PROXY_LOGIN:
-            raise ProxyUnusable(shown(proxy), PROXY_WANTS)
+            raise login_refused(proxy)
         self._response = response
         return response
 
     def _connect(self, url: str) -> None:
-        parts = urlsplit(url)
-        proxy = self._network.proxy(url)
-        at = urlsplit(proxy) if proxy else parts
-        host, port, timeout_s = at.hostname or "", at.port or _PORTS[at.scheme], self._network.connect_timeout_s
+        parts, proxy, timeout_s = urlsplit(url), self._network.proxy(url), self._network.connect_timeout_s
+        is_tls, by_socks = parts.scheme == "https", bool(proxy and _is_socks(proxy))
+        at = urlsplit(proxy) if proxy and not by_socks else parts
+        host, port = at.hostname or "", at.port or _PORTS[at.scheme]
         connection: http.client.HTTPConnection
-        if parts.scheme == "https":
+        if is_tls:
             connection = http.client.HTTPSConnection(host, port, timeout=timeout_s, context=self._network.tls)
-            if proxy:
+            if proxy and not by_socks:
                 connection.set_tunnel(parts.hostname or "", parts.port or _PORTS["https"], _proxy_headers(proxy))
         else:
             connection = http.client.HTTPConnection(host, port, timeout=timeout_s)
         connection.response_class = Response
         try:
-            connection.connect()
+            if proxy and by_socks:
+                link = socks.connect(proxy, host, port, timeout_s)
+                connection.sock = self._network.tls.wrap_socket(link, server_hostname=host) if is_tls else link
+            else:
+                connection.connect()
         except OSError as exc:
-            if proxy and f"Tunnel connection failed: {PROXY_LOGIN}" in str(exc):
-                raise ProxyUnusable(shown(proxy), PROXY_WANTS) from exc
+            if proxy and (isinstance(exc, socks.LoginRefusedError) or f"Tunnel connection failed: {PROXY_LOGIN}" in str(exc)):
+                raise login_refused(proxy) from exc
             raise
         connection.sock.settimeout(self._network.read_timeout_s)
         self._connection, self._socket, self._origin = connection, connection.sock, origin(url)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from urllib.parse import urlsplit
 
 import httpx2
-from huggingface_hub import get_hf_file_metadata, hf_hub_url, is_offline_mode, set_client_factory
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, is_offline_mode, set_client_factory
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -29,6 +29,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from socksio import ProtocolError
 
 from worker.base.http import OK, PARTIAL, PROXY_LOGIN, TRANSIENT, UNAUTHORISED, UNSATISFIABLE, retry_after_s
 from worker.base.retry import Backoff
@@ -38,7 +39,6 @@ from worker.errors import (
     HubOffline,
     ModelError,
     NotAFile,
-    ProxyUnusable,
     RepoGated,
     RepoNotFound,
     RevisionNotFound,
@@ -47,13 +47,13 @@ from worker.errors import (
 )
 from worker.fetch.blocking_call import abandonable
 from worker.fetch.http import (
-    PROXY_WANTS,
     Credential,
     Found,
     Network,
     bare_etag,
     content_coding,
     follow,
+    login_refused,
     request_headers,
     shown,
     token_refused,
@@ -76,6 +76,8 @@ CIVITAI_TOKEN: Final = "CIVITAI_TOKEN"  # noqa: S105 - the variable's name
 _CIVITAI: Final = "https://civitai.com"
 _SHA256: Final = re.compile(r"[0-9a-fA-F]{64}")
 _SHA1: Final = re.compile(r"[0-9a-f]{40}")
+# Nothing but the text of httpx2's error tells a refused login from a proxy that cannot connect.
+_LOGIN_REFUSED: Final = re.compile(r"^407\b|Invalid username/password|^Requested .* from proxy server")
 _SETTLED_S: Final = 2.0
 _MOST_SAID_BYTES: Final = 64 * 1024
 _MOST_LISTED_BYTES: Final = 16 << 20
@@ -165,9 +167,10 @@ class Hub:
         self.clock = clock
         self._endpoint = endpoint.rstrip("/")
         self._patience_s = patience_s
-        if network.has_other_proxies:
-            # huggingface_hub's client does not start if any proxy is of a kind that it lacks a package for.
-            set_client_factory(partial(_client, network))
+        # Otherwise the first look-up of a process asks the hub for a list of coding agents first, and a job waits for that.
+        constants.HF_HUB_DISABLE_TELEMETRY = True
+        # huggingface_hub's own client does not start if any proxy is of a kind that it does not know.
+        set_client_factory(partial(_client, network))
 
     def look_up(self, source: Source, cancel: CancelToken) -> Remote:
         """Ask a source for its metadata, and retry while it is busy.
@@ -206,10 +209,6 @@ class Hub:
                 reason, named_s = f"status {exc.response.status_code}", retry_after_s(exc.response.headers)
             except _Busy as exc:
                 reason, named_s = str(exc), exc.named_s
-            except httpx2.ProxyError as exc:
-                if str(PROXY_LOGIN) in str(exc):
-                    raise ProxyUnusable(shown(self.network.proxy(self._endpoint) or self._endpoint), PROXY_WANTS) from exc
-                reason, named_s = what_failed(exc), None
             except (OSError, http.client.HTTPException, httpx2.HTTPError) as exc:
                 reason, named_s = what_failed(exc), None
             if cancel.wait(backoff.failed(reason, named_s)):
@@ -261,14 +260,11 @@ class Hub:
         return replace(remote, git_sha1=git_sha1)
 
     def _hub_token(self) -> str | None:
-        """Return the hub's token. Raises `TokenMalformed`, and `ProxyUnusable` for proxies that huggingface_hub fails on."""
-        self.network.proxy(self._endpoint)
+        """Return the hub's token. Raises `TokenMalformed`."""
         credential = self.network.credential(self._endpoint)
         return credential.token if credential else None
 
-    def _refusal(  # noqa: PLR0911 - one for each answer
-        self, exc: HfHubHTTPError, source: HubFile, revision: str, *, has_token: bool
-    ) -> ModelError | None:
+    def _refusal(self, exc: HfHubHTTPError, source: HubFile, revision: str, *, has_token: bool) -> ModelError | None:
         """Return the error of a permanent answer. None if a retry may succeed. Order matters: gated is a kind of not found."""
         status = exc.response.status_code
         match exc:
@@ -280,8 +276,6 @@ class Hub:
                 return RevisionNotFound(source.repo, source.path, revision)
             case RemoteEntryNotFoundError():
                 return FileNotInRepo(source.repo, source.path, revision)
-        if status == PROXY_LOGIN:
-            return ProxyUnusable(shown(self.network.proxy(self._endpoint) or self._endpoint), PROXY_WANTS)
         if status in UNAUTHORISED:
             return token_refused(f"{self._endpoint}/{source.repo}", status, self.network.credential(self._endpoint))
         return None if status in TRANSIENT else SourceRefused(str(source), status)
@@ -402,13 +396,25 @@ class _Route(httpx2.BaseTransport):
         self._ways: dict[str | None, httpx2.HTTPTransport] = {}
 
     def handle_request(self, request: httpx2.Request) -> httpx2.Response:
-        """Send a request through its address's proxy."""
+        """Send a request through its address's proxy. Raises `ProxyUnusable` if that wants another login."""
         proxy = self._network.proxy(str(request.url))
-        way = self._ways.setdefault(proxy, httpx2.HTTPTransport(verify=self._network.tls, proxy=proxy, trust_env=False))
-        return way.handle_request(request)
+        if proxy not in self._ways:
+            self._ways[proxy] = httpx2.HTTPTransport(verify=self._network.tls, proxy=proxy, trust_env=False)
+        try:
+            answer = self._ways[proxy].handle_request(request)
+        except httpx2.ProxyError as exc:
+            if proxy and _LOGIN_REFUSED.search(str(exc)):
+                raise login_refused(proxy) from exc
+            raise
+        except ProtocolError as exc:  # of socksio, which httpx2 lets through
+            raise httpx2.ProxyError("the proxy's answer is not SOCKS") from exc
+        if proxy and answer.status_code == PROXY_LOGIN:
+            answer.close()
+            raise login_refused(proxy)
+        return answer
 
     def get(self, url: str, headers: Mapping[str, str]) -> httpx2.Response:
-        """Send a GET and return its answer, with headers as latin-1. Raises `ProxyUnusable` if the proxy wants a password."""
+        """Send a GET and return its answer, with headers as latin-1. Raises as `handle_request`."""
         network = self._network
         parts = urlsplit(url)
         limits = httpx2.Timeout(network.read_timeout_s, connect=network.connect_timeout_s).as_dict()
@@ -419,13 +425,6 @@ class _Route(httpx2.BaseTransport):
             answer = self.handle_request(request)
         except httpx2.InvalidURL:
             raise NotAFile(shown(url), "no address that can be asked") from None
-        except httpx2.ProxyError as exc:
-            if str(PROXY_LOGIN) in str(exc):
-                raise ProxyUnusable(shown(network.proxy(url) or url), PROXY_WANTS) from exc
-            raise
-        if answer.status_code == PROXY_LOGIN and (proxy := network.proxy(url)):
-            answer.close()
-            raise ProxyUnusable(shown(proxy), PROXY_WANTS)
         answer.headers.encoding = "latin-1"
         return answer
 
