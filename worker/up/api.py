@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import httpx2
 
+from worker.base.http import retry_after_s
+from worker.base.retry import pause_s
 from worker.up.errors import (
     ApiKeyLacksRights,
     ApiKeyMissing,
@@ -44,10 +46,6 @@ _LISTS: Final[Mapping[str, str]] = {
 _TIMEOUT: Final = httpx2.Timeout(60.0, connect=15.0)
 _LOG_TIMEOUT: Final = httpx2.Timeout(60.0, connect=15.0, read=20.0)
 _REASON_CHARS: Final = 200
-_NOT_FOUND: Final = 404
-_TOO_MANY: Final = 429
-_SERVER_ERROR: Final = 500
-_BAD_REQUEST: Final = 400
 _LOCAL: Final = frozenset({"127.0.0.1", "localhost", "::1"})
 # FlashBoot was once turned on by this suffix of an endpoint's name, and RunPod may still add it.
 _FLASHBOOT_ENDING: Final = " -fb"
@@ -65,13 +63,17 @@ class RequestUnsure(Exception):  # noqa: N818 - it never leaves this module
 
 @dataclass(slots=True)
 class ApiRetries:
-    """How long to retry requests to RunPod's API, and the pauses. A pause doubles from `first_s` to `longest_s`."""
+    """How long to retry requests to RunPod's API, and the pauses, as `base.retry` has them."""
 
     patience_s: float = 90.0
     first_s: float = 1.0
     longest_s: float = 15.0
     sleep: Callable[[float], object] = time.sleep
     now: Callable[[], float] = field(default=time.monotonic)
+
+    def pause(self, failures: int, least_s: float = 0.0) -> None:
+        """Wait before the next attempt."""
+        self.sleep(max(least_s, pause_s(failures, self.first_s, self.longest_s)))
 
 
 class RunPodApi:
@@ -159,23 +161,19 @@ class RunPodApi:
 
     def _remove_others(self, kind: Kind, name: str, kept_id: str) -> None:
         """Remove what else has this name: nothing had it before, so a request without an answer created it just now."""
-        pause_s = self._retries.first_s
-        for _ in range(_LOOKS):
-            self._retries.sleep(pause_s)
-            for other in self.named(kind, name):
+        for found in self._looks(kind, name):
+            for other in found:
                 if other["id"] != kept_id:
                     self.delete(kind, str(other["id"]))
-            pause_s = min(pause_s * 2, self._retries.longest_s)
 
     def appearing(self, kind: Kind, name: str) -> list[Thing]:
         """Return what has this name, giving RunPod's lists some time to show what was just created."""
-        pause_s = self._retries.first_s
-        for _ in range(_LOOKS):
-            self._retries.sleep(pause_s)
-            if found := self.named(kind, name):
-                return found
-            pause_s = min(pause_s * 2, self._retries.longest_s)
-        return []
+        return next(filter(None, self._looks(kind, name)), [])
+
+    def _looks(self, kind: Kind, name: str) -> Iterator[list[Thing]]:
+        for number in range(_LOOKS):
+            self._retries.sleep(min(self._retries.first_s * 2**number, self._retries.longest_s))
+            yield self.named(kind, name)
 
     def update(self, kind: Kind, thing_id: str, body: Mapping[str, Any]) -> Thing:
         """Change the fields in the body, and return the whole."""
@@ -222,15 +220,15 @@ class RunPodApi:
     def _again(self, method: str, path: str, **options: Any) -> Thing:  # noqa: ANN401 - what httpx2 takes
         """Send a request that may be carried out twice, until it is answered. Raises `_ResourceMissing` for 404."""
         retries = self._retries
-        end_s, pause_s = retries.now() + retries.patience_s, retries.first_s
+        end_s, failures = retries.now() + retries.patience_s, 0
         while True:
             try:
                 return self._once(method, path, **options)
             except RequestUnsure as exc:
                 if retries.now() >= end_s:
                     raise exc.error from None
-                retries.sleep(pause_s)
-                pause_s = min(pause_s * 2, retries.longest_s)
+                failures += 1
+                retries.pause(failures)
 
     def _once(self, method: str, path: str, **options: Any) -> Thing:  # noqa: ANN401 - what httpx2 takes
         """Send a request once. Retry only after 429 or without a connection, because it was then not carried out.
@@ -238,32 +236,31 @@ class RunPodApi:
         Raises `_ResourceMissing` for 404, and `RequestUnsure` if it may have been carried out.
         """
         operation, retries = f"{method} {path}", self._retries
-        began_s, pause_s = retries.now(), retries.first_s
+        began_s, failures = retries.now(), 0
         while True:
-            waited_s = retries.now() - began_s
+            waited_s, failures = retries.now() - began_s, failures + 1
             try:
                 answer = self._client.request(method, path, **options)
             except (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout, httpx2.ProxyError) as exc:
                 if waited_s >= retries.patience_s:
                     raise RunPodUnreachable(operation, _reason(exc)) from None
-                retries.sleep(pause_s)
+                retries.pause(failures)
             except httpx2.HTTPError as exc:
                 raise RequestUnsure(RunPodUnreachable(operation, _reason(exc))) from None
             else:
-                if answer.status_code != _TOO_MANY:
+                if answer.status_code != httpx2.codes.TOO_MANY_REQUESTS:
                     return self._read(operation, answer)
                 if waited_s >= retries.patience_s:
                     raise RunPodBusy(waited_s)
-                retries.sleep(max(pause_s, min(_retry_after(answer), retries.patience_s)))
-            pause_s = min(pause_s * 2, retries.longest_s)
+                retries.pause(failures, min(retry_after_s(answer.headers) or 0.0, retries.patience_s))
 
     def _read(self, operation: str, answer: httpx2.Response) -> Thing:
         status = answer.status_code
-        if status >= _SERVER_ERROR:
+        if answer.is_server_error:
             raise RequestUnsure(RunPodFailed(operation, status))
-        if status == _NOT_FOUND:
+        if status == httpx2.codes.NOT_FOUND:
             raise _ResourceMissing(RunPodRefused(operation, status, self._words(answer)))
-        if status >= _BAD_REQUEST:
+        if answer.is_client_error:
             raise self._refusal(operation, answer)
         if not answer.content:
             return {}
@@ -310,8 +307,3 @@ def _reason(exc: httpx2.HTTPError) -> str:
     if isinstance(exc, httpx2.TimeoutException):
         return "no answer in time"
     return " ".join(str(exc).split())[:_REASON_CHARS] or type(exc).__name__
-
-
-def _retry_after(answer: httpx2.Response) -> float:
-    text = answer.headers.get("Retry-After", "")
-    return float(text) if text.isdecimal() else 0.0
