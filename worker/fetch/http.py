@@ -234,6 +234,12 @@ def request_headers(network: Network, url: str, headers: Mapping[str, str]) -> d
     return sent | ({"Authorization": own} if own else {})
 
 
+def request_target(url: str) -> str:
+    """Return path and query of an address, as a request's first line names them."""
+    parts = urlsplit(url)
+    return f"{parts.path or '/'}{'?' if parts.query else ''}{parts.query}"
+
+
 class Response(http.client.HTTPResponse):
     """An answer whose body can be read as it arrives."""
 
@@ -289,12 +295,11 @@ class Channel:
         if connection is None or self._broken_off:
             raise ConnectionAbortedError("broken off")
         parts = urlsplit(url)
-        path = f"{parts.path or '/'}{'?' if parts.query else ''}{parts.query}"
         proxy = self._network.proxy(url) if parts.scheme == "http" else None
         proxy = None if proxy and _is_socks(proxy) else proxy
         sent = request_headers(self._network, url, headers) | _proxy_headers(proxy)
         whole = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
-        connection.request("GET", whole if proxy else path, headers=sent)
+        connection.request("GET", whole if proxy else request_target(url), headers=sent)
         response = connection.getresponse()
         if not isinstance(response, Response):
             raise TypeError("the connection was made for another kind of answer")

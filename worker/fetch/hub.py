@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import email.utils
-import http.client
 import json
 import logging
 import re
@@ -17,7 +16,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, TypeVar
-from urllib.parse import urlsplit
 
 import httpx2
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, is_offline_mode, set_client_factory
@@ -55,6 +53,7 @@ from worker.fetch.http import (
     follow,
     login_refused,
     request_headers,
+    request_target,
     shown,
     token_refused,
     what_failed,
@@ -209,7 +208,7 @@ class Hub:
                 reason, named_s = f"status {exc.response.status_code}", retry_after_s(exc.response.headers)
             except _Busy as exc:
                 reason, named_s = str(exc), exc.named_s
-            except (OSError, http.client.HTTPException, httpx2.HTTPError) as exc:
+            except (OSError, httpx2.HTTPError) as exc:
                 reason, named_s = what_failed(exc), None
             if cancel.wait(backoff.failed(reason, named_s)):
                 raise EnsureCancelled(where)
@@ -416,12 +415,11 @@ class _Route(httpx2.BaseTransport):
     def get(self, url: str, headers: Mapping[str, str]) -> httpx2.Response:
         """Send a GET and return its answer, with headers as latin-1. Raises as `handle_request`."""
         network = self._network
-        parts = urlsplit(url)
         limits = httpx2.Timeout(network.read_timeout_s, connect=network.connect_timeout_s).as_dict()
         # httpx2 writes an address in its own way; a signature may cover the way it came in.
-        target = f"{parts.path or '/'}{'?' if parts.query else ''}{parts.query}".encode()
+        extensions = {"timeout": limits, "target": request_target(url).encode()}
         try:
-            request = httpx2.Request("GET", url, headers=headers, extensions={"timeout": limits, "target": target})
+            request = httpx2.Request("GET", url, headers=headers, extensions=extensions)
             answer = self.handle_request(request)
         except httpx2.InvalidURL:
             raise NotAFile(shown(url), "no address that can be asked") from None
