@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 from worker.errors import WorkerError
 from worker.fetch.http import Network
 from worker.fetch.hub import Hub, credentials
-from worker.fetch.ranges import Tuning
+from worker.fetch.ranges import RangeTuning
 from worker.spec import HubFile, ModelSpec
 from worker.store import eviction
 from worker.store.layout import Layout
@@ -32,7 +32,7 @@ TIMING: Final = LeaseTiming(beat_s=3, lease_s=20, linger_s=1, grace_s=0, notice_
 LOCKS: Final = LockTiming(
     heartbeat_s=0.5, stale_s=4, quiet_s=0.5, look_s=0.1, poll_s=0.05, attempt_s=0.3, patience_s=60, report_every_s=0.2
 )
-TUNING: Final = Tuning(
+TUNING: Final = RangeTuning(
     connections=1, request_bytes=1 << 20, smallest_bytes=1 << 20, buffer_bytes=1 << 16, unsaved_bytes=1 << 20
 )
 

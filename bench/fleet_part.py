@@ -15,7 +15,7 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from worker.__main__ import with_custom_nodes
+from worker.__main__ import _with_custom_nodes
 from worker.engine.process import EngineCommand, EngineProcess, prepare_base_dir
 from worker.settings import Settings
 
@@ -68,7 +68,7 @@ def run(settings: Settings) -> None:
     prepare_base_dir(settings)
     command = EngineCommand(_STAND_IN, settings.base_dir, os.environ)
     if (settings.volume_path / "custom_nodes").is_dir():
-        command = with_custom_nodes(settings, command)
+        command = _with_custom_nodes(settings, command)
     process = EngineProcess.spawn(command)
     warmup = Warmup(settings)
     warmup.begin()

@@ -28,7 +28,7 @@ from devkit.fleet import Fleet, Worker
 from devkit.hub import hub_process
 from devkit.local_worker import PROJECT
 from devkit.moosefs import MooseFS, available
-from worker.base.progress import Progress
+from worker.base.progress import ModelProgress
 from worker.links.model_links import ModelLinks
 from worker.models.job_models import JobModels
 from worker.models.sources import Sources
@@ -260,7 +260,7 @@ def _waiting(volume: MooseFS) -> Figure:
             for done in itertools.count():
                 if ended.wait(0.2):
                     return
-                hold.report(Progress("downloading", done, 10**12))
+                hold.report(ModelProgress("downloading", done, 10**12))
 
         reporter = threading.Thread(target=report_on)
         reporter.start()

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Self
 from worker.errors import WorkerError
 from worker.fetch.http import Network
 from worker.fetch.hub import Hub, credentials
-from worker.fetch.ranges import Tuning
+from worker.fetch.ranges import RangeTuning
 from worker.spec import HubFile, ModelSpec, Source, Url
 from worker.store.layout import Layout
 from worker.store.store import DownloadHooks, LockTiming, Store
@@ -31,7 +31,7 @@ from worker.store.store import DownloadHooks, LockTiming, Store
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from worker.base.progress import Progress
+    from worker.base.progress import ModelProgress
 
 PROJECT = Path(__file__).resolve().parents[1]
 MIB = 1024 * 1024
@@ -113,7 +113,7 @@ class _Listener:
         self._hooks = hooks
         self._done_bytes: int | None = None
 
-    def __call__(self, progress: Progress) -> None:
+    def __call__(self, progress: ModelProgress) -> None:
         if progress.phase == "waiting" and progress.by:
             self._hooks.at("waiting")
         if progress.phase == "downloading":
@@ -136,7 +136,7 @@ def _run(worker: Worker) -> None:
         Layout(Path(worker.root)),
         Hub(worker.endpoint, network),
         worker.name,
-        tuning=Tuning(**worker.tuning),  # type: ignore[arg-type] # JSON has one kind of number
+        tuning=RangeTuning(**worker.tuning),  # type: ignore[arg-type] # JSON has one kind of number
         timing=LockTiming(**worker.timing),
         hooks=hooks,
     )

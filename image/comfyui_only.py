@@ -14,7 +14,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from worker import logs
-from worker.__main__ import with_custom_nodes
+from worker.__main__ import _with_custom_nodes
 from worker.engine.process import EngineCommand, EngineProcess, prepare_base_dir
 from worker.errors import WorkerError
 from worker.settings import Settings
@@ -32,11 +32,11 @@ def run(environ: Mapping[str, str]) -> int:
     prepare_base_dir(settings)
     command = EngineCommand.of(settings, environ)
     if (settings.volume_path / "custom_nodes").is_dir():
-        command = with_custom_nodes(settings, command)
+        command = _with_custom_nodes(settings, command)
     process = EngineProcess.spawn(command)
     signal.signal(signal.SIGTERM, lambda *_: process.stop())
 
-    from worker.engine.custom_nodes import report_failures  # noqa: PLC0415 - after the spawn: ComfyUI boots meanwhile
+    from worker.engine.custom_nodes import report_failed_nodes  # noqa: PLC0415 - after the spawn: ComfyUI boots meanwhile
     from worker.links.model_links import ModelLinks  # noqa: PLC0415 - as above
 
     links = ModelLinks(settings.base_dir / "models", [settings.volume_path / "models"], within=[settings.volume_path])
@@ -45,7 +45,7 @@ def run(environ: Mapping[str, str]) -> int:
         if second % _LOOK_EVERY == 0:
             links.refresh()  # again and again: nobody here says which files a job wants, and some come while ComfyUI runs
         if not reported and _answers(settings.comfyui_port):  # it has imported its nodes
-            report_failures(settings, process.failed_imports)
+            report_failed_nodes(settings, process.failed_imports)
             reported = True
         with contextlib.suppress(TimeoutError):
             ended = process.exited.result(1.0)

@@ -14,7 +14,7 @@ from devkit.engine.cache import cache_root
 from devkit.local_worker import PROJECT
 from scripts.make_catalog import fetch_wheel, templates
 from scripts.make_comfyui import Refused, cut, known_text, newer_classes, read_hand, read_recordings, record
-from worker.comfyui_data import KNOWN, known, older
+from worker.comfyui_data import KNOWN, is_older, known
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -149,8 +149,8 @@ def test_what_the_worker_reads_of_it() -> None:
     assert not facts.has("LTXVAudioVAELoader", "0.3.75"), "it came later"
     assert facts.is_own("QwenImage21Cache")
     assert not facts.is_own("SomebodysNode")
-    assert older("0.3.75", "v0.33.0")
-    assert not older("0.33.0", "0.33")
+    assert is_older("0.3.75", "v0.33.0")
+    assert not is_older("0.33.0", "0.33")
     assert known() is facts
 
 

@@ -18,7 +18,7 @@ from devkit.engine.cache import cache_root
 from devkit.local_worker import PROJECT
 from devkit.recorded import recorded_pairs, recording
 from scripts.make_catalog import fetch_wheel, templates
-from worker.editor.convert import classes, convert, is_ui
+from worker.editor.convert import classes_to_convert, convert, is_saved_workflow
 from worker.errors import RequestError, UiWorkflowInvalid, UnknownNodes
 from worker.graph.graph import parse_graph
 
@@ -52,14 +52,14 @@ def graph_of(value: Any, frontend: str = MODERN, info: Mapping[str, Any] = INFO)
     ],
 )
 def test_the_editors_format_is_told_by_its_shape(value: object, is_it: bool) -> None:  # noqa: FBT001 - a parametrized answer
-    assert is_ui(value) is is_it
+    assert is_saved_workflow(value) is is_it
 
 
 def test_the_classes_a_workflow_needs() -> None:
     inner = subgraph("S", node(1, "Text"), node(2, "Reroute"), links=())
     workflow = ui(LOADER, node(2, "Note"), node(3, "S"), node(4, "GetNode"), definitions={"subgraphs": [inner]})
-    assert classes(workflow) == {"Loader", "Text"}
-    assert classes(ui(node(1, "T2IAdapterLoader"))) == {"T2IAdapterLoader", "ControlNetLoader"}
+    assert classes_to_convert(workflow) == {"Loader", "Text"}
+    assert classes_to_convert(ui(node(1, "T2IAdapterLoader"))) == {"T2IAdapterLoader", "ControlNetLoader"}
 
 
 def test_a_class_that_was_renamed_gets_its_new_name() -> None:

@@ -27,11 +27,11 @@ from worker.engine.custom_nodes import (
     EnginePackages,
     NodeFolders,
     failed_import,
-    link,
+    link_custom_nodes,
     node_packages,
-    read_failures,
-    record_failures,
-    report_failures,
+    read_failed_nodes,
+    record_failed_nodes,
+    report_failed_nodes,
 )
 from worker.settings import Settings
 from worker.store.layout import Layout
@@ -112,9 +112,9 @@ def test_nodes_are_linked_and_links_of_those_that_left_are_removed(fleet: Fleet)
     target = fleet.folders().target
     elsewhere = target / "elsewhere"
     elsewhere.symlink_to("/nowhere")
-    assert link(fleet.folders()) == ("one", "single.py")
+    assert link_custom_nodes(fleet.folders()) == ("one", "single.py")
     (fleet.nodes / "single.py").unlink()
-    assert link(fleet.folders()) == ("one",)
+    assert link_custom_nodes(fleet.folders()) == ("one",)
     assert sorted(path.name for path in target.iterdir()) == ["elsewhere", "one"]
     assert (target / "one").resolve() == fleet.nodes / "one"
 
@@ -122,7 +122,7 @@ def test_nodes_are_linked_and_links_of_those_that_left_are_removed(fleet: Fleet)
 def test_a_node_of_the_image_wins_and_the_log_says_so(fleet: Fleet, caplog: pytest.LogCaptureFixture) -> None:
     fleet.node("one", "")
     (fleet.folders().target / "one").mkdir()
-    assert link(fleet.folders()) == ()
+    assert link_custom_nodes(fleet.folders()) == ()
     assert "custom node 'one' of the volume is left out" in caplog.text
 
 
@@ -294,13 +294,13 @@ def test_failures_are_read_from_comfyuis_own_line() -> None:
 def test_a_record_of_failures_goes_when_they_are_gone(fleet: Fleet, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
     fleet.node("bad", "")
-    record_failures(fleet.folders(), ["Cannot import /c/bad module for custom nodes: boom"])
-    assert [failed.name for failed in read_failures(fleet.volume)] == ["bad"]
+    record_failed_nodes(fleet.folders(), ["Cannot import /c/bad module for custom nodes: boom"])
+    assert [failed.name for failed in read_failed_nodes(fleet.volume)] == ["bad"]
     assert "custom node 'bad' could not be imported (boom)" in caplog.text
-    record_failures(fleet.folders(), [])
-    assert read_failures(fleet.volume) == []
+    record_failed_nodes(fleet.folders(), [])
+    assert read_failed_nodes(fleet.volume) == []
     (fleet.volume / ".worker/nodes/failed.json").write_text("not json")
-    assert read_failures(fleet.volume) == []
+    assert read_failed_nodes(fleet.volume) == []
 
 
 def test_comfyui_that_was_told_to_be_silent_says_nothing_about_its_nodes_either_way(fleet: Fleet) -> None:
@@ -313,8 +313,8 @@ def test_comfyui_that_was_told_to_be_silent_says_nothing_about_its_nodes_either_
         ("INFO", [], []),
     ):
         environ = {"VOLUME_PATH": str(fleet.volume), "COMFY_LOG_LEVEL": level}
-        report_failures(Settings.from_env(environ), lines)
-        assert [failed.name for failed in read_failures(fleet.volume)] == known, level
+        report_failed_nodes(Settings.from_env(environ), lines)
+        assert [failed.name for failed in read_failed_nodes(fleet.volume)] == known, level
 
 
 _GOOD = """

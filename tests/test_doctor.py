@@ -30,7 +30,7 @@ from worker.spec import parse_spec
 from worker.store import pod_links
 from worker.store.layout import Layout
 from worker.store.seals import Seal, whole_mtime, write_seal
-from worker.store.store import Store, Tuning
+from worker.store.store import RangeTuning, Store
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -555,7 +555,7 @@ def half_download(patient: Patient, root: Path) -> Iterator[None]:
             patient.layout,
             Hub(hub.endpoint, Network(credentials(hub.endpoint, None, None))),
             "pod-7",
-            tuning=Tuning(buffer_bytes=2 << 20),
+            tuning=RangeTuning(buffer_bytes=2 << 20),
         )
         cancel = threading.Event()
         with ThreadPoolExecutor(1) as pool:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from worker.base.progress import CancelToken, Listener, Progress
+from worker.base.progress import CancelToken, Listener, ModelProgress
 from worker.errors import EnsureCancelled, ModelError, VolumeReadOnly
 from worker.models.download_queue import Provisioner, Waiting
 from worker.spec import HubFile, ModelSpec
@@ -76,7 +76,7 @@ class GatedStore:
                 self._going.remove(name)
 
     def _ensure(self, gate: Gate, spec: ModelSpec, progress: Listener, cancel: CancelToken | None) -> ReadyModel:
-        progress(Progress("downloading", 5, 10, 1.0))
+        progress(ModelProgress("downloading", 5, 10, 1.0))
         gate.begun.release()
         assert cancel is not None
         while not gate.finish.is_set():

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.editor.embedded_workflow import MAX_TEXT_BYTES, Embedded, embedded_workflow
+from worker.editor.embedded_workflow import MAX_TEXT_BYTES, EmbeddedTexts, embedded_workflow
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -76,7 +76,7 @@ def test_a_png_may_hold_it_in_any_text_chunk(kind: str) -> None:
 
 def test_a_workflow_alone_is_what_there_is_to_run() -> None:
     found = embedded_workflow(png(chunk(b"tEXt", b"workflow\0" + text(WORKFLOW))))
-    assert found == Embedded(None, WORKFLOW)
+    assert found == EmbeddedTexts(None, WORKFLOW)
     assert found is not None
     assert found.best == WORKFLOW
 
@@ -99,7 +99,7 @@ def test_what_the_engine_noted_while_it_ran_is_left_out() -> None:
     ],
 )
 def test_a_json_file_is_told_by_its_shape(data: bytes, prompt: Any, workflow: Any) -> None:
-    assert embedded_workflow(data) == Embedded(prompt, workflow)
+    assert embedded_workflow(data) == EmbeddedTexts(prompt, workflow)
 
 
 # --- nothing in it ------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import pytest
 from devkit.recorded_engine import Recording, recorded_engine
 from worker.engine.client import ComfyClient, Versions
 from worker.engine.engine import Engine
-from worker.engine.events import Finished, RunTracker, decode, outcome_of
+from worker.engine.events import RunFinished, RunTracker, decode_event, outcome_of
 from worker.engine.process import EngineCommand, EngineProcess
 from worker.errors import NodeFailed, RequestError, RunInterrupted, RunTimedOut
 from worker.settings import Settings
@@ -90,7 +90,7 @@ def test_there_are_recordings_of_an_old_and_a_newer_version() -> None:
 def test_a_run_ends_as_its_history_says(version: str, name: str, *, silent: bool, run_async: Run) -> None:
     history = RECORDINGS[version].exchanges[name]["history"]
     expected = outcome_of(history)
-    if isinstance(expected, Finished):
+    if isinstance(expected, RunFinished):
         result = run_async(replayed(version, name, silent=silent))
         assert result.outputs == history["outputs"]
         assert bool(result.dropped) == bool(RECORDINGS[version].exchanges[name]["answer"]["node_errors"])
@@ -107,7 +107,7 @@ def test_a_run_ends_as_its_history_says(version: str, name: str, *, silent: bool
 def test_a_run_is_followed_by_its_events_alone(version: str, name: str) -> None:
     exchange = RECORDINGS[version].exchanges[name]
     tracker = RunTracker(exchange["answer"]["prompt_id"])
-    for event in map(decode, map(json.dumps, exchange["events"])):
+    for event in map(decode_event, map(json.dumps, exchange["events"])):
         if event is not None:
             tracker.feed(event)
     assert type(tracker.outcome) is type(outcome_of(exchange["history"]))

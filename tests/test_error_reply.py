@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from worker.base.text import shortened
-from worker.error_reply import DETAIL_CHARACTERS, DETAILS, SENTENCE_CHARACTERS, failure, sentences
+from worker.error_reply import DETAIL_CHARACTERS, DETAILS, SENTENCE_CHARACTERS, error_reply, reply_sentences
 from worker.errors import EngineDied, EngineGaveUp, NodeFailed, WorkflowMissing, WorkflowRejected
-from worker.graph.rejection import dropped_outputs, rejection, with_sent
+from worker.graph.rejection import dropped_outputs, rejection, with_sent_files
 from worker.logs import RedactingFilter
 
 TOKEN = "hf_" + "a1B2" * 8
@@ -42,13 +42,13 @@ def test_a_picture_in_place_of_its_name_does_not_come_back() -> None:
     }
     found = {"1": {"class_type": "LoadImage", "errors": [report], "dependent_outputs": ["2"]}}
     body = {"error": {"type": "prompt_outputs_failed_validation", "message": "failed", "details": ""}, "node_errors": found}
-    result = failure(rejection(graph, body), redact)
+    result = error_reply(rejection(graph, body), redact)
     assert len(json.dumps(result)) < 2_000
     assert "Invalid image file: iVBORw0KGgo" in result["error"]
     assert all(len(text) < 1_000 for text in dropped_outputs(graph, body))
     listed = {**report, "type": "value_not_in_list", "extra_info": {**report["extra_info"], "input_config": [["a.png"], {}]}}
     found["1"]["errors"] = [listed]
-    assert len(json.dumps(failure(rejection(graph, body), redact))) < 2_000
+    assert len(json.dumps(error_reply(rejection(graph, body), redact))) < 2_000
 
 
 @pytest.mark.parametrize(
@@ -70,16 +70,16 @@ def test_an_input_file_that_was_not_sent_is_told_as_such(sent: list[str], told: 
     found = {"1": {"class_type": "LoadImage", "errors": [report], "dependent_outputs": ["1"]}}
     error = rejection(graph, {"error": {"type": "prompt_outputs_failed_validation"}, "node_errors": found})
     assert isinstance(error, WorkflowRejected)
-    (problem,) = with_sent(error.problems, sent)
+    (problem,) = with_sent_files(error.problems, sent)
     assert re.fullmatch(rf".*Invalid image file: zz\.png; send it in 'images' or 'files' {told}", problem)
     report["details"] = "image - too small"
-    (problem,) = with_sent(dropped_outputs(graph, {"node_errors": found}), sent)
+    (problem,) = with_sent_files(dropped_outputs(graph, {"node_errors": found}), sent)
     assert problem.endswith("image - too small")
 
 
 def test_no_error_is_larger_than_what_runpod_carries() -> None:
     error = EngineDied("x" * 10_000_000, ["y" * 10_000_000] * 1_000)
-    result = failure(error, redact)
+    result = error_reply(error, redact)
     assert len(result["error"]) <= SENTENCE_CHARACTERS
     assert len(result["details"]) == DETAILS + 1
     assert result["details"][-1] == f"... and {1_000 - DETAILS} more"
@@ -105,20 +105,20 @@ def test_no_secret_is_told(secret: str) -> None:
         "https://me:hunter22@example.com/file",
     ]
     for error in (EngineDied("\n".join(lines), lines), NodeFailed("X", "1", " ".join(lines)), EngineGaveUp(3, "died", lines)):
-        assert secret not in json.dumps(failure(error, redact))
-    assert secret not in " ".join(sentences(lines, redact))
+        assert secret not in json.dumps(error_reply(error, redact))
+    assert secret not in " ".join(reply_sentences(lines, redact))
 
 
 def test_what_is_told_can_be_sent() -> None:
-    result = failure(NodeFailed("X", "1", "half a character: \ud83d"), redact)
+    result = error_reply(NodeFailed("X", "1", "half a character: \ud83d"), redact)
     json.dumps(result, ensure_ascii=False).encode()
 
 
 def test_where_worker_comfyui_has_a_nodes_failure_it_is_as_well() -> None:
-    result = failure(NodeFailed("KSampler", "3", "no"), redact)
+    result = error_reply(NodeFailed("KSampler", "3", "no"), redact)
     assert result["error"] == "Job processing failed: Workflow execution error: Node Type: KSampler, Node ID: 3, Message: no"
     assert result["details"] == ["Workflow execution error: Node Type: KSampler, Node ID: 3, Message: no"]
 
 
 def test_an_error_without_more_has_no_details() -> None:
-    assert "details" not in failure(WorkflowMissing(), redact)
+    assert "details" not in error_reply(WorkflowMissing(), redact)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from worker.engine.event_loop import Aside, LoopThread, is_large
+from worker.engine.event_loop import LoopAside, LoopThread, is_large_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -104,6 +104,6 @@ def test_stopping_cancels_what_still_runs() -> None:
     ],
 )
 def test_what_is_large_is_looked_at_in_a_thread_and_nothing_else(value: object, *, large: bool) -> None:
-    assert is_large(value) == large
+    assert is_large_json(value) == large
     here = threading.get_ident()
-    assert (asyncio.run(Aside(value)(threading.get_ident)) != here) == large
+    assert (asyncio.run(LoopAside(value)(threading.get_ident)) != here) == large

@@ -16,15 +16,15 @@ from worker.engine.events import (
     Event,
     Executing,
     Failed,
-    Finished,
     Interrupted,
     NodeOutput,
+    NodeProgress,
     Outcome,
-    Progress,
+    RunFinished,
     RunTracker,
-    Sent,
+    SentPicture,
     Succeeded,
-    decode,
+    decode_event,
     outcome_of,
     sent_png,
 )
@@ -49,7 +49,7 @@ def message(kind: str, **data: Any) -> str:
         (message("executing", node=None, prompt_id=RUN), Executing(RUN, None)),
         (message("executed", node="9", display_node="9", output=IMAGE, prompt_id=RUN), NodeOutput(RUN, "9", IMAGE)),
         (message("executed", node="9", output=None, prompt_id=RUN), NodeOutput(RUN, "9", {})),
-        (message("progress", value=2, max=20, prompt_id=RUN, node="7"), Progress(RUN, "7", 2.0, 20.0)),
+        (message("progress", value=2, max=20, prompt_id=RUN, node="7"), NodeProgress(RUN, "7", 2.0, 20.0)),
         (message("execution_cached", nodes=["1", "9"], prompt_id=RUN), Cached(RUN, frozenset({"1", "9"}))),
         (message("execution_success", prompt_id=RUN, timestamp=1), Succeeded(RUN)),
         (message("execution_interrupted", prompt_id=RUN, node_id="7"), Interrupted(RUN)),
@@ -66,7 +66,7 @@ def message(kind: str, **data: Any) -> str:
     ],
 )
 def test_messages_as_the_engine_sends_them(text: str, event: Event) -> None:
-    assert decode(text) == event
+    assert decode_event(text) == event
 
 
 @pytest.mark.parametrize(
@@ -94,12 +94,12 @@ def test_messages_as_the_engine_sends_them(text: str, event: Event) -> None:
     ],
 )
 def test_what_nobody_needs_or_understands_is_no_event(text: str | bytes) -> None:
-    assert decode(text) is None
+    assert decode_event(text) is None
 
 
 @given(st.one_of(st.text(), st.binary(), st.recursive(st.none() | st.text() | st.integers(), st.lists).map(json.dumps)))
 def test_no_message_makes_the_decoder_raise(text: str | bytes) -> None:
-    decode(text)
+    decode_event(text)
 
 
 def test_a_run_without_gap_ends_with_the_outputs_of_its_events() -> None:
@@ -108,7 +108,7 @@ def test_a_run_without_gap_ends_with_the_outputs_of_its_events() -> None:
     tracker.feed(NodeOutput(OTHER, "8", IMAGE))
     assert tracker.outcome is None
     tracker.feed(Succeeded(RUN))
-    assert tracker.outcome == Finished({"9": IMAGE})
+    assert tracker.outcome == RunFinished({"9": IMAGE})
 
 
 def test_success_without_outputs_is_looked_up_in_the_history() -> None:
@@ -121,14 +121,14 @@ def test_success_without_outputs_is_looked_up_in_the_history() -> None:
     tracker.feed(Executing(RUN, None))
     assert tracker.wants_history
     tracker.reconcile({"outputs": {"9": IMAGE}, "status": {"status_str": "success"}}, queued=False)
-    assert tracker.outcome == Finished({"9": IMAGE})
+    assert tracker.outcome == RunFinished({"9": IMAGE})
 
 
 def test_success_without_outputs_is_no_lost_run_when_the_history_is_gone() -> None:
     tracker = RunTracker(RUN)
     tracker.feed(Succeeded(RUN))
     tracker.reconcile(None, queued=False)
-    assert tracker.outcome == Finished({})
+    assert tracker.outcome == RunFinished({})
 
 
 def test_after_a_gap_only_the_history_can_say_that_a_run_succeeded() -> None:
@@ -138,7 +138,7 @@ def test_after_a_gap_only_the_history_can_say_that_a_run_succeeded() -> None:
     assert tracker.outcome is None
     assert tracker.wants_history
     tracker.reconcile({"outputs": {"9": IMAGE}, "status": {"status_str": "success"}}, queued=False)
-    assert tracker.outcome == Finished({"9": IMAGE})
+    assert tracker.outcome == RunFinished({"9": IMAGE})
 
 
 def test_leaving_the_queue_without_a_verdict_asks_the_history() -> None:
@@ -194,8 +194,8 @@ ERROR = ["execution_error", {"node_id": "7", "node_type": "KSampler", "exception
 @pytest.mark.parametrize(
     ("entry", "kind"),
     [
-        ({"outputs": {}, "status": {"status_str": "success"}}, Finished),
-        ({"outputs": {}, "status": None}, Finished),
+        ({"outputs": {}, "status": {"status_str": "success"}}, RunFinished),
+        ({"outputs": {}, "status": None}, RunFinished),
         ({"outputs": {}, "status": {"status_str": "error", "messages": [["execution_start", {}], ERROR]}}, NodeFailed),
         ({"status": {"status_str": "error", "messages": [["execution_interrupted", {}]]}}, RunInterrupted),
         ({"status": {"status_str": "error", "messages": []}}, NodeFailed),
@@ -229,37 +229,42 @@ def sent(node_id: str, *pngs: bytes) -> list[dict[str, Any]]:
 
 def test_pictures_that_a_node_sends_are_its_output_however_the_run_ends() -> None:
     tracker = RunTracker(RUN)
-    for event in (Sent(RUN, "5", b"one"), Sent(RUN, "5", b"two"), Sent(RUN, "9", b"three"), NodeOutput(RUN, "9", IMAGE)):
+    for event in (
+        SentPicture(RUN, "5", b"one"),
+        SentPicture(RUN, "5", b"two"),
+        SentPicture(RUN, "9", b"three"),
+        NodeOutput(RUN, "9", IMAGE),
+    ):
         tracker.feed(event)
     tracker.feed(Cached(RUN, frozenset({"1"})))
     tracker.feed(Succeeded(RUN))
     outputs = {"9": {"images": [*IMAGE["images"], *sent("9", b"three")]}, "5": {"images": sent("5", b"one", b"two")}}
-    assert tracker.outcome == Finished(outputs, frozenset({"1"}))
+    assert tracker.outcome == RunFinished(outputs, frozenset({"1"}))
 
     tracker = RunTracker(RUN)
-    tracker.feed(Sent(RUN, "5:1", b"one"))
+    tracker.feed(SentPicture(RUN, "5:1", b"one"))
     tracker.feed(Failed(RUN, "7", "KSampler", "boom"))
     assert isinstance(tracker.outcome, NodeFailed)
     assert tracker.outcome.outputs == {"5:1": {"images": sent("5-1", b"one")}}
 
     tracker = RunTracker(RUN)
-    tracker.feed(Sent(RUN, "5", b"one"))
+    tracker.feed(SentPicture(RUN, "5", b"one"))
     tracker.gap()
     messages = [["execution_start", {}], ["execution_cached", {"nodes": ["1"]}], ["execution_success", {}]]
     tracker.reconcile(
         {"outputs": {"9": IMAGE}, "status": {"status_str": "success", "messages": messages}},
         queued=False,
     )
-    assert tracker.outcome == Finished({"9": IMAGE, "5": {"images": sent("5", b"one")}}, frozenset({"1"}))
+    assert tracker.outcome == RunFinished({"9": IMAGE, "5": {"images": sent("5", b"one")}}, frozenset({"1"}))
 
 
 def test_pictures_beyond_what_is_kept_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(events, "_SENT_LIMIT_BYTES", 5)
     tracker = RunTracker(RUN)
     for png in (b"abc", b"def", b"gh"):
-        tracker.feed(Sent(RUN, "5", png))
+        tracker.feed(SentPicture(RUN, "5", png))
     tracker.feed(Succeeded(RUN))
-    assert tracker.outcome == Finished({"5": {"images": sent("5", b"abc", b"gh")}})
+    assert tracker.outcome == RunFinished({"5": {"images": sent("5", b"abc", b"gh")}})
     assert tracker.lost_pictures == 1
 
 
@@ -288,7 +293,7 @@ class AnyOrder(RuleBasedStateMachine):
 
     @rule(run=RUNS)
     def progress(self, run: str) -> None:
-        self.tracker.feed(Progress(run, "1", 1, 2))
+        self.tracker.feed(NodeProgress(run, "1", 1, 2))
 
     @rule(run=RUNS)
     def succeeded(self, run: str) -> None:
@@ -347,7 +352,7 @@ TestAnyOrder = AnyOrder.TestCase
     ],
 )
 def test_memory_that_ran_out_is_told_from_other_failures(kind: str, text: str, memory: str | None) -> None:
-    event = decode(
+    event = decode_event(
         message("execution_error", prompt_id=RUN, node_id="7", node_type="X", exception_message=text, exception_type=kind)
     )
     assert isinstance(event, Failed)

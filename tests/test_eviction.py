@@ -23,7 +23,7 @@ from worker.base.files import write_atomically
 from worker.errors import VolumeFailed, VolumeFull
 from worker.fetch.http import Network
 from worker.fetch.hub import Hub, credentials
-from worker.fetch.ranges import Tuning
+from worker.fetch.ranges import RangeTuning
 from worker.models.sources import Sources
 from worker.pins import read_pins
 from worker.spec import HubFile, ModelSpec
@@ -46,7 +46,7 @@ MIB = 1024 * 1024
 SIZE = MIB // 4
 COUNT = 6
 QUICK = LockTiming(heartbeat_s=0.3, stale_s=2, quiet_s=0.5, look_s=0.1, poll_s=0.05, attempt_s=0.1, lone_patience_s=0.2)
-TUNING = Tuning(
+TUNING = RangeTuning(
     connections=2, request_bytes=MIB // 2, smallest_bytes=MIB // 4, buffer_bytes=64 * 1024, unsaved_bytes=MIB, patience_s=5
 )
 NOW = LeaseTiming(grace_s=0.0, notice_s=0.0)

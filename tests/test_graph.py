@@ -23,7 +23,7 @@ from worker.errors import (
     WorkflowNotFinite,
     WorkflowUiFormat,
 )
-from worker.graph.graph import BrokenLink, bare, is_link, needed_nodes, parse_graph
+from worker.graph.graph import BrokenLink, is_link, needed_nodes, parse_graph, without_wrapper
 from worker.graph.model_names import NamedModel, named_models, with_accents, with_slashes
 from worker.graph.paths import check_paths
 from worker.graph.rejection import dropped_outputs, rejection
@@ -1008,15 +1008,15 @@ def test_a_name_whose_backslash_is_a_character_stays_as_it_is_written() -> None:
 @pytest.mark.parametrize("key", ["prompt", "output"])
 def test_a_graph_that_is_wrapped_and_nothing_else_is_unwrapped(key: str) -> None:
     graph = {"1": LOADER}
-    assert bare({key: graph}) is graph
-    assert bare({key: graph, "client_id": "x"}) == {key: graph, "client_id": "x"}
-    assert bare({key: LOADER}) == {key: LOADER}, "a node may have any id"
-    assert bare(graph) is graph
+    assert without_wrapper({key: graph}) is graph
+    assert without_wrapper({key: graph, "client_id": "x"}) == {key: graph, "client_id": "x"}
+    assert without_wrapper({key: LOADER}) == {key: LOADER}, "a node may have any id"
+    assert without_wrapper(graph) is graph
 
 
 def test_what_comfyui_noted_in_a_graph_is_left_out() -> None:
     noted: dict[str, dict[str, Any]] = {"1": LOADER | {"is_changed": [math.nan]}, "2": SAVE}
-    assert parse_graph(bare(noted)) == {"1": LOADER, "2": SAVE}
+    assert parse_graph(without_wrapper(noted)) == {"1": LOADER, "2": SAVE}
     assert "is_changed" in noted["1"]
 
 

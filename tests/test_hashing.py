@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from worker.errors import EnsureCancelled
-from worker.fetch.ranges import Tuning
+from worker.fetch.ranges import RangeTuning
 from worker.store.hashing import HashedPartial
 from worker.store.partial import Partial, PartialTaken, PartialWriteFailed
 from worker.store.reorder import ReorderBuffer
@@ -41,7 +41,7 @@ def put(sink: HashedPartial | Partial, start: int, end: int, content: bytes = CO
 
 
 def hashed(partial: Partial, reorder_blocks: int = 100) -> HashedPartial:
-    return HashedPartial(partial, Tuning(reorder_bytes=reorder_blocks * BLOCK, buffer_bytes=BLOCK))
+    return HashedPartial(partial, RangeTuning(reorder_bytes=reorder_blocks * BLOCK, buffer_bytes=BLOCK))
 
 
 def finish(sink: HashedPartial, partial: Partial) -> str:
@@ -181,7 +181,7 @@ def test_a_disk_that_gives_nothing_back_is_not_waited_for_for_ever(tmp_path: Pat
         return 0
 
     with mock.patch("os.preadv", keep):
-        sink = HashedPartial(partial, Tuning(reorder_bytes=0, patience_s=0.3))
+        sink = HashedPartial(partial, RangeTuning(reorder_bytes=0, patience_s=0.3))
         try:
             with pytest.raises(PartialWriteFailed, match="did not answer"):
                 sink.sha256(NEVER, lambda _: None)

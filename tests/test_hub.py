@@ -41,9 +41,9 @@ from worker.errors import (
     SourceUnreachable,
     TokenRefused,
 )
-from worker.fetch.http import Credential, Network, origin, sendable, shown, what_failed
-from worker.fetch.hub import Hub, Remote, credentials
-from worker.fetch.ranges import Fetch, Tuning
+from worker.fetch.http import Credential, Network, origin, sendable, shown_address, what_failed
+from worker.fetch.hub import Hub, RemoteFile, credentials
+from worker.fetch.ranges import RangeFetch, RangeTuning
 from worker.spec import HubFile, Source, Url
 from worker.store.partial import Partial, PartialTaken
 
@@ -57,7 +57,7 @@ NEWER = random.Random(2).randbytes(3 * MIB)
 SHA256 = hashlib.sha256(WEIGHTS).hexdigest()
 FILE = HubFile("org/repo", "sub/model.safetensors", "main")
 # Many small ranges on few connections, so that a small file meets what a large one does.
-SMALL = Tuning(
+SMALL = RangeTuning(
     connections=3, request_bytes=MIB // 2, smallest_bytes=MIB // 4, buffer_bytes=64 * 1024, unsaved_bytes=MIB, patience_s=20
 )
 NEVER = threading.Event()
@@ -93,11 +93,11 @@ def hub_of(stand_in: StandIn, token: str | None = None, patience_s: float = 5, *
 
 
 def fetch(
-    hub: Hub, remote: Remote, folder: Path, tuning: Tuning = SMALL, cancel: threading.Event = NEVER
-) -> tuple[Partial, Fetch]:
+    hub: Hub, remote: RemoteFile, folder: Path, tuning: RangeTuning = SMALL, cancel: threading.Event = NEVER
+) -> tuple[Partial, RangeFetch]:
     partial = Partial.claim(folder, remote.size_bytes)
     partial.keep_journal(tuning.unsaved_bytes * tuning.connections)
-    work = Fetch(hub, remote, partial, tuning, cancel)
+    work = RangeFetch(hub, remote, partial, tuning, cancel)
     try:
         work.run()
         partial.settle()
@@ -106,7 +106,7 @@ def fetch(
     return partial, work
 
 
-def fetch_all(hub: Hub, folder: Path, source: Source = FILE, tuning: Tuning = SMALL) -> bytes:
+def fetch_all(hub: Hub, folder: Path, source: Source = FILE, tuning: RangeTuning = SMALL) -> bytes:
     partial, _ = fetch(hub, hub.look_up(source, NEVER), folder, tuning)
     return partial.path.read_bytes()
 
@@ -387,7 +387,7 @@ def test_a_proxy_is_used_but_not_where_it_is_excepted() -> None:
 
 
 def test_addresses_are_shown_without_their_secrets() -> None:
-    assert shown("https://user:pw@host/a/b?token=x#y") == "https://host/a/b"
+    assert shown_address("https://user:pw@host/a/b?token=x#y") == "https://host/a/b"
     assert origin("https://Host/x") == origin("https://host:443/y") != origin("http://host/x")
 
 
@@ -638,7 +638,7 @@ def test_no_byte_for_too_long_ends_it_and_keeps_what_came(stand_in: StandIn, tmp
             hub,
             remote,
             tmp_path,
-            Tuning(connections=1, request_bytes=4 * MIB, smallest_bytes=4 * MIB, buffer_bytes=1000, patience_s=0.1),
+            RangeTuning(connections=1, request_bytes=4 * MIB, smallest_bytes=4 * MIB, buffer_bytes=1000, patience_s=0.1),
         )
     assert caught.value.retryable
     assert Partial.claim(tmp_path, len(WEIGHTS)).done_bytes >= 290_000
@@ -786,7 +786,7 @@ def test_a_partial_that_was_taken_ends_the_fetch(stand_in: StandIn, tmp_path: Pa
     partial = Partial.claim(tmp_path, remote.size_bytes)
     partial.path.rename(tmp_path / "heir.part")
     with pytest.raises(PartialTaken):
-        Fetch(hub, remote, partial, SMALL, NEVER).run()
+        RangeFetch(hub, remote, partial, SMALL, NEVER).run()
 
 
 def test_nothing_missing_asks_nothing(stand_in: StandIn, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from unittest import mock
 import pytest
 from filelock import SoftReadWriteLock
 
-from worker.base.progress import Meter, Progress
+from worker.base.progress import Meter, ModelProgress
 from worker.base.text import size_text
 from worker.errors import EnsureCancelled
 from worker.store.layout import Layout
@@ -145,7 +145,7 @@ def test_a_living_holder_is_not(roots: list[Path]) -> None:
     with contender(roots[0], "holder", 1, "stay") as holder:
         tell(holder)
         assert said(holder) == "entered"
-        waits: list[Progress] = []
+        waits: list[ModelProgress] = []
         entered: list[str] = []
         other = threading.Thread(target=lambda: entered.append(hold_now(roots[1], on_wait=waits.append)))
         other.start()
@@ -168,10 +168,10 @@ def test_who_waits_sees_it_published(tmp_path: Path) -> None:
 
 def test_who_waits_sees_who_downloads_what_and_how_far_they_are(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
-    seen: list[Progress] = []
+    seen: list[ModelProgress] = []
     mine, theirs = Locks(Layout(tmp_path), "pod-1", QUICK), Locks(Layout(tmp_path), "pod-2", QUICK)
     with mine.hold(KEY, published=lambda: False, cancel=threading.Event(), name="vae/ae.safetensors") as hold:
-        hold.report(Progress("downloading", 3_100_000_000, 11_900_000_000, 240_000_000))
+        hold.report(ModelProgress("downloading", 3_100_000_000, 11_900_000_000, 240_000_000))
         with theirs.hold(KEY, published=lambda: len(seen) > 1, cancel=threading.Event(), on_wait=seen.append) as other:
             assert other.state == "published"
     assert str(seen[-1]) == "worker pod-1: 3.1 of 11.9 GB, 240.0 MB/s"
@@ -191,7 +191,7 @@ def test_a_report_is_written_at_most_as_often_as_agreed(tmp_path: Path) -> None:
     locks = Locks(Layout(tmp_path), "pod-1", LockTiming(report_every_s=60))
     with locks.hold(KEY, published=lambda: False, cancel=threading.Event(), name="vae/ae.safetensors") as hold:
         for done in range(100):
-            hold.report(Progress("downloading", done, 100))
+            hold.report(ModelProgress("downloading", done, 100))
     assert locks.holder(KEY) == LockHolder("pod-1", "downloading", 0, 100, 0.0, 1, "vae/ae.safetensors")
 
 
@@ -227,7 +227,7 @@ def test_a_holder_that_reports_the_same_again_and_again_lives_and_does_not_get_o
     beats: set[int] = set()
 
     def reports_on_and_on() -> bool:
-        hold.report(Progress("downloading", 5, 100, float(len(beats))))
+        hold.report(ModelProgress("downloading", 5, 100, float(len(beats))))
         found = holder.holder(KEY)
         assert found is not None
         beats.add(found.beat)
@@ -248,9 +248,9 @@ def test_a_holder_that_moves_is_waited_for_beyond_any_patience(tmp_path: Path, w
         def moves_until_published() -> bool:
             move = next(moves)
             hold.report(
-                Progress("downloading", move, 10**9)
+                ModelProgress("downloading", move, 10**9)
                 if what == "bytes"
-                else Progress("downloading" if move % 2 else "checking", 5, 10**9)
+                else ModelProgress("downloading" if move % 2 else "checking", 5, 10**9)
             )
             return time.monotonic() - began > 1.5
 
@@ -266,7 +266,7 @@ def test_two_reporters_that_do_not_move_are_not_waited_for_for_ever(tmp_path: Pa
 
         def report_in_turn() -> bool:
             turn = next(calls) % 2
-            (hold, second)[turn].report(Progress("downloading", 5 + turn, 100))
+            (hold, second)[turn].report(ModelProgress("downloading", 5 + turn, 100))
             return False
 
         assert hold_now(tmp_path, timing=impatient, published=report_in_turn) == "unlocked"
@@ -285,7 +285,7 @@ def test_who_hears_from_the_holder_leaves_the_lock_alone(tmp_path: Path) -> None
     with Locks(Layout(tmp_path), "holder", QUICK).hold(KEY, published=lambda: False, cancel=threading.Event()) as hold:
 
         def report() -> bool:
-            hold.report(Progress("downloading", next(heard), 10**9))
+            hold.report(ModelProgress("downloading", next(heard), 10**9))
             return next(heard) > 100
 
         with mock.patch.object(SoftReadWriteLock, "acquire_write", counted):
@@ -295,7 +295,7 @@ def test_who_hears_from_the_holder_leaves_the_lock_alone(tmp_path: Path) -> None
 
 def test_who_heard_that_the_holder_failed_is_next_at_once(tmp_path: Path) -> None:
     patient = LockTiming(**{**json.loads(timing_json(QUICK)), "quiet_s": 60.0})
-    heard: list[Progress] = []
+    heard: list[ModelProgress] = []
 
     def fail_soon() -> None:
         with (
@@ -304,7 +304,7 @@ def test_who_heard_that_the_holder_failed_is_next_at_once(tmp_path: Path) -> Non
         ):
             inside.set()
             for done in itertools.count():
-                hold.report(Progress("downloading", done, 10**9))
+                hold.report(ModelProgress("downloading", done, 10**9))
                 time.sleep(0.02)
                 if len(heard) > 5:
                     raise OSError
@@ -329,7 +329,7 @@ def test_waiting_costs_a_volume_little(moosefs: MooseFS) -> None:
         for done in itertools.count():
             if stop.wait(0.2):
                 return
-            hold.report(Progress("downloading", done * MIB, 10**12))
+            hold.report(ModelProgress("downloading", done * MIB, 10**12))
 
     def wait() -> None:
         path = there.model("checkpoints", "model.safetensors")
@@ -371,7 +371,7 @@ def test_locks_removed_under_a_holder_let_another_in_and_hurt_nobody(
     with mine.hold(KEY, published=lambda: False, cancel=threading.Event()) as hold:
         shutil.rmtree(Layout(roots[0]).locks)
         assert hold_now(roots[1]) == "held"
-        hold.report(Progress("downloading", 1, 2))
+        hold.report(ModelProgress("downloading", 1, 2))
         until = time.monotonic() + 30
         while "lost the lock" not in caplog.text:
             assert time.monotonic() < until, "the holder was never told"
@@ -403,9 +403,9 @@ def test_trouble_that_passes_is_waited_out(tmp_path: Path) -> None:
 
 
 def test_progress_reads_as_a_person_would_say_it() -> None:
-    assert str(Progress("downloading", 1_500, 2_500_000, 0)) == "0.0 of 2.5 MB"
-    assert str(Progress("checking", 5, 10)) == "5 of 10 B, checking"
-    assert str(Progress("waiting")) == "waiting"
+    assert str(ModelProgress("downloading", 1_500, 2_500_000, 0)) == "0.0 of 2.5 MB"
+    assert str(ModelProgress("checking", 5, 10)) == "5 of 10 B, checking"
+    assert str(ModelProgress("waiting")) == "waiting"
     assert [size_text(size) for size in (0, 999, 1000, 11_900_000_000)] == ["0 B", "999 B", "1.0 kB", "11.9 GB"]
 
 

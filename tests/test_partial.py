@@ -344,7 +344,7 @@ def test_a_claim_that_finds_all_busy_leaves_nothing_behind(tmp_path: Path) -> No
 
 def test_a_partial_that_cannot_be_made_leaves_no_journal(tmp_path: Path) -> None:
     with (
-        mock.patch("worker.store.partial.create", side_effect=OSError(errno.ENOSPC, "full")),
+        mock.patch("worker.store.partial.create_file", side_effect=OSError(errno.ENOSPC, "full")),
         pytest.raises(OSError, match="full"),
     ):
         Partial.begin(tmp_path, SIZE)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from worker.engine.custom_nodes import FailedNode, failed_import
-from worker.engine.process import _IN_COMFYUI, EngineCommand, EngineProcess, Exit, gpu_visible, prepare_base_dir
+from worker.engine.process import _IN_COMFYUI, EngineCommand, EngineExit, EngineProcess, gpu_visible, prepare_base_dir
 from worker.errors import EngineNotFound, NoGpu
 from worker.settings import Settings
 
@@ -39,12 +39,12 @@ def wait_until_gone(pid: int) -> None:
 @pytest.mark.parametrize(
     ("code", "exit_", "text"),
     [
-        ("print('a'); raise SystemExit(3)", Exit(3), "exited with code 3"),
-        ("print('a'); import os; os.kill(os.getpid(), 9)", Exit(-9), "was killed by SIGKILL (exit code -9"),
-        ("print('a'); import os; os.kill(os.getpid(), 11)", Exit(-11), "was killed by SIGSEGV (exit code -11)"),
+        ("print('a'); raise SystemExit(3)", EngineExit(3), "exited with code 3"),
+        ("print('a'); import os; os.kill(os.getpid(), 9)", EngineExit(-9), "was killed by SIGKILL (exit code -9"),
+        ("print('a'); import os; os.kill(os.getpid(), 11)", EngineExit(-11), "was killed by SIGSEGV (exit code -11)"),
     ],
 )
-def test_the_cause_of_an_exit_is_known_with_the_last_lines(code: str, exit_: Exit, text: str, tmp_path: Path) -> None:
+def test_the_cause_of_an_exit_is_known_with_the_last_lines(code: str, exit_: EngineExit, text: str, tmp_path: Path) -> None:
     process = spawn(code, tmp_path)
     assert process.exited.result(10) == exit_
     assert str(exit_).startswith(text)
@@ -68,7 +68,7 @@ def test_sys_exit_in_the_thread_of_workflows_is_noticed_and_the_sitecustomize_of
     command = EngineCommand((sys.executable, "-c", _THREADS), tmp_path, {**os.environ, "PYTHONPATH": paths})
     process = EngineProcess.spawn(command)
     assert process.prompts_ended.result(60) == "SystemExit: 7"
-    assert process.exited.result(60) == Exit(0)
+    assert process.exited.result(60) == EngineExit(0)
     assert sorted(process.last_lines)[1:] == ["SystemExit: 7", "of the image"]
 
 
@@ -106,7 +106,7 @@ def test_a_failed_import_is_known_in_colour_too(tmp_path: Path) -> None:
 
 def test_stopping_asks_first(tmp_path: Path) -> None:
     process = spawn("import time; print('up', flush=True); time.sleep(60)", tmp_path)
-    assert process.stop() == Exit(-signal.SIGTERM)
+    assert process.stop() == EngineExit(-signal.SIGTERM)
 
 
 def test_stopping_kills_what_does_not_listen_and_its_children(tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_stopping_kills_what_does_not_listen_and_its_children(tmp_path: Path) ->
     while len(process.last_lines) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
     child = max(int(line) for line in process.last_lines)
-    assert process.stop(grace_s=0.2) == Exit(-signal.SIGKILL)
+    assert process.stop(grace_s=0.2) == EngineExit(-signal.SIGKILL)
     wait_until_gone(child)
 
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from devkit.local_worker import PROJECT
-from worker.editor.convert import classes, convert, is_ui
+from worker.editor.convert import classes_to_convert, convert, is_saved_workflow
 from worker.errors import RequestError
 from worker.graph.graph import parse_graph
 from worker.graph.overrides import apply_overrides
@@ -71,8 +71,8 @@ def _checked(body: dict[str, Any]) -> None:
     if is_name(graph):
         Layout(Path("/v")).workflow(str(graph))
         return  # what the file holds is no part of the request
-    if is_ui(graph):
-        if classes(graph):
+    if is_saved_workflow(graph):
+        if classes_to_convert(graph):
             return  # ComfyUI's definitions are needed to say more
         graph = convert(graph, {}).graph
     check_paths(apply_overrides(parse_graph(graph), request.set or {}))

@@ -11,9 +11,9 @@ import pytest
 
 from devkit.local_worker import PROJECT
 from scripts.make_errors import classes, example
-from worker.base.progress import Progress as ModelProgress
-from worker.engine.events import Progress
-from worker.error_reply import failure
+from worker.base.progress import ModelProgress
+from worker.engine.events import NodeProgress
+from worker.error_reply import error_reply
 from worker.errors import WorkerError
 from worker.handler import sampling_progress
 from worker.job import OutputItem, Result
@@ -73,7 +73,7 @@ def test_it_has_the_times_that_a_job_can_ask_for() -> None:
 def test_every_failure_is_one(kind: type[WorkerError]) -> None:
     error = example(kind)
     assert isinstance(error, WorkerError)
-    value = json.loads(json.dumps(failure(error, str)))
+    value = json.loads(json.dumps(error_reply(error, str)))
     assert [problem.message for problem in part("failure").iter_errors(value)] == []
     assert OUTPUT.is_valid(value)
     assert not part("result").is_valid(value)
@@ -81,8 +81,8 @@ def test_every_failure_is_one(kind: type[WorkerError]) -> None:
 
 
 PROGRESS = [
-    sampling_progress(Progress("p", "3", 12, 20)),
-    sampling_progress(Progress("p", None, 0, 0)),
+    sampling_progress(NodeProgress("p", "3", 12, 20)),
+    sampling_progress(NodeProgress("p", None, 0, 0)),
     download_progress(Waiting(5, 10, 2.5, (("vae/a.safetensors", ModelProgress("waiting")),))),
     download_progress(Waiting(0, 0, 0.0, (("vae/a.safetensors", None), ("vae/b.safetensors", None)))),
 ]

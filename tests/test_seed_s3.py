@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from worker.base.progress import Progress
+    from worker.base.progress import ModelProgress
     from worker.seed.outcome import Outcome
 
 KIB = 1024
@@ -84,7 +84,7 @@ class Seeder:
         self.proxy = proxy
         self.stand_in = stand_in
         self.hub = Hub(stand_in.endpoint, Network(credentials(stand_in.endpoint, None, None), read_timeout_s=10))
-        self.moments: list[Progress] = []
+        self.moments: list[ModelProgress] = []
         self.cancel = threading.Event()
         self._client: Any = None
 

@@ -19,8 +19,8 @@ from devkit.hub import Hub as StandIn
 from tests.test_locks import operations
 from worker.errors import EnsureCancelled, FileNotInRepo, RepoGated
 from worker.fetch.http import Network
-from worker.fetch.hub import Hub, Remote, credentials
-from worker.fetch.ranges import Tuning
+from worker.fetch.hub import Hub, RemoteFile, credentials
+from worker.fetch.ranges import RangeTuning
 from worker.spec import HubFile, ModelSpec, Url
 from worker.store.layout import Layout
 from worker.store.seals import read_seal
@@ -69,7 +69,7 @@ def worker(name: str, root: Path, hub: StandIn, file: str = NAME, **options: Any
 
 def store(root: Path, hub: StandIn, token: str | None = None, **options: Any) -> Store:
     asker = Hub(hub.endpoint, Network(credentials(hub.endpoint, token, None), read_timeout_s=5), patience_s=2)
-    return Store(Layout(root), asker, "pod-1", tuning=Tuning(**SMALL), timing=QUICK, **options)  # type: ignore[arg-type]  # JSON's
+    return Store(Layout(root), asker, "pod-1", tuning=RangeTuning(**SMALL), timing=QUICK, **options)  # type: ignore[arg-type]  # JSON's
 
 
 def look_ups(hub: StandIn) -> list[Any]:
@@ -157,7 +157,7 @@ def test_a_volume_that_takes_no_record_costs_look_ups_and_nothing_else(
 def test_a_look_up_and_a_wait_for_one_cost_a_volume_little(moosefs: MooseFS) -> None:
     """By the counters of the mount; the default timings."""
     layout, cancel = Layout(moosefs.mounts[1] / "lookups"), threading.Event()
-    remote = Remote(SPEC.source, len(WEIGHTS), SHA256, None, None, "")
+    remote = RemoteFile(SPEC.source, len(WEIGHTS), SHA256, None, None, "")
     lookups, heard = SharedLookups(layout, "pod-1", LockTiming(quiet_s=120, answer_s=120)), threading.Semaphore(0)
 
     def ask(address: str) -> None:

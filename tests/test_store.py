@@ -46,16 +46,16 @@ from worker.store import pod_links
 from worker.store.inventory import Standing, look, not_ready
 from worker.store.layout import Layout
 from worker.store.seals import Seal, read_seal, whole_mtime, write_seal
-from worker.store.store import DownloadHooks, LockTiming, ReadyModel, Store, Stores, Tuning
+from worker.store.store import DownloadHooks, LockTiming, RangeTuning, ReadyModel, Store, Stores
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from devkit.moosefs import MooseFS
-    from worker.base.progress import Progress
+    from worker.base.progress import ModelProgress
 
 MIB = 1024 * 1024
-SMALL = Tuning(
+SMALL = RangeTuning(
     connections=2, request_bytes=MIB // 2, smallest_bytes=MIB // 4, buffer_bytes=64 * 1024, unsaved_bytes=MIB, patience_s=5
 )
 QUICK = LockTiming(heartbeat_s=0.3, stale_s=2, quiet_s=0.5, look_s=0.1, poll_s=0.05, attempt_s=0.1, lone_patience_s=0.2)
@@ -139,7 +139,7 @@ def setup(stand_in: StandIn, tmp_path: Path) -> Setup:
 
 def test_a_missing_model_is_fetched_checked_published_and_sealed(setup_everywhere: Setup, stand_in: StandIn) -> None:
     setup = setup_everywhere
-    seen: list[Progress] = []
+    seen: list[ModelProgress] = []
     found = setup.store().ensure(SPEC, seen.append)
     assert (found.path, found.how, found.bytes_fetched) == (setup.final, "downloaded", len(WEIGHTS))
     assert setup.final.read_bytes() == WEIGHTS
@@ -350,7 +350,7 @@ def test_what_is_permanent_leaves_nothing_behind(setup: Setup) -> None:
 def test_what_was_cut_off_is_continued(setup: Setup, stand_in: StandIn) -> None:
     # One connection sends a part and then nothing; the other gets nothing at all.
     stand_in.fault("stall", after_bytes=200_000, count=None, route="cdn")
-    impatient = Tuning(connections=1, request_bytes=4 * MIB, smallest_bytes=4 * MIB, buffer_bytes=50_000, patience_s=0.1)
+    impatient = RangeTuning(connections=1, request_bytes=4 * MIB, smallest_bytes=4 * MIB, buffer_bytes=50_000, patience_s=0.1)
     with pytest.raises(SourceUnreachable, match="what came is kept"):
         setup.store(tuning=impatient).ensure(SPEC)
     stand_in.reset()

@@ -22,7 +22,7 @@ from devkit.moosefs import LOCAL_FLOCK
 from worker.errors import VolumeFailed
 from worker.fetch.http import Network
 from worker.fetch.hub import Hub
-from worker.fetch.ranges import Tuning
+from worker.fetch.ranges import RangeTuning
 from worker.spec import HubFile, ModelSpec
 from worker.store.byte_ranges import Ranges
 from worker.store.layout import Layout
@@ -453,7 +453,7 @@ def test_a_flush_that_never_ends_is_an_error_and_the_next_one_finishes(tmp_path:
         real(fd)
 
     hub = Hub(stand_in.endpoint, Network())
-    tuning, timing = Tuning(**{**SMALL, "patience_s": 1.0}), LockTiming(**FAST)  # type: ignore[arg-type] # as in devkit.fleet
+    tuning, timing = RangeTuning(**{**SMALL, "patience_s": 1.0}), LockTiming(**FAST)  # type: ignore[arg-type] # as in devkit.fleet
     with mock.patch("os.fdatasync", keep):
         try:
             with pytest.raises(VolumeFailed, match="did not answer"):

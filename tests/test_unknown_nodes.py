@@ -11,11 +11,11 @@ from aiohttp import web
 
 from devkit.editor import node, ui
 from devkit.local_worker import free_port
-from worker.comfyui_data import known, older
+from worker.comfyui_data import is_older, known
 from worker.editor.convert import convert
 from worker.engine.client import ComfyClient
 from worker.errors import UnknownNodes
-from worker.graph.rejection import Origin, nodes_of, unknown_nodes
+from worker.graph.rejection import NodeOrigin, node_origins, unknown_nodes
 from worker.plan.document import Wanted, installed
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ SENTENCE = (
 
 
 def said(comfyui: str | None, *nodes: tuple[str, dict[str, str]]) -> UnknownNodes:
-    return unknown_nodes((Origin(name, str(at), saved) for at, (name, saved) in enumerate(nodes, 1)), comfyui)
+    return unknown_nodes((NodeOrigin(name, str(at), saved) for at, (name, saved) in enumerate(nodes, 1)), comfyui)
 
 
 @pytest.mark.parametrize("saved", [{}, CORE], ids=["in an exported graph", "as the editor saved it"])
@@ -92,7 +92,7 @@ def test_a_pack_that_took_a_name_of_comfyui_is_a_pack() -> None:
 
 def test_a_class_is_named_once() -> None:
     graph = {key: {"class_type": "A", "inputs": {}} for key in ("1", "2")}
-    assert [str(each) for each in nodes_of(graph)] == ["A (node 1)"]
+    assert [str(each) for each in node_origins(graph)] == ["A (node 1)"]
 
 
 # --- before anything else -----------------------------------------------------------------------
@@ -134,7 +134,7 @@ def test_a_class_that_comfyui_replaces_runs(worker: LocalWorker, engine: Engine,
     graph = workflow("text_to_image")
     graph["50"] = {"class_type": "T2IAdapterLoader", "inputs": {"t2i_adapter_name": "unused.safetensors"}}
     answer = worker.runsync({"workflow": graph})
-    if older(installed(engine.comfyui_dir) or "", "0.33.0"):
+    if is_older(installed(engine.comfyui_dir) or "", "0.33.0"):
         assert "T2IAdapterLoader (node 50)" in answer["error"]
     else:
         assert answer["status"] == "COMPLETED", answer
@@ -203,7 +203,7 @@ def test_the_release_is_read_from_the_folder_of_a_comfyui(tmp_path: Path, engine
     assert installed(tmp_path) is None
     (tmp_path / "comfyui_version.py").write_text('# made\n__version__ = "0.46.0"\n')
     assert installed(tmp_path) == "0.46.0"
-    assert not older(installed(engine.comfyui_dir) or "", "0.3.75")
+    assert not is_older(installed(engine.comfyui_dir) or "", "0.3.75")
 
 
 def test_a_conversion_without_the_version_still_names_all() -> None:

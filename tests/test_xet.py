@@ -21,8 +21,8 @@ from devkit.hub import Hub as StandIn
 from worker.errors import ContentMismatch, EnsureCancelled, SourceRefused, SourceUnreachable, TokenRefused
 from worker.fetch import xet
 from worker.fetch.http import Network
-from worker.fetch.hub import Hub, Remote, credentials
-from worker.fetch.ranges import Tuning
+from worker.fetch.hub import Hub, RemoteFile, credentials
+from worker.fetch.ranges import RangeTuning
 from worker.fetch.xet import XetFetch
 from worker.spec import HubFile, ModelSpec
 from worker.store.layout import Layout
@@ -33,14 +33,16 @@ from worker.store.store import LockTiming, Store
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from worker.base.progress import Progress
+    from worker.base.progress import ModelProgress
 
 MIB = 1024 * 1024
 WEIGHTS = random.Random(1).randbytes(10 * MIB + 77_777)
 SHA256 = hashlib.sha256(WEIGHTS).hexdigest()
 FILE = HubFile("org/repo", "model.safetensors")
 SPEC = ModelSpec("checkpoints", "model.safetensors", FILE)
-SMALL = Tuning(connections=2, request_bytes=MIB, smallest_bytes=MIB, buffer_bytes=256 * 1024, unsaved_bytes=MIB, patience_s=20)
+SMALL = RangeTuning(
+    connections=2, request_bytes=MIB, smallest_bytes=MIB, buffer_bytes=256 * 1024, unsaved_bytes=MIB, patience_s=20
+)
 QUICK = LockTiming(
     heartbeat_s=0.3, stale_s=2, quiet_s=0.5, look_s=0.1, poll_s=0.05, attempt_s=0.1, lone_patience_s=0.2, report_every_s=0
 )
@@ -94,7 +96,7 @@ def hub_of(stand_in: StandIn, token: str | None = None, patience_s: float = 5) -
 def store_of(stand_in: StandIn, volume: Path, **tuning: Any) -> Store:
     """One whose plain downloads the hub refuses."""
     stand_in.fault("expired", route="cdn", count=None)
-    tuned = Tuning(**{**{name: getattr(SMALL, name) for name in Tuning.__dataclass_fields__}, **tuning})
+    tuned = RangeTuning(**{**{name: getattr(SMALL, name) for name in RangeTuning.__dataclass_fields__}, **tuning})
     return Store(Layout(volume), hub_of(stand_in), "pod-1", tuning=tuned, timing=QUICK)
 
 
@@ -104,7 +106,7 @@ def fetch(stand_in: StandIn, folder: Path, token: str | None = None, file: HubFi
     remote = hub.look_up(file, NEVER)
     partial = Partial.claim(folder, remote.size_bytes)
     try:
-        XetFetch(hub, remote, partial, Tuning(buffer_bytes=256 * 1024, **{"patience_s": 20, **tuning}), NEVER).run()
+        XetFetch(hub, remote, partial, RangeTuning(buffer_bytes=256 * 1024, **{"patience_s": 20, **tuning}), NEVER).run()
     finally:
         partial.close()
     return partial.path.read_bytes()
@@ -139,7 +141,7 @@ def test_its_progress_is_seen_by_the_job_and_by_the_fleet(stand_in: StandIn, tmp
     store, told = store_of(stand_in, tmp_path / "volume", patience_s=120), set()
     locks = Locks(Layout(tmp_path / "volume"), "other")
 
-    def listen(progress: Progress) -> None:
+    def listen(progress: ModelProgress) -> None:
         holder = locks.holder(SHA256)
         done = progress.done_bytes
         if done > 0 and done not in told and holder and holder.done_bytes == done and stand_in.ledger.stalled:
@@ -181,7 +183,7 @@ def test_a_cancelled_one_ends_at_once_and_is_continued(stand_in: StandIn, tmp_pa
     stand_in.fault("stall", route="xet/piece", skip=6)
     cancel = threading.Event()
 
-    def cancel_in_the_middle(progress: Progress) -> None:
+    def cancel_in_the_middle(progress: ModelProgress) -> None:
         if progress.done_bytes > 3 * MIB:
             assert len(pumps()) == 1
             cancel.set()
@@ -310,7 +312,7 @@ def test_what_stays_away_is_given_up_and_a_later_try_can_help(
     stand_in.fault(**fault, count=None)
     partial = Partial.claim(tmp_path / "partial", remote.size_bytes)
     with pytest.raises(SourceUnreachable, match=said) as caught:
-        XetFetch(hub_of(stand_in, patience_s=0.5), remote, partial, Tuning(patience_s=1.5), NEVER).run()
+        XetFetch(hub_of(stand_in, patience_s=0.5), remote, partial, RangeTuning(patience_s=1.5), NEVER).run()
     assert caught.value.retryable
     assert "Signature" not in str(caught.value)
 
@@ -321,7 +323,7 @@ def test_a_storage_that_refuses_connections_is_given_up(stand_in: StandIn, tmp_p
     stand_in.refuse("cdn")
     partial = Partial.claim(tmp_path / "partial", remote.size_bytes)
     with pytest.raises(SourceUnreachable, match="Xet"):
-        XetFetch(hub, remote, partial, Tuning(patience_s=1.5), NEVER).run()
+        XetFetch(hub, remote, partial, RangeTuning(patience_s=1.5), NEVER).run()
 
 
 @pytest.mark.parametrize("said", [b"hello", b"[]", b'{"casUrl": 1}', b'{"casUrl": "x", "accessToken": "y", "exp": "soon"}'])
@@ -358,7 +360,7 @@ class Window:
 
     is_rewritable = False
 
-    def __init__(self, remote: Remote) -> None:
+    def __init__(self, remote: RemoteFile) -> None:
         self.size_bytes = remote.size_bytes
         self.content = bytearray()
         self.full = 0
@@ -395,7 +397,7 @@ def test_the_wait_for_a_silent_storage_ends_with_the_patience_and_keeps_what_cam
     partial = Partial.claim(tmp_path / "partial", remote.size_bytes)
     began = time.monotonic()
     with pytest.raises(SourceUnreachable, match="what came is kept"):
-        XetFetch(hub, remote, partial, Tuning(buffer_bytes=256 * 1024, patience_s=5.0), NEVER).run()
+        XetFetch(hub, remote, partial, RangeTuning(buffer_bytes=256 * 1024, patience_s=5.0), NEVER).run()
     assert time.monotonic() - began >= 5.0
     came = partial.done_bytes
     assert came > 0

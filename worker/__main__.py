@@ -73,7 +73,7 @@ def main(argv: Sequence[str], environ: MutableMapping[str, str]) -> int:
 
 def run_worker(argv: Sequence[str], environ: MutableMapping[str, str]) -> int:
     """Start ComfyUI, then everything else while it boots, then serve. Raises `SettingsError` or `StartError`."""
-    signal.signal(signal.SIGTERM, _leave)
+    signal.signal(signal.SIGTERM, _unwind)
     settings = Settings.from_env(environ)
     logs.configure(settings.worker_log_level, settings.secrets())
     for remark in remarks(environ):
@@ -82,7 +82,7 @@ def run_worker(argv: Sequence[str], environ: MutableMapping[str, str]) -> int:
     command = EngineCommand.of(settings, environ)
     prepare_base_dir(settings)
     if (settings.volume_path / "custom_nodes").is_dir():  # one look if there are none
-        command = with_custom_nodes(settings, command)
+        command = _with_custom_nodes(settings, command)
     logging.getLogger("worker").info("comfyui-volume-worker %s", __version__)
     process = EngineProcess.spawn(command)
 
@@ -104,8 +104,8 @@ def run_worker(argv: Sequence[str], environ: MutableMapping[str, str]) -> int:
     return 1 if worker.failed else 0
 
 
-def with_custom_nodes(settings: Settings, command: EngineCommand) -> EngineCommand:
-    """Link the volume's custom nodes and install their packages, before ComfyUI imports them. A node never raises."""
+def _with_custom_nodes(settings: Settings, command: EngineCommand) -> EngineCommand:
+    """Before the entry point starts ComfyUI, link the volume's custom nodes and install their packages. A node never raises."""
     import socket  # noqa: PLC0415 - only where a volume has custom nodes
     import threading  # noqa: PLC0415 - as above
     from dataclasses import replace  # noqa: PLC0415 - as above
@@ -177,8 +177,8 @@ _COMMANDS = {"settings": _settings_table, "plan": _plan, "doctor": _doctor, "con
 _ANYWHERE = frozenset({"settings", "plan", "seed", "up"})
 
 
-def _leave(number: int, _: object) -> None:
-    """Unwind, so that ComfyUI is ended too. Uvicorn calls this handler when it has shut down."""
+def _unwind(number: int, _: object) -> None:
+    """The entry point's handler of SIGTERM: unwind, so that ComfyUI is ended too. Uvicorn calls it when it has shut down."""
     sys.exit(128 + number)
 
 

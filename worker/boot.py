@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING
 from worker.base.clock import RunningClock
 from worker.base.text import count
 from worker.base.volume import is_volume
-from worker.engine.definitions import Kept
+from worker.engine.definitions import DefinitionsOnVolume
 from worker.engine.engine import Engine
-from worker.engine.event_loop import Boot, LoopThread
+from worker.engine.event_loop import BootMilestones, LoopThread
 from worker.errors import VolumeMissing, WorkerError, no_volume
 from worker.handler import JobHandler
 from worker.links.host_cache import link_host_cache
@@ -107,7 +107,7 @@ def process_start() -> float:
 
 
 class Worker:
-    """The assembled worker: a loop with the engine on it, and the handler in front of them."""
+    """The worker that the cold start assembles: a loop with the engine on it, and the handler in front of them."""
 
     def __init__(self, settings: Settings, command: EngineCommand, process: EngineProcess, warmup: Warmup) -> None:
         self._settings = settings
@@ -118,13 +118,13 @@ class Worker:
         volume, local = layout_at(settings.volume_path), Layout(settings.local_store)
         roots = [volume.models, local.models]
         self.clock = RunningClock().start()
-        self._links = ModelLinks(models, roots, within=[settings.volume_path], host_cache=_host_cache(settings))
-        self._leases = Leases(volume, _name(settings)) if is_volume(settings.volume_path) else None
+        self._links = ModelLinks(models, roots, within=[settings.volume_path], host_cache=_host_cache_links(settings))
+        self._leases = Leases(volume, _worker_name(settings)) if is_volume(settings.volume_path) else None
         self._room = build_room(settings, self._leases) if self._leases else None
         self._job_models = JobModels(
             self._links,
             [volume, local],
-            _host_cache(settings),
+            _host_cache_links(settings),
             lambda: read_sources(settings),
             lambda: build_store(settings, self._room, self.clock),
             hosts=settings.request_hosts,
@@ -133,7 +133,7 @@ class Worker:
         self.failed = False
         self.leave: Callable[[], None] = _terminate
         """What ends this worker when its engine is gone for good, from any thread."""
-        self._boot = Boot()
+        self._boot = BootMilestones()
         self._waited_for = True
         self._stopped = False
         if self._leases:
@@ -146,7 +146,7 @@ class Worker:
         self._warmup = warmup
         state = volume.definitions if is_volume(settings.volume_path) else None
         nodes = [folder / "custom_nodes" for folder in dict.fromkeys((settings.comfyui_dir, settings.base_dir))]
-        kept = Kept(state, command, nodes)
+        kept = DefinitionsOnVolume(state, command, nodes)
         self.handler = JobHandler(
             settings, self._engine, self._job_models, inputs, self._delivery, warmup=self._warmup, boot=self._boot, kept=kept
         )
@@ -164,7 +164,7 @@ class Worker:
             raise VolumeMissing(self._settings.volume_path)
         self._waited_for = wait
         if not wait:
-            self.leave = _later
+            self.leave = _leave_later
         timeline = Timeline(began)
         up = self.loop.submit(self._start_engine(timeline))
         up.add_done_callback(self._look)
@@ -235,9 +235,9 @@ class Worker:
         """Report custom nodes that ComfyUI started without, also the image's, in the log and for `doctor`."""
         failed = self._process.failed_imports
         if failed or (self._settings.volume_path / "custom_nodes").is_dir():
-            from worker.engine.custom_nodes import report_failures  # noqa: PLC0415 - only where there are any
+            from worker.engine.custom_nodes import report_failed_nodes  # noqa: PLC0415 - only where there are any
 
-            report_failures(self._settings, failed)
+            report_failed_nodes(self._settings, failed)
 
     def _give_up(self) -> None:
         """Leave as if RunPod had asked for it: accepted jobs get the engine's failure, no more are taken."""
@@ -249,7 +249,7 @@ class Worker:
         with timeline.step("links") as step:
             clear_leftover_inputs(settings.base_dir / "input")
             with self._warmup.standing_back():
-                link_host_cache(self._warmup.copies(), Layout(settings.volume_path.resolve()), _host_cache(settings))
+                link_host_cache(self._warmup.copies(), Layout(settings.volume_path.resolve()), _host_cache_links(settings))
                 report = self._links.refresh()
             step.note = f"{report.files} files"
         self._warmup.linked(self._job_models)
@@ -274,16 +274,16 @@ class Worker:
 
 
 def _terminate() -> None:
-    """Leave as if RunPod, or who runs the container, had asked for it."""
+    """End a worker whose boot failed, as if RunPod, or who runs the container, had asked for it."""
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _later() -> None:
-    """The job loop, which has not begun, looks at `failed` when it does."""
+def _leave_later() -> None:
+    """Do nothing when the boot fails: the job loop, which has not begun, looks at `failed` when it does."""
 
 
-def _host_cache(settings: Settings) -> Path:
-    """Return the folder of links to RunPod's host cache, created anew at each start."""
+def _host_cache_links(settings: Settings) -> Path:
+    """Return the folder of links to RunPod's host cache, which every boot creates anew."""
     return settings.base_dir / "host-cache-links"
 
 
@@ -300,7 +300,7 @@ def _log_volume(settings: Settings) -> None:
 
 
 def read_sources(settings: Settings) -> Sources:
-    """Return every list of models that these settings name."""
+    """Read, at boot or later, every list of models that these settings name."""
     from worker.models.sources import Sources  # noqa: PLC0415 - 50 ms that a worker without missing models never spends
 
     manifest = Layout(settings.volume_path).manifest
@@ -308,7 +308,7 @@ def read_sources(settings: Settings) -> Sources:
 
 
 def build_room(settings: Settings, leases: Leases) -> Room | None:
-    """Return what makes room on the volume, where the settings limit how full it may get."""
+    """Build what the booted worker makes room on the volume with, where the settings limit how full it may get."""
     limits = (settings.volume_keep_gb, settings.volume_free_gb)
     if limits == (None, None):
         return None
@@ -317,7 +317,7 @@ def build_room(settings: Settings, leases: Leases) -> Room | None:
 
     return Room(
         layout_at(settings.volume_path),
-        _name(settings),
+        _worker_name(settings),
         EvictionLimits.of_gb(*limits),
         lambda: _pins(settings),
         leases=leases,
@@ -334,7 +334,7 @@ def _pins(settings: Settings) -> Pins:
 
 
 def build_hub(settings: Settings, clock: Callable[[], float] = time.monotonic) -> Hub:
-    """Return the network to download from."""
+    """Build the hub that the booted worker downloads from, with the settings' tokens and the environment's proxies."""
     from worker.fetch.http import Network  # noqa: PLC0415 - as for the sources
     from worker.fetch.hub import Hub, credentials  # noqa: PLC0415 - huggingface_hub takes 0.3 s to import
 
@@ -342,20 +342,20 @@ def build_hub(settings: Settings, clock: Callable[[], float] = time.monotonic) -
     return Hub(settings.hf_endpoint, network, clock=clock)
 
 
-def _name(settings: Settings) -> str:
-    """Return what other workers call this one."""
+def _worker_name(settings: Settings) -> str:
+    """Return what other workers call the booted one."""
     return settings.runpod_pod_id or socket.gethostname()
 
 
 def build_store(settings: Settings, room: Room | None = None, clock: Callable[[], float] = time.monotonic) -> Stores:
-    """Return the volume's store, with the container's disk as fallback and the network to download from."""
-    from worker.store.store import Store, Stores, Tuning  # noqa: PLC0415 - as for the sources
+    """Build the stores of the booted worker: the volume's, with the container's disk as fallback."""
+    from worker.store.store import RangeTuning, Store, Stores  # noqa: PLC0415 - as for the sources
 
     hub = build_hub(settings, clock)
-    tuning = Tuning(connections=settings.download_connections)
+    tuning = RangeTuning(connections=settings.download_connections)
     volume = layout_at(settings.volume_path)
     mounted = is_volume(settings.volume_path)
-    worker = _name(settings)
+    worker = _worker_name(settings)
     local = Store(Layout(settings.local_store), hub, worker, tuning=tuning, host_cache=volume)
     shared = Store(volume, hub, worker, tuning=tuning, room=room) if mounted else None
     return Stores(settings.volume_path, shared, local, require_volume=settings.require_volume)

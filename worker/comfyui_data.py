@@ -19,8 +19,8 @@ KNOWN = Path(__file__).parent / "data" / "comfyui.json"
 
 
 @dataclass(frozen=True, slots=True)
-class Editor:
-    """The rules of ComfyUI's frontend. `modern` sets and tables are for version 1.58, `classic` ones for 1.32.
+class EditorRules:
+    """The rules of ComfyUI's frontend in `data/comfyui.json`. `modern` ones are for version 1.58, `classic` ones for 1.32.
 
     `virtual` classes exist only in the editor; `own_virtual` are those of them that are not custom nodes.
     """
@@ -45,7 +45,7 @@ class Editor:
     virtual: frozenset[str]
 
     @classmethod
-    def of(cls, raw: Mapping[str, Any]) -> Editor:
+    def of(cls, raw: Mapping[str, Any]) -> EditorRules:
         """Return the rules. 1.58 knows all that 1.32 knows."""
         savers, widgets, titles = raw["savers"], raw["widgets"], raw["titles"]
         names = ("audio_players", "broadcasters", "reroutes", "seeds", "uploads")
@@ -68,8 +68,8 @@ class Editor:
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
-    """What is known of ComfyUI without asking a running one.
+class ComfyuiData:
+    """The content of `data/comfyui.json`: what is known of ComfyUI without asking a running one.
 
     `same_folders` are those that ComfyUI reads as one, in its order: if both have a name, the first one's file is loaded.
     `one_folder` maps the folder for new files to them, that one first. `releases` has the classes by the oldest recorded
@@ -81,7 +81,7 @@ class Known:
 
     class_folders: Mapping[str, str | Mapping[str, str]]
     combos_checked_since: str
-    editor: Editor
+    editor: EditorRules
     embedding_suffixes: tuple[str, ...]
     first_widgets: Mapping[str, list[str]]
     folders: frozenset[str]
@@ -104,13 +104,13 @@ class Known:
     warmup_kept: Mapping[str, frozenset[str]]
 
     @classmethod
-    def of(cls, raw: Mapping[str, Any]) -> Known:
+    def of(cls, raw: Mapping[str, Any]) -> ComfyuiData:
         """Return the content of the file's JSON."""
         same, taes = raw["same_folders"], raw["vae_approx"]
         return cls(
             class_folders=raw["class_folders"],
             combos_checked_since=raw["checked_since"]["combos"],
-            editor=Editor.of(raw["editor"]),
+            editor=EditorRules.of(raw["editor"]),
             embedding_suffixes=tuple(raw["embeddings"]["suffixes"]),
             first_widgets=raw["first_widgets"],
             folders=frozenset(raw["folders"]),
@@ -153,7 +153,7 @@ class Known:
     def has(self, class_type: str, release: str) -> bool:
         """Return whether a recorded release has the class."""
         since = self.since(class_type)
-        return since is not None and older(since, release, or_same=True) and class_type not in self.gone.get(release, ())
+        return since is not None and is_older(since, release, or_same=True) and class_type not in self.gone.get(release, ())
 
     @property
     def newest(self) -> str:
@@ -161,13 +161,13 @@ class Known:
         return list(self.releases)[-1]
 
 
-def older(one: str, other: str, *, or_same: bool = False) -> bool:
-    """Return whether a release of ComfyUI came before another: `0.3.75` before `v0.33.0`."""
+def is_older(one: str, other: str, *, or_same: bool = False) -> bool:
+    """Return whether a recorded release of ComfyUI came before another: `0.3.75` before `v0.33.0`."""
     first, second = (tuple(int(digits) for digits in re.findall(r"\d+", version)[:3]) for version in (one, other))
     return first < second or (or_same and first == second)
 
 
 @cache
-def known() -> Known:
-    """Return the file's content. The first call reads it."""
-    return Known.of(json.loads(KNOWN.read_bytes()))
+def known() -> ComfyuiData:
+    """Return the content of `data/comfyui.json`. The first call reads it."""
+    return ComfyuiData.of(json.loads(KNOWN.read_bytes()))

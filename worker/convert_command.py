@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from worker.editor.convert import classes, convert, is_ui
+from worker.editor.convert import classes_to_convert, convert, is_saved_workflow
 from worker.editor.embedded_workflow import embedded_workflow
 from worker.engine.client import ComfyClient, Versions
 from worker.errors import ConvertUsage, EngineUnreachable
-from worker.graph.graph import bare, parse_graph
+from worker.graph.graph import parse_graph, without_wrapper
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def run(argv: Sequence[str], settings: Settings) -> int:
-    """Print the graph and return 0. Raises `ConvertUsage` for unreadable input, a `RequestError` for the workflow."""
+    """Run the command `convert`: print the graph, return 0. Raises `ConvertUsage`, and a `RequestError` for the workflow."""
     parser = argparse.ArgumentParser(
         prog="python -m worker convert",
         description="Convert a workflow in the editor's format, or one in a picture or video, to the graph that "
@@ -38,7 +38,7 @@ def run(argv: Sequence[str], settings: Settings) -> int:
     parser.add_argument("--frontend", metavar="VERSION", help="convert as this version of the editor does, such as 1.58.1")
     options = parser.parse_args(argv)
     value = _read(options.workflow)
-    if is_ui(value):
+    if is_saved_workflow(value):
         info, versions = _definitions(value, settings, options.object_info)
         value = convert(value, info, frontend=options.frontend or versions.frontend, comfyui=versions.comfyui).graph
     print(json.dumps(parse_graph(value), indent=2, ensure_ascii=False))  # noqa: T201 - the command's output
@@ -55,11 +55,11 @@ def _read(name: str) -> Any:  # noqa: ANN401 - a workflow of either format
         raise ConvertUsage(
             f"{name} holds no workflow: give a .json that ComfyUI saved, or a picture or video with its metadata."
         )
-    return bare(found.best)
+    return without_wrapper(found.best)
 
 
 def _definitions(ui: object, settings: Settings, path: Path | None) -> tuple[dict[str, Any], Versions]:
-    """Return the definitions of the workflow's node classes, and ComfyUI's versions if they are known."""
+    """Return, for the command `convert`, the definitions of the workflow's node classes, and ComfyUI's versions if known."""
     if path is None:
         return asyncio.run(_ask(ui, f"127.0.0.1:{settings.comfyui_port}"))
     try:
@@ -74,7 +74,7 @@ def _definitions(ui: object, settings: Settings, path: Path | None) -> tuple[dic
 async def _ask(ui: object, address: str) -> tuple[dict[str, Any], Versions]:
     client = ComfyClient(address)
     try:
-        definitions = await client.object_info(classes(ui))
+        definitions = await client.object_info(classes_to_convert(ui))
         await client.answers()
     except EngineUnreachable as exc:
         raise ConvertUsage(

@@ -12,8 +12,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from worker.base.text import count
-from worker.engine.event_loop import Aside
-from worker.error_reply import carried, failure, sentence, sentences
+from worker.engine.event_loop import LoopAside
+from worker.error_reply import encodable, error_reply, reply_sentence, reply_sentences
 from worker.errors import (
     DeliveryError,
     InternalError,
@@ -23,7 +23,7 @@ from worker.errors import (
     WorkflowRejected,
 )
 from worker.graph.model_names import named_models
-from worker.graph.rejection import with_sent
+from worker.graph.rejection import with_sent_files
 from worker.job import Request
 from worker.job_timings import JobTimings
 from worker.logs import RedactingFilter
@@ -35,10 +35,10 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 
     from worker.engine.client import RunResult
-    from worker.engine.definitions import Kept
+    from worker.engine.definitions import DefinitionsOnVolume
     from worker.engine.engine import Engine
-    from worker.engine.event_loop import Boot
-    from worker.engine.events import Progress
+    from worker.engine.event_loop import BootMilestones
+    from worker.engine.events import NodeProgress
     from worker.graph.graph import Graph
     from worker.job import Result
     from worker.media.delivery import Delivery
@@ -53,15 +53,15 @@ log = logging.getLogger(__name__)
 
 
 def _tell_nobody(_: dict[str, Any]) -> None:
-    """Ignore progress, because nobody can see it, as in RunPod's local API."""
+    """Ignore a job's progress, because nobody can see it, as in RunPod's local API."""
 
 
 def _not_waited_for() -> None:
-    """Default `engine_free`: ignore the signal (the local API has no queue)."""
+    """Default `engine_free` of a job: ignore the signal (the local API has no queue)."""
 
 
-async def _nothing() -> None:
-    """Nothing was done ahead."""
+async def _nothing_ahead() -> None:
+    """Nothing was done for a job ahead."""
 
 
 class JobHandler:
@@ -76,8 +76,8 @@ class JobHandler:
         delivery: Delivery,
         *,
         warmup: Warmup,
-        boot: Boot,
-        kept: Kept,
+        boot: BootMilestones,
+        kept: DefinitionsOnVolume,
     ) -> None:
         self._settings = settings
         self._engine = engine
@@ -105,16 +105,16 @@ class JobHandler:
         job_id, timings = str(job.get("id", "?")), JobTimings()
         log.info("job %s: started", job_id)
         try:
-            aside = Aside(job.get("input"))
-            around = Around(lambda progress: tell(carried(progress)), engine_free, timings, aside)
-            result: dict[str, Any] = carried((await self._run(job, job_id, around)).to_dict())
-            log.info("job %s: finished in %.2f s, %s", job_id, timings.total_s(), contents(result))
+            aside = LoopAside(job.get("input"))
+            around = JobContext(lambda progress: tell(encodable(progress)), engine_free, timings, aside)
+            result: dict[str, Any] = encodable((await self._run(job, job_id, around)).to_dict())
+            log.info("job %s: finished in %.2f s, %s", job_id, timings.total_s(), result_contents(result))
         except WorkerError as exc:
-            result = failure(exc, self._redact)
+            result = error_reply(exc, self._redact)
             log.warning("job %s: failed after %.2f s: %s [%s]", job_id, timings.total_s(), result["error"], exc.code)
         except Exception:
             log.exception("job %s: failed after %.2f s by a defect of the worker", job_id, timings.total_s())
-            result = failure(InternalError(), self._redact)
+            result = error_reply(InternalError(), self._redact)
         except asyncio.CancelledError:
             log.info("job %s: cancelled after %.2f s", job_id, timings.total_s())
             raise
@@ -127,7 +127,7 @@ class JobHandler:
         """Return whether each job is this worker's last: REFRESH_WORKER."""
         return self._settings.refresh_worker
 
-    async def _run(self, job: Mapping[str, Any], job_id: str, around: Around) -> Result:
+    async def _run(self, job: Mapping[str, Any], job_id: str, around: JobContext) -> Result:
         request = await around.aside(Request.parse, job.get("input"))
         with self._inputs.of_job(request.files) as files, self._job_models.use() as use:
             try:
@@ -136,7 +136,7 @@ class JobHandler:
                 self._delivery.job_ended()
 
     async def _run_request(
-        self, request: Request, files: JobInputFiles, job: Mapping[str, Any], job_id: str, around: Around
+        self, request: Request, files: JobInputFiles, job: Mapping[str, Any], job_id: str, around: JobContext
     ) -> Result:
         await around.aside(files.check)
         if request.models is not None:
@@ -165,16 +165,16 @@ class JobHandler:
             nodes=request.outputs,
             previews=request.previews,
             bucket=bucket,
-            pictures=picture_format(request),
+            pictures=requested_format(request),
         )
         try:
             run = await self._run_graph(graph, request, files, around)
         except NodeFailed as exc:
-            return timed(await self._what_there_is(exc, deliver, job_id, around), request, around)
+            return with_timings(await self._what_there_is(exc, deliver, job_id, around), request, around)
         self._warmup.ran(graph, models)
         if not self.refreshes:
             around.engine_free()
-        deliver = partial(deliver, warnings=sentences(run.dropped, self._redact), silent=run.silent)
+        deliver = partial(deliver, warnings=reply_sentences(run.dropped, self._redact), silent=run.silent)
         try:
             with around.timings.step("delivering"):
                 result = await deliver(run.outputs, cached=run.cached)
@@ -186,9 +186,9 @@ class JobHandler:
             with around.timings.step("delivering"):
                 result = await deliver(run.outputs | again.outputs)
         self._keep_definitions()
-        return timed(result, request, around, run.queued_s, run.node_s)
+        return with_timings(result, request, around, run.queued_s, run.node_s)
 
-    async def _ask_the_judge(self, prepared: Prepared, request: Request, files: JobInputFiles, around: Around) -> None:
+    async def _ask_the_judge(self, prepared: Prepared, request: Request, files: JobInputFiles, around: JobContext) -> None:
         """Have ComfyUI refuse, in its own words, a graph that no file can save. Returns if it does not refuse it for that.
 
         Nothing was fetched for it, so what ComfyUI says of files that would have been is left out.
@@ -224,7 +224,7 @@ class JobHandler:
         It answers nothing: whatever is wrong is found once more when ComfyUI is there, and told then.
         """
         if not self._engine.is_booting:
-            yield _nothing
+            yield _nothing_ahead
             return
         task = asyncio.create_task(self._do_ahead(wanted), name="ahead")
         try:
@@ -253,7 +253,7 @@ class JobHandler:
             log.debug("job %s: not done ahead: %s", wanted.id, exc)
 
     async def _what_there_is(
-        self, error: NodeFailed, deliver: Callable[..., Awaitable[Result]], job_id: str, around: Around
+        self, error: NodeFailed, deliver: Callable[..., Awaitable[Result]], job_id: str, around: JobContext
     ) -> Result:
         """Return what other nodes had saved before one failed, with the failure beside it, as worker-comfyui does.
 
@@ -265,7 +265,7 @@ class JobHandler:
             around.engine_free()
         try:
             with around.timings.step("delivering"):
-                result = await deliver(error.outputs, warnings=[sentence(error.sentence, self._redact)])
+                result = await deliver(error.outputs, warnings=[reply_sentence(error.sentence, self._redact)])
         except (OutputGone, DeliveryError) as exc:
             raise error from exc
         if result.is_empty:
@@ -274,18 +274,18 @@ class JobHandler:
         return result
 
     async def _run_again(
-        self, graph: Graph, request: Request, files: JobInputFiles, around: Around, nodes: Collection[str]
+        self, graph: Graph, request: Request, files: JobInputFiles, around: JobContext, nodes: Collection[str]
     ) -> RunResult:
         """Run these output nodes again, and no others."""
         roots = {node_id if node_id in graph else node_id.partition(".")[0] for node_id in nodes}
-        return await self._run_graph(made_again(graph, roots, uuid.uuid4().hex), request, files, around, targets=roots)
+        return await self._run_graph(made_to_run_again(graph, roots, uuid.uuid4().hex), request, files, around, targets=roots)
 
     async def _run_graph(
         self,
         graph: Graph,
         request: Request,
         files: JobInputFiles,
-        around: Around,
+        around: JobContext,
         targets: Collection[str] | None = None,
         *,
         place: bool = True,
@@ -315,50 +315,50 @@ class JobHandler:
                                 on_progress=lambda step: around.tell(sampling_progress(step)),
                             )
                         except WorkflowRejected as exc:
-                            exc.problems = with_sent(exc.problems, files.names)
+                            exc.problems = with_sent_files(exc.problems, files.names)
                             raise
-                        return replace(run, dropped=with_sent(run.dropped, files.names)) if run.dropped else run
+                        return replace(run, dropped=with_sent_files(run.dropped, files.names)) if run.dropped else run
 
 
-def timed(
-    result: Result, request: Request, around: Around, queued_s: float = 0.0, node_s: Mapping[str, float] | None = None
+def with_timings(
+    result: Result, request: Request, around: JobContext, queued_s: float = 0.0, node_s: Mapping[str, float] | None = None
 ) -> Result:
-    """Return the result with its timings, if the client asked for them."""
+    """Return a job's result with its timings, if the client asked for them."""
     return replace(result, timings=around.timings.to_dict(queued_s, node_s or {})) if request.return_timings else result
 
 
-def picture_format(request: Request) -> PictureFormat | None:
-    """Return the format in which the request wants its PNGs, or None."""
+def requested_format(request: Request) -> PictureFormat | None:
+    """Return the format in which a job's request wants its PNGs, or None."""
     return PictureFormat(request.output_format, request.quality) if request.output_format else None
 
 
 @dataclass(frozen=True, slots=True)
-class Around:
-    """A job's context: the listener of its progress, the waiter for the engine, its clock, and where it is read."""
+class JobContext:
+    """A job's context in the handler: who hears of its progress and of the free engine, its clock, and where it is read."""
 
     tell: Tell
     engine_free: Callable[[], None]
     timings: JobTimings
-    aside: Aside
+    aside: LoopAside
     use: JobUse | None = None
     """What protects its models from removal."""
 
 
-def made_again(graph: Graph, nodes: Collection[str], nonce: str) -> Graph:
-    """Return the graph with an extra input in these nodes, which only ComfyUI's cache notices."""
+def made_to_run_again(graph: Graph, nodes: Collection[str], nonce: str) -> Graph:
+    """Return a job's graph with an extra input in these nodes, which only ComfyUI's cache notices, so that they run again."""
     return {
         node_id: {**node, "inputs": {**node["inputs"], "run_again": nonce}} if node_id in nodes else node
         for node_id, node in graph.items()
     }
 
 
-def sampling_progress(step: Progress) -> dict[str, Any]:
-    """Return what a client sees while a node works: step `value` of `max` in the node with this id."""
+def sampling_progress(step: NodeProgress) -> dict[str, Any]:
+    """Return what the client of a job sees while a node works: step `value` of `max` in the node with this id."""
     percent = 100 * step.value / step.maximum if step.maximum else 0.0
     return {"type": "progress", "value": step.value, "max": step.maximum, "percent": round(percent, 1), "node": step.node_id}
 
 
-def contents(result: Mapping[str, Any]) -> str:
-    """Return what a result holds, for the log: `2 images, 1 text`."""
+def result_contents(result: Mapping[str, Any]) -> str:
+    """Return what a job's result holds, for the log: `2 images, 1 text`."""
     kinds = {"images": "image", "videos": "video", "audio": "audio file", "text": "text", "files": "file"}
     return ", ".join(count(result[key], kind) for key, kind in kinds.items() if result.get(key)) or "no outputs"

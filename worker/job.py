@@ -97,13 +97,13 @@ class Request:
         if fields.get("workflow") is None and carrier is None:
             raise WorkflowMissing
         return cls(
-            workflow=_workflow(fields.get("workflow")),
-            files=_images(fields.get("images")) + _files(fields.get("files")),
-            comfy_org_api_key=_key(fields.get("comfy_org_api_key")),
+            workflow=_workflow_field(fields.get("workflow")),
+            files=_images_field(fields.get("images")) + _files(fields.get("files")),
+            comfy_org_api_key=_key_field(fields.get("comfy_org_api_key")),
             models=fields.get("models"),
             extra_pnginfo=_pnginfo(fields.get("extra_pnginfo")),
-            timeout_s=_seconds(fields.get("timeout_s")),
-            outputs=_node_ids(fields.get("outputs")),
+            timeout_s=_timeout_field(fields.get("timeout_s")),
+            outputs=_outputs_field(fields.get("outputs")),
             workflow_from=carrier,
             set=_overrides(fields.get("set")),
             seed=_seed(fields.get("seed")),
@@ -115,7 +115,7 @@ class Request:
 
 
 def check_depth(value: object, what: str = "The input") -> None:
-    """Refuse values that are nested too deeply. Raises `InputTooDeep`.
+    """Refuse a job's input that is nested too deeply. Raises `InputTooDeep`.
 
     ComfyUI copies a graph and its extra data by recursion: a value of some 500 levels ends its prompt thread.
     """
@@ -146,8 +146,8 @@ def _object(value: object) -> dict[str, Any]:
     return value
 
 
-def _workflow(value: object) -> object:
-    """Return the workflow. A string may contain its JSON; another string is the name of one."""
+def _workflow_field(value: object) -> object:
+    """Return the request's workflow. A string may contain its JSON; another string is the name of one."""
     if not isinstance(value, str) or not value.lstrip().startswith("{"):
         return value
     try:
@@ -160,14 +160,14 @@ def _workflow(value: object) -> object:
     return workflow
 
 
-def _images(value: object) -> tuple[InputFile, ...]:
-    """Parse `images: [{name, image}]` as every client sends it, or `{name, url}`."""
+def _images_field(value: object) -> tuple[InputFile, ...]:
+    """Parse the request's `images: [{name, image}]` as every client sends it, or `{name, url}`."""
     if value is None:
         return ()
     if not isinstance(value, list):
         raise ImagesInvalid
     _check_count("images", value)
-    files = tuple(_file(item, data_key="image") for item in value)
+    files = tuple(_input_file(item, data_key="image") for item in value)
     if None in files:
         raise ImagesInvalid
     return tuple(file for file in files if file)
@@ -185,14 +185,14 @@ def _files(value: object) -> tuple[InputFile, ...]:
     if not isinstance(value, list):
         raise FieldInvalid("files", rule)
     _check_count("files", value)
-    files = tuple(_file(item, data_key="data") for item in value)
+    files = tuple(_input_file(item, data_key="data") for item in value)
     if None in files:
         raise FieldInvalid("files", rule)
     return tuple(file for file in files if file)
 
 
-def _file(item: object, data_key: str) -> InputFile | None:
-    """Return the file that an entry describes, or None."""
+def _input_file(item: object, data_key: str) -> InputFile | None:
+    """Return the file that an entry of the request describes, or None."""
     if not isinstance(item, dict):
         return None
     name, subfolder, data, url = (item.get(key) for key in ("name", "subfolder", data_key, "url"))
@@ -207,8 +207,8 @@ def _file(item: object, data_key: str) -> InputFile | None:
     return None
 
 
-def _key(value: object) -> str | None:
-    """Return the key; an empty one is None. Refuse other types: the job would be charged to the worker's own key."""
+def _key_field(value: object) -> str | None:
+    """Return the request's key; an empty one is None. Refuse other types: the job would be charged to the worker's own key."""
     if value is not None and not isinstance(value, str):
         raise FieldInvalid("comfy_org_api_key", "must be a string")
     return value or None
@@ -224,8 +224,8 @@ def _pnginfo(value: object) -> dict[str, Any] | None:
     return value
 
 
-def _seconds(value: object) -> float | None:
-    """Return the limit. None, also for 0, means that only the operator's limit applies."""
+def _timeout_field(value: object) -> float | None:
+    """Return the request's time limit. None, also for 0, means that only the operator's limit applies."""
     if value is None:
         return None
     seconds = math.nan
@@ -239,18 +239,18 @@ def _seconds(value: object) -> float | None:
     return seconds
 
 
-def _whole(value: object) -> int | None:
-    """Return the whole number that JSON wrote as 9 or as 9.0, which mean the same there. None for anything else."""
+def _whole_number(value: object) -> int | None:
+    """Return a request's whole number that JSON wrote as 9 or as 9.0, which mean the same there. None for anything else."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
-def _node_ids(value: object) -> frozenset[str] | None:
-    """Return the nodes. None means all, also for an empty list: nobody runs a GPU for no output."""
+def _outputs_field(value: object) -> frozenset[str] | None:
+    """Return the nodes that the request names. None means all, also for an empty list: nobody runs a GPU for no output."""
     if value is None or value == []:
         return None
-    ids = [item if isinstance(item, str) else _whole(item) for item in value] if isinstance(value, list) else []
+    ids = [item if isinstance(item, str) else _whole_number(item) for item in value] if isinstance(value, list) else []
     if not ids or None in ids:
         raise FieldInvalid("outputs", 'must be a list of node ids, such as ["9"], or be left out to have all outputs')
     return frozenset(str(node_id) for node_id in ids)
@@ -267,7 +267,7 @@ def _seed(value: object) -> str | int | None:
         return value
     if value == -1:  # many front ends mean it so
         return "random"
-    number = _whole(value)
+    number = _whole_number(value)
     if number is None or not 0 <= number <= _LARGEST_SEED:
         raise FieldInvalid("seed", f"must be 'random' or -1, 'next', or a whole number from 0 to {_LARGEST_SEED}")
     return number
@@ -280,7 +280,7 @@ def _picture_format(value: object) -> str | None:
 
 
 def _quality(value: object) -> int:
-    number = _QUALITY if value is None else _whole(value)
+    number = _QUALITY if value is None else _whole_number(value)
     if number is None or not 1 <= number <= _BEST_QUALITY:
         raise FieldInvalid("quality", f"must be a whole number from 1 to {_BEST_QUALITY}")
     return number
@@ -294,7 +294,7 @@ def _flag(name: str, value: object) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class OutputItem:
-    """One file or text of the result.
+    """One file or text of a job's result.
 
     `type` says what `data` is. `base64`: the file's bytes, without a prefix. `s3_url`: a signed address. `volume_path`: its
     path below the network volume's root, which is its key in the volume's S3 API as well. `text`: the text itself.

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 from worker.error_reply import DETAILS
 from worker.errors import FieldInvalid, FileUnusable, ModelMissing
-from worker.graph.graph import declares, needed_nodes
+from worker.graph.graph import declares_input, needed_nodes
 from worker.graph.model_names import named_models, renamed, respellable_names, with_accents, with_slashes
 from worker.graph.paths import check_paths
 from worker.graph.preflight import runnable_outputs
-from worker.graph.rejection import missing_model
+from worker.graph.rejection import missing_model_sentence
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
-    from worker.engine.definitions import Answers
+    from worker.engine.definitions import DefinitionSource
     from worker.engine.event_loop import Milestone
     from worker.graph.graph import Graph
     from worker.graph.model_names import NamedModel
@@ -82,7 +82,7 @@ class Parts:
 class Preparation:
     """Prepares one job, by what `answers` says of ComfyUI's node classes: ComfyUI itself, or what one said before."""
 
-    def __init__(self, answers: Answers, parts: Parts, job: Job) -> None:
+    def __init__(self, answers: DefinitionSource, parts: Parts, job: Job) -> None:
         self._answers = answers
         self._workflows = parts.workflows
         self._job_models = parts.job_models
@@ -166,7 +166,7 @@ class Preparation:
 
     async def _missing_sentence(self, model: NamedModel, *, suggest: bool) -> str:
         choices = await self._choices(model) if suggest else ()
-        return await asyncio.to_thread(missing_model, model, model.name, choices)
+        return await asyncio.to_thread(missing_model_sentence, model, model.name, choices)
 
     async def _nowhere(self, names: Sequence[Name], guessed: Collection[Name]) -> list[Name]:
         """Return the names that no folder at all has, if their folder is only a guess."""
@@ -178,7 +178,9 @@ class Preparation:
         """Return the models in rows that their class does not declare: ComfyUI checks no value there."""
         rows = [model for model in models if not isinstance(graph[model.node_id]["inputs"][model.input_name], str)]
         info = await self._answers.object_info({model.class_type for model in rows}) if rows else {}
-        return [model for model in rows if model.class_type in info and not declares(info[model.class_type], model.input_name)]
+        return [
+            model for model in rows if model.class_type in info and not declares_input(info[model.class_type], model.input_name)
+        ]
 
     async def _as_written(self, models: Sequence[NamedModel]) -> Sequence[NamedModel]:
         """Return the models, with the backslash in a name if a file's name really contains it."""

@@ -9,7 +9,7 @@ import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from worker.base.text import forms
+from worker.base.text import unicode_forms
 from worker.editor.embedded_workflow import MAX_TEXT_BYTES, embedded_workflow, json_fault
 from worker.errors import NoWorkflowInFile, UnsafePath, VolumeFailed, WorkflowUnknown
 from worker.store.layout import Layout
@@ -54,7 +54,7 @@ def workflow_bytes(volume: Path, name: str) -> bytes | None:
     Raises `UnsafePath` and `VolumeFailed`.
     """
     layout = Layout(volume)
-    found = (_file_bytes(layout, layout.workflow(form), name) for form in forms(name))
+    found = (_file_bytes(layout, layout.workflow(form), name) for form in unicode_forms(name))
     return next((data for data in found if data is not None), None)
 
 

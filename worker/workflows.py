@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from worker.comfyui_data import known
 from worker.editor.embedded_workflow import embedded_workflow, json_fault
-from worker.editor.saved_workflow import is_ui
-from worker.engine.event_loop import Aside, is_large
+from worker.editor.saved_workflow import is_saved_workflow
+from worker.engine.event_loop import LoopAside, is_large_json
 from worker.errors import FieldInvalid, NoWorkflowInFile, UiWorkflowInvalid
-from worker.graph.graph import bare, is_finite, parse_graph
+from worker.graph.graph import is_finite, parse_graph, without_wrapper
 from worker.graph.overrides import apply_overrides, next_values
-from worker.graph.rejection import nodes_of, unknown_nodes
+from worker.graph.rejection import node_origins, unknown_nodes
 from worker.job import check_depth
 from worker.volume_workflows import is_name, read_workflow
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from worker.editor.convert import Control
-    from worker.engine.definitions import Answers
+    from worker.engine.definitions import DefinitionSource
     from worker.graph.graph import Graph
     from worker.job import Request
     from worker.media.inputs import JobInputFiles
@@ -39,12 +39,12 @@ class Source:
 
     value: object
     extra_pnginfo: dict[str, Any] | None
-    aside: Aside
+    aside: LoopAside
 
     @property
     def is_saved(self) -> bool:
         """Return whether it is in the editor's format, which only ComfyUI's definitions make a graph of."""
-        return is_ui(self.value)
+        return is_saved_workflow(self.value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ class Workflows:
     def __init__(self, volume: Path) -> None:
         self._volume = volume
 
-    async def read(self, request: Request, files: JobInputFiles, aside: Aside) -> Source:
+    async def read(self, request: Request, files: JobInputFiles, aside: LoopAside) -> Source:
         """Return the request's workflow, from wherever it is.
 
         Raises a `RequestError`. Raises `InputError` if the file that contains the workflow is unavailable, and `VolumeFailed`
@@ -74,11 +74,11 @@ class Workflows:
         elif is_name(value):
             name, value = str(value), await asyncio.to_thread(read_workflow, self._volume, str(value))
             check_depth(value, f"The workflow '{name}'")
-        if value is not request.workflow and is_large(value):
-            aside = Aside(value)
-        return Source(bare(value), pnginfo, aside)
+        if value is not request.workflow and is_large_json(value):
+            aside = LoopAside(value)
+        return Source(without_wrapper(value), pnginfo, aside)
 
-    async def graph_of(self, source: Source, request: Request, answers: Answers) -> Given:
+    async def graph_of(self, source: Source, request: Request, answers: DefinitionSource) -> Given:
         """Return the graph with the request's seeds and overrides applied. The request itself is not changed.
 
         Raises a `RequestError`: nothing is guessed. `answers` is asked for a workflow in the editor's format only.
@@ -97,7 +97,7 @@ class Workflows:
             graph = await aside(_changed, graph, controls, request)
         return Given(graph, pnginfo)
 
-    async def check_classes(self, graph: Graph, answers: Answers) -> Graph:
+    async def check_classes(self, graph: Graph, answers: DefinitionSource) -> Graph:
         """Return the graph if ComfyUI has all its node classes. It refuses any other graph, even if a node is unused.
 
         Raises `UnknownNodes` with all missing classes. If ComfyUI replaces a node's class, the node gets the `_meta` without
@@ -105,7 +105,7 @@ class Workflows:
         """
         lacking, replaced = await answers.lacks({node["class_type"] for node in graph.values()})
         if lacking:
-            raise unknown_nodes(nodes_of(graph, lacking), (await answers.versions()).comfyui)
+            raise unknown_nodes(node_origins(graph, lacking), (await answers.versions()).comfyui)
         if not replaced:
             return graph
         return {key: {"_meta": {}, **node} if node["class_type"] in replaced else node for key, node in graph.items()}
@@ -113,14 +113,14 @@ class Workflows:
     async def _converted(
         self,
         ui: Any,  # noqa: ANN401 - what the editor saved
-        aside: Aside,
-        answers: Answers,
+        aside: LoopAside,
+        answers: DefinitionSource,
     ) -> tuple[Graph, Sequence[Control]]:
         # Jobs in API format never need it. It would add 2,000 lines to every cold start.
         await asyncio.to_thread(importlib.import_module, "worker.editor.convert")
-        from worker.editor.convert import classes, convert  # noqa: PLC0415 - imported above, away from the event loop
+        from worker.editor.convert import classes_to_convert, convert  # noqa: PLC0415 - imported above, away from the event loop
 
-        needed = await aside(classes, ui)
+        needed = await aside(classes_to_convert, ui)
         info, versions = await asyncio.gather(answers.object_info(needed), answers.versions())
         converted = await asyncio.to_thread(convert, ui, info, frontend=versions.frontend, comfyui=versions.comfyui)
         return await aside(parse_graph, converted.graph), converted.controls

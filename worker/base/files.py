@@ -33,7 +33,7 @@ def free_bytes(path: Path) -> int | None:
 
 
 def patiently(operate: Callable[[], T], wait_s: float = _SETTLE_S) -> T:
-    """Run `operate`. Retry for up to `wait_s` while a folder that another host just made is not visible yet."""
+    """Run a file operation. Retry for up to `wait_s` while a folder that another host just made is not visible yet."""
     until_s = time.monotonic() + wait_s
     while True:
         try:
@@ -77,13 +77,13 @@ def _create(path: Path) -> int:
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
 
 
-def create(path: Path) -> int:
+def create_file(path: Path) -> int:
     """Create a file and its folders and return its descriptor. Raises FileExistsError."""
     return patiently(lambda: _create(path))
 
 
 def write_at(fd: int, view: memoryview, offset: int) -> None:
-    """Write all of it.
+    """Write all bytes at an offset of a file.
 
     A short write means that a quota was reached in the middle, so the rest is written again to get the error.
     """
@@ -105,7 +105,7 @@ def sync_folder(folder: Path) -> None:
 
 
 class Peek:
-    """Look at one path repeatedly. Its folder stays open, so that a look costs a network volume one or two operations.
+    """Looks at one file's path repeatedly. Its folder stays open, so that a look costs a network volume one or two operations.
 
     A replaced folder is noticed after `_RENEW_S`. One thread uses it.
     """

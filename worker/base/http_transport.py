@@ -39,7 +39,7 @@ class AsyncioBackend(httpcore2.AsyncNetworkBackend):
 
 
 class AsyncioStream(httpcore2.AsyncNetworkStream):
-    """One connection."""
+    """One connection of the transport on asyncio's streams."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader

@@ -16,7 +16,7 @@ _TICK_S = 0.2
 
 
 class CancelToken(Protocol):
-    """What every long call watches. `threading.Event` is one."""
+    """What every long call with progress watches, to be cancelled. `threading.Event` is one."""
 
     def is_set(self) -> bool:
         """Return whether the caller no longer wants the result."""
@@ -28,8 +28,8 @@ class CancelToken(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
-    """The progress of one model. `by` names the other worker whose download this one waits for."""
+class ModelProgress:
+    """The progress of one model's download. `by` names the other worker whose download this one waits for."""
 
     phase: Phase
     done_bytes: int = 0
@@ -45,7 +45,7 @@ class Progress:
         return f"{f'worker {self.by}: ' if self.by else ''}{amount}{rate}{check}"
 
 
-Listener: TypeAlias = Callable[[Progress], None]
+Listener: TypeAlias = Callable[[ModelProgress], None]
 
 
 class Meter:
@@ -78,6 +78,6 @@ def metered(phase: Phase, total_bytes: int, report: Listener, done_bytes: int = 
         now_s = time.monotonic()
         if now_s >= next_s:
             next_s = now_s + _TICK_S
-            report(Progress(phase, done_bytes, total_bytes, rate.rate(now_s, done_bytes)))
+            report(ModelProgress(phase, done_bytes, total_bytes, rate.rate(now_s, done_bytes)))
 
     return on_bytes

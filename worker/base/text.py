@@ -23,12 +23,12 @@ def is_legible(text: str) -> bool:
     return text.isprintable() or not any(unicodedata.category(char) in _ILLEGIBLE for char in text)
 
 
-def form_of(text: str) -> Literal["NFC", "NFD"]:
+def unicode_form(text: str) -> Literal["NFC", "NFD"]:
     """Return which Unicode normalisation form (of accents) the text uses."""
     return "NFC" if unicodedata.is_normalized("NFC", text) else "NFD"
 
 
-def forms(text: str) -> tuple[str, ...]:
+def unicode_forms(text: str) -> tuple[str, ...]:
     """Return the text, then its other normalisation forms.
 
     A Mac stores `é` as `e` and an accent (NFD), other systems as one character (NFC).
@@ -86,8 +86,8 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
-def shown(text: str, limit: int = _SHOWN_CHARS) -> str:
-    """Return a name or title from a request for use in a sentence: one line, printable, cut at `limit` characters."""
+def quotable(text: str, limit: int = _SHOWN_CHARS) -> str:
+    """Return a name or title from a request as text for a sentence: one line, printable, cut at `limit` characters."""
     line = "".join(char if char.isprintable() else "?" for char in text[:limit])
     return line + "..." if len(text) > limit else line
 

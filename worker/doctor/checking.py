@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from worker.doctor.child import Child
-from worker.doctor.download_checks import downloads
+from worker.doctor.download_checks import check_downloads
 from worker.doctor.findings import Deadlines, Finding, FolderCount, Severity, Subject, problem
-from worker.doctor.list_checks import custom_nodes, host_cache, manifests, room
-from worker.doctor.model_checks import misplaced, models, seals
-from worker.doctor.volume_checks import locks, silence, space, where, writable
+from worker.doctor.list_checks import check_custom_nodes, check_host_cache, check_manifests, check_room
+from worker.doctor.model_checks import check_misplaced, check_models, check_seals
+from worker.doctor.volume_checks import check_locks, check_mount, check_space, check_writable, volume_silence
 from worker.store.pod_links import layout_at
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Probe:
-    """The checks, each a generator of findings. They run in threads and share only immutable values."""
+    """All checks of the doctor, each a generator of findings. They run in threads and share only immutable values."""
 
     def __init__(self, subject: Subject) -> None:
         self.subject = subject
@@ -35,29 +35,29 @@ class Probe:
 
     def volume(self) -> Iterator[Finding]:
         """Yield whether there is a volume, what it is, and whether it answers. The other checks require that it does."""
-        silent = silence(self.root)
+        silent = volume_silence(self.root)
         if silent:
             yield silent
             return
         self.answers = True
-        yield where(self.root, required=self.subject.require_volume)
+        yield check_mount(self.root, required=self.subject.require_volume)
 
     @property
     def checks(self) -> dict[str, Callable[[], Iterable[Finding]]]:
         """Return the checks of a volume that answers, in the order of the report. Reads a link on the volume."""
         layout, subject = layout_at(self.root), self.subject
         return {
-            "space": partial(space, layout),
-            "room": partial(room, layout, subject),
-            "writable": partial(writable, layout),
-            "locks": partial(locks, layout),
-            "models": partial(models, layout, counted=self.folders.extend),
-            "seals": partial(seals, layout),
-            "misplaced": partial(misplaced, layout, Path(subject.comfyui_models)),
-            "downloads": partial(downloads, layout),
-            "manifests": partial(manifests, layout, subject),
-            "host cache": partial(host_cache, layout),
-            "custom nodes": partial(custom_nodes, layout),
+            "space": partial(check_space, layout),
+            "room": partial(check_room, layout, subject),
+            "writable": partial(check_writable, layout),
+            "locks": partial(check_locks, layout),
+            "models": partial(check_models, layout, counted=self.folders.extend),
+            "seals": partial(check_seals, layout),
+            "misplaced": partial(check_misplaced, layout, Path(subject.comfyui_models)),
+            "downloads": partial(check_downloads, layout),
+            "manifests": partial(check_manifests, layout, subject),
+            "host cache": partial(check_host_cache, layout),
+            "custom nodes": partial(check_custom_nodes, layout),
         }
 
 
@@ -96,13 +96,13 @@ def probe_in_child() -> None:
     values = json.loads(sys.stdin.read())
     subject = Subject(**{**values, "deadlines": Deadlines(**values["deadlines"])})
     probe = Probe(subject)
-    for found in _checked(probe):
+    for found in _run_checks(probe):
         print(json.dumps(found), flush=True)  # noqa: T201 - the line to the parent
     print(_END, flush=True)  # noqa: T201 - as above
     os._exit(0)  # a normal exit would wait for threads that cannot end
 
 
-def _checked(probe: Probe) -> Iterator[dict[str, Any]]:
+def _run_checks(probe: Probe) -> Iterator[dict[str, Any]]:
     """Yield what each check found, in order: first whether the volume answers at all, then the others in parallel."""
     deadlines = probe.subject.deadlines
     answers = _Check("volume", probe.volume)

@@ -24,7 +24,7 @@ PROBLEM_FOUND: Final = 1
 
 
 def run(argv: Sequence[str], settings: Settings, deadlines: Deadlines | None = None) -> int:
-    """Print the findings in limited time. Return 0 without problems, 1 with problems, 2 for wrong arguments."""
+    """Run the command `doctor` in limited time. Return 0 without problems, 1 with problems, 2 for wrong arguments."""
     parser = argparse.ArgumentParser(
         prog="python -m worker doctor", description="Examine the volume, and say what to do about each finding."
     )
@@ -54,7 +54,7 @@ _CHECK_WIDTH: Final = len("host cache")
 
 
 def report_lines(findings: Sequence[Finding], folders: Sequence[FolderCount], width: int, *, colour: bool) -> Iterator[str]:
-    """Yield the findings in order, the folders as a table, and the number of problems, in the terminal's width."""
+    """Yield the command's report: findings in order, folders as a table, the number of problems, in the terminal's width."""
     indent = 2 + _LABEL_WIDTH + 2 + _CHECK_WIDTH + 2
     before = ""
     for found in findings:

@@ -27,18 +27,18 @@ if TYPE_CHECKING:
 _ACTIVE_S: Final = 60.0
 
 
-def downloads(layout: Layout) -> Iterator[Finding]:
+def check_downloads(layout: Layout) -> Iterator[Finding]:
     """Yield partial downloads: their progress, who downloads, or when they stopped."""
     now_s = _now_s(layout)
     files = [path for folder in entries(layout.partials) for path in entries(folder)]
     parts = [path for path in files if path.suffix == ".part"]
     if not parts:
         yield ok("none under way, none broken off")
-    sealed = _sealed(layout) if parts else set()
+    sealed = _complete_contents(layout) if parts else set()
     for part in parts:
         with contextlib.suppress(FileNotFoundError):  # published meanwhile
             yield _partial(layout, part, now_s, there=part.parent.name in sealed)
-    yield from _strays(files, now_s)
+    yield from _records_without_partial(files, now_s)
     holders = [holder for lock in entries(layout.locks) for holder in entries(lock / "holders")]
     stale = [str(holder) for holder in holders if _age_s(holder, now_s) > _ACTIVE_S]
     if stale:
@@ -50,14 +50,14 @@ def downloads(layout: Layout) -> Iterator[Finding]:
         yield listing(Severity.NOTE, text, uploads)
 
 
-def _sealed(layout: Layout) -> set[str]:
+def _complete_contents(layout: Layout) -> set[str]:
     """Return the contents that are complete, by the names of their partials' folders."""
     seals = (read_seal(Path(folder, name)) for folder, _, names in os.walk(layout.seals) for name in names)
     return {seal.sha256 for seal in seals if seal and seal.sha256}
 
 
-def _strays(files: list[Path], now_s: float) -> Iterator[Finding]:
-    """Yield records without their file: a worker was killed between the two."""
+def _records_without_partial(files: list[Path], now_s: float) -> Iterator[Finding]:
+    """Yield the records of partial downloads without their file: a worker was killed between the two."""
     there = {path.with_suffix("") for path in files if path.suffix == ".part"}
     strays = [str(path) for path in files if path.with_suffix("") not in there and _ACTIVE_S < _age_s(path, now_s) < math.inf]
     if strays:
@@ -84,7 +84,7 @@ def _partial(layout: Layout, part: Path, now_s: float, *, there: bool) -> Findin
 
 
 def _now_s(layout: Layout) -> float:
-    """Return the time of the volume's own clock, which dates its files. This machine's if nothing can be written."""
+    """Return the volume's time, to tell the age of partial downloads. This machine's if nothing can be written."""
     with contextlib.suppress(OSError):
         return _touch_and_remove(layout.state)
     return time.time()

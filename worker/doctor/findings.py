@@ -35,7 +35,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class FolderCount:
-    """The contents of one folder of models. `size_bytes` and `sealed` are None if there are too many files to stat."""
+    """What findings count in one folder of models. `size_bytes` and `sealed` are None if there are too many files to stat."""
 
     folder: str
     files: int
@@ -45,7 +45,7 @@ class FolderCount:
 
 @dataclass(frozen=True, slots=True)
 class Deadlines:
-    """How long the volume may take to answer at all, and each check after that."""
+    """How long the volume may take to answer at all, and each check for its findings."""
 
     answer_s: float = 10.0
     check_s: float = 30.0
@@ -53,7 +53,7 @@ class Deadlines:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What is examined, as it is passed to the child."""
+    """What the doctor examines for findings, as it is passed to the child."""
 
     volume: str
     comfyui_models: str
@@ -90,18 +90,18 @@ def problem(message: str, paths: Iterable[object] = (), check: str = "") -> Find
 
 def listing(severity: Severity, text: str, names: Sequence[str]) -> Finding:
     """Return a finding about several things. The first few are named, all of them are in `paths`."""
-    return Finding(severity, f"{text}: {some(names)}", tuple(names))
+    return Finding(severity, f"{text}: {first_names(names)}", tuple(names))
 
 
 def capped(troubles: Sequence[tuple[str, str]], severity: Severity = Severity.PROBLEM) -> Iterator[Finding]:
-    """Yield a problem for each sentence and its path, up to a limit: a volume full of them must not hide the rest."""
+    """Yield a finding for each sentence and its path, up to a limit: a volume full of problems must not hide the rest."""
     for text, path in troubles[:_SHOWN_PROBLEMS]:
         yield Finding(severity, text, (path,))
     if rest := [path for _, path in troubles[_SHOWN_PROBLEMS:]]:
         yield listing(severity, f"{len(rest)} more like these (--json names all)", rest)
 
 
-def some(names: Sequence[str]) -> str:
-    """Return the first few names."""
+def first_names(names: Sequence[str]) -> str:
+    """Return the first few names, for a finding's sentence."""
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from worker.base.text import count, size_text
-from worker.doctor.findings import Severity, listing, note, ok, problem, some
+from worker.doctor.findings import Severity, first_names, listing, note, ok, problem
 from worker.doctor.volume_checks import entries, names_in
-from worker.engine.custom_nodes import read_failures
+from worker.engine.custom_nodes import read_failed_nodes
 from worker.errors import ManifestInvalid
 from worker.models.sources import Sources
 from worker.pins import read_pins
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from worker.store.layout import Layout
 
 
-def manifests(layout: Layout, subject: Subject) -> Iterator[Finding]:
+def check_manifests(layout: Layout, subject: Subject) -> Iterator[Finding]:
     """Yield whether the lists of models are readable, and what they name that is missing."""
     lists: list[dict[str, Any]] = [
         {"volume_manifest": layout.manifest},
@@ -46,24 +46,24 @@ def manifests(layout: Layout, subject: Subject) -> Iterator[Finding]:
     names = {f"{spec.folder}/{spec.name}" for spec in specs}
     missing = sorted(name for name in names if stat_file(layout.listed(name)) is None)
     if missing:
-        yield ok(f"{count(names, 'model')}, {len(missing)} still to be fetched: {some(missing)}")
+        yield ok(f"{count(names, 'model')}, {len(missing)} still to be fetched: {first_names(missing)}")
     elif names:
         yield ok(f"{count(names, 'model')}, all there")
     elif not wrong:
         yield ok("no model in models.toml, MODELS_MANIFEST or MODELS")
 
 
-def host_cache(layout: Layout) -> Iterator[Finding]:
+def check_host_cache(layout: Layout) -> Iterator[Finding]:
     """Yield what RunPod put on this machine, which is used before any download."""
     repos = [entry.name.partition("--")[2].replace("--", "/") for entry in entries(layout.host_cache)]
     repos = [repo for repo in repos if repo]
-    yield ok(f"{count(repos, 'repository')}: {some(repos)}" if repos else "none on this machine")
+    yield ok(f"{count(repos, 'repository')}: {first_names(repos)}" if repos else "none on this machine")
 
 
-def custom_nodes(layout: Layout) -> Iterator[Finding]:
+def check_custom_nodes(layout: Layout) -> Iterator[Finding]:
     """Yield the volume's nodes, and those that ComfyUI could not import at the last start."""
     folder = layout.root / "custom_nodes"
-    failures = read_failures(layout.root)
+    failures = read_failed_nodes(layout.root)
     for failed in failures:
         text = f"The custom node '{failed.name}' could not be imported ({failed.reason}): add what it lacks to its"
         yield problem(f"{text} requirements.txt, or remove it.", [folder / failed.name])
@@ -71,7 +71,7 @@ def custom_nodes(layout: Layout) -> Iterator[Finding]:
         yield ok(f"{count(names_in(folder), 'custom node')} on the volume, none known to fail")
 
 
-def room(layout: Layout, subject: Subject) -> Iterator[Finding]:
+def check_room(layout: Layout, subject: Subject) -> Iterator[Finding]:
     """Yield what would be removed next to make room, and what stays and why. Nothing where no worker removes models."""
     limits = EvictionLimits.of_gb(subject.keep_gb, subject.free_gb)
     if not limits and not layout.leases_began.exists():

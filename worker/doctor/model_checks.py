@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 _LOOKED_AT: Final = 5_000  # files: a stat and a seal for each cost some ms on a network volume
 
 
-def models(layout: Layout, counted: Callable[[Iterable[FolderCount]], None]) -> Iterator[Finding]:
+def check_models(layout: Layout, counted: Callable[[Iterable[FolderCount]], None]) -> Iterator[Finding]:
     """Yield files under `models/` that ComfyUI does not see or cannot load. Pass each folder's contents to `counted`."""
     root = layout.models
     link = layout.root / "models"
@@ -53,14 +53,14 @@ def models(layout: Layout, counted: Callable[[Iterable[FolderCount]], None]) -> 
     counted(folders)
     yield ok(f"{count(files, 'file')} in {count(folders, 'folder')}{'' if looked else ', too many to look at each'}")
     yield from capped([(str(found), found.path) for found in sorted(scan.problems, key=lambda found: found.path)])
-    yield from _absolute(layout, scan)
+    yield from _check_absolute_links(layout, scan)
     yield from _of_files(layout, files)
     yield from _of_folders(tree)
     yield from _hidden(tree)
     yield from _twins(tree)
 
 
-def _absolute(layout: Layout, scan: Scan) -> Iterator[Finding]:
+def _check_absolute_links(layout: Layout, scan: Scan) -> Iterator[Finding]:
     """Yield links that name the volume by its mount point: a worker resolves them, other programs do not."""
     link = str(layout.root / "models")
     found = scan.absolute | ({link: os.path.realpath(layout.models)} if is_absolute(link) else {})
@@ -89,7 +89,7 @@ def _of_folders(tree: ScannedFolder) -> Iterator[Finding]:
         text = f"{count(loose, 'file')} directly in models/, where ComfyUI does not look; move each into its folder"
         yield listing(Severity.PROBLEM, text, loose)
     for top in sorted(tree.folders.keys() - known().folders):
-        if meant := _meant(top):
+        if meant := _similar_folder(top):
             yield note(f"models/{top} is no folder of ComfyUI's own loaders, models/{meant} is: rename it if that was meant.")
         for relative, folder in tree.folders[top].below(top):
             *_, above, kind = "/", *relative.split("/")
@@ -176,8 +176,8 @@ def _in_flight(relative: str, path: str) -> Iterator[str]:
         yield from (f"{relative}/{entry.name}" for entry in entries if entry.name[0] != "." and entry.name.endswith(IN_FLIGHT))
 
 
-def _meant(name: str) -> str | None:
-    """Return the folder of ComfyUI's from which only the spelling differs."""
+def _similar_folder(name: str) -> str | None:
+    """Return the folder of ComfyUI's models from which only the spelling differs."""
     plain = name.lower().replace("-", "_").replace(" ", "_")
     spelled = (plain, f"{plain}s", plain.removesuffix("s"), f"{plain}_models")
     return next((folder for folder in spelled if folder in known().folders), None)
@@ -186,7 +186,7 @@ def _meant(name: str) -> str | None:
 # --- their seals ------------------------------------------------------------------------------------
 
 
-def seals(layout: Layout) -> Iterator[Finding]:
+def check_seals(layout: Layout) -> Iterator[Finding]:
     """Yield seals without a file, and interrupted publications."""
     paths = [Path(folder, name) for folder, _, names in os.walk(layout.seals) for name in names if name[0] != "."]
     sealed = [seal for seal in paths if seal.suffix == ".json"]
@@ -218,14 +218,14 @@ _NEVER_MODELS: Final = frozenset({"custom_nodes", "site-packages", "dist-package
 _SURE_SUFFIXES: Final = (".safetensors", ".sft", ".gguf", ".ckpt")
 
 
-def misplaced(layout: Layout, comfyui_models: Path) -> Iterator[Finding]:
+def check_misplaced(layout: Layout, comfyui_models: Path) -> Iterator[Finding]:
     """Yield weights where no worker looks."""
     ours = known().folders.union(names_in(layout.models), names_in(comfyui_models))
     groups: dict[tuple[str, str], list[str]] = {}
     stray: list[str] = []
     walk = _Walk(layout)
     for parts, names in walk:
-        if belongs := _belongs(parts, ours):
+        if belongs := _folder_for(parts, ours):
             found = groups.setdefault(belongs, [])
             found += ["/".join((*parts, name)) for name in names if name.lower().endswith(WEIGHT_SUFFIXES)]
         else:
@@ -243,8 +243,8 @@ def misplaced(layout: Layout, comfyui_models: Path) -> Iterator[Finding]:
         yield ok("no weights outside models/")
 
 
-def _belongs(parts: tuple[str, ...], known: Collection[str]) -> tuple[str, str] | None:
-    """Return the folder with models of a kind, and that kind. None if the path does not tell the kind."""
+def _folder_for(parts: tuple[str, ...], known: Collection[str]) -> tuple[str, str] | None:
+    """Return the folder to which misplaced models belong, and their kind. None if the path does not tell the kind."""
     for at in range(len(parts) - 1, -1, -1):
         if parts[at] in known and (at == 0 or parts[at - 1] == "models"):
             return "/".join(parts[: at + 1]), parts[at]

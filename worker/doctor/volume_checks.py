@@ -30,8 +30,8 @@ _LOW_BYTES: Final = 1_000_000_000
 _SCARCE_BYTES: Final = 20_000_000_000
 
 
-def silence(root: Path) -> Finding | None:
-    """Return why nothing can be read there, or None."""
+def volume_silence(root: Path) -> Finding | None:
+    """Return why nothing can be read on the volume, or None."""
     try:
         os.listdir(root)  # noqa: PTH208 - a stat may be answered from a cache
     except (FileNotFoundError, NotADirectoryError):
@@ -41,7 +41,7 @@ def silence(root: Path) -> Finding | None:
     return None
 
 
-def where(root: Path, *, required: bool) -> Finding:
+def check_mount(root: Path, *, required: bool) -> Finding:
     """Return the file system of the volume, and where it is mounted."""
     mount = find_mount(Path("/proc/self/mountinfo").read_text("utf-8"), os.path.realpath(root))
     if mount is None or mount.point == "/":
@@ -50,8 +50,8 @@ def where(root: Path, *, required: bool) -> Finding:
     return ok(f"{mount.title} ({mount.source}), mounted {mount.mode} at {mount.point}")
 
 
-def space(layout: Layout) -> Iterator[Finding]:
-    """Yield free bytes and inodes, as far as the file system reports them."""
+def check_space(layout: Layout) -> Iterator[Finding]:
+    """Yield the volume's free bytes and inodes, as far as the file system reports them."""
     found = os.statvfs(layout.root)
     free, total = found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize
     text = f"{size_text(free)} free of {size_text(total)}, less if there is a quota"
@@ -65,8 +65,8 @@ def space(layout: Layout) -> Iterator[Finding]:
         yield problem(f"{found.f_favail} of {found.f_files} inodes are free: remove small files.")
 
 
-def writable(layout: Layout) -> Iterator[Finding]:
-    """Yield whether a file can really be written, flushed, renamed and removed."""
+def check_writable(layout: Layout) -> Iterator[Finding]:
+    """Yield whether a file on the volume can really be written, flushed, renamed and removed."""
     began_s = time.monotonic()
     try:
         whole_seconds = _write_and_remove(layout.state)
@@ -80,7 +80,7 @@ def writable(layout: Layout) -> Iterator[Finding]:
 
 @dataclass(frozen=True, slots=True)
 class Mount:
-    """A line of `/proc/self/mountinfo`."""
+    """A mount that the volume may be on: a line of `/proc/self/mountinfo`."""
 
     point: str
     kind: str
@@ -94,7 +94,7 @@ class Mount:
 
 
 def find_mount(mountinfo: str, path: str) -> Mount | None:
-    """Return the mount of a path without links: the last one at the longest mount point above it."""
+    """Return the mount on which the volume is: the last one at the longest mount point above it."""
     found: Mount | None = None
     for line in mountinfo.splitlines():
         head, _, tail = line.partition(" - ")
@@ -151,7 +151,7 @@ _CONTEST_S: Final = 20.0
 _TIMING: Final = LockTiming(heartbeat_s=1.0, stale_s=5.0, poll_s=0.05, attempt_s=0.2, patience_s=60.0, lone_patience_s=0.0)
 
 
-def locks(layout: Layout) -> Iterator[Finding]:
+def check_locks(layout: Layout) -> Iterator[Finding]:
     """Let two processes request one lock, as two workers would that miss the same model."""
     if not os.access(layout.root, os.W_OK):
         yield note("Locks need a volume that can be written; without them two workers may fetch the same model.")
@@ -209,7 +209,7 @@ class _Contender(Child):
 
 
 def contend_in_child() -> None:
-    """Request the lock in a child as a worker does, report the result, and hold it until the input ends."""
+    """Request the volume's lock in a child as a worker does, report the result, and hold it until the input ends."""
     said: set[str] = set()
 
     def say(word: str) -> None:
@@ -227,7 +227,7 @@ def contend_in_child() -> None:
 
 
 def entries(folder: Path) -> list[Path]:
-    """Return the sorted contents of a folder, empty if it does not exist."""
+    """Return the sorted contents of a folder of the volume, empty if it does not exist."""
     try:
         return sorted(folder.iterdir())
     except (FileNotFoundError, NotADirectoryError):
@@ -235,7 +235,7 @@ def entries(folder: Path) -> list[Path]:
 
 
 def names_in(folder: Path) -> list[str]:
-    """Return the names in a folder, empty if it cannot be read for any reason."""
+    """Return the names in a folder of the volume, empty if it cannot be read for any reason."""
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         return [entry.name for entry in entries]
     return []

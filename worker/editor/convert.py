@@ -14,28 +14,28 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from worker.base.text import shown
+from worker.base.text import quotable
 from worker.comfyui_data import known
-from worker.editor.dynamic_prompts import choose, fill_tokens
-from worker.editor.javascript import plain, text_of
+from worker.editor.dynamic_prompts import choose_options, fill_tokens
+from worker.editor.javascript import as_javascript_json, text_of
 from worker.editor.loaded import GROUP_PREFIXES
-from worker.editor.loader import load
+from worker.editor.loader import load_workflow
 from worker.editor.primitive_nodes import apply_primitives
-from worker.editor.saved_workflow import BYPASSED, MUTED, Budget, is_ui, read_ui
-from worker.editor.subgraphs import Resolver, Value, flatten
-from worker.editor.widgets import UNSET, Dialect, dialect_of, uploaded
+from worker.editor.saved_workflow import BYPASSED, MUTED, ConversionBudget, is_saved_workflow, read_saved_workflow
+from worker.editor.subgraphs import LinkResolver, ResolvedValue, flatten
+from worker.editor.widgets import UNSET, FrontendDialect, dialect_of, upload_widget_value
 from worker.errors import UiWorkflowInvalid
-from worker.graph.rejection import Origin, unknown_nodes
+from worker.graph.rejection import NodeOrigin, unknown_nodes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from worker.editor.loaded import LoadedNode
-    from worker.editor.subgraphs import Flat, Frame
+    from worker.editor.subgraphs import FlatWorkflow, SubgraphFrame
     from worker.editor.widgets import InputSpec, Widget
     from worker.graph.graph import Graph
 
-__all__ = ["Converted", "classes", "convert", "is_ui"]
+__all__ = ["Converted", "classes_to_convert", "convert", "is_saved_workflow"]
 
 _SUBGRAPH = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)  # how the editor names a subgraph's class
 _MAX_NAME_CHARS = 10_000  # of a file's name, many times what a file system allows
@@ -43,7 +43,7 @@ _MAX_NAME_CHARS = 10_000  # of a file's name, many times what a file system allo
 
 @dataclass(frozen=True, slots=True)
 class Control:
-    """A value that the editor changes after each run, as its `control_after_generate` was saved.
+    """A value to change after each run of a converted workflow, as its `control_after_generate` was saved.
 
     `targets` are the inputs that hold it, as node id and name. There are several if a promoted widget or PrimitiveNode feeds
     them.
@@ -62,13 +62,13 @@ class Converted:
     controls: tuple[Control, ...]
 
 
-def classes(ui: object) -> frozenset[str]:
+def classes_to_convert(ui: object) -> frozenset[str]:
     """Return the node classes whose definitions `convert` needs, inside subgraphs too, and new names of renamed ones.
 
     Raises:
         UiWorkflowInvalid: as `convert` does for a workflow with the wrong structure.
     """
-    graph = read_ui(ui)
+    graph = read_saved_workflow(ui)
     scopes = [graph.root, *graph.definitions.values()]
     found = frozenset(node.type for scope in scopes for node in scope.nodes.values())
     aliases = known().editor.aliases
@@ -87,20 +87,21 @@ def convert(
 ) -> Converted:
     """Return the graph that the editor would send for this workflow, with the seeds as saved.
 
-    `object_info` is the running engine's, at least for `classes(ui)`. `frontend` is the version that this engine requires
-    (`/system_stats`, `required_frontend_version`); without it /object_info decides. `comfyui` is the engine's own version, used
-    to name what it lacks. `now` (default: now, in local time) fills `%date:...%` in file names. `random` chooses among `{a|b}`.
+    `object_info` is the running engine's, at least for `classes_to_convert(ui)`. `frontend` is the version that this engine
+    requires (`/system_stats`, `required_frontend_version`); without it /object_info decides. `comfyui` is the engine's own
+    version, used to name what it lacks. `now` (default: now, in local time) fills `%date:...%` in file names. `random` chooses
+    among `{a|b}`.
 
     Raises:
         UnknownNodes: classes are missing in `object_info`; all of them are named, with their packs.
         UiWorkflowInvalid: anything else that prevents an exact conversion.
     """
     dialect = dialect_of(frontend, object_info)
-    budget = Budget()
-    root = load(read_ui(ui), object_info, dialect, budget)
+    budget = ConversionBudget()
+    root = load_workflow(read_saved_workflow(ui), object_info, dialect, budget)
     flat = flatten(root, dialect)
     steered: dict[tuple[int, int], LoadedNode] = {}
-    for loaded in flat.loaded_scopes if dialect is Dialect.MODERN else [root]:
+    for loaded in flat.loaded_scopes if dialect is FrontendDialect.MODERN else [root]:
         steered |= apply_primitives(loaded, budget)
     writer = _Writer(flat, object_info, dialect, now or datetime.now().astimezone(), random, steered, budget, comfyui)
     return Converted(writer.graph(), writer.controls())
@@ -111,13 +112,13 @@ def convert(
 
 @dataclass(slots=True)
 class _Writer:
-    flat: Flat
+    flat: FlatWorkflow
     object_info: Mapping[str, Any]
-    dialect: Dialect
+    dialect: FrontendDialect
     now: datetime
     random: Callable[[], float]
     steered: Mapping[tuple[int, int], LoadedNode]
-    budget: Budget
+    budget: ConversionBudget
     comfyui: str | None
     found: dict[tuple[int, int], Control] = field(default_factory=dict)
     names: dict[str, LoadedNode] = field(default_factory=dict)
@@ -130,12 +131,12 @@ class _Writer:
             if part.kind in {"node", "unknown"} and part.node.mode not in {MUTED, BYPASSED}
         ]
         self._refuse_unknown(running)
-        resolver = Resolver(self.dialect, self.budget)
+        resolver = LinkResolver(self.dialect, self.budget)
         graph: Graph = {}
         for frame, part in running:
             node_id = f"{frame.prefix}{part.node.id}"
             if node_id in graph:
-                raise UiWorkflowInvalid(f"two of its nodes get the id {shown(node_id)}")
+                raise UiWorkflowInvalid(f"two of its nodes get the id {quotable(node_id)}")
             inputs = self._inputs(frame, part, resolver)
             graph[node_id] = {"inputs": inputs, "class_type": part.node.type, "_meta": self._meta(part)}
         for node in graph.values():
@@ -144,7 +145,7 @@ class _Writer:
                 del node["inputs"][name]
         return graph
 
-    def _refuse_unknown(self, running: list[tuple[Frame, LoadedNode]]) -> None:
+    def _refuse_unknown(self, running: list[tuple[SubgraphFrame, LoadedNode]]) -> None:
         unknown: dict[str, LoadedNode] = {}
         for _, part in running:
             if part.node.type in known().editor.broadcasters:
@@ -163,14 +164,14 @@ class _Writer:
                     "pack in the editor knows where it goes"
                 )
         if unknown:
-            missing = (Origin(part.node.type, part.node.id, part.node.properties) for part in unknown.values())
+            missing = (NodeOrigin(part.node.type, part.node.id, part.node.properties) for part in unknown.values())
             raise unknown_nodes(missing, self.comfyui)
 
     def _meta(self, part: LoadedNode) -> dict[str, object]:
         node = part.node
         meta: dict[str, object] = {"title": node.title or self._class_title(node.type)}
         self.budget.value(0, len(node.title or ""))
-        if self.dialect is Dialect.MODERN:
+        if self.dialect is FrontendDialect.MODERN:
             for key in ("cnr_id", "aux_id", "ver"):
                 value = node.properties.get(key)
                 if isinstance(value, str) and value:
@@ -179,11 +180,11 @@ class _Writer:
 
     def _class_title(self, class_type: str) -> str:
         name = self.object_info[class_type].get("display_name")
-        if self.dialect is Dialect.CLASSIC:
+        if self.dialect is FrontendDialect.CLASSIC:
             return known().editor.classic_titles.get(class_type) or name or class_type
         return name or known().editor.modern_titles.get(class_type, class_type)
 
-    def _inputs(self, frame: Frame, part: LoadedNode, resolver: Resolver) -> dict[str, object]:
+    def _inputs(self, frame: SubgraphFrame, part: LoadedNode, resolver: LinkResolver) -> dict[str, object]:
         inputs: dict[str, object] = {}
         for widget in part.widgets:
             # An upload that names no file means the first file there, and there may be none.
@@ -197,9 +198,9 @@ class _Writer:
             match resolver.source(frame, part, at):
                 case None:
                     continue
-                case Value(value, holder, port):
+                case ResolvedValue(value, holder, port):
                     if value is not UNSET:
-                        inputs[slot.name] = _wrapped(plain(value, self.budget))
+                        inputs[slot.name] = _wrapped(as_javascript_json(value, self.budget))
                     holders[slot.name] = (holder, port)
                 case (origin, output):
                     inputs[slot.name] = [origin, output]
@@ -228,20 +229,20 @@ class _Writer:
         return tuple(self.found.values())
 
     def _sent(self, part: LoadedNode, widget: Widget) -> object:
-        value = plain(
-            _without_browser(part, widget) if widget.spec.widget_type in known().editor.made_by_browser else widget.value,
+        value = as_javascript_json(
+            _value_without_browser(part, widget) if widget.spec.widget_type in known().editor.made_by_browser else widget.value,
             self.budget,
         )
         if widget.multiline and not isinstance(value, str):
             value = text_of(value)
         if widget.name == "sampler_name" and part.loaded.scope.id is None and isinstance(value, str):
             value = value.removeprefix("sample_")
-        classic = self.dialect is Dialect.CLASSIC
+        classic = self.dialect is FrontendDialect.CLASSIC
         if classic:
             value = _as_classic(widget, value)
         if isinstance(value, str):
             if widget.spec.options.get("dynamicPrompts"):
-                value = choose(value, self.random)
+                value = choose_options(value, self.random)
             if widget.name == "filename_prefix" and part.node.type in _savers(self.dialect):
                 value = self._filled(part, value)
         return _wrapped(value, "" if classic else widget.spec.widget_type)
@@ -263,22 +264,24 @@ class _Writer:
         widget = self.names[name].widget(widget_name) if name in self.names else None
         if widget is None or widget.value is UNSET:
             return None
-        text = text_of(plain(widget.value, self.budget))
+        text = text_of(as_javascript_json(widget.value, self.budget))
         if len(text) > _MAX_NAME_CHARS:
-            raise UiWorkflowInvalid(f"a file name takes in '{shown(widget_name)}' of '{shown(name)}', {len(text)} characters")
+            raise UiWorkflowInvalid(
+                f"a file name takes in '{quotable(widget_name)}' of '{quotable(name)}', {len(text)} characters"
+            )
         return text
 
     def _shown_title(self, part: LoadedNode) -> str:
         return part.node.title or (self._class_title(part.node.type) if part.kind == "node" else part.node.type)
 
 
-def _without_browser(part: LoadedNode, widget: Widget) -> object:
-    """Return what the editor sends for an input that it fills while queueing: a 3D view that was not drawn, or nothing."""
+def _value_without_browser(part: LoadedNode, widget: Widget) -> object:
+    """Convert an input that the editor fills while it queues: a 3D view that was not drawn, or nothing."""
     if widget.name != "viewport_state" or part.node.type.startswith("Load3D"):
         if part.linked(widget.name):
             return widget.value
         raise UiWorkflowInvalid(
-            f"node {part.node} takes its '{shown(widget.name)}' from the browser when the workflow is queued, "
+            f"node {part.node} takes its '{quotable(widget.name)}' from the browser when the workflow is queued, "
             "which no server can do; load a file instead"
         )
     camera = part.node.properties.get("Camera Config")
@@ -292,9 +295,9 @@ def _search_name(part: LoadedNode) -> object:
     return part.node.type if saved is None and part.node.type not in known().editor.classic_savers else saved
 
 
-def _savers(dialect: Dialect) -> frozenset[str]:
+def _savers(dialect: FrontendDialect) -> frozenset[str]:
     editor = known().editor
-    return editor.classic_savers if dialect is Dialect.CLASSIC else editor.modern_savers
+    return editor.classic_savers if dialect is FrontendDialect.CLASSIC else editor.modern_savers
 
 
 def _wrapped(value: object, kind: str = "") -> object:
@@ -306,4 +309,4 @@ def _wrapped(value: object, kind: str = "") -> object:
 def _as_classic(widget: Widget, value: object) -> object:
     if widget.multiline and isinstance(value, str):
         return value.replace("\r\n", "\n").replace("\r", "\n")
-    return uploaded(widget.spec, value)
+    return upload_widget_value(widget.spec, value)

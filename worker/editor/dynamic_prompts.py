@@ -22,8 +22,8 @@ _MARK = re.compile(r"\\[\s\S]|[{}|]")
 _ESCAPED = re.compile(r"\\([{}|])")
 
 
-def choose(text: str, random: Callable[[], float]) -> str:
-    """Return the text without comments and with one option of each `{a|b}`, also nested. An escaped brace stays.
+def choose_options(text: str, random: Callable[[], float]) -> str:
+    """Return a dynamic prompt with one option of each `{a|b}`, also nested, and without comments. An escaped brace stays.
 
     Comments are removed as the editor removes them, so the part after `https:` is lost as well.
 

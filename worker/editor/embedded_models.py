@@ -37,7 +37,7 @@ def _editor_graph(value: object) -> Mapping[str, Any] | None:
 
 
 def _active_nodes(graph: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Yield nodes that are neither muted nor bypassed. Yield a subgraph's nodes once, if any active node is an instance."""
+    """Yield the nodes whose embedded models count: neither muted nor bypassed. Yield a subgraph's nodes once if it is used."""
     definitions = graph.get("definitions")
     subgraphs = definitions.get("subgraphs") if isinstance(definitions, dict) else None
     by_id = {str(inner.get("id")): inner for inner in _dicts(subgraphs)}

@@ -24,7 +24,7 @@ import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from worker.editor.saved_workflow import is_ui
+from worker.editor.saved_workflow import is_saved_workflow
 from worker.graph.graph import without_notes
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # as Windows PowerShell wr
 
 
 class Readable(Protocol):
-    """A file's bytes: `bytes`, or an object that reads them from a disk on demand."""
+    """A file that may embed a workflow: `bytes`, or an object that reads them from a disk on demand."""
 
     def __len__(self) -> int:
         """Return the number of bytes."""
@@ -51,7 +51,7 @@ class Readable(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Embedded:
+class EmbeddedTexts:
     """The texts in a file: `prompt` is the API graph that ran, `workflow` the editor's. One of them may be missing."""
 
     prompt: dict[str, Any] | None
@@ -69,7 +69,7 @@ class Embedded:
         return found
 
 
-def embedded_workflow(data: Readable) -> Embedded | None:
+def embedded_workflow(data: Readable) -> EmbeddedTexts | None:
     """Return the texts in this file. None if there are none, or if the file is damaged or of another kind.
 
     Raises only what `data` raises. At most some tens of MB are in memory at a time, and for most files some KB.
@@ -77,7 +77,13 @@ def embedded_workflow(data: Readable) -> Embedded | None:
     found: dict[str, dict[str, Any]] = {}
     if _begins_as_json(data):
         value = _json(data[: MAX_TEXT_BYTES + 1])
-        return None if value is None else Embedded(None, value) if is_ui(value) else Embedded(without_notes(value), None)
+        return (
+            None
+            if value is None
+            else EmbeddedTexts(None, value)
+            if is_saved_workflow(value)
+            else EmbeddedTexts(without_notes(value), None)
+        )
     left_bytes = _MAX_LOOKED_AT_BYTES
     for read in (_png, _webp, _mp4, _matroska):
         for name, text in read(data):
@@ -87,11 +93,11 @@ def embedded_workflow(data: Readable) -> Embedded | None:
             if left_bytes < 0 or len(found) == len(_NAMES):
                 break
     prompt, workflow = found.get("prompt"), found.get("workflow")
-    if workflow is not None and not is_ui(workflow):
+    if workflow is not None and not is_saved_workflow(workflow):
         workflow = None
     if prompt is None and workflow is None:
         return None
-    return Embedded(None if prompt is None else without_notes(prompt), workflow)
+    return EmbeddedTexts(None if prompt is None else without_notes(prompt), workflow)
 
 
 def json_fault(name: str, data: Readable) -> str:
@@ -185,12 +191,12 @@ def _webp(data: Readable) -> Iterator[tuple[str, bytes]]:
             return
         kind, size = struct.unpack("<4sI", data[at : at + 8])
         if kind == b"EXIF":
-            yield from _exif(data[at + 8 : at + 8 + min(size, _MAX_EXIF_BYTES)].removeprefix(b"Exif\0\0"))
+            yield from _exif_strings(data[at + 8 : at + 8 + min(size, _MAX_EXIF_BYTES)].removeprefix(b"Exif\0\0"))
         at += 8 + size + size % 2
 
 
-def _exif(data: bytes) -> Iterator[tuple[str, bytes]]:
-    """Yield the strings of the first directory. ComfyUI writes them as `name:text` under tags with another meaning."""
+def _exif_strings(data: bytes) -> Iterator[tuple[str, bytes]]:
+    """Yield the strings of a picture's first EXIF directory. ComfyUI embeds texts as `name:text` under other tags."""
     order = {b"II": "<", b"MM": ">"}.get(data[:2])
     if order is None or len(data) < 8:  # noqa: PLR2004 - the header
         return
@@ -221,14 +227,14 @@ def _mp4(data: Readable) -> Iterator[tuple[str, bytes]]:
         if not waiting:
             return
         start, end = waiting.pop()
-        for kind, inner, after in _boxes(data, start, end):
+        for kind, inner, after in _mp4_boxes(data, start, end):
             if kind in _CONTAINERS:
                 waiting.append((inner, after))
             elif kind == b"meta":
-                yield from _items(data, inner, after)
+                yield from _mp4_texts(data, inner, after)
 
 
-def _boxes(data: Readable, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
+def _mp4_boxes(data: Readable, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
     """Yield the boxes between two offsets: kind, start and end of the content."""
     at = start
     for _ in range(_MAX_PARTS):
@@ -247,19 +253,25 @@ def _boxes(data: Readable, start: int, end: int) -> Iterator[tuple[bytes, int, i
         at += size
 
 
-def _items(data: Readable, start: int, end: int) -> Iterator[tuple[str, bytes]]:
-    """Yield the texts of a `meta` box. `keys` names them from 1 on, `ilst` has them by that number."""
-    boxes = list(_boxes(data, start + 4, end)) or list(_boxes(data, start, end))  # QuickTime's has no version field before it
+def _mp4_texts(data: Readable, start: int, end: int) -> Iterator[tuple[str, bytes]]:
+    """Yield the embedded texts of a video's `meta` box. `keys` names them from 1 on, `ilst` has them by that number."""
+    boxes = list(_mp4_boxes(data, start + 4, end)) or list(
+        _mp4_boxes(data, start, end)
+    )  # QuickTime's has no version field before it
     names: list[str] = []
     for kind, inner, after in boxes:
         if kind == b"keys":
-            names = [data[at : min(stop, at + 64)].decode("utf-8", "replace") for _, at, stop in _boxes(data, inner + 8, after)]
+            names = [
+                data[at : min(stop, at + 64)].decode("utf-8", "replace") for _, at, stop in _mp4_boxes(data, inner + 8, after)
+            ]
     for kind, inner, after in boxes:
         if kind != b"ilst":
             continue
-        for number, at, stop in _boxes(data, inner, after):
+        for number, at, stop in _mp4_boxes(data, inner, after):
             index = int.from_bytes(number, "big") - 1
-            texts = (data[a + 8 : min(b, a + 9 + MAX_TEXT_BYTES)] for what, a, b in _boxes(data, at, stop) if what == b"data")
+            texts = (
+                data[a + 8 : min(b, a + 9 + MAX_TEXT_BYTES)] for what, a, b in _mp4_boxes(data, at, stop) if what == b"data"
+            )
             if 0 <= index < len(names) and (text := next(texts, None)) is not None:
                 yield names[index], text
 
@@ -279,8 +291,8 @@ def _matroska(data: Readable) -> Iterator[tuple[str, bytes]]:
     for _ in range(_MAX_PARTS):
         if at >= len(data):
             return
-        element, at = _vint(data, at, keep_marker=True)
-        size, at = _vint(data, at, keep_marker=False)
+        element, at = _webm_number(data, at, keep_marker=True)
+        size, at = _webm_number(data, at, keep_marker=False)
         if element is None or size is None:
             return
         if element in _MASTERS:
@@ -292,8 +304,8 @@ def _matroska(data: Readable) -> Iterator[tuple[str, bytes]]:
         at += size
 
 
-def _vint(data: Readable, at: int, *, keep_marker: bool) -> tuple[int | None, int]:
-    """Return a number of one to eight bytes, whose first bits give its length, and where it ends. None if there is none."""
+def _webm_number(data: Readable, at: int, *, keep_marker: bool) -> tuple[int | None, int]:
+    """Return a WebM file's number of one to eight bytes, whose first bits give its length, and where it ends, or None."""
     read = data[at : at + 8]
     length = 9 - read[0].bit_length() if read else 0
     if not 0 < length <= len(read):

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any, cast
 from worker.errors import UiWorkflowInvalid
 
 if TYPE_CHECKING:
-    from worker.editor.saved_workflow import Budget
+    from worker.editor.saved_workflow import ConversionBudget
 
 _SAFE_INTEGER = 2**53
 _EXPONENT_FROM = 10**21
 _MAX_DEPTH = 100
 
 
-def plain(value: object, budget: Budget) -> object:
+def as_javascript_json(value: object, budget: ConversionBudget) -> object:
     """Return the value after a round trip through JavaScript.
 
     It has only doubles: 8.0 becomes 8, 2**64 - 1 loses its last digits.
@@ -30,7 +30,7 @@ def plain(value: object, budget: Budget) -> object:
     return _plain_tree(value, budget) if isinstance(value, (list, dict)) else value
 
 
-def _plain_tree(value: object, budget: Budget) -> object:
+def _plain_tree(value: object, budget: ConversionBudget) -> object:
     root: list[object] = [value]
     waiting: list[tuple[Any, Any, int]] = [(root, 0, 0)]
     while waiting:

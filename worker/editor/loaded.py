@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from worker.editor.saved_workflow import Link, Node, Scope
+    from worker.editor.saved_workflow import SavedLink, SavedNode, SavedScope
     from worker.editor.widgets import Widget
 
 PRIMITIVE, SETTER, GETTER = "PrimitiveNode", "SetNode", "GetNode"
@@ -27,7 +27,7 @@ class LoadedInput:
 
     name: str
     type: str
-    link: Link | None
+    link: SavedLink | None
     widget: str | None = None
 
 
@@ -38,7 +38,7 @@ class LoadedNode:
     `left` describes the saved values that no known input takes.
     """
 
-    node: Node
+    node: SavedNode
     loaded: LoadedScope
     kind: str
     slots: list[LoadedInput]
@@ -61,7 +61,7 @@ class LoadedNode:
 class LoadedScope:
     """A loaded scope: the workflow, or the inside of a subgraph."""
 
-    scope: Scope
+    scope: SavedScope
     parts: dict[str, LoadedNode] = field(default_factory=dict)
     promoted: dict[int, tuple[str, str]] = field(default_factory=dict)  # an input, and the inner node and widget behind it
     initial: dict[int, object] = field(default_factory=dict)
@@ -70,12 +70,12 @@ class LoadedScope:
 
 
 def setter_of(getter: LoadedNode) -> LoadedNode | None:
-    """Return the SetNode with the name that a GetNode asks for, on the same sheet."""
+    """Return the loaded SetNode with the name that a GetNode asks for, on the same sheet."""
     name = first_value(getter)
     return next((part for part in getter.loaded.parts.values() if part.kind == SETTER and first_value(part) == name), None)
 
 
 def first_value(part: LoadedNode) -> object:
-    """Return the first of the values that a node was saved with, or None."""
+    """Return the first of the values that a loaded node was saved with, or None."""
     values = part.node.values
     return values[0] if isinstance(values, list) and values else None

@@ -11,28 +11,30 @@ from dataclasses import dataclass, field, replace
 from graphlib import CycleError, TopologicalSorter
 from typing import TYPE_CHECKING, Any
 
-from worker.base.text import shown
+from worker.base.text import quotable
 from worker.comfyui_data import known
 from worker.editor.loaded import LoadedInput, LoadedNode, LoadedScope
-from worker.editor.promoted_widgets import Instance, find_promoted
-from worker.editor.undeclared_values import is_foreign, place
-from worker.editor.widgets import DYNAMIC_COMBO, Dialect, ShapeSlot, read_specs, shape_of
+from worker.editor.promoted_widgets import PromotingInstance, find_promoted
+from worker.editor.undeclared_values import may_send_undeclared, place_undeclared
+from worker.editor.widgets import DYNAMIC_COMBO, FrontendDialect, ShapeSlot, read_specs, shape_of
 from worker.errors import UiWorkflowInvalid
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
-    from worker.editor.saved_workflow import Budget, Link, Node, Scope, UiGraph
-    from worker.editor.widgets import InputSpec, Shape
+    from worker.editor.saved_workflow import ConversionBudget, SavedLink, SavedNode, SavedScope, SavedWorkflow
+    from worker.editor.widgets import InputSpec, NodeShape
 
 
-def load(ui: UiGraph, object_info: Mapping[str, Any], dialect: Dialect, budget: Budget) -> LoadedScope:
+def load_workflow(
+    ui: SavedWorkflow, object_info: Mapping[str, Any], dialect: FrontendDialect, budget: ConversionBudget
+) -> LoadedScope:
     """Return the workflow as it is in the editor right after opening.
 
     Raises:
         UiWorkflowInvalid: subgraphs contain each other in a cycle, or a node is one that no server can evaluate.
     """
-    if dialect is Dialect.MODERN:
+    if dialect is FrontendDialect.MODERN:
         ui = renumbered(ui)
     loader = _Loader(ui, object_info, dialect, budget)
     for definition_id in _leaves_first(ui):
@@ -40,7 +42,7 @@ def load(ui: UiGraph, object_info: Mapping[str, Any], dialect: Dialect, budget: 
     return loader.loaded(ui.root)
 
 
-def _leaves_first(ui: UiGraph) -> tuple[str, ...]:
+def _leaves_first(ui: SavedWorkflow) -> tuple[str, ...]:
     needs = {
         key: {node.type for node in scope.nodes.values() if node.type in ui.definitions}
         for key, scope in ui.definitions.items()
@@ -48,14 +50,14 @@ def _leaves_first(ui: UiGraph) -> tuple[str, ...]:
     try:
         return tuple(TopologicalSorter(needs).static_order())
     except CycleError as error:
-        names = " -> ".join(f"'{ui.definitions[key].name or shown(key)}'" for key in error.args[1][:6])
+        names = " -> ".join(f"'{ui.definitions[key].name or quotable(key)}'" for key in error.args[1][:6])
         raise UiWorkflowInvalid(f"its subgraphs contain each other in a circle: {names}") from error
 
 
 # --- ids ----------------------------------------------------------------------------------------
 
 
-def renumbered(ui: UiGraph) -> UiGraph:
+def renumbered(ui: SavedWorkflow) -> SavedWorkflow:
     """Return the workflow with the ids that a modern frontend gives: an inner node whose id is taken gets the next free one."""
     used = set(ui.root.nodes)
     last = max([ui.last_node_id, *(int(key) for key in used if _is_number(key))])
@@ -81,7 +83,7 @@ def _is_number(node_id: str) -> bool:
     return re.fullmatch("0|[1-9][0-9]{0,14}", node_id) is not None
 
 
-def _renamed(scope: Scope, own: Mapping[str, str], moved: Mapping[str, Mapping[str, str]]) -> Scope:
+def _renamed(scope: SavedScope, own: Mapping[str, str], moved: Mapping[str, Mapping[str, str]]) -> SavedScope:
     nodes = {}
     for node in scope.nodes.values():
         changed = node
@@ -108,10 +110,10 @@ def _renamed(scope: Scope, own: Mapping[str, str], moved: Mapping[str, Mapping[s
 
 @dataclass(slots=True)
 class _Loader:
-    ui: UiGraph
+    ui: SavedWorkflow
     object_info: Mapping[str, Any]
-    dialect: Dialect
-    budget: Budget
+    dialect: FrontendDialect
+    budget: ConversionBudget
     loaded_scopes: dict[str, LoadedScope] = field(default_factory=dict)
     specs: dict[str, tuple[InputSpec, ...]] = field(default_factory=dict)
     order: dict[str, int] = field(init=False)
@@ -119,7 +121,7 @@ class _Loader:
     def __post_init__(self) -> None:
         self.order = {key: at for at, key in enumerate(self.ui.definitions)}
 
-    def loaded(self, scope: Scope) -> LoadedScope:
+    def loaded(self, scope: SavedScope) -> LoadedScope:
         loaded = LoadedScope(replace(scope, inputs=list(scope.inputs)))
         by_target = {(link.target, link.target_slot): link for link in scope.links.values()}
         for node in scope.nodes.values():
@@ -129,13 +131,13 @@ class _Loader:
                     loaded.ends.setdefault((node.id, slot.link.id), at)
         for part in loaded.parts.values():
             if part.inner is not None and not self._is_early(part):
-                Instance(part, self.dialect, self.budget).take_values()
+                PromotingInstance(part, self.dialect, self.budget).take_values()
         if scope.id is not None:
             find_promoted(loaded, self.dialect)
             loaded.size = sum(len(part.slots) for part in loaded.parts.values())
         return loaded
 
-    def _part(self, node: Node, loaded: LoadedScope, by_target: Mapping[tuple[str, int], Link]) -> LoadedNode:
+    def _part(self, node: SavedNode, loaded: LoadedScope, by_target: Mapping[tuple[str, int], SavedLink]) -> LoadedNode:
         named = {slot.link for slot in node.slots}
         links = [_link_of(node, at, loaded.scope, by_target, named) for at in range(len(node.slots))]
         if node.type in self.loaded_scopes:
@@ -149,19 +151,23 @@ class _Loader:
             node = replace(node, type=known().editor.aliases[node.type])
         if node.type not in self.specs:
             self.specs[node.type] = read_specs(definition)
-        shape = shape_of(node, self.specs[node.type], self.dialect, foreign=is_foreign(definition))
-        left = place(node, definition, shape)
+        shape = shape_of(node, self.specs[node.type], self.dialect, foreign=may_send_undeclared(definition))
+        left = place_undeclared(node, definition, shape)
         slots = _slots_of(node, shape, links, by_target)
         part = LoadedNode(node, loaded, "node", slots, [], shape.widgets, left=left)
         part.outputs = _outputs_of(part, definition)
         return part
 
-    def _definition(self, node: Node) -> Mapping[str, Any] | None:
+    def _definition(self, node: SavedNode) -> Mapping[str, Any] | None:
         found = self.object_info.get(node.type) or self.object_info.get(known().editor.aliases.get(node.type, ""))
         return found if isinstance(found, dict) else None
 
     def _instance(
-        self, node: Node, loaded: LoadedScope, links: Sequence[Link | None], by_target: Mapping[tuple[str, int], Link]
+        self,
+        node: SavedNode,
+        loaded: LoadedScope,
+        links: Sequence[SavedLink | None],
+        by_target: Mapping[tuple[str, int], SavedLink],
     ) -> LoadedNode:
         inner = self.loaded_scopes[node.type]
         self.budget.step(len(inner.scope.inputs))
@@ -171,15 +177,15 @@ class _Loader:
     def _is_early(self, part: LoadedNode) -> bool:
         """Return True if frontend 1.32 creates this instance before its definition is loaded (it follows the file's order)."""
         own = part.loaded.scope.id
-        if self.dialect is Dialect.MODERN or own is None:
+        if self.dialect is FrontendDialect.MODERN or own is None:
             return False
         return self.order[part.node.type] > self.order[own]
 
 
 def _link_of(
-    node: Node, at: int, scope: Scope, by_target: Mapping[tuple[str, int], Link], taken: Collection[str | None]
-) -> Link | None:
-    """Return the link of an input: the one it names, or the one that names it.
+    node: SavedNode, at: int, scope: SavedScope, by_target: Mapping[tuple[str, int], SavedLink], taken: Collection[str | None]
+) -> SavedLink | None:
+    """Return the link of an input of the workflow to load: the one it names, or the one that names it.
 
     Frontends trust one of the two and lose links.
     """
@@ -192,7 +198,10 @@ def _link_of(
 
 
 def _matched(
-    declared: Sequence[ShapeSlot], node: Node, links: Sequence[Link | None], by_target: Mapping[tuple[str, int], Link]
+    declared: Sequence[ShapeSlot],
+    node: SavedNode,
+    links: Sequence[SavedLink | None],
+    by_target: Mapping[tuple[str, int], SavedLink],
 ) -> list[LoadedInput]:
     """Return the declared inputs with the links of saved inputs of the same names. If two share a name, the last one counts."""
     saved = {slot.name: link for slot, link in zip(node.slots, links, strict=True)}
@@ -204,7 +213,7 @@ def _matched(
 
 
 def _slots_of(
-    node: Node, shape: Shape, links: Sequence[Link | None], by_target: Mapping[tuple[str, int], Link]
+    node: SavedNode, shape: NodeShape, links: Sequence[SavedLink | None], by_target: Mapping[tuple[str, int], SavedLink]
 ) -> list[LoadedInput]:
     slots = _matched(shape.slots, node, links, by_target)
     known, closed = {slot.name for slot in shape.slots}, tuple(shape.closed)
@@ -218,7 +227,7 @@ def _slots_of(
     return slots
 
 
-def _land(slots: list[LoadedInput], link: Link | None) -> None:
+def _land(slots: list[LoadedInput], link: SavedLink | None) -> None:
     """Move the link of an input that the chosen option no longer has to where the modern frontend finds it: its number."""
     if link is not None and link.target_slot < len(slots):
         slot = slots[link.target_slot]

@@ -11,11 +11,11 @@ from worker.editor.saved_workflow import MAX_DEFINITIONS
 
 if TYPE_CHECKING:
     from worker.editor.loaded import LoadedNode, LoadedScope
-    from worker.editor.saved_workflow import Budget
+    from worker.editor.saved_workflow import ConversionBudget
     from worker.editor.widgets import InputSpec
 
 
-def apply_primitives(loaded: LoadedScope, budget: Budget) -> dict[tuple[int, int], LoadedNode]:
+def apply_primitives(loaded: LoadedScope, budget: ConversionBudget) -> dict[tuple[int, int], LoadedNode]:
     """Copy the value of each PrimitiveNode into the widgets that it is linked to, as the editor does when it queues.
 
     Return the PrimitiveNode that controls each input, by the id() of the input's node and its index.
@@ -49,7 +49,7 @@ def _apply_primitive(primitive: LoadedNode, targets: list[tuple[LoadedNode, int]
 
 
 def spec_behind(part: LoadedNode, at: int) -> InputSpec | None:
-    """Return the InputSpec of the widget behind this input, following nested subgraphs."""
+    """Return the InputSpec of the widget that a PrimitiveNode's link ends in, following nested subgraphs."""
     for _ in range(MAX_DEFINITIONS):
         if part.inner is None:
             widget = part.widget(part.slots[at].widget) if at < len(part.slots) else None
@@ -86,7 +86,7 @@ def _limit(spec: InputSpec, key: str, default: float) -> float:
 
 
 def rounded(spec: InputSpec, value: object) -> object:
-    """Return the value as a number widget stores it: a whole number of steps, or rounded to its precision."""
+    """Return a PrimitiveNode's value as a number widget stores it: a whole number of steps, or rounded to its precision."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return value
     if spec.widget_type == "INT":

@@ -12,20 +12,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from worker.editor.loaded import HIDDEN, PRIMITIVE, first_value
-from worker.editor.saved_workflow import INPUT_NODE, Link, Port
-from worker.editor.widgets import Dialect
+from worker.editor.saved_workflow import INPUT_NODE, SavedLink, SavedPort
+from worker.editor.widgets import FrontendDialect
 from worker.errors import UiWorkflowInvalid
 
 if TYPE_CHECKING:
     from worker.editor.loaded import LoadedNode, LoadedScope
-    from worker.editor.saved_workflow import Budget, Node
+    from worker.editor.saved_workflow import ConversionBudget, SavedNode
 
 
-def find_promoted(loaded: LoadedScope, dialect: Dialect) -> None:
+def find_promoted(loaded: LoadedScope, dialect: FrontendDialect) -> None:
     """Record for each input of a subgraph its inner widget, and that widget's value."""
     for at, port in enumerate(loaded.scope.inputs):
         for link_id in port.links:
-            found = _behind(loaded, link_id, by_index=dialect is Dialect.CLASSIC)
+            found = _widget_behind(loaded, link_id, by_index=dialect is FrontendDialect.CLASSIC)
             if found is not None:
                 part, slot, value = found
                 loaded.promoted[at] = (part.node.id, slot)
@@ -33,8 +33,8 @@ def find_promoted(loaded: LoadedScope, dialect: Dialect) -> None:
                 break
 
 
-def _behind(loaded: LoadedScope, link_id: str, *, by_index: bool = False) -> tuple[LoadedNode, str, object] | None:
-    """Return the inner node, widget and value that a link from a subgraph's input ends in.
+def _widget_behind(loaded: LoadedScope, link_id: str, *, by_index: bool = False) -> tuple[LoadedNode, str, object] | None:
+    """Return the inner node, promoted widget and value that a link from a subgraph's input ends in.
 
     A classic frontend uses the link's slot number, which is wrong if the file leaves out inputs. It then promotes another
     widget's value, and sends that.
@@ -56,12 +56,12 @@ def _behind(loaded: LoadedScope, link_id: str, *, by_index: bool = False) -> tup
 
 
 @dataclass(slots=True)
-class Instance:
-    """A subgraph instance that takes its own values from its `widgets_values`."""
+class PromotingInstance:
+    """A subgraph instance whose promoted widgets take their own values from its `widgets_values`."""
 
     part: LoadedNode
-    dialect: Dialect
-    budget: Budget
+    dialect: FrontendDialect
+    budget: ConversionBudget
 
     @property
     def _loaded(self) -> LoadedScope:
@@ -78,7 +78,7 @@ class Instance:
             self.part.values[at] = value
         entries = _proxies(self.part.node)
         self.budget.step(len(entries) * (len(loaded.scope.inputs) + 1))
-        if self.dialect is Dialect.CLASSIC:
+        if self.dialect is FrontendDialect.CLASSIC:
             self._classic(entries, values)
         else:
             for at, entry in enumerate(entries):
@@ -130,7 +130,7 @@ class Instance:
             return None
         if inner.kind == PRIMITIVE:
             return self._promote_primitive(inner, name)
-        at = _slot_with(inner, name)
+        at = _slot_of_widget(inner, name)
         if at is None:
             return None
         return self._connect(name, [(inner, at)])
@@ -154,13 +154,13 @@ class Instance:
         made = len(loaded.scope.inputs)
         ids: list[str] = []
         for part, at in targets:
-            link = Link(f"+{made}.{len(ids)}", INPUT_NODE, made, part.node.id, at)
+            link = SavedLink(f"+{made}.{len(ids)}", INPUT_NODE, made, part.node.id, at)
             loaded.scope.links[link.id] = link
             part.slots[at].link = link
             loaded.ends[part.node.id, link.id] = at
             ids.append(link.id)
-        loaded.scope.inputs.append(Port(name, targets[0][0].slots[targets[0][1]].type, tuple(ids)))
-        if (found := _behind(loaded, ids[0])) is not None:
+        loaded.scope.inputs.append(SavedPort(name, targets[0][0].slots[targets[0][1]].type, tuple(ids)))
+        if (found := _widget_behind(loaded, ids[0])) is not None:
             loaded.promoted[made], loaded.initial[made] = (found[0].node.id, found[1]), found[2]
         return made
 
@@ -170,11 +170,11 @@ _MAX_NAME_CHARS = 1_000  # of a widget
 
 
 def _has(part: LoadedNode, name: str) -> bool:
-    return part.widget(name) is not None or _slot_with(part, name) is not None
+    return part.widget(name) is not None or _slot_of_widget(part, name) is not None
 
 
-def _slot_with(part: LoadedNode, name: str) -> int | None:
-    """Return the input of a node's widget with this name. For a subgraph instance, the input that stands for it."""
+def _slot_of_widget(part: LoadedNode, name: str) -> int | None:
+    """Return the input of a node's promoted widget of this name. For a subgraph instance, the input that stands for it."""
     if part.inner is None:
         return next((at for at, slot in enumerate(part.slots) if slot.widget == name and part.widget(name) is not None), None)
     initial, promoted = part.inner.initial, part.inner.promoted
@@ -182,7 +182,7 @@ def _slot_with(part: LoadedNode, name: str) -> int | None:
     return next(iter(by_name), next((at for at, source in promoted.items() if source[1] == name and at in initial), None))
 
 
-def _proxies(node: Node) -> list[tuple[str, str]]:
+def _proxies(node: SavedNode) -> list[tuple[str, str]]:
     raw = node.properties.get("proxyWidgets")
     if isinstance(raw, str):
         try:

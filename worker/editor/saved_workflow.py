@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
-from worker.base.text import shown
+from worker.base.text import quotable
 from worker.errors import UiWorkflowInvalid
 
 if TYPE_CHECKING:
@@ -34,8 +34,8 @@ _MAX_NAMED_VALUES = 10_000
 
 
 @dataclass(slots=True)
-class Budget:
-    """The cost limit of converting one workflow.
+class ConversionBudget:
+    """How much a saved workflow may cost to parse and to convert.
 
     A few short definitions, used often enough, expand to more than any machine can hold.
     """
@@ -59,7 +59,7 @@ class Budget:
 
 
 @dataclass(frozen=True, slots=True)
-class Slot:
+class SavedSlot:
     """An input as saved: `link` is the id of its link, `widget` the name of its widget."""
 
     name: str
@@ -69,27 +69,27 @@ class Slot:
 
 
 @dataclass(frozen=True, slots=True)
-class Node:
+class SavedNode:
     """A node as saved. `values` is `widgets_values` unchanged: a list, an object, or None."""
 
     id: str
     type: str
     title: str | None
     mode: int
-    slots: tuple[Slot, ...]
+    slots: tuple[SavedSlot, ...]
     outputs: tuple[str, ...]
     values: list[Any] | dict[str, Any] | None
     properties: Mapping[str, Any]
 
     def __str__(self) -> str:
         """Return the node's id, class and title, for people."""
-        title = f" '{shown(self.title)}'" if self.title and self.title != self.type else ""
-        return f"{shown(self.id)} ({shown(self.type)}{title})"
+        title = f" '{quotable(self.title)}'" if self.title and self.title != self.type else ""
+        return f"{quotable(self.id)} ({quotable(self.type)}{title})"
 
 
 @dataclass(frozen=True, slots=True)
-class Link:
-    """One link. Slots are indexes."""
+class SavedLink:
+    """A link as saved. Slots are indexes."""
 
     id: str
     origin: str
@@ -99,8 +99,8 @@ class Link:
 
 
 @dataclass(frozen=True, slots=True)
-class Port:
-    """An input or output of a subgraph, and the links on its inner side, in order."""
+class SavedPort:
+    """An input or output of a subgraph as saved, and the links on its inner side, in order."""
 
     name: str
     type: str
@@ -108,27 +108,27 @@ class Port:
 
 
 @dataclass(slots=True)
-class Scope:
-    """One sheet of the editor: the workflow itself, or the inside of a subgraph definition, which has an id and ports."""
+class SavedScope:
+    """One sheet as saved: the workflow itself, or the inside of a subgraph definition, which has an id and ports."""
 
-    nodes: dict[str, Node]
-    links: dict[str, Link]
+    nodes: dict[str, SavedNode]
+    links: dict[str, SavedLink]
     id: str | None = None
     name: str = ""
-    inputs: list[Port] = field(default_factory=list)
-    outputs: list[Port] = field(default_factory=list)
+    inputs: list[SavedPort] = field(default_factory=list)
+    outputs: list[SavedPort] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
-class UiGraph:
+class SavedWorkflow:
     """A whole workflow: its own sheet, and its subgraph definitions by id in the order of the file."""
 
-    root: Scope
-    definitions: Mapping[str, Scope]
+    root: SavedScope
+    definitions: Mapping[str, SavedScope]
     last_node_id: int
 
 
-def is_ui(value: object) -> bool:
+def is_saved_workflow(value: object) -> bool:
     """Return whether this is a workflow in the editor's format: a list of nodes.
 
     An API graph maps ids to nodes. One may be called "nodes" but is never a list.
@@ -136,24 +136,24 @@ def is_ui(value: object) -> bool:
     return isinstance(value, dict) and isinstance(value.get("nodes"), list)
 
 
-def read_ui(value: object) -> UiGraph:
-    """Return the parsed workflow.
+def read_saved_workflow(value: object) -> SavedWorkflow:
+    """Return a saved workflow, parsed.
 
     Raises:
         UiWorkflowInvalid: a part has the wrong type, an id appears twice, or it is larger than any real workflow.
     """
-    if not is_ui(value):
+    if not is_saved_workflow(value):
         raise UiWorkflowInvalid("it has no list 'nodes'; send what the editor's Save writes")
     document = cast("dict[str, Any]", value)
     reader = _Reader()
     root = reader.scope(document, "the workflow")
-    definitions: dict[str, Scope] = {}
-    for raw in _definitions(document):
+    definitions: dict[str, SavedScope] = {}
+    for raw in _subgraph_definitions(document):
         scope = reader.definition(raw)
         if scope.id is not None:
             definitions.setdefault(scope.id, scope)
     last = document.get("last_node_id", _state(document).get("lastNodeId"))
-    return UiGraph(root, definitions, last if isinstance(last, int) and not isinstance(last, bool) else 0)
+    return SavedWorkflow(root, definitions, last if isinstance(last, int) and not isinstance(last, bool) else 0)
 
 
 def _state(document: dict[str, Any]) -> dict[str, Any]:
@@ -161,7 +161,7 @@ def _state(document: dict[str, Any]) -> dict[str, Any]:
     return state if isinstance(state, dict) else {}
 
 
-def _definitions(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _subgraph_definitions(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield every subgraph definition. Nested ones follow the one that contains them, in the frontend's order."""
     waiting, count = [document], 0
     while waiting:
@@ -188,7 +188,7 @@ class _Reader:
     links: int = 0
     slots: int = 0
 
-    def scope(self, raw: dict[str, Any], where: str) -> Scope:
+    def scope(self, raw: dict[str, Any], where: str) -> SavedScope:
         nodes, links = raw.get("nodes"), raw.get("links")
         if not isinstance(nodes, list):
             raise UiWorkflowInvalid(f"{where} has no list 'nodes'")
@@ -198,11 +198,11 @@ class _Reader:
         self.links += len(links or ())
         if self.nodes > MAX_NODES or self.links > MAX_LINKS:
             raise UiWorkflowInvalid(f"it has more than {MAX_NODES} nodes or {MAX_LINKS} links")
-        scope = Scope({}, {})
+        scope = SavedScope({}, {})
         for item in nodes:
             node = self._node(item, where)
             if node.id in scope.nodes:
-                raise UiWorkflowInvalid(f"{where} has two nodes with the id {shown(node.id)}")
+                raise UiWorkflowInvalid(f"{where} has two nodes with the id {quotable(node.id)}")
             scope.nodes[node.id] = node
         for item in links or ():
             if item is not None:  # older editors left gaps
@@ -210,9 +210,9 @@ class _Reader:
                 scope.links.setdefault(link.id, link)
         return scope
 
-    def definition(self, raw: dict[str, Any]) -> Scope:
+    def definition(self, raw: dict[str, Any]) -> SavedScope:
         name = raw.get("name")
-        title = shown(name) if isinstance(name, str) else ""
+        title = quotable(name) if isinstance(name, str) else ""
         where = f"the subgraph '{title}'"
         if not isinstance(raw.get("id"), str) or not raw["id"]:
             raise UiWorkflowInvalid(f"{where} has no id")
@@ -222,7 +222,7 @@ class _Reader:
         scope.outputs = self._ports(raw.get("outputs"), scope, where)
         return scope
 
-    def _ports(self, raw: object, scope: Scope, where: str) -> list[Port]:
+    def _ports(self, raw: object, scope: SavedScope, where: str) -> list[SavedPort]:
         if raw is None:
             return []
         if not isinstance(raw, list) or not all(isinstance(item, dict) for item in raw):
@@ -234,39 +234,39 @@ class _Reader:
             ids = [_id(link, f"a link of {where}") for link in links] if isinstance(links, list) else []
             self._count(ids, where)
             known = tuple(link_id for link_id in ids if link_id in scope.links)
-            ports.append(Port(_text(item.get("name")), _type(item.get("type"), where), known))
+            ports.append(SavedPort(_text(item.get("name")), _slot_type(item.get("type"), where), known))
         return ports
 
-    def _node(self, raw: object, where: str) -> Node:
+    def _node(self, raw: object, where: str) -> SavedNode:
         if not isinstance(raw, dict):
             raise UiWorkflowInvalid(f"{where} has something in 'nodes' that is no node")
         node_id = _id(raw.get("id"), f"a node of {where}")
         kind = raw.get("type")
         if not isinstance(kind, str) or not kind:
-            raise UiWorkflowInvalid(f"node {shown(node_id)} has no 'type'")
-        label = f"node {shown(node_id)} ({shown(kind)})"
+            raise UiWorkflowInvalid(f"node {quotable(node_id)} has no 'type'")
+        label = f"node {quotable(node_id)} ({quotable(kind)})"
         title, mode, values = raw.get("title"), raw.get("mode"), raw.get("widgets_values")
         if isinstance(values, dict) and len(values) > _MAX_NAMED_VALUES:
             raise UiWorkflowInvalid(f"{label} has {len(values)} widgets")
         properties = raw.get("properties")
-        return Node(
+        return SavedNode(
             node_id,
             kind,
             title if isinstance(title, str) and title else None,
             mode if isinstance(mode, int) else 0,
             tuple(self._slots(raw.get("inputs"), label)),
-            tuple(_type(item.get("type"), label) for item in self._objects(raw.get("outputs"), label)),
+            tuple(_slot_type(item.get("type"), label) for item in self._objects(raw.get("outputs"), label)),
             values if isinstance(values, (list, dict)) else None,
             properties if isinstance(properties, dict) else {},
         )
 
-    def _slots(self, raw: object, label: str) -> Iterator[Slot]:
+    def _slots(self, raw: object, label: str) -> Iterator[SavedSlot]:
         for item in self._objects(raw, label):
             link, widget = item.get("link"), item.get("widget")
             named = widget.get("name") if isinstance(widget, dict) else None
-            yield Slot(
+            yield SavedSlot(
                 _text(item.get("name")),
-                _type(item.get("type"), label),
+                _slot_type(item.get("type"), label),
                 None if link is None else _id(link, f"a link of {label}"),
                 _text(named) if widget else None,
             )
@@ -285,7 +285,7 @@ class _Reader:
             raise UiWorkflowInvalid(f"it has more than {MAX_SLOTS} inputs and outputs; the count broke at {label}")
 
 
-def _link(raw: object, where: str) -> Link:
+def _link(raw: object, where: str) -> SavedLink:
     match raw:
         case [link_id, origin, origin_slot, target, target_slot, *_]:
             pass
@@ -294,7 +294,7 @@ def _link(raw: object, where: str) -> Link:
         case _:
             raise UiWorkflowInvalid(f"{where} has a link that is neither [id, node, slot, node, slot, type] nor such an object")
     label = f"a link of {where}"
-    return Link(
+    return SavedLink(
         _id(link_id, label), _id(origin, label), _index(origin_slot, label), _id(target, label), _index(target_slot, label)
     )
 
@@ -330,8 +330,8 @@ def _text(value: object) -> str:
     return value if isinstance(value, str) else ""
 
 
-def _type(value: object, label: str) -> str:
-    """Return a slot's type as the frontend compares it. Old files have a combo's options in its place, and 0 for any type."""
+def _slot_type(value: object, label: str) -> str:
+    """Return a saved slot's type as the frontend compares it. Old files have a combo's options in its place, and 0 for any."""
     if isinstance(value, list):
         value = "COMBO"
     text = value if isinstance(value, str) else "*" if value in (0, None, True, False) else str(value)

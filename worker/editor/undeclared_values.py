@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from worker.base.text import shown
+from worker.base.text import quotable
 from worker.editor.widgets import InputSpec, ShapeSlot, Widget
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from worker.editor.saved_workflow import Node
-    from worker.editor.widgets import Definition, Shape
+    from worker.editor.saved_workflow import SavedNode
+    from worker.editor.widgets import Definition, NodeShape
 
 # A widget that only displays something, saved by name. It contains paths of the machine that saved it.
 _SHOWS: Final = frozenset({"videopreview"})
@@ -26,14 +26,14 @@ _POWER_LORA: Final = "Power Lora Loader (rgthree)"
 _LORA_MANAGER: Final = "(LoraManager)"
 
 
-def is_foreign(definition: Definition) -> bool:
-    """Return whether a class is a custom node, whose pack may have its own code in the editor."""
+def may_send_undeclared(definition: Definition) -> bool:
+    """Return whether a class is a custom node, whose pack may send undeclared values by code of its own."""
     return str(definition.get("python_module", "")).startswith("custom_nodes")
 
 
-def place(node: Node, definition: Definition, shape: Shape) -> tuple[str, ...]:
-    """Name each value in `shape.left` that the pack's code sends. Return descriptions of the others."""
-    if not is_foreign(definition):
+def place_undeclared(node: SavedNode, definition: Definition, shape: NodeShape) -> tuple[str, ...]:
+    """Name each undeclared value in `shape.left` that the pack's code sends. Return descriptions of the others."""
+    if not may_send_undeclared(definition):
         return ()
     nameless = [value for name, value in shape.left if name is None and value not in (None, "", {}, [])]
     found = [(name, value) for name, value in shape.left if name is not None and value is not None and name not in _SHOWS]
@@ -55,7 +55,7 @@ def place(node: Node, definition: Definition, shape: Shape) -> tuple[str, ...]:
     return tuple(_described(value) for value in nameless if not _is_no_input(value))
 
 
-def _power_lora_rows(node: Node, rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, object]]:
+def _power_lora_rows(node: SavedNode, rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, object]]:
     separate = node.properties.get("Show Strengths") == "Separate Model & Clip"
     for number, row in enumerate((row for row in rows if "lora" in row), 1):
         second = row.get("strengthTwo")
@@ -63,7 +63,7 @@ def _power_lora_rows(node: Node, rows: Sequence[Mapping[str, Any]]) -> Iterator[
         yield f"lora_{number}", {**{key: value for key, value in row.items() if key != "strengthTwo"}, **strengths}
 
 
-def _lora_manager(node: Node, values: Sequence[object]) -> Iterator[tuple[str, object]]:
+def _lora_manager(node: SavedNode, values: Sequence[object]) -> Iterator[tuple[str, object]]:
     names = ("toggle_trigger_words", "orinalMessage") if "Trigger" in node.type else ("loras",)
     for name, value in zip(names, values, strict=False):
         if isinstance(value, str if name == "orinalMessage" else list):
@@ -71,7 +71,7 @@ def _lora_manager(node: Node, values: Sequence[object]) -> Iterator[tuple[str, o
 
 
 def _is_no_input(value: object) -> bool:
-    """Return whether the editor saved a value for a control, a button or a text below a node."""
+    """Return whether the undeclared value is that of a control, a button or a text below a node."""
     if not isinstance(value, str):
         return False
     return value in _CONTROLS or value in _BUTTONS or (value.startswith("<") and value.endswith(">"))
@@ -79,7 +79,7 @@ def _is_no_input(value: object) -> bool:
 
 def _described(value: object) -> str:
     if isinstance(value, dict):
-        return f"an object with {', '.join(repr(shown(key)) for key in list(value)[:3])}"
+        return f"an object with {', '.join(repr(quotable(key)) for key in list(value)[:3])}"
     if isinstance(value, list):
         return f"a list of {len(value)}"
-    return repr(shown(value)) if isinstance(value, str) else str(value)
+    return repr(quotable(value)) if isinstance(value, str) else str(value)

@@ -19,14 +19,14 @@ from worker.errors import UiWorkflowInvalid
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from worker.editor.saved_workflow import Node
+    from worker.editor.saved_workflow import SavedNode
 
 Definition: TypeAlias = "Mapping[str, Any]"
 """One class as /object_info describes it."""
 
 
-class Dialect(enum.Enum):
-    """How ComfyUI's frontend converts a saved workflow, by the version that was observed."""
+class FrontendDialect(enum.Enum):
+    """How ComfyUI's frontend saves and restores widgets, by the version that was observed."""
 
     CLASSIC = "1.32"
     MODERN = "1.58"
@@ -36,16 +36,16 @@ _FIRST_MODERN = (1, 45)  # between the two observed versions; the exact release 
 _VERSION = re.compile(r"v?(\d{1,6})\.(\d{1,6})")
 
 
-def dialect_of(frontend: str | None, object_info: Mapping[str, Any]) -> Dialect:
-    """Return the dialect of a frontend, by its version in `/system_stats` (`required_frontend_version`).
+def dialect_of(frontend: str | None, object_info: Mapping[str, Any]) -> FrontendDialect:
+    """Return how a frontend handles widgets, by its version in `/system_stats` (`required_frontend_version`).
 
     Without a version /object_info decides: engines that pin a modern frontend describe every class with
     `has_intermediate_output`.
     """
     if frontend and (found := _VERSION.match(frontend)):
-        return Dialect.MODERN if (int(found[1]), int(found[2])) >= _FIRST_MODERN else Dialect.CLASSIC
+        return FrontendDialect.MODERN if (int(found[1]), int(found[2])) >= _FIRST_MODERN else FrontendDialect.CLASSIC
     first = next((entry for entry in object_info.values() if isinstance(entry, dict)), {})
-    return Dialect.MODERN if "has_intermediate_output" in first else Dialect.CLASSIC
+    return FrontendDialect.MODERN if "has_intermediate_output" in first else FrontendDialect.CLASSIC
 
 
 # --- what a class declares ----------------------------------------------------------------------
@@ -57,7 +57,7 @@ _AUTOGROW, _MATCH_TYPE = "COMFY_AUTOGROW_V3", "COMFY_MATCHTYPE_V3"
 
 @dataclass(frozen=True, slots=True)
 class InputSpec:
-    """One input that a class declares. `type` is the socket's; `widget_type` decides about the widget."""
+    """One input that a class declares. `type` is the socket's; `widget_type` decides about its widget."""
 
     name: str
     type: str
@@ -70,10 +70,10 @@ class InputSpec:
         found = self.options.get("options")
         return found if isinstance(found, list) else ()
 
-    def is_widget(self, dialect: Dialect) -> bool:
+    def is_widget(self, dialect: FrontendDialect) -> bool:
         """Return whether the editor shows a widget for it."""
         editor = known().editor
-        widgets = editor.modern_widgets if dialect is Dialect.MODERN else editor.classic_widgets
+        widgets = editor.modern_widgets if dialect is FrontendDialect.MODERN else editor.classic_widgets
         return self.widget_type in widgets and not self.options.get("forceInput")
 
     def has_control(self) -> bool:
@@ -114,7 +114,7 @@ UNSET = object()
 
 
 def read_spec(name: str, raw: object) -> InputSpec:
-    """Return one input of /object_info: `[type or list of options, options?]`.
+    """Return the input that a class declares in /object_info: `[type or list of options, options?]`.
 
     Anything else becomes a socket that accepts all.
     """
@@ -170,7 +170,7 @@ class Widget:
 
 @dataclass(frozen=True, slots=True)
 class ShapeSlot:
-    """An input of a node by the class's definition. `widget` names the widget that a link to it replaces."""
+    """An input of a node by its class's definition, with or without a widget."""
 
     name: str
     type: str
@@ -178,8 +178,8 @@ class ShapeSlot:
 
 
 @dataclass(slots=True)
-class Shape:
-    """All inputs of a node in the editor's order. A name that begins with one of `closed` exists only if it is among them.
+class NodeShape:
+    """All inputs and widgets of a node in the editor's order. A name that begins with one of `closed` exists only if listed.
 
     `left` are the saved values that no widget took, with their names if they were saved by name.
     """
@@ -190,18 +190,18 @@ class Shape:
     left: list[tuple[str | None, object]] = field(default_factory=list)
 
 
-def shape_of(node: Node, specs: Sequence[InputSpec], dialect: Dialect, *, foreign: bool = False) -> Shape:
-    """Return the inputs of a node whose class declares `specs`, with its saved values.
+def shape_of(node: SavedNode, specs: Sequence[InputSpec], dialect: FrontendDialect, *, foreign: bool = False) -> NodeShape:
+    """Return the inputs and widgets of a node whose class declares `specs`, with its saved values.
 
     A `foreign` class is a custom node: its pack may show widgets for its own types, which the saved inputs reveal.
     """
     own = frozenset(slot.widget for slot in node.slots if slot.widget) if foreign else frozenset()
-    return _Shaper(node, dialect, _Values.of(node, specs, dialect), own).shape(specs)
+    return _Shaper(node, dialect, _SavedValues.of(node, specs, dialect), own).shape(specs)
 
 
 @dataclass(slots=True)
-class _Values:
-    """The saved values, taken in order, or by name if a custom node's own code saved them so."""
+class _SavedValues:
+    """The saved values of a node's widgets, taken in order, or by name if a custom node's own code saved them so."""
 
     items: Sequence[Any] = ()
     named: Mapping[str, Any] | None = None
@@ -209,7 +209,7 @@ class _Values:
     asked: set[str] = field(default_factory=set)
 
     @classmethod
-    def of(cls, node: Node, specs: Sequence[InputSpec], dialect: Dialect) -> _Values:
+    def of(cls, node: SavedNode, specs: Sequence[InputSpec], dialect: FrontendDialect) -> _SavedValues:
         values = node.values
         if isinstance(values, dict):
             if any(spec.name in values for spec in specs):
@@ -217,7 +217,7 @@ class _Values:
             return cls(_in_key_order(values))
         if values is None:
             return cls()
-        return cls(_without_forced([value for value in values if not _is_note(value)], specs, dialect))
+        return cls(_without_forced_inputs([value for value in values if not _is_pack_note(value)], specs, dialect))
 
     def take(self, name: str, default: object) -> object:
         """Return the value for the next widget, which has this name."""
@@ -237,19 +237,19 @@ class _Values:
             yield from ((None, value) for value in self.items[self.taken :])
 
 
-def _is_note(value: object) -> bool:
-    """Return whether a saved value is one pack's note about the text next to it, which belongs to no widget."""
+def _is_pack_note(value: object) -> bool:
+    """Return whether a saved value belongs to no widget: one pack saves a note about the text next to it."""
     return isinstance(value, dict) and "textWidgetName" in value
 
 
 def _in_key_order(values: dict[str, Any]) -> list[Any]:
-    """Return what JavaScript makes of an object that stands for a list: ordered by index, otherwise in key order."""
+    """Return the widgets' saved values from an object that stands for a list, in JavaScript's order of its keys."""
     indexed = sorted((int(key), value) for key, value in values.items() if re.fullmatch("[0-9]{1,4}", key))
     return [value for _, value in indexed] if indexed else list(values.values())
 
 
-def _without_forced(values: list[Any], specs: Sequence[InputSpec], dialect: Dialect) -> list[Any]:
-    """Return the values without those of forced inputs, for which frontends before 1.16 still saved a place."""
+def _without_forced_inputs(values: list[Any], specs: Sequence[InputSpec], dialect: FrontendDialect) -> list[Any]:
+    """Return widget values without those of forced inputs, for which frontends before 1.16 still saved a place."""
     forced: list[bool] = []
     for spec in specs:
         is_forced = bool(spec.options.get("forceInput"))
@@ -265,13 +265,13 @@ def _without_forced(values: list[Any], specs: Sequence[InputSpec], dialect: Dial
 
 @dataclass(slots=True)
 class _Shaper:
-    node: Node
-    dialect: Dialect
-    values: _Values
+    node: SavedNode
+    dialect: FrontendDialect
+    values: _SavedValues
     own: frozenset[str] = frozenset()
-    made: Shape = field(default_factory=Shape)
+    made: NodeShape = field(default_factory=NodeShape)
 
-    def shape(self, specs: Sequence[InputSpec]) -> Shape:
+    def shape(self, specs: Sequence[InputSpec]) -> NodeShape:
         for spec in specs:
             self._socket(spec)
         for spec in specs:
@@ -289,7 +289,7 @@ class _Shaper:
     def _socket(self, spec: InputSpec) -> None:
         if self._is_widget(spec):
             return
-        modern = self.dialect is Dialect.MODERN
+        modern = self.dialect is FrontendDialect.MODERN
         if modern and spec.type == _AUTOGROW:
             self._autogrow(spec)
         else:
@@ -317,7 +317,7 @@ class _Shaper:
 
     def _saved(self, spec: InputSpec, default: object) -> object:
         value = self.values.take(spec.name, default)
-        if value is None and self.dialect is Dialect.MODERN and spec.widget_type == "COMBO" and default is not UNSET:
+        if value is None and self.dialect is FrontendDialect.MODERN and spec.widget_type == "COMBO" and default is not UNSET:
             return default
         return value
 
@@ -348,7 +348,7 @@ class _Shaper:
         values = self.values
         if chosen is None:
             # The inputs of the first option come back after the values were assigned, so they get none.
-            chosen, self.values = default, _Values()
+            chosen, self.values = default, _SavedValues()
         self.made.widgets.append(Widget(spec, spec.name, chosen))
         self.made.closed.append(f"{spec.name}.")
         for child in _children(spec.name, options.get(chosen, {}) if isinstance(chosen, str) else {}):
@@ -414,25 +414,25 @@ def _match_type(spec: InputSpec) -> str:
 _MAX_OPTIONS = 1_000
 
 
-def _add_extras(node: Node, made: Shape, values: _Values, dialect: Dialect) -> None:
+def _add_extras(node: SavedNode, made: NodeShape, values: _SavedValues, dialect: FrontendDialect) -> None:
     # Classic frontends send these too. They are no inputs of the class, and ComfyUI ignores them.
-    if dialect is Dialect.CLASSIC and node.type in known().editor.audio_players:
+    if dialect is FrontendDialect.CLASSIC and node.type in known().editor.audio_players:
         _extra(made, "audioUI", "")
-    if dialect is Dialect.CLASSIC and node.type == "PreviewAny":
+    if dialect is FrontendDialect.CLASSIC and node.type == "PreviewAny":
         _extra(made, "preview", "")
     if node.type in {"SaveGLB", "Preview3D"}:
         _extra(made, "image", "")
     if node.type == "CustomCombo":
-        _add_custom_combo(made, values)
+        _add_combo_widgets(made, values)
 
 
-def _extra(made: Shape, name: str, value: object) -> None:
+def _extra(made: NodeShape, name: str, value: object) -> None:
     if all(widget.name != name for widget in made.widgets):
         made.widgets.append(Widget(InputSpec(name, "STRING", "STRING", {}), name, value))
 
 
-def _add_custom_combo(made: Shape, values: _Values) -> None:
-    """Add the options as widgets, as the editor does, and `index`, the position of the choice among them."""
+def _add_combo_widgets(made: NodeShape, values: _SavedValues) -> None:
+    """Add the widgets of a custom combo's options, as the editor does, and `index`, the position of the choice among them."""
     values.take("index", None)
     if len(values.items) > _MAX_OPTIONS:
         raise UiWorkflowInvalid(f"a CustomCombo has more than {_MAX_OPTIONS} options")
@@ -445,8 +445,8 @@ def _add_custom_combo(made: Shape, values: _Values) -> None:
         _extra(made, f"option{number}", option)
 
 
-def uploaded(spec: InputSpec, value: object) -> object:
-    """Return a file chooser's value as a classic frontend changes it: a path, marked if it is in the output folder."""
+def upload_widget_value(spec: InputSpec, value: object) -> object:
+    """Return a file chooser's widget value as a classic frontend changes it: a path, marked if it is in the output folder."""
     if spec.widget_type != "COMBO" or not any(spec.options.get(key) for key in known().editor.uploads):
         return value
     if isinstance(value, list):

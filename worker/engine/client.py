@@ -30,8 +30,8 @@ from websockets.exceptions import ConnectionClosed, WebSocketException
 
 from worker.base.clock import within
 from worker.base.http_transport import AsyncioBackend
-from worker.comfyui_data import older
-from worker.engine.events import Executing, Finished, Progress, RunTracker, Sent, decode, sent_png
+from worker.comfyui_data import is_older
+from worker.engine.events import Executing, NodeProgress, RunFinished, RunTracker, SentPicture, decode_event, sent_png
 from worker.errors import (
     EngineAnswerInvalid,
     EngineError,
@@ -43,7 +43,7 @@ from worker.errors import (
     WorkerError,
 )
 from worker.graph.graph import last_nodes
-from worker.graph.rejection import dropped_outputs, options_of, rejection
+from worker.graph.rejection import combo_options, dropped_outputs, rejection
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -80,7 +80,7 @@ OLDEST = "0.3.75"
 
 @dataclass(frozen=True, slots=True)
 class Versions:
-    """What a ComfyUI reports: its own version, and that of the editor it requires. None if it does not say."""
+    """What the client's ComfyUI reports: its own version, and that of the editor it requires. None if it does not say."""
 
     comfyui: str | None = None
     frontend: str | None = None
@@ -97,12 +97,12 @@ class Versions:
     def too_old(self) -> bool:
         """Return whether this ComfyUI is older than the oldest one that the worker is tested on."""
         version = self.comfyui or ""
-        return version.removeprefix("v")[:1].isdigit() and older(version, OLDEST)
+        return version.removeprefix("v")[:1].isdigit() and is_older(version, OLDEST)
 
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """A finished run: its outputs by node id, and a sentence for each output that ComfyUI refused to run.
+    """A finished run that a client followed: its outputs by node id, and a sentence for each output that ComfyUI refused.
 
     `cached` are the nodes that did not run again, `silent` the output nodes without outputs, with their classes. `queued_s` is
     the time until its first node began, `node_s` the time of each node that ran. Both are measured here, without gaps.
@@ -120,13 +120,13 @@ class RunResult:
 class _Run:
     tracker: RunTracker
     graph: Graph
-    on_progress: Callable[[Progress], None] | None = None
+    on_progress: Callable[[NodeProgress], None] | None = None
     news: asyncio.Event = field(default_factory=asyncio.Event)
     began_at: float = field(default_factory=time.monotonic)
     nodes: list[tuple[str | None, float]] = field(default_factory=list)
     stalled_at: float | None = None
 
-    def result(self, finished: Finished, dropped: tuple[str, ...]) -> RunResult:
+    def result(self, finished: RunFinished, dropped: tuple[str, ...]) -> RunResult:
         """Return the run's result, with its times."""
         outputs, cached = finished.outputs, finished.cached
         if self.tracker.lost_pictures:
@@ -208,7 +208,7 @@ class ComfyClient:
         try:
             socket = await self._connect()
         except (OSError, WebSocketException) as exc:
-            raise EngineUnreachable(self.address, _reason(exc)) from exc
+            raise EngineUnreachable(self.address, _request_failure(exc)) from exc
         self._listener = asyncio.create_task(self._listen(socket), name="comfyui-websocket")
 
     async def _reopen(self) -> None:
@@ -236,9 +236,9 @@ class ComfyClient:
     async def choices(self, class_type: str, input_name: str) -> Sequence[str] | None:
         """Return the current choices of a node's input: for a loader, the files it sees. None if there is no list."""
         info = await self.object_info([class_type])
-        with _understood(f"GET /object_info/{class_type}", HTTPStatus.OK):
+        with _read_answer(f"GET /object_info/{class_type}", HTTPStatus.OK):
             inputs = (info.get(class_type) or {}).get("input") or {}
-            return next((options_of(group[input_name]) for group in inputs.values() if input_name in group), None)
+            return next((combo_options(group[input_name]) for group in inputs.values() if input_name in group), None)
 
     async def object_info(self, class_types: Collection[str]) -> dict[str, Any]:
         """Return ComfyUI's definitions of these node classes, without those that it does not have."""
@@ -247,7 +247,7 @@ class ComfyClient:
         async def ask(name: str) -> dict[str, Any]:
             async with few:
                 status, body = await self._wait_for("GET", f"/object_info/{quote(name, safe='', errors='replace')}")
-            with _understood(f"GET /object_info/{name}", status):
+            with _read_answer(f"GET /object_info/{name}", status):
                 return dict(body or {})
 
         answers = await asyncio.gather(*(ask(name) for name in class_types))
@@ -270,7 +270,7 @@ class ComfyClient:
         if not asked or not (lacking := asked - (await self.object_info(asked)).keys()):
             return frozenset(), frozenset()
         status, body = await self._wait_for("GET", "/node_replacements")  # older ones have none
-        with _understood("GET /node_replacements", status):
+        with _read_answer("GET /node_replacements", status):
             entries = body if status == HTTPStatus.OK else {}
             successors = {name: entries[name][0]["new_node_id"] for name in lacking if entries.get(name)}
         there = await self.object_info(set(successors.values()))
@@ -280,7 +280,7 @@ class ComfyClient:
     async def everything(self) -> dict[str, Any]:
         """Return all that ComfyUI says of its node classes and of itself, for `KeptDefinitions`."""
         status, classes = await self._wait_for("GET", "/object_info")
-        with _understood("GET /object_info", status):
+        with _read_answer("GET /object_info", status):
             found = dict(classes)
         status, body = await self._wait_for("GET", "/node_replacements")  # older ones have none
         replacements = dict(body) if status == HTTPStatus.OK and isinstance(body, dict) else {}
@@ -300,7 +300,7 @@ class ComfyClient:
         timeout_s: float,
         extra_data: Mapping[str, Any] | None = None,
         targets: Collection[str] | None = None,
-        on_progress: Callable[[Progress], None] | None = None,
+        on_progress: Callable[[NodeProgress], None] | None = None,
     ) -> RunResult:
         """Queue a graph and wait for its end. `targets` are the output nodes to run; None means all of them.
 
@@ -331,7 +331,7 @@ class ComfyClient:
         finally:
             del self._runs[tracker.prompt_id]
             self._forget_later(tracker.prompt_id)
-        if isinstance(tracker.outcome, Finished):
+        if isinstance(tracker.outcome, RunFinished):
             return run.result(tracker.outcome, dropped)
         assert tracker.outcome is not None  # noqa: S101 - _follow returns at the outcome
         raise tracker.outcome
@@ -362,7 +362,7 @@ class ComfyClient:
                     tracker.gap()
                     return ()
                 continue
-            with _understood("POST /prompt", status):
+            with _read_answer("POST /prompt", status):
                 if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
                     raise EngineAnswerInvalid("POST /prompt", status)
                 if status == HTTPStatus.OK and not body.get("node_errors"):
@@ -381,7 +381,7 @@ class ComfyClient:
             for error in report.get("errors") or ():
                 extra = error.get("extra_info") or {}
                 key = str(report.get("class_type")), str(extra.get("input_name"))
-                if error.get("type") != "value_not_in_list" or options_of(extra.get("input_config")) is not None:
+                if error.get("type") != "value_not_in_list" or combo_options(extra.get("input_config")) is not None:
                     continue
                 if key not in asked and len(asked) < _QUESTIONS_AT_ONCE:
                     asked[key] = await self.choices(*key)
@@ -419,7 +419,7 @@ class ComfyClient:
                 raise EngineHung(silent_s) from exc
             log.warning("%s", exc)
             return
-        with _understood(f"GET /history/{tracker.prompt_id}", HTTPStatus.OK):
+        with _read_answer(f"GET /history/{tracker.prompt_id}", HTTPStatus.OK):
             tracker.reconcile(entry, queued=place is not None)
         now = self._clock()
         if place != "stalled":
@@ -431,13 +431,13 @@ class ComfyClient:
 
     async def _history(self, prompt_id: str) -> Mapping[str, Any] | None:
         status, body = await self._ask("GET", f"/history/{prompt_id}")
-        with _understood(f"GET /history/{prompt_id}", status):
+        with _read_answer(f"GET /history/{prompt_id}", status):
             return body.get(prompt_id)  # type: ignore[no-any-return]  # ComfyUI's JSON
 
     async def _place(self, prompt_id: str) -> Literal["running", "waiting", "stalled"] | None:
         """Return the prompt's place in ComfyUI's queue, or None. `stalled`: it waits, and nothing runs."""
         status, body = await self._ask("GET", "/queue")
-        with _understood("GET /queue", status):
+        with _read_answer("GET /queue", status):
             running = [item[1] for item in body["queue_running"]]
             if prompt_id in running:
                 return "running"
@@ -481,7 +481,7 @@ class ComfyClient:
                         raise
                     response = await send()  # a kept connection may close as it is used
         except (httpcore2.NetworkError, httpcore2.ProtocolError, TimeoutError) as exc:
-            raise EngineUnreachable(self.address, f"{_reason(exc)} on {method} {path}") from exc
+            raise EngineUnreachable(self.address, f"{_request_failure(exc)} on {method} {path}") from exc
         self._heard_at = self._clock()
         return response.status, _decoded(response.content)
 
@@ -532,7 +532,7 @@ class ComfyClient:
                         self._heard_at = self._clock()
                         if isinstance(message, bytes):
                             self._take(sent_png(message))
-                        elif (event := decode(message)) is not None:
+                        elif (event := decode_event(message)) is not None:
                             self._dispatch(event)
             finally:
                 await socket.close()
@@ -555,7 +555,7 @@ class ComfyClient:
             try:
                 return await self._connect()
             except (OSError, WebSocketException) as exc:
-                reason = _reason(exc)
+                reason = _request_failure(exc)
         log.error("cannot reconnect the websocket to ComfyUI: %s", reason)
         self.fail_all(EngineUnreachable(self.address, reason))
         return None
@@ -564,13 +564,13 @@ class ComfyClient:
         prompt_id, node_id = self._at
         run = self._runs.get(prompt_id)
         if png is not None and run and node_id is not None and run.sends(node_id):
-            run.tracker.feed(Sent(prompt_id, node_id, png))
+            run.tracker.feed(SentPicture(prompt_id, node_id, png))
 
     def _dispatch(self, event: Event) -> None:
         run = self._runs.get(event.prompt_id)
         if run is None:
             return
-        if isinstance(event, Progress):
+        if isinstance(event, NodeProgress):
             self._at = (event.prompt_id, event.node_id)
             if run.on_progress:
                 try:
@@ -587,8 +587,8 @@ class ComfyClient:
 
 
 @contextlib.contextmanager
-def _understood(request: str, status: int) -> Iterator[None]:
-    """Read an answer of ComfyUI. Raises `EngineAnswerInvalid` if the answer has an unexpected form."""
+def _read_answer(request: str, status: int) -> Iterator[None]:
+    """Read ComfyUI's answer to a client. Raises `EngineAnswerInvalid` if it has an unexpected form."""
     try:
         yield
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as exc:
@@ -602,6 +602,6 @@ def _decoded(content: bytes) -> Any:  # noqa: ANN401 - ComfyUI's JSON
         return None
 
 
-def _reason(error: Exception) -> str:
-    """Return what went wrong, for a sentence. Many of these errors have no text."""
+def _request_failure(error: Exception) -> str:
+    """Return why a client's request failed, for a sentence. Many of these errors have no text."""
     return str(error) or type(error).__name__

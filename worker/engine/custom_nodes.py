@@ -78,9 +78,9 @@ def node_packages(
     makes no sense any more. A node's failure never raises: it is logged, and ComfyUI starts.
     """
     try:
-        names = link(folders)
+        names = link_custom_nodes(folders)
         wanted = requirements(folders, names)
-        site = _site(folders, wanted, once, environ) if wanted else None
+        site = _packages_folder(folders, wanted, once, environ) if wanted else None
     except OSError as exc:
         log.warning("custom nodes of the volume are left out: %s cannot be used (%s)", exc.filename, exc.strerror)
         return dict(environ)
@@ -89,7 +89,7 @@ def node_packages(
     return {**environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(site), environ.get("PYTHONPATH"))))}
 
 
-def link(folders: NodeFolders) -> tuple[str, ...]:
+def link_custom_nodes(folders: NodeFolders) -> tuple[str, ...]:
     """Make ComfyUI see the volume's nodes. Return the names that it sees. A node of the image takes precedence.
 
     Links of nodes that left the volume are removed. Nothing else is ever touched.
@@ -111,7 +111,7 @@ def link(folders: NodeFolders) -> tuple[str, ...]:
 
 
 def _node_names(folder: Path) -> list[str]:
-    """Return the names that ComfyUI would load from there (nodes.py, init_external_custom_nodes)."""
+    """Return the names of custom nodes that ComfyUI would load from there (nodes.py, init_external_custom_nodes)."""
     if not folder.is_dir():
         return []
     with os.scandir(folder) as entries:
@@ -175,28 +175,28 @@ def _installed(site: Path) -> dict[str, str]:
     return {parts[0].lower().replace("_", "-"): parts[1] for parts in names if len(parts) == 2}  # noqa: PLR2004 - name, version
 
 
-def _site(
+def _packages_folder(
     folders: NodeFolders,
     wanted: Mapping[str, str],
     once: Callable[[str, Callable[[], bool]], AbstractContextManager[object]],
     environ: Mapping[str, str],
 ) -> Path:
-    """Return the folder of packages for these nodes. Install it if no worker has done so."""
+    """Return the folder of packages for these custom nodes. Install it if no worker has done so."""
     engine = EnginePackages.of(folders.python)
     layer = folders.layers / engine.layer_name(wanted)
 
-    if _failed_in(layer) is None:
-        with once(f"nodes-{layer.name}", _Wait(layer).over):
-            if _failed_in(layer) is None:
-                with _announced(layer, environ):
-                    return _install(folders, wanted, engine, layer, environ)
-    for name, reasons in (_failed_in(layer) or {}).items():
+    if _failures_in_layer(layer) is None:
+        with once(f"nodes-{layer.name}", _InstallWait(layer).over):
+            if _failures_in_layer(layer) is None:
+                with _announce_install(layer, environ):
+                    return _install_packages(folders, wanted, engine, layer, environ)
+    for name, reasons in (_failures_in_layer(layer) or {}).items():
         _say_failed(name, reasons)
     return layer / "packages"
 
 
-class _Wait:
-    """Another worker's installation, logged by a worker that waits for it."""
+class _InstallWait:
+    """The wait for another worker's installation of custom nodes' packages, logged."""
 
     def __init__(self, layer: Path) -> None:
         self._layer = layer
@@ -204,7 +204,7 @@ class _Wait:
 
     def over(self) -> bool:
         """Return whether the layer is complete; called repeatedly. Every ten seconds it logs who installs."""
-        if _failed_in(self._layer) is not None:
+        if _failures_in_layer(self._layer) is not None:
             return True
         now_s = time.monotonic()
         if now_s >= self._next_s:
@@ -214,8 +214,8 @@ class _Wait:
 
 
 @contextlib.contextmanager
-def _announced(layer: Path, environ: Mapping[str, str]) -> Iterator[None]:
-    """Record who installs, for waiting workers. It never raises."""
+def _announce_install(layer: Path, environ: Mapping[str, str]) -> Iterator[None]:
+    """Record who installs the custom nodes' packages, for waiting workers. It never raises."""
     note = layer.with_name(f"{layer.name}.installing")
     with contextlib.suppress(OSError):
         note.parent.mkdir(parents=True, exist_ok=True)
@@ -228,7 +228,7 @@ def _announced(layer: Path, environ: Mapping[str, str]) -> Iterator[None]:
 
 
 def _who_installs(layer: Path) -> str:
-    """Return the rest of a sentence. It gives a time of day, not a duration, because hosts' clocks differ a little."""
+    """Return who installs the packages, as the rest of a sentence, with a time of day: hosts' clocks differ a little."""
     try:
         note = json.loads(layer.with_name(f"{layer.name}.installing").read_text("utf-8"))
         return f"worker {note['by']} installs since {time.strftime('%H:%M:%S', time.localtime(note['since']))}"
@@ -236,8 +236,8 @@ def _who_installs(layer: Path) -> str:
         return "another worker installs"
 
 
-def _failed_in(layer: Path) -> dict[str, list[str]] | None:
-    """Return what a layer lacks, node name to sentences. None without a complete layer: a crash can leave an empty record."""
+def _failures_in_layer(layer: Path) -> dict[str, list[str]] | None:
+    """Return which custom nodes a layer of packages lacks, with sentences. None without a complete layer."""
     try:
         record = json.loads((layer / _COMPLETE).read_text("utf-8"))["failed"]
         return {str(name): [str(reason) for reason in reasons] for name, reasons in record.items()}
@@ -245,14 +245,14 @@ def _failed_in(layer: Path) -> dict[str, list[str]] | None:
         return None
 
 
-def _install(
+def _install_packages(
     folders: NodeFolders, wanted: Mapping[str, str], engine: EnginePackages, layer: Path, environ: Mapping[str, str]
 ) -> Path:
-    """Install into this container, where small files are fast, then publish the layer by one rename."""
+    """Install nodes' packages in this container, where small files are fast, then publish the layer by one rename."""
     began_s = time.monotonic()
     log.info("installing the packages of %s for all workers: %s", count(wanted, "custom node"), ", ".join(wanted))
     home = Path(tempfile.mkdtemp(prefix="nodes-"))
-    installer = _Installer(folders, engine, home, environ)
+    installer = _PipInstaller(folders, engine, home, environ)
     failed = installer.install(wanted)
     for name, reasons in failed.items():
         _say_failed(name, reasons)
@@ -274,12 +274,12 @@ def _publish(site: Path, layer: Path, failed: Mapping[str, Sequence[str]]) -> Pa
     try:
         shutil.copytree(site, partial / "packages")
         (partial / _COMPLETE).write_text(json.dumps({"v": 1, "failed": dict(failed)}))
-        if layer.exists() and _failed_in(layer) is None:
+        if layer.exists() and _failures_in_layer(layer) is None:
             layer.rename(layer.with_name(f"{partial.name}.broken"))
         partial.rename(layer)
     except OSError:
         # Another worker that was first without the lock has the same content.
-        if _failed_in(layer) is None:
+        if _failures_in_layer(layer) is None:
             raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -287,8 +287,8 @@ def _publish(site: Path, layer: Path, failed: Mapping[str, Sequence[str]]) -> Pa
     return layer / "packages"
 
 
-class _Installer:
-    """pip, with ComfyUI's packages as constraints: first for all nodes together, then for as many as possible."""
+class _PipInstaller:
+    """pip for custom nodes, with ComfyUI's packages as constraints: all nodes together, then as many as possible."""
 
     def __init__(self, folders: NodeFolders, engine: EnginePackages, home: Path, environ: Mapping[str, str]) -> None:
         self.site = home / "packages"
@@ -315,7 +315,7 @@ class _Installer:
         """Install one node's requirements together, then line by line. Return a sentence for each failure."""
         if self._pip("-r", "requirements.txt", cwd=node) is None:
             return []
-        lines = [words for line in text.splitlines() if (words := _words(line))]
+        lines = [words for line in text.splitlines() if (words := _requirement_words(line))]
         # An index, a folder of wheels or a constraints file applies to all lines.
         options = [word for words in lines if _is_option(words) for word in words]
         single = [words for words in lines if not _is_option(words)]
@@ -372,14 +372,14 @@ class _Installer:
         shutil.rmtree(self._prefix, ignore_errors=True)
 
 
-def _words(line: str) -> list[str]:
+def _requirement_words(line: str) -> list[str]:
     """Split a line of a requirements file, with options as pip's arguments. Empty for a comment."""
     text = re.sub(r"(^|\s)#.*", "", line).strip()
     return text.split() if text.startswith("-") else [text] if text else []
 
 
 def _is_option(words: Sequence[str]) -> bool:
-    """Return whether a line says how to install, not what."""
+    """Return whether a line of a node's requirements says how to install, not what."""
     return words[0].startswith("-") and not words[0].startswith(_WHAT)
 
 
@@ -397,25 +397,25 @@ def _say_failed(name: str, reasons: Sequence[str]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class FailedNode:
-    """A node that ComfyUI could not import, and Python's message."""
+    """A custom node that ComfyUI could not import, and Python's message."""
 
     name: str
     reason: str
 
 
 def failed_import(line: str) -> FailedNode | None:
-    """Return the node whose failed import a line of ComfyUI's output reports."""
+    """Return the custom node whose failed import a line of ComfyUI's output reports."""
     found = _CANNOT_IMPORT.search(line)
     return FailedNode(Path(found[1]).name, found[2]) if found else None
 
 
-def report_failures(settings: Settings, lines: Sequence[str]) -> None:
+def report_failed_nodes(settings: Settings, lines: Sequence[str]) -> None:
     """Write down the nodes of the volume that ComfyUI could not import, for `doctor`."""
     if settings.comfy_log_level not in _SILENT:
-        record_failures(NodeFolders.below(settings.volume_path, settings.base_dir, settings.comfyui_python), lines)
+        record_failed_nodes(NodeFolders.below(settings.volume_path, settings.base_dir, settings.comfyui_python), lines)
 
 
-def record_failures(folders: NodeFolders, lines: Sequence[str]) -> None:
+def record_failed_nodes(folders: NodeFolders, lines: Sequence[str]) -> None:
     """Say in the log which nodes failed by these lines of ComfyUI's output, and on the volume for `doctor`; the others run.
 
     The volume is written to only where it has a folder of nodes.
@@ -437,7 +437,7 @@ def record_failures(folders: NodeFolders, lines: Sequence[str]) -> None:
         write_atomically(path, record.encode(), durable=False)
 
 
-def read_failures(volume: Path) -> list[FailedNode]:
+def read_failed_nodes(volume: Path) -> list[FailedNode]:
     """Return the volume's nodes that failed to import at the last start, without those that are gone."""
     try:
         record = json.loads((volume / ".worker" / "nodes" / "failed.json").read_text())["failed"]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from worker.engine.client import Versions
-from worker.graph.rejection import options_of
+from worker.graph.rejection import combo_options
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sequence
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 _TELLING = (".py", ".toml")
 
 
-class Answers(Protocol):
+class DefinitionSource(Protocol):
     """Who is asked about node classes: `Engine`, or `KeptDefinitions`."""
 
     async def object_info(self, class_types: Collection[str]) -> dict[str, Any]:
@@ -78,7 +78,7 @@ class KeptDefinitions:
     async def choices(self, class_type: str, input_name: str) -> Sequence[str] | None:
         """Return the choices that an input had. None if there was no list."""
         groups = self._classes.get(class_type, {}).get("input") or {}
-        return next((options_of(group[input_name]) for group in groups.values() if input_name in group), None)
+        return next((combo_options(group[input_name]) for group in groups.values() if input_name in group), None)
 
     async def versions(self) -> Versions:
         """Return the versions."""
@@ -90,7 +90,7 @@ class KeptDefinitions:
         return None
 
 
-class Kept:
+class DefinitionsOnVolume:
     """Where the answers of a ComfyUI of this version with these custom nodes are kept. Its failures cost no job anything."""
 
     def __init__(self, folder: Path | None, command: EngineCommand, node_folders: Sequence[Path]) -> None:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 
     from worker.engine.client import RunResult, Versions
-    from worker.engine.events import Progress
+    from worker.engine.events import NodeProgress
     from worker.engine.process import EngineCommand
     from worker.graph.graph import Graph
     from worker.settings import Settings
@@ -105,7 +105,7 @@ class Engine:
         timeout_s: float,
         extra_data: Mapping[str, Any] | None = None,
         targets: Collection[str] | None = None,
-        on_progress: Callable[[Progress], None] | None = None,
+        on_progress: Callable[[NodeProgress], None] | None = None,
     ) -> RunResult:
         """Run a graph as `ComfyClient.run` does. Wait for a running restart.
 

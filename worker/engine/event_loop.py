@@ -21,22 +21,22 @@ _SMALL = 5000
 _CHARACTERS = 16
 
 
-class Aside:
-    """Runs work whose size a request decides without blocking the loop: in a thread, or in place for a small request.
+class LoopAside:
+    """Runs work whose size a request decides without blocking the event loop: in a thread, or in place for a small request.
 
     A thread costs a tenth of a millisecond each time, and a small request takes less than a tenth of that.
     """
 
     def __init__(self, value: object) -> None:
-        self._large = is_large(value)
+        self._large = is_large_json(value)
 
     async def __call__(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run the function and return its result."""
         return await asyncio.to_thread(function, *args, **kwargs) if self._large else function(*args, **kwargs)
 
 
-def is_large(value: object) -> bool:
-    """Return whether JSON has more than some thousand values, or sixteen times as many characters. Stops counting there."""
+def is_large_json(value: object) -> bool:
+    """Return whether JSON is too large to be handled on an event loop: some thousand values. Stops counting there."""
     cost, left = 0, [value]
     while left and cost <= _SMALL:
         item = left.pop()
@@ -53,7 +53,7 @@ def is_large(value: object) -> bool:
 
 
 class Milestone:
-    """A moment that jobs wait for on any loop. A thread reaches it, or says why it never will."""
+    """A moment that coroutines on any event loop wait for. A thread reaches it, or says why it never will."""
 
     def __init__(self) -> None:
         self._reached: Future[None] = Future()
@@ -79,8 +79,8 @@ class Milestone:
         self._reached.result()
 
 
-class Boot:
-    """How far the cold start is: the models are `linked` where ComfyUI finds them, and ComfyUI is `ready` and warm."""
+class BootMilestones:
+    """The moments of the cold start that jobs on an event loop wait for: models are `linked`, ComfyUI is `ready` and warm."""
 
     def __init__(self) -> None:
         self.linked = Milestone()

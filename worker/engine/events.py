@@ -33,7 +33,7 @@ Outputs = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class Executing:
-    """A node begins. Without a node: the prompt has left the queue and its history is written."""
+    """The event that a node begins. Without a node: the prompt has left the queue and its history is written."""
 
     prompt_id: str
     node_id: str | None
@@ -41,7 +41,7 @@ class Executing:
 
 @dataclass(frozen=True, slots=True)
 class NodeOutput:
-    """An output node's result, also for a cached node."""
+    """The event with an output node's result, also for a cached node."""
 
     prompt_id: str
     node_id: str
@@ -50,15 +50,15 @@ class NodeOutput:
 
 @dataclass(frozen=True, slots=True)
 class Cached:
-    """The nodes that will not run, because ComfyUI still has their results."""
+    """The event that names the nodes that will not run, because ComfyUI still has their results."""
 
     prompt_id: str
     node_ids: frozenset[str]
 
 
 @dataclass(frozen=True, slots=True)
-class Sent:
-    """A picture that a node sends as its output, as SaveImageWebsocket does."""
+class SentPicture:
+    """The event with a picture that a node sends as its output, as SaveImageWebsocket does."""
 
     prompt_id: str
     node_id: str
@@ -66,8 +66,8 @@ class Sent:
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
-    """Step `value` of `maximum` in one node."""
+class NodeProgress:
+    """The event of step `value` of `maximum` in one node."""
 
     prompt_id: str
     node_id: str | None
@@ -77,14 +77,14 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Succeeded:
-    """Every node has run."""
+    """The event that every node has run."""
 
     prompt_id: str
 
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """A node raised an exception. No node runs after it."""
+    """The event that a node raised an exception. No node runs after it."""
 
     prompt_id: str
     node_id: str
@@ -94,7 +94,7 @@ class Failed:
 
     def error(self, outputs: Outputs) -> NodeFailed:
         """Return the error, with the outputs of other nodes until then."""
-        memory = _exhausted(self.exception_type, self.message)
+        memory = _exhausted_memory(self.exception_type, self.message)
         if memory:
             return OutOfMemory(self.node_type, self.node_id, self.message, outputs, memory=memory)
         return NodeFailed(self.node_type, self.node_id, self.message, outputs)
@@ -102,15 +102,15 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class Interrupted:
-    """The prompt was interrupted."""
+    """The event that the prompt was interrupted."""
 
     prompt_id: str
 
 
-Event = Executing | NodeOutput | Cached | Sent | Progress | Succeeded | Failed | Interrupted
+Event = Executing | NodeOutput | Cached | SentPicture | NodeProgress | Succeeded | Failed | Interrupted
 
 
-def decode(message: object) -> Event | None:
+def decode_event(message: object) -> Event | None:
     """Return the event in a websocket message. None for pictures (binary), unneeded kinds, and anything malformed."""
     if not isinstance(message, str) or message.startswith(_PROGRESS_STATE):
         return None
@@ -123,7 +123,7 @@ def decode(message: object) -> Event | None:
 
 
 def sent_png(message: bytes) -> bytes | None:
-    """Return the picture in a binary message if it is a PNG. Previews of sampling are JPEG.
+    """Return the picture in a binary event if it is a PNG. Previews of sampling are JPEG.
 
     The message names neither prompt nor node. ComfyUI sends it right after a message that names both.
     """
@@ -133,7 +133,7 @@ def sent_png(message: bytes) -> bytes | None:
     return png if png.startswith(_PNG) else None
 
 
-def _failure(data: Mapping[str, Any]) -> Failed:
+def _failed_event(data: Mapping[str, Any]) -> Failed:
     """Return the content of an execution_error, from the websocket or from the history."""
     kind = str(data.get("exception_type") or "")
     message = str(data.get("exception_message") or kind or "the node gave no message").strip()
@@ -141,8 +141,8 @@ def _failure(data: Mapping[str, Any]) -> Failed:
     return Failed(str(data.get("prompt_id", "?")), node_id, node_type, message, kind)
 
 
-def _exhausted(kind: str, message: str) -> Literal["GPU", "host"] | None:
-    """Return which memory ran out, if that is what the exception means.
+def _exhausted_memory(kind: str, message: str) -> Literal["GPU", "host"] | None:
+    """Return which memory ran out, if that is what the exception in an event means.
 
     `torch.OutOfMemoryError` is the GPU's. torch's allocator for the host raises a bare RuntimeError.
     """
@@ -172,17 +172,17 @@ _DECODERS: Mapping[str, Callable[[Mapping[str, Any]], Event]] = {
     "executing": lambda data: Executing(_text(data["prompt_id"]), _node(data.get("node"))),
     "executed": lambda data: NodeOutput(_text(data["prompt_id"]), _text(data["node"]), dict(data["output"] or {})),
     "execution_cached": lambda data: Cached(_text(data["prompt_id"]), frozenset(map(_text, data["nodes"]))),
-    "progress": lambda data: Progress(
+    "progress": lambda data: NodeProgress(
         _text(data["prompt_id"]), _node(data.get("node")), _count(data["value"]), _count(data["max"])
     ),
     "execution_success": lambda data: Succeeded(_text(data["prompt_id"])),
-    "execution_error": _failure,
+    "execution_error": _failed_event,
     "execution_interrupted": lambda data: Interrupted(_text(data["prompt_id"])),
 }
 
 
 @dataclass(frozen=True, slots=True)
-class Finished:
+class RunFinished:
     """A run's success: the outputs of its output nodes, by node id, in the order in which they were produced.
 
     `cached` are the nodes that did not run again.
@@ -192,7 +192,7 @@ class Finished:
     cached: frozenset[str] = frozenset()
 
 
-Outcome = Finished | EngineError
+Outcome = RunFinished | EngineError
 
 
 @dataclass(slots=True)
@@ -224,14 +224,14 @@ class RunTracker:
                 self._outputs[node_id] = output
             case Cached(node_ids=node_ids):
                 self._cached = node_ids
-            case Sent(node_id=node_id, png=png):
+            case SentPicture(node_id=node_id, png=png):
                 self._keep(node_id, png)
             case Failed() if self._complete:
                 self.outcome = event.error(self._with_sent(self._outputs))
             case Interrupted():
                 self.outcome = RunInterrupted()
             case Succeeded() if self._complete and (self._outputs or self._sent):
-                self.outcome = Finished(self._with_sent(self._outputs), self._cached)
+                self.outcome = RunFinished(self._with_sent(self._outputs), self._cached)
             case Failed():
                 # Outputs during the gap are in the history only. If that is lost, this is still known.
                 self._failed, self.wants_history = event, True
@@ -255,7 +255,7 @@ class RunTracker:
         elif not queued and self._failed:
             self.outcome = self._failed.error(self._with_sent(self._outputs))
         elif not queued:
-            done = Finished(self._with_sent(self._outputs), self._cached)
+            done = RunFinished(self._with_sent(self._outputs), self._cached)
             self.outcome = done if self._succeeded else RunLost(self.prompt_id)
 
     def end(self, error: EngineError) -> None:
@@ -289,10 +289,10 @@ def outcome_of(entry: Mapping[str, Any], joined: Callable[[Outputs], Outputs] = 
     messages = status.get("messages") or ()
     if status.get("status_str", "success") == "success":
         cached = (data.get("nodes") or () for name, data in messages if name == "execution_cached")
-        return Finished(outputs, frozenset(str(node_id) for nodes in cached for node_id in nodes))
+        return RunFinished(outputs, frozenset(str(node_id) for nodes in cached for node_id in nodes))
     for name, data in messages:
         if name == "execution_error":
-            return _failure(data).error(outputs)
+            return _failed_event(data).error(outputs)
         if name == "execution_interrupted":
             return RunInterrupted()
     return NodeFailed("?", "?", "ComfyUI's history says the run failed and gives no cause")

@@ -84,20 +84,20 @@ class EngineCommand:
 
 
 def prepare_base_dir(settings: Settings) -> None:
-    """Create the folders that ComfyUI requires in a base directory (it lists custom_nodes at start)."""
+    """Create the folders that ComfyUI's process requires in a base directory (it lists custom_nodes at start)."""
     if settings.comfyui_base_dir:
         for name in ("models", "input", "output", "temp", "user", "custom_nodes"):
             (settings.comfyui_base_dir / name).mkdir(parents=True, exist_ok=True)
 
 
 def gpu_visible(dev: Path = Path("/dev")) -> bool:
-    """Return whether a GPU's device node exists. This says nothing about drivers."""
+    """Return whether ComfyUI's process will find a GPU's device node. This says nothing about drivers."""
     return any(next(dev.glob(pattern), None) is not None for pattern in _GPU_DEVICES)
 
 
 @dataclass(frozen=True, slots=True)
-class Exit:
-    """How a process ended. `str()` reads as the end of a sentence about it."""
+class EngineExit:
+    """How ComfyUI's process ended. `str()` reads as the end of a sentence about it."""
 
     returncode: int
 
@@ -113,12 +113,12 @@ class Exit:
 
 
 class EngineProcess:
-    """One run of ComfyUI, from start to exit. `exited` resolves to its `Exit`, exactly once, however it ends."""
+    """One run of ComfyUI, from start to exit. `exited` resolves to its `EngineExit`, exactly once, however it ends."""
 
     def __init__(self, popen: subprocess.Popen[bytes]) -> None:
         self.pid = popen.pid
         self.spawned_at = time.monotonic()
-        self.exited: Future[Exit] = Future()
+        self.exited: Future[EngineExit] = Future()
         self.prompts_ended: Future[str] = Future()  # the exception that ended its prompt thread, if one did
         self._popen = popen
         self.failed_imports: list[str] = []  # its output about custom nodes that it starts without
@@ -157,7 +157,7 @@ class EngineProcess:
         """Clear `last_lines`, because a job begins."""
         self._lines.clear()
 
-    def stop(self, grace_s: float = 5.0) -> Exit:
+    def stop(self, grace_s: float = 5.0) -> EngineExit:
         """End it and all its children: first ask, then kill. Return when it is gone."""
         self._signal(signal.SIGTERM)
         try:
@@ -181,13 +181,13 @@ class EngineProcess:
         returncode = self._popen.wait()
         # The last lines say why it died. A grandchild that keeps the pipe open must not delay this.
         self._pump.join(timeout=0.5)
-        self.exited.set_result(Exit(returncode))
+        self.exited.set_result(EngineExit(returncode))
 
     def _read_output(self) -> None:
         stream = self._popen.stdout
         assert stream is not None  # noqa: S101 - spawn asks for a pipe
         ending = False
-        for line in _lines_of(stream):
+        for line in _output_lines(stream):
             self._lines.append(line)
             ending = ending or _PROMPTS_ENDED.match(line) is not None
             if ending and not self.prompts_ended.done() and _RAISED.match(line):
@@ -197,8 +197,8 @@ class EngineProcess:
             log.info("comfyui: %s", line)
 
 
-def _lines_of(stream: IO[bytes]) -> Iterator[str]:
-    """Yield decoded, non-empty lines, without terminal codes.
+def _output_lines(stream: IO[bytes]) -> Iterator[str]:
+    """Yield the process's output as decoded, non-empty lines, without terminal codes.
 
     A line that was redrawn with carriage returns (a progress bar) is cut to its last state. Newer releases of ComfyUI begin a
     line with its level in colour: `[INFO]` is removed, other levels stay. A very long line is cut to its beginning, because

@@ -75,13 +75,13 @@ class Network:
             return None
         found = found if "://" in found else f"http://{found}"
         if (kind := found.partition("://")[0].lower()) != "http" and not _is_socks(found):
-            raise ProxyUnusable(shown(found), f"speaks {kind}, which is not known here")
+            raise ProxyUnusable(shown_address(found), f"speaks {kind}, which is not known here")
         try:
             if urlsplit(found).hostname and urlsplit(found).port != 0:
                 return found
         except ValueError:
             pass
-        raise ProxyUnusable(shown(found), "has an address that cannot be read")
+        raise ProxyUnusable(shown_address(found), "has an address that cannot be read")
 
 
 def _is_socks(proxy: str) -> bool:
@@ -91,10 +91,10 @@ def _is_socks(proxy: str) -> bool:
 def login_refused(proxy: str) -> ProxyUnusable:
     """Return the error of a proxy that wants another user or password."""
     status = "" if _is_socks(proxy) else f" (status {PROXY_LOGIN})"
-    return ProxyUnusable(shown(proxy), f"wants another user or password{status}")
+    return ProxyUnusable(shown_address(proxy), f"wants another user or password{status}")
 
 
-def basic(url: str) -> str | None:
+def basic_authorization(url: str) -> str | None:
     """Return the `Authorization` value for the user and password in an address, or None."""
     parts = urlsplit(url)
     if parts.username is None:
@@ -109,7 +109,7 @@ def origin(url: str) -> str:
     return f"{parts.scheme}://{(parts.hostname or '').lower()}:{parts.port or _PORTS.get(parts.scheme, 0)}"
 
 
-def shown(url: str) -> str:
+def shown_address(url: str) -> str:
     """Return an address without its query and user, which may contain tokens and signatures. For logs and errors."""
     parts = urlsplit(url)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
@@ -133,7 +133,7 @@ def sendable(url: str) -> str:
 
 
 def what_failed(exc: Exception) -> str:
-    """Return a network error in a few words, for logs and errors, without any address's query."""
+    """Return what failed in an HTTP request in a few words, for logs and errors, without any address's query."""
     text = "" if isinstance(exc, http.client.InvalidURL) else without_query(str(exc))
     return f"{type(exc).__name__}: {text}".removesuffix(": ")
 
@@ -155,10 +155,10 @@ def content_coding(headers: Message | Mapping[str, str]) -> str | None:
 
 
 def token_refused(url: str, status: int, credential: Credential | None) -> TokenRefused:
-    """Return the error for a missing or refused token."""
+    """Return the error for an HTTP status that means a missing or refused token."""
     if credential is None:
-        return TokenRefused(shown(url), status, None, has_token=False)
-    return TokenRefused(shown(url), status, credential.variable, has_token=bool(credential.token))
+        return TokenRefused(shown_address(url), status, None, has_token=False)
+    return TokenRefused(shown_address(url), status, credential.variable, has_token=bool(credential.token))
 
 
 def _next(network: Network, start: str, url: str, location: str, status: int) -> str:
@@ -166,7 +166,7 @@ def _next(network: Network, start: str, url: str, location: str, status: int) ->
         # Headers arrive as latin-1. Servers write UTF-8 there if it is not ASCII.
         target = sendable(urljoin(url, location.encode("latin-1").decode("utf-8", "surrogateescape")))
     except ValueError:
-        raise NotAFile(shown(start), "a redirect to what is no address") from None
+        raise NotAFile(shown_address(start), "a redirect to what is no address") from None
     parts, own = urlsplit(target), urlsplit(url)
     if parts.username is None and own.username is not None and origin(target) == origin(url):
         parts = parts._replace(netloc=f"{own.netloc.rpartition('@')[0]}@{parts.netloc}")
@@ -176,11 +176,11 @@ def _next(network: Network, start: str, url: str, location: str, status: int) ->
         credential = network.credential(start)
         raise token_refused(start, status, credential)
     if parts.scheme not in _PORTS or (urlsplit(url).scheme == "https" and parts.scheme != "https"):
-        raise NotAFile(shown(start), "a redirect away from https")
+        raise NotAFile(shown_address(start), "a redirect away from https")
     return target
 
 
-class Answer(Protocol):
+class HttpAnswer(Protocol):
     """What is alike in the answers of http.client and of httpx2, whose headers are to be read as latin-1."""
 
     @property
@@ -192,11 +192,11 @@ class Answer(Protocol):
         """Return the headers."""
 
 
-A = TypeVar("A", bound=Answer)
+A = TypeVar("A", bound=HttpAnswer)
 
 
 @dataclass(frozen=True, slots=True)
-class Found(Generic[A]):
+class FollowedAnswer(Generic[A]):
     """An answer after redirects, and the address it came from. `linked_etag` is the hub's name of the file, also before one."""
 
     answer: A
@@ -204,7 +204,7 @@ class Found(Generic[A]):
     linked_etag: str | None
 
 
-def follow(network: Network, start: str, send: Callable[[str], A]) -> Found[A]:
+def follow_redirects(network: Network, start: str, send: Callable[[str], A]) -> FollowedAnswer[A]:
     """Send a GET and those that its redirects ask for. `send` ends the request before.
 
     Both clients share this. httpx2's own redirects do not take its place: it reads a redirect's body to the end, however long
@@ -214,22 +214,22 @@ def follow(network: Network, start: str, send: Callable[[str], A]) -> Found[A]:
     try:
         url = sendable(start)
     except ValueError:
-        raise NotAFile(shown(start), "no address that can be asked") from None
+        raise NotAFile(shown_address(start), "no address that can be asked") from None
     linked_etag = None
     for _ in range(_MAX_HOPS):
         answer = send(url)
         linked_etag = answer.headers.get("X-Linked-Etag") or linked_etag
         target = answer.headers.get("Location")
         if answer.status_code not in REDIRECTS or not target:
-            return Found(answer, url, linked_etag)
+            return FollowedAnswer(answer, url, linked_etag)
         url = _next(network, start, url, target, answer.status_code)
-    raise NotAFile(shown(start), "a circle of redirects")
+    raise NotAFile(shown_address(start), "a circle of redirects")
 
 
 def request_headers(network: Network, url: str, headers: Mapping[str, str]) -> dict[str, str]:
     """Return the headers of a request to this address, with its origin's token, or the user and password in it."""
     credential = network.credential(url)
-    own = f"Bearer {credential.token}" if credential and credential.token else basic(url)
+    own = f"Bearer {credential.token}" if credential and credential.token else basic_authorization(url)
     sent = {"User-Agent": _AGENT, "Accept-Encoding": "identity", **headers}
     return sent | ({"Authorization": own} if own else {})
 
@@ -267,7 +267,7 @@ class Response(http.client.HTTPResponse):
 
 
 def _proxy_headers(proxy: str | None) -> dict[str, str]:
-    own = basic(proxy) if proxy else None
+    own = basic_authorization(proxy) if proxy else None
     return {"Proxy-Authorization": own} if own else {}
 
 
@@ -283,8 +283,8 @@ class Channel:
         self._broken_off = False
 
     def get(self, url: str, headers: Mapping[str, str]) -> Response:
-        """Send a GET and return the answer, after redirects. Raises `OSError`, `http.client.HTTPException`, and as `follow`."""
-        return follow(self._network, url, partial(self._request, headers)).answer
+        """Send a GET. Return the answer after redirects. Raises `OSError`, `HTTPException`, and as `follow_redirects`."""
+        return follow_redirects(self._network, url, partial(self._request, headers)).answer
 
     def _request(self, headers: Mapping[str, str], url: str) -> Response:
         is_read = self._response is None or self._response.isclosed()  # not that of a redirect

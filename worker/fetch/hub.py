@@ -46,15 +46,15 @@ from worker.errors import (
 from worker.fetch.blocking_call import abandonable
 from worker.fetch.http import (
     Credential,
-    Found,
+    FollowedAnswer,
     Network,
     bare_etag,
     content_coding,
-    follow,
+    follow_redirects,
     login_refused,
     request_headers,
     request_target,
-    shown,
+    shown_address,
     token_refused,
     what_failed,
 )
@@ -83,8 +83,8 @@ _MOST_LISTED_BYTES: Final = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Remote:
-    """A source's description of a file. `url` serves ranges and may be signed and short-lived: it is never shown or stored."""
+class RemoteFile:
+    """A source's description of a file, as looked up. `url` serves ranges and may be signed: it is never shown or stored."""
 
     source: Source
     size_bytes: int
@@ -130,7 +130,7 @@ class Remote:
         same_etag = bare_etag(headers.get("ETag")) == bare_etag(self.etag)
         return same_etag and (bool(self.strong_etag) or self.modified in {None, headers.get("Last-Modified")})
 
-    def same_content(self, other: Remote) -> bool:
+    def same_content(self, other: RemoteFile) -> bool:
         """Return whether both describe the same bytes."""
         if self.sha256 and other.sha256:
             return self.sha256 == other.sha256
@@ -171,7 +171,7 @@ class Hub:
         # huggingface_hub's own client does not start if any proxy is of a kind that it does not know.
         set_client_factory(partial(_client, network))
 
-    def look_up(self, source: Source, cancel: CancelToken) -> Remote:
+    def look_up(self, source: Source, cancel: CancelToken) -> RemoteFile:
         """Ask a source for its metadata, and retry while it is busy.
 
         Raises permanent errors at once (gated, not found, unauthorised), `SourceUnreachable` after `patience_s`, and
@@ -206,7 +206,7 @@ class Hub:
                 return abandonable(ask, where, cancel)
             except HfHubHTTPError as exc:
                 reason, named_s = f"status {exc.response.status_code}", retry_after_s(exc.response.headers)
-            except _Busy as exc:
+            except _HubBusy as exc:
                 reason, named_s = str(exc), exc.named_s
             except (OSError, httpx2.HTTPError) as exc:
                 reason, named_s = what_failed(exc), None
@@ -229,7 +229,7 @@ class Hub:
                 raise refusal from exc
             raise
 
-    def _ask_hub(self, source: HubFile) -> Remote:
+    def _ask_hub(self, source: HubFile) -> RemoteFile:
         if is_offline_mode():
             raise HubOffline(str(source))
         token = self._hub_token()
@@ -255,7 +255,7 @@ class Hub:
         if location == url and found.commit_hash:
             # The hub serves a small file itself, at an address that may soon mean another commit.
             location = url_at(revision=found.commit_hash)
-        remote = Remote(source, found.size, sha256, found.etag, found.commit_hash, location, xet=found.xet_file_data)
+        remote = RemoteFile(source, found.size, sha256, found.etag, found.commit_hash, location, xet=found.xet_file_data)
         return replace(remote, git_sha1=git_sha1)
 
     def _hub_token(self) -> str | None:
@@ -280,9 +280,9 @@ class Hub:
         return None if status in TRANSIENT else SourceRefused(str(source), status)
 
     @contextlib.contextmanager
-    def _got(self, start: str, headers: Mapping[str, str] = MappingProxyType({})) -> Iterator[Found[httpx2.Response]]:
+    def _got(self, start: str, headers: Mapping[str, str] = MappingProxyType({})) -> Iterator[FollowedAnswer[httpx2.Response]]:
         """Send a GET, and those that its redirects ask for. Raises `httpx2.HTTPError`, `ProxyUnusable`, and as `follow`."""
-        with contextlib.closing(_Route(self.network)) as route, contextlib.ExitStack() as open_answers:
+        with contextlib.closing(_HubRoute(self.network)) as route, contextlib.ExitStack() as open_answers:
 
             def send(url: str) -> httpx2.Response:
                 open_answers.close()
@@ -290,35 +290,35 @@ class Hub:
                 open_answers.callback(answer.close)
                 return answer
 
-            yield follow(self.network, start, send)
+            yield follow_redirects(self.network, start, send)
 
-    def _ask_url(self, source: Url) -> Remote:
+    def _ask_url(self, source: Url) -> RemoteFile:
         with self._got(source.url, {"Range": "bytes=0-0"}) as found:
             status, headers = found.answer.status_code, found.answer.headers
             if status in TRANSIENT:
-                raise _Busy(f"status {status}", retry_after_s(headers))
+                raise _HubBusy(f"status {status}", retry_after_s(headers))
             if status in UNAUTHORISED:
                 raise token_refused(source.url, status, self.network.credential(source.url))
             if status not in {OK, PARTIAL, UNSATISFIABLE}:
-                raise SourceRefused(shown(source.url), status)
+                raise SourceRefused(shown_address(source.url), status)
             if headers.get("Content-Type", "").partition(";")[0].strip().lower() == "text/html":
-                raise NotAFile(shown(source.url), "a web page")
+                raise NotAFile(shown_address(source.url), "a web page")
             stated = headers.get("Content-Length") if status == OK else headers.get("Content-Range", "").rpartition("/")[2]
             if not stated or not stated.isdecimal():
-                raise NotAFile(shown(source.url), "of unknown length")
+                raise NotAFile(shown_address(source.url), "of unknown length")
             if coding := content_coding(headers):
-                raise NotAFile(shown(source.url), f"sent compressed ({coding})")
+                raise NotAFile(shown_address(source.url), f"sent compressed ({coding})")
             sha256, git_sha1 = _hashes(found.linked_etag)
-            remote = Remote(source, int(stated), sha256, headers.get("ETag"), None, found.url, modified=_modified(headers))
+            remote = RemoteFile(source, int(stated), sha256, headers.get("ETag"), None, found.url, modified=_modified(headers))
             return replace(remote, git_sha1=git_sha1, has_ranges=status != OK)
 
-    def _with_sha256(self, remote: Remote, listing: str, path: str) -> Remote:
+    def _with_sha256(self, remote: RemoteFile, listing: str, path: str) -> RemoteFile:
         """Add the hash from ModelScope's API, if it gives one."""
         with self._got(listing) as got:
             status = got.answer.status_code
             if status in TRANSIENT:
-                raise _Busy(f"status {status}", retry_after_s(got.answer.headers))
-            said = _read(got.answer, _MOST_LISTED_BYTES) if status == OK else b"{}"
+                raise _HubBusy(f"status {status}", retry_after_s(got.answer.headers))
+            said = _read_body(got.answer, _MOST_LISTED_BYTES) if status == OK else b"{}"
         try:
             files = json.loads(said)["Data"]["Files"]
             found = next(file for file in files if (file["Path"], file["Size"]) == (path, remote.size_bytes))
@@ -327,7 +327,7 @@ class Hub:
             sha256 = None
         return replace(remote, sha256=sha256)
 
-    def renew(self, remote: Remote, cancel: CancelToken) -> Remote:
+    def renew(self, remote: RemoteFile, cancel: CancelToken) -> RemoteFile:
         """Return a fresh address for the same file. The commit is pinned, so that the bytes are those that were looked up."""
         source = remote.source
         if isinstance(source, HubFile) and remote.commit:
@@ -335,28 +335,28 @@ class Hub:
             return replace(fresh, source=source)
         return self.look_up(source, cancel)
 
-    def xet_access(self, remote: Remote, cancel: CancelToken) -> XetAccess:
-        """Get a Xet access token for a file (`Remote.xet`), valid for about an hour. Raises the same errors as `look_up`."""
+    def xet_access(self, remote: RemoteFile, cancel: CancelToken) -> XetAccess:
+        """Get a Xet access token for a file (`RemoteFile.xet`), valid for about an hour. Raises the errors of `look_up`."""
         return self._asked(lambda: self._ask_xet(remote), remote.where, cancel)
 
-    def _ask_xet(self, remote: Remote) -> XetAccess:
+    def _ask_xet(self, remote: RemoteFile) -> XetAccess:
         address = remote.xet.refresh_route
         credential = self.network.credential(address)
         with self._got(address) as got:
             status = got.answer.status_code
             if status in TRANSIENT:
-                raise _Busy(f"status {status}", retry_after_s(got.answer.headers))
+                raise _HubBusy(f"status {status}", retry_after_s(got.answer.headers))
             if status in UNAUTHORISED:
                 raise token_refused(address, status, credential)
             if status != OK:
                 raise SourceRefused(remote.where, status)
-            said = _read(got.answer, _MOST_SAID_BYTES)
+            said = _read_body(got.answer, _MOST_SAID_BYTES)
         headers = {"Authorization": f"Bearer {credential.token}"} if credential and credential.token else {}
         try:
             found = json.loads(said)
             return XetAccess(str(found["casUrl"]), str(found["accessToken"]), int(found["exp"]), address, headers)
         except (ValueError, TypeError, KeyError):
-            raise _Busy("no access to Xet was given", None) from None
+            raise _HubBusy("no access to Xet was given", None) from None
 
 
 def _hashes(etag: str | None) -> tuple[str | None, str | None]:
@@ -365,8 +365,8 @@ def _hashes(etag: str | None) -> tuple[str | None, str | None]:
     return (found.lower() if _SHA256.fullmatch(found) else None), (found if _SHA1.fullmatch(found) else None)
 
 
-def _read(answer: httpx2.Response, most_bytes: int) -> bytes:
-    """Return a body, cut at about so many bytes."""
+def _read_body(answer: httpx2.Response, most_bytes: int) -> bytes:
+    """Return the body of a hub's answer, cut at about so many bytes."""
     said = bytearray()
     for data in answer.iter_bytes():
         said += data
@@ -376,7 +376,7 @@ def _read(answer: httpx2.Response, most_bytes: int) -> bytes:
 
 
 def _modified(headers: httpx2.Headers) -> str | None:
-    """Return the Last-Modified that identifies a version. A file may change twice within its second."""
+    """Return the Last-Modified that identifies a version of a looked-up file. A file may change twice within its second."""
     text, date = headers.get("Last-Modified"), headers.get("Date")
     if not text or not date:
         return text
@@ -387,8 +387,8 @@ def _modified(headers: httpx2.Headers) -> str | None:
     return text if age.total_seconds() >= _SETTLED_S else None
 
 
-class _Route(httpx2.BaseTransport):
-    """Sends requests through the proxies of their addresses, huggingface_hub's as well."""
+class _HubRoute(httpx2.BaseTransport):
+    """Sends look-ups through the proxies of their addresses, huggingface_hub's as well."""
 
     def __init__(self, network: Network) -> None:
         self._network = network
@@ -422,7 +422,7 @@ class _Route(httpx2.BaseTransport):
             request = httpx2.Request("GET", url, headers=headers, extensions=extensions)
             answer = self.handle_request(request)
         except httpx2.InvalidURL:
-            raise NotAFile(shown(url), "no address that can be asked") from None
+            raise NotAFile(shown_address(url), "no address that can be asked") from None
         answer.headers.encoding = "latin-1"
         return answer
 
@@ -433,11 +433,11 @@ class _Route(httpx2.BaseTransport):
 
 
 def _client(network: Network) -> httpx2.Client:
-    return httpx2.Client(transport=_Route(network), follow_redirects=True, timeout=None, trust_env=False)
+    return httpx2.Client(transport=_HubRoute(network), follow_redirects=True, timeout=None, trust_env=False)
 
 
-class _Busy(Exception):  # noqa: N818 - never leaves this module
-    """The source asks the client to come back later."""
+class _HubBusy(Exception):  # noqa: N818 - never leaves this module
+    """The hub, or another source, asks the client to come back later."""
 
     def __init__(self, reason: str, named_s: float | None) -> None:
         super().__init__(reason)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from worker.base.progress import CancelToken
     from worker.fetch.http import Response
-    from worker.fetch.hub import Hub, Remote
+    from worker.fetch.hub import Hub, RemoteFile
     from worker.fetch.spans import Pull
 
 log = logging.getLogger(__name__)
@@ -43,8 +43,8 @@ _ADDRESS_IS_OLD: Final = frozenset({400, 401, 403, 404, 410})
 
 
 @dataclass(frozen=True, slots=True)
-class Tuning:
-    """Parameters of a download.
+class RangeTuning:
+    """Parameters of a download by range requests.
 
     `unsaved_bytes` limits, for each connection, the bytes that are written but not yet journalled: a killed worker loses those
     and a buffer. `reorder_bytes` limits the memory for bytes that wait to be hashed; `request_bytes` for each connection is how
@@ -68,7 +68,7 @@ class Tuning:
 
 
 class Sink(Protocol):
-    """The destination of a body's bytes. Any thread writes, in any order. Without range support a byte may arrive twice.
+    """The destination of ranges of a file's bytes. Any thread writes, in any order. Without range support some arrive twice.
 
     An in-order sink limits its buffer with `reach()`. The lowest missing range is always fetched first, so such a sink cannot
     deadlock.
@@ -109,8 +109,8 @@ class Sink(Protocol):
         ...
 
 
-class _Retry(Exception):  # noqa: N818 - never leaves this module
-    """This answer was unusable; the next one may be good."""
+class _RetryRange(Exception):  # noqa: N818 - never leaves this module
+    """This answer to a range request was unusable; the next one may be good."""
 
     def __init__(self, reason: str, named_s: float | None = None) -> None:
         super().__init__(reason)
@@ -118,13 +118,13 @@ class _Retry(Exception):  # noqa: N818 - never leaves this module
 
 
 class _NoRanges(Exception):  # noqa: N818 - never leaves this module
-    """The server always sends the whole file."""
+    """The server ignores ranges and always sends the whole file."""
 
 
-class Fetch:
-    """The download of one file's body. Call `run`."""
+class RangeFetch:
+    """The download of one file's body by range requests. Call `run`."""
 
-    def __init__(self, hub: Hub, remote: Remote, sink: Sink, tuning: Tuning, cancel: CancelToken) -> None:
+    def __init__(self, hub: Hub, remote: RemoteFile, sink: Sink, tuning: RangeTuning, cancel: CancelToken) -> None:
         self._hub = hub
         # Where two answers cannot be told apart, one has to give the whole file.
         self._remote = remote if remote.has_validator else replace(remote, has_ranges=False)
@@ -254,7 +254,7 @@ class Fetch:
                 self._receive(response, pull, buffer)
             if not response.isclosed():
                 channel.close()  # the server sends more than is wanted now, and would continue with that on a kept connection
-        except (_Retry, http.client.HTTPException, OSError) as exc:
+        except (_RetryRange, http.client.HTTPException, OSError) as exc:
             channel.close()
             if not pull.cut:
                 delay_s = self._backoff.failed(what_failed(exc).removeprefix("_Retry: "), getattr(exc, "named_s", None))
@@ -274,7 +274,7 @@ class Fetch:
             while pull.at < pull.end and filled < len(buffer) and not pull.cut:
                 length = response.readinto1(buffer[filled : filled + pull.left])
                 if not length:
-                    raise _Retry("the connection was closed early")
+                    raise _RetryRange("the connection was closed early")
                 now_s = time.monotonic()
                 filled += self._spans.came(pull, length, now_s)
                 if now_s > until_s:
@@ -315,7 +315,7 @@ class Fetch:
             if start:
                 _skip(response, start, buffer)
         elif status in TRANSIENT:
-            raise _Retry(f"status {status}", retry_after_s(response.headers))
+            raise _RetryRange(f"status {status}", retry_after_s(response.headers))
         elif status == UNSATISFIABLE:
             self._doubt(remote, self._wrong_size(response.headers.get("Content-Range", "")))
         elif status in _ADDRESS_IS_OLD:
@@ -324,22 +324,22 @@ class Fetch:
             raise SourceRefused(remote.where, status)
         return response
 
-    def _check_version(self, remote: Remote, response: Response) -> None:
+    def _check_version(self, remote: RemoteFile, response: Response) -> None:
         """Without a hash, accept only bytes of the version that was looked up."""
         if not remote.is_version(response.headers):
             raise SourceChanged(remote.where)
         if coding := content_coding(response.headers):
             self._doubt(remote, NotAFile(remote.where, f"sent compressed ({coding})"))
 
-    def _check_range(self, remote: Remote, response: Response, start: int) -> None:
+    def _check_range(self, remote: RemoteFile, response: Response, start: int) -> None:
         stated = response.headers.get("Content-Range", "")
         found = _CONTENT_RANGE.fullmatch(stated)
         if found is None or int(found[1]) != start:
-            raise _Retry(f"asked for the bytes from {start}, got '{stated}'")
+            raise _RetryRange(f"asked for the bytes from {start}, got '{stated}'")
         if found[2] not in {"*", str(remote.size_bytes)}:
             self._doubt(remote, self._wrong_size(stated))
 
-    def _check_whole(self, remote: Remote, response: Response, start: int) -> None:
+    def _check_whole(self, remote: RemoteFile, response: Response, start: int) -> None:
         length = response.headers.get("Content-Length")
         if length not in {None, str(remote.size_bytes)}:
             self._doubt(remote, self._wrong_size(f"/{length}"))
@@ -349,7 +349,7 @@ class Fetch:
     def _wrong_size(self, stated: str) -> ContentMismatch:
         return ContentMismatch(self._remote.where, "size", str(self._remote.size_bytes), stated.rpartition("/")[2] or "another")
 
-    def _doubt(self, remote: Remote, meaning: Exception) -> NoReturn:
+    def _doubt(self, remote: RemoteFile, meaning: Exception) -> NoReturn:
         """Get a fresh address after an error. Raise the error if a fresh address does not help."""
         with self._renewing:
             # Another thread with the same old address has renewed it already: only retry.
@@ -362,10 +362,10 @@ class Fetch:
                 if not fresh.same_content(remote):
                     raise SourceChanged(remote.where)
                 self._remote = replace(fresh, has_ranges=remote.has_ranges)
-        raise _Retry(str(meaning) or "ranges were ignored")
+        raise _RetryRange(str(meaning) or "ranges were ignored")
 
 
-def _headers(remote: Remote, start: int, end: int) -> dict[str, str]:
+def _headers(remote: RemoteFile, start: int, end: int) -> dict[str, str]:
     if not remote.has_ranges:
         return {}
     asked = {"Range": f"bytes={start}-{end - 1}"}
@@ -379,5 +379,5 @@ def _skip(response: Response, count: int, buffer: memoryview) -> None:
     while count:
         length = response.readinto1(buffer[:count])
         if not length:
-            raise _Retry("the connection was closed early")
+            raise _RetryRange("the connection was closed early")
         count -= length

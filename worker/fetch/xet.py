@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from worker.base.progress import CancelToken
-    from worker.fetch.hub import Hub, Remote, XetAccess
-    from worker.fetch.ranges import Sink, Tuning
+    from worker.fetch.hub import Hub, RemoteFile, XetAccess
+    from worker.fetch.ranges import RangeTuning, Sink
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +57,8 @@ _PIPE_BYTES: Final = 1024 * 1024
 _SAID_CHARS: Final = 300
 
 
-class _BrokenOff(Exception):  # noqa: N818 - never leaves this module
-    """The process ended before all bytes arrived."""
+class _XetBrokenOff(Exception):  # noqa: N818 - never leaves this module
+    """The process that speaks Xet ended before all bytes arrived."""
 
     def __init__(self, reason: str, status: int | None) -> None:
         super().__init__(reason)
@@ -68,7 +68,7 @@ class _BrokenOff(Exception):  # noqa: N818 - never leaves this module
 class XetFetch:
     """The download of one file's missing bytes by Xet. Call `run`."""
 
-    def __init__(self, hub: Hub, remote: Remote, sink: Sink, tuning: Tuning, cancel: CancelToken) -> None:
+    def __init__(self, hub: Hub, remote: RemoteFile, sink: Sink, tuning: RangeTuning, cancel: CancelToken) -> None:
         self._hub = hub
         self._remote = remote
         self._sink = sink
@@ -136,7 +136,7 @@ class XetFetch:
         """Run until the download is complete or breaks off. Each attempt gets a new token, because an old one is refused."""
         try:
             self._pump(self._hub.xet_access(self._remote, self._cancel))
-        except _BrokenOff as exc:
+        except _XetBrokenOff as exc:
             if exc.status in _REFUSALS:
                 self._doubts += 1
                 if self._doubts == _DOUBTS:
@@ -220,7 +220,7 @@ class XetFetch:
             done += length
         return done
 
-    def _why(self, process: subprocess.Popen[bytes]) -> _BrokenOff:
+    def _why(self, process: subprocess.Popen[bytes]) -> _XetBrokenOff:
         """Return the process's last words. hf_xet does not always give a reason, so an earlier one is kept."""
         said = _stream(process.stderr).read().decode(errors="replace").strip().rpartition("\n")[2]
         with contextlib.suppress(ValueError, KeyError, TypeError):
@@ -229,7 +229,7 @@ class XetFetch:
         status = int(found[1]) if found else None
         if said:
             self._reason = f"Xet: status {status}" if status else f"Xet: {without_query(said)[:_SAID_CHARS]}"
-        return _BrokenOff(self._reason, status)
+        return _XetBrokenOff(self._reason, status)
 
 
 def _stream(stream: IO[bytes] | None) -> IO[bytes]:

@@ -19,7 +19,7 @@ from hf_xet import XetConfig, XetFileInfo, XetSession  # type: ignore[import-unt
 
 
 def main() -> None:
-    """Read the requests, write the bytes, and exit, whatever hf_xet still does."""
+    """Read the requests for Xet, write the bytes, and exit, whatever hf_xet still does."""
     output, says = os.dup(1), os.dup(2)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):  # a library's message must not get between a file's bytes

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
-from worker.base.text import shown
+from worker.base.text import quotable
 from worker.errors import WorkflowEmpty, WorkflowInvalid, WorkflowMissing, WorkflowNotFinite, WorkflowUiFormat
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def parse_graph(value: object) -> Graph:
     return _with_links_broken(cast("Graph", value))
 
 
-def bare(value: object) -> object:
+def without_wrapper(value: object) -> object:
     """Return a workflow without its wrapper, `{"prompt": ...}` or `{"output": ...}`, and without ComfyUI's notes."""
     match value:
         case {"prompt": dict(inner), **rest} | {"output": dict(inner), **rest} if not rest and "class_type" not in inner:
@@ -128,7 +128,7 @@ def _titled(node_id: str, node: dict[str, Any]) -> str:
 
 
 def is_finite(value: object) -> bool:
-    """Return whether JSON can represent every number in it: no NaN and no infinity."""
+    """Return whether JSON can represent every number in a graph: no NaN and no infinity."""
     stack = [value]
     while stack:
         item = stack.pop()
@@ -178,7 +178,7 @@ def _broken_links(graph: Graph) -> Iterator[tuple[tuple[str, str], BrokenLink]]:
 def _leaves_an_output(graph: Graph, broken: Iterable[str]) -> bool:
     """Return whether a possible output needs none of these nodes. It takes a link, and no node takes a link from it."""
     takers = takers_in(graph)
-    spoiled = reached(broken, takers)
+    spoiled = reachable(broken, takers)
     takes = {taker for each in takers.values() for taker in each}
     return any(node_id not in spoiled and (node_id in takes or node_id not in takers) for node_id in graph)
 
@@ -194,8 +194,8 @@ def takers_in(graph: Graph) -> dict[str, list[str]]:
     return takers
 
 
-def reached(starts: Iterable[str], nexts: Mapping[str, Iterable[str]]) -> frozenset[str]:
-    """Return the starts and everything that can be reached from them."""
+def reachable(starts: Iterable[str], nexts: Mapping[str, Iterable[str]]) -> frozenset[str]:
+    """Return the starts and every node of a graph that can be reached from them."""
     found = set(starts)
     waiting = list(found)
     while waiting:
@@ -240,7 +240,7 @@ def _closing_links(graph: Graph) -> Iterator[tuple[str, str, str]]:
             node_id = path[-1]
             for name, source in following[-1]:
                 if source in place:
-                    yield node_id, name, _cycle(path, place[source])
+                    yield node_id, name, _cycle_in(path, place[source])
                 elif source not in done:
                     place[source] = len(path)
                     path.append(source)
@@ -256,8 +256,8 @@ def _links_into(graph: Graph, node_id: str) -> Iterator[tuple[str, str]]:
     return ((name, value[0]) for name, value in graph[node_id]["inputs"].items() if is_link(graph, value))
 
 
-def _cycle(path: Sequence[str], start: int) -> str:
-    """Return the nodes of the path from `start` on, in the order in which data flows."""
+def _cycle_in(path: Sequence[str], start: int) -> str:
+    """Return the nodes of a graph's cycle: those of the path from `start` on, in the order in which data flows."""
     behind = path[max(start + 1, len(path) - _SHOWN_CYCLE) :]
     left_out = ["..."] if len(path) - start - 1 > len(behind) else []
     return " -> ".join([path[start], *reversed(behind), *left_out, path[start]])
@@ -283,7 +283,7 @@ def _kind(value: object) -> str:
 
 
 def strings_in(name: str, value: object) -> Iterator[tuple[str, str]]:
-    """Yield every string of an input's value with its dotted name, in order.
+    """Yield every string of a graph's input with its dotted name, in order.
 
     Lists arrive as `{"__value__": [...]}`, which is the frontend's way to tell them from links. Some inputs are objects
     (Load3D's `image`, a row of LoRAs), so a file name may be nested. Raises `WorkflowInvalid` for names that are too long.
@@ -292,7 +292,7 @@ def strings_in(name: str, value: object) -> Iterator[tuple[str, str]]:
     while stack:
         key, item = stack.pop()
         if len(key) > _MAX_NAME_CHARS:
-            raise WorkflowInvalid(f"an input has a name of {len(key)} characters, '{shown(key, 200)}'")
+            raise WorkflowInvalid(f"an input has a name of {len(key)} characters, '{quotable(key, 200)}'")
         if isinstance(item, str):
             yield key, item
         elif isinstance(item, dict):
@@ -310,7 +310,7 @@ def needed_nodes(graph: Graph, outputs: Collection[str]) -> frozenset[str]:
     ComfyUI ignores the values of all other nodes (validate_prompt in its execution.py), so their models need not exist.
     """
     broken = (node_id for node_id, node in graph.items() if any(isinstance(v, BrokenLink) for v in node["inputs"].values()))
-    spoiled = reached(broken, takers_in(graph))
+    spoiled = reachable(broken, takers_in(graph))
     return ancestry(graph, *(node_id for node_id in outputs if node_id not in spoiled))
 
 
@@ -321,18 +321,18 @@ def last_nodes(graph: Graph) -> dict[str, str]:
 
 
 def ancestry(graph: Graph, *node_ids: str) -> frozenset[str]:
-    """Return these nodes and all nodes that they take from."""
-    return reached(node_ids, {node_id: [source for _, source in _links_into(graph, node_id)] for node_id in graph})
+    """Return these nodes of a graph and all nodes that they take from."""
+    return reachable(node_ids, {node_id: [source for _, source in _links_into(graph, node_id)] for node_id in graph})
 
 
-def declares(definition: Mapping[str, Any], input_name: str) -> bool:
-    """Return whether a class, as /object_info describes it, has this input or a group that it belongs to."""
+def declares_input(definition: Mapping[str, Any], input_name: str) -> bool:
+    """Return whether a class, as /object_info describes it, has this input of a graph's node, or a group that it belongs to."""
     groups = definition.get("input") or {}
     return any(name in group for group in groups.values() for name in (input_name, input_name.partition(".")[0]))
 
 
 def with_strings(value: object, change: Callable[[str], str]) -> object:
-    """Return a copy of an input's value with `change` applied to each string in it."""
+    """Return a copy of a graph's input with `change` applied to each string in it."""
     root: list[Any] = [value]
     waiting: list[tuple[Any, Any]] = [(root, 0)]
     while waiting:

@@ -116,7 +116,7 @@ def with_slashes(graph: Graph, models: Iterable[NamedModel]) -> Graph:
 
 
 def respellable_names(graph: Graph) -> frozenset[str]:
-    """Return every string of the graph that may be a file name in another system's spelling: backslashes, accents."""
+    """Return every string of the graph that may be a model's name in another system's spelling: backslashes, accents."""
     texts = (
         text
         for node in graph.values()
@@ -130,7 +130,7 @@ def respellable_names(graph: Graph) -> frozenset[str]:
 
 
 def renamed(graph: Graph, names: Mapping[str, str]) -> Graph:
-    """Return the graph with these strings replaced. Return the same object if nothing changes."""
+    """Return the graph with these model names replaced. Return the same object if nothing changes."""
     changed = dict(graph)
     for node_id, node in graph.items() if names else ():
         inputs = {
@@ -261,7 +261,7 @@ def _folders_of(class_type: str, leaf: str, name: str) -> tuple[str, ...]:
 
 
 def _folder_of_input(leaf: str) -> str | None:
-    """Return the folder that an input's name implies, whatever the class."""
+    """Return the folder of models that an input's name implies, whatever the class."""
     return next((folder for pattern, folder in _input_folders() if pattern.fullmatch(leaf)), None)
 
 
@@ -286,7 +286,7 @@ def _embeddings(text: str) -> Iterator[str]:
     (0.3.75 finds none after a tab, and reads past `<` and `[`.)
     """
     # A longer text is no prompt, and is not split into segments: that takes one pass for each level of parentheses.
-    pieces = [text] if len(text) > _LONGEST_PROMPT else _segments(text.replace("\\)", "\0\1").replace("\\(", "\0\2"))
+    pieces = [text] if len(text) > _LONGEST_PROMPT else _prompt_segments(text.replace("\\)", "\0\1").replace("\\(", "\0\2"))
     for segment in pieces:
         words = re.split(r"(?:^|\s)embedding:", segment.replace("\0\1", ")").replace("\0\2", "("))
         for word in dict.fromkeys((word.split(maxsplit=1) or [""])[0] for word in words[1:]):
@@ -299,7 +299,7 @@ _LONGEST_PROMPT = 100_000
 _NESTING_MAX = 32  # ComfyUI stops at its recursion limit; here each level costs one more pass over the text
 
 
-def _segments(text: str) -> Iterator[str]:
+def _prompt_segments(text: str) -> Iterator[str]:
     """Yield the segments into which ComfyUI's weights split a prompt, without the weights: `a (b:1.2)` gives `a ` and `b`."""
     waiting = [(text, 0)]
     while waiting:
@@ -317,7 +317,7 @@ def _without_weight(text: str) -> str:
 
 
 def _outer_pieces(text: str) -> list[str]:
-    """Return the text split at each outermost pair of parentheses. An unpaired one is ignored, as in ComfyUI."""
+    """Return a prompt that may name embeddings, split at each outermost pair of parentheses. An unpaired one is ignored."""
     pieces, start, depth = [], 0, 0
     for at, char in enumerate(text):
         if char == "(":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from worker.base.text import shown
+from worker.base.text import quotable
 from worker.errors import OverrideInvalid
 from worker.graph.graph import with_inputs
 
@@ -31,7 +31,7 @@ def apply_overrides(graph: Graph, overrides: Mapping[str, Any]) -> Graph:
         OverrideInvalid: no node, several nodes or no such input; the sentence names the candidates. Also a link to an output
             that is no whole number from 0.
     """
-    index = _Index(graph)
+    index = _NodeIndex(graph)
     values: dict[str, dict[str, Any]] = {}
     for key, value in overrides.items():
         node_id, name = index.find(key)
@@ -45,14 +45,14 @@ def _as_input(graph: Graph, key: str, value: object) -> object:
     match value:
         case [str(node_id), int() | float() as slot] if node_id in graph:
             if slot < 0 or (isinstance(slot, float) and not slot.is_integer()):
-                takes = f"takes output {slot!r} of node {shown(node_id)}; an output is a whole number from 0"
-                raise OverrideInvalid(shown(key), takes)
+                takes = f"takes output {slot!r} of node {quotable(node_id)}; an output is a whole number from 0"
+                raise OverrideInvalid(quotable(key), takes)
             return [node_id, int(slot)]
     return {"__value__": value}
 
 
-class _Index:
-    """The nodes of a graph by id, title and class."""
+class _NodeIndex:
+    """The nodes of a graph by id, title and class, for overrides."""
 
     def __init__(self, graph: Graph) -> None:
         self._graph = graph
@@ -68,7 +68,7 @@ class _Index:
     def find(self, key: object) -> tuple[str, str]:
         """Return the node id and the input that a key means."""
         if not isinstance(key, str) or not key.strip(".") or len(key) > _MAX_KEY_CHARS:
-            raise OverrideInvalid(shown(str(key)), "is not NODE.INPUT; write '6.text' or 'KSampler.seed'")
+            raise OverrideInvalid(quotable(str(key)), "is not NODE.INPUT; write '6.text' or 'KSampler.seed'")
         problem = None
         for place, name in _splits(key):
             ids = self._nodes(place)
@@ -77,8 +77,8 @@ class _Index:
                     return ids[0], name
                 problem = problem or self._no_input(ids[0], name)
             elif ids:
-                problem = problem or f"matches the nodes {_list(ids)}; use one of these ids instead of '{shown(place)}'"
-        raise OverrideInvalid(shown(key), problem or self._no_node(key))
+                problem = problem or f"matches the nodes {_list(ids)}; use one of these ids instead of '{quotable(place)}'"
+        raise OverrideInvalid(quotable(key), problem or self._no_node(key))
 
     def _nodes(self, place: str) -> list[str]:
         if place in self._graph:
@@ -88,12 +88,12 @@ class _Index:
     def _no_input(self, node_id: str, name: str) -> str:
         node = self._graph[node_id]
         inputs = _list(node["inputs"]) or "none"
-        return f"finds no input '{shown(name)}' at node {node_id} ({node.get('class_type')}), which has {inputs}"
+        return f"finds no input '{quotable(name)}' at node {node_id} ({node.get('class_type')}), which has {inputs}"
 
     def _no_node(self, key: str) -> str:
         if "." not in key:
             return "is not NODE.INPUT; write '6.text' or 'KSampler.seed'"
-        nodes = (f"{node_id} ({shown(str(node.get('class_type')))})" for node_id, node in self._graph.items())
+        nodes = (f"{node_id} ({quotable(str(node.get('class_type')))})" for node_id, node in self._graph.items())
         return f"finds no node by that id, title or class; there are {_list(nodes)}"
 
 
@@ -106,7 +106,7 @@ def _splits(key: str) -> Iterator[tuple[str, str]]:
 
 
 def _list(items: Any) -> str:  # noqa: ANN401 - any iterable of strings
-    found = [shown(item) for item in items]
+    found = [quotable(item) for item in items]
     more = len(found) - _NAMED
     return ", ".join(found[:_NAMED]) + (f" and {more} more" if more > 0 else "")
 
@@ -118,7 +118,7 @@ _LOWEST, _HIGHEST = -(2**50), 2**50
 
 
 def next_values(graph: Graph, controls: Sequence[Control], random: Callable[[], float]) -> Graph:
-    """Return a copy of the graph with every controlled value as the editor would set it for the next run.
+    """Return a copy of the graph with every controlled value overridden as the editor would set it for the next run.
 
     `fixed` keeps the value, `increment`, `increment-wrap` and `decrement` move one step or option, `randomize` draws one. A
     value that was overridden with something that cannot be counted stays.

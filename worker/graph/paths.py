@@ -9,7 +9,7 @@ import re
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from worker.base.text import shown
+from worker.base.text import quotable
 from worker.errors import UnsafePath
 from worker.graph.graph import Graph, is_link, strings_in
 from worker.spec import WEIGHT_SUFFIXES
@@ -35,7 +35,7 @@ _ENCODES_TEXT = re.compile(r"[Tt]ext[ _]?[Ee]ncode(?!r)")
 
 
 def is_prompt(class_type: str, key: str, text: str) -> bool:
-    """Return whether an input's value is prose, judged by the input's name.
+    """Return whether an input's value is prose and no path, judged by the input's name.
 
     A single word that ends like a model file is a file name, unless the node encodes text: loaders also have inputs such as
     `clip_l`, `t5xxl` and `lora_style`.
@@ -98,7 +98,7 @@ def check_paths(graph: Graph) -> None:
             for key, text in strings_in(name, value):
                 if _leaves_folder(node["class_type"], key, text, feeds_path=node_id in feeders):
                     what = f"Input '{name}' of node {node_id} ({node['class_type']})"
-                    raise UnsafePath(what=what, value=shown(text, _SHOWN_CHARS))
+                    raise UnsafePath(what=what, value=quotable(text, _SHOWN_CHARS))
 
 
 def _feeders_of_paths(graph: Graph) -> frozenset[str]:
@@ -111,7 +111,7 @@ def _leaves_folder(class_type: str, key: str, text: str, *, feeds_path: bool) ->
     if is_prompt(class_type, key, text) or _points_into_json(class_type, key, text):
         return feeds_path and _is_plainly_foreign(text)
     if _is_path_input(key) or (text.lower().endswith(WEIGHT_SUFFIXES) and not _URL.match(text)):
-        return any(escapes(form) for form in _readings(text))
+        return any(escapes(form) for form in _path_readings(text))
     return _is_plainly_foreign(text)
 
 
@@ -129,8 +129,8 @@ def _points_into_json(class_type: str, key: str, text: str) -> bool:
     return may_be and "json" in class_type.lower() and _OPENS_FILES.search(class_type) is None
 
 
-def _readings(text: str) -> Iterator[str]:
-    """Yield the value as nodes may read it: unchanged, and without the annotation."""
+def _path_readings(text: str) -> Iterator[str]:
+    """Yield the path as nodes may read it: unchanged, and without the annotation."""
     yield text
     end = text.rfind("[")
     if end >= 0 and (found := _ANNOTATION.fullmatch(text, max(end - 1, 0))):

@@ -11,8 +11,8 @@ import re
 from functools import cache
 from typing import TYPE_CHECKING, Any, Final
 
-from worker.comfyui_data import known, older
-from worker.graph.graph import BrokenLink, is_link, reached, takers_in
+from worker.comfyui_data import is_older, known
+from worker.graph.graph import BrokenLink, is_link, reachable, takers_in
 from worker.graph.model_names import named_models
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def runnable_outputs(graph: Graph, definitions: Mapping[str, Any], release: str 
     Nodes of unknown classes may be outputs.
     """
     unknown = {"output_node": True}
-    spoiled = reached(refused_nodes(graph, definitions, release), takers_in(graph))
+    spoiled = reachable(refused_nodes(graph, definitions, release), takers_in(graph))
     outputs = (key for key, node in graph.items() if definitions.get(node["class_type"], unknown).get("output_node"))
     return [node_id for node_id in outputs if node_id not in spoiled]
 
@@ -56,7 +56,7 @@ def refused_nodes(graph: Graph, definitions: Mapping[str, Any], release: str | N
 
 def _checks_combos(release: str | None) -> bool:
     version = (release or "").removeprefix("v")
-    return version[:1].isdigit() and not older(version, known().combos_checked_since)
+    return version[:1].isdigit() and not is_older(version, known().combos_checked_since)
 
 
 @cache
@@ -78,7 +78,7 @@ class _Rules:
         if not definition:
             return None
         is_certain = not _may_check_itself(class_type)
-        for name, config, required in self._declared(_object(definition.get("input")), inputs):
+        for name, config, required in self._declared(_as_object(definition.get("input")), inputs):
             if name not in inputs:
                 if required:
                     return name
@@ -91,7 +91,7 @@ class _Rules:
     ) -> Iterator[tuple[str, list[Any], bool]]:
         """Yield the inputs that are what they seem: name, type and options, whether it is required."""
         for group in ("required", "optional"):
-            for name, config in _object(groups.get(group)).items():
+            for name, config in _as_object(groups.get(group)).items():
                 if not isinstance(config, list) or not config:
                     continue
                 if not (isinstance(config[0], str) and config[0].startswith(_DYNAMIC)):
@@ -132,20 +132,20 @@ class _Rules:
         return not odd and received_types.isdisjoint(taken)
 
 
-def _object(value: object) -> Mapping[str, Any]:
-    """Return the value where it is an object. Node packs make definitions of any shape."""
+def _as_object(value: object) -> Mapping[str, Any]:
+    """Return the value in a definition where it is an object. Node packs make definitions of any shape."""
     return value if isinstance(value, dict) else {}
 
 
 def _options(config: list[Any]) -> Mapping[str, Any]:
-    return _object(config[1]) if len(config) > 1 else {}
+    return _as_object(config[1]) if len(config) > 1 else {}
 
 
 def _brought_by(value: object, options: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the inputs that a dynamic combo's value brings."""
     choices = options.get("options")
-    chosen = (_object(each) for each in choices) if isinstance(choices, list) else ()
-    return next((_object(each.get("inputs")) for each in chosen if "key" in each and each["key"] == value), {})
+    chosen = (_as_object(each) for each in choices) if isinstance(choices, list) else ()
+    return next((_as_object(each.get("inputs")) for each in chosen if "key" in each and each["key"] == value), {})
 
 
 def _is_no_number(value: object, convert: Callable[[Any], float], options: Mapping[str, Any]) -> bool:

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from worker.base.text import shortened, shown
-from worker.comfyui_data import known, older
+from worker.base.text import quotable, shortened
+from worker.comfyui_data import is_older, known
 from worker.errors import ModelMissing, UnknownNodes, WorkflowInvalid, WorkflowRejected
-from worker.graph.graph import BrokenLink, needed_nodes, reached, takers_in
+from worker.graph.graph import BrokenLink, needed_nodes, reachable, takers_in
 from worker.graph.model_names import named_models
 
 if TYPE_CHECKING:
@@ -35,10 +35,10 @@ def rejection(graph: Graph, body: object, comfyui: str | None = None) -> Request
     """Return the error for a 400 of `POST /prompt` with the JSON `body`, from a ComfyUI of this version."""
     if not isinstance(body, dict):
         return WorkflowInvalid("ComfyUI could not read it")
-    found = _findings(graph, body)
+    found = _refusals(graph, body)
     problems = list(dict.fromkeys(finding.problem for finding in found))
     if not problems and (class_type := _unknown_class(graph, body.get("error") or {})):
-        return unknown_nodes(nodes_of(graph, {class_type}), comfyui)
+        return unknown_nodes(node_origins(graph, {class_type}), comfyui)
     if not problems:
         return WorkflowRejected([_graph_problem(body.get("error") or {})])
     if all(finding.is_link for finding in found):
@@ -48,13 +48,13 @@ def rejection(graph: Graph, body: object, comfyui: str | None = None) -> Request
 
 def dropped_outputs(graph: Graph, body: Mapping[str, Any]) -> tuple[str, ...]:
     """Return sentences about outputs that ComfyUI dropped from a graph that it accepted (a 200 with `node_errors`)."""
-    found, takers = _findings(graph, body), takers_in(graph)
-    problems = dict.fromkeys(finding.problem + _left_out(graph, takers, finding) for finding in found[:_EXPLAINED])
+    found, takers = _refusals(graph, body), takers_in(graph)
+    problems = dict.fromkeys(finding.problem + _lost_outputs(graph, takers, finding) for finding in found[:_EXPLAINED])
     return tuple(problems | dict.fromkeys(finding.problem for finding in found[_EXPLAINED:]))
 
 
 @dataclass(frozen=True, slots=True)
-class _Finding:
+class _Refusal:
     """A problem that ComfyUI found in a node, and the outputs that it had dropped by then for any reason."""
 
     node_id: str
@@ -64,7 +64,7 @@ class _Finding:
     is_link: bool = False
 
 
-def _findings(graph: Graph, body: Mapping[str, Any]) -> list[_Finding]:
+def _refusals(graph: Graph, body: Mapping[str, Any]) -> list[_Refusal]:
     """Return all of ComfyUI's findings, except models that only outputs with a broken link need: nobody looked for these."""
     reports = body.get("node_errors") or {}
     errors = [error for report in reports.values() for error in report.get("errors") or ()]
@@ -80,20 +80,20 @@ def _findings(graph: Graph, body: Mapping[str, Any]) -> list[_Finding]:
 
 def _findings_in(
     graph: Graph, models: Mapping[tuple[str, str], NamedModel], node_id: str, report: Mapping[str, Any]
-) -> Iterator[_Finding]:
+) -> Iterator[_Refusal]:
     dropped = report.get("dependent_outputs") or ()
     for error in report.get("errors") or ():
         if (link := _broken_link(graph, node_id, error)) is not None:
-            yield _Finding(node_id, link.problem, dropped, is_link=True)
+            yield _Refusal(node_id, link.problem, dropped, is_link=True)
         elif model := _missing_model(models, node_id, error):
-            yield _Finding(node_id, model, dropped, is_model=True)
+            yield _Refusal(node_id, model, dropped, is_model=True)
         else:
-            yield _Finding(node_id, _node_problem(node_id, report.get("class_type", "?"), error), dropped)
+            yield _Refusal(node_id, _node_problem(node_id, report.get("class_type", "?"), error), dropped)
 
 
-def _left_out(graph: Graph, takers: Mapping[str, Sequence[str]], finding: _Finding) -> str:
+def _lost_outputs(graph: Graph, takers: Mapping[str, Sequence[str]], finding: _Refusal) -> str:
     """Return which outputs the problem cost, if it is not their own. ComfyUI lists unrelated outputs with them."""
-    spoiled = reached([finding.node_id], takers) - {finding.node_id}
+    spoiled = reachable([finding.node_id], takers) - {finding.node_id}
     nodes = [f"{node_id} ({graph[node_id]['class_type']})" for node_id in finding.dropped if node_id in spoiled]
     return f"; so there is no output of node {', '.join(nodes)}" if nodes else ""
 
@@ -120,15 +120,15 @@ def _missing_model(models: Mapping[tuple[str, str], NamedModel], node_id: str, e
         return None
     extra = error.get("extra_info") or {}
     model = models.get((node_id, str(extra.get("input_name"))))
-    return missing_model(model, str(extra.get("received_value")), _choices(extra)) if model else None
+    return missing_model_sentence(model, str(extra.get("received_value")), _choices(extra)) if model else None
 
 
-def missing_model(model: NamedModel, name: str, choices: Sequence[str]) -> str:
+def missing_model_sentence(model: NamedModel, name: str, choices: Sequence[str]) -> str:
     """Return the sentence for a missing model. `choices` are the names that its loader lists."""
     folder = model.folders[0] if model.folders else "(the folder its loader reads)"
     where = f"perhaps in models/{folder}" if model.guessed else f"in models/{folder}"
     name = shortened(name, _QUOTED)
-    near = _similar(name, choices)
+    near = _similar_choices(name, choices)
     there = f"there is {near}" if near else "nothing like it is there"
     return (
         f"node {model.node_id} ({model.class_type}) needs the model '{name}' {where}, which is not there and in "
@@ -142,7 +142,7 @@ def _node_problem(node_id: str, class_type: str, error: Mapping[str, Any]) -> st
     if error.get("type") == "value_not_in_list":
         choices = _choices(extra)
         value = shortened(str(extra.get("received_value")), _QUOTED)
-        near = _similar(value, choices) or ", ".join(map(repr, choices[:_SHOWN_CHOICES])) or "nothing"
+        near = _similar_choices(value, choices) or ", ".join(map(repr, choices[:_SHOWN_CHOICES])) or "nothing"
         return f"{where}: '{value}' is no choice for '{extra.get('input_name')}', which takes {near}"
     details = shortened(str(error.get("details") or ""), _QUOTED)
     if str(error.get("type", "")).startswith("exception_during"):
@@ -152,8 +152,8 @@ def _node_problem(node_id: str, class_type: str, error: Mapping[str, Any]) -> st
     return f"{where}: {message}: {details}{todo}" if details else f"{where}: {message}"
 
 
-def with_sent(problems: Iterable[str], sent: Sequence[str]) -> tuple[str, ...]:
-    """Return the sentences. Those about a missing input file also list the files that the job sent."""
+def with_sent_files(problems: Iterable[str], sent: Sequence[str]) -> tuple[str, ...]:
+    """Return ComfyUI's refusals as sentences. Those about a missing input file also list the files that the job sent."""
     names = ", ".join(f"'{shortened(name, 60)}'" for name in sent[:_SHOWN_CHOICES])
     more = f" and {len(sent) - _SHOWN_CHOICES} more" if len(sent) > _SHOWN_CHOICES else ""
     told = f"{_SEND}, as {names}{more} {'was' if len(sent) == 1 else 'were'}" if sent else _SEND
@@ -161,10 +161,10 @@ def with_sent(problems: Iterable[str], sent: Sequence[str]) -> tuple[str, ...]:
 
 
 def _choices(extra: Mapping[str, Any]) -> Sequence[str]:
-    return options_of(extra.get("input_config")) or ()
+    return combo_options(extra.get("input_config")) or ()
 
 
-def options_of(config: object) -> Sequence[str] | None:
+def combo_options(config: object) -> Sequence[str] | None:
     """Return a combo's options, in either of ComfyUI's two schema forms. None for an input that is no combo."""
     for part in config if isinstance(config, list) else ():
         if isinstance(part, list):
@@ -174,7 +174,7 @@ def options_of(config: object) -> Sequence[str] | None:
     return None
 
 
-def _similar(name: str, choices: Sequence[str]) -> str:
+def _similar_choices(name: str, choices: Sequence[str]) -> str:
     """Return up to three quoted choices that resemble `name`: first by whole name, then by file name."""
     return ", ".join(f"'{choice}'" for choice in dict.fromkeys(_close(name, choices)))
 
@@ -191,20 +191,20 @@ _CORE = "comfy-core"
 
 
 @dataclass(frozen=True, slots=True)
-class Origin:
-    """A node and the source of its class. `saved` has the pack and version that the editor saved with it."""
+class NodeOrigin:
+    """A node that ComfyUI refuses and the source of its class. `saved` has the pack and version that the editor saved."""
 
     class_type: str
     node_id: str
     saved: Mapping[str, Any]
 
     def __str__(self) -> str:
-        text = f"{shown(self.class_type)} (node {shown(self.node_id)})"
+        text = f"{quotable(self.class_type)} (node {quotable(self.node_id)})"
         pack = self._told("cnr_id") or self._told("aux_id")
         if not pack or pack == _CORE:
             return text
         version = self._told("ver")
-        return f"{text} from {shown(pack)}" + (f" {shown(version)}" if version else "")
+        return f"{text} from {quotable(pack)}" + (f" {quotable(version)}" if version else "")
 
     @property
     def is_own(self) -> bool:
@@ -217,45 +217,49 @@ class Origin:
         """Return the oldest release of ComfyUI that is known to have the class, or an empty text."""
         saved = self._told("ver") if self._told("cnr_id") == _CORE else ""
         told = [version for version in (known().since(self.class_type), known().newer.get(self.class_type), saved) if version]
-        return next((version for version in told if not any(older(other, version) for other in told)), "")
+        return next((version for version in told if not any(is_older(other, version) for other in told)), "")
 
     def _told(self, key: str) -> str:
         value = self.saved.get(key)
         return value if isinstance(value, str) else ""
 
 
-def nodes_of(graph: Graph, class_types: Collection[str] | None = None) -> list[Origin]:
+def node_origins(graph: Graph, class_types: Collection[str] | None = None) -> list[NodeOrigin]:
     """Return one node of each of these classes, or of all. Graphs that a modern editor exported name their sources."""
-    found: dict[str, Origin] = {}
+    found: dict[str, NodeOrigin] = {}
     for node_id, node in graph.items():
         if class_types is None or node["class_type"] in class_types:
             meta = node.get("_meta")
-            found.setdefault(node["class_type"], Origin(node["class_type"], node_id, meta if isinstance(meta, dict) else {}))
+            found.setdefault(
+                node["class_type"], NodeOrigin(node["class_type"], node_id, meta if isinstance(meta, dict) else {})
+            )
     return list(found.values())
 
 
-def unknown_nodes(missing: Iterable[Origin], comfyui: str | None) -> UnknownNodes:
+def unknown_nodes(missing: Iterable[NodeOrigin], comfyui: str | None) -> UnknownNodes:
     """Return the error for classes that this version of ComfyUI lacks. None means that the version is unknown."""
-    packs, newer, gone, off = list[str](), list[Origin](), list[str](), list[str]()
+    packs, newer, gone, off = list[str](), list[NodeOrigin](), list[str](), list[str]()
     for node in missing:
         since = known().since(node.class_type)
         if not node.is_own:
             packs.append(str(node))
-        elif not comfyui or since is None or older(comfyui, since):
+        elif not comfyui or since is None or is_older(comfyui, since):
             newer.append(node)
-        elif any(node.class_type in names and older(release, comfyui, or_same=True) for release, names in known().gone.items()):
+        elif any(
+            node.class_type in names and is_older(release, comfyui, or_same=True) for release, names in known().gone.items()
+        ):
             gone.append(str(node))
         else:
             off.append(str(node))
-    return UnknownNodes(packs, list(map(str, newer)), gone, off, _wanted(newer, comfyui), comfyui or "")
+    return UnknownNodes(packs, list(map(str, newer)), gone, off, _release_with_classes(newer, comfyui), comfyui or "")
 
 
-def _wanted(newer: Sequence[Origin], comfyui: str | None) -> str:
+def _release_with_classes(newer: Sequence[NodeOrigin], comfyui: str | None) -> str:
     """Return the release that has all of these classes. Empty if one is unknown, or if it is not newer than this one."""
     releases = [node.release for node in newer]
-    if not all(releases) or any(comfyui and older(release, comfyui, or_same=True) for release in releases):
+    if not all(releases) or any(comfyui and is_older(release, comfyui, or_same=True) for release in releases):
         return ""
-    return next((each for each in releases if not any(older(each, other) for other in releases)), "")
+    return next((each for each in releases if not any(is_older(each, other) for other in releases)), "")
 
 
 def _unknown_class(graph: Graph, error: Mapping[str, Any]) -> str | None:

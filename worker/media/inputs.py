@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Final, TypeVar
 
-from worker.base.text import forms
+from worker.base.text import unicode_forms
 from worker.errors import ImageNotBase64, InputNameInvalid, UnsafePath
 from worker.media.staging import StagedBytes, StagedFile, as_not_stored
 from worker.media.url_inputs import UrlDownload, UrlFetcher
@@ -148,7 +148,9 @@ class JobInputFiles:
         found: dict[str, str] = {}
         for name in names:
             slashed = name.replace("\\", "/")
-            others = [other for other in dict.fromkeys((slashed, *forms(name), *forms(slashed))) if other != name]
+            others = [
+                other for other in dict.fromkeys((slashed, *unicode_forms(name), *unicode_forms(slashed))) if other != name
+            ]
             if not others or self._is_file(name, wanted):
                 continue
             if other := next((other for other in others if self._is_file(other, wanted)), None):

@@ -20,7 +20,7 @@ from worker.errors import EnsureCancelled, InternalError, WorkerError
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Sequence
 
-    from worker.base.progress import CancelToken, Listener, Progress
+    from worker.base.progress import CancelToken, Listener, ModelProgress
     from worker.spec import ModelSpec
     from worker.store.download import ReadyModel
 
@@ -45,7 +45,7 @@ class Waiting:
     done_bytes: int
     total_bytes: int
     bytes_per_s: float
-    models: tuple[tuple[str, Progress | None], ...]
+    models: tuple[tuple[str, ModelProgress | None], ...]
     """`folder/name` of each model that is not there yet, with its progress."""
 
     def __str__(self) -> str:
@@ -63,7 +63,7 @@ class _Fetch:
     jobs: int = 0
     running: bool = False
     stop: threading.Event = field(default_factory=threading.Event)
-    progress: Progress | None = None
+    progress: ModelProgress | None = None
     result: ReadyModel | None = None
     error: WorkerError | None = None
 
@@ -218,7 +218,7 @@ class Provisioner:
         }
 
     def _run(self, fetch: _Fetch) -> None:
-        def listen(progress: Progress) -> None:
+        def listen(progress: ModelProgress) -> None:
             fetch.progress = progress
 
         began, name = time.monotonic(), f"{fetch.spec.folder}/{fetch.spec.name}"

@@ -12,7 +12,7 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from worker.base.text import form_of, forms
+from worker.base.text import unicode_form, unicode_forms
 from worker.errors import EnsureCancelled, FileIncomplete, ManifestInvalid
 from worker.models.download_queue import Provisioner
 from worker.spec import WEIGHT_SUFFIXES
@@ -102,7 +102,7 @@ class JobModels:
         """Return the form of accents in existing files, for names that use the other form."""
         found = {(folders, files): self._find((folders, files)) for folders, files in names}
         own = {name: there for name, there in found.items() if there and not there.path.endswith(name[1])}
-        return {name: form_of(there.path) for name, there in own.items()}
+        return {name: unicode_form(there.path) for name, there in own.items()}
 
     def specs(
         self,
@@ -127,7 +127,7 @@ class JobModels:
     def _removed(self, name: Name) -> ModelSpec | None:
         """Return where a model comes from that was here and was removed to make room."""
         folders, files = name
-        named = [form for file in files for form in forms(file)]
+        named = [form for file in files for form in unicode_forms(file)]
         for layout in self._places:
             for folder in folders or removed_folders(layout):
                 for file in named:
@@ -173,7 +173,7 @@ class JobModels:
 
     def _find(self, name: Name) -> VisibleFile | None:
         folders, files = name
-        named = (form for file in files for form in forms(file))
+        named = (form for file in files for form in unicode_forms(file))
         return next((there for file in named if (there := self._links.find(folders, file))), None)
 
     def _check_whole(self, there: VisibleFile) -> None:
@@ -225,7 +225,7 @@ class JobModels:
 def _meaning(sources: Sources, name: Name, *, needed: bool, guessed: bool) -> ModelSpec | None:
     folders, files = name
     wrong: ManifestInvalid | None = None
-    for file in (form for name in files for form in forms(name)):
+    for file in (form for name in files for form in unicode_forms(name)):
         try:
             if spec := sources.find(file, folders, guessed=guessed):
                 return spec

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from worker.comfyui_data import known
-from worker.editor.convert import is_ui
+from worker.editor.convert import is_saved_workflow
 from worker.editor.embedded_models import embedded_models
 from worker.editor.embedded_workflow import embedded_workflow, json_fault
 from worker.errors import FieldInvalid, NoWorkflowInFile, UnsafePath, WorkerError
-from worker.graph.graph import bare, needed_nodes, parse_graph
+from worker.graph.graph import needed_nodes, parse_graph, without_wrapper
 from worker.graph.model_names import named_models
 from worker.graph.paths import check_paths
-from worker.graph.rejection import nodes_of, unknown_nodes
+from worker.graph.rejection import node_origins, unknown_nodes
 from worker.job import Request
 from worker.media.inputs import base64_pieces
 from worker.plan.editor import naming_graphs
@@ -124,7 +124,7 @@ class Wanted:
     def _of_request(cls, value: object, saved: Saved | None) -> Wanted:
         request = Request.parse(value)
         workflow = saved(str(request.workflow)) if saved and is_name(request.workflow) else request.workflow
-        workflow = bare(_carried(request, request.workflow_from) if request.workflow_from else workflow)
+        workflow = without_wrapper(_carried(request, request.workflow_from) if request.workflow_from else workflow)
         metadata = request.extra_pnginfo if embedded_models(request.extra_pnginfo) else workflow
         return cls(workflow, request.models, metadata)
 
@@ -134,7 +134,9 @@ class Wanted:
         A workflow in the editor's format gives two if the editor's dialects differ, and it may be of either. Raises a
         `RequestError` for what the worker would refuse.
         """
-        graphs = naming_graphs(self.workflow, release) if is_ui(self.workflow) else (bare(self.workflow),)
+        graphs = (
+            naming_graphs(self.workflow, release) if is_saved_workflow(self.workflow) else (without_wrapper(self.workflow),)
+        )
         return [parse_graph(graph) for graph in graphs]
 
     def lacking(self, release: str | None = None) -> UnknownNodes | None:
@@ -145,7 +147,7 @@ class Wanted:
         release = release or known().newest
         if release not in known().releases:
             return None
-        nodes = {node.class_type: node for graph in self.graphs(release) for node in nodes_of(graph)}
+        nodes = {node.class_type: node for graph in self.graphs(release) for node in node_origins(graph)}
         missing = [node for node in nodes.values() if node.is_own and not known().has(node.class_type, release)]
         return unknown_nodes(missing, release) if missing else None
 

@@ -12,15 +12,15 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from worker.comfyui_data import known
-from worker.editor.convert import classes, convert
-from worker.editor.saved_workflow import read_ui
+from worker.editor.convert import classes_to_convert, convert
+from worker.editor.saved_workflow import read_saved_workflow
 from worker.errors import UiWorkflowInvalid
 from worker.spec import WEIGHT_SUFFIXES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from worker.editor.saved_workflow import Node, UiGraph
+    from worker.editor.saved_workflow import SavedNode, SavedWorkflow
     from worker.graph.graph import Graph
 
 
@@ -36,7 +36,7 @@ def naming_graphs(ui: object, release: str | None = None) -> tuple[Graph, ...]:
     """
     found: list[Graph] = []
     refused: list[UiWorkflowInvalid] = []
-    for frontend in _frontends(classes(ui), release):
+    for frontend in _frontends(classes_to_convert(ui), release):
         try:
             graph = naming_graph(ui, frontend)
         except UiWorkflowInvalid as exc:
@@ -66,10 +66,10 @@ def naming_graph(ui: object, frontend: str | None = None) -> Graph:
     Raises:
         UiWorkflowInvalid: the worker could not convert it either.
     """
-    graph = read_ui(ui)
-    needed = classes(ui)
+    graph = read_saved_workflow(ui)
+    needed = classes_to_convert(ui)
     promoted = _promoted(graph)
-    by_class: dict[str, list[tuple[Node, list[str]]]] = defaultdict(list)
+    by_class: dict[str, list[tuple[SavedNode, list[str]]]] = defaultdict(list)
     for scope in (graph.root, *graph.definitions.values()):
         for node in scope.nodes.values():
             by_class[node.type].append((node, promoted.get((scope.id, node.id), [])))
@@ -77,7 +77,7 @@ def naming_graph(ui: object, frontend: str | None = None) -> Graph:
     return convert(ui, found, frontend=frontend or known().frontends[known().newest]).graph
 
 
-def _promoted(graph: UiGraph) -> Mapping[tuple[str | None, str], list[str]]:
+def _promoted(graph: SavedWorkflow) -> Mapping[tuple[str | None, str], list[str]]:
     """Map a subgraph's id and a node's id in it to the widgets that instances of the subgraph show for the node."""
     names: dict[tuple[str | None, str], list[str]] = defaultdict(list)
     for scope in (graph.root, *graph.definitions.values()):
@@ -90,7 +90,7 @@ def _promoted(graph: UiGraph) -> Mapping[tuple[str | None, str], list[str]]:
     return names
 
 
-def _definition(class_type: str, nodes: Sequence[tuple[Node, list[str]]]) -> dict[str, Any]:
+def _definition(class_type: str, nodes: Sequence[tuple[SavedNode, list[str]]]) -> dict[str, Any]:
     """Return a class as /object_info might describe it, derived from all its nodes in the workflow."""
     first = known().first_widgets.get(class_type, ())
     saved = [[slot.widget for slot in node.slots if slot.widget] for node, _ in nodes]

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
-from worker.base.text import forms
+from worker.base.text import unicode_forms
 from worker.errors import (
     AmbiguousModel,
     ContentMismatch,
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from worker.base.progress import CancelToken
-    from worker.fetch.hub import Hub, Remote
+    from worker.fetch.hub import Hub, RemoteFile
     from worker.graph.model_names import NamedModel
     from worker.models.lists import ModelList
     from worker.plan.places import Places
@@ -95,7 +95,7 @@ def meaning(nodes: tuple[NamedModel, ...], sources: Sources) -> Item:
     """Return the file that a model's name means, wherever it may exist already: to be downloaded, or why it cannot be."""
     first = nodes[0]
     try:
-        files = (form for file in first.file_names for form in forms(file))
+        files = (form for file in first.file_names for form in unicode_forms(file))
         known = (sources.find(file, first.folders, guessed=is_guessed(nodes)) for file in files)
         spec = next(filter(None, known), None)
     except WorkerError as exc:
@@ -150,7 +150,7 @@ def refused(item: Item, exc: WorkerError) -> Item:
 # --- what the sources say -----------------------------------------------------------------------
 
 
-def ask_in_time(items: Sequence[Item], hub: Hub, begun: Callable[[Remote], int], deadline_s: float) -> tuple[Item, ...]:
+def ask_in_time(items: Sequence[Item], hub: Hub, begun: Callable[[RemoteFile], int], deadline_s: float) -> tuple[Item, ...]:
     """Like `ask`. An item without an answer by the deadline is `no_answer`."""
     cancel = threading.Event()
     timer = threading.Timer(deadline_s, cancel.set)
@@ -162,13 +162,13 @@ def ask_in_time(items: Sequence[Item], hub: Hub, begun: Callable[[Remote], int],
         timer.cancel()
 
 
-def ask(items: Sequence[Item], hub: Hub, begun: Callable[[Remote], int], cancel: CancelToken) -> tuple[Item, ...]:
+def ask(items: Sequence[Item], hub: Hub, begun: Callable[[RemoteFile], int], cancel: CancelToken) -> tuple[Item, ...]:
     """Return the items with their sources' metadata. `begun` returns how much of a file an interrupted download left behind."""
     with ThreadPoolExecutor(_ASK_AT_ONCE, thread_name_prefix="ask") as pool:
         return tuple(pool.map(lambda item: _asked(item, hub, begun, cancel), items))
 
 
-def _asked(item: Item, hub: Hub, begun: Callable[[Remote], int], cancel: CancelToken) -> Item:
+def _asked(item: Item, hub: Hub, begun: Callable[[RemoteFile], int], cancel: CancelToken) -> Item:
     if item.state is not State.FETCH or item.spec is None:
         return item
     spec = item.spec
@@ -185,7 +185,7 @@ def _asked(item: Item, hub: Hub, begun: Callable[[Remote], int], cancel: CancelT
     return replace(item, size_bytes=remote.size_bytes, sha256=sha256, begun_bytes=begun(remote))
 
 
-def check_promises(spec: ModelSpec, remote: Remote) -> None:
+def check_promises(spec: ModelSpec, remote: RemoteFile) -> None:
     """Raise `ContentMismatch` if the source's file differs from the list's."""
     if spec.sha256 and remote.sha256 and spec.sha256 != remote.sha256:
         raise ContentMismatch(remote.where, "sha256", spec.sha256, remote.sha256)

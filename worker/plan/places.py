@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from worker.base.files import free_bytes
-from worker.base.text import forms, size_text
+from worker.base.text import size_text, unicode_forms
 from worker.base.volume import is_volume
 from worker.errors import VolumeFull, VolumeMissing, VolumeReadOnly, no_volume
 from worker.models.sources import Sources
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from worker.fetch.hub import Remote
+    from worker.fetch.hub import RemoteFile
     from worker.plan.items import Plan
     from worker.settings import Settings
     from worker.spec import ModelSpec
@@ -49,7 +49,7 @@ class Places:
 
     def find(self, folders: Sequence[str], files: Sequence[str]) -> Item | None:
         """Return the first of these files that exists. Without folders: in any. Accents may be in either form."""
-        files = [form for file in files for form in forms(file)]
+        files = [form for file in files for form in unicode_forms(file)]
         for root, find in (
             (self.volume.models, lambda folder, file: self._in_store(self.volume, folder, file)),
             (self.local.models, lambda folder, file: self._in_store(self.local, folder, file)),
@@ -95,7 +95,7 @@ class Places:
         """Return the model's file in RunPod's host cache, found by its name. The worker checks its hash."""
         return cached_file(self.volume, spec)
 
-    def begun_bytes(self, remote: Remote) -> int:
+    def begun_bytes(self, remote: RemoteFile) -> int:
         """Return how much of a file an interrupted download left on the volume, to be resumed."""
         found = 0
         for journal in self.volume.partial(remote.key).glob("*.journal"):

@@ -15,7 +15,7 @@ from rich.console import Console
 from worker.errors import ManifestInvalid
 from worker.fetch.http import Network
 from worker.fetch.hub import Hub, credentials
-from worker.fetch.ranges import Tuning
+from worker.fetch.ranges import RangeTuning
 from worker.models.lists import SpecList
 from worker.models.sources import Sources
 from worker.pins import read_pins
@@ -101,7 +101,7 @@ class SeedContext:
         if not root.is_dir():
             raise SeedUsage(f"There is no folder {root}: say with --volume where the volume is mounted, or use --s3.")
         layout = layout_at(root)
-        tuning = Tuning(connections=self.settings.download_connections)
+        tuning = RangeTuning(connections=self.settings.download_connections)
         self.room = self._room(layout)
         store = Store(layout, self.hub, _NAME, tuning=tuning, room=self.room if self._limits() else None)
         manifests = (layout.manifest.read_text("utf-8-sig"),) if layout.manifest.is_file() else ()

@@ -13,8 +13,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Final, Protocol
 
 from worker.base.files import FULL
-from worker.base.progress import Progress, metered
-from worker.base.text import forms
+from worker.base.progress import ModelProgress, metered
+from worker.base.text import unicode_forms
 from worker.errors import EnsureCancelled, VolumeReadOnly, WorkerError
 from worker.plan.lookup import check_promises
 from worker.seed.errors import S3Failed, SeedError
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from worker.base.progress import CancelToken, Listener, Phase
-    from worker.fetch.hub import Hub, Remote
+    from worker.fetch.hub import Hub, RemoteFile
     from worker.seed.outcome import How
     from worker.seed.s3_volume import S3Volume
     from worker.seed.sibling import Sibling
@@ -100,7 +100,7 @@ class MountedFiller:
         The store is patient with a network volume, and asks the source first.
         """
         layout = self._store.layout
-        if any(os.path.lexists(layout.model(spec.folder, form)) for form in forms(spec.name)):
+        if any(os.path.lexists(layout.model(spec.folder, form)) for form in unicode_forms(spec.name)):
             return
         for path in (layout.model(spec.folder, spec.name), layout.seal(spec.folder, spec.name)):
             folder = next(above for above in path.parents if above.is_dir())
@@ -122,7 +122,7 @@ class _S3Fill:
     """One model with which several volumes are filled through S3."""
 
     spec: ModelSpec
-    remote: Remote
+    remote: RemoteFile
     progress: Listener
     cancel: CancelToken
     began_s: float
@@ -307,7 +307,7 @@ class S3Filler:
 
     def _publish(self, job: _S3Fill, volume: S3Volume, upload: RelayUpload, sha256: str) -> Outcome:
         """Announce, complete, check, seal. If this dies in between, the next run uses the record."""
-        job.progress(Progress("checking", job.remote.size_bytes, job.remote.size_bytes))
+        job.progress(ModelProgress("checking", job.remote.size_bytes, job.remote.size_bytes))
         spec = job.spec
         if there := self._there(job, volume):
             upload.abort()  # a worker, another seeder or a person was faster: an existing file is never overwritten

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from worker.base.progress import Progress
+from worker.base.progress import ModelProgress
 from worker.base.text import count, size_text
 from worker.errors import EnsureCancelled, SpecInvalid, WorkerError
 from worker.seed.errors import SeedUsage
@@ -202,7 +202,7 @@ def verify_all(context: SeedContext, place: SeedTarget, sources: Sources) -> int
 
 def _check(context: SeedContext, volume: SeedVolume, sealed: SealedModel, screen: SeedScreen) -> VerifiedModel:
     def on_bytes(done_bytes: int) -> None:
-        screen.moved(sealed.title, Progress("checking", done_bytes, sealed.seal.size))
+        screen.moved(sealed.title, ModelProgress("checking", done_bytes, sealed.seal.size))
 
     found = verify_sealed(volume, sealed, on_bytes, context.cancel)
     screen.ended(sealed.title, [Outcome(sealed.title, volume.title, "ready" if found.good else "failed", sealed.seal.size)])

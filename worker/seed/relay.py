@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from worker.errors import EnsureCancelled, NotAFile, SourceRefused, SourceUnreachable
-from worker.fetch.ranges import Fetch, Tuning
+from worker.fetch.ranges import RangeFetch, RangeTuning
 from worker.seed.errors import S3Failed, S3Unreachable, SeedError
 from worker.seed.s3_api import UploadGone
 from worker.seed.window import Window, WindowClosed
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from worker.base.progress import CancelToken
-    from worker.fetch.hub import Hub, Remote
+    from worker.fetch.hub import Hub, RemoteFile
     from worker.seed.s3_api import S3Api, S3Head, SentPart
     from worker.seed.sibling import SiblingCopy
     from worker.seed.window import WindowPart
@@ -66,9 +66,9 @@ class RelayLoad:
         """Return how many parts may be in memory."""
         return max(3, self.memory_bytes // self.part_bytes_of(size_bytes))
 
-    def tuning(self) -> Tuning:
+    def tuning(self) -> RangeTuning:
         """Return the parameters of the download: small requests in order, because early bytes have to wait."""
-        return Tuning(
+        return RangeTuning(
             connections=self.downloads,
             request_bytes=self.part_bytes,
             smallest_bytes=self.part_bytes,
@@ -224,16 +224,16 @@ class Relay:
     def __init__(
         self,
         hub: Hub,
-        remote: Remote,
+        remote: RemoteFile,
         uploads: Sequence[RelayUpload],
         load: RelayLoad,
         cancel: CancelToken,
         *,
         spare: list[bytearray] | None = None,
-        begin: Callable[[Window, Tuning, CancelToken], Fetch | SiblingCopy] | None = None,
+        begin: Callable[[Window, RangeTuning, CancelToken], RangeFetch | SiblingCopy] | None = None,
     ) -> None:
         """Set the file. `begin` begins a fetch of its bytes. Without it they come from the source itself."""
-        self._begin = begin or (lambda window, tuning, cancel: Fetch(hub, remote, window, tuning, cancel))
+        self._begin = begin or (lambda window, tuning, cancel: RangeFetch(hub, remote, window, tuning, cancel))
         self._remote = remote
         self._load = load
         self._cancel = cancel
@@ -259,8 +259,8 @@ class Relay:
     def run(self, on_bytes: Callable[[int], None] = lambda _: None) -> str:
         """Return the sha256 of the file when all its parts are on every volume. An upload with an `error` is left out.
 
-        Raises what `Fetch.run` raises, `ContentMismatch` if the source gives no sha256 and a header contradicts the length, and
-        the error of the only or last volume if none is left.
+        Raises what `RangeFetch.run` raises, `ContentMismatch` if the source gives no sha256 and a header contradicts the
+        length, and the error of the only or last volume if none is left.
         """
         threads = [threading.Thread(target=self._hash, name="sha256", daemon=True)]
         for upload in self._uploads:

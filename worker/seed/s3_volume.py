@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from worker.base.text import forms
+from worker.base.text import unicode_forms
 from worker.errors import EnsureCancelled, FileIncomplete, UnsafePath
 from worker.seed.errors import S3Failed, S3FileDiffers
 from worker.seed.volumes import SealedModel, sealed_model_at
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from worker.base.progress import CancelToken
-    from worker.fetch.hub import Remote
+    from worker.fetch.hub import RemoteFile
     from worker.seed.outcome import How
     from worker.seed.s3_api import S3Api, S3Head
     from worker.spec import ModelSpec
@@ -111,7 +111,7 @@ class S3Volume:
             raise S3FileDiffers(self.key(spec.folder, spec.name), what, expected, actual)
 
     def adopt(
-        self, spec: ModelSpec, found: InventoryEntry, remote: Remote, on_bytes: Callable[[int], None], cancel: CancelToken
+        self, spec: ModelSpec, found: InventoryEntry, remote: RemoteFile, on_bytes: Callable[[int], None], cancel: CancelToken
     ) -> How:
         """Seal a file that has no seal, if it is the wanted one. Leave it as it is if no sha256 is known.
 
@@ -132,7 +132,7 @@ class S3Volume:
         self.seal(spec.folder, spec.name, new_seal(spec, remote, actual, "seeder"))
         return "adopted"
 
-    def begun_bytes(self, spec: ModelSpec, remote: Remote) -> int:
+    def begun_bytes(self, spec: ModelSpec, remote: RemoteFile) -> int:
         """Return what the fullest unfinished upload of the model has."""
         del remote
         key = self.key(spec.folder, spec.name)
@@ -162,7 +162,7 @@ class S3Volume:
     def workflow(self, name: str) -> bytes | None:
         """Return the file of a workflow of this name. None if there is none, or if the name is impossible."""
         with contextlib.suppress(UnsafePath):
-            files = (self._small(_LAYOUT.workflow(form)) for form in forms(name))
+            files = (self._small(_LAYOUT.workflow(form)) for form in unicode_forms(name))
             return next((data for data in files if data is not None), None)
         return None
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console, RenderableType
 
-    from worker.base.progress import Progress as Moment
+    from worker.base.progress import ModelProgress as Moment
     from worker.seed.maintenance import VerifiedModel
     from worker.seed.outcome import Outcome
     from worker.seed.seeding import DryRunLine

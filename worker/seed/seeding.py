@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from rich.text import Text
 
-from worker.base.progress import Progress
+from worker.base.progress import ModelProgress
 from worker.base.text import count, size_text
 from worker.errors import EnsureCancelled, VolumeFull, WorkerError
 from worker.plan.items import State
@@ -156,7 +156,7 @@ def _one(context: SeedContext, spec: ModelSpec, stamp: object, filler: Filler, s
     model = f"{spec.folder}/{spec.name}"
     if context.cancel.is_set():
         return [Outcome(model, title, "cancelled") for title in filler.titles]
-    screen.moved(model, Progress("waiting"))
+    screen.moved(model, ModelProgress("waiting"))
     outcomes = filler.ensure(spec, partial(screen.moved, model), context.cancel, replaces=stamp)
     screen.ended(model, outcomes)
     return outcomes

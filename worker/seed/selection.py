@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from worker.comfyui_data import known
 from worker.errors import FileNotInRepo, ManifestInvalid, RequestError, WorkflowUnknown
-from worker.graph.rejection import Origin, unknown_nodes
+from worker.graph.rejection import NodeOrigin, unknown_nodes
 from worker.models.catalog import Catalog
 from worker.models.lists import SpecList
 from worker.models.sources import Sources
@@ -105,7 +105,7 @@ class Selection:
         name = what.removesuffix(".json")
         catalog = Catalog()
         if name in catalog.templates:
-            lacking = [Origin(kind, node_id, {}) for kind, node_id in known().lacking_templates.get(name, {}).items()]
+            lacking = [NodeOrigin(kind, node_id, {}) for kind, node_id in known().lacking_templates.get(name, {}).items()]
             self._warn(name, unknown_nodes(lacking, known().newest) if lacking else None)
             return self._of_specs(catalog.of_template(name), f"the template {name}")
         within = [template for template in catalog.templates if name and name in template]

@@ -7,7 +7,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Final
 
 from worker.errors import EnsureCancelled
-from worker.fetch.hub import Remote
+from worker.fetch.hub import RemoteFile
 from worker.seed.errors import S3Failed
 from worker.store.eviction import redownload_spec
 from worker.store.inventory import Standing
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from worker.base.progress import CancelToken
-    from worker.fetch.ranges import Sink, Tuning
+    from worker.fetch.ranges import RangeTuning, Sink
     from worker.seed.s3_volume import S3Volume
     from worker.spec import ModelSpec
     from worker.store.seals import Seal
@@ -46,12 +46,12 @@ class Sibling:
                 specs.append(spec)
         return specs, left
 
-    def look_up(self, spec: ModelSpec) -> Remote:
+    def look_up(self, spec: ModelSpec) -> RemoteFile:
         """Return what the volume holds for a model of `models`."""
         seal = self._seals[f"{spec.folder}/{spec.name}"]
-        return Remote(spec.source, seal.size, seal.sha256, seal.etag, seal.commit, url="")
+        return RemoteFile(spec.source, seal.size, seal.sha256, seal.etag, seal.commit, url="")
 
-    def copy(self, spec: ModelSpec, sink: Sink, tuning: Tuning, cancel: CancelToken) -> SiblingCopy:
+    def copy(self, spec: ModelSpec, sink: Sink, tuning: RangeTuning, cancel: CancelToken) -> SiblingCopy:
         """Return a copy of a model's bytes into the sink, to be run."""
         return SiblingCopy(self._volume, self._volume.key(spec.folder, spec.name), sink, tuning, cancel)
 
@@ -59,7 +59,7 @@ class Sibling:
 class SiblingCopy:
     """One file of a sibling volume on its way into a sink, in order, over several connections. In place of `ranges.Fetch`."""
 
-    def __init__(self, volume: S3Volume, key: str, sink: Sink, tuning: Tuning, cancel: CancelToken) -> None:
+    def __init__(self, volume: S3Volume, key: str, sink: Sink, tuning: RangeTuning, cancel: CancelToken) -> None:
         self._volume = volume
         self._key = key
         self._sink = sink

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from worker.base.files import free_bytes
-from worker.base.text import forms
+from worker.base.text import unicode_forms
 from worker.errors import UnsafePath, VolumeFailed
 from worker.plan.places import Places
 from worker.store.disk import sha256_of, volume_error
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from worker.base.progress import CancelToken
-    from worker.fetch.hub import Remote
+    from worker.fetch.hub import RemoteFile
     from worker.spec import ModelSpec
     from worker.store.layout import Layout
 
@@ -77,7 +77,7 @@ class SeedVolume(Protocol):
         """Return the required hash of a file without a fitting seal, if its source says `sha256`. None if any file will do."""
         ...
 
-    def begun_bytes(self, spec: ModelSpec, remote: Remote) -> int:
+    def begun_bytes(self, spec: ModelSpec, remote: RemoteFile) -> int:
         """Return how much of it an interrupted run left behind."""
         ...
 
@@ -127,7 +127,7 @@ class MountedVolume:
 
     def look(self, folder: str, name: str) -> InventoryEntry:
         """Return the state of a model's file."""
-        looks = (look(self._layout, folder, form) for form in forms(name))
+        looks = (look(self._layout, folder, form) for form in unicode_forms(name))
         return next((found for found in looks if found.standing is not Standing.ABSENT), InventoryEntry(Standing.ABSENT))
 
     @staticmethod
@@ -136,7 +136,7 @@ class MountedVolume:
         del sha256
         return spec.sha256
 
-    def begun_bytes(self, spec: ModelSpec, remote: Remote) -> int:
+    def begun_bytes(self, spec: ModelSpec, remote: RemoteFile) -> int:
         """Return how much of it an interrupted download left behind."""
         del spec
         return self._places.begun_bytes(remote)

@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Literal
 
 from worker.base.files import FULL, free_bytes, patiently, sync_folder
-from worker.base.progress import Progress, metered
+from worker.base.progress import ModelProgress, metered
 from worker.base.text import size_text
 from worker.errors import EnsureCancelled, ModelError, SourceChanged, SourceRefused, VolumeFull
 from worker.fetch.blocking_call import abandonable
-from worker.fetch.ranges import Fetch, Tuning
+from worker.fetch.ranges import RangeFetch, RangeTuning
 from worker.fetch.xet import XetFetch
 from worker.store.disk import git_sha1_of, head_of, stated_bytes
 from worker.store.file_formats import is_safetensors, misfit
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from worker.base.progress import CancelToken, Listener, Phase
-    from worker.fetch.hub import Hub, Remote
+    from worker.fetch.hub import Hub, RemoteFile
     from worker.fetch.ranges import Sink
     from worker.spec import ModelSpec
     from worker.store.layout import Layout
@@ -77,7 +77,7 @@ class DownloadTools:
     layout: Layout
     hub: Hub
     worker: str
-    tuning: Tuning = field(default_factory=Tuning)
+    tuning: RangeTuning = field(default_factory=RangeTuning)
     hooks: DownloadHooks = field(default_factory=DownloadHooks)
     room: Room | None = None
     """Makes room on the volume, where that is wanted."""
@@ -103,14 +103,14 @@ class DownloadTask:
     needed_bytes: int = 0
     fetched_bytes: int = 0
     key: str = ""
-    remote: Remote | None = None
+    remote: RemoteFile | None = None
     """The source's answer, if the file turned out to be another one than the key's."""
 
 
 class Download:
     """The download of one content to one name."""
 
-    def __init__(self, tools: DownloadTools, task: DownloadTask, remote: Remote, hold: LockResult) -> None:
+    def __init__(self, tools: DownloadTools, task: DownloadTask, remote: RemoteFile, hold: LockResult) -> None:
         self._tools = tools
         self._task = task
         self._remote = remote
@@ -239,14 +239,14 @@ class Download:
             self._at("bytes")
 
         try:
-            self._run(Fetch, sink, on_bytes)
+            self._run(RangeFetch, sink, on_bytes)
         except SourceRefused:
             if self._remote.xet is None:
                 raise
             log.warning("the source refuses %s over plain HTTP: continuing through Xet", self._remote.where)
             self._run(XetFetch, sink, on_bytes)
 
-    def _run(self, way: type[Fetch | XetFetch], sink: Sink, on_bytes: Callable[[int], None]) -> None:
+    def _run(self, way: type[RangeFetch | XetFetch], sink: Sink, on_bytes: Callable[[int], None]) -> None:
         fetch = way(self._tools.hub, self._remote, sink, self._tools.tuning, self._task.cancel)
         try:
             fetch.run(on_bytes)
@@ -354,7 +354,7 @@ def forget_pending(layout: Layout, spec: ModelSpec, inode: int) -> None:
 def both_listeners(first: Listener, second: Listener) -> Listener:
     """Return one progress listener of a download that calls two."""
 
-    def report(progress: Progress) -> None:
+    def report(progress: ModelProgress) -> None:
         first(progress)
         second(progress)
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from worker.base.progress import CancelToken
-    from worker.fetch.ranges import Tuning
+    from worker.fetch.ranges import RangeTuning
     from worker.store.partial import Partial
 
 _TICK_S: Final = 0.2
@@ -38,7 +38,7 @@ _TICK_S: Final = 0.2
 class HashedPartial:
     """A `Sink` over a partial, with a thread that hashes behind the writers. `stop` ends it."""
 
-    def __init__(self, partial: Partial, tuning: Tuning) -> None:
+    def __init__(self, partial: Partial, tuning: RangeTuning) -> None:
         self._partial = partial
         self._tuning = tuning
         self._reorder = None if partial.inherited else ReorderBuffer(tuning.reorder_bytes, tuning.buffer_bytes)

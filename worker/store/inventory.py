@@ -10,7 +10,7 @@ from enum import StrEnum
 from functools import partial
 from typing import TYPE_CHECKING, Final, TypeVar
 
-from worker.base.text import forms
+from worker.base.text import unicode_forms
 from worker.errors import FileUnusable, LinkAstray, ModelError, NotAModel, UnsafePath, VolumeFailed
 from worker.store.disk import check_whole, foreign_in
 from worker.store.seals import read_seal, stat_file, whole_mtime, write_seal
@@ -168,7 +168,7 @@ def record(layout: Layout, spec: ModelSpec, found: os.stat_result) -> Seal | Non
 
 def as_spelled(layout: Layout, spec: ModelSpec) -> ModelSpec:
     """Return the model with its name as the existing file spells it, if only the form of accents differs."""
-    names = forms(spec.name)
+    names = unicode_forms(spec.name)
     there = (name for name in names if len(names) > 1 and stat_file(layout.model(spec.folder, name)))
     return replace(spec, name=next(there, spec.name))
 

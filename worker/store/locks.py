@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final, Literal
 from filelock import SoftFileLockProtocolError, SoftReadWriteLock, Timeout
 
 from worker.base.files import FULL, READ_ONLY, Peek, write_atomically
-from worker.base.progress import Progress
+from worker.base.progress import ModelProgress
 from worker.errors import EnsureCancelled
 
 if TYPE_CHECKING:
@@ -81,9 +81,9 @@ class LockHolder:
     name: str = ""  # the model's `folder/name`; the key means nothing to a person
     left: bool = False
 
-    def as_progress(self) -> Progress:
+    def as_progress(self) -> ModelProgress:
         """Return the report as the waiting worker's progress."""
-        return Progress("waiting", self.done_bytes, self.total_bytes, self.bytes_per_s, self.by)
+        return ModelProgress("waiting", self.done_bytes, self.total_bytes, self.bytes_per_s, self.by)
 
 
 class LockResult:
@@ -99,9 +99,9 @@ class LockResult:
         self._timing = timing
         self._beat = 0
         self._next_s = 0.0
-        self._last: Progress | None = None
+        self._last: ModelProgress | None = None
 
-    def report(self, progress: Progress) -> None:
+    def report(self, progress: ModelProgress) -> None:
         """Show the progress to the waiting workers, at most once a second. It never raises."""
         now_s = time.monotonic()
         if now_s < self._next_s:
@@ -115,7 +115,7 @@ class LockResult:
         if self._last:
             self._write(self._last, left=True)
 
-    def _write(self, progress: Progress, *, left: bool) -> None:
+    def _write(self, progress: ModelProgress, *, left: bool) -> None:
         self._beat += 1
         phase: Literal["downloading", "checking"] = "checking" if progress.phase == "checking" else "downloading"
         done, total, rate = progress.done_bytes, progress.total_bytes, progress.bytes_per_s
@@ -287,7 +287,7 @@ class _LockWait:
             self._moved_s = now_s
         if holder and before and (holder.by, holder.beat) != (before.by, before.beat):
             self._heard_s = -math.inf if holder.left else now_s
-        self._on_wait(holder.as_progress() if holder else Progress("waiting"))
+        self._on_wait(holder.as_progress() if holder else ModelProgress("waiting"))
         return now_s - self._moved_s >= self._patience_s * self._haste
 
     def _moves(self, holder: LockHolder) -> bool:

@@ -19,7 +19,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Final
 
-from worker.base.files import FULL, create, patiently, write_at, write_atomically
+from worker.base.files import FULL, create_file, patiently, write_at, write_atomically
 from worker.store.byte_ranges import Ranges
 from worker.store.reorder import ReorderBuffer
 
@@ -118,7 +118,7 @@ class Partial:
         journal = path.with_suffix(".journal")
         write_atomically(journal, _encode(size_bytes, Ranges()))
         try:
-            partial = cls(path, create(path), size_bytes, Ranges())
+            partial = cls(path, create_file(path), size_bytes, Ranges())
         except OSError:
             journal.unlink(missing_ok=True)
             raise

@@ -17,8 +17,8 @@ import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from worker.base.files import Peek, create, write_atomically
-from worker.base.progress import Progress
+from worker.base.files import Peek, create_file, write_atomically
+from worker.base.progress import ModelProgress
 from worker.errors import EnsureCancelled
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from worker.base.progress import CancelToken, Listener
-    from worker.fetch.hub import Remote
+    from worker.fetch.hub import RemoteFile
     from worker.store.layout import Layout
     from worker.store.locks import LockTiming
 
@@ -59,7 +59,7 @@ class LookupTurn:
     def take(self) -> os.stat_result | None:
         """Mark that this worker asks and return the mark's stat. None if another worker was quicker. Raises `OSError`."""
         try:
-            fd = create(self._mark)
+            fd = create_file(self._mark)
         except FileExistsError:
             return None
         self._asks = True
@@ -68,7 +68,7 @@ class LookupTurn:
         finally:
             os.close(fd)
 
-    def tell(self, remote: Remote | None) -> None:
+    def tell(self, remote: RemoteFile | None) -> None:
         """Leave the answer for the others, once. Ignore a volume that cannot be written to."""
         if remote is None or self._told:
             return
@@ -146,7 +146,7 @@ class _AnswerWait:
                 continue
             if time.monotonic() >= self._until_s:
                 return None
-            on_wait(Progress("waiting"))
+            on_wait(ModelProgress("waiting"))
             cancel.wait(self._look_s * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
         raise EnsureCancelled(mark.stem)
 

@@ -28,7 +28,7 @@ from worker.errors import (
     VolumeReadOnly,
     no_volume,
 )
-from worker.fetch.ranges import Tuning
+from worker.fetch.ranges import RangeTuning
 from worker.spec import HubFile
 from worker.store.disk import check_whole, sha256_of, volume_error
 from worker.store.download import (
@@ -53,14 +53,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from worker.base.progress import CancelToken, Listener, Progress
-    from worker.fetch.hub import Hub, Remote
+    from worker.base.progress import CancelToken, Listener, ModelProgress
+    from worker.fetch.hub import Hub, RemoteFile
     from worker.spec import ModelSpec
     from worker.store.layout import Layout
     from worker.store.room import Room
     from worker.store.shared_lookups import SharedAnswer
 
-__all__ = ["DownloadHooks", "LockTiming", "ReadyModel", "Store", "Stores", "Tuning", "cached_file"]
+__all__ = ["DownloadHooks", "LockTiming", "RangeTuning", "ReadyModel", "Store", "Stores", "cached_file"]
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 
 
-def _ignore_progress(_: Progress) -> None:
+def _ignore_progress(_: ModelProgress) -> None:
     """Ignore the progress of a model that the store makes available."""
 
 
@@ -105,14 +105,14 @@ class Store:
         hub: Hub,
         worker: str,
         *,
-        tuning: Tuning | None = None,
+        tuning: RangeTuning | None = None,
         timing: LockTiming | None = None,
         host_cache: Layout | None = None,
         hooks: DownloadHooks | None = None,
         room: Room | None = None,
     ) -> None:
         self.layout = layout
-        self._tools = DownloadTools(layout, hub, worker, tuning or Tuning(), hooks or DownloadHooks(), room)
+        self._tools = DownloadTools(layout, hub, worker, tuning or RangeTuning(), hooks or DownloadHooks(), room)
         self._timing = timing or LockTiming()
         self._locks = Locks(layout, worker, self._timing)
         self._lookups = SharedLookups(layout, worker, self._timing)
@@ -306,12 +306,12 @@ class Store:
             return self._locked(task, own.key, own, lambda: turn.tell(own))
 
     def _locked(
-        self, task: DownloadTask, key: str, remote: Remote | None, tell: Callable[[], None] = lambda: None
+        self, task: DownloadTask, key: str, remote: RemoteFile | None, tell: Callable[[], None] = lambda: None
     ) -> ReadyModel | None:
         """Like `_once`, for a content. Call `tell` once this or another worker has its lock."""
         spec, task.key = task.spec, key
 
-        def on_wait(progress: Progress) -> None:
+        def on_wait(progress: ModelProgress) -> None:
             tell()
             task.progress(progress)
 
@@ -338,7 +338,7 @@ class Store:
                 sweep_partials(self.layout.partial(key))
             return there or (Download(self._tools, task, remote, hold).run() if remote else None)
 
-    def _linked(self, task: DownloadTask, remote: Remote) -> ReadyModel | None:
+    def _linked(self, task: DownloadTask, remote: RemoteFile) -> ReadyModel | None:
         """Give this name to an existing file of the same content. None if there is none.
 
         The last downloader of the content left that name beside its lock. A hard link copies no byte. If the file system has no
@@ -381,7 +381,7 @@ class Store:
                 pending.unlink(missing_ok=True)
         return None
 
-    def _look_up(self, task: DownloadTask) -> Remote:
+    def _look_up(self, task: DownloadTask) -> RemoteFile:
         """Return the source's metadata. Raises `ContentMismatch` if that differs from the model's."""
         spec = task.spec
         remote = self._tools.hub.look_up(spec.source, task.cancel)

@@ -13,7 +13,7 @@ from worker.store.seals import Seal, seal_time
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from worker.fetch.hub import Remote
+    from worker.fetch.hub import RemoteFile
     from worker.spec import ModelSpec
 
 log = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ ATTEMPTS: Final = 3
 class WrongFiles:
     """The wrong files that failed verification for one model so far."""
 
-    def __init__(self, model: str, remote: Remote) -> None:
+    def __init__(self, model: str, remote: RemoteFile) -> None:
         self._model = model
         self._remote = remote
         self._seen: set[str] = set()
@@ -39,7 +39,7 @@ class WrongFiles:
         self._seen.add(actual)
 
 
-def check_unhashed(remote: Remote, misfit: str | None, stated_bytes: Callable[[], int | None]) -> None:
+def check_unhashed(remote: RemoteFile, misfit: str | None, stated_bytes: Callable[[], int | None]) -> None:
     """Verify a download without a hash: what the first bytes say it is (`misfit`), and the length that its header states.
 
     Raises `NotAFile` and `ContentMismatch`.
@@ -69,7 +69,7 @@ class Origin:
         return cls(None, str(spec.source))
 
 
-def new_seal(spec: ModelSpec, remote: Remote, sha256: str, by: str, mtime: int | None = None) -> Seal:
+def new_seal(spec: ModelSpec, remote: RemoteFile, sha256: str, by: str, mtime: int | None = None) -> Seal:
     """Return the seal of a verified file. Through S3 nobody knows its `mtime`."""
     origin = Origin.of(spec)
     return Seal(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from worker.base.progress import Progress
+from worker.base.progress import ModelProgress
 from worker.seed import seed_command
 from worker.seed.outcome import Outcome
 from worker.up.errors import FillFailed, ImageNotFound, NoCpuFree, RunPodRefused
@@ -146,7 +146,7 @@ class VolumeFilling:
                 screen.expect([int(event.get("size_bytes", 0)), *[0] * (models - 1)])
             case "progress" if not self.screen.as_json:
                 phase = event.get("phase")
-                moment = Progress(
+                moment = ModelProgress(
                     phase if phase in {"waiting", "downloading", "checking"} else "waiting",
                     int(event.get("done_bytes", 0)),
                     int(event.get("total_bytes", 0)),
