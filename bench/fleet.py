@@ -44,7 +44,7 @@ from devkit.local_worker import PROJECT
 from devkit.moosefs import MooseFS, available
 from worker.store.layout import Layout
 from worker.store.seals import Seal, write_seal
-from worker.warmup.recent_models import UsedModels
+from worker.warmup.recent_models import RecentModels
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -77,7 +77,7 @@ def fill(volume: Path) -> None:
     blob.parent.mkdir(parents=True)
     blob.write_bytes(MODEL)
     layout.manifest.write_text("\n".join(lines))
-    UsedModels(volume, layout.used(ENDPOINT)).note(paths[:USED])
+    RecentModels(volume, layout.used(ENDPOINT)).note(paths[:USED])
     for name, requirements in NODES.items():
         node = volume / "custom_nodes" / name
         node.mkdir(parents=True)

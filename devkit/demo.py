@@ -27,7 +27,7 @@ from devkit.engine.cache import BuildFailed
 from devkit.engine.models import make_volume
 from devkit.hub import hub_process
 from devkit.local_worker import JOB_TIMEOUT_S, PROJECT, LocalWorker, WorkerExitedError
-from worker.plan.document import installed
+from worker.plan.document import installed_release
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     except BuildFailed as exc:
         print(f"demo: {exc}", file=sys.stderr)
         return 1
-    version = installed(engine.comfyui_dir) or "of an unknown version"
+    version = installed_release(engine.comfyui_dir) or "of an unknown version"
     say(f"ComfyUI {version}; its weights here are tiny and random, so that pictures are noise")
     with hub_process(_publish(weights, FOLDER / "hub")) as hub:
         manifest = _write_manifest(weights, FOLDER / "models.toml")

@@ -24,7 +24,7 @@ from worker.errors import WorkerError
 from worker.fetch.http import Network
 from worker.fetch.hub import Hub, credentials
 from worker.fetch.ranges import RangeTuning
-from worker.spec import HubFile, ModelSpec, Source, Url
+from worker.spec import HubFile, ModelSpec, Source, UrlSource
 from worker.store.layout import Layout
 from worker.store.store import DownloadHooks, LockTiming, Store
 
@@ -124,7 +124,7 @@ class _Listener:
 
 def _source_of(worker: Worker) -> Source:
     if worker.source.startswith("http"):
-        return Url(worker.source)
+        return UrlSource(worker.source)
     org, name, path = worker.source.split("/", 2)
     return HubFile(f"{org}/{name}", path)
 

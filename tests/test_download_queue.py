@@ -10,7 +10,7 @@ import pytest
 
 from worker.base.progress import CancelToken, Listener, ModelProgress
 from worker.errors import EnsureCancelled, ModelError, VolumeReadOnly
-from worker.models.download_queue import Provisioner, Waiting
+from worker.models.download_queue import DownloadQueue, JobWait
 from worker.spec import HubFile, ModelSpec
 from worker.store.download import ReadyModel
 
@@ -92,21 +92,21 @@ class GatedStore:
 class Job:
     """A job that waits in a thread of its own."""
 
-    def __init__(self, provisioner: Provisioner, *names: str) -> None:
+    def __init__(self, provisioner: DownloadQueue, *names: str) -> None:
         self.cancel = threading.Event()
-        self.told: list[Waiting] = []
+        self.told: list[JobWait] = []
         self.heard = threading.Event()
         self.error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, args=(provisioner, names))
         self._thread.start()
 
-    def _run(self, provisioner: Provisioner, names: tuple[str, ...]) -> None:
+    def _run(self, provisioner: DownloadQueue, names: tuple[str, ...]) -> None:
         try:
             provisioner.wait([spec(name) for name in names], self.cancel, self._hear)
         except BaseException as exc:  # noqa: BLE001 - handed to the test
             self.error = exc
 
-    def _hear(self, waiting: Waiting) -> None:
+    def _hear(self, waiting: JobWait) -> None:
         self.told.append(waiting)
         self.heard.set()
 
@@ -127,15 +127,15 @@ def ready() -> list[str]:
 
 
 @pytest.fixture
-def provisioner(store: GatedStore, ready: list[str]) -> Iterator[Provisioner]:
-    provisioner = Provisioner(store, lambda spec, _: ready.append(spec.name), files_at_once=2)
+def provisioner(store: GatedStore, ready: list[str]) -> Iterator[DownloadQueue]:
+    provisioner = DownloadQueue(store, lambda spec, _: ready.append(spec.name), files_at_once=2)
     yield provisioner
     provisioner.stop()
     for gate in store.gates.values():
         gate.finish.set()
 
 
-def test_a_job_goes_on_when_all_its_models_are_there(provisioner: Provisioner, store: GatedStore, ready: list[str]) -> None:
+def test_a_job_goes_on_when_all_its_models_are_there(provisioner: DownloadQueue, store: GatedStore, ready: list[str]) -> None:
     job = Job(provisioner, "a", "b", "c")
     for name in "abc":
         store[name].await_begun()
@@ -144,7 +144,7 @@ def test_a_job_goes_on_when_all_its_models_are_there(provisioner: Provisioner, s
     assert sorted(ready) == ["a.safetensors", "b.safetensors", "c.safetensors"]
 
 
-def test_a_job_and_an_eager_start_take_a_few_files_at_a_time_too(provisioner: Provisioner, store: GatedStore) -> None:
+def test_a_job_and_an_eager_start_take_a_few_files_at_a_time_too(provisioner: DownloadQueue, store: GatedStore) -> None:
     names = "abcdefgh"
     job = Job(provisioner, *names)
     for first, second in zip(names[::2], names[1::2], strict=True):
@@ -162,7 +162,7 @@ def test_a_job_and_an_eager_start_take_a_few_files_at_a_time_too(provisioner: Pr
 
 
 def test_a_job_does_not_wait_until_what_stands_back_is_gone_and_the_background_does(
-    provisioner: Provisioner, store: GatedStore
+    provisioner: DownloadQueue, store: GatedStore
 ) -> None:
     provisioner.want(spec(name) for name in "abcd")
     for name in "ab":
@@ -180,7 +180,7 @@ def test_a_job_does_not_wait_until_what_stands_back_is_gone_and_the_background_d
     assert sorted(store.order) == ["a", "a", "b", "b", "mine"]
 
 
-def test_the_background_takes_a_few_files_at_a_time_in_order(provisioner: Provisioner, store: GatedStore) -> None:
+def test_the_background_takes_a_few_files_at_a_time_in_order(provisioner: DownloadQueue, store: GatedStore) -> None:
     provisioner.want(spec(name) for name in "abc")
     store["a"].await_begun()
     store["b"].await_begun()
@@ -190,7 +190,7 @@ def test_the_background_takes_a_few_files_at_a_time_in_order(provisioner: Provis
 
 
 def test_a_job_goes_before_the_background_which_stands_back_and_goes_on_later(
-    provisioner: Provisioner, store: GatedStore
+    provisioner: DownloadQueue, store: GatedStore
 ) -> None:
     provisioner.want([spec("big"), spec("other")])
     store["big"].await_begun()
@@ -205,7 +205,7 @@ def test_a_job_goes_before_the_background_which_stands_back_and_goes_on_later(
     store["other"].await_begun()
 
 
-def test_a_job_that_wants_what_the_background_already_fetches_shares_it(provisioner: Provisioner, store: GatedStore) -> None:
+def test_a_job_that_wants_what_the_background_already_fetches_shares_it(provisioner: DownloadQueue, store: GatedStore) -> None:
     provisioner.want([spec("a")])
     store["a"].await_begun()
     job = Job(provisioner, "a")
@@ -215,7 +215,7 @@ def test_a_job_that_wants_what_the_background_already_fetches_shares_it(provisio
     assert store.order == ["a"]
 
 
-def test_two_jobs_share_one_download(provisioner: Provisioner, store: GatedStore) -> None:
+def test_two_jobs_share_one_download(provisioner: DownloadQueue, store: GatedStore) -> None:
     first = Job(provisioner, "a")
     store["a"].await_begun()
     second = Job(provisioner, "a")
@@ -225,7 +225,7 @@ def test_two_jobs_share_one_download(provisioner: Provisioner, store: GatedStore
     assert store.order == ["a"]
 
 
-def test_a_cancelled_job_stops_the_download_that_nobody_else_wants(provisioner: Provisioner, store: GatedStore) -> None:
+def test_a_cancelled_job_stops_the_download_that_nobody_else_wants(provisioner: DownloadQueue, store: GatedStore) -> None:
     job = Job(provisioner, "a")
     store["a"].await_begun()
     job.cancel.set()
@@ -233,7 +233,7 @@ def test_a_cancelled_job_stops_the_download_that_nobody_else_wants(provisioner: 
     store["a"].await_stopped()
 
 
-def test_a_cancelled_job_leaves_the_download_that_a_manifest_names(provisioner: Provisioner, store: GatedStore) -> None:
+def test_a_cancelled_job_leaves_the_download_that_a_manifest_names(provisioner: DownloadQueue, store: GatedStore) -> None:
     provisioner.want([spec("a")])
     job = Job(provisioner, "a")
     store["a"].await_begun()
@@ -245,7 +245,7 @@ def test_a_cancelled_job_leaves_the_download_that_a_manifest_names(provisioner: 
 
 
 def test_another_source_for_a_queued_file_does_not_take_it_from_the_manifest(
-    provisioner: Provisioner, store: GatedStore
+    provisioner: DownloadQueue, store: GatedStore
 ) -> None:
     provisioner.want(spec(name) for name in ("one", "two", "a@pin"))
     store["one"].await_begun()
@@ -261,7 +261,7 @@ def test_another_source_for_a_queued_file_does_not_take_it_from_the_manifest(
 
 
 def test_another_source_for_a_running_file_goes_first_and_the_manifests_goes_on_later(
-    provisioner: Provisioner, store: GatedStore
+    provisioner: DownloadQueue, store: GatedStore
 ) -> None:
     provisioner.want([spec("a@pin")])
     store["a@pin"].await_begun()
@@ -273,7 +273,7 @@ def test_another_source_for_a_running_file_goes_first_and_the_manifests_goes_on_
     store["a@pin"].await_begun()
 
 
-def test_two_jobs_sources_for_one_file_are_fetched_one_after_the_other(provisioner: Provisioner, store: GatedStore) -> None:
+def test_two_jobs_sources_for_one_file_are_fetched_one_after_the_other(provisioner: DownloadQueue, store: GatedStore) -> None:
     first = Job(provisioner, "a")
     store["a"].await_begun()
     second = Job(provisioner, "a@pin", "b")
@@ -287,7 +287,7 @@ def test_two_jobs_sources_for_one_file_are_fetched_one_after_the_other(provision
     assert second.await_end() is None
 
 
-def test_stopping_ends_every_download_and_every_wait(provisioner: Provisioner, store: GatedStore) -> None:
+def test_stopping_ends_every_download_and_every_wait(provisioner: DownloadQueue, store: GatedStore) -> None:
     provisioner.want([spec("a@pin")])
     store["a@pin"].await_begun()
     store["a@pin"].may_stop.clear()
@@ -305,7 +305,7 @@ def test_stopping_ends_every_download_and_every_wait(provisioner: Provisioner, s
     assert sorted(store.order) == ["a", "a@pin", "b"]
 
 
-def test_a_failure_reaches_its_job_and_leaves_the_others_alone(provisioner: Provisioner, store: GatedStore) -> None:
+def test_a_failure_reaches_its_job_and_leaves_the_others_alone(provisioner: DownloadQueue, store: GatedStore) -> None:
     store["bad"].error = VolumeReadOnly(Path("/v"), "why")
     store["bad"].finish.set()
     good = Job(provisioner, "good")
@@ -315,7 +315,7 @@ def test_a_failure_reaches_its_job_and_leaves_the_others_alone(provisioner: Prov
     assert good.await_end() is None
 
 
-def test_what_failed_once_is_tried_again_by_the_next_job(provisioner: Provisioner, store: GatedStore) -> None:
+def test_what_failed_once_is_tried_again_by_the_next_job(provisioner: DownloadQueue, store: GatedStore) -> None:
     store["a"].error = VolumeReadOnly(Path("/v"), "why")
     store["a"].finish.set()
     assert isinstance(Job(provisioner, "a").await_end(), VolumeReadOnly)
@@ -323,7 +323,7 @@ def test_what_failed_once_is_tried_again_by_the_next_job(provisioner: Provisione
     assert Job(provisioner, "a").await_end() is None
 
 
-def test_waiting_says_which_files_and_how_far(provisioner: Provisioner, store: GatedStore) -> None:
+def test_waiting_says_which_files_and_how_far(provisioner: DownloadQueue, store: GatedStore) -> None:
     job = Job(provisioner, "a", "b")
     store["a"].await_begun()
     store["b"].await_begun()
@@ -339,7 +339,7 @@ def test_waiting_says_which_files_and_how_far(provisioner: Provisioner, store: G
     assert job.await_end() is None
 
 
-def test_settling_returns_when_the_whole_manifest_is_there_or_raises(provisioner: Provisioner, store: GatedStore) -> None:
+def test_settling_returns_when_the_whole_manifest_is_there_or_raises(provisioner: DownloadQueue, store: GatedStore) -> None:
     store["a"].finish.set()
     provisioner.settle([spec("a")])
     store["b"].error = VolumeReadOnly(Path("/v"), "why")

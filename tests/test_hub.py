@@ -44,7 +44,7 @@ from worker.errors import (
 from worker.fetch.http import Credential, Network, origin, sendable, shown_address, what_failed
 from worker.fetch.hub import Hub, RemoteFile, credentials
 from worker.fetch.ranges import RangeFetch, RangeTuning
-from worker.spec import HubFile, Source, Url
+from worker.spec import HubFile, Source, UrlSource
 from worker.store.partial import Partial, PartialTaken
 
 if TYPE_CHECKING:
@@ -185,7 +185,9 @@ def test_a_token_opens_what_it_may_and_reaches_nobody_else(stand_in: StandIn, tm
 def test_metadata_is_asked_for_again(stand_in: StandIn, fault: dict[str, Any], source: HubFile | str) -> None:
     stand_in.fault(**{"count": 2, **fault})
     began = time.monotonic()
-    found = hub_of(stand_in).look_up(source if isinstance(source, HubFile) else Url(f"{stand_in.endpoint}/{source}"), NEVER)
+    found = hub_of(stand_in).look_up(
+        source if isinstance(source, HubFile) else UrlSource(f"{stand_in.endpoint}/{source}"), NEVER
+    )
     assert found.size_bytes == len(WEIGHTS)
     if fault.get("retry_after_s"):
         assert time.monotonic() - began >= fault["retry_after_s"], "the server named a time and was not given it"
@@ -212,7 +214,7 @@ def test_a_hanging_look_up_can_be_cancelled(stand_in: StandIn) -> None:
 
 @pytest.mark.parametrize("route", ["files", "redirect"])
 def test_a_plain_address_gives_size_and_etag(stand_in: StandIn, tmp_path: Path, route: str) -> None:
-    source = Url(f"{stand_in.endpoint}/{route}/org/repo/sub/model.safetensors")
+    source = UrlSource(f"{stand_in.endpoint}/{route}/org/repo/sub/model.safetensors")
     found = hub_of(stand_in).look_up(source, NEVER)
     assert (found.size_bytes, found.sha256) == (len(WEIGHTS), None)
     assert found.etag
@@ -221,7 +223,7 @@ def test_a_plain_address_gives_size_and_etag(stand_in: StandIn, tmp_path: Path, 
 
 def test_civitais_token_is_a_header_to_civitai_and_to_nobody_else(stand_in: StandIn, tmp_path: Path) -> None:
     network = Network((Credential(stand_in.endpoint, "CIVITAI_TOKEN", "civ"),))
-    source = Url(f"{stand_in.endpoint}/api/download/models/77")
+    source = UrlSource(f"{stand_in.endpoint}/api/download/models/77")
     assert fetch_all(Hub(stand_in.endpoint, network), tmp_path, source) == WEIGHTS
     assert [request.had_auth for request in stand_in.requests if request.route == "civitai"] == [True]
     assert not any(request.had_query_token for request in stand_in.requests)
@@ -231,13 +233,13 @@ def test_civitais_token_is_a_header_to_civitai_and_to_nobody_else(stand_in: Stan
 def test_without_its_token_civitai_is_named(stand_in: StandIn) -> None:
     network = Network((Credential(stand_in.endpoint, "CIVITAI_TOKEN", None),))
     with pytest.raises(TokenRefused, match="set CIVITAI_TOKEN"):
-        Hub(stand_in.endpoint, network).look_up(Url(f"{stand_in.endpoint}/api/download/models/77"), NEVER)
+        Hub(stand_in.endpoint, network).look_up(UrlSource(f"{stand_in.endpoint}/api/download/models/77"), NEVER)
 
 
 @pytest.mark.parametrize(("path", "expected"), [("files/nothing", SourceRefused), ("api/download/models/1", SourceRefused)])
 def test_an_address_that_leads_nowhere_is_said_at_once(stand_in: StandIn, path: str, expected: type[Exception]) -> None:
     with pytest.raises(expected, match=r"status 404.*correct the model's address"):
-        hub_of(stand_in, patience_s=0).look_up(Url(f"{stand_in.endpoint}/{path}?token=secret"), NEVER)
+        hub_of(stand_in, patience_s=0).look_up(UrlSource(f"{stand_in.endpoint}/{path}?token=secret"), NEVER)
 
 
 class Scripted(http.server.BaseHTTPRequestHandler):
@@ -295,27 +297,27 @@ def test_a_page_is_no_file() -> None:
         scripted({"/page": whole(b"<html>", **{"Content-Type": "text/html; charset=utf-8"})}) as (address, _),
         pytest.raises(NotAFile, match="web page"),
     ):
-        plain_hub(address).look_up(Url(f"{address}/page"), NEVER)
+        plain_hub(address).look_up(UrlSource(f"{address}/page"), NEVER)
 
 
 def test_a_file_of_unknown_length_is_refused() -> None:
     answer = (200, {"Transfer-Encoding": "chunked"}, b"2\r\nab\r\n0\r\n\r\n")
     with scripted({"/chunked": answer}) as (address, _), pytest.raises(NotAFile, match="unknown length"):
-        plain_hub(address).look_up(Url(f"{address}/chunked"), NEVER)
+        plain_hub(address).look_up(UrlSource(f"{address}/chunked"), NEVER)
 
 
 def test_a_login_page_asks_for_the_token() -> None:
     answers = {"/api/download/models/1": moved("/login?returnUrl=x", 307)}
     with scripted(answers) as (address, _), pytest.raises(TokenRefused, match="set CIVITAI_TOKEN"):
         plain_hub(address, credentials=(Credential(address, "CIVITAI_TOKEN", None),)).look_up(
-            Url(f"{address}/api/download/models/1"), NEVER
+            UrlSource(f"{address}/api/download/models/1"), NEVER
         )
 
 
 def test_redirects_end(tmp_path: Path) -> None:
     with scripted({"/a": moved("/b"), "/b": moved("/a")}) as (address, asked):
         with pytest.raises(NotAFile, match="circle"):
-            plain_hub(address).look_up(Url(f"{address}/a"), NEVER)
+            plain_hub(address).look_up(UrlSource(f"{address}/a"), NEVER)
         assert len(asked) == 10
     assert tmp_path.exists()
 
@@ -325,7 +327,7 @@ def test_a_token_does_not_travel_to_another_host_port_or_scheme() -> None:
         elsewhere = other.replace("localhost", "127.0.0.1")
         with scripted({"/a": moved("/b"), "/b": moved(f"{elsewhere}/file", 307)}) as (address, asked):
             network = {"credentials": (Credential(address, "X_TOKEN", "secret"),)}
-            assert plain_hub(address, **network).look_up(Url(f"{address}/a"), NEVER).size_bytes == 3
+            assert plain_hub(address, **network).look_up(UrlSource(f"{address}/a"), NEVER).size_bytes == 3
             assert [headers.get("Authorization") for _, headers in asked] == ["Bearer secret", "Bearer secret"]
         assert [headers.get("Authorization") for _, headers in asked_other] == [None]
 
@@ -358,9 +360,9 @@ def test_https_works_and_an_unknown_certificate_does_not(certificate: Path, tmp_
     body = random.Random(3).randbytes(200_000)
     with scripted({"/file": whole(body)}, server) as (address, _):
         trusting = plain_hub(address, tls=ssl.create_default_context(cafile=str(certificate)))
-        assert fetch_all(trusting, tmp_path, Url(f"{address}/file")) == body
+        assert fetch_all(trusting, tmp_path, UrlSource(f"{address}/file")) == body
         with pytest.raises(SourceUnreachable, match="CERTIFICATE_VERIFY_FAILED"):
-            plain_hub(address).look_up(Url(f"{address}/file"), NEVER)
+            plain_hub(address).look_up(UrlSource(f"{address}/file"), NEVER)
 
 
 def test_a_redirect_away_from_https_is_not_followed(certificate: Path) -> None:
@@ -372,17 +374,17 @@ def test_a_redirect_away_from_https_is_not_followed(certificate: Path) -> None:
     ):
         hub = plain_hub(address, tls=ssl.create_default_context(cafile=str(certificate)))
         with pytest.raises(NotAFile, match="away from https"):
-            hub.look_up(Url(f"{address}/a"), NEVER)
+            hub.look_up(UrlSource(f"{address}/a"), NEVER)
         assert not asked
 
 
 def test_a_proxy_is_used_but_not_where_it_is_excepted() -> None:
     with scripted({"http://files.example/file": whole(b"abc")}) as (proxy, asked):
         network = {"proxies": {"http": proxy, "no": ".internal, localhost"}}
-        assert plain_hub(proxy, **network).look_up(Url("http://files.example/file"), NEVER).size_bytes == 3
+        assert plain_hub(proxy, **network).look_up(UrlSource("http://files.example/file"), NEVER).size_bytes == 3
         assert [path for path, _ in asked] == ["http://files.example/file"]
         with scripted({"/file": whole(b"abcd")}) as (direct, _):
-            assert plain_hub(proxy, **network).look_up(Url(f"{direct}/file"), NEVER).size_bytes == 4
+            assert plain_hub(proxy, **network).look_up(UrlSource(f"{direct}/file"), NEVER).size_bytes == 4
     assert Network(proxies={"https": "http://p:1", "no": "*"}).proxy("https://a.b/") is None
 
 
@@ -419,7 +421,7 @@ def test_what_is_no_address_is_not_sent(written: str) -> None:
 def test_an_address_in_any_script_is_fetched(root: Path, tmp_path: Path, stand_in: StandIn) -> None:
     (root / "моё имя.safetensors").write_bytes(WEIGHTS)
     for route in ("files", "redirect"):
-        source = Url(f"{stand_in.endpoint}/{route}/моё имя.safetensors")
+        source = UrlSource(f"{stand_in.endpoint}/{route}/моё имя.safetensors")
         assert fetch_all(hub_of(stand_in, patience_s=0), tmp_path / route, source) == WEIGHTS
 
 
@@ -428,21 +430,21 @@ def test_a_redirect_is_followed_as_it_is_written(name: str, tmp_path: Path) -> N
     seen = "/" + {"a b": "a%20b", "a%20b": "a%20b", "\xe9": "%E9"}.get(name, "%D0%BC%D0%BE%D1%91")
     answers = {"/file": moved(f"/{name}?X-Signature=a+b%2Fc"), f"{seen}?X-Signature=a+b%2Fc": whole(b"abc")}
     with scripted(answers) as (address, _):
-        assert fetch_all(plain_hub(address), tmp_path, Url(f"{address}/file")) == b"abc"
+        assert fetch_all(plain_hub(address), tmp_path, UrlSource(f"{address}/file")) == b"abc"
 
 
 @pytest.mark.parametrize("target", ["http://[::1/x?X-Signature=secret", "http://h:port/?X-Signature=secret"])
 def test_a_redirect_to_what_is_no_address_is_said_at_once(target: str) -> None:
     with scripted({"/file": moved(target)}) as (address, asked):
         with pytest.raises(NotAFile, match="a redirect to what is no address") as caught:
-            Hub(address, Network(), patience_s=60).look_up(Url(f"{address}/file"), NEVER)
+            Hub(address, Network(), patience_s=60).look_up(UrlSource(f"{address}/file"), NEVER)
         assert "secret" not in str(caught.value)
         assert len(asked) == 1
 
 
 def test_an_address_whose_host_cannot_be_written_is_said_at_once() -> None:
     with pytest.raises(NotAFile, match="no address that can be asked"):
-        plain_hub("http://h").look_up(Url(f"https://{'ы' * 70}/file.safetensors"), NEVER)
+        plain_hub("http://h").look_up(UrlSource(f"https://{'ы' * 70}/file.safetensors"), NEVER)
 
 
 def test_what_failed_is_said_without_the_address_s_query() -> None:
@@ -548,7 +550,7 @@ FAULTS: list[dict[str, Any]] = [
 def test_what_goes_wrong_with_the_body_is_recovered(
     stand_in: StandIn, tmp_path: Path, fault: dict[str, Any], *, has_hash: bool
 ) -> None:
-    source = FILE if has_hash else Url(f"{stand_in.endpoint}/redirect/org/repo/sub/model.safetensors")
+    source = FILE if has_hash else UrlSource(f"{stand_in.endpoint}/redirect/org/repo/sub/model.safetensors")
     hub = hub_of(stand_in, read_timeout_s=0.4)
     remote = hub.look_up(source, NEVER)
     stand_in.clear_log()
@@ -582,7 +584,7 @@ def test_a_branch_that_moves_on_changes_nothing(stand_in: StandIn, tmp_path: Pat
 
 
 def test_a_plain_file_that_changes_is_noticed(stand_in: StandIn, root: Path, tmp_path: Path) -> None:
-    source = Url(f"{stand_in.endpoint}/files/org/repo/sub/model.safetensors")
+    source = UrlSource(f"{stand_in.endpoint}/files/org/repo/sub/model.safetensors")
     hub = hub_of(stand_in)
     remote = hub.look_up(source, NEVER)
     (root / "org/repo/sub/model.safetensors").write_bytes(NEWER)
@@ -621,7 +623,7 @@ def test_a_server_without_ranges_gives_the_whole_file(stand_in: StandIn, tmp_pat
 def test_a_plain_source_that_says_so_first_is_fetched_whole_at_once(stand_in: StandIn, tmp_path: Path) -> None:
     stand_in.fault("ignore_range", count=None)
     hub = hub_of(stand_in)
-    remote = hub.look_up(Url(f"{stand_in.endpoint}/files/org/repo/sub/model.safetensors"), NEVER)
+    remote = hub.look_up(UrlSource(f"{stand_in.endpoint}/files/org/repo/sub/model.safetensors"), NEVER)
     assert not remote.has_ranges
     stand_in.clear_log()
     partial, _ = fetch(hub, remote, tmp_path)
@@ -737,7 +739,7 @@ def test_bytes_of_two_versions_are_never_in_one_file(
     for fault in faults:
         stand_in.fault(**fault, count=None)
     hub = hub_of(stand_in)
-    remote = hub.look_up(Url(f"{stand_in.endpoint}/files/org/repo/sub/model.safetensors"), NEVER)
+    remote = hub.look_up(UrlSource(f"{stand_in.endpoint}/files/org/repo/sub/model.safetensors"), NEVER)
     assert remote.has_ranges
     with changed_under_way(root), pytest.raises(SourceChanged):
         fetch(hub, remote, tmp_path)
@@ -750,7 +752,7 @@ def test_a_source_that_tells_no_version_is_fetched_with_one_answer(
     for name in ("ETag", "Last-Modified"):
         stand_in.fault("without", value=name, count=None)
     hub = hub_of(stand_in)
-    remote = hub.look_up(Url(f"{stand_in.endpoint}/files/org/repo/sub/model.safetensors"), NEVER)
+    remote = hub.look_up(UrlSource(f"{stand_in.endpoint}/files/org/repo/sub/model.safetensors"), NEVER)
     if cut:
         stand_in.fault("cut", after_bytes=2 * MIB, count=1)
     with changed_under_way(root):
@@ -761,14 +763,14 @@ def test_a_source_that_tells_no_version_is_fetched_with_one_answer(
 def test_a_file_that_changed_a_moment_ago_is_not_known_by_its_second(stand_in: StandIn, root: Path) -> None:
     stand_in.fault("without", value="ETag", count=None)
     put(root, WEIGHTS, int(time.time()))
-    source = Url(f"{stand_in.endpoint}/files/org/repo/sub/model.safetensors")
+    source = UrlSource(f"{stand_in.endpoint}/files/org/repo/sub/model.safetensors")
     assert not hub_of(stand_in).look_up(source, NEVER).has_validator
     put(root, WEIGHTS, int(time.time()) - 60)
     assert hub_of(stand_in).look_up(source, NEVER).has_validator
 
 
 def test_what_a_mirror_says_of_the_hubs_file_is_used(stand_in: StandIn) -> None:
-    mirror = hub_of(stand_in).look_up(Url(f"{stand_in.endpoint}/org/repo/resolve/main/sub/model.safetensors"), NEVER)
+    mirror = hub_of(stand_in).look_up(UrlSource(f"{stand_in.endpoint}/org/repo/resolve/main/sub/model.safetensors"), NEVER)
     assert mirror.sha256 == SHA256
     small = hub_of(stand_in).look_up(HubFile("org/repo", "sub/config.json"), NEVER)
     assert small.git_sha1 == git_oid(b"{}\n")
@@ -777,7 +779,7 @@ def test_what_a_mirror_says_of_the_hubs_file_is_used(stand_in: StandIn) -> None:
 def test_a_compressed_answer_is_not_the_file(stand_in: StandIn) -> None:
     stand_in.fault("header", value="Content-Encoding: gzip", count=None)
     with pytest.raises(NotAFile, match="compressed"):
-        hub_of(stand_in).look_up(Url(f"{stand_in.endpoint}/files/org/repo/sub/model.safetensors"), NEVER)
+        hub_of(stand_in).look_up(UrlSource(f"{stand_in.endpoint}/files/org/repo/sub/model.safetensors"), NEVER)
 
 
 def test_a_partial_that_was_taken_ends_the_fetch(stand_in: StandIn, tmp_path: Path) -> None:
@@ -845,7 +847,9 @@ def modelscope(content: bytes, listed: object) -> Iterator[tuple[Hub, list[str]]
 )
 def test_modelscope_tells_its_sha256_by_its_api(entry: dict[str, Any], told: str | None) -> None:
     with modelscope(b"abc", {"Code": 200, "Data": {"Files": [entry]}}) as (hub, asked):
-        found = hub.look_up(Url("http://modelscope.cn/models/org/name/resolve/master/deep/x.safetensors"), threading.Event())
+        found = hub.look_up(
+            UrlSource("http://modelscope.cn/models/org/name/resolve/master/deep/x.safetensors"), threading.Event()
+        )
     assert (found.size_bytes, found.sha256) == (3, told)
     assert [address.partition("?")[0] for address in asked] == [
         "http://modelscope.cn/models/org/name/resolve/master/deep/x.safetensors",

@@ -312,7 +312,7 @@ def test_a_source_that_never_answers_is_given_up(planner: Planner) -> None:
     planner.stand_in.fault("hang", count=None)
     settings = Settings.from_env({**planner.environ, "MODELS": "loras=hf://org/open/a.safetensors"})
     found = plan.make_plan(lora("a.safetensors"), settings, plan.make_hub(settings), deadline_s=0.3)
-    assert [item.state for item in found.items] == [plan.State.NO_ANSWER]
+    assert [item.state for item in found.items] == [plan.ItemState.NO_ANSWER]
 
 
 # --- room ---------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from worker.fetch.hub import Hub
 from worker.graph.graph import needed_nodes, parse_graph
 from worker.graph.model_names import named_models
 from worker.models.sources import Sources
-from worker.plan.document import Unreadable, Wanted, read_document
+from worker.plan.document import PlanDocument, UnreadableDocument, read_document
 from worker.plan.editor import naming_graph
 from worker.seed.errors import SeedUsage
 from worker.seed.selection import Selection
@@ -41,7 +41,7 @@ def found(workflow: dict[str, Any], frontend: str = MODERN) -> dict[str, tuple[s
 
 def wanted(workflow: dict[str, Any]) -> set[str]:
     """The models that a job with this workflow may need."""
-    return {models[0].name for models in Wanted.read(workflow).names()}
+    return {models[0].name for models in PlanDocument.read(workflow).names()}
 
 
 MUTED, BYPASSED = 2, 4
@@ -153,7 +153,7 @@ def test_where_the_dialects_differ_the_models_of_both_are_wanted() -> None:
 
 
 def test_a_model_is_wanted_once_where_the_dialects_agree() -> None:
-    (models,) = [models for models in Wanted.read(pipeline()).names() if models[0].name == "new.safetensors"]
+    (models,) = [models for models in PlanDocument.read(pipeline()).names() if models[0].name == "new.safetensors"]
     assert len(models) == 1
 
 
@@ -227,10 +227,10 @@ def test_a_picture_of_any_kind_is_read_with_what_it_carries(tmp_path: Path) -> N
     wants = Selection(Sources.read(), Hub("http://127.0.0.1:9", Network()), (), None, threading.Event())
     path.write_bytes(webp(b"workflow:" + json.dumps(pipeline()).encode()))
     names = {"new.safetensors", "inner.safetensors", "primitive.safetensors"}
-    assert {models[0].name for models in Wanted.read(read_document(str(path))).names()} == names
+    assert {models[0].name for models in PlanDocument.read(read_document(str(path))).names()} == names
     assert {item.name for item in wants.read([str(path)])} == names
     path.write_bytes(webp(b"nothing:{}"))
-    with pytest.raises(Unreadable, match="PNG, WEBP, MP4 or WEBM"):
+    with pytest.raises(UnreadableDocument, match="PNG, WEBP, MP4 or WEBM"):
         read_document(str(path))
 
 
@@ -262,7 +262,7 @@ def test_every_model_of_an_official_template_is_known_by_the_template_itself() -
     for name, workflow in templates(fetch_wheel(cache_root() / "wheels")):
         if embedded_models(workflow):
             known_here = sources.with_workflow(workflow, HOSTS)
-            for models in Wanted.read(workflow).names():
+            for models in PlanDocument.read(workflow).names():
                 first = models[0]
                 assert any(known_here.find(file, first.folders) for file in first.file_names), (name, first)
             looked_at += 1

@@ -30,7 +30,7 @@ from tests.test_hub import certificate, fetch_all, moved, scripted, whole
 from worker.errors import NotAFile, ProxyUnusable, SourceRefused, SourceUnreachable, TokenMalformed, TokenRefused
 from worker.fetch.http import Channel, Network
 from worker.fetch.hub import Hub, credentials
-from worker.spec import HubFile, Url, parse_source
+from worker.spec import HubFile, UrlSource, parse_source
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -208,7 +208,7 @@ def hub_of(endpoint: str, *, patience_s: float = 20.0, **network: Any) -> Hub:
 
 
 def sources_of(stand_in: StandIn) -> tuple[Source, ...]:
-    return FILE, Url(f"{stand_in.endpoint}/files/org/repo/model.safetensors")
+    return FILE, UrlSource(f"{stand_in.endpoint}/files/org/repo/model.safetensors")
 
 
 # --- proxies ------------------------------------------------------------------------------------
@@ -226,7 +226,7 @@ def test_look_ups_and_weights_go_through_a_socks_proxy_which_resolves_the_names(
         remote = hub.look_up(FILE, NEVER)
         assert (remote.size_bytes, remote.sha256) == (len(WEIGHTS), hashlib.sha256(WEIGHTS).hexdigest())
         assert set(asked) == {"hub.invalid"}
-        assert fetch_all(hub, tmp_path, Url(f"{endpoint}/files/org/repo/model.safetensors")) == WEIGHTS
+        assert fetch_all(hub, tmp_path, UrlSource(f"{endpoint}/files/org/repo/model.safetensors")) == WEIGHTS
     assert set(asked) == {"hub.invalid"}
     assert len(asked) >= 3
 
@@ -237,9 +237,9 @@ def test_tls_reaches_through_a_socks_proxy(certificate: Path, tmp_path: Path, mo
     with socks() as (address, asked), scripted({"/file": whole(WEIGHTS)}, server) as (origin, requests):
         monkeypatch.setenv("https_proxy", f"socks5://{address}")
         hub = hub_of(origin, tls=ssl.create_default_context(cafile=str(certificate)))
-        assert fetch_all(hub, tmp_path, Url(f"{origin}/file")) == WEIGHTS
+        assert fetch_all(hub, tmp_path, UrlSource(f"{origin}/file")) == WEIGHTS
         with pytest.raises(SourceUnreachable, match="CERTIFICATE_VERIFY_FAILED"):
-            hub_of(origin, patience_s=0.0).look_up(Url(f"{origin}/file"), NEVER)
+            hub_of(origin, patience_s=0.0).look_up(UrlSource(f"{origin}/file"), NEVER)
         with contextlib.closing(Channel(hub_of(origin).network)) as channel, pytest.raises(ssl.SSLCertVerificationError):
             channel.get(f"{origin}/file", {})
     assert set(asked) == {"localhost"}
@@ -269,7 +269,7 @@ def test_what_a_socks_proxy_cannot_reach_is_named_after_the_patience(monkeypatch
     with socks() as (proxy_address, _):
         monkeypatch.setenv("all_proxy", f"socks5://{proxy_address}")
         hub = hub_of(address, patience_s=0.0)
-        for source in (FILE, Url(f"{address}/file")):
+        for source in (FILE, UrlSource(f"{address}/file")):
             with pytest.raises(SourceUnreachable, match="ould not connect: Connection refused"):
                 hub.look_up(source, NEVER)
         with contextlib.closing(Channel(hub.network)) as channel, pytest.raises(ConnectionError, match="connection refused"):
@@ -308,7 +308,7 @@ def test_a_tunnel_gets_them_too(certificate: Path, tmp_path: Path, monkeypatch: 
     with proxy(PAIR) as (address, asked), scripted({"/file": whole(WEIGHTS)}, server) as (origin, _):
         monkeypatch.setenv("https_proxy", f"http://{QUOTED}@{address}")
         hub = hub_of(origin, tls=ssl.create_default_context(cafile=str(certificate)))
-        assert fetch_all(hub, tmp_path, Url(f"{origin}/file")) == WEIGHTS
+        assert fetch_all(hub, tmp_path, UrlSource(f"{origin}/file")) == WEIGHTS
     assert {line.partition(" ")[0] for line in asked} == {"CONNECT"}
 
 
@@ -319,7 +319,7 @@ def test_a_proxy_that_wants_another_password_is_one_sentence_at_once(
     endpoint = stand_in.endpoint.replace("http:", f"{scheme}:")
     with proxy(PAIR) as (address, _):
         monkeypatch.setenv(f"{scheme}_proxy", f"http://user:secret@{address}")
-        for source in (FILE, Url(f"{endpoint}/files/org/repo/model.safetensors")):
+        for source in (FILE, UrlSource(f"{endpoint}/files/org/repo/model.safetensors")):
             began_s = time.monotonic()
             with pytest.raises(ProxyUnusable, match=r"status 407") as caught:
                 hub_of(endpoint).look_up(source, NEVER)
@@ -387,7 +387,7 @@ def test_a_user_and_password_in_an_address_are_sent_to_its_origin_alone(tmp_path
 
 def test_a_wrong_one_is_no_riddle() -> None:
     with scripted({"/file": (401, {"Content-Length": "0"}, b"")}) as (address, _), pytest.raises(TokenRefused):
-        hub_of(address).look_up(Url(f"http://user:secret@{urlsplit(address).netloc}/file"), NEVER)
+        hub_of(address).look_up(UrlSource(f"http://user:secret@{urlsplit(address).netloc}/file"), NEVER)
 
 
 # --- hubs that are off, and mirrors that leave things out -----------------------------------------

@@ -26,7 +26,7 @@ from worker.media.url_inputs import UrlFetcher
 from worker.models import lists
 from worker.models.sources import Sources
 from worker.store.layout import Layout
-from worker.volume_workflows import is_name
+from worker.volume_workflows import is_workflow_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -68,7 +68,7 @@ def _checked(body: dict[str, Any]) -> None:
     if request.workflow_from is not None:
         return  # what the file carries is no part of the request
     graph = request.workflow
-    if is_name(graph):
+    if is_workflow_name(graph):
         Layout(Path("/v")).workflow(str(graph))
         return  # what the file holds is no part of the request
     if is_saved_workflow(graph):

@@ -18,7 +18,7 @@ from worker.errors import WorkerError
 from worker.handler import sampling_progress
 from worker.job import OutputItem, Result
 from worker.job_timings import JobTimings
-from worker.models.download_queue import Waiting
+from worker.models.download_queue import JobWait
 from worker.preparation import download_progress
 
 SCHEMA: dict[str, Any] = json.loads((PROJECT / "docs" / "result.schema.json").read_text("utf-8"))
@@ -83,8 +83,8 @@ def test_every_failure_is_one(kind: type[WorkerError]) -> None:
 PROGRESS = [
     sampling_progress(NodeProgress("p", "3", 12, 20)),
     sampling_progress(NodeProgress("p", None, 0, 0)),
-    download_progress(Waiting(5, 10, 2.5, (("vae/a.safetensors", ModelProgress("waiting")),))),
-    download_progress(Waiting(0, 0, 0.0, (("vae/a.safetensors", None), ("vae/b.safetensors", None)))),
+    download_progress(JobWait(5, 10, 2.5, (("vae/a.safetensors", ModelProgress("waiting")),))),
+    download_progress(JobWait(0, 0, 0.0, (("vae/a.safetensors", None), ("vae/b.safetensors", None)))),
 ]
 
 

@@ -22,7 +22,7 @@ from worker.seed.relay import RelayLoad
 from worker.seed.s3_api import S3Api, S3Keys, S3Place, s3_api_at
 from worker.seed.s3_volume import S3Volume
 from worker.seed.sibling import Sibling
-from worker.spec import HubFile, ModelSpec, Url
+from worker.spec import HubFile, ModelSpec, UrlSource
 from worker.store.layout import Layout
 from worker.store.store import Store
 
@@ -291,7 +291,7 @@ def test_a_wrong_byte_that_was_chance_is_fetched_anew(seeder: Seeder) -> None:
 
 def test_a_header_that_contradicts_the_length_is_refused_where_no_hash_is_told(seeder: Seeder) -> None:
     url = f"{seeder.stand_in.endpoint}/files/org/repo/cut.safetensors"
-    [outcome] = seeder.seed(spec=ModelSpec("loras", "a.safetensors", Url(url)))
+    [outcome] = seeder.seed(spec=ModelSpec("loras", "a.safetensors", UrlSource(url)))
     assert outcome.how == "failed"
     assert f"{len(DATA)}" in str(outcome.error)
     assert seeder.files() == []

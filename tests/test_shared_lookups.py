@@ -21,7 +21,7 @@ from worker.errors import EnsureCancelled, FileNotInRepo, RepoGated
 from worker.fetch.http import Network
 from worker.fetch.hub import Hub, RemoteFile, credentials
 from worker.fetch.ranges import RangeTuning
-from worker.spec import HubFile, ModelSpec, Url
+from worker.spec import HubFile, ModelSpec, UrlSource
 from worker.store.layout import Layout
 from worker.store.seals import read_seal
 from worker.store.shared_lookups import SharedLookups
@@ -288,7 +288,7 @@ def test_a_worker_without_the_token_hears_nothing_of_what_the_token_opened(tmp_p
 
 
 def test_no_secret_of_an_address_is_on_the_volume(tmp_path: Path, stand_in: StandIn) -> None:
-    url = Url(f"{stand_in.endpoint}/files/org/repo/{NAME}?token=s3cret")
+    url = UrlSource(f"{stand_in.endpoint}/files/org/repo/{NAME}?token=s3cret")
     assert store(tmp_path, stand_in).ensure(ModelSpec("checkpoints", NAME, url)).how == "downloaded"
     (record,) = records(tmp_path)
     assert "s3cret" not in record.name

@@ -24,7 +24,7 @@ from worker.errors import (
     SuffixNotAllowed,
 )
 from worker.models.sources import Sources
-from worker.spec import HubFile, ModelSpec, Url, parse_spec
+from worker.spec import HubFile, ModelSpec, UrlSource, parse_spec
 
 HOSTS = ("huggingface.co", "civitai.com")
 SHA = "ab" * 32
@@ -254,7 +254,7 @@ def test_everything_that_an_entry_can_say(catalog: Path, tmp_path: Path) -> None
     )
     assert read(catalog, volume_manifest=tmp_path / "models.toml").manifest() == (
         ModelSpec("checkpoints", "x.ckpt", HubFile("o/r", "x.ckpt", "v1")),
-        ModelSpec("loras", "sub/y.pt", Url("https://example.com/y?id=1"), SHA, 7),
+        ModelSpec("loras", "sub/y.pt", UrlSource("https://example.com/y?id=1"), SHA, 7),
         ModelSpec("unet", "z.gguf", HubFile("o/r", "z.gguf")),
     )
 
@@ -485,7 +485,7 @@ def test_short_lines(catalog: Path, between: str) -> None:
     ]
     assert read(catalog, models=between.join(lines)).manifest() == (
         ModelSpec("checkpoints", "a.safetensors", HubFile("org/repo", "a.safetensors", "v1")),
-        ModelSpec("loras", "style/b.safetensors", Url("https://example.com/get?id=1,2&x=3")),
+        ModelSpec("loras", "style/b.safetensors", UrlSource("https://example.com/get?id=1,2&x=3")),
         ModelSpec("ultralytics/bbox", "c.pt", HubFile("org/repo", "c.pt"), SHA),
     )
 
@@ -582,7 +582,7 @@ def test_comfyui_managers_list_is_asked_and_never_fetched_as_a_whole(catalog: Pa
         ModelSpec("controlnet", "t2i.pth", HubFile("o/r", "models/t2i.pth")),
         ModelSpec("checkpoints", "SVD/svd.safetensors", HubFile("o/r", "svd.safetensors")),
         ModelSpec("ultralytics", "bbox/face.pt", HubFile("o/r", "face.pt")),
-        ModelSpec("embeddings", "easynegative.safetensors", Url("https://civitai.com/api/download/models/9208")),
+        ModelSpec("embeddings", "easynegative.safetensors", UrlSource("https://civitai.com/api/download/models/9208")),
     ]
     assert [sources.find(name) for name in ("<huggingface>", "n.pth", "q.pth", "bad.pth", "l.pth")] == [None] * 5
     with pytest.raises(AmbiguousModel, match=r"model-list\.json \(MODELS_MANIFEST\): .*1/two.*2/two"):
@@ -656,7 +656,7 @@ def test_comfyui_apis_manifest_as_json_and_yaml(catalog: Path) -> None:
     )
     for text in (json.dumps(COMFYUI_API), as_yaml):
         assert read(catalog, manifest=text).manifest() == (
-            ModelSpec("checkpoints", "d.safetensors", Url("https://civitai.com/api/download/models/1?type=Model")),
+            ModelSpec("checkpoints", "d.safetensors", UrlSource("https://civitai.com/api/download/models/1?type=Model")),
             ModelSpec("ultralytics", "bbox/x.pt", HubFile("o/r", "x.pt")),
             ModelSpec("unet", "e.gguf", HubFile("o/r", "e.gguf")),
         )

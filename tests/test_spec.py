@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from worker import spec
 from worker.errors import HostNotAllowed, SpecInvalid, SuffixNotAllowed
-from worker.spec import HubFile, ModelSpec, Source, Url, check_from_request, check_spec, parse_source, parse_spec
+from worker.spec import HubFile, ModelSpec, Source, UrlSource, check_from_request, check_spec, parse_source, parse_spec
 
 HOSTS = ("huggingface.co", "civitai.com")
 FILE = HubFile("org/repo", "a.safetensors")
@@ -50,13 +50,13 @@ FILE = HubFile("org/repo", "a.safetensors")
         ("https://huggingface.co/datasets/org/repo/resolve/main/a.pth", HubFile("org/repo", "a.pth", repo_type="dataset")),
         (
             "https://civitai.com/api/download/models/123?type=Model&format=SafeTensor",
-            Url("https://civitai.com/api/download/models/123?type=Model&format=SafeTensor"),
+            UrlSource("https://civitai.com/api/download/models/123?type=Model&format=SafeTensor"),
         ),
-        ("https://www.civitai.com/api/download/models/123", Url("https://civitai.com/api/download/models/123")),
-        ("https://civitai.com/models/7/a-name?modelVersionId=123", Url("https://civitai.com/api/download/models/123")),
-        ("https://example.com/x/a.safetensors?v=2#part", Url("https://example.com/x/a.safetensors?v=2")),
-        ("http://10.0.0.1:8000/a.safetensors", Url("http://10.0.0.1:8000/a.safetensors")),
-        ("https://example.com/download?id=1", Url("https://example.com/download?id=1")),
+        ("https://www.civitai.com/api/download/models/123", UrlSource("https://civitai.com/api/download/models/123")),
+        ("https://civitai.com/models/7/a-name?modelVersionId=123", UrlSource("https://civitai.com/api/download/models/123")),
+        ("https://example.com/x/a.safetensors?v=2#part", UrlSource("https://example.com/x/a.safetensors?v=2")),
+        ("http://10.0.0.1:8000/a.safetensors", UrlSource("http://10.0.0.1:8000/a.safetensors")),
+        ("https://example.com/download?id=1", UrlSource("https://example.com/download?id=1")),
     ],
 )
 def test_the_ways_to_write_an_address(text: str, source: Source) -> None:
@@ -123,7 +123,7 @@ def test_what_is_no_address_says_what_to_write(text: object, says: str) -> None:
 
 def test_a_secret_in_an_address_is_kept_and_not_shown() -> None:
     source = parse_source("https://user:pw@example.com/a.gguf?token=s3cret&id=4&X-Amz-Signature=abc")
-    assert isinstance(source, Url)
+    assert isinstance(source, UrlSource)
     assert "s3cret" in source.url
     assert str(source) == "https://example.com/a.gguf?token=...&id=4&X-Amz-Signature=..."
     for text in (repr(source), repr(ModelSpec("vae", "a.gguf", source)), str(ModelSpec("vae", "a.gguf", source))):
@@ -325,13 +325,13 @@ MODELSCOPE = "https://modelscope.cn/models/org/name/resolve/master/deep/x.safete
 )
 def test_a_file_on_modelscope_has_one_address(text: str) -> None:
     source = spec.parse_source(text)
-    assert source == spec.Url(MODELSCOPE)
+    assert source == spec.UrlSource(MODELSCOPE)
     assert (source.host, source.file_name) == ("modelscope.cn", "x.safetensors")
     assert spec.modelscope_listing(source) == (
         "https://modelscope.cn/api/v1/models/org/name/repo/files?Revision=master&Root=deep",
         "deep/x.safetensors",
     )
-    assert spec.modelscope_listing(spec.Url("https://example.com/models/org/name/resolve/master/x.safetensors")) is None
+    assert spec.modelscope_listing(spec.UrlSource("https://example.com/models/org/name/resolve/master/x.safetensors")) is None
 
 
 def test_a_page_of_modelscope_is_no_file() -> None:
@@ -341,7 +341,7 @@ def test_a_page_of_modelscope_is_no_file() -> None:
 
 def test_addresses_of_the_mirror_are_the_hubs() -> None:
     mirror = "https://nexus.example.com/repository/hf"
-    found = spec.at_endpoint(spec.Url(f"{mirror}/org/repo/resolve/main/deep/x.safetensors?download=true"), mirror)
+    found = spec.at_endpoint(spec.UrlSource(f"{mirror}/org/repo/resolve/main/deep/x.safetensors?download=true"), mirror)
     assert found == spec.HubFile("org/repo", "deep/x.safetensors")
     for other in (f"{mirror}/org/repo", "https://nexus.example.com/repository/hf2/org/repo/resolve/main/x.safetensors"):
-        assert spec.at_endpoint(spec.Url(other), mirror) == spec.Url(other)
+        assert spec.at_endpoint(spec.UrlSource(other), mirror) == spec.UrlSource(other)

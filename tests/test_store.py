@@ -41,7 +41,7 @@ from worker.errors import (
 )
 from worker.fetch.http import Network
 from worker.fetch.hub import Hub, credentials
-from worker.spec import HubFile, ModelSpec, Url
+from worker.spec import HubFile, ModelSpec, UrlSource
 from worker.store import pod_links
 from worker.store.inventory import Standing, look, not_ready
 from worker.store.layout import Layout
@@ -210,7 +210,7 @@ def test_what_is_no_model_is_never_published(setup: Setup, stand_in: StandIn, ro
     content, said = FOREIGN[kind]
     (root / "org/repo/sent").write_bytes(content)
     said = "GGUF" if suffix.lower() == "gguf" and said == "text" else said
-    spec = ModelSpec("checkpoints", f"model.{suffix}", Url(f"{stand_in.endpoint}/files/org/repo/sent"))
+    spec = ModelSpec("checkpoints", f"model.{suffix}", UrlSource(f"{stand_in.endpoint}/files/org/repo/sent"))
     with pytest.raises(NotAFile, match=said):
         setup.store().ensure(spec)
     assert not setup.layout.model("checkpoints", spec.name).exists()
@@ -231,7 +231,7 @@ def test_what_is_no_model_is_never_published(setup: Setup, stand_in: StandIn, ro
 )
 def test_what_may_be_a_model_is(setup: Setup, stand_in: StandIn, root: Path, name: str, content: bytes) -> None:
     (root / "org/repo/sent").write_bytes(content)
-    spec = ModelSpec("checkpoints", name, Url(f"{stand_in.endpoint}/files/org/repo/sent"))
+    spec = ModelSpec("checkpoints", name, UrlSource(f"{stand_in.endpoint}/files/org/repo/sent"))
     assert setup.store().ensure(spec).how == "downloaded"
 
 
@@ -252,7 +252,7 @@ def test_a_file_that_is_no_model_is_named_whoever_put_it_there(setup: Setup, *, 
 def test_without_a_version_nobody_goes_on_with_what_another_worker_left(setup: Setup, stand_in: StandIn) -> None:
     for name in ("ETag", "Last-Modified"):
         stand_in.fault("without", value=name, count=None)
-    spec = ModelSpec("checkpoints", SPEC.name, Url(f"{stand_in.endpoint}/files/org/repo/model.safetensors"))
+    spec = ModelSpec("checkpoints", SPEC.name, UrlSource(f"{stand_in.endpoint}/files/org/repo/model.safetensors"))
     stand_in.fault("stall", after_bytes=MIB, count=1)
     cancel = threading.Event()
 
@@ -272,7 +272,7 @@ def test_without_a_version_nobody_goes_on_with_what_another_worker_left(setup: S
 
 
 def test_a_version_that_went_leaves_no_partial(setup: Setup, stand_in: StandIn, root: Path) -> None:
-    spec = ModelSpec("checkpoints", SPEC.name, Url(f"{stand_in.endpoint}/files/org/repo/model.safetensors"))
+    spec = ModelSpec("checkpoints", SPEC.name, UrlSource(f"{stand_in.endpoint}/files/org/repo/model.safetensors"))
     stand_in.fault("stall", after_bytes=1000, skip=2, count=None)
 
     def change() -> None:
@@ -293,7 +293,7 @@ def test_a_version_that_went_leaves_no_partial(setup: Setup, stand_in: StandIn, 
 
 
 def test_a_plain_address_with_a_known_hash_is_checked_against_it(setup: Setup, stand_in: StandIn) -> None:
-    source = Url(f"{stand_in.endpoint}/files/org/repo/model.safetensors")
+    source = UrlSource(f"{stand_in.endpoint}/files/org/repo/model.safetensors")
     with pytest.raises(ContentMismatch, match=OTHER_SHA256):
         setup.store().ensure(ModelSpec("checkpoints", SPEC.name, source, OTHER_SHA256))
     assert not setup.final.exists()
@@ -303,7 +303,7 @@ def test_a_plain_address_with_a_known_hash_is_checked_against_it(setup: Setup, s
 
 def test_a_plain_safetensors_file_that_is_none_is_refused(setup: Setup, stand_in: StandIn) -> None:
     with pytest.raises(ContentMismatch, match="header"):
-        setup.store().ensure(ModelSpec("checkpoints", SPEC.name, Url(f"{stand_in.endpoint}/files/org/repo/notes.txt")))
+        setup.store().ensure(ModelSpec("checkpoints", SPEC.name, UrlSource(f"{stand_in.endpoint}/files/org/repo/notes.txt")))
     assert not setup.final.exists()
     assert setup.litter() == []
 

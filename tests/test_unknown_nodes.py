@@ -16,7 +16,7 @@ from worker.editor.convert import convert
 from worker.engine.client import ComfyClient
 from worker.errors import UnknownNodes
 from worker.graph.rejection import NodeOrigin, node_origins, unknown_nodes
-from worker.plan.document import Wanted, installed
+from worker.plan.document import PlanDocument, installed_release
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -116,7 +116,7 @@ def refused(worker: LocalWorker, workflow: dict[str, Any], **more: Any) -> dict[
 
 def test_both_formats_say_the_same_of_all_of_them(worker: LocalWorker, engine: Engine, workflow: Load) -> None:
     answers = [refused(worker, exported(workflow("text_to_image"))), refused(worker, saved())]
-    expected = f"This image has ComfyUI {installed(engine.comfyui_dir)}, {SENTENCE}"
+    expected = f"This image has ComfyUI {installed_release(engine.comfyui_dir)}, {SENTENCE}"
     for answer in answers:
         assert answer["error"] == expected
     assert all(f"{expected} [unknown_nodes]" in worker.log() for _ in answers)
@@ -134,7 +134,7 @@ def test_a_class_that_comfyui_replaces_runs(worker: LocalWorker, engine: Engine,
     graph = workflow("text_to_image")
     graph["50"] = {"class_type": "T2IAdapterLoader", "inputs": {"t2i_adapter_name": "unused.safetensors"}}
     answer = worker.runsync({"workflow": graph})
-    if is_older(installed(engine.comfyui_dir) or "", "0.33.0"):
+    if is_older(installed_release(engine.comfyui_dir) or "", "0.33.0"):
         assert "T2IAdapterLoader (node 50)" in answer["error"]
     else:
         assert answer["status"] == "COMPLETED", answer
@@ -180,30 +180,30 @@ def test_a_plan_says_what_a_release_lacks() -> None:
         "3": {"class_type": "KSampler", "inputs": {}},
         "4": {"class_type": "Nobodys", "inputs": {}},
     }
-    wanted = Wanted(graph)
+    wanted = PlanDocument(graph)
     older_one, newest = wanted.lacking("0.3.75"), wanted.lacking()
     assert older_one is not None
     assert newest is not None
     assert older_one.details() == ["QwenImage21Cache (node 1)", "LTXVAudioVAELoader (node 2)"]
     assert newest.details() == ["QwenImage21Cache (node 1)"]
     assert wanted.lacking("0.47.1") is None, "nobody looked at that one"
-    assert Wanted({"3": graph["3"], "4": graph["4"]}).lacking() is None, "what packs bring is not known here"
+    assert PlanDocument({"3": graph["3"], "4": graph["4"]}).lacking() is None, "what packs bring is not known here"
 
 
 def test_of_a_saved_workflow_only_what_runs_counts() -> None:
     workflow = ui(node(1, "LoadDA3Model", mode=2), node(2, "Note", ["x"]), node(3, "KSampler"))
-    assert Wanted(workflow).lacking("0.3.75") is None
+    assert PlanDocument(workflow).lacking("0.3.75") is None
     workflow["nodes"][0]["mode"] = 0
-    lacking = Wanted(workflow).lacking("0.3.75")
+    lacking = PlanDocument(workflow).lacking("0.3.75")
     assert lacking is not None
     assert lacking.details() == ["LoadDA3Model (node 1)"]
 
 
 def test_the_release_is_read_from_the_folder_of_a_comfyui(tmp_path: Path, engine: Engine) -> None:
-    assert installed(tmp_path) is None
+    assert installed_release(tmp_path) is None
     (tmp_path / "comfyui_version.py").write_text('# made\n__version__ = "0.46.0"\n')
-    assert installed(tmp_path) == "0.46.0"
-    assert not is_older(installed(engine.comfyui_dir) or "", "0.3.75")
+    assert installed_release(tmp_path) == "0.46.0"
+    assert not is_older(installed_release(engine.comfyui_dir) or "", "0.3.75")
 
 
 def test_a_conversion_without_the_version_still_names_all() -> None:

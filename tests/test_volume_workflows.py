@@ -21,7 +21,7 @@ from worker.seed.s3_api import S3Api, S3Place
 from worker.seed.s3_volume import S3Volume
 from worker.seed.seed_command import USAGE, run
 from worker.settings import Settings
-from worker.volume_workflows import is_name, read_workflow, workflow_names
+from worker.volume_workflows import is_workflow_name, read_workflow, workflow_names
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -154,7 +154,7 @@ def test_a_broken_file_is_told_where(data: bytes, fault: str, shelf: Path) -> No
 
 def test_the_json_of_a_workflow_is_no_name() -> None:
     values: list[object] = ["x", " {", "{}", {}, None, 1]
-    assert [is_name(value) for value in values] == [True, False, False, False, False, False]
+    assert [is_workflow_name(value) for value in values] == [True, False, False, False, False, False]
 
 
 # --- by a job

@@ -21,8 +21,8 @@ from worker.graph.model_names import named_models
 from worker.graph.paths import check_paths
 from worker.settings import Settings
 from worker.store.layout import Layout
-from worker.warmup.loading_graph import loading_part, runnable
-from worker.warmup.reader import Warmer
+from worker.warmup.loading_graph import loading_part, runnable_part
+from worker.warmup.reader import WeightsReader
 from worker.warmup.warmup import Warmup
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def test_the_kept_part_is_a_graph_and_stays_the_same(name: str, workflow: Load) 
     if part is None:
         return
     assert loading_part(part) == part
-    graph = parse_graph(runnable(part))
+    graph = parse_graph(runnable_part(part))
     check_paths(graph)
     assert set(named_models(graph)) == set(named_models(part))
     assert any(node["class_type"] == "PreviewAny" for node in graph.values())
@@ -94,7 +94,7 @@ def test_what_hangs_on_a_node_that_is_not_kept_is_not_kept_either(workflow: Load
     part = loading_part(workflow("image_to_image"))
     assert part
     assert not {"LoadImage", "VAEEncode", "KSampler", "VAEDecode"} & {node["class_type"] for node in part.values()}
-    ends = [node["inputs"]["source"][0] for node in runnable(part).values() if node["class_type"] == "PreviewAny"]
+    ends = [node["inputs"]["source"][0] for node in runnable_part(part).values() if node["class_type"] == "PreviewAny"]
     assert "UNETLoader" in {part[node_id]["class_type"] for node_id in ends}
 
 
@@ -219,7 +219,7 @@ def test_what_was_downloaded_for_a_job_is_read_though_the_job_s_models_were_aske
 ) -> None:
     read: queue.SimpleQueue[list[Path]] = queue.SimpleQueue()
 
-    class Noting(Warmer):
+    class Noting(WeightsReader):
         def warm(self, files: Iterable[Path]) -> None:
             read.put(list(files))
 

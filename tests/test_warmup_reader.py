@@ -19,8 +19,8 @@ from worker.store.layout import Layout
 from worker.store.seals import Seal, write_seal
 from worker.warmup.memory import free_memory_bytes
 from worker.warmup.page_cache import missing_ranges
-from worker.warmup.reader import Warmer
-from worker.warmup.recent_models import UsedModels
+from worker.warmup.reader import WeightsReader
+from worker.warmup.recent_models import RecentModels
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -53,8 +53,8 @@ def cold(path: Path, size_bytes: int) -> Path:
     return path
 
 
-def warmer(budget_bytes: int = 1 << 40) -> Warmer:
-    return Warmer(lambda: budget_bytes)
+def warmer(budget_bytes: int = 1 << 40) -> WeightsReader:
+    return WeightsReader(lambda: budget_bytes)
 
 
 # --- which part of a file is in memory
@@ -134,7 +134,7 @@ def test_what_cannot_be_read_is_said_and_the_rest_is_read(tmp_path: Path, caplog
     ]
 
 
-def begun(reader: Warmer, path: Path) -> None:
+def begun(reader: WeightsReader, path: Path) -> None:
     """Return when the reader has come to that file, where a hold keeps it from reading."""
     for _ in range(10_000):
         plan = reader._plan
@@ -182,7 +182,7 @@ def test_a_file_that_is_being_read_and_is_needed_goes_on(tmp_path: Path) -> None
 def test_a_new_list_has_a_budget_of_its_own(tmp_path: Path) -> None:
     a, b = (cold(tmp_path / name, 2 * PIECE) for name in ("a", "b"))
     budgets = [PIECE, 1 << 40]
-    reader = Warmer(lambda: budgets.pop(0))
+    reader = WeightsReader(lambda: budgets.pop(0))
     with reader.standing_back():
         reader.warm([a])
         begun(reader, a)
@@ -300,8 +300,8 @@ def volume(tmp_path: Path) -> Path:
     return tmp_path / "volume"
 
 
-def record(volume: Path, clock: Callable[[], float] = lambda: 0.0) -> UsedModels:
-    return UsedModels(volume, volume / ".worker/used/e.json", clock)
+def record(volume: Path, clock: Callable[[], float] = lambda: 0.0) -> RecentModels:
+    return RecentModels(volume, volume / ".worker/used/e.json", clock)
 
 
 def names(volume: Path) -> list[str]:
@@ -335,11 +335,11 @@ def test_it_is_read_again_only_for_what_is_new(volume: Path, monkeypatch: pytest
     second = record(volume)
     read = second._read
 
-    def counted(_: UsedModels) -> dict[str, Any]:
+    def counted(_: RecentModels) -> dict[str, Any]:
         reads.append(1)
         return read()
 
-    monkeypatch.setattr(UsedModels, "_read", counted)
+    monkeypatch.setattr(RecentModels, "_read", counted)
     for _ in range(3):
         assert not second.note([loras / "a"])
     assert len(reads) == 1

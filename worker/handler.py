@@ -28,7 +28,7 @@ from worker.job import Request
 from worker.job_timings import JobTimings
 from worker.logs import RedactingFilter
 from worker.media.picture_formats import PictureFormat
-from worker.preparation import Job, Parts, Preparation
+from worker.preparation import JobToPrepare, Preparation, PreparationParts
 from worker.workflows import Workflows
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from worker.media.delivery import Delivery
     from worker.media.inputs import InputFiles, JobInputFiles
     from worker.models.job_models import JobModels
-    from worker.preparation import Prepared, Tell
+    from worker.preparation import PreparedJob, Tell
     from worker.settings import Settings
     from worker.store.leases import JobUse
     from worker.warmup.warmup import Warmup
@@ -84,7 +84,7 @@ class JobHandler:
         self._job_models = job_models
         self._inputs = inputs
         self._workflows = Workflows(settings.volume_path)
-        self._parts = Parts(self._workflows, job_models, warmup, boot.linked)
+        self._parts = PreparationParts(self._workflows, job_models, warmup, boot.linked)
         self._boot = boot
         self._kept = kept
         self._keeping: asyncio.Task[None] | None = None
@@ -143,7 +143,7 @@ class JobHandler:
             await asyncio.to_thread(self._job_models.check_request, request.models)
         bucket = self._delivery.job_bucket(job.get("s3Config"))
         source = await self._workflows.read(request, files, around.aside)
-        wanted = Job(job_id, source, request, files, around.tell, around.use)
+        wanted = JobToPrepare(job_id, source, request, files, around.tell, around.use)
         prepare = Preparation(self._engine, self._parts, wanted)
         async with self._ahead(wanted) as ahead:
             given = await prepare.graph()
@@ -188,7 +188,7 @@ class JobHandler:
         self._keep_definitions()
         return with_timings(result, request, around, run.queued_s, run.node_s)
 
-    async def _ask_the_judge(self, prepared: Prepared, request: Request, files: JobInputFiles, around: JobContext) -> None:
+    async def _ask_the_judge(self, prepared: PreparedJob, request: Request, files: JobInputFiles, around: JobContext) -> None:
         """Have ComfyUI refuse, in its own words, a graph that no file can save. Returns if it does not refuse it for that.
 
         Nothing was fetched for it, so what ComfyUI says of files that would have been is left out.
@@ -218,7 +218,7 @@ class JobHandler:
             log.info("the definitions of node classes could not be kept: %s", exc)
 
     @contextlib.asynccontextmanager
-    async def _ahead(self, wanted: Job) -> AsyncIterator[Callable[[], Awaitable[object]]]:
+    async def _ahead(self, wanted: JobToPrepare) -> AsyncIterator[Callable[[], Awaitable[object]]]:
         """While ComfyUI still boots, have done what the job needs without it. Yields what waits for the end of that.
 
         It answers nothing: whatever is wrong is found once more when ComfyUI is there, and told then.
@@ -233,7 +233,7 @@ class JobHandler:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
 
-    async def _do_ahead(self, wanted: Job) -> None:
+    async def _do_ahead(self, wanted: JobToPrepare) -> None:
         try:
             await self._boot.linked.wait()
             kept = await asyncio.to_thread(self._kept.read)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from worker.errors import NoWorkflowInFile, WorkerError
 from worker.store.eviction import Pins
 from worker.store.leases import LeasedTitles
-from worker.volume_workflows import all_workflows, decoded
+from worker.volume_workflows import all_workflows, decode_workflow
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,16 +34,16 @@ def read_pins(volume: Path, sources: Sources) -> Pins:
         return Pins(trouble=str(error))
     titles = LeasedTitles((f"{spec.folder}/{spec.name}", "a manifest names it") for spec in sources.manifest())
     try:
-        texts = [(name, _text(name, data)) for name, data in all_workflows(volume)]
+        texts = [(name, _text_of_workflow(name, data)) for name, data in all_workflows(volume)]
     except (OSError, WorkerError) as exc:
         return Pins(trouble=f"a workflow on the volume cannot be read ({exc})")
-    return Pins(titles, lambda title: _named_in(title, texts))
+    return Pins(titles, lambda title: _workflow_that_pins(title, texts))
 
 
-def _text(name: str, data: bytes) -> str:
-    """Return all that is written in a workflow's file, as a text; of one that is no workflow too."""
+def _text_of_workflow(name: str, data: bytes) -> str:
+    """Return all that is written in the file of a workflow, whose models are pinned, as a text; also of one that is none."""
     try:
-        text = json.dumps(decoded(name, data), ensure_ascii=False)
+        text = json.dumps(decode_workflow(name, data), ensure_ascii=False)
     except (NoWorkflowInFile, RecursionError, ValueError):
         text = data.decode("utf-8", "replace")
     if "\\u" in text:
@@ -51,8 +51,8 @@ def _text(name: str, data: bytes) -> str:
     return unicodedata.normalize("NFC", text)
 
 
-def _named_in(title: str, texts: Sequence[tuple[str, str]]) -> str | None:
-    """Return which workflow names a model: any place where its file's name, without its suffix, stands as a word counts.
+def _workflow_that_pins(title: str, texts: Sequence[tuple[str, str]]) -> str | None:
+    """Return which workflow pins a model: any place where its file's name, without its suffix, stands as a word counts.
 
     That is more than a job of the workflow loads. Prompts name embeddings and LoRAs, and custom nodes have forms of their own.
     """

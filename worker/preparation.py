@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     from worker.graph.model_names import NamedModel
     from worker.job import Request
     from worker.media.inputs import JobInputFiles
-    from worker.models.download_queue import Waiting
+    from worker.models.download_queue import JobWait
     from worker.models.job_models import JobModels, Name
     from worker.spec import ModelSpec
     from worker.store.leases import JobUse
     from worker.warmup.warmup import Warmup
-    from worker.workflows import Given, Source, Workflows
+    from worker.workflows import GraphToRun, RequestWorkflow, Workflows
 
     Tell = Callable[[dict[str, Any]], None]
     """Receives a job's progress, from any thread. Only the latest counts."""
@@ -43,7 +43,7 @@ _SHOWN_IDS = 10
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
+class PreparedJob:
     """A graph, and the models that it names, which are there.
 
     Where ComfyUI will refuse the graph whatever files there are, `is_refused` is set and nothing was downloaded for it:
@@ -57,11 +57,11 @@ class Prepared:
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class JobToPrepare:
     """A job that is to be prepared, and who hears of its progress."""
 
     id: str
-    source: Source
+    source: RequestWorkflow
     request: Request
     files: JobInputFiles
     tell: Tell
@@ -70,7 +70,7 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
+class PreparationParts:
     """What prepares every job. The models are `linked` where ComfyUI finds them a moment after the start."""
 
     workflows: Workflows
@@ -82,7 +82,7 @@ class Parts:
 class Preparation:
     """Prepares one job, by what `answers` says of ComfyUI's node classes: ComfyUI itself, or what one said before."""
 
-    def __init__(self, answers: DefinitionSource, parts: Parts, job: Job) -> None:
+    def __init__(self, answers: DefinitionSource, parts: PreparationParts, job: JobToPrepare) -> None:
         self._answers = answers
         self._workflows = parts.workflows
         self._job_models = parts.job_models
@@ -91,7 +91,7 @@ class Preparation:
         self._job = job
         self._judged: tuple[Graph, list[str]] | None = None
 
-    async def graph(self) -> Given:
+    async def graph(self) -> GraphToRun:
         """Return the graph, checked as far as that needs no model. Raises a `RequestError`."""
         job, aside = self._job, self._job.source.aside
         given = await self._workflows.graph_of(job.source, job.request, self._answers)
@@ -106,7 +106,7 @@ class Preparation:
         """Return whether ComfyUI refuses the graph whatever files there are."""
         return not await self._outputs(graph)
 
-    async def models(self, given: Given, *, whatever: bool = False) -> Prepared:
+    async def models(self, given: GraphToRun, *, whatever: bool = False) -> PreparedJob:
         """Return the graph with the names of its models as they are on the disk, once they are all there.
 
         `whatever` says that ComfyUI takes a graph that would be refused by its own definitions.
@@ -123,12 +123,14 @@ class Preparation:
         if not whatever and (absent or files.has_addresses or self._warmup.is_new(models)):
             is_refused = await self.is_refused(graph)
         if is_refused:
-            return Prepared(graph, models, is_refused=True, withheld=await self._withheld(needed, absent, given.extra_pnginfo))
+            return PreparedJob(
+                graph, models, is_refused=True, withheld=await self._withheld(needed, absent, given.extra_pnginfo)
+            )
         if absent:
             await self._fetch_missing(graph, needed, absent, given.extra_pnginfo)
         if accented := by_name(model for model in models if not model.name.isascii()):
             graph = with_accents(graph, models, await asyncio.to_thread(self._job_models.respelled, accented))
-        return Prepared(graph, models)
+        return PreparedJob(graph, models)
 
     async def _withheld(
         self, models: Mapping[Name, Sequence[NamedModel]], absent: Sequence[Name], embedded: object
@@ -245,7 +247,7 @@ class Preparation:
         cancel = threading.Event()
         said = time.monotonic()
 
-        def on_progress(waiting: Waiting) -> None:
+        def on_progress(waiting: JobWait) -> None:
             nonlocal said
             self._job.tell(download_progress(waiting))
             if time.monotonic() - said > _SAY_EVERY_S:
@@ -261,7 +263,7 @@ class Preparation:
 
 
 def check_outputs(graph: Graph, node_ids: Collection[str] | None) -> None:
-    """Refuse `outputs` that no node of the graph could have, before the GPU is used. Raises `FieldInvalid`.
+    """While a job is prepared, refuse `outputs` that no node of the graph could have. Raises `FieldInvalid`.
 
     A node that others are expanded from while the graph runs has outputs under ids that begin with its own, as `5.0.1`.
     """
@@ -272,15 +274,15 @@ def check_outputs(graph: Graph, node_ids: Collection[str] | None) -> None:
 
 
 def by_name(models: Iterable[NamedModel]) -> dict[Name, list[NamedModel]]:
-    """Map each name that `JobModels` knows to the models of the graph that use it."""
+    """Map each name that `JobModels` knows to the models of the job to prepare that use it."""
     found: dict[Name, list[NamedModel]] = {}
     for model in models:
         found.setdefault((model.folders, model.file_names), []).append(model)
     return found
 
 
-def download_progress(waiting: Waiting) -> dict[str, Any]:
-    """Return what a client sees while a job waits for models: total bytes and bytes a second, and a line for each model."""
+def download_progress(waiting: JobWait) -> dict[str, Any]:
+    """Return what a client sees while a job is prepared and waits for models: total bytes, bytes a second, a line for each."""
     percent = 100 * waiting.done_bytes / waiting.total_bytes if waiting.total_bytes else 0.0
     return {
         "type": "download",

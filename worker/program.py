@@ -17,7 +17,7 @@ _INSTALL = """\
   .venv/bin/python scripts/{program} ..."""
 
 
-def start(program: str, module: str, environ: Mapping[str, str]) -> NoReturn:
+def start_command(program: str, module: str, environ: Mapping[str, str]) -> NoReturn:
     """Exit with the status of the module's `run(argv, environ)`, or with how to install the packages that it lacks."""
     try:
         run = importlib.import_module(module).run

@@ -98,7 +98,7 @@ def _model_hosts(text: str) -> tuple[str, ...]:
 
 
 def _input_hosts(text: str) -> tuple[str, ...] | None:
-    """Parse hosts: None for any host, () for none."""
+    """Parse a setting with hosts: None for any host, () for none."""
     if text.strip().lower() in {"any", "none"}:
         return None if text.strip().lower() == "any" else ()
     hosts = _hosts(text)
@@ -107,8 +107,8 @@ def _input_hosts(text: str) -> tuple[str, ...] | None:
     return hosts
 
 
-def _places(text: str) -> tuple[str, ...]:
-    """Parse host names, IP addresses, and networks such as 10.1.0.0/16."""
+def _hosts_and_networks(text: str) -> tuple[str, ...]:
+    """Parse a setting with host names, IP addresses, and networks such as 10.1.0.0/16."""
     places = tuple(place.strip().lower() for place in text.split(",") if place.strip())
     try:
         for place in places:
@@ -127,8 +127,8 @@ def _address(text: str) -> str:
     return text.rstrip("/")
 
 
-def _store(text: str) -> str:
-    """Parse the address of an object store: a host, perhaps a port and a path, and nothing else."""
+def _object_store(text: str) -> str:
+    """Parse a setting with the address of an object store: a host, perhaps a port and a path, and nothing else."""
     address = _address(text)
     parts = urlsplit(address)
     try:
@@ -141,7 +141,7 @@ def _store(text: str) -> str:
 
 
 def _warm_models(text: str) -> tuple[str, ...] | None:
-    """Parse a list of models: `auto` is None, `none` is empty."""
+    """Parse a setting with a list of models: `auto` is None, `none` is empty."""
     if text.strip().lower() == "auto":
         return None
     names = tuple(name.strip() for name in text.replace("\n", ",").split(",") if name.strip())
@@ -272,7 +272,7 @@ class Settings:
         "`cdn.example.com,.amazonaws.com`. A leading dot allows all subdomains.",
     )
     input_url_allow_private: tuple[str, ...] = _setting(
-        _places,
+        _hosts_and_networks,
         "",
         "Private hosts, IP addresses and networks that those addresses, and a job's `s3Config`, may lead to, such as "
         "`minio.internal,10.1.0.0/16`. All other private, local and reserved networks are refused.",
@@ -288,7 +288,7 @@ class Settings:
         _number(0, 60), "3", "The pause between those attempts. The first is immediate."
     )
     bucket_endpoint_url: str | None = _setting(
-        lambda text: _store(text) if text else None,
+        lambda text: _object_store(text) if text else None,
         "",
         "The address of an S3-compatible store for results, with or without the bucket in it, such as "
         "`https://ACCOUNT.r2.cloudflarestorage.com/results` or `https://results.s3.eu-central-1.amazonaws.com`.",
@@ -407,7 +407,7 @@ def _is_too_large(name: str, text: str) -> bool:
 
 
 def remarks(environ: Mapping[str, str]) -> list[str]:
-    """Return sentences about variables of worker-comfyui that have no effect, or another effect, here."""
+    """Return remarks about settings: variables of worker-comfyui that have no effect, or another effect, here."""
     found = [
         f"{name} is {environ[name].strip()}; {most} is used, the largest that makes sense"
         for name, most in _LARGEST.items()
@@ -420,7 +420,7 @@ def remarks(environ: Mapping[str, str]) -> list[str]:
 
 
 def _bucket_problems(values: dict[str, Any]) -> list[str]:
-    """Return contradictions and missing parts of the bucket's settings, but not wrong single values."""
+    """Return contradictions and missing parts of the settings for the bucket, but not wrong single values."""
     needed = ("bucket_endpoint_url", "bucket_access_key_id", "bucket_secret_access_key")
     if "bucket_endpoint_url" in values and not values["bucket_endpoint_url"]:
         values.update(dict.fromkeys((*needed, "bucket_name", "bucket_prefix", "bucket_region")))
@@ -450,7 +450,7 @@ def _bucket_problems(values: dict[str, Any]) -> list[str]:
 
 
 def _is_pod(environ: Mapping[str, str]) -> bool:
-    """Return whether this is a RunPod Pod, where volumes are mounted elsewhere than in a serverless worker."""
+    """Return whether the environment is a RunPod Pod's, whose setting of the volume's mount differs from a worker's."""
     return "RUNPOD_POD_ID" in environ and "RUNPOD_ENDPOINT_ID" not in environ
 
 

@@ -40,7 +40,7 @@ _NAME_MAX_BYTES = 1024
 
 @dataclass(frozen=True, slots=True)
 class HubFile:
-    """A file of a repository on Hugging Face, or on the mirror that `HF_ENDPOINT` names."""
+    """The source of a model in a repository on Hugging Face, or on the mirror that `HF_ENDPOINT` names."""
 
     repo: str
     path: str
@@ -64,8 +64,8 @@ class HubFile:
 
 
 @dataclass(frozen=True, slots=True)
-class Url:
-    """A file behind a plain address. Its text form hides possible secrets; `url` does not."""
+class UrlSource:
+    """The source of a model behind a plain address. Its text form hides possible secrets; `url` does not."""
 
     url: str
 
@@ -89,7 +89,7 @@ class Url:
         return f"Url({str(self)!r})"
 
 
-Source: TypeAlias = HubFile | Url
+Source: TypeAlias = HubFile | UrlSource
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +109,8 @@ class ModelSpec:
     size_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        check_name("name", self.name)
-        check_name("folder", self.folder, model=self.name)
+        check_model_name("name", self.name)
+        check_model_name("folder", self.folder, model=self.name)
         object.__setattr__(self, "sha256", _checked_sha256(self.sha256, self.name))
         _check_size(self.size_bytes, self.name)
 
@@ -161,8 +161,8 @@ def check_spec(
     if called is None and origin is not None:
         called = checked(lambda: _name_in_source(origin))
     if called is not None:
-        checked(lambda: check_name("name", called, model=model))
-    checked(lambda: check_name("folder", folder, model=model))
+        checked(lambda: check_model_name("name", called, model=model))
+    checked(lambda: check_model_name("folder", folder, model=model))
     checked(lambda: _checked_sha256(sha256, model))
     checked(lambda: _check_size(size_bytes, model))
     if problems:
@@ -184,7 +184,7 @@ def _name_in_source(source: Source) -> str:
 
 
 def check_from_request(spec: ModelSpec, allowed_hosts: Collection[str]) -> None:
-    """Raise unless a request may have this model downloaded: a format without code, over https, from an allowed host.
+    """Raise unless a request may have this model spec downloaded: a format without code, over https, from an allowed host.
 
     Raises:
         SuffixNotAllowed, HostNotAllowed: as they say.
@@ -194,7 +194,7 @@ def check_from_request(spec: ModelSpec, allowed_hosts: Collection[str]) -> None:
         raise SuffixNotAllowed(spec.name, REQUEST_SUFFIXES)
     if spec.source.host not in {host.strip().lower() for host in allowed_hosts}:
         raise HostNotAllowed(spec.name, spec.source.host, tuple(allowed_hosts))
-    if isinstance(spec.source, Url):
+    if isinstance(spec.source, UrlSource):
         parts = urlsplit(spec.source.url)
         if parts.scheme != "https" or parts.netloc.lower() not in {spec.source.host, f"{spec.source.host}:443"}:
             raise SpecInvalid("source", "must be a plain https address when it comes from a request", spec.name)
@@ -203,8 +203,8 @@ def check_from_request(spec: ModelSpec, allowed_hosts: Collection[str]) -> None:
 # --- names --------------------------------------------------------------------------------------
 
 
-def check_name(field: str, value: object, *, model: str | None = None) -> None:
-    """Return a relative name of folders and a file, separated by `/`, that stays in its folder and that a disk can store.
+def check_model_name(field: str, value: object, *, model: str | None = None) -> None:
+    """Return a model spec's name of folders and a file, separated by `/`, that stays in its folder and that a disk can store.
 
     Raises:
         SpecInvalid: naming `field` and what is wrong with it.
@@ -284,13 +284,13 @@ def parse_source(text: object, *, model: str | None = None) -> Source:
             return _hub_file(rest)
         if separator and scheme.lower() in {"http", "https"}:
             return _from_url(text)
-    except _Malformed as error:
+    except _MalformedSource as error:
         raise SpecInvalid("source", str(error), model) from None
     raise SpecInvalid("source", "is no address; write hf://org/repo/path or https://...", model)
 
 
-class _Malformed(Exception):  # noqa: N818 - never leaves this module
-    """A problem with an address, as the end of a sentence."""
+class _MalformedSource(Exception):  # noqa: N818 - never leaves this module
+    """A problem with the address of a model's source, as the end of a sentence."""
 
 
 _HUB_FORM = "write hf://org/repo/path/to/file, with @revision at the end for another one than main"
@@ -312,7 +312,7 @@ def _cut_revision(path: str) -> tuple[str, str]:
     if not at or revision.lower().endswith(WEIGHT_SUFFIXES):
         return path, ""
     if not revision:
-        raise _Malformed("ends with '@' and no revision")
+        raise _MalformedSource("ends with '@' and no revision")
     return head, revision
 
 
@@ -323,14 +323,14 @@ def _repo_type(rest: str) -> tuple[str, str]:
 
 def _checked_hub_file(org: str, name: str, path: str, revision: str, repo_type: str) -> HubFile:
     if not path or path.endswith("/"):
-        raise _Malformed(f"names no file of a repository; {_HUB_FORM}")
+        raise _MalformedSource(f"names no file of a repository; {_HUB_FORM}")
     if not all(_REPO_PART.fullmatch(part) and "--" not in part and ".." not in part for part in (org, name)):
-        raise _Malformed(f"names no repository: '{org}/{name}'; {_HUB_FORM}")
+        raise _MalformedSource(f"names no repository: '{org}/{name}'; {_HUB_FORM}")
     if not is_legible(path) or "\\" in path or any(part in {"", ".", ".."} for part in path.split("/")):
-        raise _Malformed(f"names no file of a repository: '{_printable(path)}'; {_HUB_FORM}")
+        raise _MalformedSource(f"names no file of a repository: '{_printable(path)}'; {_HUB_FORM}")
     revision = revision or "main"
     if not revision.isprintable() or any(part in {"", ".", ".."} for part in revision.split("/")):
-        raise _Malformed(f"has an impossible revision: '{_printable(revision)}'")
+        raise _MalformedSource(f"has an impossible revision: '{_printable(revision)}'")
     return HubFile(f"{org}/{name}", path, revision, repo_type)
 
 
@@ -339,51 +339,51 @@ def _from_url(text: str) -> Source:
         parts = urlsplit(text)
         host, _ = (parts.hostname or "").rstrip("."), parts.port
     except ValueError:
-        raise _Malformed("is no address that can be read") from None
+        raise _MalformedSource("is no address that can be read") from None
     if not host:
-        raise _Malformed("names no host")
+        raise _MalformedSource("names no host")
     if host in _HUB_HOSTS:
         return _from_hub_page(parts)
     if host in _CIVITAI_HOSTS:
         return _from_civitai(parts)
     if host in _MODELSCOPE_HOSTS:
         return _from_modelscope(parts)
-    return Url(urlunsplit(parts._replace(fragment="")))
+    return UrlSource(urlunsplit(parts._replace(fragment="")))
 
 
 def _from_hub_page(parts: SplitResult) -> HubFile:
     repo_type, path = _repo_type(parts.path.lstrip("/"))
     pieces = path.split("/")
     if len(pieces) < 5 or pieces[2] not in {"resolve", "blob", "raw"}:  # noqa: PLR2004 - org, repo, verb, revision, file
-        raise _Malformed("is a page of Hugging Face and no file; open the file there and copy its download link")
+        raise _MalformedSource("is a page of Hugging Face and no file; open the file there and copy its download link")
     # Slashes in a revision are escaped, but the hub also accepts refs/pr/1 and refs/convert/parquet.
     size = 3 if pieces[3] == "refs" and len(pieces) > 6 else 1  # noqa: PLR2004 - refs, kind, id, file
     revision, rest = "/".join(pieces[3 : 3 + size]), "/".join(pieces[3 + size :])
     return _checked_hub_file(pieces[0], pieces[1], unquote(rest), unquote(revision), repo_type)
 
 
-def _from_civitai(parts: SplitResult) -> Url:
+def _from_civitai(parts: SplitResult) -> UrlSource:
     query = parse_qs(parts.query)
     if re.fullmatch(r"/models/\d+(/[^/]*)?/?", parts.path):
         version = query.get("modelVersionId", [""])[0]
         if not version.isdecimal():
-            raise _Malformed("is a page of Civitai with several files; copy the link of its download button")
-        return Url(f"https://{CIVITAI_HOST}/api/download/models/{version}")
-    return Url(urlunsplit((parts.scheme, parts.netloc.lower().replace("www.", "", 1), parts.path, parts.query, "")))
+            raise _MalformedSource("is a page of Civitai with several files; copy the link of its download button")
+        return UrlSource(f"https://{CIVITAI_HOST}/api/download/models/{version}")
+    return UrlSource(urlunsplit((parts.scheme, parts.netloc.lower().replace("www.", "", 1), parts.path, parts.query, "")))
 
 
-def _from_modelscope(parts: SplitResult) -> Url:
+def _from_modelscope(parts: SplitResult) -> UrlSource:
     found = _MODELSCOPE_FILE.fullmatch(parts.path)
     if found:
         path = f"/models/{found['repo']}/resolve/{found['revision']}/{found['path']}"
-        return Url(urlunsplit((parts.scheme, _MODELSCOPE_HOST, path, "", "")))
+        return UrlSource(urlunsplit((parts.scheme, _MODELSCOPE_HOST, path, "", "")))
     if parts.path.startswith("/models/"):
-        raise _Malformed("is a page of ModelScope and no file; open the file there and copy its download link")
-    return Url(urlunsplit(parts._replace(fragment="")))
+        raise _MalformedSource("is a page of ModelScope and no file; open the file there and copy its download link")
+    return UrlSource(urlunsplit(parts._replace(fragment="")))
 
 
-def modelscope_listing(source: Url) -> tuple[str, str] | None:
-    """Return the address of ModelScope's listing that contains a file, and the file's path in it. None for other hosts."""
+def modelscope_listing(source: UrlSource) -> tuple[str, str] | None:
+    """Return the address of ModelScope's listing that contains a source's file, and its path there. None for other hosts."""
     parts = urlsplit(source.url)
     found = _MODELSCOPE_FILE.fullmatch(parts.path) if source.host == _MODELSCOPE_HOST else None
     if not found:
@@ -394,18 +394,18 @@ def modelscope_listing(source: Url) -> tuple[str, str] | None:
 
 
 def at_endpoint(source: Source, endpoint: str) -> Source:
-    """Return the hub's file for an address below `endpoint`, the hub's own or a mirror's. Return other sources unchanged."""
+    """Return the hub's file for a source below `endpoint`, the hub's own or a mirror's. Return other sources unchanged."""
     base = f"{endpoint.rstrip('/')}/"
-    if isinstance(source, Url) and source.url.startswith(base):
+    if isinstance(source, UrlSource) and source.url.startswith(base):
         try:
             return _from_hub_page(urlsplit(f"https://{HUB_HOST}/{source.url.removeprefix(base)}"))
-        except _Malformed:
+        except _MalformedSource:
             return source
     return source
 
 
 def content_key(sha256: str | None, address: str, etag: str | None, size_bytes: int) -> str:
-    """Return the name of a content's partial downloads and lock.
+    """Return the name of a model spec's content, for its partial downloads and lock.
 
     It is the sha256. If that is unknown, it is a digest of the address, the ETag and the size.
     """

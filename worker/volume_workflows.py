@@ -22,13 +22,13 @@ _ABSENT: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENA
 _LISTED: Final = 1000
 
 
-def is_name(workflow: object) -> bool:
+def is_workflow_name(workflow: object) -> bool:
     """Return whether a request's `workflow` is a name: a text that is not the JSON of an object."""
     return isinstance(workflow, str) and not workflow.lstrip().startswith("{")
 
 
 def read_workflow(volume: Path, name: str) -> dict[str, Any]:
-    """Return the workflow of this name, in either format.
+    """Return the volume's workflow of this name, in either format.
 
     Raises `UnsafePath` for a name that leaves the folder, `WorkflowUnknown` with the existing names, `NoWorkflowInFile` and
     `VolumeFailed`.
@@ -36,11 +36,11 @@ def read_workflow(volume: Path, name: str) -> dict[str, Any]:
     data = workflow_bytes(volume, name)
     if data is None:
         raise WorkflowUnknown(name, workflow_names(volume), taken=os.path.lexists(Layout(volume).workflow(name)))
-    return decoded(name, data)
+    return decode_workflow(name, data)
 
 
-def decoded(name: str, data: bytes) -> dict[str, Any]:
-    """Return the workflow in a file. Raises `NoWorkflowInFile`."""
+def decode_workflow(name: str, data: bytes) -> dict[str, Any]:
+    """Return the workflow in a file of the volume. Raises `NoWorkflowInFile`."""
     found = embedded_workflow(data)
     if found is None:
         file = f"{name.removesuffix('.json')}.json"
@@ -49,7 +49,7 @@ def decoded(name: str, data: bytes) -> dict[str, Any]:
 
 
 def workflow_bytes(volume: Path, name: str) -> bytes | None:
-    """Return the file of the workflow of this name, with accents in either form. None if no regular file is there.
+    """Return the file of the volume's workflow of this name, with accents in either form. None if no regular file is there.
 
     Raises `UnsafePath` and `VolumeFailed`.
     """

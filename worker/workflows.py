@@ -17,7 +17,7 @@ from worker.graph.graph import is_finite, parse_graph, without_wrapper
 from worker.graph.overrides import apply_overrides, next_values
 from worker.graph.rejection import node_origins, unknown_nodes
 from worker.job import check_depth
-from worker.volume_workflows import is_name, read_workflow
+from worker.volume_workflows import is_workflow_name, read_workflow
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -34,7 +34,7 @@ _SEED_RANGE = 1 << 32
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class RequestWorkflow:
     """A request's workflow as it came, what came with it for ComfyUI to embed, and where large requests are processed."""
 
     value: object
@@ -48,7 +48,7 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
-class Given:
+class GraphToRun:
     """The graph to run, and what ComfyUI embeds in its pictures."""
 
     graph: Graph
@@ -56,12 +56,12 @@ class Given:
 
 
 class Workflows:
-    """Accepts graphs in API format, workflows in the editor's format, and files that contain either."""
+    """Turns requests' workflows into graphs: in API format, in the editor's format, and in files that contain either."""
 
     def __init__(self, volume: Path) -> None:
         self._volume = volume
 
-    async def read(self, request: Request, files: JobInputFiles, aside: LoopAside) -> Source:
+    async def read(self, request: Request, files: JobInputFiles, aside: LoopAside) -> RequestWorkflow:
         """Return the request's workflow, from wherever it is.
 
         Raises a `RequestError`. Raises `InputError` if the file that contains the workflow is unavailable, and `VolumeFailed`
@@ -71,14 +71,14 @@ class Workflows:
         if request.workflow_from is not None:
             value, carried = await _carried(request, request.workflow_from, files)
             pnginfo = pnginfo or ({"workflow": carried} if carried else None)
-        elif is_name(value):
+        elif is_workflow_name(value):
             name, value = str(value), await asyncio.to_thread(read_workflow, self._volume, str(value))
             check_depth(value, f"The workflow '{name}'")
         if value is not request.workflow and is_large_json(value):
             aside = LoopAside(value)
-        return Source(without_wrapper(value), pnginfo, aside)
+        return RequestWorkflow(without_wrapper(value), pnginfo, aside)
 
-    async def graph_of(self, source: Source, request: Request, answers: DefinitionSource) -> Given:
+    async def graph_of(self, source: RequestWorkflow, request: Request, answers: DefinitionSource) -> GraphToRun:
         """Return the graph with the request's seeds and overrides applied. The request itself is not changed.
 
         Raises a `RequestError`: nothing is guessed. `answers` is asked for a workflow in the editor's format only.
@@ -95,7 +95,7 @@ class Workflows:
             graph = await aside(parse_graph, value)
         if request.seed is not None or request.set:
             graph = await aside(_changed, graph, controls, request)
-        return Given(graph, pnginfo)
+        return GraphToRun(graph, pnginfo)
 
     async def check_classes(self, graph: Graph, answers: DefinitionSource) -> Graph:
         """Return the graph if ComfyUI has all its node classes. It refuses any other graph, even if a node is unused.
@@ -145,7 +145,7 @@ async def _carried(request: Request, name: str, files: JobInputFiles) -> tuple[o
 
 
 def reseeded(graph: Graph, controls: Sequence[Control], seed: str | int) -> Graph:
-    """Return the graph with other seeds: `next` as the editor would set them for the next run, `random`, or all this number.
+    """Return the request's graph with other seeds: `next` as the editor would set them for the next run, `random`, or a number.
 
     Seeds are the values that the editor's format marks with `control_after_generate`. In a graph without marks they are the
     numbers called `seed` or `noise_seed`.

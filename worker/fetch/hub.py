@@ -58,7 +58,7 @@ from worker.fetch.http import (
     token_refused,
     what_failed,
 )
-from worker.spec import HubFile, Source, Url, at_endpoint, content_key, modelscope_listing
+from worker.spec import HubFile, Source, UrlSource, at_endpoint, content_key, modelscope_listing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -105,7 +105,7 @@ class RemoteFile:
     @property
     def key(self) -> str:
         """Return the name of its partial downloads and its lock."""
-        address = self.source.url if isinstance(self.source, Url) else str(self.source)
+        address = self.source.url if isinstance(self.source, UrlSource) else str(self.source)
         return content_key(self.sha256, address, "\n".join(filter(None, (self.etag, self.modified))), self.size_bytes)
 
     @property
@@ -191,7 +191,7 @@ class Hub:
         It may contain a secret: it is never shown or stored. Raises `TokenMalformed`.
         """
         found = at_endpoint(source, self._endpoint)
-        url, address = (found.url, found.url) if isinstance(found, Url) else (self._endpoint, str(found))
+        url, address = (found.url, found.url) if isinstance(found, UrlSource) else (self._endpoint, str(found))
         credential = self.network.credential(url)
         return f"{address}\n{bool(credential and credential.token)}"
 
@@ -248,7 +248,7 @@ class Hub:
         location = found.location
         if found.size is None and location != url:
             # A mirror that redirects and leaves out the length that the hub gives.
-            there = self._ask_url(Url(location))
+            there = self._ask_url(UrlSource(location))
             return replace(there, source=source, sha256=sha256, git_sha1=git_sha1, commit=found.commit_hash)
         if found.size is None:
             raise NotAFile(str(source), "of unknown length")
@@ -292,7 +292,7 @@ class Hub:
 
             yield follow_redirects(self.network, start, send)
 
-    def _ask_url(self, source: Url) -> RemoteFile:
+    def _ask_url(self, source: UrlSource) -> RemoteFile:
         with self._got(source.url, {"Range": "bytes=0-0"}) as found:
             status, headers = found.answer.status_code, found.answer.headers
             if status in TRANSIENT:

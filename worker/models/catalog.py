@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from worker.models.lists import is_meant, known_values
+from worker.models.lists import names_entry, values_of_entry
 from worker.spec import ModelSpec, parse_spec
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ CATALOG = Path(__file__).parent.parent / "data" / "catalog.json"
 
 
 class Catalog:
-    """The official catalogue. Its file is read when it is first asked, and an entry is parsed when it is found."""
+    """The official catalogue of models. Its file is read when it is first asked, and an entry is parsed when it is found."""
 
     title = "the official catalogue"
     deliberate = False
@@ -50,9 +50,11 @@ class Catalog:
     def of_template(self, name: str) -> tuple[ModelSpec, ...]:
         """Return the models of an official template's active nodes. Raises `KeyError` if it has none."""
         entries = self._document["models"]
-        return tuple(parse_spec(**known_values(entries[number])) for number in self._document["by_template"][name])
+        return tuple(parse_spec(**values_of_entry(entries[number])) for number in self._document["by_template"][name])
 
     def find(self, name: str, folders: Collection[str]) -> Sequence[ModelSpec]:
         """Return its models of this name, one for each folder. Without folders: in any."""
-        paths = [f"{folder}/{name}" for folder in folders] if folders else [p for p in self._entries if is_meant(p, name, ())]
-        return [parse_spec(**known_values(self._entries[path])) for path in paths if path in self._entries]
+        paths = (
+            [f"{folder}/{name}" for folder in folders] if folders else [p for p in self._entries if names_entry(p, name, ())]
+        )
+        return [parse_spec(**values_of_entry(self._entries[path])) for path in paths if path in self._entries]

@@ -31,7 +31,7 @@ _TELL_EVERY_S = 0.5
 
 
 class Ensurer(Protocol):
-    """Makes a model available. `Stores` is one."""
+    """What makes a model of the download queue available. `Stores` is one."""
 
     def ensure(self, spec: ModelSpec, progress: Listener, cancel: CancelToken | None) -> ReadyModel:
         """Return when the model is available. Raises a `WorkerError`."""
@@ -39,8 +39,8 @@ class Ensurer(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Waiting:
-    """What a job waits for, all its models together."""
+class JobWait:
+    """What a job waits for in the download queue, all its models together."""
 
     done_bytes: int
     total_bytes: int
@@ -53,8 +53,8 @@ class Waiting:
 
 
 @dataclass(eq=False, slots=True)
-class _Fetch:
-    """The download of one model, for whoever wants it."""
+class _QueuedDownload:
+    """The download of one model in the queue, for whoever wants it."""
 
     spec: ModelSpec
     order: int
@@ -82,7 +82,7 @@ class _Fetch:
         return (self.spec.folder, self.spec.name)
 
 
-class Provisioner:
+class DownloadQueue:
     """Downloads models in the right order. Safe to use from any thread. Its own threads end when there is no work.
 
     `on_ready` is called in a download thread for each model that is available, before any waiter continues.
@@ -96,7 +96,7 @@ class Provisioner:
         self._slots = files_at_once
         self._numbers = itertools.count()
         self._changed = threading.Condition()
-        self._fetches: dict[ModelSpec, _Fetch] = {}
+        self._fetches: dict[ModelSpec, _QueuedDownload] = {}
         self._stopped = threading.Event()
 
     def want(self, specs: Iterable[ModelSpec]) -> None:
@@ -107,7 +107,7 @@ class Provisioner:
             self._schedule()
 
     def wait(
-        self, specs: Sequence[ModelSpec], cancel: CancelToken, on_progress: Callable[[Waiting], None] | None = None
+        self, specs: Sequence[ModelSpec], cancel: CancelToken, on_progress: Callable[[JobWait], None] | None = None
     ) -> None:
         """Return when all are available. They go before everything that no job waits for.
 
@@ -136,14 +136,16 @@ class Provisioner:
             self._drop_unwanted()
             self._changed.notify_all()
 
-    def _joined(self, specs: Iterable[ModelSpec]) -> list[_Fetch]:
+    def _joined(self, specs: Iterable[ModelSpec]) -> list[_QueuedDownload]:
         fetches = [self._fetch_of(spec) for spec in specs]
         for fetch in fetches:
             fetch.jobs += 1
         self._schedule()
         return fetches
 
-    def _finish(self, fetches: Sequence[_Fetch], cancel: CancelToken, on_progress: Callable[[Waiting], None] | None) -> None:
+    def _finish(
+        self, fetches: Sequence[_QueuedDownload], cancel: CancelToken, on_progress: Callable[[JobWait], None] | None
+    ) -> None:
         try:
             self._await(fetches, cancel, on_progress)
         finally:
@@ -153,7 +155,9 @@ class Provisioner:
                 self._drop_unwanted()
                 self._schedule()
 
-    def _await(self, fetches: Sequence[_Fetch], cancel: CancelToken, on_progress: Callable[[Waiting], None] | None) -> None:
+    def _await(
+        self, fetches: Sequence[_QueuedDownload], cancel: CancelToken, on_progress: Callable[[JobWait], None] | None
+    ) -> None:
         while True:
             with self._changed:
                 for fetch in fetches:
@@ -172,11 +176,11 @@ class Provisioner:
     def _is_over(self, cancel: CancelToken) -> bool:
         return cancel.is_set() or self._stopped.is_set()
 
-    def _fetch_of(self, spec: ModelSpec) -> _Fetch:
+    def _fetch_of(self, spec: ModelSpec) -> _QueuedDownload:
         """Return the running download of this very model, or a new one. A finished one is checked again."""
         fetch = self._fetches.get(spec)
         if fetch is None or fetch.ended:
-            fetch = self._fetches[spec] = _Fetch(spec, next(self._numbers))
+            fetch = self._fetches[spec] = _QueuedDownload(spec, next(self._numbers))
         return fetch
 
     def _schedule(self) -> None:
@@ -202,7 +206,7 @@ class Provisioner:
             running.append(fetch)
             staying.append(fetch)
 
-    def _start(self, fetch: _Fetch) -> None:
+    def _start(self, fetch: _QueuedDownload) -> None:
         fetch.running = True
         fetch.stop = threading.Event()
         threading.Thread(target=self._run, args=(fetch,), name=f"fetch-{fetch.spec.name}", daemon=True).start()
@@ -217,7 +221,7 @@ class Provisioner:
             if fetch.running or ((fetch.wanted or fetch.jobs) and not fetch.ended)
         }
 
-    def _run(self, fetch: _Fetch) -> None:
+    def _run(self, fetch: _QueuedDownload) -> None:
         def listen(progress: ModelProgress) -> None:
             fetch.progress = progress
 
@@ -250,10 +254,10 @@ class Provisioner:
             self._changed.notify_all()
 
 
-def _waiting(fetches: Collection[_Fetch]) -> Waiting:
+def _waiting(fetches: Collection[_QueuedDownload]) -> JobWait:
     missing = [fetch for fetch in fetches if fetch.result is None]
     known = [fetch.progress for fetch in missing if fetch.progress]
-    return Waiting(
+    return JobWait(
         done_bytes=sum(progress.done_bytes for progress in known),
         total_bytes=sum(progress.total_bytes for progress in known),
         bytes_per_s=sum(progress.bytes_per_s for progress in known),

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 from worker.base.text import unicode_form, unicode_forms
 from worker.errors import EnsureCancelled, FileIncomplete, ManifestInvalid
-from worker.models.download_queue import Provisioner
+from worker.models.download_queue import DownloadQueue
 from worker.spec import WEIGHT_SUFFIXES
 from worker.store.disk import volume_error
 from worker.store.eviction import redownload_spec
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from worker.base.progress import CancelToken
     from worker.links.model_links import ModelLinks, VisibleFile
-    from worker.models.download_queue import Ensurer, Waiting
+    from worker.models.download_queue import Ensurer, JobWait
     from worker.models.sources import Sources
     from worker.spec import ModelSpec
     from worker.store.download import ReadyModel
@@ -41,7 +41,7 @@ Name = tuple[tuple[str, ...], tuple[str, ...]]
 
 
 class JobModels:
-    """Joins the volume, the lists of sources, and the downloads. Safe to use from any thread.
+    """Makes the models of jobs available: joins the volume, the lists, and the downloads. Safe to use from any thread.
 
     `places` are where models may lie, in the order in which they are asked. `host_cache` is the root that `links` has before
     all others: this container's own, for files outside the places.
@@ -68,7 +68,7 @@ class JobModels:
         self._lock = threading.Lock()
         self._sources: Sources | None = None
         self._whole: dict[str, tuple[int, int]] = {}
-        self._provisioner: Provisioner | None = None
+        self._provisioner: DownloadQueue | None = None
         self._stopped = False
 
     def use(self) -> AbstractContextManager[JobUse | None]:
@@ -139,7 +139,7 @@ class JobModels:
         """Refuse a request's `models` that are wrong, whether or not they are needed. Raises a `RequestError`."""
         self._current_sources().with_request(request, self._hosts)
 
-    def fetch(self, specs: Sequence[ModelSpec], cancel: CancelToken, on_progress: Callable[[Waiting], None]) -> None:
+    def fetch(self, specs: Sequence[ModelSpec], cancel: CancelToken, on_progress: Callable[[JobWait], None]) -> None:
         """Return when all of them are available and linked. Raises a `ModelError`, or `EnsureCancelled`."""
         self._fetcher(specs).wait(specs, cancel, on_progress)
         self._links.refresh()
@@ -195,12 +195,12 @@ class JobModels:
                     log.error("%s", error)
             return self._sources
 
-    def _fetcher(self, specs: Sequence[ModelSpec]) -> Provisioner:
+    def _fetcher(self, specs: Sequence[ModelSpec]) -> DownloadQueue:
         with self._lock:
             if self._stopped:
                 raise EnsureCancelled(specs[0].name)
             if self._provisioner is None:
-                self._provisioner = Provisioner(self._build_store(), self._on_ready)
+                self._provisioner = DownloadQueue(self._build_store(), self._on_ready)
             return self._provisioner
 
     def _on_ready(self, spec: ModelSpec, ready: ReadyModel) -> None:

@@ -45,7 +45,7 @@ class ModelList(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SpecList:
-    """A list in memory.
+    """A list of models in memory.
 
     `deliberate`: a person put each model there for this worker or this job. It then decides, and two files for one name are an
     error at once. A catalogue or a workflow's metadata is not deliberate: a later list may resolve the ambiguity.
@@ -66,11 +66,11 @@ class SpecList:
     def find(self, name: str, folders: Collection[str]) -> Sequence[ModelSpec]:
         """Return its models of this name in one of the folders, in the order of the list. Without folders: in any."""
         named = zip(self.specs, self.paths, strict=True)
-        return [spec for spec, path in named if is_meant(path, name, folders) or (not folders and spec.name == name)]
+        return [spec for spec, path in named if names_entry(path, name, folders) or (not folders and spec.name == name)]
 
 
-def is_meant(path: str, name: str, folders: Collection[str]) -> bool:
-    """Return whether a model's path has this name in one of the folders. No folders: in any.
+def names_entry(path: str, name: str, folders: Collection[str]) -> bool:
+    """Return whether a name, in one of the folders, means an entry of a list. No folders: in any.
 
     Paths are compared: folder "loras/flux" with name "x" and folder "loras" with name "flux/x" are one file.
     """
@@ -80,7 +80,7 @@ def is_meant(path: str, name: str, folders: Collection[str]) -> bool:
 
 
 def is_same_file(one: ModelSpec, other: ModelSpec) -> bool:
-    """Return whether two entries mean the same content."""
+    """Return whether two entries of lists mean the same content."""
     if one.sha256 and other.sha256:
         return one.sha256 == other.sha256
     return one.source == other.source
@@ -91,8 +91,8 @@ OTHER_WORDS = {"url": "source", "directory": "folder"}  # as ComfyUI's own metad
 _IGNORED = frozenset({"hash", "hash_type", "description"})
 
 
-def known_values(entry: Mapping[str, object]) -> dict[str, Any]:
-    """Return the fields that `parse_spec` accepts, from an entry with our field names or those of ComfyUI's metadata."""
+def values_of_entry(entry: Mapping[str, object]) -> dict[str, Any]:
+    """Return the fields of a list's entry that `parse_spec` accepts, from our field names or those of ComfyUI's metadata."""
     values: dict[str, Any] = {"folder": None, "source": None}
     for key, value in entry.items():
         word = OTHER_WORDS.get(key, key)
@@ -104,19 +104,19 @@ def known_values(entry: Mapping[str, object]) -> dict[str, Any]:
 
 
 def is_sha256(kind: object) -> bool:
-    """Return whether an entry's kind of hash is sha256, in any spelling."""
+    """Return whether the kind of hash in a list's entry is sha256, in any spelling."""
     return isinstance(kind, str) and kind.replace("-", "").lower() == "sha256"
 
 
-def check_fields(entry: Mapping[str, object]) -> None:
-    """Raise `SpecInvalid` for an unknown field."""
+def check_entry_fields(entry: Mapping[str, object]) -> None:
+    """Raise `SpecInvalid` for an unknown field in a list's entry."""
     name = entry.get("name")
-    for key, hint in unknown_fields(entry):
+    for key, hint in unknown_entry_fields(entry):
         raise SpecInvalid(f"field {shortened(key, 60)!r}", f"is unknown{hint}", name if isinstance(name, str) else None)
 
 
-def unknown_fields(values: Mapping[str, object]) -> Iterator[tuple[str, str]]:
-    """Yield each unknown field, with "; write ..." if a known one is similar."""
+def unknown_entry_fields(values: Mapping[str, object]) -> Iterator[tuple[str, str]]:
+    """Yield each unknown field of a list's entry, with "; write ..." if a known one is similar."""
     known = _FIELDS | OTHER_WORDS.keys() | _IGNORED
     for key in values:
         if key not in known:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from worker.comfyui_data import known
 from worker.errors import ManifestInvalid
-from worker.models.lists import OTHER_WORDS, SpecList, is_same_file, is_sha256, known_values, unknown_fields
+from worker.models.lists import OTHER_WORDS, SpecList, is_same_file, is_sha256, unknown_entry_fields, values_of_entry
 from worker.spec import ModelSpec, check_spec
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class _Entry:
+class _ManifestEntry:
     """One model of a manifest. `where` gives the position of a field for people: a line if the format has lines."""
 
     values: Mapping[str, object]
@@ -81,8 +81,8 @@ def _decoded(data: bytes, title: str) -> str:
         raise ManifestInvalid(title, [f"it is no UTF-8 text (byte {exc.start})"]) from exc
 
 
-def or_wrong(title: str, parse: Callable[[], SpecList]) -> SpecList:
-    """Return the list from the environment, or an empty one with its error: it cannot be corrected while the worker runs."""
+def empty_if_wrong(title: str, parse: Callable[[], SpecList]) -> SpecList:
+    """Return the manifest from the environment, or an empty one with its error: nobody can correct it while the worker runs."""
     try:
         return parse()
     except ManifestInvalid as error:
@@ -105,27 +105,27 @@ def _parse(text: str, title: str) -> SpecList:
     """Return the models of a manifest in any format. Raises `ManifestInvalid` with all its mistakes."""
     try:
         entries = _entries(text)
-    except _Malformed as error:
+    except _MalformedManifest as error:
         raise ManifestInvalid(title, [str(error)]) from None
     except (ValueError, RecursionError) as exc:  # a number of thousands of digits, or brackets nested as deeply
         raise ManifestInvalid(title, [f"it cannot be read: {str(exc).partition(';')[0]}"]) from None
-    specs, problems, odd = _checked(entries)
+    specs, problems, odd = _checked_entries(entries)
     if problems:
         raise ManifestInvalid(title, problems)
     left_out = ManifestInvalid(title, odd) if odd else None
     return SpecList(title, tuple(specs), deliberate=all(entry.strict for entry in entries), odd=left_out)
 
 
-def _checked(entries: Sequence[_Entry]) -> tuple[list[ModelSpec], list[str], list[str]]:
-    """Return the models, the list's mistakes, and the entries that are only named as no file can be."""
+def _checked_entries(entries: Sequence[_ManifestEntry]) -> tuple[list[ModelSpec], list[str], list[str]]:
+    """Return the manifest's models, its mistakes, and the entries that are only named as no file can be."""
     problems: list[str] = []
     odd: list[str] = []
-    placed: dict[str, tuple[ModelSpec, _Entry]] = {}
+    placed: dict[str, tuple[ModelSpec, _ManifestEntry]] = {}
     specs: list[ModelSpec] = []
     for entry in entries:
-        spec, wrong = check_spec(**known_values(entry.values))
+        spec, wrong = check_spec(**values_of_entry(entry.values))
         if entry.strict:
-            fields = unknown_fields(entry.values)
+            fields = unknown_entry_fields(entry.values)
             unknown = [f"{entry.where(key)}: {key} is no field of a model{hint}" for key, hint in fields]
             told = [f"{entry.where(problem.field)}: {problem.field} {problem.reason}" for problem in wrong]
             if not unknown and [problem.field for problem in wrong] == ["name"] and wrong[0].odd:
@@ -144,11 +144,11 @@ def _checked(entries: Sequence[_Entry]) -> tuple[list[ModelSpec], list[str], lis
     return specs, problems, odd
 
 
-class _Malformed(Exception):  # noqa: N818 - never leaves this module
+class _MalformedManifest(Exception):  # noqa: N818 - never leaves this module
     """Why a text cannot be read as a manifest at all."""
 
 
-def _entries(text: str) -> list[_Entry]:
+def _entries(text: str) -> list[_ManifestEntry]:
     if text.lstrip().startswith("{") or re.match(r"\s*\[\s*[{\]]", text):
         return _json_entries(text)
     first = re.search(r"^(?!\s*(?:#|$|---)).*$", text, re.MULTILINE)
@@ -157,14 +157,14 @@ def _entries(text: str) -> list[_Entry]:
     return _toml_entries(text)
 
 
-def _json_entries(text: str) -> list[_Entry]:
+def _json_entries(text: str) -> list[_ManifestEntry]:
     try:
         return _document_entries(json.loads(text))
     except json.JSONDecodeError as exc:
-        raise _Malformed(f"line {exc.lineno}: it is no JSON: {exc.msg}") from None
+        raise _MalformedManifest(f"line {exc.lineno}: it is no JSON: {exc.msg}") from None
 
 
-def _yaml_entries(text: str) -> list[_Entry]:
+def _yaml_entries(text: str) -> list[_ManifestEntry]:
     # Importing it costs 27 ms of a cold start, and few manifests are YAML. huggingface_hub depends on it, so it is installed.
     import yaml  # type: ignore[import-untyped]  # noqa: PLC0415 - it ships no types; see above
 
@@ -173,11 +173,11 @@ def _yaml_entries(text: str) -> list[_Entry]:
     except yaml.YAMLError as exc:
         mark = getattr(exc, "problem_mark", None)
         place = f"line {mark.line + 1}: " if mark else ""
-        raise _Malformed(f"{place}it is no YAML: {getattr(exc, 'problem', None) or exc}") from None
+        raise _MalformedManifest(f"{place}it is no YAML: {getattr(exc, 'problem', None) or exc}") from None
 
 
-def _document_entries(document: object) -> list[_Entry]:
-    """Return the entries of JSON or YAML: a list of models, or an object that has one, in one of the known forms."""
+def _document_entries(document: object) -> list[_ManifestEntry]:
+    """Return a manifest's entries in JSON or YAML: a list of models, or an object that has one, in one of the known forms."""
     models = document.get("models", document.get("model")) if isinstance(document, dict) else document
     if isinstance(models, dict):
         stages = [stage for key in ("before_start", "after_start") for stage in _list_of(models.get(key), f"models.{key}")]
@@ -194,10 +194,10 @@ def _list_of(value: object, what: str) -> list[dict[str, Any]]:
     if value is None:
         return []
     if not isinstance(value, list):
-        raise _Malformed(f"'{what}' must be a list of models")
+        raise _MalformedManifest(f"'{what}' must be a list of models")
     for number, item in enumerate(value, 1):
         if not isinstance(item, dict) or not all(isinstance(key, str) for key in item):
-            raise _Malformed(f"entry {number} of '{what}' is no object")
+            raise _MalformedManifest(f"entry {number} of '{what}' is no object")
     return value
 
 
@@ -206,11 +206,11 @@ def _shown(address: object) -> str:
     return re.sub(r"//[^/@]*@", "//", str(address).partition("?")[0])
 
 
-def _numbered(models: Iterable[Mapping[str, object]], *, strict: bool = True) -> list[_Entry]:
-    def placed(number: int, values: Mapping[str, object]) -> _Entry:
+def _numbered(models: Iterable[Mapping[str, object]], *, strict: bool = True) -> list[_ManifestEntry]:
+    def placed(number: int, values: Mapping[str, object]) -> _ManifestEntry:
         called = values.get("name") or values.get("source") or values.get("url")
         place = f"entry {number}" + (f" ('{_shown(called)}')" if called else "")
-        return _Entry(values, lambda _: place, strict)
+        return _ManifestEntry(values, lambda _: place, strict)
 
     return [placed(number, values) for number, values in enumerate(models, 1)]
 
@@ -218,23 +218,23 @@ def _numbered(models: Iterable[Mapping[str, object]], *, strict: bool = True) ->
 _TOML_HEADER = re.compile(r"^\s*\[\[\s*models?\s*\]\]")
 
 
-def _toml_entries(text: str) -> list[_Entry]:
+def _toml_entries(text: str) -> list[_ManifestEntry]:
     try:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as exc:
         place = re.search(r" \(at (?:line (\d+), column \d+|end of document)\)$", str(exc))
         line = (place[1] if place else None) or len(text.splitlines())
-        raise _Malformed(f"line {line}: it is no TOML: {str(exc)[: place.start()] if place else exc}") from None
+        raise _MalformedManifest(f"line {line}: it is no TOML: {str(exc)[: place.start()] if place else exc}") from None
     models: list[dict[str, Any]] = []
     for key, value in document.items():
         if key not in {"model", "models"}:
-            raise _Malformed(f"'{key}' is not known; each model is a [[model]] with source and folder")
+            raise _MalformedManifest(f"'{key}' is not known; each model is a [[model]] with source and folder")
         models += _list_of(value, key)
     lines = text.splitlines()
     headers = [number for number, line in enumerate(lines, 1) if _TOML_HEADER.match(line)]
     if len(headers) != len(models):
         return _numbered(models)  # written as an inline array: there are no blocks to count
-    return [_Entry(model, _toml_place(lines, line)) for model, line in zip(models, headers, strict=True)]
+    return [_ManifestEntry(model, _toml_place(lines, line)) for model, line in zip(models, headers, strict=True)]
 
 
 def _toml_place(lines: Sequence[str], header: int) -> Callable[[str], str]:
@@ -262,16 +262,16 @@ def parse_short_lines(text: str) -> SpecList:
     problems = [
         f"entry {number} ('{_shown(word)}'): {_SHORT_FORM}"
         for number, word in enumerate(words, 1)
-        if not short_line(word).get("folder")
+        if not parse_short_line(word).get("folder")
     ]
-    specs, wrong, odd = _checked(_numbered(map(short_line, words)))
+    specs, wrong, odd = _checked_entries(_numbered(map(parse_short_line, words)))
     if problems or wrong:
         raise ManifestInvalid("MODELS", problems or wrong)
     return SpecList("MODELS", tuple(specs), odd=ManifestInvalid("MODELS", odd) if odd else None)
 
 
-def short_line(text: str) -> dict[str, object]:
-    """Parse `folder=source` or `folder/name=source`, with `#sha256=...` after the source.
+def parse_short_line(text: str) -> dict[str, object]:
+    """Parse a manifest's line `folder=source` or `folder/name=source`, with `#sha256=...` after the source.
 
     A left side that ends like a file contains the name.
     """
@@ -304,18 +304,18 @@ def _from_comfy_lock(model: Mapping[str, Any]) -> Iterator[dict[str, object]]:
     common = {"source": model.get("url"), "sha256": sha256}
     paths = [item.get("path") for item in model.get("paths") or () if isinstance(item, dict)]
     for path in paths:
-        yield _place(path) | common
+        yield _place_in_path(path) | common
     if not paths:
         yield {"folder": known().manager_folders.get(str(model.get("type", "")).lower())} | common
 
 
 def _from_comfyui_api(model: Mapping[str, Any]) -> dict[str, object]:
     """Read an entry of comfyui-api's manifest."""
-    return _place(model.get("local_path")) | {"source": model.get("url")}
+    return _place_in_path(model.get("local_path")) | {"source": model.get("url")}
 
 
-def _place(path: object) -> dict[str, object]:
-    """Return folder and name of a path such as `models/loras/x.safetensors` or `/opt/ComfyUI/models/loras/x.safetensors`."""
+def _place_in_path(path: object) -> dict[str, object]:
+    """Return folder and name from an entry's path such as `models/loras/x.safetensors` or `/opt/ComfyUI/models/loras/x`."""
     parts = [part for part in str(path or "").replace("\\", "/").split("/") if part not in {"", "."}]
     # The last "models" that is followed by a folder and a file: /models/ComfyUI/models/loras/x.safetensors.
     start = max((at + 1 for at, part in enumerate(parts[:-2]) if part == "models"), default=0)

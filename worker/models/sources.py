@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 from worker.editor.embedded_models import embedded_models
 from worker.errors import AmbiguousModel, ManifestInvalid, ModelsInvalid, RequestError, WorkerError
 from worker.models.catalog import CATALOG, Catalog
-from worker.models.lists import ModelList, SpecList, check_fields, is_meant, is_same_file, known_values
-from worker.models.manifest import VolumeManifest, environment_manifest, or_wrong, parse_short_lines, short_line
+from worker.models.lists import ModelList, SpecList, check_entry_fields, is_same_file, names_entry, values_of_entry
+from worker.models.manifest import VolumeManifest, empty_if_wrong, environment_manifest, parse_short_line, parse_short_lines
 from worker.spec import ModelSpec, check_from_request, parse_spec
 
 if TYPE_CHECKING:
@@ -33,8 +33,8 @@ _NEAR_COUNT = 3
 
 
 @dataclass(frozen=True, slots=True)
-class _Refused:
-    """An embedded entry that a request may not have downloaded, and why."""
+class _RefusedSource:
+    """The source that a workflow's metadata gives and a request may not have downloaded, and why."""
 
     path: str
     error: RequestError
@@ -49,7 +49,7 @@ class Sources:
     volume: VolumeManifest | None = None
     request: SpecList = field(default_factory=lambda: SpecList("the request's 'models'"))
     embedded: SpecList = field(default_factory=lambda: SpecList("the workflow's metadata", deliberate=False))
-    refused: tuple[_Refused, ...] = ()
+    refused: tuple[_RefusedSource, ...] = ()
 
     @classmethod
     def gather(
@@ -66,9 +66,9 @@ class Sources:
         """
         manifests = []
         if manifest and manifest.strip():
-            manifests.append(or_wrong("MODELS_MANIFEST", lambda: environment_manifest(manifest)))
+            manifests.append(empty_if_wrong("MODELS_MANIFEST", lambda: environment_manifest(manifest)))
         if models and models.strip():
-            manifests.append(or_wrong("MODELS", lambda: parse_short_lines(models)))
+            manifests.append(empty_if_wrong("MODELS", lambda: parse_short_lines(models)))
         volume = VolumeManifest(volume_manifest).reread() if volume_manifest else None
         return cls(tuple(manifests), Catalog(catalog), volume)
 
@@ -109,10 +109,10 @@ class Sources:
             return self
         if not isinstance(models, list) or not all(isinstance(entry, (dict, str)) for entry in models):
             raise ModelsInvalid
-        entries = [short_line(entry) if isinstance(entry, str) else entry for entry in models]
+        entries = [parse_short_line(entry) if isinstance(entry, str) else entry for entry in models]
         for entry in entries:
-            check_fields(entry)
-        specs = tuple(parse_spec(**known_values(entry)) for entry in entries)
+            check_entry_fields(entry)
+        specs = tuple(parse_spec(**values_of_entry(entry)) for entry in entries)
         for spec in specs:
             check_from_request(spec, allowed_hosts)
         return replace(self, request=replace(self.request, specs=specs))
@@ -126,10 +126,10 @@ class Sources:
         specs, refused = [], []
         for entry in embedded_models(workflow):
             try:
-                spec = parse_spec(**known_values(entry))
+                spec = parse_spec(**values_of_entry(entry))
                 check_from_request(spec, allowed_hosts)
             except RequestError as error:
-                refused.append(_Refused(f"{entry.get('directory')}/{entry.get('name')}", error))
+                refused.append(_RefusedSource(f"{entry.get('directory')}/{entry.get('name')}", error))
             else:
                 specs.append(spec)
         return replace(self, embedded=replace(self.embedded, specs=tuple(specs)), refused=tuple(refused))
@@ -148,7 +148,7 @@ class Sources:
             HostNotAllowed, SuffixNotAllowed, SpecInvalid: only the workflow's metadata knows it, with an entry that is refused.
         """
         problem: WorkerError | None
-        problem = next((entry.error for entry in self.refused if is_meant(entry.path, name, folders)), None)
+        problem = next((entry.error for entry in self.refused if names_entry(entry.path, name, folders)), None)
         wrong: ManifestInvalid | None = None
         for models, places in self._steps(folders, guessed=guessed):
             found = _distinct(models.find(name, places))

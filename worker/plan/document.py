@@ -25,7 +25,7 @@ from worker.graph.rejection import node_origins, unknown_nodes
 from worker.job import Request
 from worker.media.inputs import base64_pieces
 from worker.plan.editor import naming_graphs
-from worker.volume_workflows import is_name
+from worker.volume_workflows import is_workflow_name
 
 if TYPE_CHECKING:
     from worker.errors import UnknownNodes
@@ -37,37 +37,39 @@ Saved = Callable[[str], dict[str, Any]]
 """Returns the workflow of a name on the volume, or raises."""
 
 
-class Unreadable(Exception):  # noqa: N818 - a command prints it and ends
+class UnreadableDocument(Exception):  # noqa: N818 - a command prints it and ends
     """Why there is no document, as the end of a sentence."""
 
 
 def read_document(path: str, saved: Saved | None = None) -> object:
     """Return the JSON of a file, of standard input (`-`), or of ComfyUI's metadata in a picture or video.
 
-    If there is no such file, `saved` looks it up as the name of a workflow. Raises `Unreadable`, which says what would be
-    right.
+    If there is no such file, `saved` looks it up as the name of a workflow. Raises `UnreadableDocument`, which says what
+    would be right.
     """
     try:
         data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
     except OSError as exc:
         if saved is not None and isinstance(exc, FileNotFoundError):
             return _named(path, saved)
-        raise Unreadable(f"it cannot be read: {exc.strerror or exc}") from None
+        raise UnreadableDocument(f"it cannot be read: {exc.strerror or exc}") from None
     if carried := None if is_text(data) else embedded_workflow(data):
         found = {"prompt": carried.prompt, "workflow": carried.workflow}
         return {key: value for key, value in found.items() if value is not None}
     if not is_text(data):
-        raise Unreadable("it holds no workflow: give a JSON, or a PNG, WEBP, MP4 or WEBM that ComfyUI saved with its metadata")
+        raise UnreadableDocument(
+            "it holds no workflow: give a JSON, or a PNG, WEBP, MP4 or WEBM that ComfyUI saved with its metadata"
+        )
     try:
         return json.loads(data.decode(json.detect_encoding(data)))
     except (ValueError, RecursionError) as exc:
-        raise Unreadable(
+        raise UnreadableDocument(
             f"it is no JSON ({str(exc).partition(';')[0]}): give a workflow as ComfyUI saves or exports it"
         ) from None
 
 
-def installed(comfyui_dir: Path) -> str | None:
-    """Return the release of the ComfyUI in this folder, or None."""
+def installed_release(comfyui_dir: Path) -> str | None:
+    """Return the release of the ComfyUI in this folder, for which a document is read, or None."""
     try:
         text = (comfyui_dir / "comfyui_version.py").read_text(encoding="utf-8")
     except (OSError, ValueError):
@@ -80,13 +82,13 @@ def _named(name: str, saved: Saved) -> object:
     try:
         return saved(name)
     except UnsafePath:
-        raise Unreadable(f"it cannot be read: {os.strerror(errno.ENOENT)}") from None
+        raise UnreadableDocument(f"it cannot be read: {os.strerror(errno.ENOENT)}") from None
     except WorkerError as exc:
-        raise Unreadable(f"it is no file here. {exc}") from None
+        raise UnreadableDocument(f"it is no file here. {exc}") from None
 
 
 def is_text(data: bytes) -> bool:
-    """Return whether a file is text, as JSON and every manifest is and no picture or video."""
+    """Return whether a document's file is text, as JSON and every manifest is and no picture or video."""
     if data[:2] in {codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE}:
         return True
     try:
@@ -97,15 +99,15 @@ def is_text(data: bytes) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
-    """The document's content: the workflow, the request's `models`, and the editor's form of the workflow, if any."""
+class PlanDocument:
+    """A document's content: the workflow, the request's `models`, and the editor's form of the workflow, if any."""
 
     workflow: object
     models: object = None
     metadata: object = None
 
     @classmethod
-    def read(cls, document: object, saved: Saved | None = None) -> Wanted:
+    def read(cls, document: object, saved: Saved | None = None) -> PlanDocument:
         """Parse a workflow, a job (`{"input": {...}}`), its input, a body of `POST /prompt`, or the metadata of a PNG.
 
         `saved` looks up the workflow that a request names.
@@ -121,10 +123,10 @@ class Wanted:
         return cls(document, metadata=document)
 
     @classmethod
-    def _of_request(cls, value: object, saved: Saved | None) -> Wanted:
+    def _of_request(cls, value: object, saved: Saved | None) -> PlanDocument:
         request = Request.parse(value)
-        workflow = saved(str(request.workflow)) if saved and is_name(request.workflow) else request.workflow
-        workflow = without_wrapper(_carried(request, request.workflow_from) if request.workflow_from else workflow)
+        workflow = saved(str(request.workflow)) if saved and is_workflow_name(request.workflow) else request.workflow
+        workflow = without_wrapper(_workflow_in_file(request, request.workflow_from) if request.workflow_from else workflow)
         metadata = request.extra_pnginfo if embedded_models(request.extra_pnginfo) else workflow
         return cls(workflow, request.models, metadata)
 
@@ -163,8 +165,8 @@ class Wanted:
         return [tuple(nodes) for nodes in found.values()]
 
 
-def _carried(request: Request, name: str) -> object:
-    """Return the workflow in a file that a request contains. Raises a `RequestError`."""
+def _workflow_in_file(request: Request, name: str) -> object:
+    """Return the workflow in a file that the document, a request, contains. Raises a `RequestError`."""
     data = next((file.data for file in reversed(request.files) if file.name == name and file.data is not None), None)
     if data is None:
         raise FieldInvalid("workflow_from", "must be the name of a file whose bytes are in the request; a plan fetches none")
@@ -179,7 +181,7 @@ _LOADER: Final = re.compile(r"(?<!up)(?<!down)loader", re.IGNORECASE)
 
 
 def _may_run(graph: Graph) -> frozenset[str]:
-    """Return the nodes that an output may need, without an engine: an unknown class may be an output.
+    """Return the nodes that an output of the document may need, without an engine: an unknown class may be an output.
 
     Return all of them if there can be no output: a piece of a workflow is planned for its models.
     """

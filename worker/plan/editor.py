@@ -68,16 +68,16 @@ def naming_graph(ui: object, frontend: str | None = None) -> Graph:
     """
     graph = read_saved_workflow(ui)
     needed = classes_to_convert(ui)
-    promoted = _promoted(graph)
+    promoted = _promoted_by_node(graph)
     by_class: dict[str, list[tuple[SavedNode, list[str]]]] = defaultdict(list)
     for scope in (graph.root, *graph.definitions.values()):
         for node in scope.nodes.values():
             by_class[node.type].append((node, promoted.get((scope.id, node.id), [])))
-    found = {name: _definition(name, nodes) for name, nodes in by_class.items() if name in needed}
+    found = {name: _derived_definition(name, nodes) for name, nodes in by_class.items() if name in needed}
     return convert(ui, found, frontend=frontend or known().frontends[known().newest]).graph
 
 
-def _promoted(graph: SavedWorkflow) -> Mapping[tuple[str | None, str], list[str]]:
+def _promoted_by_node(graph: SavedWorkflow) -> Mapping[tuple[str | None, str], list[str]]:
     """Map a subgraph's id and a node's id in it to the widgets that instances of the subgraph show for the node."""
     names: dict[tuple[str | None, str], list[str]] = defaultdict(list)
     for scope in (graph.root, *graph.definitions.values()):
@@ -90,7 +90,7 @@ def _promoted(graph: SavedWorkflow) -> Mapping[tuple[str | None, str], list[str]
     return names
 
 
-def _definition(class_type: str, nodes: Sequence[tuple[SavedNode, list[str]]]) -> dict[str, Any]:
+def _derived_definition(class_type: str, nodes: Sequence[tuple[SavedNode, list[str]]]) -> dict[str, Any]:
     """Return a class as /object_info might describe it, derived from all its nodes in the workflow."""
     first = known().first_widgets.get(class_type, ())
     saved = [[slot.widget for slot in node.slots if slot.widget] for node, _ in nodes]
@@ -102,13 +102,13 @@ def _definition(class_type: str, nodes: Sequence[tuple[SavedNode, list[str]]]) -
         placed = [str(key) for key in values]
     else:
         whole = (each for each in saved if len(each) == len(values))
-        placed = next(whole, _by_place(values, first, names))
+        placed = next(whole, _names_by_position(values, first, names))
     # As texts, values pass through unchanged, each in its place. Nothing else is needed here.
     widgets = {name: ["STRING"] for name in [*placed, *names] if name not in sockets}
     return {"input": {"required": sockets | widgets}, "output": []}
 
 
-def _by_place(values: Sequence[object], first: Sequence[str], names: Iterable[str]) -> list[str]:
+def _names_by_position(values: Sequence[object], first: Sequence[str], names: Iterable[str]) -> list[str]:
     """Return a name for each saved value: file inputs get their names, in order, others a name with their position."""
     files = [at for at, value in enumerate(values) if isinstance(value, str) and value.lower().endswith(WEIGHT_SUFFIXES)]
     places = dict(enumerate(first)) if first else dict(_paired(files, names))

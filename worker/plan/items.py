@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from worker.spec import ModelSpec
 
 
-class State(StrEnum):
-    """The state of a model, in the order of display: those that need action come last."""
+class ItemState(StrEnum):
+    """The state of an item of a plan, in the order of display: those that need action come last."""
 
     VOLUME = "volume"
     BY_HAND = "by hand"  # put on the volume by hand: used as it is
@@ -33,23 +33,23 @@ class State(StrEnum):
     UNKNOWN = "unknown"
 
 
-THERE: Final = frozenset({State.VOLUME, State.BY_HAND, State.CONTAINER, State.IMAGE, State.HOST_CACHE})
+THERE: Final = frozenset({ItemState.VOLUME, ItemState.BY_HAND, ItemState.CONTAINER, ItemState.IMAGE, ItemState.HOST_CACHE})
 """A job finds these."""
 
-FETCHED: Final = frozenset({State.FETCH, State.NO_ANSWER})
+FETCHED: Final = frozenset({ItemState.FETCH, ItemState.NO_ANSWER})
 """A job downloads these."""
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
-    """One model that the workflow names. `folder` is its place, or None while unknown.
+class PlanItem:
+    """An item of a plan: one model that the workflow names. `folder` is its place, or None while unknown.
 
     `begun_bytes` of a file to download are on the volume already. `message` says what is wrong and what to do.
     """
 
     name: str
     folder: str | None
-    state: State
+    state: ItemState
     size_bytes: int | None = None
     begun_bytes: int = 0
     path: Path | None = None
@@ -75,7 +75,7 @@ class Item:
     @property
     def blocking(self) -> bool:
         """Return whether a job with this workflow fails because of it."""
-        return not (self.state in THERE or self.state in FETCHED or (self.state is State.UNKNOWN and self.optional))
+        return not (self.state in THERE or self.state in FETCHED or (self.state is ItemState.UNKNOWN and self.optional))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the item for `--json`."""
@@ -101,19 +101,19 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a workflow needs. `problems` concern the whole; a model's problem is in its item.
+    """What a workflow needs: its items. `problems` concern the whole; a model's problem is in its item.
 
     `target` is the destination of downloads, and `free_bytes` its free space by the file system.
     """
 
-    items: tuple[Item, ...] = ()
+    items: tuple[PlanItem, ...] = ()
     problems: tuple[WorkerError, ...] = ()
     notes: tuple[str, ...] = ()
     target: Path | None = None
     free_bytes: int | None = None
 
     @property
-    def to_fetch(self) -> tuple[Item, ...]:
+    def to_fetch(self) -> tuple[PlanItem, ...]:
         """Return what a job would download, each file once."""
         found = {(item.folder, item.spec.name): item for item in self.items if item.state in FETCHED and item.spec}
         return tuple(found.values())

@@ -21,7 +21,7 @@ from worker.errors import (
     WorkerError,
 )
 from worker.models.sources import Sources
-from worker.plan.items import Item, State
+from worker.plan.items import ItemState, PlanItem
 from worker.store.layout import Layout
 
 if TYPE_CHECKING:
@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 _ASK_AT_ONCE: Final = 16
 
 
-def read_sources(settings: Settings) -> tuple[Sources, list[ManifestInvalid]]:
-    """Return the valid lists of models, and the mistakes of the others."""
+def read_valid_sources(settings: Settings) -> tuple[Sources, list[ManifestInvalid]]:
+    """Return the valid lists of models, for look-ups, and the mistakes of the others."""
     lists: dict[str, Any] = {
         "volume_manifest": Layout(settings.volume_path).manifest,
         "manifest": settings.models_manifest,
@@ -56,14 +56,14 @@ def read_sources(settings: Settings) -> tuple[Sources, list[ManifestInvalid]]:
     return sources, problems + list(sources.odd)
 
 
-def look(nodes: tuple[NamedModel, ...], sources: Sources, places: Places) -> Item:
-    """Return the state of one model, as far as it is known without the network."""
+def look_up_offline(nodes: tuple[NamedModel, ...], sources: Sources, places: Places) -> PlanItem:
+    """Return the plan's item of one model, as far as it is known without the network."""
     first = nodes[0]
     try:
         as_written = places.by_hand(first.folders, first.as_written().file_names) if first.written else None
         if there := as_written or places.find(first.folders, first.file_names):
             return replace(there, nodes=nodes)
-        item = meaning(nodes, sources)
+        item = look_up_name(nodes, sources)
         if there := _elsewhere(item, places):
             return replace(
                 item,
@@ -75,47 +75,47 @@ def look(nodes: tuple[NamedModel, ...], sources: Sources, places: Places) -> Ite
                 message=there.message,
             )
     except WorkerError as exc:
-        return refused(_nameless(nodes), exc)
+        return item_refused(_nameless(nodes), exc)
     return _or_cached(item, places)
 
 
-def _elsewhere(item: Item, places: Places) -> Item | None:
-    """Return the file in another folder than the guessed one: where a list says, or where it was put by hand."""
+def _elsewhere(item: PlanItem, places: Places) -> PlanItem | None:
+    """Look up the file in another folder than the guessed one: where a list says, or where it was put by hand."""
     if item.spec:
         return places.find((item.spec.folder,), (item.spec.name,))
-    return places.find((), item.nodes[0].file_names) if is_guessed(item.nodes) and item.state is State.UNKNOWN else None
+    return places.find((), item.nodes[0].file_names) if is_guessed(item.nodes) and item.state is ItemState.UNKNOWN else None
 
 
 def is_guessed(nodes: Iterable[NamedModel]) -> bool:
-    """Return whether only the names of inputs tell a model's folders."""
+    """Return whether only the names of inputs tell the folders in which a model is looked up."""
     return all(node.guessed for node in nodes)
 
 
-def meaning(nodes: tuple[NamedModel, ...], sources: Sources) -> Item:
-    """Return the file that a model's name means, wherever it may exist already: to be downloaded, or why it cannot be."""
+def look_up_name(nodes: tuple[NamedModel, ...], sources: Sources) -> PlanItem:
+    """Look up the file that a model's name means, wherever it may exist already: to be downloaded, or why it cannot be."""
     first = nodes[0]
     try:
         files = (form for file in first.file_names for form in unicode_forms(file))
         known = (sources.find(file, first.folders, guessed=is_guessed(nodes)) for file in files)
         spec = next(filter(None, known), None)
     except WorkerError as exc:
-        return refused(_nameless(nodes), exc)
-    return of_spec(_nameless(nodes), spec, sources) if spec else _unknown(_nameless(nodes), first, sources)
+        return item_refused(_nameless(nodes), exc)
+    return item_of_spec(_nameless(nodes), spec, sources) if spec else _unknown(_nameless(nodes), first, sources)
 
 
-def _nameless(nodes: tuple[NamedModel, ...]) -> Item:
-    return Item(nodes[0].name, nodes[0].folders[0] if nodes[0].folders else None, State.UNKNOWN, nodes=nodes)
+def _nameless(nodes: tuple[NamedModel, ...]) -> PlanItem:
+    return PlanItem(nodes[0].name, nodes[0].folders[0] if nodes[0].folders else None, ItemState.UNKNOWN, nodes=nodes)
 
 
-def of_spec(item: Item, spec: ModelSpec, sources: Sources) -> Item:
-    """Return the item with its file, to be downloaded."""
+def item_of_spec(item: PlanItem, spec: ModelSpec, sources: Sources) -> PlanItem:
+    """Return the plan's item with the file that was looked up, to be downloaded."""
     item = replace(item, name=spec.name, folder=spec.folder, spec=spec, sha256=spec.sha256, known_by=_known_by(spec, sources))
-    return replace(item, state=State.FETCH, size_bytes=spec.size_bytes)
+    return replace(item, state=ItemState.FETCH, size_bytes=spec.size_bytes)
 
 
-def _or_cached(item: Item, places: Places) -> Item:
+def _or_cached(item: PlanItem, places: Places) -> PlanItem:
     if item.spec and (path := places.cached(item.spec)):
-        return replace(item, state=State.HOST_CACHE, path=path, size_bytes=path.stat().st_size)
+        return replace(item, state=ItemState.HOST_CACHE, path=path, size_bytes=path.stat().st_size)
     return item
 
 
@@ -125,7 +125,7 @@ def _known_by(spec: ModelSpec, sources: Sources) -> str | None:
     return next((models.title for models in lists if spec in models.find(spec.name, (spec.folder,))), None)
 
 
-def _unknown(item: Item, node: NamedModel, sources: Sources) -> Item:
+def _unknown(item: PlanItem, node: NamedModel, sources: Sources) -> PlanItem:
     near = sources.near(node.name)
     place = f"models/{item.folder or '<folder>'}/{node.file_names[-1] if node.optional else node.name}"
     if item.optional:
@@ -140,9 +140,9 @@ def _unknown(item: Item, node: NamedModel, sources: Sources) -> Item:
     return replace(item, message=message, near=near)
 
 
-def refused(item: Item, exc: WorkerError) -> Item:
-    """Return the item with the reason why it cannot be looked up."""
-    state = State.AMBIGUOUS if isinstance(exc, AmbiguousModel) else State.REFUSED
+def item_refused(item: PlanItem, exc: WorkerError) -> PlanItem:
+    """Return the plan's item with the reason why it cannot be looked up."""
+    state = ItemState.AMBIGUOUS if isinstance(exc, AmbiguousModel) else ItemState.REFUSED
     candidates = tuple(exc.candidates) if isinstance(exc, AmbiguousModel) else ()
     return replace(item, state=state, message=str(exc), code=exc.code, candidates=candidates)
 
@@ -150,26 +150,30 @@ def refused(item: Item, exc: WorkerError) -> Item:
 # --- what the sources say -----------------------------------------------------------------------
 
 
-def ask_in_time(items: Sequence[Item], hub: Hub, begun: Callable[[RemoteFile], int], deadline_s: float) -> tuple[Item, ...]:
-    """Like `ask`. An item without an answer by the deadline is `no_answer`."""
+def ask_sources_in_time(
+    items: Sequence[PlanItem], hub: Hub, begun: Callable[[RemoteFile], int], deadline_s: float
+) -> tuple[PlanItem, ...]:
+    """Like `ask_sources`. An item of the plan without an answer by the deadline is `no_answer`."""
     cancel = threading.Event()
     timer = threading.Timer(deadline_s, cancel.set)
     timer.daemon = True
     timer.start()
     try:
-        return ask(items, hub, begun, cancel)
+        return ask_sources(items, hub, begun, cancel)
     finally:
         timer.cancel()
 
 
-def ask(items: Sequence[Item], hub: Hub, begun: Callable[[RemoteFile], int], cancel: CancelToken) -> tuple[Item, ...]:
-    """Return the items with their sources' metadata. `begun` returns how much of a file an interrupted download left behind."""
+def ask_sources(
+    items: Sequence[PlanItem], hub: Hub, begun: Callable[[RemoteFile], int], cancel: CancelToken
+) -> tuple[PlanItem, ...]:
+    """Return the plan's items with their sources' metadata. `begun` returns how much an interrupted download left behind."""
     with ThreadPoolExecutor(_ASK_AT_ONCE, thread_name_prefix="ask") as pool:
         return tuple(pool.map(lambda item: _asked(item, hub, begun, cancel), items))
 
 
-def _asked(item: Item, hub: Hub, begun: Callable[[RemoteFile], int], cancel: CancelToken) -> Item:
-    if item.state is not State.FETCH or item.spec is None:
+def _asked(item: PlanItem, hub: Hub, begun: Callable[[RemoteFile], int], cancel: CancelToken) -> PlanItem:
+    if item.state is not ItemState.FETCH or item.spec is None:
         return item
     spec = item.spec
     try:
@@ -178,7 +182,7 @@ def _asked(item: Item, hub: Hub, begun: Callable[[RemoteFile], int], cancel: Can
     except (SourceUnreachable, EnsureCancelled) as exc:
         why = exc.reason if isinstance(exc, SourceUnreachable) else "no answer in time"
         message = f"Its source could not be asked ({why}): look at the network of this machine; a worker may well get it."
-        return replace(item, state=State.NO_ANSWER, message=message, code=SourceUnreachable.code)
+        return replace(item, state=ItemState.NO_ANSWER, message=message, code=SourceUnreachable.code)
     except ModelError as exc:
         return replace(item, state=_state_of(exc), message=str(exc), code=exc.code)
     sha256 = remote.sha256 or spec.sha256
@@ -186,20 +190,20 @@ def _asked(item: Item, hub: Hub, begun: Callable[[RemoteFile], int], cancel: Can
 
 
 def check_promises(spec: ModelSpec, remote: RemoteFile) -> None:
-    """Raise `ContentMismatch` if the source's file differs from the list's."""
+    """Raise `ContentMismatch` if the source that was asked has another file than the list says."""
     if spec.sha256 and remote.sha256 and spec.sha256 != remote.sha256:
         raise ContentMismatch(remote.where, "sha256", spec.sha256, remote.sha256)
     if spec.size_bytes not in {None, remote.size_bytes}:
         raise ContentMismatch(remote.where, "size", str(spec.size_bytes), str(remote.size_bytes))
 
 
-def _state_of(exc: ModelError) -> State:
+def _state_of(exc: ModelError) -> ItemState:
     match exc:
         case RepoGated():
-            return State.GATED
+            return ItemState.GATED
         case RepoNotFound() | TokenRefused():
-            return State.NO_ACCESS
+            return ItemState.NO_ACCESS
         case ContentMismatch():
-            return State.REFUSED
+            return ItemState.REFUSED
         case _:
-            return State.NOT_FOUND
+            return ItemState.NOT_FOUND

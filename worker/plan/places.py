@@ -14,7 +14,7 @@ from worker.base.volume import is_volume
 from worker.errors import VolumeFull, VolumeMissing, VolumeReadOnly, no_volume
 from worker.models.sources import Sources
 from worker.pins import read_pins
-from worker.plan.items import Item, State
+from worker.plan.items import ItemState, PlanItem
 from worker.store.byte_ranges import Ranges
 from worker.store.eviction import EvictionLimits, eviction_outlook, survey
 from worker.store.inventory import Standing, look
@@ -47,7 +47,7 @@ class Places:
         """Return the places that a worker with these settings uses."""
         return cls(layout_at(settings.volume_path), Layout(settings.local_store), settings.base_dir / "models")
 
-    def find(self, folders: Sequence[str], files: Sequence[str]) -> Item | None:
+    def find(self, folders: Sequence[str], files: Sequence[str]) -> PlanItem | None:
         """Return the first of these files that exists. Without folders: in any. Accents may be in either form."""
         files = [form for file in files for form in unicode_forms(file)]
         for root, find in (
@@ -61,35 +61,39 @@ class Places:
                     return found
         return None
 
-    def by_hand(self, folders: Sequence[str], files: Sequence[str]) -> Item | None:
+    def by_hand(self, folders: Sequence[str], files: Sequence[str]) -> PlanItem | None:
         """Return the first of these files. Their names contain characters that the worker never writes, such as a backslash."""
-        roots = ((self.volume.models, State.BY_HAND), (self.local.models, State.CONTAINER), (self.image, State.IMAGE))
+        roots = (
+            (self.volume.models, ItemState.BY_HAND),
+            (self.local.models, ItemState.CONTAINER),
+            (self.image, ItemState.IMAGE),
+        )
         for root, state in roots:
             for folder in folders or _folders_of(root):
                 for file in files:
                     if found := stat_file(root / folder / file):
-                        return Item(file, folder, state, found.st_size, path=root / folder / file)
+                        return PlanItem(file, folder, state, found.st_size, path=root / folder / file)
         return None
 
-    def _in_store(self, layout: Layout, folder: str, file: str) -> Item | None:
+    def _in_store(self, layout: Layout, folder: str, file: str) -> PlanItem | None:
         there = look(layout, folder, file)
         if there.standing is Standing.ABSENT:
             return None
         path, on_volume = layout.model(folder, file), layout is self.volume
-        item = Item(file, folder, State.VOLUME if on_volume else State.CONTAINER, there.size_bytes, path=path)
+        item = PlanItem(file, folder, ItemState.VOLUME if on_volume else ItemState.CONTAINER, there.size_bytes, path=path)
         if there.standing is Standing.READY and there.seal:
             return replace(item, sha256=there.seal.sha256)
         if there.error:
-            return replace(item, state=State.INCOMPLETE, message=str(there.error), code=there.error.code)
-        return replace(item, state=State.BY_HAND) if on_volume else item
+            return replace(item, state=ItemState.INCOMPLETE, message=str(there.error), code=there.error.code)
+        return replace(item, state=ItemState.BY_HAND) if on_volume else item
 
-    def _in_image(self, folder: str, file: str) -> Item | None:
+    def _in_image(self, folder: str, file: str) -> PlanItem | None:
         path = self.image / folder / file
         found = stat_file(path)
         if found is None:
             return None
         cached = path.resolve().is_relative_to(self.volume.host_cache)
-        return Item(file, folder, State.HOST_CACHE if cached else State.IMAGE, found.st_size, path=path)
+        return PlanItem(file, folder, ItemState.HOST_CACHE if cached else ItemState.IMAGE, found.st_size, path=path)
 
     def cached(self, spec: ModelSpec) -> Path | None:
         """Return the model's file in RunPod's host cache, found by its name. The worker checks its hash."""
@@ -117,7 +121,7 @@ def _folders_of(root: Path) -> list[str]:
 
 
 def with_space(plan: Plan, settings: Settings, places: Places) -> Plan:
-    """Return the plan with the files' destination, the volume or the container's disk, and whether they fit."""
+    """Return the plan with the place of the files, the volume or the container's disk, and whether they fit."""
     volume = places.volume.root
     plan = replace(plan, target=volume, free_bytes=free_bytes(volume) if is_volume(volume) else None)
     problem = _no_space(plan, volume) if is_volume(volume) else VolumeMissing(volume)
@@ -141,7 +145,7 @@ def with_space(plan: Plan, settings: Settings, places: Places) -> Plan:
 def _with_removals(
     plan: Plan, problem: VolumeFull | None, limits: EvictionLimits, settings: Settings, places: Places
 ) -> tuple[Plan, VolumeFull | None]:
-    """Return the plan with what the worker would remove for its files, and the problem if that is not enough."""
+    """Return the plan with what the worker would remove from the place of its files, and the problem if that is not enough."""
     sources = Sources.gather(volume_manifest=places.volume.manifest, manifest=settings.models_manifest, models=settings.models)
     found = survey(places.volume, read_pins(places.volume.root, sources), LeaseTiming())
     short = plan.fetch_bytes - plan.free_bytes if plan.free_bytes is not None else 0

@@ -15,16 +15,16 @@ from worker.base.text import count, size_text, wrapped
 from worker.errors import RequestError, VolumeFailed, WorkerError
 from worker.fetch.http import Network
 from worker.fetch.hub import Hub, credentials
-from worker.plan.document import Unreadable, Wanted, installed, read_document
-from worker.plan.items import FETCHED, THERE, Item, Plan, State
-from worker.plan.lookup import ask_in_time, look, read_sources
+from worker.plan.document import PlanDocument, UnreadableDocument, installed_release, read_document
+from worker.plan.items import FETCHED, THERE, ItemState, Plan, PlanItem
+from worker.plan.lookup import ask_sources_in_time, look_up_offline, read_valid_sources
 from worker.plan.places import Places, with_space
 from worker.volume_workflows import read_workflow
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from worker.plan.items import Item
+    from worker.plan.items import PlanItem
     from worker.settings import Settings
 
 
@@ -36,7 +36,7 @@ _DEADLINE_S: Final = 20.0
 
 
 def run(argv: Sequence[str], settings: Settings, hub: Hub | None = None) -> int:
-    """Print the plan of the workflow that `argv` names. Return 0 if it can run, 1 if it cannot, 2 if it is unreadable.
+    """Run the command `plan`. Return 0 if the workflow can run, 1 if it cannot, 2 if it is unreadable.
 
     `hub` asks the sources. Without one it is created from the settings.
     """
@@ -56,7 +56,7 @@ def run(argv: Sequence[str], settings: Settings, hub: Hub | None = None) -> int:
         return int(exc.code or 0)
     try:
         document = read_document(options.workflow, partial(read_workflow, settings.volume_path))
-    except Unreadable as exc:
+    except UnreadableDocument as exc:
         print(f"error: {options.workflow}: {exc}", file=sys.stderr)  # noqa: T201 - the command's output
         return USAGE
     plan = make_plan(document, settings, hub or make_hub(settings))
@@ -70,7 +70,7 @@ def run(argv: Sequence[str], settings: Settings, hub: Hub | None = None) -> int:
 
 
 def make_hub(settings: Settings) -> Hub:
-    """Return a hub with the worker's settings but less patience, because a person waits."""
+    """Return the hub of the command `plan`, with less patience than the worker's, because a person waits."""
     tokens = credentials(settings.hf_endpoint, settings.hf_token, settings.civitai_token)
     network = Network(tokens, urllib.request.getproxies(), connect_timeout_s=5.0, read_timeout_s=10.0)
     return Hub(settings.hf_endpoint, network, patience_s=_PATIENCE_S)
@@ -78,16 +78,16 @@ def make_hub(settings: Settings) -> Hub:
 
 def make_plan(document: object, settings: Settings, hub: Hub, deadline_s: float = _DEADLINE_S) -> Plan:
     """Return the plan of a workflow from `read_document`. Problems are in the plan and are not raised."""
-    sources, wrong_lists = read_sources(settings)
+    sources, wrong_lists = read_valid_sources(settings)
     places = Places.of(settings)
     problems: list[WorkerError] = []
-    items: list[Item] = []
+    items: list[PlanItem] = []
     try:
-        wanted = Wanted.read(document, partial(read_workflow, settings.volume_path))
+        wanted = PlanDocument.read(document, partial(read_workflow, settings.volume_path))
         sources = sources.with_request(wanted.models, settings.request_hosts)
         sources = sources.with_workflow(wanted.metadata, settings.request_hosts)
-        release = installed(settings.comfyui_dir)
-        items += [look(nodes, sources, places) for nodes in wanted.names(release)]
+        release = installed_release(settings.comfyui_dir)
+        items += [look_up_offline(nodes, sources, places) for nodes in wanted.names(release)]
         if lacking := wanted.lacking(release):
             problems.append(lacking)
     except (RequestError, VolumeFailed) as exc:
@@ -96,7 +96,7 @@ def make_plan(document: object, settings: Settings, hub: Hub, deadline_s: float 
     if settings.model_loading == "eager" or not all(item.state in THERE for item in items):
         problems += wrong_lists
         wrong_lists = []
-    plan = Plan(ask_in_time(items, hub, places.begun_bytes, deadline_s), tuple(problems), tuple(map(str, wrong_lists)))
+    plan = Plan(ask_sources_in_time(items, hub, places.begun_bytes, deadline_s), tuple(problems), tuple(map(str, wrong_lists)))
     return with_space(plan, settings, places)
 
 
@@ -107,19 +107,19 @@ _WHAT_TO_DO_WITH_UNKNOWN: Final = (
     "No list of models knows what is UNKNOWN: put the file under models/ on the volume, "
     "or name its source in models.toml or in the request's 'models'."
 )
-_LABEL_WIDTH: Final = max(map(len, State))
+_LABEL_WIDTH: Final = max(map(len, ItemState))
 _SIZE_WIDTH: Final = len("999.9 GB")
 _INDENT: Final = 2 + _LABEL_WIDTH + 2 + _SIZE_WIDTH + 2
 
 
 def plan_lines(title: str, plan: Plan, width: int) -> Iterator[str]:
-    """Yield the plan's lines. What needs action comes last."""
+    """Yield the lines that the command `plan` prints. What needs action comes last."""
     there, blocking = sum(item.state in THERE for item in plan.items), sum(item.blocking for item in plan.items)
     stopping = f", {blocking} in the way" if blocking else ""
     yield f"{title}: {count(len(plan.items), 'model')}, {there} there, {len(plan.to_fetch)} to fetch{stopping}"
     yield ""
     for item in sorted(plan.items, key=_rank):
-        yield row(item.state.upper() if item.blocking else item.state, item.size_bytes, item.title)
+        yield plan_row(item.state.upper() if item.blocking else item.state, item.size_bytes, item.title)
         for text in _details(item):
             yield from wrapped(text, _INDENT, width)
     if plan.items:
@@ -127,22 +127,22 @@ def plan_lines(title: str, plan: Plan, width: int) -> Iterator[str]:
     yield from _totals(plan, width)
 
 
-def _rank(item: Item) -> tuple[bool, int]:
-    return item.blocking, list(State).index(item.state)
+def _rank(item: PlanItem) -> tuple[bool, int]:
+    return item.blocking, list(ItemState).index(item.state)
 
 
-def row(label: str, size_bytes: int | None, text: str) -> str:
-    """Return a line of the list: state, size, name."""
+def plan_row(label: str, size_bytes: int | None, text: str) -> str:
+    """Return a line of the printed plan: state, size, name."""
     size = "?" if size_bytes is None else size_text(size_bytes)
     return f"  {label:<{_LABEL_WIDTH}}  {size:>{_SIZE_WIDTH}}  {text}"
 
 
-def _details(item: Item) -> Iterator[str]:
+def _details(item: PlanItem) -> Iterator[str]:
     if item.spec and item.state in FETCHED:
         yield f"{item.spec.source}" + (f" ({item.known_by})" if item.known_by else "")
     if item.begun_bytes:
         yield f"{size_text(item.begun_bytes)} of it are on the volume already"
-    if item.message and not (item.state is State.UNKNOWN and item.blocking):
+    if item.message and not (item.state is ItemState.UNKNOWN and item.blocking):
         yield item.message
     if item.blocking and item.nodes:
         yield "named by " + ", ".join(f"node {node.node_id} ({node.class_type})" for node in item.nodes)
@@ -153,13 +153,13 @@ def _details(item: Item) -> Iterator[str]:
 def _totals(plan: Plan, width: int) -> Iterator[str]:
     if plan.to_fetch:
         unknown = f", {plan.unknown_sizes} of unknown size" if plan.unknown_sizes else ""
-        yield row("to fetch", plan.fetch_bytes, f"in {count(len(plan.to_fetch), 'file')}{unknown}")
+        yield plan_row("to fetch", plan.fetch_bytes, f"in {count(len(plan.to_fetch), 'file')}{unknown}")
     if plan.free_bytes is not None:
-        yield row("free", plan.free_bytes, f"on {plan.target}, less if there is a quota")
+        yield plan_row("free", plan.free_bytes, f"on {plan.target}, less if there is a quota")
     yield ""
     for text in plan.notes:
         yield from wrapped(text, 0, width)
-    if any(item.state is State.UNKNOWN and item.blocking for item in plan.items):
+    if any(item.state is ItemState.UNKNOWN and item.blocking for item in plan.items):
         yield from wrapped(_WHAT_TO_DO_WITH_UNKNOWN, 0, width)
     for problem in plan.problems:
         yield from wrapped(str(problem), 0, width)
@@ -168,7 +168,7 @@ def _totals(plan: Plan, width: int) -> Iterator[str]:
 
 def _verdict(plan: Plan) -> str:
     if plan.can_run:
-        unasked = sum(item.state is State.NO_ANSWER for item in plan.items)
+        unasked = sum(item.state is ItemState.NO_ANSWER for item in plan.items)
         return "can run" + (f", if the {count(unasked, 'model')} without an answer can be fetched" if unasked else "")
     states = Counter(item.state for item in sorted(plan.items, key=_rank) if item.blocking)
     reasons = [f"{number} {state}" for state, number in states.items()]

@@ -67,7 +67,7 @@ _FIELDS = ("id", "input", "s3Config", "webhook", "batchId")
 _NO_LIMIT = aiohttp.ClientTimeout(total=None)
 
 
-def _connections(**options: Any) -> aiohttp.ClientSession:  # noqa: ANN401 - aiohttp's own
+def _sdk_connections(**options: Any) -> aiohttp.ClientSession:  # noqa: ANN401 - aiohttp's own
     """Return connections as the SDK makes them, without its limit of ten minutes: that would count a freeze."""
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0), headers=get_auth_header(), timeout=_NO_LIMIT, **options
@@ -148,7 +148,7 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]  # the SDK has no types
         """Send everything from now on over new connections. Data on the old ones may still arrive."""
         if self._posts:
             self._old.append(self._posts)
-        self._posts, self._session = None, _connections()
+        self._posts, self._session = None, _sdk_connections()
         self._old.append(self._session)
         self._thawed.set()
         self._thawed = asyncio.Event()
@@ -232,7 +232,7 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]  # the SDK has no types
         """
         self._session, failures, idle = self._session or session, 0, 0
         # The debt is looked at last: the worker may fail, and leave, while this waits.
-        while await _before(self._leaving, self._free.wait()) or self._owes_a_poll:
+        while await _ends_before(self._leaving, self._free.wait()) or self._owes_a_poll:
             self._polls += 1
             self._has_polled = True
             began_s = self._loop.time()
@@ -249,7 +249,7 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]  # the SDK has no types
                 self._poll_over()
             for count, pauses_s in ((failures, _PAUSES_S), (idle, _IDLE_PAUSES_S)):
                 if count:
-                    await _before(self._leaving, asyncio.sleep(pauses_s[min(count, len(pauses_s)) - 1]))
+                    await _ends_before(self._leaving, asyncio.sleep(pauses_s[min(count, len(pauses_s)) - 1]))
         self._end_if_done()
         await self._gone.wait()
 
@@ -271,10 +271,10 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]  # the SDK has no types
 
         After a freeze return none at once. A job that later arrives on the poll is handled like any other.
         """
-        line = _Line(self.session)
+        line = _Poll(self.session)
         poll = asyncio.create_task(self._in_time(line.poll()))
         thawed = self._thawed
-        await _until_one(poll, self._leaving, thawed)
+        await _ends_first(poll, self._leaving, thawed)
         if thawed.is_set() and not (poll.done() or self._leaving.is_set()):
             self._polls += 1
             task = asyncio.create_task(self._linger(poll, line), name="old-poll")
@@ -283,17 +283,17 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]  # the SDK has no types
             return []
         return await self._brought(poll, line)
 
-    async def _brought(self, poll: asyncio.Task[bytes], line: _Line) -> list[dict[str, Any]]:
+    async def _brought(self, poll: asyncio.Task[bytes], line: _Poll) -> list[dict[str, Any]]:
         try:
-            body = await poll if poll.done() else await _arrived(poll, line)
+            body = await poll if poll.done() else await _rest_of_poll(poll, line)
         except TimeoutError:
             return []
         return await self._read(body) if body else []
 
-    async def _linger(self, poll: asyncio.Task[bytes], line: _Line) -> None:
+    async def _linger(self, poll: asyncio.Task[bytes], line: _Poll) -> None:
         """Take what an old poll brings until it ends: a job that RunPod has handed out would be lost with it."""
         try:
-            await _until_one(poll, self._leaving)
+            await _ends_first(poll, self._leaving)
             for job in await self._brought(poll, line):
                 await self._begin_or_answer(self.session, job)
         except Exception as exc:  # noqa: BLE001 - after a freeze this is expected, and there is a new poll
@@ -370,7 +370,7 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]  # the SDK has no types
         """
         self._session = self._session or session
         poll = asyncio.create_task(self._in_time(get_stop_signals(self._session)))
-        if not await _until_one(poll, self._gone, self._thawed):
+        if not await _ends_first(poll, self._gone, self._thawed):
             poll.cancel()
             raise TimeoutError
         ids: list[str] = await poll
@@ -389,7 +389,7 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]  # the SDK has no types
     def _posting(self) -> aiohttp.ClientSession:
         """Return the connections for results. They are kept, so that no result waits for a handshake."""
         if self._posts is None:
-            self._posts = _connections(middlewares=(say_refused, partial(send_again, clock=self._clock)))
+            self._posts = _sdk_connections(middlewares=(say_refused, partial(send_again, clock=self._clock)))
         return self._posts
 
 
@@ -413,7 +413,7 @@ async def send_again(
     send: Callable[[aiohttp.ClientRequest], Awaitable[aiohttp.ClientResponse]],
     clock: Callable[[], float] = time.monotonic,
 ) -> aiohttp.ClientResponse:
-    """Send a request until its answer is not a transient failure, for at most a minute."""
+    """For the job loop, send a request until its answer is not a transient failure, for at most a minute."""
     deadline = clock() + _POST_PATIENCE_S
     for attempt in itertools.count(1):
         last = clock() > deadline
@@ -435,7 +435,7 @@ async def send_again(
     raise AssertionError("the deadline ends the loop")
 
 
-async def _until_one(task: asyncio.Task[Any], *events: asyncio.Event) -> bool:
+async def _ends_first(task: asyncio.Task[Any], *events: asyncio.Event) -> bool:
     """Return True when the task is done, or False when one of the events is set. The task continues either way."""
     waiting = [asyncio.create_task(event.wait()) for event in events]
     try:
@@ -453,16 +453,16 @@ def _jobs(count: int) -> str:
     return "1 job" if count == 1 else f"{count} jobs"
 
 
-async def _before(event: asyncio.Event, coro: Coroutine[Any, Any, Any]) -> bool:
+async def _ends_before(event: asyncio.Event, coro: Coroutine[Any, Any, Any]) -> bool:
     """Return whether `coro` ends before the event is set. Otherwise cancel it."""
     task = asyncio.create_task(coro)
-    if event.is_set() or not await _until_one(task, event) or event.is_set():
+    if event.is_set() or not await _ends_first(task, event) or event.is_set():
         task.cancel()
         return False
     return True
 
 
-class _Line:
+class _Poll:
     """One poll for a job. It remembers whether its answer has begun to arrive."""
 
     def __init__(self, session: aiohttp.ClientSession) -> None:
@@ -502,7 +502,7 @@ def _id_in(body: bytes) -> str | None:
     return None
 
 
-async def _arrived(poll: asyncio.Task[bytes], line: _Line) -> bytes:
+async def _rest_of_poll(poll: asyncio.Task[bytes], line: _Poll) -> bytes:
     """Return what the poll still brings: take an answer that is on its way, then cancel the poll."""
     await asyncio.wait((poll,), timeout=_ARRIVAL_S)
     if line.answering:

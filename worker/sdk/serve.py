@@ -81,7 +81,7 @@ def _processor_name(path: Path = Path("/proc/cpuinfo")) -> str:
 
 
 def serve(worker: Worker, arguments: Sequence[str], environ: Mapping[str, str]) -> None:
-    """Take jobs until the SDK ends.
+    """Run the SDK: take jobs until it ends.
 
     On RunPod that is after SIGTERM or a result that asks for another worker. With a test input it is after one job.
     """
@@ -92,7 +92,7 @@ def serve(worker: Worker, arguments: Sequence[str], environ: Mapping[str, str]) 
     sys.argv[1:] = arguments  # the SDK parses sys.argv itself
     print("worker-comfyui - Starting handler...", flush=True)  # noqa: T201 - a line that people's checks look for
     if takes_jobs(arguments, environ):
-        runpod.serverless.start(_production(worker))
+        runpod.serverless.start(_production_config(worker))
         # The heartbeat is a daemon process, which would end with this one, but only after everything else.
         for child in multiprocessing.active_children():
             child.kill()  # forked beside running threads, it may be stuck and deaf to SIGTERM
@@ -100,7 +100,7 @@ def serve(worker: Worker, arguments: Sequence[str], environ: Mapping[str, str]) 
         runpod.serverless.start({"handler": lambda job: worker.loop.run(worker.handler.handle(job))})
 
 
-def _production(worker: Worker) -> dict[str, Any]:
+def _production_config(worker: Worker) -> dict[str, Any]:
     """Return the SDK's config for jobs and progress on RunPod."""
     import asyncio  # noqa: PLC0415 - not before ComfyUI is spawned
 

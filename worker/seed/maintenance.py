@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from worker.base.progress import CancelToken
     from worker.models.sources import Sources
-    from worker.plan.items import Item
+    from worker.plan.items import PlanItem
     from worker.seed.context import SeedContext, SeedTarget
     from worker.seed.screen import SeedScreen
     from worker.seed.volumes import SealedModel, SeedVolume
@@ -239,7 +239,7 @@ def _named_models(context: SeedContext, sources: Sources) -> dict[str, ModelSpec
     return named
 
 
-def _titles_of(item: Item) -> Iterator[str]:
+def _titles_of(item: PlanItem) -> Iterator[str]:
     """Yield every `folder/name` at which a worker would find this model, so that pruning keeps it."""
     yield item.title
     for node in item.nodes:

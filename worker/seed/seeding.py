@@ -16,8 +16,8 @@ from rich.text import Text
 from worker.base.progress import ModelProgress
 from worker.base.text import count, size_text
 from worker.errors import EnsureCancelled, VolumeFull, WorkerError
-from worker.plan.items import State
-from worker.plan.lookup import ask
+from worker.plan.items import ItemState
+from worker.plan.lookup import ask_sources
 from worker.seed.errors import ModelUnavailable, SeedUsage
 from worker.seed.outcome import NEWER, Outcome
 from worker.seed.screen import dry_run_table, summary_table
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from worker.base.progress import CancelToken
     from worker.fetch.hub import Hub
     from worker.models.sources import Sources
-    from worker.plan.items import Item
+    from worker.plan.items import PlanItem
     from worker.seed.context import SeedContext, SeedTarget
     from worker.seed.fill import Filler
     from worker.seed.screen import SeedScreen
@@ -50,7 +50,7 @@ def seed(context: SeedContext, place: SeedTarget, sources: Sources) -> int:
     """Put every wanted model onto the volumes. Return the exit status. Raises `EnsureCancelled` if stopped."""
     began_s = time.monotonic()
     items = _models_to_seed(context, sources)
-    unavailable = [item for item in items if item.state not in {State.FETCH, State.NO_ANSWER} or item.spec is None]
+    unavailable = [item for item in items if item.state not in {ItemState.FETCH, ItemState.NO_ANSWER} or item.spec is None]
     wanted = [item for item in items if item not in unavailable]
     outcomes = [outcome for item in unavailable if not item.optional for outcome in _unavailable(item, place.filler.titles)]
     with context.screen() as screen:
@@ -64,7 +64,7 @@ def seed(context: SeedContext, place: SeedTarget, sources: Sources) -> int:
             else:
                 screen.ended(item.title, [outcome for outcome in outcomes if outcome.model == item.title])
         for item in wanted:
-            if item.state is State.NO_ANSWER:
+            if item.state is ItemState.NO_ANSWER:
                 screen.say(f"{item.title}: {_source_hosts(context, [item])} did not answer and is asked again.")
         outcomes += seed_models(context, [(item.spec, None) for item in wanted if item.spec], place.filler, screen)
     took_s = time.monotonic() - began_s
@@ -104,7 +104,7 @@ def dry_run(context: SeedContext, place: SeedTarget, sources: Sources) -> int:
     return 0 if all(line.good for line in lines) else FAILED
 
 
-def _models_to_seed(context: SeedContext, sources: Sources) -> tuple[Item, ...]:
+def _models_to_seed(context: SeedContext, sources: Sources) -> tuple[PlanItem, ...]:
     """Return the models to seed with their sources' metadata."""
     hub = urlsplit(context.settings.hf_endpoint).hostname
     with _told_when_slow(context, f"waiting for an answer of {hub} about its files"):
@@ -114,13 +114,13 @@ def _models_to_seed(context: SeedContext, sources: Sources) -> tuple[Item, ...]:
     with _told_when_slow(
         context, f"waiting for an answer of {_source_hosts(context, items)} about {count(len(items), 'model')}"
     ):
-        asked = ask(items, context.hub, lambda _: 0, context.cancel)
+        asked = ask_sources(items, context.hub, lambda _: 0, context.cancel)
     if context.cancel.is_set():
         raise EnsureCancelled("seeding")
     return asked
 
 
-def _source_hosts(context: SeedContext, items: Iterable[Item]) -> str:
+def _source_hosts(context: SeedContext, items: Iterable[PlanItem]) -> str:
     """Return the hosts that are asked about the models to seed."""
     hub = urlsplit(context.settings.hf_endpoint).hostname or ""
     sources = [item.spec.source for item in items if item.spec]
@@ -174,7 +174,7 @@ def seeding_status(context: SeedContext, outcomes: Sequence[Outcome]) -> int:
     return FAILED if failed else 0
 
 
-def _warn_of_space(items: Sequence[Item], place: SeedTarget, screen: SeedScreen) -> None:
+def _warn_of_space(items: Sequence[PlanItem], place: SeedTarget, screen: SeedScreen) -> None:
     """Warn before seeding about models that will not fit. Each is checked again when its turn comes."""
     for volume in place.volumes:
         if (free := volume.free_bytes) is None:
@@ -186,11 +186,11 @@ def _warn_of_space(items: Sequence[Item], place: SeedTarget, screen: SeedScreen)
             screen.say(f"warning: {volume.title} has {size_text(free)} free, {size_text(needed)} are to be fetched.")
 
 
-def _is_optional(item: Item) -> bool:
+def _is_optional(item: PlanItem) -> bool:
     return item.optional
 
 
-def _unavailable(item: Item, titles: Iterable[str]) -> list[Outcome]:
+def _unavailable(item: PlanItem, titles: Iterable[str]) -> list[Outcome]:
     reason = ModelUnavailable(item.message or f"{item.title}: {item.state}", item.code)
     return [Outcome(item.title, title, "failed", item.size_bytes or 0, error=reason) for title in titles]
 
@@ -231,15 +231,15 @@ class DryRunLine:
         }
 
 
-def dry_run_lines(items: Sequence[Item], volumes: Sequence[SeedVolume], hub: Hub, cancel: CancelToken) -> list[DryRunLine]:
+def dry_run_lines(items: Sequence[PlanItem], volumes: Sequence[SeedVolume], hub: Hub, cancel: CancelToken) -> list[DryRunLine]:
     """Return the dry run's line for each model, in order. A model's error is in its line."""
     with ThreadPoolExecutor(_ASK_AT_ONCE, thread_name_prefix="look") as pool:
         return list(pool.map(lambda item: _line(item, volumes, hub, cancel), items))
 
 
-def _line(item: Item, volumes: Sequence[SeedVolume], hub: Hub, cancel: CancelToken) -> DryRunLine:
+def _line(item: PlanItem, volumes: Sequence[SeedVolume], hub: Hub, cancel: CancelToken) -> DryRunLine:
     spec, source = item.spec, str(item.spec.source) if item.spec else None
-    if item.state is not State.FETCH or spec is None:
+    if item.state is not ItemState.FETCH or spec is None:
         return DryRunLine(item.title, item.size_bytes, item.message or str(item.state), source, good=item.optional)
     states: list[str] = []
     send_bytes = 0
@@ -265,7 +265,7 @@ def _line(item: Item, volumes: Sequence[SeedVolume], hub: Hub, cancel: CancelTok
     return DryRunLine(item.title, item.size_bytes, "; ".join(states), source, good=good, send_bytes=send_bytes)
 
 
-def _dry_run_word(found: InventoryEntry, item: Item, expected: str | None) -> tuple[str, bool]:
+def _dry_run_word(found: InventoryEntry, item: PlanItem, expected: str | None) -> tuple[str, bool]:
     """Return what seeding would do with an existing file, and whether that is as wanted. `expected` is its required hash."""
     pinned, sealed = item.spec.sha256 if item.spec else None, found.seal.sha256 if found.seal else None
     if found.standing is Standing.READY:

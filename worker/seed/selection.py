@@ -20,12 +20,12 @@ from worker.graph.rejection import NodeOrigin, unknown_nodes
 from worker.models.catalog import Catalog
 from worker.models.lists import SpecList
 from worker.models.sources import Sources
-from worker.plan.document import Unreadable, Wanted, is_text, read_document
-from worker.plan.items import Item, State
-from worker.plan.lookup import meaning, of_spec
+from worker.plan.document import PlanDocument, UnreadableDocument, is_text, read_document
+from worker.plan.items import ItemState, PlanItem
+from worker.plan.lookup import item_of_spec, look_up_name
 from worker.seed.errors import SeedUsage, WhatUnknown
 from worker.spec import HubFile, ModelSpec, parse_source, parse_spec
-from worker.volume_workflows import decoded
+from worker.volume_workflows import decode_workflow
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -73,7 +73,7 @@ class Selection:
         self._tell = tell
         self._warn_of_lists = warn
 
-    def read(self, whats: Sequence[str]) -> tuple[Item, ...]:
+    def read(self, whats: Sequence[str]) -> tuple[PlanItem, ...]:
         """Return the models, each once: to be downloaded, or with an error. Without a WHAT: those of the manifests.
 
         Raises `SeedUsage`, `WhatUnknown` or `SpecInvalid` for a wrong WHAT, `ManifestInvalid`, and what listing a repository
@@ -81,17 +81,17 @@ class Selection:
         """
         manifests = [self._manifest(Path(what)) for what in whats if _is_manifest(what)]
         self._sources = replace(self._sources, manifests=(*manifests, *self._sources.manifests))
-        items: list[Item] = []
+        items: list[PlanItem] = []
         for what in whats:
             items += self._items(what)
         if not whats:
             items += self._of_specs(self._sources.manifest(), None)
-        found: dict[tuple[str | None, str], Item] = {}
+        found: dict[tuple[str | None, str], PlanItem] = {}
         for item in items:
             found.setdefault((item.folder, item.name), item)
         return tuple(found.values())
 
-    def _items(self, what: str) -> Iterable[Item]:
+    def _items(self, what: str) -> Iterable[PlanItem]:
         if _SHORT_LINE.match(what):
             return self._of_specs(_models_in_argument(what), what)
         if "://" in what:
@@ -117,8 +117,8 @@ class Selection:
         if lacking:
             self._tell(f"warning: {what} CANNOT RUN; its models are sent all the same. {lacking}")
 
-    def _of_specs(self, specs: Iterable[ModelSpec], known_by: str | None) -> list[Item]:
-        items = [of_spec(Item(spec.name, spec.folder, State.UNKNOWN), spec, self._sources) for spec in specs]
+    def _of_specs(self, specs: Iterable[ModelSpec], known_by: str | None) -> list[PlanItem]:
+        items = [item_of_spec(PlanItem(spec.name, spec.folder, ItemState.UNKNOWN), spec, self._sources) for spec in specs]
         return [replace(item, known_by=known_by or item.known_by) for item in items]
 
     # --- addresses
@@ -150,18 +150,18 @@ class Selection:
         volume = sources.volume
         return replace(volume.models, title=path.name) if volume else SpecList(path.name)
 
-    def _workflow(self, path: str) -> list[Item]:
+    def _workflow(self, path: str) -> list[PlanItem]:
         try:
             document = read_document(path)
-        except Unreadable as exc:
+        except UnreadableDocument as exc:
             raise SeedUsage(f"{path}: {exc}.") from None
         return self._of_document(path, document)
 
-    def _of_document(self, title: str, document: object) -> list[Item]:
+    def _of_document(self, title: str, document: object) -> list[PlanItem]:
         try:
-            wanted = Wanted.read(document, self._saved)
+            wanted = PlanDocument.read(document, self._saved)
             sources = self._sources.with_request(wanted.models, self._hosts).with_workflow(wanted.metadata, self._hosts)
-            items = [meaning(nodes, sources) for nodes in wanted.names()]
+            items = [look_up_name(nodes, sources) for nodes in wanted.names()]
             self._warn(title, wanted.lacking())
             return [*items, *self._of_specs(sources.requested(), "the request")]
         except RequestError as exc:
@@ -176,7 +176,7 @@ class Selection:
 
     def _found(self, name: str) -> dict[str, Any] | None:
         files = (volume.workflow(name) for volume in self._volumes)
-        return next((decoded(name, data) for data in files if data is not None), None)
+        return next((decode_workflow(name, data) for data in files if data is not None), None)
 
     def _saved_names(self) -> list[str]:
         return sorted({name for volume in self._volumes for name in volume.workflow_names()})

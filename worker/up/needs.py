@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from worker.models.sources import Sources
 from worker.plan.items import FETCHED
-from worker.plan.lookup import ask_in_time
+from worker.plan.lookup import ask_sources_in_time
 from worker.plan.plan_command import make_hub
 from worker.seed.selection import Selection
 from worker.up.errors import ModelsNotReady
@@ -19,7 +19,7 @@ from worker.up.errors import ModelsNotReady
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from worker.plan.items import Item
+    from worker.plan.items import PlanItem
     from worker.settings import Settings
 
 _DEADLINE_S = 40.0
@@ -29,11 +29,11 @@ _DEADLINE_S = 40.0
 class Needs:
     """The models that a workflow needs. `digest` changes with the workflow and with the lists of models beside it."""
 
-    items: tuple[Item, ...]
+    items: tuple[PlanItem, ...]
     digest: str
 
     @property
-    def fetched(self) -> tuple[Item, ...]:
+    def fetched(self) -> tuple[PlanItem, ...]:
         """Return the models that go onto the volume."""
         return tuple(item for item in self.items if item.state in FETCHED and item.spec)
 
@@ -78,5 +78,5 @@ def read_needs(workflow: str, whats: Sequence[str], settings: Settings, tell: Ca
     hub = make_hub(settings)
     sources = Sources.read(manifest=settings.models_manifest, models=settings.models)
     wants = Selection(sources, hub, settings.request_hosts, None, threading.Event(), tell=tell)
-    items = ask_in_time(wants.read([workflow, *whats]), hub, lambda _: 0, _DEADLINE_S)
+    items = ask_sources_in_time(wants.read([workflow, *whats]), hub, lambda _: 0, _DEADLINE_S)
     return Needs(items, needs_digest(workflow, whats))

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from worker.base.text import count, size_text, wrapped
-from worker.plan.plan_command import row
+from worker.plan.plan_command import plan_row
 from worker.seed.screen import ScreenBars, ScreenJson, ScreenLines
 from worker.up.catalog import PRICES_OF, volume_usd_month, wanted_gpu_gb
 
@@ -107,7 +107,7 @@ def up_plan_lines(plan: UpPlan, width: int) -> Iterator[str]:
         gpu = f"a GPU with {wanted_gpu_gb(needs.size_bytes)} GB holds them all"
         yield f"{plan.name}: {count(len(needs.items), 'model')}, {total}; {gpu}"
         for item in sorted(needs.items, key=lambda item: -(item.size_bytes or 0)):
-            yield row(item.state.upper() if item.blocking else item.state, item.size_bytes, item.title)
+            yield plan_row(item.state.upper() if item.blocking else item.state, item.size_bytes, item.title)
             if item.message:
                 yield from wrapped(item.message, 4, width)
         if needs.unknown_sizes:

@@ -36,15 +36,15 @@ def loading_part(graph: Graph) -> Graph | None:
     return part if named_models(part) else None
 
 
-def runnable(part: Graph) -> Graph:
-    """Return the part with an output node behind each end. Without these ComfyUI would run nothing."""
+def runnable_part(part: Graph) -> Graph:
+    """Return the loading part of a graph with an output node behind each end. Without these ComfyUI would run nothing."""
     taken = {value[0] for node in part.values() for value in node["inputs"].values() if is_link(part, value)}
     ends = [node_id for node_id in part if node_id not in taken]
     return part | {f"end-{node_id}": {"class_type": _SINK, "inputs": {"source": [node_id, 0]}} for node_id in ends}
 
 
 def _is_fed(graph: Graph, kept: Graph, node: dict[str, Any]) -> bool:
-    """Return whether everything that the node takes from other nodes is still there. Constants do not matter."""
+    """Return whether the loading part still has everything that the node takes from other nodes. Constants do not matter."""
     fixed = known().warmup_kept[node["class_type"]] & known().warmup_fixed.keys()
     links = ((name, value) for name, value in node["inputs"].items() if is_link(graph, value))
     return all(value[0] in kept or name in fixed for name, value in links)

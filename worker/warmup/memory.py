@@ -45,13 +45,13 @@ def _of_groups(root: Path) -> Iterator[int]:
         _, controllers, path = line.split(":", 2)
         if not controllers:
             for mount in (root / _SYS, root / _SYS / "unified"):
-                yield from _levels(mount, path, ("memory.max", "memory.current", "inactive_file", "active_file"))
+                yield from _memory_by_group(mount, path, ("memory.max", "memory.current", "inactive_file", "active_file"))
         elif "memory" in controllers.split(","):
             names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file", "total_active_file")
-            yield from _levels(root / _SYS / "memory", path, names)
+            yield from _memory_by_group(root / _SYS / "memory", path, names)
 
 
-def _levels(mount: Path, path: str, names: tuple[str, str, str, str]) -> Iterator[int]:
+def _memory_by_group(mount: Path, path: str, names: tuple[str, str, str, str]) -> Iterator[int]:
     """Yield the remaining memory of each group from `path` up to the mount's own.
 
     Without its own namespace a container reads its path as the machine has it, and sees its own group as the mount's top.

@@ -25,7 +25,7 @@ Range = tuple[int, int]
 
 
 def missing_ranges(fd: int, size_bytes: int) -> list[Range]:
-    """Return the ranges of an open file that are not in memory, in order, to within 128 KiB. All of it if unknown."""
+    """Return the ranges of an open file that are not in the page cache, in order, to within 128 KiB. All of it if unknown."""
     everything = [(0, size_bytes)] if size_bytes else []
     # To others the kernel reports that all of it is there (mincore(2), since Linux 5.2).
     if not everything or not (os.fstat(fd).st_uid == os.geteuid() or os.access(f"/proc/self/fd/{fd}", os.W_OK)):
@@ -37,24 +37,24 @@ def missing_ranges(fd: int, size_bytes: int) -> list[Range]:
         pages = _residency(libc, fd, start, length)
         if pages is None:
             return everything
-        for begin, end in _holes(pages):
+        for begin, end in _missing_parts(pages):
             _append(missing, start + begin, min(start + end, size_bytes))
     return missing
 
 
-def _holes(pages: bytes) -> Iterator[Range]:
-    """Yield the parts that are not wholly there. Only partly present parts are examined in detail."""
-    for begin, end, count in _parts(pages, 0, len(pages), _COARSE_BYTES):
+def _missing_parts(pages: bytes) -> Iterator[Range]:
+    """Yield the parts of a file that are not wholly in the page cache. Only partly present parts are examined in detail."""
+    for begin, end, count in _counted_parts(pages, 0, len(pages), _COARSE_BYTES):
         if count == 0:
             yield begin * mmap.PAGESIZE, end * mmap.PAGESIZE
         elif count < end - begin:
-            for fine_begin, fine_end, fine_count in _parts(pages, begin, end, _FINE_BYTES):
+            for fine_begin, fine_end, fine_count in _counted_parts(pages, begin, end, _FINE_BYTES):
                 if fine_count < fine_end - fine_begin:
                     yield fine_begin * mmap.PAGESIZE, fine_end * mmap.PAGESIZE
 
 
-def _parts(pages: bytes, begin: int, end: int, part_bytes: int) -> Iterator[tuple[int, int, int]]:
-    """Yield for each part its first page, the page after its last, and how many of its pages are there."""
+def _counted_parts(pages: bytes, begin: int, end: int, part_bytes: int) -> Iterator[tuple[int, int, int]]:
+    """Yield for each part of a file its first page, the page after its last, and how many of its pages are in memory."""
     step = part_bytes // mmap.PAGESIZE
     for first in range(begin, end, step):
         after = min(first + step, end)
@@ -68,7 +68,7 @@ def _append(ranges: list[Range], begin: int, end: int) -> None:
 
 
 def _residency(libc: ctypes.CDLL, fd: int, start: int, length: int) -> bytes | None:
-    """Return one byte for each page: 1 if it is in memory."""
+    """Return one byte for each page of a file: 1 if it is in the page cache."""
     address = libc.mmap(None, length, mmap.PROT_READ, mmap.MAP_SHARED, fd, start)
     if address == _FAILED:
         return None

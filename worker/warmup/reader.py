@@ -37,8 +37,8 @@ _STOP_S: Final = 0.5
 
 
 @dataclass(frozen=True, slots=True)
-class Warmed:
-    """The result of one list of files: `what` without, `str()` with the time that it took."""
+class ReadAheadResult:
+    """The result of reading one list of files ahead: `what` without, `str()` with the time that it took."""
 
     began_s: float = 0.0
     """On the clock of `time.monotonic`."""
@@ -63,21 +63,21 @@ class Warmed:
 
 
 @dataclass(eq=False, slots=True)
-class _Plan:
-    """One list of files that is being read."""
+class _ReadAhead:
+    """One list of files that the reader is reading ahead."""
 
     files: deque[Path]
-    warmed: Warmed
+    warmed: ReadAheadResult
     budget_bytes: int = 0
     current: Path | None = None
 
-    def so_far(self, *, running: bool) -> Warmed:
+    def so_far(self, *, running: bool) -> ReadAheadResult:
         """Return the result so far."""
         return replace(self.warmed, seconds=time.monotonic() - self.warmed.began_s, running=running)
 
 
-class Warmer:
-    """Reads files into the page cache in the background. Safe to use from any thread; no call waits for the disk.
+class WeightsReader:
+    """Reads weights into the page cache in the background. Safe to use from any thread; no call waits for the disk.
 
     `budget_bytes` is called in a thread when a list of files begins, and returns how much may be read. An error of a file is
     logged and ends nothing: such a file is only slower to load.
@@ -87,10 +87,10 @@ class Warmer:
         self._budget_bytes = budget_bytes
         self._readers = readers
         self._changed = threading.Condition()
-        self._plan: _Plan | None = None
+        self._plan: _ReadAhead | None = None
         self._holders = 0
         self._thread: threading.Thread | None = None
-        self._last = Warmed()
+        self._last = ReadAheadResult()
 
     def warm(self, files: Iterable[Path]) -> None:
         """Read these files, in this order, instead of the current ones, with a new budget.
@@ -99,7 +99,7 @@ class Warmer:
         """
         wanted = deque(dict.fromkeys(files))
         with self._changed:
-            self._plan = _Plan(wanted, Warmed(time.monotonic())) if wanted else None
+            self._plan = _ReadAhead(wanted, ReadAheadResult(time.monotonic())) if wanted else None
             self._changed.notify_all()
             if self._plan and self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="warm", daemon=True)
@@ -117,12 +117,12 @@ class Warmer:
                 self._holders -= 1
                 self._changed.notify_all()
 
-    def warmed(self) -> Warmed:
+    def warmed(self) -> ReadAheadResult:
         """Return the state of the current list, or the result of the last one."""
         with self._changed:
             return self._plan.so_far(running=True) if self._plan else self._last
 
-    def wait(self, timeout_s: float) -> Warmed:
+    def wait(self, timeout_s: float) -> ReadAheadResult:
         """Return when nothing is left to read, or after `timeout_s`."""
         with self._changed:
             self._changed.wait_for(lambda: self._thread is None, timeout_s)
@@ -149,14 +149,14 @@ class Warmer:
                     if self._last.read_bytes or self._last.left_bytes:
                         log.info("weights read ahead: %s", self._last)
 
-    def _next_plan(self) -> _Plan | None:
+    def _next_plan(self) -> _ReadAhead | None:
         with self._changed:
             if self._plan is None:
                 self._thread = None
                 self._changed.notify_all()
             return self._plan
 
-    def _read(self, plan: _Plan) -> None:
+    def _read(self, plan: _ReadAhead) -> None:
         plan.budget_bytes = self._budget_bytes()
         while path := self._next_file(plan):
             try:
@@ -166,13 +166,13 @@ class Warmer:
             with self._changed:
                 plan.current = None
 
-    def _next_file(self, plan: _Plan) -> Path | None:
+    def _next_file(self, plan: _ReadAhead) -> Path | None:
         with self._changed:
             if self._plan is plan and plan.files:
                 plan.current = plan.files.popleft()
             return plan.current
 
-    def _read_file(self, plan: _Plan, path: Path) -> None:
+    def _read_file(self, plan: _ReadAhead, path: Path) -> None:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             found = os.fstat(fd)
@@ -190,7 +190,7 @@ class Warmer:
         finally:
             os.close(fd)
 
-    def _read_pieces(self, plan: _Plan, fd: int, pieces: Sequence[Range]) -> None:
+    def _read_pieces(self, plan: _ReadAhead, fd: int, pieces: Sequence[Range]) -> None:
         """Return when all pieces are read or no longer wanted."""
         rest = deque(pieces)
         errors: list[OSError] = []
@@ -219,20 +219,20 @@ class Warmer:
         if errors:
             raise errors[0]
 
-    def _may_go_on(self, plan: _Plan) -> bool:
+    def _may_go_on(self, plan: _ReadAhead) -> bool:
         """Wait while a job has the disk, which the job's own deadline ends. Return False if this plan was replaced."""
         with self._changed:
             self._changed.wait_for(lambda: not self._holders or self._plan is not plan)
             return self._plan is plan
 
-    def _count(self, plan: _Plan, **more: int) -> None:
+    def _count(self, plan: _ReadAhead, **more: int) -> None:
         with self._changed:
             known = plan.warmed
             plan.warmed = replace(known, **{name: getattr(known, name) + bytes_ for name, bytes_ in more.items()})
 
 
 def _first_pieces(ranges: Iterable[Range], budget_bytes: int) -> list[Range]:
-    """Return the ranges in pieces, up to the budget."""
+    """Return the ranges to read ahead in pieces, up to the budget."""
     pieces: list[Range] = []
     for begin, end in ranges:
         for offset in range(begin, end, _PIECE_BYTES):

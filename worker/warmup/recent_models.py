@@ -28,8 +28,8 @@ _MAX_BYTES: Final = 1 << 20
 _WRITE_EVERY_S: Final = 60.0
 
 
-class UsedModels:
-    """The record of one endpoint, in the file `path` on the volume below `root`. Not thread-safe."""
+class RecentModels:
+    """The record of the models that one endpoint used last, in the file `path` on the volume. Not thread-safe."""
 
     def __init__(self, root: Path, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self._root = root

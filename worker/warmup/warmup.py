@@ -23,10 +23,10 @@ from worker.graph.model_names import named_models, with_slashes
 from worker.graph.paths import check_paths
 from worker.links.host_cache import cached_copies
 from worker.store.layout import Layout
-from worker.warmup.loading_graph import loading_part, runnable
+from worker.warmup.loading_graph import loading_part, runnable_part
 from worker.warmup.memory import free_memory_bytes
-from worker.warmup.reader import Warmer
-from worker.warmup.recent_models import UsedModels
+from worker.warmup.reader import WeightsReader
+from worker.warmup.recent_models import RecentModels
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from worker.graph.model_names import NamedModel
     from worker.models.job_models import JobModels, Name
     from worker.settings import Settings
-    from worker.warmup.reader import Warmed
+    from worker.warmup.reader import ReadAheadResult
 
 log = logging.getLogger(__name__)
 
@@ -52,12 +52,12 @@ class Warmup:
     Safe to use from any thread. Call `begin` as early as possible, and `linked` when the models' names can be looked up.
     """
 
-    def __init__(self, settings: Settings, warmer: Warmer | None = None) -> None:
+    def __init__(self, settings: Settings, warmer: WeightsReader | None = None) -> None:
         self._settings = settings
         self._job_models: JobModels | None = None
-        self._warmer = warmer or Warmer(lambda: int(settings.warm_memory_share * free_memory_bytes()))
+        self._warmer = warmer or WeightsReader(lambda: int(settings.warm_memory_share * free_memory_bytes()))
         self._reads = settings.warm_models != ()
-        self._used: UsedModels | None = None
+        self._used: RecentModels | None = None
         self._warmup: Future[Graph | None] = Future()
         self._copies: Future[dict[Path, Path]] = Future()
         self._recent: list[Path] = []
@@ -88,7 +88,7 @@ class Warmup:
         """Read the models of a job now, and nothing else. Do nothing if they are the last job's models."""
         names = _names_of(models)
         if self._reads and names and not self._names.issuperset(names):
-            self._work.put(lambda: self._warmer.warm(_files(self._located(names))))
+            self._work.put(lambda: self._warmer.warm(_real_files(self._located(names))))
         self._names = frozenset(names) or self._names
 
     def fetched(self) -> None:
@@ -109,7 +109,7 @@ class Warmup:
         if names := _names_of(models):
             self._work.put(lambda: self._remember(graph, names))
 
-    def warmed(self) -> Warmed | None:
+    def warmed(self) -> ReadAheadResult | None:
         """Return the state of the reading, or None if there was nothing to read."""
         warmed = self._warmer.warmed()
         return warmed if warmed.began_s else None
@@ -155,7 +155,7 @@ class Warmup:
             copies = cached_copies(Layout(self._settings.volume_path.resolve()))
         finally:
             self._copies.set_result(copies)
-        self._used = _record(self._settings)
+        self._used = _endpoint_record(self._settings)
         if self._used and self._settings.warm_models is None:
             self._recent = [copies.get(path, path) for path in self._used.files()]
         if self._recent:
@@ -170,7 +170,7 @@ class Warmup:
         listed = self._located(names)
         if len(listed) < len(names):
             log.warning("WARM_MODELS names %s, of which %d exist", count(names, "model"), len(listed))
-        files = _files([*self._located(_names_of(named_models(graph)) if graph else ()), *listed])
+        files = _real_files([*self._located(_names_of(named_models(graph)) if graph else ()), *listed])
         if files and self._reads:
             self._warmer.warm([*files, *self._recent])
 
@@ -201,14 +201,14 @@ class Warmup:
             # Anyone who can write to the volume could have written it: run only what this worker would have stored itself.
             remembered: Any = self._used.warmup() if self._used else None
             part = loading_part(parse_graph(remembered)) if remembered else None
-            return runnable(part) if part else None
+            return runnable_part(part) if part else None
         except (OSError, ValueError, WorkerError) as exc:
             log.warning("no warm-up: %s: %s", wanted, exc)
             return None
 
 
-def _record(settings: Settings) -> UsedModels | None:
-    """Return the endpoint's record. None without a volume, or if nothing would read it."""
+def _endpoint_record(settings: Settings) -> RecentModels | None:
+    """Return the endpoint's record of recent models for the warm-up. None without a volume, or if nothing would read it."""
     reads_it = settings.warm_models is None or settings.warmup_workflow == "auto"
     if not (reads_it and is_volume(settings.volume_path)):
         return None
@@ -216,11 +216,11 @@ def _record(settings: Settings) -> UsedModels | None:
         path = Layout(settings.volume_path).used(settings.runpod_endpoint_id or _NO_ENDPOINT)
     except UnsafePath:
         return None
-    return UsedModels(settings.volume_path, path)
+    return RecentModels(settings.volume_path, path)
 
 
-def _files(paths: Iterable[Path]) -> list[Path]:
-    """Return the real files: ComfyUI's links and the record's names may be two paths to one."""
+def _real_files(paths: Iterable[Path]) -> list[Path]:
+    """Return the real files to warm up: ComfyUI's links and the record's names may be two paths to one."""
     return [path.resolve() for path in paths]
 
 
@@ -229,6 +229,6 @@ def _names_of(models: Iterable[NamedModel]) -> list[Name]:
 
 
 def _as_name(text: str) -> Name:
-    """Parse `folder/name`, or `name` for any folder."""
+    """Parse a model to warm up: `folder/name`, or `name` for any folder."""
     folder, _, name = text.partition("/")
     return ((folder,), (name,)) if name else ((), (folder,))
