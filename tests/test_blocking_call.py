@@ -42,9 +42,15 @@ def test_work_that_ends_as_its_caller_looks_has_succeeded() -> None:
 def test_a_cancelled_caller_leaves_and_the_work_goes_on() -> None:
     cancel, working, go_on, ended = (threading.Event() for _ in range(4))
 
-    def work() -> None:
+    def work() -> str:
         working.set()
         assert go_on.wait(30)
+        return "late"
+
+    undone: list[str] = []
+
+    def undo(result: str) -> None:
+        undone.append(result)
         ended.set()
 
     def cancel_when_working() -> None:
@@ -54,9 +60,10 @@ def test_a_cancelled_caller_leaves_and_the_work_goes_on() -> None:
     canceller = threading.Thread(target=cancel_when_working)
     canceller.start()
     with pytest.raises(EnsureCancelled) as caught:
-        abandonable(work, "the name", cancel)
+        abandonable(work, "the name", cancel, undo)
     assert "the name" in str(caught.value)
     assert not ended.is_set()
     go_on.set()
     assert ended.wait(30)
+    assert undone == ["late"]
     canceller.join()

@@ -212,6 +212,33 @@ def test_a_cancelled_wait_ends(tmp_path: Path) -> None:
             hold_now(tmp_path, cancel=cancel, on_wait=lambda _: cancel.set())
 
 
+def test_a_volume_that_hangs_in_the_lock_is_not_waited_for_and_the_lock_is_given_back(tmp_path: Path) -> None:
+    """A read of what a dead host was writing can take two minutes. Who is cancelled meanwhile, or has the model, leaves."""
+    cancel, hanging, go_on = (threading.Event() for _ in range(3))
+    real = SoftReadWriteLock.acquire_write
+
+    def hang(lock: SoftReadWriteLock, **options: Any) -> Any:
+        hanging.set()
+        assert go_on.wait(60)
+        return real(lock, **options)
+
+    locks = Locks(Layout(tmp_path), "w1", QUICK)
+
+    def leave() -> None:
+        hanging.wait(30)
+        cancel.set()
+
+    waiting = threading.Thread(target=leave)
+    waiting.start()
+    with mock.patch.object(SoftReadWriteLock, "acquire_write", hang), pytest.raises(EnsureCancelled):  # noqa: SIM117
+        with locks.hold(KEY, published=lambda: False, cancel=cancel):
+            pytest.fail("nobody has the lock")
+    waiting.join()
+    go_on.set()
+    with Locks(Layout(tmp_path), "w2", QUICK).hold(KEY, published=lambda: False, cancel=threading.Event()) as hold:
+        assert hold.state == "held"
+
+
 def test_a_holder_without_progress_is_not_waited_for_for_ever(tmp_path: Path) -> None:
     with contender(tmp_path, "stuck", 1, "stay") as stuck:
         tell(stuck)

@@ -235,6 +235,22 @@ def test_a_flush_behind_the_writers_is_watched_as_well(tmp_path: Path) -> None:
     partial.check(patience_s=0)
 
 
+def test_the_patience_does_not_count_the_time_that_the_process_was_frozen(tmp_path: Path) -> None:
+    now_s = [100.0]
+    partial = Partial.claim(tmp_path, SIZE, clock=lambda: now_s[0])
+    with stuck("fdatasync") as flushing:
+        partial.keep_journal(100)
+        writer = threading.Thread(target=put, args=(partial, 0, 5000))
+        writer.start()
+        assert flushing.wait(30)
+        partial.check(patience_s=0)
+        now_s[0] += 121.0
+        with pytest.raises(DiskFailed, match="did not answer"):
+            partial.check(patience_s=120)
+    writer.join(30)
+    partial.settle()
+
+
 def test_a_flush_of_much_is_given_the_time_of_a_slow_volume(tmp_path: Path) -> None:
     heir = inherit(tmp_path)
     heir._unsaved_bytes = 1000 * MIB
@@ -444,6 +460,19 @@ def test_what_is_swept_is_gone_and_a_missing_folder_is_no_matter(tmp_path: Path)
     sweep_partials(tmp_path / "key")
     assert not (tmp_path / "key").exists()
     sweep_partials(tmp_path / "key")
+
+
+def test_nobody_waits_for_a_sweep_whose_unlink_hangs(tmp_path: Path) -> None:
+    """Unlinking a file waits in the kernel while a write to it hangs, as it does with a dead host's locks."""
+    Partial.claim(tmp_path / "key", SIZE)
+    with stuck("unlink") as unlinking:
+        sweep_partials(tmp_path / "key", wait_s=0.05)
+        assert unlinking.wait(30)
+        assert len(list((tmp_path / "key").iterdir())) == 2
+    for thread in threading.enumerate():
+        if thread.name == "sweep":
+            thread.join(30)
+    assert not (tmp_path / "key").exists()
 
 
 # --- the disk's small operations ----------------------------------------------------------------

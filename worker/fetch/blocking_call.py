@@ -18,11 +18,11 @@ T = TypeVar("T")
 _TICK_S: Final = 0.1
 
 
-def abandonable(work: Callable[[], T], name: str, cancel: CancelToken) -> T:
+def abandonable(work: Callable[[], T], name: str, cancel: CancelToken, undo: Callable[[T], object] = lambda _: None) -> T:
     """Run `work` in its own thread and return what it returns, or raise what it raises.
 
-    Raise `EnsureCancelled` (naming `name`) within a tenth of a second after cancellation. The work then continues alone, so it
-    must be harmless when it finishes late.
+    Raise `EnsureCancelled` (naming `name`) within a tenth of a second after cancellation. The work then continues alone, and
+    `undo` gets what it returns in the end.
     """
     future: Future[T] = Future()
 
@@ -38,4 +38,10 @@ def abandonable(work: Callable[[], T], name: str, cancel: CancelToken) -> T:
         wait([future], _TICK_S)
         if future.done():
             return future.result()
+
+    def late(done: Future[T]) -> None:
+        if done.exception() is None:
+            undo(done.result())
+
+    future.add_done_callback(late)
     raise EnsureCancelled(name)

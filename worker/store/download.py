@@ -141,7 +141,7 @@ class Download:
                     return result
                 partial.discard()
                 wrong.add(result)
-            partial = patiently(lambda: Partial.begin(self._folder, self._remote.size_bytes))
+            partial = self._begin()
 
     def _say_if_removed(self) -> None:
         """Say in the log that the model was here before."""
@@ -161,9 +161,12 @@ class Download:
     def _claim(self) -> Partial:
         if not self._remote.has_validator:
             # Nothing shows whether the bytes that another worker left are of the current version.
-            return patiently(lambda: Partial.begin(self._folder, self._remote.size_bytes))
+            return self._begin()
         idle_s = 0.0 if self._hold.state == "held" else _IDLE_S
-        return patiently(lambda: Partial.claim(self._folder, self._remote.size_bytes, idle_s))
+        return patiently(lambda: Partial.claim(self._folder, self._remote.size_bytes, idle_s, self._tools.hub.clock))
+
+    def _begin(self) -> Partial:
+        return patiently(lambda: Partial.begin(self._folder, self._remote.size_bytes, self._tools.hub.clock))
 
     def _attempt(self, partial: Partial) -> ReadyModel | str | None:
         """Do what `run` does, with one partial. Return the sha256 if it is wrong."""

@@ -17,7 +17,6 @@ again) the disk may hold other bytes than those that were hashed.
 from __future__ import annotations
 
 import threading
-import time
 from typing import TYPE_CHECKING, Final
 
 from worker.errors import EnsureCancelled
@@ -101,13 +100,13 @@ class HashedPartial:
         Raises `EnsureCancelled`, `PartialTaken`, file system errors, and `PartialWriteFailed` if no byte can be read for
         `patience_s`.
         """
-        seen_bytes, moved_s = -1, time.monotonic()
+        seen_bytes, moved_s = -1, self._partial.clock()
         while self._thread.is_alive():
             self._thread.join(_TICK_S)
             on_bytes(self._hashed_bytes)
             if cancel.is_set():
                 raise EnsureCancelled(self._partial.path.parent.name)
-            now_s = time.monotonic()
+            now_s = self._partial.clock()
             if self._hashed_bytes != seen_bytes:
                 seen_bytes, moved_s = self._hashed_bytes, now_s
             if now_s - moved_s > self._tuning.patience_s:

@@ -21,6 +21,7 @@ from filelock import SoftFileLockProtocolError, SoftReadWriteLock, Timeout
 from worker.base.files import FULL, READ_ONLY, Peek, write_atomically
 from worker.base.progress import ModelProgress
 from worker.errors import EnsureCancelled
+from worker.fetch.blocking_call import abandonable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -154,7 +155,7 @@ class Locks:
         one.
 
         A waiter never waits longer than a holder without progress is allowed. It then continues without the lock, which costs
-        bandwidth and nothing else. Raises `EnsureCancelled` within `LockTiming.attempt_s` and a disk access.
+        bandwidth and nothing else. Raises `EnsureCancelled` within a tenth of a second and a disk access.
         """
         record, lock = self._layout.lock_progress(key), self._make(key)
         with Peek(record) as peek:
@@ -241,7 +242,7 @@ class _LockWait:
             if published():
                 return "published"
             tries = self._works and time.monotonic() - self._heard_s >= self._timing.quiet_s
-            if tries and self._acquired(lock):
+            if tries and self._acquired(lock, cancel):
                 return "held"
             if self._out_of_patience():
                 log.warning(
@@ -257,9 +258,14 @@ class _LockWait:
                 announced = self._seen.by
             cancel.wait(self._timing.look_s * (1 if tries else 2))
 
-    def _acquired(self, lock: SoftReadWriteLock) -> bool:
-        try:
+    def _acquired(self, lock: SoftReadWriteLock, cancel: CancelToken) -> bool:
+        def attempt() -> SoftReadWriteLock:
             lock.acquire_write(timeout=self._timing.attempt_s)
+            return lock
+
+        try:
+            # A volume keeps readers of what a dead host was writing waiting, its heartbeat included, for up to two minutes.
+            abandonable(attempt, self._name, cancel, undo=_release)
         except Timeout:
             self._trouble_since_s = None
             return False
@@ -301,7 +307,7 @@ class _LockWait:
 
 def _release(lock: SoftReadWriteLock) -> None:
     try:
-        lock.release()
+        lock.release(force=True)  # from any thread
     except (OSError, RuntimeError) as exc:
         log.warning("could not release a lock (%s); it will expire", exc)
 

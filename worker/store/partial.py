@@ -40,6 +40,7 @@ _HASH_BYTES: Final = 4 * MIB
 _PATIENCE_S: Final = 120.0
 _STUCK_S: Final = 8.0
 _SLOWEST_BYTES_PER_S: Final = 16 * MIB  # the flush may take as long as a volume of this rate needs
+_SWEEP_S: Final = 1.0
 _GONE: Final = frozenset({errno.ENOENT, errno.ESTALE})
 
 
@@ -65,14 +66,17 @@ def stuck_error(for_s: float) -> PartialWriteFailed:
 
 
 class Partial:
-    """A partial download. Any thread may write. `claim` creates one.
+    """A partial download. Any thread may write. `claim` creates one. Its patience is counted on `clock`.
 
     `inherited`: another worker began it and may still be writing. `rewritten`: bytes arrived again. Partials of either kind
     cannot be hashed on the fly and are re-read before publishing.
     """
 
-    def __init__(self, path: Path, fd: int, size_bytes: int, done: Ranges, *, inherited: bool = False) -> None:
+    def __init__(
+        self, path: Path, fd: int, size_bytes: int, done: Ranges, clock: Callable[[], float], *, inherited: bool = False
+    ) -> None:
         self.path = path
+        self.clock = clock
         self.inherited = inherited
         self.rewritten = False
         self.size_bytes = size_bytes
@@ -92,7 +96,7 @@ class Partial:
         self._pending: dict[object, float] = {}
 
     @classmethod
-    def claim(cls, folder: Path, size_bytes: int, idle_s: float = 0.0) -> Partial:
+    def claim(cls, folder: Path, size_bytes: int, idle_s: float = 0.0, clock: Callable[[], float] = time.monotonic) -> Partial:
         """Continue the fullest partial in `folder` that nobody touched for `idle_s`, or begin a new one.
 
         Callers that hold the content's lock pass 0. Without the lock, an idle time prevents two workers from taking the same
@@ -104,21 +108,21 @@ class Partial:
             candidates = _idle_partials(candidates, path.with_suffix(".journal"), size_bytes, idle_s)
         for journal, done in candidates:
             with contextlib.suppress(FileNotFoundError):
-                return cls._take(journal, path, size_bytes, done)
-        return cls._begin_as(path, size_bytes)
+                return cls._take(journal, path, size_bytes, done, clock)
+        return cls._begin_as(path, size_bytes, clock)
 
     @classmethod
-    def begin(cls, folder: Path, size_bytes: int) -> Partial:
+    def begin(cls, folder: Path, size_bytes: int, clock: Callable[[], float] = time.monotonic) -> Partial:
         """Create an empty partial."""
-        return cls._begin_as(folder / f"{secrets.token_hex(8)}.part", size_bytes)
+        return cls._begin_as(folder / f"{secrets.token_hex(8)}.part", size_bytes, clock)
 
     @classmethod
-    def _begin_as(cls, path: Path, size_bytes: int) -> Partial:
+    def _begin_as(cls, path: Path, size_bytes: int, clock: Callable[[], float]) -> Partial:
         """Create a partial under this name. Its journal may exist from a claim that found nothing to continue."""
         journal = path.with_suffix(".journal")
         write_atomically(journal, _encode(size_bytes, Ranges()))
         try:
-            partial = cls(path, create_file(path), size_bytes, Ranges())
+            partial = cls(path, create_file(path), size_bytes, Ranges(), clock)
         except OSError:
             journal.unlink(missing_ok=True)
             raise
@@ -132,7 +136,7 @@ class Partial:
         return partial
 
     @classmethod
-    def _take(cls, old_journal: Path, path: Path, size_bytes: int, done: Ranges) -> Partial:
+    def _take(cls, old_journal: Path, path: Path, size_bytes: int, done: Ranges, clock: Callable[[], float]) -> Partial:
         # The new journal is complete before the file gets its name: a crash in between leaves the old pair as it was.
         write_atomically(path.with_suffix(".journal"), _encode(size_bytes, done))
         old_journal.with_suffix(".part").rename(path)
@@ -144,7 +148,7 @@ class Partial:
             path.unlink(missing_ok=True)
             path.with_suffix(".journal").unlink(missing_ok=True)
             raise FileNotFoundError(path)
-        return cls(path, fd, size_bytes, done, inherited=True)
+        return cls(path, fd, size_bytes, done, clock, inherited=True)
 
     @property
     def done_bytes(self) -> int:
@@ -169,14 +173,14 @@ class Partial:
         If a host dies while it writes, MooseFS keeps those parts of the file locked for two minutes.
         """
         with self._changed:
-            return time.monotonic() - min(self._pending.values()) if self._pending else 0.0
+            return self.clock() - min(self._pending.values()) if self._pending else 0.0
 
     @contextlib.contextmanager
     def _pended(self) -> Iterator[None]:
         """Count the body as a wait for the file system, which may never answer, in `stuck_s`."""
         mine = object()
         with self._changed:
-            self._pending[mine] = time.monotonic()
+            self._pending[mine] = self.clock()
         try:
             yield
         finally:
@@ -451,8 +455,18 @@ class Partial:
             self.path.parent.rmdir()  # only if nobody else has a file in it
 
 
-def sweep_partials(folder: Path, but: Collection[Path] = ()) -> None:
-    """Remove a published content's partials, of all workers. A writer among them notices and stops."""
+def sweep_partials(folder: Path, but: Collection[Path] = (), wait_s: float = _SWEEP_S) -> None:
+    """Remove a published content's partials, of all workers. A writer among them notices and stops.
+
+    Return after `wait_s` at the latest, and go on in the background. The kernel keeps an unlink waiting while a write to that
+    file hangs, which a dead host's locks can cause for two minutes. No job may wait for that: the model is there.
+    """
+    work = threading.Thread(target=_sweep, args=(folder, but), name="sweep", daemon=True)
+    work.start()
+    work.join(wait_s)
+
+
+def _sweep(folder: Path, but: Collection[Path]) -> None:
     with contextlib.suppress(OSError):
         for entry in set(folder.iterdir()).difference(but):
             entry.unlink(missing_ok=True)
