@@ -283,8 +283,8 @@ UNREADABLE = {
 
 @pytest.mark.parametrize("kind", UNREADABLE)
 def test_a_job_that_python_does_not_read_is_answered(kind: str, pod: Pod) -> None:
-    pod.plane.end_polls()
     pod.plane.fault("garble", "take", body=UNREADABLE[kind])
+    pod.plane.end_polls()  # the rule is for the next poll: one that is held already would give the job unharmed
     result = pod.plane.submit(tiny(1)).result(30)
     assert (result["status"], result["output"]["code"]) == ("FAILED", "input_not_json")
     assert result["error"].startswith("Invalid JSON format in input: ")
@@ -326,8 +326,8 @@ def test_polls_that_are_answered_at_once_are_not_repeated_without_a_pause(answer
 
 def test_a_job_that_is_on_its_way_when_the_worker_is_told_to_leave_is_done(start: Start) -> None:
     plane, worker = start()
-    plane.end_polls()
     rule = plane.fault("slow", "take", delay_s=0.5)
+    plane.end_polls()
     job = plane.submit(tiny(1))
     plane.wait_until(lambda: rule.fired > 0)
     os.kill(worker.pid, signal.SIGTERM)

@@ -55,10 +55,10 @@ CONTENDER = """
 import json, os, sys, threading
 from pathlib import Path
 from worker.store.layout import Layout
-from worker.store.locks import Locks, Timing
+from worker.store.locks import Locks, LockTiming
 
 root, name, rounds, timing = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4])
-locks = Locks(Layout(root), name, Timing(**timing))
+locks = Locks(Layout(root), name, LockTiming(**timing))
 alone, record = root / "alone", root / "record"
 print("ready", flush=True)
 sys.stdin.readline()

@@ -245,7 +245,7 @@ def test_the_patience_does_not_count_the_time_that_the_process_was_frozen(tmp_pa
         assert flushing.wait(30)
         partial.check(patience_s=0)
         now_s[0] += 121.0
-        with pytest.raises(DiskFailed, match="did not answer"):
+        with pytest.raises(PartialWriteFailed, match="did not answer"):
             partial.check(patience_s=120)
     writer.join(30)
     partial.settle()

@@ -136,16 +136,22 @@ def test_what_came_over_plain_http_before_is_kept(stand_in: StandIn, tmp_path: P
 
 @pytest.mark.usefixtures("in_order")
 def test_its_progress_is_seen_by_the_job_and_by_the_fleet(stand_in: StandIn, tmp_path: Path) -> None:
-    for pieces in (2, 6):
+    for pieces in (2, 4, 6, 8):
         stand_in.fault("stall", route="xet/piece", skip=pieces)
-    store, told = store_of(stand_in, tmp_path / "volume", patience_s=120), set()
+    store, told = store_of(stand_in, tmp_path / "volume", patience_s=120), set[int]()
     locks = Locks(Layout(tmp_path / "volume"), "other")
+    moved_s, last = time.monotonic(), -1
 
     def listen(progress: ModelProgress) -> None:
+        nonlocal moved_s, last
         holder = locks.holder(SHA256)
         done = progress.done_bytes
-        if done > 0 and done not in told and holder and holder.done_bytes == done and stand_in.ledger.stalled:
-            told.add(done)
+        if done != last or not stand_in.ledger.stalled:
+            moved_s, last = time.monotonic(), done
+        seen = done > 0 and done not in told and holder and holder.done_bytes == done
+        # hf_xet may keep what came to itself: then no byte is told at this stall, but at a later one.
+        if stand_in.ledger.stalled and (seen or time.monotonic() - moved_s > 5):
+            told.update({done} if seen else ())
             stand_in.release()
 
     store.ensure(SPEC, listen)
