@@ -26,8 +26,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from devkit.hub import Hub as StandIn
 from devkit.hub.shelf import git_oid
-from worker.base.http import retry_after_s
-from worker.base.retry import Backoff
+from worker.base.retry import Backoff, retry_after_s
 from worker.errors import (
     ContentMismatch,
     EnsureCancelled,

@@ -21,9 +21,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from worker.base import files
-from worker.errors import FileIncomplete, VolumeFailed, VolumeFull, VolumeReadOnly
-from worker.store import disk
+from worker.errors import FileIncomplete, VolumeFailed, VolumeFull, VolumeReadOnly, volume_error
 from worker.store.byte_ranges import Ranges
+from worker.store.file_formats import check_whole
 from worker.store.partial import MIB, Partial, PartialStuck, PartialTaken, PartialWriteFailed, sweep_partials
 
 if TYPE_CHECKING:
@@ -508,7 +508,7 @@ def test_a_failed_replacement_leaves_the_old_content_and_no_litter(tmp_path: Pat
     ],
 )
 def test_the_file_systems_errors_have_a_meaning(tmp_path: Path, number: int, expected: type[Exception]) -> None:
-    found = disk.volume_error(tmp_path, OSError(number, os.strerror(number)), 123)
+    found = volume_error(tmp_path, OSError(number, os.strerror(number)), 123)
     assert type(found) is expected
     assert str(tmp_path) in str(found)
 
@@ -538,17 +538,17 @@ def test_a_safetensors_file_that_is_cut_off_is_found(tmp_path: Path, content: by
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
     with pytest.raises(FileIncomplete):
-        disk.check_whole(path, len(content))
+        check_whole(path, len(content))
 
 
 def test_a_whole_safetensors_file_passes_and_other_formats_say_nothing(tmp_path: Path) -> None:
     for content in (safetensors(100), safetensors(0, {})):
         path = tmp_path / "model.safetensors"
         path.write_bytes(content)
-        disk.check_whole(path, len(content))
+        check_whole(path, len(content))
     path = tmp_path / "model.ckpt"
     path.write_bytes(b"anything")
-    disk.check_whole(path, 8)
+    check_whole(path, 8)
 
 
 KILLED_WHILE_CLAIMING = """

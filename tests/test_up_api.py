@@ -34,10 +34,10 @@ from devkit.runpod.market import MIG
 from scripts.make_catalog import fetch_wheel, specs_in, templates
 from worker.models.catalog import Catalog
 from worker.spec import HubFile
-from worker.up import api, catalog, options, plan, up_command
+from worker.up import api, options, plan, runpod_offer, up_command
 from worker.up.api import ApiRetries, RunPodApi
-from worker.up.catalog import volume_gb, volume_usd_month, wanted_gpu_gb
 from worker.up.errors import ApiKeyMissing, StateInvalid, UpUsage
+from worker.up.runpod_offer import volume_gb, volume_usd_month, wanted_gpu_gb
 from worker.up.state import UpState, state_lock, state_path
 
 if TYPE_CHECKING:
@@ -397,11 +397,11 @@ def test_how_large_and_how_dear_a_volume_is() -> None:
 
 
 def test_which_gpus_a_workflow_fits_into(desk: Desk) -> None:
-    pools = catalog.pools_of(desk.runpod.account.market.gpus_shown(available=True))
+    pools = runpod_offer.pools_of(desk.runpod.account.market.gpus_shown(available=True))
     assert wanted_gpu_gb(20_700_000_000) == 23
-    assert [pool.name for pool in catalog.fitting_pools(pools, 23)][:3] == ["AMPERE_24", "ADA_24", "AMPERE_48"]
-    assert [pool.name for pool in catalog.fitting_pools(pools, 90)] == ["BLACKWELL_96", "HOPPER_141", "BLACKWELL_180"]
-    assert [pool.name for pool in catalog.fitting_pools(pools, 500)] == ["BLACKWELL_180"]  # the largest there is
+    assert [pool.name for pool in runpod_offer.fitting_pools(pools, 23)][:3] == ["AMPERE_24", "ADA_24", "AMPERE_48"]
+    assert [pool.name for pool in runpod_offer.fitting_pools(pools, 90)] == ["BLACKWELL_96", "HOPPER_141", "BLACKWELL_180"]
+    assert [pool.name for pool in runpod_offer.fitting_pools(pools, 500)] == ["BLACKWELL_180"]  # the largest there is
     assert pools["AMPERE_24"].slices == (MIG,)
 
 

@@ -22,7 +22,7 @@ from worker.graph.paths import check_paths
 from worker.settings import Settings
 from worker.store.layout import Layout
 from worker.warmup.loading_graph import loading_part, runnable_part
-from worker.warmup.reader import WeightsReader
+from worker.warmup.read_ahead import WeightsReader
 from worker.warmup.warmup import Warmup
 
 if TYPE_CHECKING:

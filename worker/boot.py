@@ -26,13 +26,13 @@ from worker.engine.engine import Engine
 from worker.engine.event_loop import BootMilestones, LoopThread
 from worker.errors import VolumeMissing, WorkerError, no_volume
 from worker.handler import JobHandler
-from worker.links.host_cache import link_host_cache
 from worker.links.model_links import ModelLinks
 from worker.media.address_guard import AddressRules
 from worker.media.delivery import Delivery
 from worker.media.inputs import InputFiles, clear_leftover_inputs
 from worker.media.url_inputs import UrlFetcher, UrlFetchLimits
 from worker.models.job_models import JobModels
+from worker.store.host_cache import link_host_cache
 from worker.store.layout import Layout
 from worker.store.leases import Leases
 from worker.store.pod_links import layout_at

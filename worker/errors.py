@@ -49,6 +49,7 @@ import shlex
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, dataclass_transform
 
+from worker.base.files import FULL, READ_ONLY, free_bytes
 from worker.base.text import compared_sizes, shortened
 
 if TYPE_CHECKING:
@@ -998,6 +999,15 @@ class VolumeFailed(ModelError):
     code = "volume_failed"
     retryable = True
     template = "{path} failed: {reason}; try again, and look at the volume if it stays so."
+
+
+def volume_error(path: Path, exc: OSError, needed_bytes: int = 0) -> ModelError:
+    """Return the error of a model for the file system's error under `path`. Reads the free space."""
+    if exc.errno in FULL:
+        return VolumeFull(path, needed_bytes, free_bytes(path) or 0)
+    if exc.errno in READ_ONLY:
+        return VolumeReadOnly(path, exc.strerror or str(exc))
+    return VolumeFailed(path, exc.strerror or str(exc))
 
 
 class EnsureCancelled(ModelError):

@@ -1,16 +1,27 @@
-"""When to try again, and when to give up."""
+"""When to retry and when to give up: HTTP statuses, `Retry-After`, pauses, patience."""
 
 from __future__ import annotations
 
+import contextlib
+import email.utils
 import random
+import re
 import threading
 import time
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
+    from email.message import Message
 
-
+OK: Final = 200
+PARTIAL: Final = 206
+PROXY_LOGIN: Final = 407
+UNSATISFIABLE: Final = 416
+REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
+UNAUTHORISED: Final = frozenset({401, 403})
+# A server sends Too Early for a replayed TLS request. The others are timeouts, rate limits and broken back ends.
+TRANSIENT: Final = frozenset({408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529})
 _LONGEST_WAIT_S: Final = 900.0
 _LONGEST_PAUSE_S: Final = 20.0
 
@@ -21,6 +32,18 @@ def pause_s(failures: int, first_s: float = 0.25, longest_s: float = _LONGEST_PA
     The random part keeps many workers that met one bad moment of a server from coming back together.
     """
     return min(longest_s, first_s * 2.0 ** min(failures - 1, 10)) * random.uniform(0.5, 1.0)  # noqa: S311 - jitter
+
+
+def retry_after_s(headers: Message | Mapping[str, str]) -> float | None:
+    """Return what `Retry-After` (seconds or a date) or an exhausted `RateLimit` asks for, or None."""
+    text = headers.get("Retry-After")
+    if text and text.strip().isdecimal():
+        return float(text)
+    if text:
+        with contextlib.suppress(ValueError):
+            return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
+    limit = re.search(r"\br=0\b.*\bt=(\d+)", headers.get("RateLimit") or "")
+    return float(limit.group(1)) if limit else None
 
 
 class Backoff:

@@ -58,6 +58,14 @@ def _scaled(size_bytes: int, like_bytes: int, decimals: int = 1) -> str:
     return f"{size_bytes / 1000**power:.{decimals if power else 0}f} {_UNITS[power]}"
 
 
+def duration_text(seconds: float) -> str:
+    """Return a duration as text for people: `3 days`, `20 s`."""
+    for unit, length_s in (("days", 86_400), ("hours", 3_600), ("minutes", 60)):
+        if seconds >= 2 * length_s:
+            return f"{seconds / length_s:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
 def count(things: int | Sized, what: str) -> str:
     """Return a count with its noun: `1 model`, `2 models`, `2 entries`."""
     number = things if isinstance(things, int) else len(things)

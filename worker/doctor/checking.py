@@ -13,11 +13,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from worker.doctor.child import Child
-from worker.doctor.download_checks import check_downloads
 from worker.doctor.findings import Deadlines, Finding, FolderCount, Severity, Subject, problem
-from worker.doctor.list_checks import check_custom_nodes, check_host_cache, check_manifests, check_room
-from worker.doctor.model_checks import check_misplaced, check_models, check_seals
-from worker.doctor.volume_checks import check_locks, check_mount, check_space, check_writable, volume_silence
+from worker.doctor.model_checks import check_downloads, check_manifests, check_misplaced, check_models, check_seals
+from worker.doctor.volume_checks import (
+    check_custom_nodes,
+    check_host_cache,
+    check_locks,
+    check_mount,
+    check_room,
+    check_space,
+    check_writable,
+    volume_silence,
+)
 from worker.store.pod_links import layout_at
 
 if TYPE_CHECKING:

@@ -1,33 +1,44 @@
-"""Check the files under `models/`: those that ComfyUI does not see or cannot load. Touches the disk."""
+"""Check models: files that ComfyUI does not see or cannot load, partial downloads, and manifests. Touches the disk."""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import math
 import os
+import secrets
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from worker.base.text import count
+from worker.base.text import count, size_text
 from worker.comfyui_data import known
-from worker.doctor.findings import FolderCount, Severity, capped, listing, note, ok, problem
-from worker.doctor.volume_checks import names_in
+from worker.doctor.findings import FolderCount, Severity, capped, first_names, listing, note, ok, problem
+from worker.doctor.volume_checks import LOCK, entries, names_in
+from worker.errors import ManifestInvalid
 from worker.links.scan import IN_FLIGHT, Scan
+from worker.models.sources import Sources
 from worker.spec import WEIGHT_SUFFIXES
+from worker.store.byte_ranges import Ranges
 from worker.store.inventory import Standing, look_at
 from worker.store.layout import title_of_seal
+from worker.store.locks import Locks
 from worker.store.pod_links import is_absolute, relink
 from worker.store.seals import read_seal, stat_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
-    from worker.doctor.findings import Finding
+    from worker.doctor.findings import Finding, Subject
     from worker.links.scan import ScannedFolder
+    from worker.spec import ModelSpec
     from worker.store.inventory import InventoryEntry
     from worker.store.layout import Layout
 
 
+_ACTIVE_S: Final = 60.0
 _LOOKED_AT: Final = 5_000  # files: a stat and a seal for each cost some ms on a network volume
 
 
@@ -271,3 +282,122 @@ class _Walk:
 
     def _enters(self, folder: str, name: str) -> bool:
         return name[0] != "." and name not in _NEVER_MODELS and f"{folder}/{name}" not in self._leave_out
+
+
+# --- partial downloads, and what manifests name ---------------------------------------------------
+
+
+def check_downloads(layout: Layout) -> Iterator[Finding]:
+    """Yield partial downloads: their progress, who downloads, or when they stopped."""
+    now_s = _now_s(layout)
+    files = [path for folder in entries(layout.partials) for path in entries(folder)]
+    parts = [path for path in files if path.suffix == ".part"]
+    if not parts:
+        yield ok("none under way, none broken off")
+    sealed = _complete_contents(layout) if parts else set()
+    for part in parts:
+        with contextlib.suppress(FileNotFoundError):  # published meanwhile
+            yield _partial(layout, part, now_s, there=part.parent.name in sealed)
+    yield from _records_without_partial(files, now_s)
+    holders = [holder for lock in entries(layout.locks) for holder in entries(lock / "holders")]
+    stale = [str(holder) for holder in holders if _age_s(holder, now_s) > _ACTIVE_S]
+    if stale:
+        text = f"{count(stale, 'lock')} of workers that are gone: nothing to do, the next one takes over in 30 s."
+        yield note(text, stale)
+    uploads = [upload.name for upload in entries(layout.root / ".s3compat_uploads")]
+    if uploads:
+        text = f"{count(uploads, 'upload')} through S3 not completed; complete or abort it to have the space back"
+        yield listing(Severity.NOTE, text, uploads)
+
+
+def _complete_contents(layout: Layout) -> set[str]:
+    """Return the contents that are complete, by the names of their partials' folders."""
+    seals = (read_seal(Path(folder, name)) for folder, _, names in os.walk(layout.seals) for name in names)
+    return {seal.sha256 for seal in seals if seal and seal.sha256}
+
+
+def _records_without_partial(files: list[Path], now_s: float) -> Iterator[Finding]:
+    """Yield the records of partial downloads without their file: a worker was killed between the two."""
+    there = {path.with_suffix("") for path in files if path.suffix == ".part"}
+    strays = [str(path) for path in files if path.with_suffix("") not in there and _ACTIVE_S < _age_s(path, now_s) < math.inf]
+    if strays:
+        yield listing(Severity.NOTE, f"{count(strays, 'record')} of downloads that are gone; remove what is named", strays)
+
+
+def _partial(layout: Layout, part: Path, now_s: float, *, there: bool) -> Finding:
+    journal, key = part.with_suffix(".journal"), part.parent.name
+    size_bytes = part.stat().st_size
+    try:
+        done_bytes = Ranges((start, end) for start, end in json.loads(journal.read_bytes())["ranges"]).total
+    except (OSError, ValueError, TypeError, KeyError):
+        return note(f"{part} has no journal to go on with: remove it.", [part])
+    holder = Locks(layout, LOCK).holder(key)
+    by = f"worker {holder.by}" if holder else "a worker"
+    amount = f"{key[:12]}, {size_text(done_bytes)} of {size_text(size_bytes)}"
+    age_s = min(_age_s(journal, now_s), _age_s(layout.lock_progress(key), now_s))
+    if age_s <= _ACTIVE_S:
+        rate = f" at {size_text(int(holder.bytes_per_s))}/s" if holder else ""
+        return ok(f"{amount}: {by} fetches it{rate}")
+    folder = part.parent.with_name(f"{key[:12]}*")
+    then = "and the model is there since: remove" if there else "the next one goes on from there. If nobody will, remove"
+    return note(f"{amount}: {by} broke off {_duration(age_s)} ago, {then} {folder}", [part])
+
+
+def _now_s(layout: Layout) -> float:
+    """Return the volume's time, to tell the age of partial downloads. This machine's if nothing can be written."""
+    with contextlib.suppress(OSError):
+        return _touch_and_remove(layout.state)
+    return time.time()
+
+
+def _touch_and_remove(folder: Path) -> float:
+    path = folder / f".doctor.{secrets.token_hex(4)}.tmp"
+    try:
+        path.touch()
+        return path.stat().st_mtime
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _age_s(path: Path, now_s: float) -> float:
+    try:
+        return max(0.0, now_s - path.stat().st_mtime)
+    except OSError:
+        return math.inf
+
+
+def _duration(age_s: float) -> str:
+    for unit, length_s in (("days", 86_400), ("h", 3_600), ("min", 60)):
+        if age_s >= 2 * length_s:
+            return f"{age_s / length_s:.0f} {unit}"
+    return f"{age_s:.0f} s"
+
+
+def check_manifests(layout: Layout, subject: Subject) -> Iterator[Finding]:
+    """Yield whether the lists of models are readable, and what they name that is missing."""
+    lists: list[dict[str, Any]] = [
+        {"volume_manifest": layout.manifest},
+        {"manifest": subject.manifest},
+        {"models": subject.models},
+    ]
+    specs: list[ModelSpec] = []
+    wrong = False
+    for one in lists:
+        try:
+            sources = Sources.read(**one)
+            specs += sources.manifest()
+            faults: list[ManifestInvalid] = list(sources.odd)
+        except ManifestInvalid as exc:
+            faults = [exc]
+        for fault in faults:
+            wrong = True
+            for text in fault.problems:
+                yield problem(f"{fault.where}: {text}", [fault.where])
+    names = {f"{spec.folder}/{spec.name}" for spec in specs}
+    missing = sorted(name for name in names if stat_file(layout.listed(name)) is None)
+    if missing:
+        yield ok(f"{count(names, 'model')}, {len(missing)} still to be fetched: {first_names(missing)}")
+    elif names:
+        yield ok(f"{count(names, 'model')}, all there")
+    elif not wrong:
+        yield ok("no model in models.toml, MODELS_MANIFEST or MODELS")

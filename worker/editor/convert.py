@@ -18,7 +18,7 @@ from worker.base.text import quotable
 from worker.comfyui_data import known
 from worker.editor.dynamic_prompts import choose_options, fill_tokens
 from worker.editor.javascript import as_javascript_json, text_of
-from worker.editor.loaded import GROUP_PREFIXES
+from worker.editor.loaded_nodes import GROUP_PREFIXES
 from worker.editor.loader import load_workflow
 from worker.editor.primitive_nodes import apply_primitives
 from worker.editor.saved_workflow import BYPASSED, MUTED, ConversionBudget, is_saved_workflow, read_saved_workflow
@@ -30,7 +30,7 @@ from worker.graph.rejection import NodeOrigin, unknown_nodes
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from worker.editor.loaded import LoadedNode
+    from worker.editor.loaded_nodes import LoadedNode
     from worker.editor.subgraphs import FlatWorkflow, SubgraphFrame
     from worker.editor.widgets import InputSpec, Widget
     from worker.graph.graph import Graph

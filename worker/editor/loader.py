@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from worker.base.text import quotable
 from worker.comfyui_data import known
-from worker.editor.loaded import LoadedInput, LoadedNode, LoadedScope
+from worker.editor.loaded_nodes import LoadedInput, LoadedNode, LoadedScope
 from worker.editor.promoted_widgets import PromotingInstance, find_promoted
 from worker.editor.undeclared_values import may_send_undeclared, place_undeclared
 from worker.editor.widgets import DYNAMIC_COMBO, FrontendDialect, ShapeSlot, read_specs, shape_of

@@ -6,11 +6,11 @@ import math
 from decimal import ROUND_HALF_UP, Decimal
 from typing import TYPE_CHECKING
 
-from worker.editor.loaded import PRIMITIVE
+from worker.editor.loaded_nodes import PRIMITIVE
 from worker.editor.saved_workflow import MAX_DEFINITIONS
 
 if TYPE_CHECKING:
-    from worker.editor.loaded import LoadedNode, LoadedScope
+    from worker.editor.loaded_nodes import LoadedNode, LoadedScope
     from worker.editor.saved_workflow import ConversionBudget
     from worker.editor.widgets import InputSpec
 

@@ -11,13 +11,13 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from worker.editor.loaded import HIDDEN, PRIMITIVE, first_value
+from worker.editor.loaded_nodes import HIDDEN, PRIMITIVE, first_value
 from worker.editor.saved_workflow import INPUT_NODE, SavedLink, SavedPort
 from worker.editor.widgets import FrontendDialect
 from worker.errors import UiWorkflowInvalid
 
 if TYPE_CHECKING:
-    from worker.editor.loaded import LoadedNode, LoadedScope
+    from worker.editor.loaded_nodes import LoadedNode, LoadedScope
     from worker.editor.saved_workflow import ConversionBudget, SavedNode
 
 

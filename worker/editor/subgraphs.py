@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 
 from worker.base.text import quotable
 from worker.comfyui_data import known
-from worker.editor.loaded import GETTER, HIDDEN, PRIMITIVE, setter_of
+from worker.editor.loaded_nodes import GETTER, HIDDEN, PRIMITIVE, setter_of
 from worker.editor.saved_workflow import BYPASSED, INPUT_NODE, MAX_NODES, MUTED
 from worker.editor.widgets import FrontendDialect
 from worker.errors import UiWorkflowInvalid
 
 if TYPE_CHECKING:
-    from worker.editor.loaded import LoadedNode, LoadedScope
+    from worker.editor.loaded_nodes import LoadedNode, LoadedScope
     from worker.editor.saved_workflow import ConversionBudget
 
 # --- subgraphs expanded -------------------------------------------------------------------------

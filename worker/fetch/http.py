@@ -18,7 +18,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Final, Generic, Protocol, TypeVar
 from urllib.parse import quote, unquote, urljoin, urlsplit, urlunsplit
 
-from worker.base.http import PROXY_LOGIN, REDIRECTS
+from worker.base.retry import PROXY_LOGIN, REDIRECTS
 from worker.errors import NotAFile, ProxyUnusable, TokenMalformed, TokenRefused
 from worker.fetch import socks
 

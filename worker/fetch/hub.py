@@ -29,8 +29,7 @@ from huggingface_hub.errors import (
 )
 from socksio import ProtocolError
 
-from worker.base.http import OK, PARTIAL, PROXY_LOGIN, TRANSIENT, UNAUTHORISED, UNSATISFIABLE, retry_after_s
-from worker.base.retry import Backoff
+from worker.base.retry import OK, PARTIAL, PROXY_LOGIN, TRANSIENT, UNAUTHORISED, UNSATISFIABLE, Backoff, retry_after_s
 from worker.errors import (
     EnsureCancelled,
     FileNotInRepo,

@@ -15,8 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Final, NoReturn, Protocol
 
-from worker.base.http import OK, PARTIAL, TRANSIENT, UNSATISFIABLE, retry_after_s
-from worker.base.retry import Backoff
+from worker.base.retry import OK, PARTIAL, TRANSIENT, UNSATISFIABLE, Backoff, retry_after_s
 from worker.errors import ContentMismatch, EnsureCancelled, NotAFile, SourceChanged, SourceRefused, SourceUnreachable
 from worker.fetch.http import Channel, content_coding, what_failed
 from worker.fetch.spans import Spans

@@ -17,8 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Final
 
-from worker.base.http import UNAUTHORISED
-from worker.base.retry import Backoff
+from worker.base.retry import UNAUTHORISED, Backoff
 from worker.errors import EnsureCancelled, SourceRefused, SourceUnreachable
 from worker.fetch.http import without_query
 

@@ -23,9 +23,8 @@ from urllib.parse import urljoin
 import httpcore2
 import httpx2
 
-from worker.base.http import OK, REDIRECTS, TRANSIENT, retry_after_s
 from worker.base.http_transport import AsyncioBackend, AsyncioTransport
-from worker.base.retry import pause_s
+from worker.base.retry import OK, REDIRECTS, TRANSIENT, pause_s, retry_after_s
 from worker.errors import InputNotServed, InputTimedOut, InputUnreachable, InputUrlRefused
 from worker.media.address_guard import PRIVATE, AddressRules, bare_host, parse_address
 

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from worker.base.text import unicode_form, unicode_forms
-from worker.errors import EnsureCancelled, FileIncomplete, ManifestInvalid
+from worker.errors import EnsureCancelled, FileIncomplete, ManifestInvalid, volume_error
 from worker.models.download_queue import DownloadQueue
 from worker.spec import WEIGHT_SUFFIXES
-from worker.store.disk import volume_error
 from worker.store.eviction import redownload_spec
 from worker.store.inventory import not_ready, trouble_of
 from worker.store.tombstones import removed_folders, tombstone_of

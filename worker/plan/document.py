@@ -24,7 +24,7 @@ from worker.graph.paths import check_paths
 from worker.graph.rejection import node_origins, unknown_nodes
 from worker.job import Request
 from worker.media.inputs import base64_pieces
-from worker.plan.editor import naming_graphs
+from worker.plan.naming_graph import naming_graphs
 from worker.volume_workflows import is_workflow_name
 
 if TYPE_CHECKING:

@@ -17,12 +17,12 @@ from worker.pins import read_pins
 from worker.plan.items import ItemState, PlanItem
 from worker.store.byte_ranges import Ranges
 from worker.store.eviction import EvictionLimits, eviction_outlook, survey
+from worker.store.host_cache import cached_file
 from worker.store.inventory import Standing, look
 from worker.store.layout import Layout
 from worker.store.leases import LeaseTiming
 from worker.store.pod_links import layout_at
 from worker.store.seals import stat_file
-from worker.store.store import cached_file
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

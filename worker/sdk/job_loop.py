@@ -27,8 +27,7 @@ from runpod.serverless.modules.rp_http import send_result
 from runpod.serverless.modules.rp_job import _job_get_url, get_stop_signals, handle_job
 
 from worker.base.clock import within
-from worker.base.http import TRANSIENT
-from worker.base.retry import pause_s
+from worker.base.retry import TRANSIENT, pause_s
 from worker.errors import InputNotJson, InternalError, ResultRefused
 
 if TYPE_CHECKING:

@@ -18,8 +18,7 @@ from worker.base.text import unicode_forms
 from worker.errors import EnsureCancelled, FileIncomplete, UnsafePath
 from worker.seed.errors import S3Failed, S3FileDiffers
 from worker.seed.volumes import SealedModel, sealed_model_at
-from worker.store.disk import stated_in
-from worker.store.file_formats import is_safetensors
+from worker.store.file_formats import is_safetensors, stated_in
 from worker.store.inventory import InventoryEntry, Standing
 from worker.store.layout import Layout
 from worker.store.seals import Seal, decode_seal, encode_seal

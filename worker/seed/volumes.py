@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Protocol
 
 from worker.base.files import free_bytes
 from worker.base.text import unicode_forms
-from worker.errors import UnsafePath, VolumeFailed
+from worker.errors import UnsafePath, VolumeFailed, volume_error
 from worker.plan.places import Places
-from worker.store.disk import sha256_of, volume_error
+from worker.store.hashing import sha256_of
 from worker.store.inventory import InventoryEntry, Standing, look
 from worker.store.layout import title_of_seal
 from worker.store.seals import Seal, read_seal, stat_file, whole_mtime, write_seal

@@ -24,9 +24,8 @@ from worker.errors import EnsureCancelled, ModelError, SourceChanged, SourceRefu
 from worker.fetch.blocking_call import abandonable
 from worker.fetch.ranges import RangeFetch, RangeTuning
 from worker.fetch.xet import XetFetch
-from worker.store.disk import git_sha1_of, head_of, stated_bytes
-from worker.store.file_formats import is_safetensors, misfit
-from worker.store.hashing import HashedPartial
+from worker.store.file_formats import head_of, is_safetensors, misfit, stated_bytes
+from worker.store.hashing import HashedPartial, git_sha1_of
 from worker.store.inventory import stamp_of
 from worker.store.partial import Partial, PartialStuck, PartialTaken, PartialWriteFailed, sweep_partials
 from worker.store.seals import Seal, stat_file, whole_mtime, write_seal

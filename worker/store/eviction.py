@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from worker.base.files import free_bytes
-from worker.base.text import count, size_text
+from worker.base.text import count, duration_text, size_text
 from worker.errors import SpecInvalid, UnsafePath
 from worker.spec import HubFile, ModelSpec, parse_source
 from worker.store.inventory import ready_file
@@ -155,14 +155,6 @@ def eviction_outlook(found: Survey, limits: EvictionLimits, more_bytes: int = 0)
 def idle_text(seconds: float) -> str:
     """Return how long ago a model was used, for people."""
     return f"used {duration_text(seconds)} ago"
-
-
-def duration_text(seconds: float) -> str:
-    """Return a duration for people."""
-    for unit, length_s in (("days", 86_400), ("hours", 3_600), ("minutes", 60)):
-        if seconds >= 2 * length_s:
-            return f"{seconds / length_s:.0f} {unit}"
-    return f"{seconds:.0f} s"
 
 
 # --- how it stands ------------------------------------------------------------------------------

@@ -1,8 +1,14 @@
-"""Recognise a file's format by its first bytes, whatever its name says. Pure."""
+"""Recognise a file's format by its first bytes, whatever its name says, and the length that it states. Reads files."""
 
 from __future__ import annotations
 
-from typing import Final
+import json
+from typing import TYPE_CHECKING, BinaryIO, Final
+
+from worker.errors import FileIncomplete, NotAModel
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 HEAD_BYTES: Final = 512
 SAFETENSORS: Final = (".safetensors", ".sft")
@@ -13,6 +19,7 @@ _LFS: Final = b"version https://git-lfs"
 _GZIP: Final = b"\x1f\x8b"
 _TEXT_CONTROLS: Final = frozenset(b"\t\n\r\f")
 _SHORT_BYTES: Final = 1_000_000
+_MAX_HEADER_BYTES: Final = 100_000_000  # safetensors' own limit
 
 
 def is_safetensors(name: str) -> bool:
@@ -54,6 +61,49 @@ def misfit(name: str, head: bytes, size_bytes: int, *, is_verified: bool) -> str
     if lower.endswith(".gguf") and not head.startswith(_GGUF):
         return "no GGUF file"
     return "a text" if size_bytes <= _SHORT_BYTES and _is_text(head) else None
+
+
+def check_whole(path: Path, size_bytes: int) -> None:
+    """Raise `FileIncomplete` if a safetensors file's header and size disagree, `NotAModel` for a web page or the like.
+
+    Other formats do not state their length. This finds a truncated copy in under a millisecond, but no wrong byte.
+    """
+    whole = stated_bytes(path, size_bytes) if is_safetensors(path.name) else size_bytes
+    if not (is_safetensors(path.name) and whole == size_bytes) and (found := foreign_in(path)):
+        raise NotAModel(path, found)
+    if whole != size_bytes:
+        raise FileIncomplete(path, size_bytes, whole)
+
+
+def foreign_in(path: Path) -> str | None:
+    """Return what a weights file is instead, if its first bytes leave no doubt."""
+    return foreign(path.name, head_of(path)) if is_weights(path.name) else None
+
+
+def head_of(path: Path) -> bytes:
+    """Return the first bytes of a file."""
+    with path.open("rb", buffering=0) as stream:
+        return stream.read(HEAD_BYTES)
+
+
+def stated_bytes(path: Path, size_bytes: int) -> int | None:
+    """Return the length that a safetensors file states: 8 + header length + end of the last tensor. None if unreadable."""
+    with path.open("rb") as stream:
+        return stated_in(stream, size_bytes)
+
+
+def stated_in(stream: BinaryIO, size_bytes: int) -> int | None:
+    """Like `stated_bytes`, for a stream at the beginning of a file of `size_bytes`."""
+    length = int.from_bytes(stream.read(8), "little")
+    if not len(b"{}") <= length <= min(size_bytes - 8, _MAX_HEADER_BYTES):
+        return None
+    text = stream.read(length)
+    try:
+        header = json.loads(text)
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        return 8 + length + int(max(ends, default=0))
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+        return None
 
 
 def _is_text(head: bytes) -> bool:

@@ -1,4 +1,4 @@
-"""Write a download's bytes into the partial, and hash them in order. Touches the disk.
+"""Hash files: a download's bytes in order, while they are written into the partial, and whole files. Touches the disk.
 
 On a network volume, reading back what eight connections write costs as much as writing it. So the hash takes a file's bytes
 from memory on their way to the disk, where that is as good as reading them back:
@@ -16,22 +16,24 @@ again) the disk may hold other bytes than those that were hashed.
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from typing import TYPE_CHECKING, Final
 
 from worker.errors import EnsureCancelled
-from worker.store.disk import sha256_of
 from worker.store.partial import PartialTaken, stuck_error
 from worker.store.reorder import ReorderBuffer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from worker.base.progress import CancelToken
     from worker.fetch.ranges import RangeTuning
     from worker.store.partial import Partial
 
 _TICK_S: Final = 0.2
+_BUFFER_BYTES: Final = 4 * 1024 * 1024
 
 
 class HashedPartial:
@@ -121,3 +123,27 @@ class HashedPartial:
         """End the thread, whatever it does."""
         self._stop.set()
         self._thread.join(_TICK_S)
+
+
+def sha256_of(path: Path, cancel: CancelToken, on_bytes: Callable[[int], None]) -> str:
+    """Return the sha256 of a whole file. Stop within one buffer if cancelled. `on_bytes` gets the count so far."""
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(_BUFFER_BYTES))
+    done = 0
+    with path.open("rb", buffering=0) as stream:
+        while length := stream.readinto(buffer):
+            if cancel.is_set():
+                raise EnsureCancelled(path.name)
+            digest.update(buffer[:length])
+            done += length
+            on_bytes(done)
+    return digest.hexdigest()
+
+
+def git_sha1_of(path: Path, size_bytes: int) -> str:
+    """Return git's hash of a file, which must be small."""
+    digest = hashlib.sha1(b"blob %d\0" % size_bytes, usedforsecurity=False)
+    with path.open("rb", buffering=0) as stream:
+        while block := stream.read(_BUFFER_BYTES):
+            digest.update(block)
+    return digest.hexdigest()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 from worker.base.text import unicode_forms
 from worker.errors import FileUnusable, LinkAstray, ModelError, NotAModel, UnsafePath, VolumeFailed
-from worker.store.disk import check_whole, foreign_in
+from worker.store.file_formats import check_whole, foreign_in
 from worker.store.seals import read_seal, stat_file, whole_mtime, write_seal
 
 if TYPE_CHECKING:

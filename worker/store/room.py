@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from worker.base.files import free_bytes
-from worker.base.text import size_text
+from worker.base.text import duration_text, size_text
 from worker.errors import ContentMismatch, EnsureCancelled, UnsafePath, WorkerError
 from worker.spec import ModelSpec
 from worker.store.download import DownloadHooks
@@ -31,7 +31,6 @@ from worker.store.eviction import (
     ModelsTree,
     Pins,
     chosen_for_removal,
-    duration_text,
     stamp,
     survey,
 )

@@ -18,7 +18,6 @@ from worker.base.files import Peek, patiently, sync_folder
 from worker.base.progress import metered
 from worker.errors import (
     ContentMismatch,
-    FileUnusable,
     ModelError,
     UnsafePath,
     UnsealedMismatch,
@@ -27,10 +26,9 @@ from worker.errors import (
     VolumeMissing,
     VolumeReadOnly,
     no_volume,
+    volume_error,
 )
 from worker.fetch.ranges import RangeTuning
-from worker.spec import HubFile
-from worker.store.disk import check_whole, sha256_of, volume_error
 from worker.store.download import (
     Download,
     DownloadHooks,
@@ -41,6 +39,9 @@ from worker.store.download import (
     forget_pending,
     seal_download,
 )
+from worker.store.file_formats import check_whole
+from worker.store.hashing import sha256_of
+from worker.store.host_cache import cached_file
 from worker.store.inventory import as_spelled, ready_file, record, resolved_path, stamp_of
 from worker.store.locks import Locks, LockTiming
 from worker.store.partial import PartialWriteFailed, sweep_partials
@@ -60,37 +61,17 @@ if TYPE_CHECKING:
     from worker.store.room import Room
     from worker.store.shared_lookups import SharedAnswer
 
-__all__ = ["DownloadHooks", "LockTiming", "RangeTuning", "ReadyModel", "Store", "Stores", "cached_file"]
+__all__ = ["DownloadHooks", "LockTiming", "RangeTuning", "ReadyModel", "Store", "Stores"]
 
 log = logging.getLogger(__name__)
 
 _TICK_S: Final = 0.1
 _LOOK_S: Final = 3.0
-_COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 
 
 def _ignore_progress(_: ModelProgress) -> None:
     """Ignore the progress of a model that the store makes available."""
-
-
-def cached_file(host_cache: Layout, spec: ModelSpec) -> Path | None:
-    """Return a hub model's file in RunPod's host cache, if its length and header say that it is whole.
-
-    It is found by its name; its hash is not checked. Touches no network.
-    """
-    if not isinstance(spec.source, HubFile):
-        return None
-    repo = host_cache.host_cache_repo(spec.source.repo, spec.source.repo_type)
-    revision = spec.source.revision
-    with contextlib.suppress(OSError, FileUnusable, UnicodeDecodeError):
-        commit = revision if _COMMIT.fullmatch(revision) else (repo / "refs" / revision).read_text().strip()
-        path = repo / "snapshots" / commit / spec.source.path
-        size_bytes = path.stat().st_size
-        check_whole(path, size_bytes)
-        if spec.size_bytes in {None, size_bytes}:
-            return path
-    return None
 
 
 class Store:

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import httpx2
 
-from worker.base.http import retry_after_s
-from worker.base.retry import pause_s
+from worker.base.retry import pause_s, retry_after_s
 from worker.up.errors import (
     ApiKeyLacksRights,
     ApiKeyMissing,

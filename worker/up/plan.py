@@ -10,18 +10,18 @@ from urllib.parse import urlsplit
 
 from worker.seed.options import KEY_ID, KEY_SECRET
 from worker.seed.s3_api import DATACENTERS
-from worker.up import catalog
-from worker.up.catalog import DataCenter, volume_gb, volume_usd_month, wanted_gpu_gb
+from worker.up import runpod_offer
 from worker.up.errors import NoGpuFree, UpUsage, VolumeUnknown
 from worker.up.options import IMAGE
+from worker.up.runpod_offer import DataCenter, volume_gb, volume_usd_month, wanted_gpu_gb
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from worker.up.api import RunPodApi, Thing
-    from worker.up.catalog import CpuPod, GpuPool, Offer
     from worker.up.needs import Needs
     from worker.up.options import Fill, UpOptions
+    from worker.up.runpod_offer import CpuPod, GpuPool, Offer
     from worker.up.state import UpState
 
 _CHECKOUT: Final = Path(__file__).resolve().parents[2]
@@ -84,7 +84,7 @@ class UpPlan:
             **self.agreed(),
             "volume": self.volume_id,
             "volume_usd_month": None if self.high_performance else round(volume_usd_month(self.size_gb), 2),
-            "prices_of": catalog.PRICES_OF,
+            "prices_of": runpod_offer.PRICES_OF,
             "models": [item.to_dict() for item in needs.items] if needs else [],
             "size_bytes": needs.size_bytes if needs else None,
             "gpu_gb": wanted_gpu_gb(needs.size_bytes) if needs else None,
@@ -119,13 +119,13 @@ def make_up_plan(
     agreed = state.get("agreed")
     if agreed and not options.pools:
         return _as_agreed(options, needs, agreed, volume, own=own)
-    pools = catalog.pools_of(runpod.all("catalog/gpus", include="AVAILABILITY", product="SERVERLESS"))
-    centres = catalog.datacenters_of(runpod.all("catalog/datacenters", include="GPU_AVAILABILITY,CPU_AVAILABILITY"))
+    pools = runpod_offer.pools_of(runpod.all("catalog/gpus", include="AVAILABILITY", product="SERVERLESS"))
+    centres = runpod_offer.datacenters_of(runpod.all("catalog/datacenters", include="GPU_AVAILABILITY,CPU_AVAILABILITY"))
     size_bytes = needs.size_bytes if needs else 0
     wanted = _pools(options, pools, size_bytes)
     datacenter = _planned_datacenter(options, volume)
     places = _places(options, centres, datacenter)
-    offers = catalog.offers(wanted, places, DATACENTERS)
+    offers = runpod_offer.offers(wanted, places, DATACENTERS)
     fill = options.fill or ("s3" if _has_s3_keys(environ) else "pod")
     if fill == "s3" and options.s3_endpoint is None:
         if datacenter and datacenter not in DATACENTERS:
@@ -212,7 +212,7 @@ def _planned_datacenter(options: UpOptions, volume: Thing | None) -> str | None:
 
 def _pools(options: UpOptions, pools: Mapping[str, GpuPool], size_bytes: int) -> Sequence[GpuPool]:
     if not options.pools:
-        return catalog.fitting_pools(pools, wanted_gpu_gb(size_bytes))
+        return runpod_offer.fitting_pools(pools, wanted_gpu_gb(size_bytes))
     if unknown := [name for name in options.pools if name not in pools]:
         raise UpUsage(f"--gpu: RunPod has no pool {unknown[0]}; it is one of {', '.join(sorted(pools))}.")
     return [pools[name] for name in options.pools]
@@ -231,12 +231,12 @@ def _places(options: UpOptions, centres: Mapping[str, DataCenter], name: str | N
 
 def free_cpus(runpod: RunPodApi, centre: DataCenter) -> list[CpuPod]:
     """Return the CPU Pods that `up` can plan with in a data centre now, the cheapest first."""
-    return [cpu for cpu in catalog.cpus_of(runpod.all("catalog/cpus")) if centre.cpus.get(cpu.name, "NONE") != "NONE"]
+    return [cpu for cpu in runpod_offer.cpus_of(runpod.all("catalog/cpus")) if centre.cpus.get(cpu.name, "NONE") != "NONE"]
 
 
 def datacenter_now(runpod: RunPodApi, name: str) -> DataCenter:
     """Return the current state of a data centre for the plan of `up`."""
-    centres = catalog.datacenters_of(runpod.all("catalog/datacenters", include="CPU_AVAILABILITY"))
+    centres = runpod_offer.datacenters_of(runpod.all("catalog/datacenters", include="CPU_AVAILABILITY"))
     return centres.get(name) or DataCenter(name, name, (), {})
 
 

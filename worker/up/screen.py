@@ -13,14 +13,14 @@ from rich.text import Text
 from worker.base.text import count, size_text, wrapped
 from worker.plan.plan_command import plan_row
 from worker.seed.screen import ScreenBars, ScreenJson, ScreenLines
-from worker.up.catalog import PRICES_OF, volume_usd_month, wanted_gpu_gb
+from worker.up.runpod_offer import PRICES_OF, volume_usd_month, wanted_gpu_gb
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from worker.seed.screen import SeedScreen
-    from worker.up.catalog import Offer
     from worker.up.plan import UpPlan
+    from worker.up.runpod_offer import Offer
 
 _WIDE: Final = 160
 _MOST_OFFERS: Final = 5

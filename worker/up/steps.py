@@ -15,9 +15,9 @@ from client.command import check, tell_outputs, watched
 from client.errors import ServiceError
 from client.service import ENDPOINTS, Endpoint
 from worker.base.text import count, size_text
-from worker.up.catalog import volume_usd_month
 from worker.up.errors import ImageNotFound, RunPodRefused, WorkerQuota
 from worker.up.filling import VolumeFilling, handed_on
+from worker.up.runpod_offer import volume_usd_month
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

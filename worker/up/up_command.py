@@ -17,10 +17,10 @@ from worker.seed.screen import ScreenJson
 from worker.settings import Settings
 from worker.up import needs as needed
 from worker.up.api import RunPodApi
-from worker.up.catalog import volume_usd_month
 from worker.up.errors import ApiKeyMissing, ApiKeyRefused, StateInvalid, UpUsage
 from worker.up.options import parse_up_options
 from worker.up.plan import make_up_plan
+from worker.up.runpod_offer import volume_usd_month
 from worker.up.screen import UpScreen, ask_once
 from worker.up.state import UpState, state_lock, state_path
 from worker.up.steps import UpSteps

@@ -21,11 +21,11 @@ from worker.errors import UnsafePath, WorkerError
 from worker.graph.graph import parse_graph
 from worker.graph.model_names import named_models, with_slashes
 from worker.graph.paths import check_paths
-from worker.links.host_cache import cached_copies
+from worker.store.host_cache import cached_copies
 from worker.store.layout import Layout
 from worker.warmup.loading_graph import loading_part, runnable_part
 from worker.warmup.memory import free_memory_bytes
-from worker.warmup.reader import WeightsReader
+from worker.warmup.read_ahead import WeightsReader
 from worker.warmup.recent_models import RecentModels
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from worker.graph.model_names import NamedModel
     from worker.models.job_models import JobModels, Name
     from worker.settings import Settings
-    from worker.warmup.reader import ReadAheadResult
+    from worker.warmup.read_ahead import ReadAheadResult
 
 log = logging.getLogger(__name__)
 

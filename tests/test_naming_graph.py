@@ -23,7 +23,7 @@ from worker.graph.graph import needed_nodes, parse_graph
 from worker.graph.model_names import named_models
 from worker.models.sources import Sources
 from worker.plan.document import PlanDocument, UnreadableDocument, read_document
-from worker.plan.editor import naming_graph
+from worker.plan.naming_graph import naming_graph
 from worker.seed.errors import SeedUsage
 from worker.seed.selection import Selection
 

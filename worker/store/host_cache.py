@@ -12,6 +12,9 @@ import shutil
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
+from worker.errors import FileUnusable
+from worker.spec import HubFile
+from worker.store.file_formats import check_whole
 from worker.store.inventory import Standing, look_at
 from worker.store.seals import read_seal, stat_file
 
@@ -19,9 +22,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from worker.spec import ModelSpec
     from worker.store.inventory import InventoryEntry
     from worker.store.layout import Layout
 
+_COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 _SEAL: Final = ".json"
 
@@ -83,3 +88,22 @@ def link_host_cache(copies: dict[Path, Path], layout: Layout, root: Path) -> int
             os.symlink(copy, link)  # noqa: PTH211 - the same operation
             made += 1
     return made
+
+
+def cached_file(host_cache: Layout, spec: ModelSpec) -> Path | None:
+    """Return a hub model's file in RunPod's host cache, if its length and header say that it is whole.
+
+    It is found by its name; its hash is not checked. Touches no network.
+    """
+    if not isinstance(spec.source, HubFile):
+        return None
+    repo = host_cache.host_cache_repo(spec.source.repo, spec.source.repo_type)
+    revision = spec.source.revision
+    with suppress(OSError, FileUnusable, UnicodeDecodeError):
+        commit = revision if _COMMIT.fullmatch(revision) else (repo / "refs" / revision).read_text().strip()
+        path = repo / "snapshots" / commit / spec.source.path
+        size_bytes = path.stat().st_size
+        check_whole(path, size_bytes)
+        if spec.size_bytes in {None, size_bytes}:
+            return path
+    return None

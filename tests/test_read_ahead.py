@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from devkit.local_worker import PROJECT
-from worker.links.host_cache import cached_copies, link_host_cache
 from worker.links.model_links import ModelLinks
+from worker.store.host_cache import cached_copies, link_host_cache
 from worker.store.layout import Layout
 from worker.store.seals import Seal, write_seal
 from worker.warmup.memory import free_memory_bytes
 from worker.warmup.page_cache import missing_ranges
-from worker.warmup.reader import WeightsReader
+from worker.warmup.read_ahead import WeightsReader
 from worker.warmup.recent_models import RecentModels
 
 if TYPE_CHECKING:
@@ -443,5 +443,5 @@ def test_what_may_not_be_the_same_is_read_from_the_volume(fault: str, volume: Pa
 
 
 def test_without_a_host_cache_no_seal_is_read(volume: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.links.host_cache.read_seal", lambda _: pytest.fail("a seal was read"))
+    monkeypatch.setattr("worker.store.host_cache.read_seal", lambda _: pytest.fail("a seal was read"))
     assert cached_copies(Layout(volume)) == {}
