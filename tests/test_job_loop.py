@@ -58,6 +58,23 @@ def attached(handler: Callable[[dict[str, Any]], Any] = endless) -> JobLoop:
     return loop
 
 
+def test_connections_from_before_a_freeze_are_closed_once_nothing_can_arrive_on_them(run_async: Run) -> None:
+    async def scenario() -> None:
+        loop, made = attached(), []
+        with mock.patch.object(job_loop_module, "_OLD_S", 0.5):
+            for _ in range(3):
+                loop._connect_anew()
+                made.append(loop.session)
+            closing = list(loop._closing.values())
+            assert [session.closed for session in made] == [False] * 3
+            await asyncio.wait_for(asyncio.gather(*closing), 30)
+        assert [session.closed for session in made] == [True, True, False]
+        assert not loop._closing
+        await loop.session.close()
+
+    run_async(scenario())
+
+
 @pytest.mark.parametrize("turns", range(5))
 def test_a_worker_that_fails_while_its_first_poll_begins_makes_it_and_leaves(turns: int, run_async: Run) -> None:
     async def scenario() -> None:

@@ -47,6 +47,8 @@ _AT_MOST = 8
 _ARRIVAL_S = 1.5
 # A job may contain 10 MB.
 _BODY_S = 30.0
+# No poll and no result is under way for longer, in time that the worker runs.
+_OLD_S = 600.0
 # The wait for results that are on their way when another one asks for a new worker.
 _SETTLE_S = 120.0
 _PAUSES_S = (0.5, 1.0, 2.0, 5.0)
@@ -95,7 +97,8 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]  # the SDK has no types
         self._loop: asyncio.AbstractEventLoop
         self._session: aiohttp.ClientSession | None = None
         self._posts: aiohttp.ClientSession | None = None
-        self._old: list[aiohttp.ClientSession] = []
+        self._own: aiohttp.ClientSession | None = None
+        self._closing: dict[aiohttp.ClientSession, asyncio.Task[None]] = {}
         self._at_engine: str | None = None
         self._polls = 0
         self._lingering: set[asyncio.Task[None]] = set()
@@ -145,12 +148,21 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]  # the SDK has no types
 
     def _connect_anew(self) -> None:
         """Send everything from now on over new connections. Data on the old ones may still arrive."""
-        if self._posts:
-            self._old.append(self._posts)
-        self._posts, self._session = None, _sdk_connections()
-        self._old.append(self._session)
+        for session in (self._posts, self._own):
+            if session:
+                self._closing[session] = asyncio.create_task(self._close_later(session), name="close-old-connections")
+        self._posts, self._own = None, _sdk_connections()
+        self._session = self._own
         self._thawed.set()
         self._thawed = asyncio.Event()
+
+    async def _close_later(self, session: aiohttp.ClientSession) -> None:
+        """Close connections from before a freeze once nothing can be under way on them."""
+        with contextlib.suppress(TimeoutError):
+            async with within(_OLD_S, self._clock):
+                await self._gone.wait()
+        await session.close()
+        del self._closing[session]
 
     def engine_free(self, job_id: str) -> None:
         """Note that the engine is done with this job, so that the next may be requested. May be called from any thread."""
@@ -217,7 +229,7 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]  # the SDK has no types
         return self._has_failed() and not self._has_polled
 
     async def _end(self) -> None:
-        for session in (*self._old, self._posts):
+        for session in (*self._closing, self._own, self._posts):
             if session:
                 await session.close()
         self._gone.set()

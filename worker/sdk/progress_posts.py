@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 from runpod.serverless.modules.rp_http import send_result
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from aiohttp import ClientSession
 
@@ -26,7 +26,7 @@ class ProgressPosts:
     result leaves the job IN_PROGRESS for ever.
     """
 
-    def __init__(self, job: Mapping[str, Any], session: ClientSession, every_s: float = 1.0) -> None:
+    def __init__(self, job: Mapping[str, Any], session: Callable[[], ClientSession], every_s: float = 1.0) -> None:
         self._job = dict(job)
         self._session = session
         self._every_s = every_s
@@ -74,5 +74,5 @@ class ProgressPosts:
                 # It logs errors and raises nothing: progress is never worth a job.
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(_ATTEMPT_S):
-                        await send_result(self._session, {"status": "IN_PROGRESS", "output": self._latest}, self._job)
+                        await send_result(self._session(), {"status": "IN_PROGRESS", "output": self._latest}, self._job)
             await asyncio.sleep(self._every_s)

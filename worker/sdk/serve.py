@@ -108,7 +108,7 @@ def _production_config(worker: Worker) -> dict[str, Any]:
     from worker.sdk.progress_posts import ProgressPosts  # noqa: PLC0415 - as above
 
     async def handle(job: dict[str, Any]) -> dict[str, Any]:
-        async with ProgressPosts(job, loop.session) as posts:
+        async with ProgressPosts(job, lambda: loop.session) as posts:
             engine_free = partial(loop.engine_free, job["id"])
             try:
                 result = await worker.loop.run(worker.handler.handle(job, posts.tell, engine_free))
