@@ -280,7 +280,10 @@ class Hub:
 
     @contextlib.contextmanager
     def _got(self, start: str, headers: Mapping[str, str] = MappingProxyType({})) -> Iterator[FollowedAnswer[httpx2.Response]]:
-        """Send a GET, and those that its redirects ask for. Raises `httpx2.HTTPError`, `ProxyUnusable`, and as `follow`."""
+        """Send a GET, and those that its redirects ask for.
+
+        Raises `_HubBusy` for a transient status, `httpx2.HTTPError`, `ProxyUnusable`, and as `follow`.
+        """
         with contextlib.closing(_HubRoute(self.network)) as route, contextlib.ExitStack() as open_answers:
 
             def send(url: str) -> httpx2.Response:
@@ -289,13 +292,14 @@ class Hub:
                 open_answers.callback(answer.close)
                 return answer
 
-            yield follow_redirects(self.network, start, send)
+            found = follow_redirects(self.network, start, send)
+            if found.answer.status_code in TRANSIENT:
+                raise _HubBusy(f"status {found.answer.status_code}", retry_after_s(found.answer.headers))
+            yield found
 
     def _ask_url(self, source: UrlSource) -> RemoteFile:
         with self._got(source.url, {"Range": "bytes=0-0"}) as found:
             status, headers = found.answer.status_code, found.answer.headers
-            if status in TRANSIENT:
-                raise _HubBusy(f"status {status}", retry_after_s(headers))
             if status in UNAUTHORISED:
                 raise token_refused(source.url, status, self.network.credential(source.url))
             if status not in {OK, PARTIAL, UNSATISFIABLE}:
@@ -314,10 +318,7 @@ class Hub:
     def _with_sha256(self, remote: RemoteFile, listing: str, path: str) -> RemoteFile:
         """Add the hash from ModelScope's API, if it gives one."""
         with self._got(listing) as got:
-            status = got.answer.status_code
-            if status in TRANSIENT:
-                raise _HubBusy(f"status {status}", retry_after_s(got.answer.headers))
-            said = _read_body(got.answer, _MOST_LISTED_BYTES) if status == OK else b"{}"
+            said = _read_body(got.answer, _MOST_LISTED_BYTES) if got.answer.status_code == OK else b"{}"
         try:
             files = json.loads(said)["Data"]["Files"]
             found = next(file for file in files if (file["Path"], file["Size"]) == (path, remote.size_bytes))
@@ -343,8 +344,6 @@ class Hub:
         credential = self.network.credential(address)
         with self._got(address) as got:
             status = got.answer.status_code
-            if status in TRANSIENT:
-                raise _HubBusy(f"status {status}", retry_after_s(got.answer.headers))
             if status in UNAUTHORISED:
                 raise token_refused(address, status, credential)
             if status != OK:
