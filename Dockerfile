@@ -109,7 +109,11 @@ COPY --from=comfyui-ready /comfyui /comfyui
 COPY --from=worker-packages /usr/local/bin/uv /usr/local/bin/uv
 COPY image/bin/ /usr/local/bin/
 COPY image/start.sh image/test_input.json handler.py /
-COPY image/comfyui_only.py image/fetch_source.py /opt/
+COPY image/comfyui_only.py image/fetch_source.py image/record_definitions.py /opt/
+
+# What ComfyUI says of its node classes: a worker that boots knows from it which models its job will need.
+RUN HOME=/tmp/home PYTHONDONTWRITEBYTECODE=1 /opt/worker/bin/python /opt/record_definitions.py /comfyui /opt/venv/bin/python --cpu \
+    && rm -rf /tmp/home
 
 # As in worker-comfyui, `pip install` and `uv pip install` in a child image reach ComfyUI's packages.
 ENV PATH=/opt/venv/bin:${PATH} \

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -12,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from devkit.control_plane import ControlPlane, ProductionWorker
+from devkit.engine.build import engine_args
 from devkit.engine.models import make_volume
 from devkit.hub import Hub
+from devkit.local_worker import PROJECT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
 
     Load = Callable[[str], dict[str, Any]]
 
+RECORD = PROJECT / "image/record_definitions.py"
 BOOTS = 100
 AT_ONCE = 4
 LONG_S = 600.0
@@ -151,24 +155,49 @@ def test_a_worker_that_is_told_to_leave_while_it_boots_does_the_job_that_it_has(
     assert job.answers == 1
 
 
-def test_a_job_s_missing_models_come_while_comfyui_boots(
-    plane: ControlPlane, engine: Engine, tmp_path: Path, workflow: Load
-) -> None:
+@pytest.fixture
+def hub(engine: Engine, tmp_path: Path) -> Iterator[Hub]:
+    """A hub that has the models of a text-to-image job."""
     weights = make_volume(engine, tmp_path / "weights") / "models"
     shutil.copytree(weights, tmp_path / "root/org/tiny", copy_function=os.link)
+    with Hub(tmp_path / "root") as hub:
+        yield hub
+
+
+def from_hub(hub: Hub) -> dict[str, str]:
     names = ("diffusion_models/tiny_sd3.safetensors", "text_encoders/tiny_clip_l.pt", "vae/tiny_taesd3_vae.safetensors")
     models = " ".join(f"{name.split('/')[0]}=hf://org/tiny/{name}" for name in names)
+    return {"HF_ENDPOINT": hub.endpoint, "MODELS": models, "MODEL_LOADING": "on_demand"}
+
+
+def test_a_job_s_missing_models_come_while_comfyui_boots(
+    plane: ControlPlane, engine: Engine, tmp_path: Path, hub: Hub, workflow: Load
+) -> None:
     volume = tmp_path / "volume"
     volume.mkdir()
-    with Hub(tmp_path / "root") as hub:
-        environ = {"HF_ENDPOINT": hub.endpoint, "MODELS": models, "MODEL_LOADING": "on_demand"}
-        for name, ahead in (("first", False), ("second", True)):
-            (tmp_path / name).mkdir()
-            with ProductionWorker(plane, engine, tmp_path / name, volume, environ, pod_id=name) as pod:
-                job = plane.submit({"workflow": workflow("text_to_image")})
-                assert job.result(180)["status"] == "COMPLETED", pod.log_tail()
-                log = pod.log()
-                assert (log.index(": waits for") < log.index("cold start")) == ahead
-                plane.wait_until(lambda: any((volume / ".worker/definitions").glob("*.json")), 60)
-            shutil.rmtree(volume / "models")
-            shutil.rmtree(volume / ".worker/seals", ignore_errors=True)
+    for name, ahead in (("first", False), ("second", True)):
+        (tmp_path / name).mkdir()
+        with ProductionWorker(plane, engine, tmp_path / name, volume, from_hub(hub), pod_id=name) as pod:
+            job = plane.submit({"workflow": workflow("text_to_image")})
+            assert job.result(180)["status"] == "COMPLETED", pod.log_tail()
+            log = pod.log()
+            assert (log.index(": waits for") < log.index("cold start")) == ahead
+            plane.wait_until(lambda: any((volume / ".worker/definitions").glob("*.json")), 60)
+        shutil.rmtree(volume / "models")
+        shutil.rmtree(volume / ".worker/seals", ignore_errors=True)
+
+
+def test_the_first_worker_on_an_empty_volume_knows_from_its_image_what_a_job_needs(
+    plane: ControlPlane, engine: Engine, tmp_path: Path, hub: Hub, workflow: Load
+) -> None:
+    comfyui = tmp_path / "comfyui"
+    shutil.copytree(engine.comfyui_dir, comfyui)
+    subprocess.run([sys.executable, RECORD, comfyui, engine.python, *engine_args(engine)], check=True)
+    for name in ("volume", "pod"):
+        (tmp_path / name).mkdir()
+    environ = {**from_hub(hub), "COMFYUI_DIR": str(comfyui)}
+    with ProductionWorker(plane, engine, tmp_path / "pod", tmp_path / "volume", environ) as pod:
+        job = plane.submit({"workflow": workflow("text_to_image")})
+        assert job.result(180)["status"] == "COMPLETED", pod.log_tail()
+        log = pod.log()
+    assert log.index(": waits for") < log.index("cold start")

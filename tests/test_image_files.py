@@ -41,6 +41,7 @@ SHELL = [
 ]
 PYTHON = [
     *("image/fetch_source.py", "image/install_engine.py", "image/comfyui_only.py"),
+    "image/record_definitions.py",
     *("image/bin/comfy", "image/bin/comfy-node-install", "handler.py"),
 ]
 CATEGORIES = {"audio", "embedding", "language", "video", "image"}

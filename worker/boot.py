@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from worker.base.clock import RunningClock
 from worker.base.text import count
 from worker.base.volume import is_volume
-from worker.engine.definitions import DefinitionsOnVolume
+from worker.engine.definitions import StoredDefinitions
 from worker.engine.engine import Engine
 from worker.engine.event_loop import BootMilestones, LoopThread
 from worker.errors import VolumeMissing, WorkerError, no_volume
@@ -146,7 +146,7 @@ class Worker:
         self._warmup = warmup
         state = volume.definitions if is_volume(settings.volume_path) else None
         nodes = [folder / "custom_nodes" for folder in dict.fromkeys((settings.comfyui_dir, settings.base_dir))]
-        kept = DefinitionsOnVolume(state, command, nodes)
+        kept = StoredDefinitions(state, command, nodes)
         self.handler = JobHandler(
             settings, self._engine, self._job_models, inputs, self._delivery, warmup=self._warmup, boot=self._boot, kept=kept
         )

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 
     from worker.engine.client import RunResult
-    from worker.engine.definitions import DefinitionsOnVolume
+    from worker.engine.definitions import StoredDefinitions
     from worker.engine.engine import Engine
     from worker.engine.event_loop import BootMilestones
     from worker.engine.events import NodeProgress
@@ -77,7 +77,7 @@ class JobHandler:
         *,
         warmup: Warmup,
         boot: BootMilestones,
-        kept: DefinitionsOnVolume,
+        kept: StoredDefinitions,
     ) -> None:
         self._settings = settings
         self._engine = engine

@@ -1,4 +1,4 @@
-"""What a ComfyUI answers about its node classes, and what one answered before, kept on the volume. Touches disk.
+"""What a ComfyUI answers about its node classes, and what one answered before, on the volume or in the image. Touches disk.
 
 While ComfyUI boots, the kept answers say what a job will need, so that it can be fetched meanwhile. They only decide what is
 done early. What is answered to a client is decided by the ComfyUI that runs.
@@ -27,6 +27,10 @@ log = logging.getLogger(__name__)
 
 # A pack's own version and files at its top. Kept answers of a pack that changed below them only make a download early or late.
 _TELLING = (".py", ".toml")
+# Beside ComfyUI, written while the image was built (image/record_definitions.py).
+_OF_IMAGE = "definitions.json"
+# What importing packs leaves behind.
+_NO_PACK = "__pycache__"
 
 
 class DefinitionSource(Protocol):
@@ -90,8 +94,11 @@ class KeptDefinitions:
         return None
 
 
-class DefinitionsOnVolume:
-    """Where the answers of a ComfyUI of this version with these custom nodes are kept. Its failures cost no job anything."""
+class StoredDefinitions:
+    """Where the answers of a ComfyUI of this version with these custom nodes are kept. Its failures cost no job anything.
+
+    The image has those of a ComfyUI without a GPU, for the image's own packs. The volume's come first.
+    """
 
     def __init__(self, folder: Path | None, command: EngineCommand, node_folders: Sequence[Path]) -> None:
         self._folder = folder
@@ -100,12 +107,24 @@ class DefinitionsOnVolume:
 
     def read(self) -> KeptDefinitions | None:
         """Return the answers, or None if there are none. Blocks."""
-        try:
-            path = self._path()
-            return KeptDefinitions(json.loads(path.read_bytes())) if path else None
-        except (OSError, ValueError, LookupError, TypeError) as exc:
-            log.debug("no definitions of node classes are kept: %s", exc)
-            return None
+        for read in (self._read_volume, self._read_image):
+            try:
+                if (everything := read()) is not None:
+                    return KeptDefinitions(everything)
+            except (OSError, ValueError, LookupError, TypeError) as exc:
+                log.debug("no definitions of node classes are kept: %s", exc)
+        return None
+
+    def _read_volume(self) -> dict[str, Any] | None:
+        path = self._path()
+        return json.loads(path.read_bytes()) if path else None
+
+    def _read_image(self) -> dict[str, Any] | None:
+        """Return the image's, unless ComfyUI has other packs than the image."""
+        everything = json.loads((self._command.cwd / _OF_IMAGE).read_bytes())
+        packs = {pack.name for folder in self._node_folders if folder.is_dir() for pack in folder.iterdir()}
+        ours = {"version": self._version(), "packs": sorted(packs - {_NO_PACK})}
+        return everything if everything["of"] == ours else None
 
     def wanted(self) -> bool:
         """Return whether there is a place for them and they are not there. Blocks."""
@@ -139,8 +158,11 @@ class DefinitionsOnVolume:
         digest = hashlib.sha256(json.dumps(list(self._parts())).encode()).hexdigest()
         return self._folder / f"{digest[:32]}.json"
 
+    def _version(self) -> str:
+        return (self._command.cwd / "comfyui_version.py").read_text("utf-8", "replace")
+
     def _parts(self) -> Iterator[object]:
-        yield (self._command.cwd / "comfyui_version.py").read_text("utf-8", "replace")
+        yield self._version()
         # Ports and paths differ between machines, and say nothing of node classes; what the operator adds may.
         yield [part for part in self._command.argv[1:] if not part.startswith("/") and not part.isdecimal()]
         for folder in self._node_folders:
