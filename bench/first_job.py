@@ -8,25 +8,32 @@ carries 200 MB/s, what is quoted for RunPod's; before each measurement nothing o
     first_job_cold       / the same                                                   informs: what it costs without
     first_job_taken_booting / the same                                                bound 1.05
     first_job_taken_ready   / the same                                                informs: as with TAKE_JOBS=ready
+    first_job_hub_booting / (max(engine's boot, one download) + the job when warm)    bound 1.05
+    first_job_hub_ready   / the same                                                  informs: as with TAKE_JOBS=ready
 
-The last two are in production mode, with a job that waits in the queue and weights that no job of the endpoint used before:
-what is read ahead is what the job itself names. `wrong_request_s` is from the worker's start to the answer to a request that
-is wrong in itself; bound 2.5 s.
+All but the first two are in production mode, with a job that waits in the queue and weights that no job of the endpoint used
+before: what is read ahead is what the job itself names. For `hub` the weights are not on the volume but on a hub that sends
+200 MB/s; they are written to the same volume. `wrong_request_s` is from the worker's start to the answer to a request that is
+wrong in itself; bound 2.5 s.
 
-The boot and the warm job are ComfyUI's alone, without a worker. Reading once is four readers through plain reads, measured with
-nothing else going on. The second worker knows what to read from the record that the first one's job left on the volume.
+The boot and the warm job are ComfyUI's alone, without a worker. Reading once is four readers through plain reads, one download
+is four connections whose bytes are dropped, both measured with nothing else going on. The second worker knows what to read from
+the record that the first one's job left on the volume.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import urllib.request
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,13 +43,17 @@ from bench.bare import BareEngine
 from bench.report import Figure, leave_out, parse_args, report
 from devkit.control_plane import ControlPlane, ProductionWorker
 from devkit.engine.build import ensure_engine
+from devkit.hub import hub_process
 from devkit.local_worker import LocalWorker
 from devkit.moosefs import MooseFS, MooseFSError, available
+from worker.store.layout import Layout
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Iterator, Sequence
 
     from devkit.engine.build import Engine
+    from devkit.hub import RemoteHub
 
 BOUND: Final = 1.15
 BOOTING_BOUND: Final = 1.05
@@ -53,10 +64,20 @@ FULL_DEPTH, SHORT_DEPTH = 19, 15
 NAME: Final = "large.safetensors"
 BLOCK: Final = 1 << 20
 
-GRAPH: Final[dict[str, Any]] = {
-    "1": {"class_type": "UNETLoader", "inputs": {"unet_name": NAME, "weight_dtype": "default"}},
-    "2": {"class_type": "PreviewAny", "inputs": {"source": ["1", 0]}},
-}
+HUB_NAME: Final = "fetched.safetensors"
+FOLDER: Final = "diffusion_models"
+REPO: Final = "org/large"
+CONNECTIONS: Final = 4
+PARTS: Final = ("ahead", "volume", "hub")
+
+
+def graph(name: str) -> dict[str, Any]:
+    """Return a job that loads the weights and does nothing else."""
+    return {
+        "1": {"class_type": "UNETLoader", "inputs": {"unet_name": name, "weight_dtype": "default"}},
+        "2": {"class_type": "PreviewAny", "inputs": {"source": ["1", 0]}},
+    }
+
 
 _SHAPES: Final = """
 import json, sys
@@ -115,11 +136,13 @@ class Scene:
     engine: Engine
     volume: MooseFS
     root: Path
+    parts: list[tuple[float, float, float]]
+    """What was measured for `parts_s`."""
 
     @property
     def weights(self) -> Path:
         """Return the model on the volume."""
-        return self.volume.mounts[0] / "models/diffusion_models" / NAME
+        return self.volume.mounts[0] / "models" / FOLDER / NAME
 
     def read_once_s(self) -> float:
         """Return the time of four readers through the whole file."""
@@ -149,8 +172,14 @@ class Scene:
         began = time.perf_counter()
         with BareEngine(self.engine, self.root / "bare") as bare:
             booted = time.perf_counter()
-            bare.run(GRAPH)
+            bare.run(graph(NAME))
             return booted - began, time.perf_counter() - booted
+
+    def parts_s(self, arrives_s: float) -> float:
+        """Return how long the parts of a first job take: the boot or the weights, whichever is longer, and the job."""
+        boot_s, warm_s = self.bare_s()
+        self.parts.append((arrives_s, boot_s, warm_s))
+        return max(boot_s, arrives_s) + warm_s
 
     def worker_s(self, name: str, **environ: str) -> float:
         """Return the time from a worker's start to its first result, with no weights in memory."""
@@ -160,14 +189,17 @@ class Scene:
         began = time.perf_counter()
         with LocalWorker(self.engine, folder, self.volume.mounts[0], environ) as worker:
             worker.wait_ready()
-            answer = worker.runsync({"workflow": GRAPH})
+            answer = worker.runsync({"workflow": graph(NAME)})
             took_s = time.perf_counter() - began
         if answer["status"] != "COMPLETED":
             raise RuntimeError(f"the worker answered {answer}:\n{worker.log_tail()}")
         return took_s
 
-    def queued_s(self, name: str, job_input: object, status: str, **environ: str) -> float:
-        """From a worker's start in production mode to the answer of the job that waits, nothing of the weights in memory."""
+    def queued_s(self, name: str, job_input: object, status: str = "COMPLETED", **environ: str) -> float:
+        """Return the time from a worker's start in production mode to the answer of the job that waits in the queue.
+
+        Nothing of the weights is in memory.
+        """
         folder = self.root / name
         folder.mkdir()
         evict(self.weights)
@@ -175,13 +207,55 @@ class Scene:
             job = plane.submit(job_input)
             began = time.perf_counter()
             # An endpoint of its own: nobody has left a record of what to read.
-            volume = self.volume.mounts[0]
-            with ProductionWorker(plane, self.engine, folder, volume, {"RUNPOD_ENDPOINT_ID": name, **environ}) as worker:
+            environ = {"RUNPOD_ENDPOINT_ID": name, **environ}
+            with ProductionWorker(plane, self.engine, folder, self.volume.mounts[0], environ) as worker:
                 answer = job.result(600)
                 took_s = time.perf_counter() - began
+                log = worker.log()
         if answer["status"] != status:
-            raise RuntimeError(f"the worker answered {answer}:\n{worker.log_tail()}")
+            raise RuntimeError(f"the worker answered {answer}:\n{log}")
+        print(_at_a_glance(name, log), file=sys.stderr)
         return took_s
+
+    def download_s(self, hub: RemoteHub) -> float:
+        """Return the time of four connections through the whole file, whose bytes nobody keeps."""
+        address = f"{hub.endpoint}/{REPO}/resolve/main/{HUB_NAME}"
+        size_bytes = self.weights.stat().st_size
+        ends = [size_bytes * at // CONNECTIONS for at in range(CONNECTIONS + 1)]
+
+        def receive(begin: int, end: int) -> None:
+            request = urllib.request.Request(address, headers={"Range": f"bytes={begin}-{end - 1}"})
+            with urllib.request.urlopen(request, timeout=60) as response:
+                while response.read1(BLOCK):
+                    pass
+
+        began = time.perf_counter()
+        with ThreadPoolExecutor(CONNECTIONS) as pool:
+            list(pool.map(receive, ends[:-1], ends[1:]))
+        return time.perf_counter() - began
+
+    def fetched_s(self, name: str, hub: RemoteHub, **environ: str) -> float:
+        """Return the same as `queued_s` for a job whose weights are on the hub only."""
+        there = Layout(self.volume.mounts[0])
+        there.model(FOLDER, HUB_NAME).unlink(missing_ok=True)
+        there.seal(FOLDER, HUB_NAME).unlink(missing_ok=True)
+        environ = {
+            "HF_ENDPOINT": hub.endpoint,
+            "MODELS": f"{FOLDER}=hf://{REPO}/{HUB_NAME}",
+            "MODEL_LOADING": "on_demand",
+            **environ,
+        }
+        return self.queued_s(name, {"workflow": graph(HUB_NAME)}, **environ)
+
+
+def _at_a_glance(name: str, log: str) -> str:
+    """Return the lines of a worker's log that say what its time went into."""
+    said = [
+        line
+        for line in log.splitlines()
+        if any(word in line for word in ("cold start ", "read ahead", ": downloaded", "Prompt executed"))
+    ]
+    return "\n".join([f"{name}:", *said])
 
 
 def main() -> int:
@@ -194,7 +268,7 @@ def main() -> int:
     with ExitStack() as stack:
         root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-first-", dir=options.extra.data)))
         volume = stack.enter_context(MooseFS(root / "volume", mounts=1))
-        scene = Scene(engine, volume, root)
+        scene = Scene(engine, volume, root, [])
         size_bytes = write_weights(engine, scene.weights, SHORT_DEPTH if options.short else FULL_DEPTH)
         try:
             volume.limit_line(LINE_BYTES_PER_S)
@@ -202,50 +276,74 @@ def main() -> int:
             leave_out(str(exc))
             return report([], options)
         scene.bare_s()  # ComfyUI's own files come into memory
-        rows = []
-        for number in range(options.samples):
-            read_s = scene.read_once_s()
-            boot_s, warm_s = scene.bare_s()
-            cold_s = scene.worker_s(f"cold-{number}", WARM_MODELS="none", RUNPOD_ENDPOINT_ID="bench")
-            if number == 0:
-                scene.worker_s("recorder", RUNPOD_ENDPOINT_ID="bench")
-            ahead_s = scene.worker_s(f"ahead-{number}", RUNPOD_ENDPOINT_ID="bench")
-            ready_s = scene.queued_s(f"ready-{number}", {"workflow": GRAPH}, "COMPLETED", TAKE_JOBS="ready")
-            booting_s = scene.queued_s(f"booting-{number}", {"workflow": GRAPH}, "COMPLETED", TAKE_JOBS="booting")
-            wrong_s = scene.queued_s(f"wrong-{number}", {"workflow": GRAPH, "timeout_s": -1}, "FAILED")
-            rows.append((read_s, boot_s, warm_s, cold_s, ahead_s, ready_s, booting_s, wrong_s))
-    read, boot, warm, cold, ahead, ready, booting, wrong = (tuple(column) for column in zip(*rows, strict=True))
-    parts = [max(row[1], row[0]) + row[2] for row in rows]
-    return report(
-        [
-            Figure.of("line_mb_per_s", [size_bytes / 1e6 / seconds for seconds in read], "MB/s"),
-            Figure.of("read_once_s", read, "s"),
-            Figure.of("engine_boot_s", boot, "s"),
-            Figure.of("warm_job_s", warm, "s"),
-            Figure.of("first_job_cold_s", cold, "s"),
-            Figure.of("first_job_read_ahead_s", ahead, "s"),
-            Figure.of("first_job_taken_ready_s", ready, "s"),
-            Figure.of("first_job_taken_booting_s", booting, "s"),
-            Figure.of("wrong_request_s", wrong, "s", WRONG_BOUND_S),
-            Figure.of("first_job_taken_ready_ratio", [ours / theirs for ours, theirs in zip(ready, parts, strict=True)], "x"),
-            Figure.of(
-                "first_job_taken_booting_ratio",
-                [ours / theirs for ours, theirs in zip(booting, parts, strict=True)],
-                "x",
-                BOOTING_BOUND,
-            ),
-            Figure.of("first_job_cold_ratio", [ours / theirs for ours, theirs in zip(cold, parts, strict=True)], "x"),
-            Figure.of(
-                "first_job_read_ahead_ratio", [ours / theirs for ours, theirs in zip(ahead, parts, strict=True)], "x", BOUND
-            ),
-        ],
-        options,
-        data=root,
-    )
+        figures: list[Figure] = []
+        for name, measure in {"ahead": _read_ahead, "volume": _from_volume, "hub": _from_hub}.items():
+            if name in options.extra.parts:
+                figures += measure(scene, options.samples)
+        columns = zip(*scene.parts, strict=True)
+        names = ("arrives_once_s", "engine_boot_s", "warm_job_s")
+        figures += [Figure.of(name, column, "s") for name, column in zip(names, columns, strict=True)]
+        return report([Figure("weights_mb", size_bytes / 1e6, "MB"), *figures], options, data=root)
+
+
+def _read_ahead(scene: Scene, samples: int) -> Iterator[Figure]:
+    rows = []
+    for number in range(samples):
+        parts_s = scene.parts_s(scene.read_once_s())
+        cold_s = scene.worker_s(f"cold-{number}", WARM_MODELS="none", RUNPOD_ENDPOINT_ID="bench")
+        if number == 0:
+            scene.worker_s("recorder", RUNPOD_ENDPOINT_ID="bench")
+        ahead_s = scene.worker_s(f"ahead-{number}", RUNPOD_ENDPOINT_ID="bench")
+        rows.append((parts_s, cold_s, ahead_s))
+    parts, cold, ahead = zip(*rows, strict=True)
+    yield from _judged("first_job_cold", cold, parts)
+    yield from _judged("first_job_read_ahead", ahead, parts, BOUND)
+
+
+def _from_volume(scene: Scene, samples: int) -> Iterator[Figure]:
+    rows = []
+    job = {"workflow": graph(NAME)}
+    for number in range(samples):
+        parts_s = scene.parts_s(scene.read_once_s())
+        ready_s = scene.queued_s(f"ready-{number}", job, TAKE_JOBS="ready")
+        booting_s = scene.queued_s(f"booting-{number}", job, TAKE_JOBS="booting")
+        wrong_s = scene.queued_s(f"wrong-{number}", {**job, "timeout_s": -1}, "FAILED")
+        rows.append((parts_s, ready_s, booting_s, wrong_s))
+    parts, ready, booting, wrong = zip(*rows, strict=True)
+    yield from _judged("first_job_taken_ready", ready, parts)
+    yield from _judged("first_job_taken_booting", booting, parts, BOOTING_BOUND)
+    yield Figure.of("wrong_request_s", wrong, "s", WRONG_BOUND_S)
+
+
+def _from_hub(scene: Scene, samples: int) -> Iterator[Figure]:
+    shelf = scene.root / "hub" / REPO / HUB_NAME
+    shelf.parent.mkdir(parents=True)
+    shutil.copyfile(scene.weights, shelf)
+    rows = []
+    with hub_process(scene.root / "hub") as hub:
+        hub.fault("slow", bytes_per_s=LINE_BYTES_PER_S, count=None, route="cdn")
+        scene.fetched_s("keeper", hub)  # leaves what ComfyUI says of its node classes
+        for number in range(samples):
+            download_s = scene.download_s(hub)
+            scene.read_once_s()
+            parts_s = scene.parts_s(download_s)
+            ready_s = scene.fetched_s(f"hub-ready-{number}", hub, TAKE_JOBS="ready")
+            booting_s = scene.fetched_s(f"hub-booting-{number}", hub, TAKE_JOBS="booting")
+            rows.append((parts_s, ready_s, booting_s))
+    parts, ready, booting = zip(*rows, strict=True)
+    yield from _judged("first_job_hub_ready", ready, parts)
+    yield from _judged("first_job_hub_booting", booting, parts, BOOTING_BOUND)
+
+
+def _judged(name: str, took_s: Sequence[float], parts_s: Sequence[float], bound: float | None = None) -> Iterator[Figure]:
+    """Return the times, and what each is against the parts of its own round."""
+    yield Figure.of(f"{name}_s", took_s, "s")
+    yield Figure.of(f"{name}_ratio", [ours / theirs for ours, theirs in zip(took_s, parts_s, strict=True)], "x", bound)
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, help="a folder on the disk that the volume's content should lie on")
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS, help="what to measure (default: all)")
 
 
 if __name__ == "__main__":
