@@ -26,6 +26,7 @@ import random
 import sys
 import tempfile
 import time
+from bisect import bisect
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -124,6 +125,14 @@ def belady_bytes(trace: Trace) -> int:
         return -left[-1] if left else -math.inf
 
     return again_bytes(trace, worth)
+
+
+def past_bytes(trace: Trace, judge: Callable[[Sequence[int]], float]) -> int:
+    """Return what an order fetches again that judges a model by the jobs that wanted it so far."""
+    jobs_of: dict[int, list[int]] = defaultdict(list)
+    for at, model in enumerate(trace.wanted):
+        jobs_of[model].append(at)
+    return again_bytes(trace, lambda model, at: judge(jobs_of[model][: bisect(jobs_of[model], at)]))
 
 
 def known_bytes(trace: Trace) -> int:
@@ -289,6 +298,10 @@ def simulate(jobs: int, seed: int) -> list[Figure]:
         Figure.of("bytes fetched again / the best order without foresight", [counts.again_bytes / known], "", OVER_KNOWN_BOUND),
         Figure.of("bytes fetched again / Belady", [counts.again_bytes / belady], ""),
         Figure.of("the best order without foresight / Belady", [known / belady], ""),
+        Figure.of("the model used least goes first, alone / Belady", [past_bytes(trace, len) / belady], ""),
+        Figure.of(
+            "the model used longest ago goes first, alone / Belady", [past_bytes(trace, lambda jobs: jobs[-1]) / belady], ""
+        ),
         Figure.of("jobs that wrote a lease first", [100 * counts.waited_for_lease / counts.done], "%"),
     ]
 

@@ -26,7 +26,7 @@ FOLDER: Final = "checkpoints"
 SMALLER: Final = 50_000
 """The models are that many times smaller than real ones, and so is what a look-up costs in bytes."""
 
-TIMING: Final = LeaseTiming(beat_s=3, lease_s=20, linger_s=1, grace_s=0, notice_s=0, merge_s=60)
+TIMING: Final = LeaseTiming(beat_s=3, lease_s=15, linger_s=1, grace_s=0, notice_s=0, merge_s=60)
 """No time of grace: what keeps a model under a job is its lease alone."""
 
 LOCKS: Final = LockTiming(

@@ -34,6 +34,7 @@ SLOW = frozenset(
             "seed_s3",
             "store",
             "store_crash",
+            "store_full",
             "url_inputs",
             "up",
             "up_api",

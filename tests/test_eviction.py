@@ -30,7 +30,7 @@ from worker.spec import HubFile, ModelSpec
 from worker.store.download import DownloadHooks
 from worker.store.eviction import Content, ContentName, EvictionLimits, Pins, chosen_for_removal, survey
 from worker.store.layout import Layout
-from worker.store.leases import LeasedTitles, Leases, LeaseTiming, merge_old, read_leases
+from worker.store.leases import LeasedTitles, Leases, LeaseTiming, merge_old, read_leases, removal_marks, wait_for_removals
 from worker.store.locks import Locks, LockTiming
 from worker.store.room import Room, source_check
 from worker.store.seals import Seal, read_seal
@@ -107,7 +107,7 @@ class Site:
         leases = Leases(self.layout, name, timing=timing)
         use = self.jobs.enter_context(leases.job())
         use.note(titles)
-        use.publish()
+        leases.publish()  # without the wait for a removal, which may be what calls this
         return leases
 
     def age(self, name: str, seconds: float) -> None:
@@ -115,6 +115,17 @@ class Site:
         path = self.layout.leases / f"{name}.json"
         then = path.stat().st_mtime - seconds
         os.utime(path, (then, then))
+
+    def much_later(self) -> None:
+        """Have interrupted removals be a long time ago."""
+        for aside in self.layout.removing.glob("*"):
+            aside.rename(aside.with_name(f"1-{aside.name.partition('-')[2]}"))
+        for mark, _ in removal_marks(self.layout):
+            os.utime(mark, (1, 1))
+
+    def litter(self) -> list[Path]:
+        """What removals left."""
+        return [*self.layout.removing.glob("*"), *(mark for mark, _ in removal_marks(self.layout))]
 
 
 @pytest.fixture
@@ -138,7 +149,7 @@ def test_a_download_that_does_not_fit_has_the_least_used_go(site: Site, caplog: 
     assert (tombstone.by, tombstone.seal.repo, tombstone.seal.file) == ("pod-1", "org/repo", "m1.bin")
     assert tombstone.seal.sha256 == hashlib.sha256(content(1)).hexdigest()
     assert "removed loras/m1.bin" in caplog.text
-    assert not list(site.layout.removing.rglob("*"))
+    assert site.litter() == []
 
 
 def test_what_was_removed_is_fetched_again_once_and_the_log_says_so(site: Site, caplog: pytest.LogCaptureFixture) -> None:
@@ -327,7 +338,7 @@ def ended(leases: Leases) -> None:
 
 def some(title: str, size: int) -> Content:
     seal = Seal(size=size, mtime=1, sha256="0" * 64)
-    return Content((ContentName(title, Path(title), Path(title), seal),), size, (size, 1, 1, 1), 100.0, 1.0)
+    return Content((ContentName(title, Path(title), seal),), size, (size, 1, 1, 1), 100.0, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -460,7 +471,7 @@ class Meanwhile(DownloadHooks):
             self._act()
 
 
-@pytest.mark.parametrize("step", ["locked", "half_moved", "moved"])
+@pytest.mark.parametrize("step", ["marked", "locked", "half_moved", "moved"])
 def test_a_job_that_begins_meanwhile_keeps_its_model(site: Site, step: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     site.fetch(0)
@@ -472,7 +483,40 @@ def test_a_job_that_begins_meanwhile_keeps_its_model(site: Site, step: str, capl
     after = site.layout.model("loras", "m0.bin").stat()
     assert (after.st_ino, after.st_mtime_ns, after.st_nlink) == (before.st_ino, before.st_mtime_ns, 1)
     assert site.store().ensure(spec(0)).how == "ready"
-    assert "goes back: a job of pod-2 uses it" in caplog.text
+    assert "stays: a job of pod-2 uses it" in caplog.text
+
+
+def test_a_job_that_begins_meanwhile_never_misses_a_model_that_stays(site: Site) -> None:
+    site.fetch(0)
+    path, seen = site.layout.model("loras", "m0.bin"), list[bool]()
+
+    def work() -> None:
+        with Leases(site.layout, "pod-2", timing=NOW).job() as use:
+            use.note(["loras/m0.bin"])
+            use.publish()
+            seen.append(path.exists())
+
+    thread = threading.Thread(target=work)
+
+    def begin() -> None:
+        assert not path.exists()
+        thread.start()
+        while "pod-2" not in {lease.by for lease in read_leases(site.layout)}:
+            assert thread.is_alive()
+        thread.join(0.5)  # it must not end before the removal has
+
+    assert site.room(hooks=Meanwhile("moved", begin)).make(1, site.never) == 0
+    thread.join(60)
+    assert seen == [True]
+
+
+def test_a_removal_that_was_killed_delays_no_job(site: Site) -> None:
+    site.room().begin()
+    mark = site.layout.removal_mark("pod-1")
+    mark.touch()
+    os.utime(mark, (1, 1))
+    with mock.patch("worker.store.leases.time.sleep", side_effect=AssertionError):
+        wait_for_removals(site.layout)
 
 
 def test_a_job_of_this_very_worker_need_not_have_written_it_down(site: Site) -> None:
@@ -496,7 +540,7 @@ def test_a_file_that_a_person_puts_there_meanwhile_stays(site: Site) -> None:
 
     assert site.room(hooks=Meanwhile("locked", replace_it)).make(1, site.never) == 0
     assert path.read_bytes() == b"mine"
-    assert not list(site.layout.removing.rglob("*"))
+    assert site.litter() == []
 
 
 def test_a_content_that_is_being_fetched_is_left_alone(site: Site) -> None:
@@ -535,7 +579,7 @@ def test_a_removed_file_that_is_still_open_is_counted_once(site: Site) -> None:
 
 # --- killed, and full -----------------------------------------------------------------------------
 
-STEPS = ["locked", "half_moved", "moved", "unlinked", "buried"]
+STEPS = ["marked", "locked", "half_moved", "moved", "unlinked", "buried"]
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -553,14 +597,13 @@ def test_a_worker_that_is_killed_in_the_middle_loses_nothing_of_anybodys(site: S
 
     for number in (0, 1):
         assert site.store().ensure(spec(number)).how in {"ready", "downloaded", "adopted"}
-    for removal in site.layout.removing.glob("*"):
-        os.utime(removal, (1, 1))
+    site.much_later()
     room, until_s = site.room(), time.monotonic() + 60
     while site.there() and time.monotonic() < until_s:  # the dead one's lock is succeeded by and by
         room.make(10 * SIZE, site.never)
     assert site.there() == set()
     assert mine.read_bytes() == b"mine"
-    assert not list(site.layout.removing.rglob("*"))
+    assert site.litter() == []
 
 
 def test_what_a_killed_worker_left_aside_does_not_come_back_without_its_seal(site: Site) -> None:
@@ -577,12 +620,11 @@ def test_what_a_killed_worker_left_aside_does_not_come_back_without_its_seal(sit
     room, until_s = site.room(), time.monotonic() + 60
     while site.there() and time.monotonic() < until_s:
         room.make(10 * SIZE, site.never)
-    for removal in site.layout.removing.glob("*"):
-        os.utime(removal, (1, 1))
+    site.much_later()
     room.make(1, site.never)
 
     assert site.there() == set()
-    assert not list(site.layout.removing.rglob("*"))
+    assert site.litter() == []
 
 
 def full(*_: object, **__: object) -> None:

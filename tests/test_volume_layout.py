@@ -18,6 +18,7 @@ from worker.store.seals import Seal
 TEXT = (PROJECT / "volume_layout.md").read_text("utf-8")
 ROOT = Path("/v")
 LAYOUT = Layout(ROOT)
+ASIDE = "<time>-<nonce>-<size>-<mtime>-7-<digest>"
 
 
 @pytest.mark.parametrize(
@@ -38,7 +39,8 @@ LAYOUT = Layout(ROOT)
         (".worker/leases/began", LAYOUT.leases_began),
         (".worker/leases/clock", LAYOUT.leases_clock),
         (".worker/last_used.json", LAYOUT.last_used),
-        (".worker/removing/<nonce>/<size>-<mtime>-<inode>/<folder>/<name>", LAYOUT.removing / "<nonce>/<size>-<mtime>-7/F/N"),
+        (".worker/leases/<worker>.<nonce>.removing", LAYOUT.removal_mark("<worker>.<nonce>")),
+        (".worker/removing/<time>-<nonce>-<size>-<mtime>-<inode>-<digest>", LAYOUT.removing / ASIDE),
         (".worker/removed/<folder>/<name>.json", LAYOUT.tombstone("F", "N")),
         ("huggingface-cache/hub/models--ORG--NAME/...", LAYOUT.host_cache_repo("ORG/NAME") / "..."),
     ],

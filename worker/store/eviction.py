@@ -68,7 +68,6 @@ class ContentName:
 
     title: str
     path: Path
-    seal_path: Path
     seal: Seal
 
 
@@ -185,20 +184,24 @@ class _Sealed:
 
 def _sealed_files(layout: Layout, *, fill: bool) -> Iterator[_Sealed]:
     """Yield every file that may be evicted if nobody uses it: its seal fits and it is no link."""
+    for title, seal_path in sealed_titles(layout):
+        with contextlib.suppress(OSError, UnsafePath):
+            path, seal = layout.model(*split_title(title)), read_seal(seal_path)
+            info = path.lstat()
+            if seal and stat.S_ISREG(info.st_mode) and seal.size == info.st_size:
+                if seal.mtime is None and fill and ready_file(layout, *split_title(title)):
+                    seal = read_seal(seal_path) or seal
+                if seal.mtime is None or seal.fits(info):
+                    yield _Sealed(ContentName(title, path, seal), info, seal_path.stat().st_mtime)
+
+
+def sealed_titles(layout: Layout) -> Iterator[tuple[str, Path]]:
+    """Yield every model that has a seal, and the seal's path."""
     for above, _, names in os.walk(layout.seals):
         for name in sorted(names):
-            if not name.endswith(".json") or name.startswith("."):
-                continue
-            seal_path = layout.seals.joinpath(above, name)
-            title = title_of_seal(seal_path.relative_to(layout.seals).as_posix())
-            with contextlib.suppress(OSError, UnsafePath):
-                path, seal = layout.model(*split_title(title)), read_seal(seal_path)
-                info = path.lstat()
-                if seal and stat.S_ISREG(info.st_mode) and seal.size == info.st_size:
-                    if seal.mtime is None and fill and ready_file(layout, *split_title(title)):
-                        seal = read_seal(seal_path) or seal
-                    if seal.mtime is None or seal.fits(info):
-                        yield _Sealed(ContentName(title, path, seal_path, seal), info, seal_path.stat().st_mtime)
+            if name.endswith(".json") and not name.startswith("."):
+                path = layout.seals.joinpath(above, name)
+                yield title_of_seal(path.relative_to(layout.seals).as_posix()), path
 
 
 @dataclass(slots=True)

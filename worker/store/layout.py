@@ -102,6 +102,10 @@ class Layout:
         """Return the mark that a worker on this volume may remove models, as old as the first one's start."""
         return self.leases / "began"
 
+    def removal_mark(self, worker: str) -> Path:
+        """Return an empty file that exists while this worker removes models."""
+        return self.leases.joinpath(*safe_parts("The worker's name", f"{worker}.removing"))
+
     @property
     def last_used(self) -> Path:
         """Return the file with the content of leases of workers that are gone."""
@@ -109,7 +113,7 @@ class Layout:
 
     @property
     def removing(self) -> Path:
-        """Return the folder of models that are being removed, one folder for each removal."""
+        """Return the folder of models that are being removed."""
         return self.state / "removing"
 
     @property

@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 VERSION: Final = 1
 _MAX_BYTES: Final = 4 << 20
 _MOST_MODELS: Final = 512
+_REMOVAL_S: Final = 20.0
+_LOOK_S: Final = 0.1
 ANY: Final = "?"
 """The folder of a title that means a name in any folder."""
 
@@ -209,6 +211,31 @@ class Usage:
         return cls(now_s, held, pins, used)
 
 
+def wait_for_removals(layout: Layout) -> None:
+    """Return once every removal has ended that may have begun before this worker's lease was written.
+
+    A removal looks at the leases after it made its mark, and a job looks for marks after it wrote its lease. So one of the two
+    sees the other. Ignore the marks of workers that died. Block for up to `_REMOVAL_S`.
+    """
+    until_s = time.monotonic() + _REMOVAL_S
+    marks = {path for path, age_s in removal_marks(layout) if age_s < _REMOVAL_S}
+    while marks and time.monotonic() < until_s:
+        time.sleep(_LOOK_S)
+        marks &= {path for path, _ in removal_marks(layout)}
+
+
+def removal_marks(layout: Layout) -> list[tuple[Path, float]]:
+    """Return the marks of removals, each with its age in seconds by the volume's clock."""
+    found = []
+    with contextlib.suppress(OSError):
+        paths = list(layout.leases.glob(layout.removal_mark("*").name))
+        now_s = volume_now_s(layout) if paths else 0.0
+        for path in paths:
+            with contextlib.suppress(FileNotFoundError):
+                found.append((path, now_s - path.stat().st_mtime))
+    return found
+
+
 def merge_old(layout: Layout, timing: LeaseTiming) -> None:
     """Move the leases of long dead workers into one file, so that reading them costs one look. Optional; raises nothing."""
     leases = [lease for lease in read_leases(layout) if lease.path]
@@ -344,11 +371,17 @@ class Leases:
             self._published_s = self._looked_s = -1e18
             self._safe_until_s = {}
 
-    def publish(self) -> None:
-        """Record what this worker uses, if any worker on the volume may remove models. It never raises."""
+    def publish(self, *, is_job: bool = False) -> None:
+        """Record what this worker uses, if any worker on the volume may remove models. It never raises.
+
+        If a job waits for it, return only when each of its models is either there to stay, or gone.
+        """
         with self._writing:
-            if self._is_needed():
+            is_needed = self._is_needed()
+            if is_needed:
                 self._write()
+        if is_needed and is_job:
+            wait_for_removals(self._layout)
 
     def _is_needed(self) -> bool:
         if not self._needed:
@@ -441,5 +474,5 @@ class JobUse:
         return self.leases.note(self, [normal_title(title) for title in titles])
 
     def publish(self) -> None:
-        """Tell the other workers, if the volume can be written to. Blocks for a small write."""
-        self.leases.publish()
+        """Tell the other workers, if the volume can be written to. Blocks for a small write, and while one removes models."""
+        self.leases.publish(is_job=True)

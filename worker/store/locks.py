@@ -245,9 +245,8 @@ class _LockWait:
             if tries and self._acquired(lock, cancel):
                 return "held"
             if self._out_of_patience():
-                log.warning(
-                    "continuing without the lock of %s: its holder shows no progress; this costs only bandwidth", self._name
-                )
+                why = "its holder shows no progress" if self._works else "there is none"
+                log.warning("continuing without the lock of %s: %s; this costs only bandwidth", self._name, why)
                 return "unlocked"
             if self._seen and self._seen.by != announced:
                 log.info(
@@ -280,10 +279,12 @@ class _LockWait:
         self._trouble_since_s = self._trouble_since_s or now_s
         final = isinstance(exc, (SoftFileLockProtocolError, RuntimeError)) or exc.errno in _CANNOT_WRITE
         if final or now_s - self._trouble_since_s > self._timing.trouble_s:
-            log.warning("this file system has no locks (%s): two workers may download the same model", exc)
+            number = exc.errno if isinstance(exc, OSError) else None
+            why = "no lock can be written" if number in FULL else "this file system has no locks"
+            log.warning("%s (%s): two workers may download the same model", why, exc)
             self._works = False
             # If nothing can be written there is nobody to wait for, and the download gives a better error.
-            self._patience_s = 0.0 if isinstance(exc, OSError) and exc.errno in _CANNOT_WRITE else self._timing.lone_patience_s
+            self._patience_s = 0.0 if number in _CANNOT_WRITE else self._timing.lone_patience_s
 
     def _out_of_patience(self) -> bool:
         now_s = time.monotonic()

@@ -1,28 +1,31 @@
 """Make room on a volume: remove models in order until a download fits. Touches the disk.
 
-A removal holds the content's lock. It moves the file aside first, then checks the uses again. A worker records its use before
-it looks for the file, so one of the two sees the other, and a file in use is put back. No step needs free space. The seal is
-moved last and becomes the tombstone.
+A removal holds the content's lock and makes a mark on the volume. Then it checks the uses again, moves the file aside, and
+removes it. A worker records its use, then looks for marks, then for the file. So one of the two sees the other, and no file
+vanishes under a job, not even for a moment. A removal that was frozen in between checks once more, and puts the file back. No
+step needs free space: files are moved into a folder that exists. The seal is moved last and becomes the tombstone.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
+import itertools
 import logging
 import math
 import os
+import re
 import secrets
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from worker.base.files import free_bytes
 from worker.base.text import duration_text, size_text
-from worker.errors import ContentMismatch, EnsureCancelled, UnsafePath, WorkerError
+from worker.errors import ContentMismatch, EnsureCancelled, WorkerError
 from worker.spec import ModelSpec
 from worker.store.download import DownloadHooks
 from worker.store.eviction import (
@@ -31,17 +34,18 @@ from worker.store.eviction import (
     ModelsTree,
     Pins,
     chosen_for_removal,
+    sealed_titles,
     stamp,
     survey,
 )
-from worker.store.layout import split_title
-from worker.store.leases import LeasedTitles, LeaseTiming, Usage, merge_old, volume_now_s
+from worker.store.leases import LeasedTitles, LeaseTiming, Usage, merge_old, removal_marks, volume_now_s
 from worker.store.locks import Locks
 from worker.store.seals import read_seal
 from worker.store.tombstones import bury
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Sequence
+    from pathlib import Path
 
     from worker.base.progress import CancelToken
     from worker.fetch.hub import Hub
@@ -59,6 +63,7 @@ _ASK_AGAIN_S: Final = 3_600.0
 _KEEP_EVERY_S: Final = 600.0
 _TICK_S: Final = 0.2
 _WAIT_S: Final = 0.5
+_ASIDE: Final = re.compile(r"(?P<moved_s>\d+)-[0-9a-f]+-(?P<said>\d+-\d+-\d+)-(?P<digest>[0-9a-f]+)")
 ROOM: Final = "room"
 """The lock with which workers make room one after the other. Without it they remove too much, nothing worse."""
 
@@ -74,9 +79,9 @@ class Room:
     """Makes room on one volume, for one worker. Safe to use from many threads. All workers together make one pass at a time.
 
     `pins` reads what people name, again for each pass. `patience_s` is how long a pass waits for models that stay only because
-    of their use. `settle_s` passes between the move of a file and the second look at the uses: a client of MooseFS answers from
-    its cache for up to 1 s. In that time a job may still see a moved file, and this worker an old lease. `on_notice` hears how
-    many seconds the first pass on a volume waits until all workers write leases. Without it that pass removes nothing.
+    of their use. `settle_s` passes after a mark is made, and again before it goes: a client of MooseFS answers from its cache
+    for up to 1 s. In that time this worker may still see an old lease, and a job a removed file. `on_notice` hears how many
+    seconds the first pass on a volume waits until all workers write leases. Without it that pass removes nothing.
     """
 
     def __init__(
@@ -114,11 +119,17 @@ class Room:
             leases.make_room = lambda: self.make(1, self._stopped) > 0
 
     def begin(self) -> None:
-        """Announce on the volume that models may be removed from now on, so that every worker records what it uses."""
-        with contextlib.suppress(OSError):
-            self.layout.leases.mkdir(parents=True, exist_ok=True)
+        """Announce on the volume that models may be removed from now on, so that every worker records what it uses.
+
+        Also make the folders that a removal needs: a full disk may have no room for one.
+        """
+        try:
+            for folder in (self.layout.leases, self.layout.removing, self.layout.tombstones):
+                folder.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(FileExistsError):
                 os.close(os.open(self.layout.leases_began, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
+        except OSError as exc:
+            log.warning("no model can be removed yet, because %s cannot be written (%s)", self.layout.state, exc.strerror)
 
     def keep(self) -> None:
         """Keep to the limits in the background, in its own thread, until `stop`."""
@@ -203,7 +214,7 @@ class Room:
                 log.warning("no model is removed: %s", pins.trouble)
             waits = any(content.in_use for content in found.contents)
             if not waits or time.monotonic() >= until_s:
-                log.warning("the volume is %s over its limit, and nothing else on it may be removed", size_text(left))
+                log.warning("%s more are needed on the volume, and nothing else on it may be removed", size_text(left))
                 return freed
             if cancel.wait(_WAIT_S):
                 raise EnsureCancelled("room on the volume")
@@ -242,33 +253,50 @@ class Room:
 
     # --- the removal itself
 
-    def _remove(self, contents: Iterable[Content], refused: set[str]) -> int:
-        """Remove these, except those that turn out to be in use. Return the freed bytes."""
+    def _remove(self, contents: Sequence[Content], refused: set[str]) -> int:
+        """Remove these, except those that turn out to be in use: they are refused. Return the freed bytes."""
         before = free_bytes(self.layout.root)
-        freed = 0
+        freed: list[int] = []
         moved: dict[Content, list[_MovedAside]] = {}
-        with contextlib.ExitStack() as locks:
+        refused.update(content.title for content in contents)
+        with contextlib.ExitStack() as stack:
+            free = [content for content in contents if self._is_free(content, stack)]
+            if not free:
+                return 0
+            stack.enter_context(self._marked())
+            self._at("marked")
             try:
-                for content in contents:
-                    if self._is_free(content, locks) and (aside := self._moved_aside(content)):
+                for content in self._unused(free):
+                    if aside := self._moved_aside(content):
                         moved[content] = aside
-                    else:
-                        refused.add(content.title)
-                if moved and self._settle_s:
-                    time.sleep(self._settle_s)
                 self._at("moved")
                 for content in self._unused(moved):
-                    freed += self._unlinked(content, moved.pop(content))
+                    if self._is_unlinked(content, moved.pop(content)):
+                        freed.append(content.size_bytes)
+                        refused.discard(content.title)
             finally:
-                for content, aside in moved.items():
-                    refused.add(content.title)
-                    for one in aside:
-                        one.put_back()
-        self._promise(before, freed)
-        return freed
+                for one in itertools.chain.from_iterable(moved.values()):
+                    one.put_back()
+        if freed:
+            self._promise(before, freed)
+        return sum(freed)
+
+    @contextlib.contextmanager
+    def _marked(self) -> Iterator[None]:
+        """Have every job that begins meanwhile wait until the body has ended."""
+        mark = self.layout.removal_mark(f"{self._worker}.{secrets.token_hex(4)}")
+        with contextlib.suppress(OSError):
+            mark.touch()
+        try:
+            time.sleep(self._settle_s)
+            yield
+            time.sleep(self._settle_s)
+        finally:
+            with contextlib.suppress(OSError):
+                mark.unlink()
 
     def _unused(self, contents: Iterable[Content]) -> list[Content]:
-        """Return those that no job uses which looked for its models before they were moved."""
+        """Return those that no job uses by now."""
         tree = ModelsTree.of(self.layout)
         own = LeasedTitles((title, "this worker") for title in self._held())
         judge = EvictionJudge(Usage.of(self.layout, self._timing), own, Pins(), tree, self._timing)
@@ -277,7 +305,7 @@ class Room:
             titles = [name.title for name in content.names]
             titles += [title for name in content.names for title in tree.also(name.path)]
             if user := judge.user(titles):
-                log.info("%s goes back: %s", content.title, user)
+                log.info("%s stays: %s", content.title, user)
             else:
                 found.append(content)
         return found
@@ -301,8 +329,8 @@ class Room:
             one.put_back()
         return None
 
-    def _unlinked(self, content: Content, aside: Sequence[_MovedAside]) -> int:
-        """Free the space, then record that on the volume. Return the freed bytes."""
+    def _is_unlinked(self, content: Content, aside: Sequence[_MovedAside]) -> bool:
+        """Free the space, then record that on the volume. Return whether it was freed."""
         try:
             for one in aside:
                 one.path.unlink()
@@ -310,12 +338,10 @@ class Room:
         except OSError:  # this process was stopped for so long that another one put it back
             for one in aside:
                 one.settle()
-            return 0
+            return False
         for name in content.names:
             bury(self.layout, name.title, name.seal, self._worker, f"it was not used for {duration_text(content.idle_s)}")
             self._at("buried")
-        for one in aside:
-            one.clear()
         log.info(
             "removed %s (%s, last used %s ago) to make room; it comes from %s",
             content.title,
@@ -323,25 +349,26 @@ class Room:
             duration_text(content.idle_s),
             content.spec.source if content.spec else "nowhere",
         )
-        return content.size_bytes
+        return True
 
     def _tidy(self) -> None:
         """Put back what a killed worker had moved aside. Remove it if the model exists again."""
-        with contextlib.suppress(OSError):
-            now_s = volume_now_s(self.layout)
-            for removal in list(self.layout.removing.iterdir()):
-                if now_s - removal.stat().st_mtime < _ORPHAN_S:
-                    continue
-                for one in _MovedAside.all_of(self.layout, removal):
-                    one.settle()
-                _clear(removal)
+        for mark, age_s in removal_marks(self.layout):
+            if age_s > _ORPHAN_S:
+                mark.unlink(missing_ok=True)
+        for one in _MovedAside.all_of(self.layout):
+            if volume_now_s(self.layout) - one.moved_s > _ORPHAN_S:
+                one.settle()
 
     # --- space that comes later
 
-    def _promise(self, before: int | None, freed: int) -> None:
-        """Remember freed bytes that are not visible yet: a process that has a removed file open frees its space later."""
+    def _promise(self, before: int | None, freed: Sequence[int]) -> None:
+        """Remember freed bytes that are not visible yet: a process that has a removed file open frees its space later.
+
+        Less than a whole model is none that is open: records and other downloads take space as well.
+        """
         after = free_bytes(self.layout.root)
-        if before is not None and after is not None and (missing := freed - max(0, after - before)) > 0:
+        if before is not None and after is not None and (missing := sum(freed) - max(0, after - before)) >= min(freed):
             self._promised.append((time.monotonic(), missing))
 
     def _promised_bytes(self) -> int:
@@ -367,36 +394,35 @@ class _CancelOrDeadline:
 
 @dataclass(frozen=True, slots=True)
 class _MovedAside:
-    """One model's file, moved aside to make room. Its folder records the expected file: size, mtime, inode."""
+    """One name's file, moved aside, and when by the volume's clock.
+
+    Its name records the expected file: size, mtime, inode. A digest stands for its title, which the seals tell: a folder for
+    each would need space. The title is None if it no longer has a seal.
+    """
 
     path: Path
-    home: Path
-    seal_path: Path
-    removal: Path
+    title: str | None
+    layout: Layout
+    moved_s: int
+    said: str
 
     @classmethod
     def of(cls, layout: Layout, name: ContentName, looked_at: tuple[int, int, int, int]) -> _MovedAside:
         """Move a name's file aside. Raises `OSError`."""
-        removal = layout.removing / secrets.token_hex(8)
-        path = removal / "-".join(map(str, looked_at[:3])) / name.title
-        path.parent.mkdir(parents=True)
-        try:
-            name.path.rename(path)
-        except OSError:
-            _clear(removal)
-            raise
-        return cls(path, name.path, name.seal_path, removal)
+        moved_s, said = int(volume_now_s(layout)), "-".join(map(str, looked_at[:3]))
+        path = layout.removing / f"{moved_s}-{secrets.token_hex(4)}-{said}-{_digest(name.title)}"
+        name.path.rename(path)
+        return cls(path, name.title, layout, moved_s, said)
 
     @classmethod
-    def all_of(cls, layout: Layout, removal: Path) -> Iterator[_MovedAside]:
-        """Yield what an interrupted removal left."""
-        for above, _, names in os.walk(removal):
-            for name in names:
-                path = removal.joinpath(above, name)
-                _, *parts = path.relative_to(removal).parts
-                with contextlib.suppress(UnsafePath):
-                    title = split_title("/".join(parts))
-                    yield cls(path, layout.model(*title), layout.seal(*title), removal)
+    def all_of(cls, layout: Layout) -> Iterator[_MovedAside]:
+        """Yield what interrupted removals left."""
+        with contextlib.suppress(OSError):
+            left = [(path, _ASIDE.fullmatch(path.name)) for path in layout.removing.iterdir()]
+            titles = {_digest(title): title for title, _ in sealed_titles(layout)} if left else {}
+            for path, found in left:
+                if found:
+                    yield cls(path, titles.get(found["digest"]), layout, int(found["moved_s"]), found["said"])
 
     def is_same(self, looked_at: tuple[int, int, int, int]) -> bool:
         """Return whether it is the examined file: another one may have got its name at the last moment."""
@@ -410,28 +436,29 @@ class _MovedAside:
         try:
             if self._has_lost_its_seal() or not self._is_named_again():
                 if not self._is_as_said():
-                    log.warning("%s stays there: another file has its name", self.path)
+                    log.warning("%s stays there: it is another file than was to be removed, and its name is taken", self.path)
                     return
                 self.path.unlink(missing_ok=True)
         except OSError as exc:
             log.warning("%s cannot be put back (%s); the next removal tries again", self.path, exc.strerror)
-            return
-        self.clear()
 
     def _is_named_again(self) -> bool:
-        """Give it its name. Return False if another file has that. Raises `OSError`."""
+        """Give it its name. Return False if that is unknown or another file's. Raises `OSError`."""
+        if self.title is None:
+            return False
+        home = self.layout.listed(self.title)
         try:
-            os.link(self.path, self.home, follow_symlinks=False)
+            os.link(self.path, home, follow_symlinks=False)
         except OSError as exc:
-            if exc.errno == errno.EEXIST or os.path.lexists(self.home):
+            if exc.errno == errno.EEXIST or os.path.lexists(home):
                 return False
-            self.path.rename(self.home)
+            self.path.rename(home)
         else:
             self.path.unlink()
         return True
 
     def _has_lost_its_seal(self) -> bool:
-        seal = read_seal(self.seal_path)
+        seal = read_seal(self.layout.seal_of(self.title)) if self.title else None
         return self._is_as_said() and (seal is None or not seal.fits(self.path.lstat()))
 
     def settle(self) -> None:
@@ -440,19 +467,11 @@ class _MovedAside:
             self.put_back()
 
     def _is_as_said(self) -> bool:
-        info = self.path.lstat()
-        said = self.path.relative_to(self.removal).parts[0]
-        return said == "-".join(map(str, stamp(info)[:3]))
-
-    def clear(self) -> None:
-        """Remove the empty folders around it."""
-        _clear(self.removal)
+        return self.said == "-".join(map(str, stamp(self.path.lstat())[:3]))
 
 
-def _clear(folder: Path) -> None:
-    for above, _, _ in os.walk(folder, topdown=False):
-        with contextlib.suppress(OSError):
-            Path(above).rmdir()
+def _digest(title: str) -> str:
+    return hashlib.sha256(os.fsencode(title)).hexdigest()[:16]
 
 
 def source_check(hub: Callable[[], Hub]) -> Ask:
