@@ -19,7 +19,7 @@ import httpx2
 import urllib3
 
 from bench.report import Figure, parse_args, report
-from worker.fetch.http import Channel, Network
+from worker.fetch.http import HttpChannel, Network
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,7 +45,7 @@ def serve(listener: socket.socket, size_bytes: int) -> None:
 
 def by_worker(url: str) -> int:
     """Read it as `worker.fetch.ranges` does."""
-    channel, buffer = Channel(Network()), memoryview(bytearray(BUFFER_BYTES))
+    channel, buffer = HttpChannel(Network()), memoryview(bytearray(BUFFER_BYTES))
     response = channel.get(url, {})
     total = 0
     while length := response.readinto1(buffer):

@@ -62,7 +62,7 @@ def import_all() -> float:
 
 def run(settings: Settings) -> None:
     """As `run_worker` does around the spawn, and as `Worker.start` does in its thread for the models."""
-    from worker.boot import Timeline, Worker  # noqa: PLC0415 - imported by import_all
+    from worker.boot import BootTimeline, Worker  # noqa: PLC0415 - imported by import_all
     from worker.warmup.warmup import Warmup  # noqa: PLC0415 - as above
 
     prepare_base_dir(settings)
@@ -72,7 +72,7 @@ def run(settings: Settings) -> None:
     process = EngineProcess.spawn(command)
     warmup = Warmup(settings)
     warmup.begin()
-    worker, timeline = Worker(settings, command, process, warmup), Timeline(time.monotonic())
+    worker, timeline = Worker(settings, command, process, warmup), BootTimeline(time.monotonic())
     worker._supply_models(timeline)  # noqa: SLF001 - the part of `Worker.start` that is measured
     _say(links=timeline.summary())
     _say(read_bytes=_settled(warmup))

@@ -28,7 +28,7 @@ _LOOK_EVERY = 10  # seconds
 def run(environ: Mapping[str, str]) -> int:
     """Start ComfyUI, link the volume's models while it boots, name the nodes that failed; return its exit status in the end."""
     settings = Settings.from_env(environ)
-    logs.configure(settings.worker_log_level, settings.secrets())
+    logs.configure_logs(settings.worker_log_level, settings.secrets())
     prepare_base_dir(settings)
     command = EngineCommand.of(settings, environ)
     if (settings.volume_path / "custom_nodes").is_dir():

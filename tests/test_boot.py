@@ -9,14 +9,14 @@ import pytest
 
 from devkit.demo import chart
 from devkit.local_worker import PROJECT
-from worker.boot import Timeline, process_start
+from worker.boot import BootTimeline, process_start
 from worker.errors import NothingToServe
 from worker.sdk.serve import _processor_name, prepare_environ, sdk_arguments
 from worker.settings import Settings
 
 
 def test_the_summary_names_every_step_and_which_one_was_critical() -> None:
-    timeline = Timeline(time.monotonic())
+    timeline = BootTimeline(time.monotonic())
     with timeline.step("engine"), timeline.step("links") as links:
         links.note = "31 files"
     summary = timeline.summary()
@@ -27,7 +27,7 @@ def test_the_summary_names_every_step_and_which_one_was_critical() -> None:
 
 
 def test_a_step_that_others_wait_for_is_critical_not_the_one_that_began_first() -> None:
-    timeline = Timeline(time.monotonic())
+    timeline = BootTimeline(time.monotonic())
     with timeline.step("models"):
         with timeline.step("engine", time.monotonic() - 1):
             pass

@@ -28,7 +28,7 @@ from worker.models.sources import Sources
 from worker.pins import read_pins
 from worker.spec import HubFile, ModelSpec
 from worker.store.download import DownloadHooks
-from worker.store.eviction import Content, ContentName, EvictionLimits, Pins, chosen_for_removal, survey
+from worker.store.eviction import ContentName, EvictionLimits, Pins, SealedContent, chosen_for_removal, survey_for_eviction
 from worker.store.layout import Layout
 from worker.store.leases import LeasedTitles, Leases, LeaseTiming, merge_old, read_leases, removal_marks, wait_for_removals
 from worker.store.locks import Locks, LockTiming
@@ -98,8 +98,8 @@ class Site:
     def there(self) -> set[int]:
         return {number for number in range(COUNT) if self.layout.model("loras", f"m{number}.bin").exists()}
 
-    def contents(self, timing: LeaseTiming = NOW, pins: Pins | None = None) -> dict[str, Content]:
-        found = survey(self.layout, pins or Pins(), timing)
+    def contents(self, timing: LeaseTiming = NOW, pins: Pins | None = None) -> dict[str, SealedContent]:
+        found = survey_for_eviction(self.layout, pins or Pins(), timing)
         return {found.title: found for found in found.contents}
 
     def use(self, name: str, *titles: str, timing: LeaseTiming = NOW) -> Leases:
@@ -306,7 +306,7 @@ def test_two_names_of_one_content_go_together_and_count_once(site: Site) -> None
     site.layout.model("loras", "twin.bin").unlink()
     site.layout.model("loras", "twin.bin").hardlink_to(site.layout.model("loras", "m0.bin"))
     site.layout.seal("loras", "twin.bin").write_bytes(site.layout.seal("loras", "m0.bin").read_bytes())
-    assert survey(site.layout, Pins(), NOW).used_bytes == SIZE
+    assert survey_for_eviction(site.layout, Pins(), NOW).used_bytes == SIZE
 
     assert site.room().make(10 * SIZE, site.never) == SIZE
 
@@ -336,9 +336,9 @@ def ended(leases: Leases) -> None:
         leases._thread.join(60)
 
 
-def some(title: str, size: int) -> Content:
+def some(title: str, size: int) -> SealedContent:
     seal = Seal(size=size, mtime=1, sha256="0" * 64)
-    return Content((ContentName(title, Path(title), seal),), size, (size, 1, 1, 1), 100.0, 1.0)
+    return SealedContent((ContentName(title, Path(title), seal),), size, (size, 1, 1, 1), 100.0, 1.0)
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ from worker.errors import (
     SourceUnreachable,
     TokenRefused,
 )
-from worker.fetch.http import Credential, Network, origin, sendable, shown_address, what_failed
+from worker.fetch.http import Credential, Network, origin, sendable_address, shown_address, what_failed
 from worker.fetch.hub import Hub, RemoteFile, credentials
 from worker.fetch.ranges import RangeFetch, RangeTuning
 from worker.spec import HubFile, Source, UrlSource
@@ -405,8 +405,8 @@ def test_addresses_are_shown_without_their_secrets() -> None:
     ],
 )
 def test_what_may_not_be_sent_is_escaped_and_nothing_else_is_touched(written: str, sent: str) -> None:
-    assert sendable(written) == sent
-    assert sendable(sent) == sent
+    assert sendable_address(written) == sent
+    assert sendable_address(sent) == sent
 
 
 @pytest.mark.parametrize(
@@ -414,7 +414,7 @@ def test_what_may_not_be_sent_is_escaped_and_nothing_else_is_touched(written: st
 )
 def test_what_is_no_address_is_not_sent(written: str) -> None:
     with pytest.raises(ValueError):  # noqa: PT011 - three modules of Python's own say it, each in its way
-        sendable(written)
+        sendable_address(written)
 
 
 def test_an_address_in_any_script_is_fetched(root: Path, tmp_path: Path, stand_in: StandIn) -> None:

@@ -47,7 +47,7 @@ def test_a_text_is_read_once_whatever_it_holds(text: str) -> None:
 
 
 def test_what_a_job_names_neither_begins_a_record_nor_moves_the_cursor(capsys: pytest.CaptureFixture[str]) -> None:
-    logs.configure("INFO")
+    logs.configure_logs("INFO")
     logging.getLogger("worker").info("job %s: started", "a\n12:00:00 ERROR forged\r\x1b[2J\x1b[31mred\u2028")
     (line,) = capsys.readouterr().err.splitlines()
     assert line.endswith(r"job a\n12:00:00 ERROR forged\r\x1b[2Jred\u2028: started")
@@ -61,7 +61,7 @@ def test_records_and_tracebacks_are_redacted_and_only_ours_are_shown_below_warni
     root = logging.getLogger()
     before = (root.handlers[:], root.level)
     try:
-        logs.configure("INFO", [SECRET])
+        logs.configure_logs("INFO", [SECRET])
         logging.getLogger("worker.x").info("with %s", SECRET)
         logging.getLogger("elsewhere").info("silent")
         try:

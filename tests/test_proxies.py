@@ -28,7 +28,7 @@ from devkit.hub import Hub as StandIn
 from devkit.local_worker import PROJECT
 from tests.test_hub import certificate, fetch_all, moved, scripted, whole
 from worker.errors import NotAFile, ProxyUnusable, SourceRefused, SourceUnreachable, TokenMalformed, TokenRefused
-from worker.fetch.http import Channel, Network
+from worker.fetch.http import HttpChannel, Network
 from worker.fetch.hub import Hub, credentials
 from worker.spec import HubFile, UrlSource, parse_source
 
@@ -240,7 +240,7 @@ def test_tls_reaches_through_a_socks_proxy(certificate: Path, tmp_path: Path, mo
         assert fetch_all(hub, tmp_path, UrlSource(f"{origin}/file")) == WEIGHTS
         with pytest.raises(SourceUnreachable, match="CERTIFICATE_VERIFY_FAILED"):
             hub_of(origin, patience_s=0.0).look_up(UrlSource(f"{origin}/file"), NEVER)
-        with contextlib.closing(Channel(hub_of(origin).network)) as channel, pytest.raises(ssl.SSLCertVerificationError):
+        with contextlib.closing(HttpChannel(hub_of(origin).network)) as channel, pytest.raises(ssl.SSLCertVerificationError):
             channel.get(f"{origin}/file", {})
     assert set(asked) == {"localhost"}
     assert {headers.get("Host") for _, headers in requests} == {urlsplit(origin).netloc}
@@ -258,7 +258,7 @@ def test_a_socks_proxy_that_wants_another_login_is_one_sentence_at_once(
                 hub.look_up(source, NEVER)
             assert address in str(caught.value)
             assert "secret" not in str(caught.value)
-        with contextlib.closing(Channel(hub.network)) as channel, pytest.raises(ProxyUnusable, match="wants another user"):
+        with contextlib.closing(HttpChannel(hub.network)) as channel, pytest.raises(ProxyUnusable, match="wants another user"):
             channel.get(f"{stand_in.endpoint}/files/org/repo/model.safetensors", {})
     assert asked == []
 
@@ -272,7 +272,10 @@ def test_what_a_socks_proxy_cannot_reach_is_named_after_the_patience(monkeypatch
         for source in (FILE, UrlSource(f"{address}/file")):
             with pytest.raises(SourceUnreachable, match="ould not connect: Connection refused"):
                 hub.look_up(source, NEVER)
-        with contextlib.closing(Channel(hub.network)) as channel, pytest.raises(ConnectionError, match="connection refused"):
+        with (
+            contextlib.closing(HttpChannel(hub.network)) as channel,
+            pytest.raises(ConnectionError, match="connection refused"),
+        ):
             channel.get(f"{address}/file", {})
 
 
@@ -285,7 +288,7 @@ def test_a_proxy_that_does_not_speak_socks_is_named_after_the_patience(
         for source in sources_of(stand_in):
             with pytest.raises(SourceUnreachable, match="the proxy's answer is not SOCKS"):
                 hub.look_up(source, NEVER)
-        with contextlib.closing(Channel(hub.network)) as channel, pytest.raises(ConnectionError, match="is not SOCKS"):
+        with contextlib.closing(HttpChannel(hub.network)) as channel, pytest.raises(ConnectionError, match="is not SOCKS"):
             channel.get(f"{stand_in.endpoint}/files/org/repo/model.safetensors", {})
 
 

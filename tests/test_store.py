@@ -43,7 +43,7 @@ from worker.fetch.http import Network
 from worker.fetch.hub import Hub, credentials
 from worker.spec import HubFile, ModelSpec, UrlSource
 from worker.store import pod_links
-from worker.store.inventory import Standing, look, not_ready
+from worker.store.inventory import Standing, look_up_file, not_ready
 from worker.store.layout import Layout
 from worker.store.seals import Seal, read_seal, whole_mtime, write_seal
 from worker.store.store import DownloadHooks, LockTiming, RangeTuning, ReadyModel, Store, Stores
@@ -243,7 +243,7 @@ def test_a_file_that_is_no_model_is_named_whoever_put_it_there(setup: Setup, *, 
     if sealed:
         seal = Seal(size=path.stat().st_size, mtime=whole_mtime(path.stat()), sha256=None)
         write_seal(setup.layout.seal("checkpoints", "model.PTH"), seal)
-    found = look(setup.layout, "checkpoints", "model.PTH")
+    found = look_up_file(setup.layout, "checkpoints", "model.PTH")
     assert found.standing is (Standing.READY if sealed else Standing.INCOMPLETE)
     assert isinstance(found.error, NotAModel)
     assert "web page" in str(found.error)

@@ -72,10 +72,10 @@ def main(argv: Sequence[str], environ: MutableMapping[str, str]) -> int:
 
 
 def run_worker(argv: Sequence[str], environ: MutableMapping[str, str]) -> int:
-    """Start ComfyUI, then everything else while it boots, then serve. Raises `SettingsError` or `StartError`."""
+    """Start the worker: ComfyUI, then everything else while it boots, then serve. Raises `SettingsError` or `StartError`."""
     signal.signal(signal.SIGTERM, _unwind)
     settings = Settings.from_env(environ)
-    logs.configure(settings.worker_log_level, settings.secrets())
+    logs.configure_logs(settings.worker_log_level, settings.secrets())
     for remark in remarks(environ):
         logging.getLogger("worker").warning("%s", remark)
     arguments = sdk_arguments(settings, argv, environ, Path.cwd())

@@ -55,7 +55,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
-class Step:
+class BootStep:
     """One step of the cold start, in seconds since the process began."""
 
     name: str
@@ -69,24 +69,24 @@ class Step:
         return f"{self.name} {took}" + (f" ({self.note})" if self.note else "")
 
 
-class Timeline:
+class BootTimeline:
     """The steps of one cold start. Steps overlap and may be recorded from any thread."""
 
     def __init__(self, began: float) -> None:
         self._began = began
-        self._steps: list[Step] = []
+        self._steps: list[BootStep] = []
 
     @contextlib.contextmanager
-    def step(self, name: str, since: float | None = None) -> Iterator[Step]:
+    def step(self, name: str, since: float | None = None) -> Iterator[BootStep]:
         """Record how long the body takes, counted from `since` if the step began before. The body may set the step's note."""
-        step = Step(name, (since or time.monotonic()) - self._began)
+        step = BootStep(name, (since or time.monotonic()) - self._began)
         self._steps.append(step)
         yield step
         step.end_s = time.monotonic() - self._began
 
     def add(self, name: str, since: float, took_s: float, note: str) -> None:
         """Record a step that is over, or that continues while nothing waits for its end."""
-        self._steps.append(Step(name, since - self._began, since - self._began + took_s, note))
+        self._steps.append(BootStep(name, since - self._began, since - self._began + took_s, note))
 
     def summary(self) -> str:
         """Return one line: the whole, then each step in the order of their beginnings. The step that ended last is critical."""
@@ -165,7 +165,7 @@ class Worker:
         self._waited_for = wait
         if not wait:
             self.leave = _leave_later
-        timeline = Timeline(began)
+        timeline = BootTimeline(began)
         up = self.loop.submit(self._start_engine(timeline))
         up.add_done_callback(self._look)
         threading.Thread(target=self._finish, args=(timeline, up), name="boot", daemon=True).start()
@@ -180,7 +180,7 @@ class Worker:
         if not up.cancelled() and (error := up.exception()):
             self._fail(error)
 
-    def _finish(self, timeline: Timeline, up: Future[None]) -> None:
+    def _finish(self, timeline: BootTimeline, up: Future[None]) -> None:
         try:
             self._supply_models(timeline)
             up.result()
@@ -214,7 +214,7 @@ class Worker:
         if self._leases:
             self._leases.pin(f"{spec.folder}/{spec.name}" for spec in wanted)
 
-    async def _start_engine(self, timeline: Timeline) -> None:
+    async def _start_engine(self, timeline: BootTimeline) -> None:
         with timeline.step("engine", self._spawned_at):
             await self._engine.start()
 
@@ -244,7 +244,7 @@ class Worker:
         self.failed = True
         self.leave()
 
-    def _supply_models(self, timeline: Timeline) -> None:
+    def _supply_models(self, timeline: BootTimeline) -> None:
         settings = self._settings
         with timeline.step("links") as step:
             clear_leftover_inputs(settings.base_dir / "input")

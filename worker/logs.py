@@ -34,7 +34,7 @@ def log_line(text: str) -> str:
 
 
 class RedactingFilter(logging.Filter):
-    """Replaces known secrets, token-like strings, and the query of signed URLs in every record."""
+    """Replaces known secrets, token-like strings, and the query of signed URLs in every log record."""
 
     def __init__(self, secrets: Iterable[str] = ()) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ def _without_key(found: re.Match[str]) -> str:
 
 
 class _RedactingFormatter(logging.Formatter):
-    """Also redacts tracebacks, which are formatted after the filters have run."""
+    """Also redacts tracebacks in the log, which are formatted after the filters have run."""
 
     def __init__(self, redactor: RedactingFilter) -> None:
         super().__init__("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S")
@@ -75,8 +75,8 @@ class _RedactingFormatter(logging.Formatter):
         return self._redactor.redact(super().formatException(ei))  # type: ignore[arg-type]  # typeshed's private alias
 
 
-def configure(level: str, secrets: Iterable[str] = ()) -> None:
-    """Send the worker's records at `level` and above to standard error, and other libraries' from WARNING on."""
+def configure_logs(level: str, secrets: Iterable[str] = ()) -> None:
+    """Send the worker's log records at `level` and above to standard error, and other libraries' from WARNING on."""
     redactor = RedactingFilter(secrets)
     handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(redactor)

@@ -44,7 +44,7 @@ _SHOWN_IDS = 10
 
 @dataclass(frozen=True, slots=True)
 class PreparedJob:
-    """A graph, and the models that it names, which are there.
+    """A job after its preparation: a graph, and the models that it names, which are there.
 
     Where ComfyUI will refuse the graph whatever files there are, `is_refused` is set and nothing was downloaded for it:
     `withheld` are the models that would have been.
@@ -128,7 +128,7 @@ class Preparation:
             )
         if absent:
             await self._fetch_missing(graph, needed, absent, given.extra_pnginfo)
-        if accented := by_name(model for model in models if not model.name.isascii()):
+        if accented := models_by_name(model for model in models if not model.name.isascii()):
             graph = with_accents(graph, models, await asyncio.to_thread(self._job_models.respelled, accented))
         return PreparedJob(graph, models)
 
@@ -190,9 +190,9 @@ class Preparation:
 
     async def _has_backslash(self, model: NamedModel) -> bool:
         real = model.as_written()
-        if await asyncio.to_thread(self._job_models.located, by_name([real])):
+        if await asyncio.to_thread(self._job_models.located, models_by_name([real])):
             return True
-        return not await asyncio.to_thread(self._job_models.located, by_name([model])) and await self._listed(real)
+        return not await asyncio.to_thread(self._job_models.located, models_by_name([model])) and await self._listed(real)
 
     async def _absent(
         self, graph: Graph, named: Sequence[NamedModel]
@@ -202,7 +202,7 @@ class Preparation:
         Raises `FileUnusable` for one that is incomplete. ComfyUI is asked for the output nodes only if something is missing: a
         model that no output needs does not matter.
         """
-        models = by_name(named)
+        models = models_by_name(named)
         try:
             absent = await self._unseen(models)
             if not absent:
@@ -212,7 +212,7 @@ class Preparation:
             absent = None
         outputs = await self._outputs(graph) or list(graph)
         needed = needed_nodes(graph, outputs)
-        models = by_name(model for model in named if model.node_id in needed)
+        models = models_by_name(model for model in named if model.node_id in needed)
         if absent is None:
             absent = await self._unseen(models)
         return models, [name for name in absent if name in models]
@@ -273,7 +273,7 @@ def check_outputs(graph: Graph, node_ids: Collection[str] | None) -> None:
         raise FieldInvalid("outputs", f"names nodes that the workflow does not have: {shown}")
 
 
-def by_name(models: Iterable[NamedModel]) -> dict[Name, list[NamedModel]]:
+def models_by_name(models: Iterable[NamedModel]) -> dict[Name, list[NamedModel]]:
     """Map each name that `JobModels` knows to the models of the job to prepare that use it."""
     found: dict[Name, list[NamedModel]] = {}
     for model in models:

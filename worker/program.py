@@ -18,7 +18,7 @@ _INSTALL = """\
 
 
 def start_command(program: str, module: str, environ: Mapping[str, str]) -> NoReturn:
-    """Exit with the status of the module's `run(argv, environ)`, or with how to install the packages that it lacks."""
+    """Start a program in scripts/: exit with the status of its module's `run`, or with how to install missing packages."""
     try:
         run = importlib.import_module(module).run
     except ModuleNotFoundError as exc:

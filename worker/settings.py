@@ -26,7 +26,7 @@ _HOST_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-.:")
 
 
 def _setting(parse: Callable[[str], Any], default: str, text: str, *, secret: bool = False) -> Any:  # noqa: ANN401 - as dataclasses.field
-    """Return a field for one variable. `default` is the value of an unset or empty variable."""
+    """Return a field of the settings for one variable. `default` is the value of an unset or empty variable."""
     metadata = {"parse": parse, "default": default, "text": text, "secret": secret}
     return field(repr=not secret, metadata=metadata)
 

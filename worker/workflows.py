@@ -49,7 +49,7 @@ class RequestWorkflow:
 
 @dataclass(frozen=True, slots=True)
 class GraphToRun:
-    """The graph to run, and what ComfyUI embeds in its pictures."""
+    """A request's workflow turned into the graph to run, and what ComfyUI embeds in its pictures."""
 
     graph: Graph
     extra_pnginfo: dict[str, Any] | None

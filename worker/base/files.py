@@ -49,7 +49,7 @@ def write_atomically(path: Path, data: bytes, *, durable: bool = True, opened: C
 
     The temporary name is unique, so that two writers cannot mix their bytes. `opened` runs while the file is empty.
     """
-    temporary = path.with_name(f".{_shortened(path.name)}.{secrets.token_hex(4)}.tmp")
+    temporary = path.with_name(f".{_shortened_name(path.name)}.{secrets.token_hex(4)}.tmp")
     fd = patiently(lambda: _create(temporary))
     try:
         try:
@@ -65,8 +65,8 @@ def write_atomically(path: Path, data: bytes, *, durable: bool = True, opened: C
         raise
 
 
-def _shortened(name: str) -> str:
-    """Return a name shortened so that it stays below the 255 bytes of a disk with a prefix and a suffix."""
+def _shortened_name(name: str) -> str:
+    """Return a file's name shortened so that it stays below the 255 bytes of a disk with a prefix and a suffix."""
     while len(os.fsencode(name)) > _LONGEST_STEM_BYTES:
         name = name[:-1]
     return name

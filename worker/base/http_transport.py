@@ -22,7 +22,7 @@ _LITTLE_BYTES = 1 << 16
 
 
 class AsyncioBackend(httpcore2.AsyncNetworkBackend):
-    """Opens connections for a connection pool of httpcore2."""
+    """Opens connections of asyncio's streams for the transport's connection pool (httpcore2)."""
 
     async def connect_tcp(
         self,
@@ -33,7 +33,7 @@ class AsyncioBackend(httpcore2.AsyncNetworkBackend):
         socket_options: Iterable[Any] | None = None,  # noqa: ARG002 - as above
     ) -> httpcore2.AsyncNetworkStream:
         """Connect to a host. Raises `ConnectTimeout` and `ConnectError` of httpcore2."""
-        with _told_as(httpcore2.ConnectTimeout, httpcore2.ConnectError):
+        with _as_httpcore_errors(httpcore2.ConnectTimeout, httpcore2.ConnectError):
             async with asyncio.timeout(timeout):
                 return AsyncioStream(*await asyncio.open_connection(host, port))
 
@@ -48,7 +48,7 @@ class AsyncioStream(httpcore2.AsyncNetworkStream):
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ASYNC109 - httpcore2's interface
         """Send the buffered bytes, and return received ones. b"" at the end."""
-        with _told_as(httpcore2.ReadTimeout, httpcore2.ReadError):
+        with _as_httpcore_errors(httpcore2.ReadTimeout, httpcore2.ReadError):
             if self._unsent:
                 self._writer.write(self._unsent)
                 self._unsent = bytearray()
@@ -62,7 +62,7 @@ class AsyncioStream(httpcore2.AsyncNetworkStream):
         self._unsent += buffer
         if len(self._unsent) < _LITTLE_BYTES:
             return
-        with _told_as(httpcore2.WriteTimeout, httpcore2.WriteError):
+        with _as_httpcore_errors(httpcore2.WriteTimeout, httpcore2.WriteError):
             self._writer.write(self._unsent)
             self._unsent = bytearray()
             async with asyncio.timeout(timeout):
@@ -79,7 +79,7 @@ class AsyncioStream(httpcore2.AsyncNetworkStream):
         timeout: float | None = None,  # noqa: ASYNC109 - httpcore2's interface
     ) -> httpcore2.AsyncNetworkStream:
         """Continue under TLS. Raises `ssl.SSLError` unchanged: an invalid certificate is no broken connection."""
-        with _told_as(httpcore2.ConnectTimeout, httpcore2.ConnectError):
+        with _as_httpcore_errors(httpcore2.ConnectTimeout, httpcore2.ConnectError):
             async with asyncio.timeout(timeout):
                 await self._writer.start_tls(ssl_context, server_hostname=server_hostname)
         return self
@@ -108,8 +108,8 @@ class AsyncioTransport(httpx2.AsyncHTTPTransport):
 
 
 @contextlib.contextmanager
-def _told_as(late: type[Exception], broken: type[Exception]) -> Iterator[None]:
-    """Raise asyncio's errors as those of httpcore2, and TLS errors unchanged."""
+def _as_httpcore_errors(late: type[Exception], broken: type[Exception]) -> Iterator[None]:
+    """Raise errors of the transport's streams as those of httpcore2, and TLS errors unchanged."""
     try:
         yield
     except TimeoutError as exc:

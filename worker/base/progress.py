@@ -49,7 +49,7 @@ Listener: TypeAlias = Callable[[ModelProgress], None]
 
 
 class Meter:
-    """A smoothed byte rate. Each reading passes the clock's time in."""
+    """The smoothed byte rate of a download's progress. Each reading passes the clock's time in."""
 
     def __init__(self, now_s: float, done_bytes: int = 0) -> None:
         self._at_s = now_s

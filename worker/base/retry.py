@@ -27,7 +27,7 @@ _LONGEST_PAUSE_S: Final = 20.0
 
 
 def pause_s(failures: int, first_s: float = 0.25, longest_s: float = _LONGEST_PAUSE_S) -> float:
-    """Return how long to wait after so many failures: twice as long each time, less a random part.
+    """Return how long to wait before a retry after so many failures: twice as long each time, less a random part.
 
     The random part keeps many workers that met one bad moment of a server from coming back together.
     """

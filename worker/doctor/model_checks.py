@@ -22,7 +22,7 @@ from worker.links.scan import IN_FLIGHT, Scan
 from worker.models.sources import Sources
 from worker.spec import WEIGHT_SUFFIXES
 from worker.store.byte_ranges import Ranges
-from worker.store.inventory import Standing, look_at
+from worker.store.inventory import Standing, look_at_file
 from worker.store.layout import title_of_seal
 from worker.store.locks import Locks
 from worker.store.pod_links import is_absolute, relink
@@ -136,7 +136,7 @@ class _File:
 
     def look(self, layout: Layout) -> None:
         """Determine its state. Without a fitting seal, check that it is complete as far as its first bytes tell."""
-        there = look_at(layout.listed(self.path), layout.seal_of(self.path))
+        there = look_at_file(layout.listed(self.path), layout.seal_of(self.path))
         if there.standing is Standing.ABSENT:
             return
         self.size_bytes, self.standing = there.size_bytes, there.standing
@@ -177,7 +177,7 @@ def _counts(tree: ScannedFolder, files: Sequence[_File]) -> Iterator[FolderCount
 
 
 def _names_below(tree: ScannedFolder, top: str) -> dict[str, str]:
-    """Return the names that a loader of this folder sees, with the paths of their bytes."""
+    """Return the names of models that a loader of this folder sees, with the paths of their bytes."""
     below = tree.folders[top].below("") if top in tree.folders else ()
     return {f"{relative}/{name}".lstrip("/"): folder.real_path(name) for relative, folder in below for name in folder.files}
 

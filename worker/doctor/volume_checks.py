@@ -20,7 +20,7 @@ from worker.doctor.findings import Severity, first_names, listing, note, ok, pro
 from worker.engine.custom_nodes import read_failed_nodes
 from worker.models.sources import Sources
 from worker.pins import read_pins
-from worker.store.eviction import EvictionLimits, eviction_outlook, survey
+from worker.store.eviction import EvictionLimits, eviction_outlook, survey_for_eviction
 from worker.store.layout import Layout
 from worker.store.leases import LeaseTiming
 from worker.store.locks import Locks, LockTiming
@@ -117,7 +117,7 @@ def _unescaped(text: str) -> str:
 
 
 def _write_and_remove(folder: Path) -> bool:
-    """Write a file as a download does. Return whether the file system keeps whole seconds. Raises `OSError`."""
+    """Write a file to the volume as a download does. Return whether it keeps whole seconds. Raises `OSError`."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f".doctor.{secrets.token_hex(4)}.tmp"
     renamed = path.with_suffix(".renamed.tmp")
@@ -194,7 +194,7 @@ def _no_locks(reason: str) -> Finding:
 
 
 class _Contender(Child):
-    """One of two processes that request the same lock. Its other output is in `said`."""
+    """One of two processes that check the volume's locks: they request the same one. Its other output is in `said`."""
 
     def __init__(self, root: str) -> None:
         super().__init__(contend_in_child, root)
@@ -274,7 +274,7 @@ def check_room(layout: Layout, subject: Subject) -> Iterator[Finding]:
         return
     sources = Sources.gather(volume_manifest=layout.manifest, manifest=subject.manifest, models=subject.models)
     pins = read_pins(layout.root, sources)
-    found = survey(layout, pins, LeaseTiming())
+    found = survey_for_eviction(layout, pins, LeaseTiming())
     taken = f"{size_text(found.used_bytes)} taken by models"
     taken += f", of {size_text(limits.keep_bytes)} that VOLUME_KEEP_GB allows" if limits.keep_bytes is not None else ""
     if pins.trouble:

@@ -89,7 +89,7 @@ _UNFIT = re.compile(r"[/?<>\\:*|\"\x00-\x1f\x7f]")
 
 
 def fill_tokens(text: str, now: datetime, lookup: Callable[[str, str], str | None]) -> str:
-    """Return the text with `%date:FORMAT%` and `%Node.widget%` replaced. Other tokens, and unknown names, stay.
+    """Return a prompt or file name with `%date:FORMAT%` and `%Node.widget%` replaced. Other tokens, and unknown names, stay.
 
     `lookup(node, widget)` returns the value of a widget by its node's name, or None.
     """

@@ -235,7 +235,7 @@ def _mp4(data: Readable) -> Iterator[tuple[str, bytes]]:
 
 
 def _mp4_boxes(data: Readable, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
-    """Yield the boxes between two offsets: kind, start and end of the content."""
+    """Yield the boxes of a video that may embed a workflow, between two offsets: kind, start and end of the content."""
     at = start
     for _ in range(_MAX_PARTS):
         if at + 8 > end:

@@ -14,11 +14,11 @@ GROUP_PREFIXES = ("workflow>", "workflow/")
 """Prefixes of the class of a group node, the editor's older form of subgraph."""
 
 
-class _Hidden:
-    """Placeholder for a promoted value: the classic frontend shows the inner widget instead, so that one counts."""
+class _HiddenValue:
+    """In place of a loaded node's promoted value: the classic frontend shows the inner widget instead, so that one counts."""
 
 
-HIDDEN = _Hidden()
+HIDDEN = _HiddenValue()
 
 
 @dataclass(slots=True)

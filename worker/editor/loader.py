@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 def load_workflow(
     ui: SavedWorkflow, object_info: Mapping[str, Any], dialect: FrontendDialect, budget: ConversionBudget
 ) -> LoadedScope:
-    """Return the workflow as it is in the editor right after opening.
+    """Load a saved workflow: return it as it is in the editor right after opening.
 
     Raises:
         UiWorkflowInvalid: subgraphs contain each other in a cycle, or a node is one that no server can evaluate.
@@ -171,7 +171,7 @@ class _Loader:
     ) -> LoadedNode:
         inner = self.loaded_scopes[node.type]
         self.budget.step(len(inner.scope.inputs))
-        slots = _matched([ShapeSlot(port.name, port.type) for port in inner.scope.inputs], node, links, by_target)
+        slots = _matched_inputs([ShapeSlot(port.name, port.type) for port in inner.scope.inputs], node, links, by_target)
         return LoadedNode(node, loaded, "subgraph", slots, [port.type for port in inner.scope.outputs], [], inner)
 
     def _is_early(self, part: LoadedNode) -> bool:
@@ -197,7 +197,7 @@ def _link_of(
     return None if found is None or found.id in taken else found
 
 
-def _matched(
+def _matched_inputs(
     declared: Sequence[ShapeSlot],
     node: SavedNode,
     links: Sequence[SavedLink | None],
@@ -215,7 +215,7 @@ def _matched(
 def _slots_of(
     node: SavedNode, shape: NodeShape, links: Sequence[SavedLink | None], by_target: Mapping[tuple[str, int], SavedLink]
 ) -> list[LoadedInput]:
-    slots = _matched(shape.slots, node, links, by_target)
+    slots = _matched_inputs(shape.slots, node, links, by_target)
     known, closed = {slot.name for slot in shape.slots}, tuple(shape.closed)
     for slot, link in zip(node.slots, links, strict=True):
         if slot.name in known or slot.widget is not None:
@@ -223,11 +223,11 @@ def _slots_of(
         if not slot.name.startswith(closed):
             slots.append(LoadedInput(slot.name, slot.type, link))
         else:
-            _land(slots, link)
+            _land_link(slots, link)
     return slots
 
 
-def _land(slots: list[LoadedInput], link: SavedLink | None) -> None:
+def _land_link(slots: list[LoadedInput], link: SavedLink | None) -> None:
     """Move the link of an input that the chosen option no longer has to where the modern frontend finds it: its number."""
     if link is not None and link.target_slot < len(slots):
         slot = slots[link.target_slot]

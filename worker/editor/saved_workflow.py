@@ -145,7 +145,7 @@ def read_saved_workflow(value: object) -> SavedWorkflow:
     if not is_saved_workflow(value):
         raise UiWorkflowInvalid("it has no list 'nodes'; send what the editor's Save writes")
     document = cast("dict[str, Any]", value)
-    reader = _Reader()
+    reader = _SavedReader()
     root = reader.scope(document, "the workflow")
     definitions: dict[str, SavedScope] = {}
     for raw in _subgraph_definitions(document):
@@ -162,7 +162,7 @@ def _state(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def _subgraph_definitions(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield every subgraph definition. Nested ones follow the one that contains them, in the frontend's order."""
+    """Yield every subgraph definition as saved. Nested ones follow the one that contains them, in the frontend's order."""
     waiting, count = [document], 0
     while waiting:
         current = waiting.pop()
@@ -181,8 +181,8 @@ def _subgraph_definitions(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 @dataclass(slots=True)
-class _Reader:
-    """Counts what it has read, so that an oversized document is refused before it costs anything."""
+class _SavedReader:
+    """Reads a saved workflow and counts, so that an oversized document is refused before it costs anything."""
 
     nodes: int = 0
     links: int = 0

@@ -130,7 +130,7 @@ def read_spec(name: str, raw: object) -> InputSpec:
 
 
 def read_specs(definition: Definition) -> tuple[InputSpec, ...]:
-    """Return the inputs of a class in the editor's order: required, optional, each in `input_order`, then the others."""
+    """Return the inputs and widgets of a class in the editor's order: required, optional, each in `input_order`, the others."""
     inputs, order = _object(definition.get("input")), _object(definition.get("input_order"))
     held = {section: _object(inputs.get(section)) for section in ("required", "optional")}
     names: dict[str, object] = {}

@@ -151,7 +151,7 @@ class _Run:
 
 @dataclass(frozen=True, slots=True)
 class Reconnect:
-    """How often to reconnect a lost websocket, and the pause between attempts. The first is immediate."""
+    """How often the client reconnects a lost websocket, and the pause between attempts. The first is immediate."""
 
     attempts: int = 5
     delay_s: float = 3.0

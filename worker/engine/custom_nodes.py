@@ -146,7 +146,7 @@ def requirements(folders: NodeFolders, names: Sequence[str]) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class EnginePackages:
-    """The packages of ComfyUI's own environment, read from the names of its metadata folders without a process."""
+    """The packages that custom nodes find in ComfyUI's own environment, read from its metadata folders without a process."""
 
     python: str
     versions: Mapping[str, str]
@@ -373,7 +373,7 @@ class _PipInstaller:
 
 
 def _requirement_words(line: str) -> list[str]:
-    """Split a line of a requirements file, with options as pip's arguments. Empty for a comment."""
+    """Split a line of a custom node's requirements file, with options as pip's arguments. Empty for a comment."""
     text = re.sub(r"(^|\s)#.*", "", line).strip()
     return text.split() if text.startswith("-") else [text] if text else []
 

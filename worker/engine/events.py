@@ -183,7 +183,7 @@ _DECODERS: Mapping[str, Callable[[Mapping[str, Any]], Event]] = {
 
 @dataclass(frozen=True, slots=True)
 class RunFinished:
-    """A run's success: the outputs of its output nodes, by node id, in the order in which they were produced.
+    """The event of a run's success: the outputs of its output nodes, by node id, in the order in which they were produced.
 
     `cached` are the nodes that did not run again.
     """
@@ -283,7 +283,7 @@ class RunTracker:
 
 
 def outcome_of(entry: Mapping[str, Any], joined: Callable[[Outputs], Outputs] = dict) -> Outcome:
-    """Return how a run ended, from its entry in /history. `joined` adds outputs that the history does not contain."""
+    """Return the event with which a run ended, from its entry in /history. `joined` adds outputs that it does not contain."""
     status = entry.get("status") or {}
     outputs = joined(dict(entry.get("outputs") or {}))
     messages = status.get("messages") or ()

@@ -47,7 +47,7 @@ _GPU_DEVICES = ("nvidia[0-9]*", "dxg", "kfd")
 
 @dataclass(frozen=True, slots=True)
 class EngineCommand:
-    """How to start ComfyUI: the command line, its folder and its environment."""
+    """How to start ComfyUI's process: the command line, its folder and its environment."""
 
     argv: tuple[str, ...]
     cwd: Path

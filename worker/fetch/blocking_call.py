@@ -19,7 +19,7 @@ _TICK_S: Final = 0.1
 
 
 def abandonable(work: Callable[[], T], name: str, cancel: CancelToken, undo: Callable[[T], object] = lambda _: None) -> T:
-    """Run `work` in its own thread and return what it returns, or raise what it raises.
+    """Run a blocking call in its own thread and return what it returns, or raise what it raises. A cancelled caller leaves it.
 
     Raise `EnsureCancelled` (naming `name`) within a tenth of a second after cancellation. The work then continues alone, and
     `undo` gets what it returns in the end.

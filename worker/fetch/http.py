@@ -46,7 +46,7 @@ class Credential:
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """How addresses are reached. `proxies` is what `urllib.request.getproxies()` returns: scheme to address, and `no`."""
+    """How HTTP reaches addresses. `proxies` is what `urllib.request.getproxies()` returns: scheme to address, and `no`."""
 
     credentials: Sequence[Credential] = ()
     proxies: Mapping[str, str] = field(default_factory=dict)
@@ -95,7 +95,7 @@ def login_refused(proxy: str) -> ProxyUnusable:
 
 
 def basic_authorization(url: str) -> str | None:
-    """Return the `Authorization` value for the user and password in an address, or None."""
+    """Return the HTTP `Authorization` value for the user and password in an address, or None."""
     parts = urlsplit(url)
     if parts.username is None:
         return None
@@ -104,19 +104,19 @@ def basic_authorization(url: str) -> str | None:
 
 
 def origin(url: str) -> str:
-    """Return scheme, host and port of an address. They decide who may see a token."""
+    """Return scheme, host and port of an HTTP address. They decide who may see a token."""
     parts = urlsplit(url)
     return f"{parts.scheme}://{(parts.hostname or '').lower()}:{parts.port or _PORTS.get(parts.scheme, 0)}"
 
 
 def shown_address(url: str) -> str:
-    """Return an address without its query and user, which may contain tokens and signatures. For logs and errors."""
+    """Return an HTTP address without its query and user, which may contain tokens and signatures. For logs and errors."""
     parts = urlsplit(url)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
-def sendable(url: str) -> str:
-    """Return an address as it is sent: in ASCII, without its fragment.
+def sendable_address(url: str) -> str:
+    """Return an address as an HTTP request sends it: in ASCII, without its fragment.
 
     In path and query only characters outside printable ASCII are escaped, because a signature may cover the rest, including `%`
     escapes. A host is encoded with IDNA. Raises ValueError for an invalid address.
@@ -134,22 +134,22 @@ def sendable(url: str) -> str:
 
 def what_failed(exc: Exception) -> str:
     """Return what failed in an HTTP request in a few words, for logs and errors, without any address's query."""
-    text = "" if isinstance(exc, http.client.InvalidURL) else without_query(str(exc))
+    text = "" if isinstance(exc, http.client.InvalidURL) else without_queries(str(exc))
     return f"{type(exc).__name__}: {text}".removesuffix(": ")
 
 
-def without_query(text: str) -> str:
-    """Return a text without the queries of the addresses in it."""
+def without_queries(text: str) -> str:
+    """Return a text without the queries of the HTTP addresses in it."""
     return _QUERY.sub("", text)
 
 
 def bare_etag(etag: str | None) -> str | None:
-    """Return an ETag without its quotes and its weakness mark, as huggingface_hub does."""
+    """Return the ETag of an HTTP answer without its quotes and its weakness mark, as huggingface_hub does."""
     return etag.removeprefix("W/").strip('"') if etag else None
 
 
 def content_coding(headers: Message | Mapping[str, str]) -> str | None:
-    """Return how a body is compressed although nobody asked for that, so that its bytes are not the file's."""
+    """Return how an HTTP body is compressed although nobody asked for that, so that its bytes are not the file's."""
     coding = (headers.get("Content-Encoding") or "").strip().lower()
     return coding if coding not in {"", "identity"} else None
 
@@ -164,7 +164,7 @@ def token_refused(url: str, status: int, credential: Credential | None) -> Token
 def _next(network: Network, start: str, url: str, location: str, status: int) -> str:
     try:
         # Headers arrive as latin-1. Servers write UTF-8 there if it is not ASCII.
-        target = sendable(urljoin(url, location.encode("latin-1").decode("utf-8", "surrogateescape")))
+        target = sendable_address(urljoin(url, location.encode("latin-1").decode("utf-8", "surrogateescape")))
     except ValueError:
         raise NotAFile(shown_address(start), "a redirect to what is no address") from None
     parts, own = urlsplit(target), urlsplit(url)
@@ -212,7 +212,7 @@ def follow_redirects(network: Network, start: str, send: Callable[[str], A]) -> 
     gets the token of its origin. Raises `TokenRefused` or `NotAFile` for redirects that lead nowhere.
     """
     try:
-        url = sendable(start)
+        url = sendable_address(start)
     except ValueError:
         raise NotAFile(shown_address(start), "no address that can be asked") from None
     linked_etag = None
@@ -240,8 +240,8 @@ def request_target(url: str) -> str:
     return f"{parts.path or '/'}{'?' if parts.query else ''}{parts.query}"
 
 
-class Response(http.client.HTTPResponse):
-    """An answer whose body can be read as it arrives."""
+class HttpResponse(http.client.HTTPResponse):
+    """An HTTP answer whose body can be read as it arrives."""
 
     @property
     def status_code(self) -> int:
@@ -271,22 +271,22 @@ def _proxy_headers(proxy: str | None) -> dict[str, str]:
     return {"Proxy-Authorization": own} if own else {}
 
 
-class Channel:
-    """A connection that is kept between requests. One thread uses it; any thread may break it off."""
+class HttpChannel:
+    """An HTTP connection that is kept between requests. One thread uses it; any thread may break it off."""
 
     def __init__(self, network: Network) -> None:
         self._network = network
         self._origin = ""
         self._connection: http.client.HTTPConnection | None = None
         self._socket: socket.socket | None = None
-        self._response: Response | None = None
+        self._response: HttpResponse | None = None
         self._broken_off = False
 
-    def get(self, url: str, headers: Mapping[str, str]) -> Response:
+    def get(self, url: str, headers: Mapping[str, str]) -> HttpResponse:
         """Send a GET. Return the answer after redirects. Raises `OSError`, `HTTPException`, and as `follow_redirects`."""
         return follow_redirects(self._network, url, partial(self._request, headers)).answer
 
-    def _request(self, headers: Mapping[str, str], url: str) -> Response:
+    def _request(self, headers: Mapping[str, str], url: str) -> HttpResponse:
         is_read = self._response is None or self._response.isclosed()  # not that of a redirect
         if self._connection is None or self._origin != origin(url) or not is_read:
             self.close()
@@ -301,7 +301,7 @@ class Channel:
         whole = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
         connection.request("GET", whole if proxy else request_target(url), headers=sent)
         response = connection.getresponse()
-        if not isinstance(response, Response):
+        if not isinstance(response, HttpResponse):
             raise TypeError("the connection was made for another kind of answer")
         if proxy and response.status == PROXY_LOGIN:
             raise login_refused(proxy)
@@ -320,10 +320,10 @@ class Channel:
                 connection.set_tunnel(parts.hostname or "", parts.port or _PORTS["https"], _proxy_headers(proxy))
         else:
             connection = http.client.HTTPConnection(host, port, timeout=timeout_s)
-        connection.response_class = Response
+        connection.response_class = HttpResponse
         try:
             if proxy and by_socks:
-                link = socks.connect(proxy, host, port, timeout_s)
+                link = socks.connect_by_socks(proxy, host, port, timeout_s)
                 connection.sock = self._network.tls.wrap_socket(link, server_hostname=host) if is_tls else link
             else:
                 connection.connect()

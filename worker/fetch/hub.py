@@ -141,7 +141,7 @@ class RemoteFile:
 
 @dataclass(frozen=True, slots=True)
 class XetAccess:
-    """Access to a repository's files in Xet's storage until `expires_s` (Unix time), and where to renew it."""
+    """Access that the hub gives to a repository's files in Xet's storage until `expires_s` (Unix time). Where to renew it."""
 
     endpoint: str
     token: str = field(repr=False)

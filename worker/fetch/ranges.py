@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Final, NoReturn, Protocol
 
 from worker.base.retry import OK, PARTIAL, TRANSIENT, UNSATISFIABLE, Backoff, retry_after_s
 from worker.errors import ContentMismatch, EnsureCancelled, NotAFile, SourceChanged, SourceRefused, SourceUnreachable
-from worker.fetch.http import Channel, content_coding, what_failed
+from worker.fetch.http import HttpChannel, content_coding, what_failed
 from worker.fetch.spans import Spans
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from worker.base.progress import CancelToken
-    from worker.fetch.http import Response
+    from worker.fetch.http import HttpResponse
     from worker.fetch.hub import Hub, RemoteFile
     from worker.fetch.spans import Pull
 
@@ -144,7 +144,7 @@ class RangeFetch:
         self._spans = Spans((), 1, 1, 1)
         self._stop = threading.Event()
         self._error: BaseException | None = None
-        self._channels: list[Channel] = []
+        self._channels: list[HttpChannel] = []
         self.fetched_bytes = 0
 
     def run(self, on_bytes: Callable[[int], None] = lambda _: None) -> None:
@@ -170,7 +170,7 @@ class RangeFetch:
         tuning = self._tuning
         self._spans = Spans(gaps, tuning.connections, tuning.request_bytes, tuning.smallest_bytes)
         self._stop, self._error = threading.Event(), None
-        self._channels = [Channel(self._hub.network) for _ in range(self._width(sum(end - start for start, end in gaps)))]
+        self._channels = [HttpChannel(self._hub.network) for _ in range(self._width(sum(end - start for start, end in gaps)))]
         threads = [
             threading.Thread(target=self._work, args=(number, channel), name=f"range-{number}", daemon=True)
             for number, channel in enumerate(self._channels)
@@ -221,7 +221,7 @@ class RangeFetch:
 
     # --- in the threads
 
-    def _work(self, number: int, channel: Channel) -> None:
+    def _work(self, number: int, channel: HttpChannel) -> None:
         stop, spans = self._stop, self._spans
         buffer = memoryview(bytearray(self._tuning.buffer_bytes))
         try:
@@ -244,7 +244,7 @@ class RangeFetch:
             return self._spans.take_whole(number, now_s)
         return self._spans.take(number, self._sink.reach(), now_s)
 
-    def _pull(self, channel: Channel, pull: Pull, buffer: memoryview) -> None:
+    def _pull(self, channel: HttpChannel, pull: Pull, buffer: memoryview) -> None:
         """Fetch a range, or as much of it as arrives. The rest goes back for another connection."""
         start = pull.at
         try:
@@ -263,7 +263,7 @@ class RangeFetch:
         finally:
             self._spans.end(pull, time.monotonic())
 
-    def _receive(self, response: Response, pull: Pull, buffer: memoryview) -> None:
+    def _receive(self, response: HttpResponse, pull: Pull, buffer: memoryview) -> None:
         """Read until the buffer is full, the range ends, or a second has passed.
 
         Then write what arrived, even after an error.
@@ -300,7 +300,7 @@ class RangeFetch:
         if done_bytes and not self._sink.is_rewritable:
             raise SourceUnreachable(self._remote.where, "cut off, and it names no version to go on with", 0.0)
 
-    def _open(self, channel: Channel, start: int, end: int, buffer: memoryview) -> Response:
+    def _open(self, channel: HttpChannel, start: int, end: int, buffer: memoryview) -> HttpResponse:
         """Return an answer whose next byte is the one at `start`."""
         remote = self._remote
         response = channel.get(remote.url, _headers(remote, start, end))
@@ -323,14 +323,14 @@ class RangeFetch:
             raise SourceRefused(remote.where, status)
         return response
 
-    def _check_version(self, remote: RemoteFile, response: Response) -> None:
+    def _check_version(self, remote: RemoteFile, response: HttpResponse) -> None:
         """Without a hash, accept only bytes of the version that was looked up."""
         if not remote.is_version(response.headers):
             raise SourceChanged(remote.where)
         if coding := content_coding(response.headers):
             self._doubt(remote, NotAFile(remote.where, f"sent compressed ({coding})"))
 
-    def _check_range(self, remote: RemoteFile, response: Response, start: int) -> None:
+    def _check_range(self, remote: RemoteFile, response: HttpResponse, start: int) -> None:
         stated = response.headers.get("Content-Range", "")
         found = _CONTENT_RANGE.fullmatch(stated)
         if found is None or int(found[1]) != start:
@@ -338,7 +338,7 @@ class RangeFetch:
         if found[2] not in {"*", str(remote.size_bytes)}:
             self._doubt(remote, self._wrong_size(stated))
 
-    def _check_whole(self, remote: RemoteFile, response: Response, start: int) -> None:
+    def _check_whole(self, remote: RemoteFile, response: HttpResponse, start: int) -> None:
         length = response.headers.get("Content-Length")
         if length not in {None, str(remote.size_bytes)}:
             self._doubt(remote, self._wrong_size(f"/{length}"))
@@ -374,7 +374,7 @@ def _headers(remote: RemoteFile, start: int, end: int) -> dict[str, str]:
     return asked
 
 
-def _skip(response: Response, count: int, buffer: memoryview) -> None:
+def _skip(response: HttpResponse, count: int, buffer: memoryview) -> None:
     while count:
         length = response.readinto1(buffer[:count])
         if not length:

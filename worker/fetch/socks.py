@@ -22,11 +22,11 @@ _REPLY_BYTES: Final = 4096
 
 
 class LoginRefusedError(OSError):
-    """The proxy wants another user or password."""
+    """The SOCKS proxy wants another user or password."""
 
 
-def connect(proxy: str, host: str, port: int, timeout_s: float) -> socket.socket:
-    """Connect to a host, whose name the proxy resolves. Raises `LoginRefusedError`, and `OSError` for other failures."""
+def connect_by_socks(proxy: str, host: str, port: int, timeout_s: float) -> socket.socket:
+    """Connect to a host through a SOCKS proxy, which resolves its name. Raises `LoginRefusedError`, and `OSError` otherwise."""
     at = urlsplit(proxy)
     pair = None if at.username is None else (unquote(at.username), unquote(at.password or ""))
     found = socket.create_connection((at.hostname, at.port or _PORT), timeout_s)

@@ -19,7 +19,7 @@ from typing import IO, TYPE_CHECKING, Final
 
 from worker.base.retry import UNAUTHORISED, Backoff
 from worker.errors import EnsureCancelled, SourceRefused, SourceUnreachable
-from worker.fetch.http import without_query
+from worker.fetch.http import without_queries
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -227,7 +227,7 @@ class XetFetch:
         found = _STATUS.search(said)
         status = int(found[1]) if found else None
         if said:
-            self._reason = f"Xet: status {status}" if status else f"Xet: {without_query(said)[:_SAID_CHARS]}"
+            self._reason = f"Xet: status {status}" if status else f"Xet: {without_queries(said)[:_SAID_CHARS]}"
         return _XetBrokenOff(self._reason, status)
 
 

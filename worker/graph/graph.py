@@ -26,7 +26,7 @@ _MAX_NAME_CHARS = 500
 
 
 class BrokenLink(list[Any]):
-    """A link that leads nowhere or closes a cycle, as ComfyUI gets it: an empty list. `problem` says what is wrong.
+    """A link in a graph that leads nowhere or closes a cycle, as ComfyUI gets it: an empty list. `problem` says what is wrong.
 
     ComfyUI refuses an input that holds an empty list, drops the outputs that need its node, and runs the others. With the link
     itself, ComfyUI 0.3.75 does so only if the class declares the input. For any other input the link ends the thread that runs
@@ -69,7 +69,7 @@ def parse_graph(value: object) -> Graph:
 
 
 def without_wrapper(value: object) -> object:
-    """Return a workflow without its wrapper, `{"prompt": ...}` or `{"output": ...}`, and without ComfyUI's notes."""
+    """Return a graph without its wrapper, `{"prompt": ...}` or `{"output": ...}`, and without ComfyUI's notes."""
     match value:
         case {"prompt": dict(inner), **rest} | {"output": dict(inner), **rest} if not rest and "class_type" not in inner:
             value = inner
@@ -206,7 +206,7 @@ def reachable(starts: Iterable[str], nexts: Mapping[str, Iterable[str]]) -> froz
 
 
 def _link_problem(graph: Graph, pair: list[Any]) -> str | None:
-    """Return what is wrong with a two-element list. None for a good link and for a possible plain value.
+    """Return what is wrong with a two-element list in a graph. None for a good link and for a possible plain value.
 
     ComfyUI treats a two-element list as a link if the class declares the input for one. It accepts lists in other inputs as
     they are (validate_inputs in its execution.py). A list that can only be meant as a link, and that would end in ComfyUI's

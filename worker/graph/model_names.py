@@ -279,7 +279,7 @@ def _input_folders() -> tuple[tuple[re.Pattern[str], str], ...]:
 
 
 def _embeddings(text: str) -> Iterator[str]:
-    r"""Yield the embeddings that ComfyUI's tokenizer finds in a prompt (comfy/sd1_clip.py, tokenize_with_weights).
+    r"""Yield the names of embeddings that ComfyUI's tokenizer finds in a prompt (comfy/sd1_clip.py, tokenize_with_weights).
 
     An embedding begins at the start of a weighted segment or after white space, and ends before the next white space, `<` or
     `[`. ComfyUI falls back to the name without its commas. `\(` and `\)` belong to a name; plain parentheses end a segment.

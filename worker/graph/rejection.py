@@ -65,7 +65,7 @@ class _Refusal:
 
 
 def _refusals(graph: Graph, body: Mapping[str, Any]) -> list[_Refusal]:
-    """Return all of ComfyUI's findings, except models that only outputs with a broken link need: nobody looked for these."""
+    """Return all of ComfyUI's refusals, except models that only outputs with a broken link need: nobody looked for these."""
     reports = body.get("node_errors") or {}
     errors = [error for report in reports.values() for error in report.get("errors") or ()]
     named = named_models(graph) if any(error.get("type") == "value_not_in_list" for error in errors) else ()
@@ -85,14 +85,14 @@ def _findings_in(
     for error in report.get("errors") or ():
         if (link := _broken_link(graph, node_id, error)) is not None:
             yield _Refusal(node_id, link.problem, dropped, is_link=True)
-        elif model := _missing_model(models, node_id, error):
+        elif model := _missing_model_refusal(models, node_id, error):
             yield _Refusal(node_id, model, dropped, is_model=True)
         else:
             yield _Refusal(node_id, _node_problem(node_id, report.get("class_type", "?"), error), dropped)
 
 
 def _lost_outputs(graph: Graph, takers: Mapping[str, Sequence[str]], finding: _Refusal) -> str:
-    """Return which outputs the problem cost, if it is not their own. ComfyUI lists unrelated outputs with them."""
+    """Return which outputs a refusal cost, if it is not their own. ComfyUI lists unrelated outputs with them."""
     spoiled = reachable([finding.node_id], takers) - {finding.node_id}
     nodes = [f"{node_id} ({graph[node_id]['class_type']})" for node_id in finding.dropped if node_id in spoiled]
     return f"; so there is no output of node {', '.join(nodes)}" if nodes else ""
@@ -114,8 +114,8 @@ def _graph_problem(error: Mapping[str, Any]) -> str:
     return f"{message.rstrip('.')} ({details})" if details else message
 
 
-def _missing_model(models: Mapping[tuple[str, str], NamedModel], node_id: str, error: Mapping[str, Any]) -> str | None:
-    """Return the sentence for a value that is not in a loader's list because the model file is missing."""
+def _missing_model_refusal(models: Mapping[tuple[str, str], NamedModel], node_id: str, error: Mapping[str, Any]) -> str | None:
+    """Return the sentence for a refused value that is not in a loader's list because the model file is missing."""
     if error.get("type") != "value_not_in_list":
         return None
     extra = error.get("extra_info") or {}
@@ -124,7 +124,7 @@ def _missing_model(models: Mapping[tuple[str, str], NamedModel], node_id: str, e
 
 
 def missing_model_sentence(model: NamedModel, name: str, choices: Sequence[str]) -> str:
-    """Return the sentence for a missing model. `choices` are the names that its loader lists."""
+    """Return ComfyUI's refusal of a missing model as a sentence. `choices` are the names that its loader lists."""
     folder = model.folders[0] if model.folders else "(the folder its loader reads)"
     where = f"perhaps in models/{folder}" if model.guessed else f"in models/{folder}"
     name = shortened(name, _QUOTED)
@@ -175,7 +175,7 @@ def combo_options(config: object) -> Sequence[str] | None:
 
 
 def _similar_choices(name: str, choices: Sequence[str]) -> str:
-    """Return up to three quoted choices that resemble `name`: first by whole name, then by file name."""
+    """Return up to three quoted choices that resemble the refused `name`: first by whole name, then by file name."""
     return ", ".join(f"'{choice}'" for choice in dict.fromkeys(_close(name, choices)))
 
 
@@ -255,7 +255,7 @@ def unknown_nodes(missing: Iterable[NodeOrigin], comfyui: str | None) -> Unknown
 
 
 def _release_with_classes(newer: Sequence[NodeOrigin], comfyui: str | None) -> str:
-    """Return the release that has all of these classes. Empty if one is unknown, or if it is not newer than this one."""
+    """Return the release that has all refused classes. Empty if one is unknown, or if it is not newer than this one."""
     releases = [node.release for node in newer]
     if not all(releases) or any(comfyui and is_older(release, comfyui, or_same=True) for release in releases):
         return ""

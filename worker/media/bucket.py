@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 import httpx2
 
@@ -221,7 +221,7 @@ def clean_id(job_id: str) -> str:
 
 
 def job_target(config: object) -> S3Target | None:
-    """Return the target in RunPod's field `s3Config` of a job, or None. Raises `S3ConfigInvalid`."""
+    """Return the bucket in RunPod's field `s3Config` of a job, or None. Raises `S3ConfigInvalid`."""
     if config is None or config == {}:
         return None
     names = ("accessId", "accessSecret", "bucketName", "endpointUrl")
@@ -337,8 +337,3 @@ def _guard_connections(client: Any, rules: AddressRules) -> None:  # noqa: ANN40
     if set(manager.pool_classes_by_scheme) != {"http", "https"}:
         raise RuntimeError("botocore's connections are not as known")
     manager.pool_classes_by_scheme = {"http": _HttpPool, "https": _HttpsPool}
-
-
-def describe(target: S3Target) -> str:
-    """Return the bucket for a log line."""
-    return f"{target.bucket or 'the bucket of the month'} at {urlsplit(target.endpoint_url).netloc}"

@@ -73,7 +73,7 @@ class _DeliveryStep(Protocol[_T]):
 
 @dataclass(frozen=True, slots=True)
 class _PlannedOutput:
-    """An output and how it will be delivered."""
+    """An output and how its delivery is planned."""
 
     output: Output
     item: OutputItem

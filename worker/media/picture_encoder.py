@@ -53,7 +53,7 @@ def _opaque(image: Image.Image) -> Image.Image:
 
 
 def _metadata(image: Image.Image, kind: str) -> bytes:
-    """Return the PNG's texts as EXIF. Empty if they are too long for the format."""
+    """Return the texts of the PNG to encode as EXIF. Empty if they are too long for the format."""
     exif, tag = Image.Exif(), _FIRST_TAG
     for name, text in getattr(image, "text", {}).items():
         value = f"{name}:{text}".encode("ascii", "backslashreplace").decode()

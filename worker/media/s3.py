@@ -52,7 +52,7 @@ _VIRTUAL_ONLY: Final = (
 
 @dataclass(frozen=True, slots=True)
 class S3Target:
-    """An object store, a key for it, and perhaps a bucket in it. The repr does not show the key."""
+    """An S3-compatible object store, a key for it, and perhaps a bucket in it. The repr does not show the key."""
 
     endpoint_url: str
     access_key_id: str = field(repr=False)

@@ -145,7 +145,7 @@ class UrlFetcher:
 
 
 class _TransientError(Exception):
-    """A failed attempt to fetch a file from its address that may be retried. `pause_s` is what the server asked for."""
+    """A failed attempt to fetch an input file from its URL that may be retried. `pause_s` is what the server asked for."""
 
     def __init__(self, reason: str, pause_s: float = 0.0) -> None:
         super().__init__(reason)
@@ -158,7 +158,7 @@ class _PrivateAddressError(Exception):
 
 
 class _JobConnections:
-    """The connections that fetch one job's files, which open only to judged addresses."""
+    """The connections that fetch one job's input files by URL, which open only to judged addresses."""
 
     def __init__(self, rules: AddressRules, limits: UrlFetchLimits, lookup: Lookup, tls: ssl.SSLContext) -> None:
         self._rules = rules
@@ -246,7 +246,7 @@ class _JobConnections:
 
 
 class JudgingBackend(AsyncioBackend):
-    """Opens connections only to addresses that a request may reach: the one place where its sockets are opened."""
+    """Opens connections for URLs of input files, to addresses that a request may reach: the one place that opens any."""
 
     def __init__(self, rules: AddressRules, lookup: Lookup) -> None:
         self._rules = rules

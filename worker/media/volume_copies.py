@@ -63,7 +63,7 @@ class VolumeCopies:
                     os.fsync(sink.fileno())
             if whole:
                 partial.replace(target)
-                _sync_folder(target.parent)
+                _sync_copy_folder(target.parent)
         finally:
             partial.unlink(missing_ok=True)
 
@@ -91,8 +91,8 @@ def _write_all(sink: int, data: bytes) -> None:
         left = left[os.write(sink, left) :]
 
 
-def _sync_folder(folder: Path) -> None:
-    """Flush the new name to the disk. Some network file systems refuse this for a folder, and do not need it."""
+def _sync_copy_folder(folder: Path) -> None:
+    """Flush a copy's new name to the disk of the volume. Some network file systems refuse this for a folder."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:

@@ -256,7 +256,7 @@ _SHORT_FORM = "write folder=hf://org/repo/file@revision or folder/name=https://.
 
 
 def parse_short_lines(text: str) -> SpecList:
-    """Parse `MODELS`: entries separated by line ends, spaces, commas or semicolons. A line that begins with # is a comment."""
+    """Parse the manifest `MODELS`: entries separated by line ends, spaces, commas or semicolons. # begins a comment."""
     lines = "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#"))
     words = [word for word in _BETWEEN_LINES.split(lines.strip().strip(",;")) if word]
     problems = [
@@ -287,7 +287,7 @@ def parse_short_line(text: str) -> dict[str, object]:
 
 
 def _from_manager(model: Mapping[str, Any]) -> dict[str, object] | None:
-    """Read an entry of ComfyUI-Manager's `model-list.json`. None for whole repositories and custom nodes."""
+    """Read a manifest's entry as in ComfyUI-Manager's `model-list.json`. None for whole repositories and custom nodes."""
     save_path, file_name = str(model.get("save_path", "")), str(model.get("filename", ""))
     if save_path == "default":
         save_path = known().manager_folders.get(str(model.get("type", "")).lower(), "")
@@ -298,7 +298,7 @@ def _from_manager(model: Mapping[str, Any]) -> dict[str, object] | None:
 
 
 def _from_comfy_lock(model: Mapping[str, Any]) -> Iterator[dict[str, object]]:
-    """Read an entry of comfy-cli's `comfy-lock.yaml`: one file at some paths. Without one, its type tells the folder."""
+    """Read a manifest's entry as in comfy-cli's `comfy-lock.yaml`: one file at some paths. Or its type tells the folder."""
     hashes = [model, *(item for item in model.get("hashes") or () if isinstance(item, dict))]
     sha256 = next((item.get("hash") for item in hashes if is_sha256(item.get("type"))), None)
     common = {"source": model.get("url"), "sha256": sha256}

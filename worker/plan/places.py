@@ -16,9 +16,9 @@ from worker.models.sources import Sources
 from worker.pins import read_pins
 from worker.plan.items import ItemState, PlanItem
 from worker.store.byte_ranges import Ranges
-from worker.store.eviction import EvictionLimits, eviction_outlook, survey
+from worker.store.eviction import EvictionLimits, eviction_outlook, survey_for_eviction
 from worker.store.host_cache import cached_file
-from worker.store.inventory import Standing, look
+from worker.store.inventory import Standing, look_up_file
 from worker.store.layout import Layout
 from worker.store.leases import LeaseTiming
 from worker.store.pod_links import layout_at
@@ -76,7 +76,7 @@ class Places:
         return None
 
     def _in_store(self, layout: Layout, folder: str, file: str) -> PlanItem | None:
-        there = look(layout, folder, file)
+        there = look_up_file(layout, folder, file)
         if there.standing is Standing.ABSENT:
             return None
         path, on_volume = layout.model(folder, file), layout is self.volume
@@ -147,7 +147,7 @@ def _with_removals(
 ) -> tuple[Plan, VolumeFull | None]:
     """Return the plan with what the worker would remove from the place of its files, and the problem if that is not enough."""
     sources = Sources.gather(volume_manifest=places.volume.manifest, manifest=settings.models_manifest, models=settings.models)
-    found = survey(places.volume, read_pins(places.volume.root, sources), LeaseTiming())
+    found = survey_for_eviction(places.volume, read_pins(places.volume.root, sources), LeaseTiming())
     short = plan.fetch_bytes - plan.free_bytes if plan.free_bytes is not None else 0
     limits = replace(limits, free_bytes=max(limits.free_bytes or 0, 0) if short > 0 else limits.free_bytes)
     if found.excess(limits, plan.fetch_bytes) <= 0:

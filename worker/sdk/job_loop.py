@@ -447,7 +447,7 @@ async def send_again(
 
 
 async def _ends_first(task: asyncio.Task[Any], *events: asyncio.Event) -> bool:
-    """Return True when the task is done, or False when one of the events is set. The task continues either way."""
+    """For the job loop, return True when the task is done, or False when one of the events is set. The task continues."""
     waiting = [asyncio.create_task(event.wait()) for event in events]
     try:
         await asyncio.wait((*waiting, task), return_when=asyncio.FIRST_COMPLETED)
@@ -465,7 +465,7 @@ def _jobs(count: int) -> str:
 
 
 async def _ends_before(event: asyncio.Event, coro: Coroutine[Any, Any, Any]) -> bool:
-    """Return whether `coro` ends before the event is set. Otherwise cancel it."""
+    """For the job loop, return whether `coro` ends before the event is set. Otherwise cancel it."""
     task = asyncio.create_task(coro)
     if event.is_set() or not await _ends_first(task, event) or event.is_set():
         task.cancel()
@@ -499,7 +499,7 @@ _TOKENS = re.compile(rb'"((?:[^"\\]|\\.)*)"(\s*:)?|[{}\[\]]', re.DOTALL)
 
 
 def _id_in(body: bytes) -> str | None:
-    """Return the text under `id` at the top level of JSON that contains something Python does not read."""
+    """Return the job's text under `id` at the top level of JSON that contains something Python does not read."""
     depth, is_id = 0, False
     for token in _TOKENS.finditer(body):
         text = token[0]
@@ -514,7 +514,7 @@ def _id_in(body: bytes) -> str | None:
 
 
 async def _rest_of_poll(poll: asyncio.Task[bytes], line: _Poll) -> bytes:
-    """Return what the poll still brings: take an answer that is on its way, then cancel the poll."""
+    """Return what a poll for a job still brings: take an answer that is on its way, then cancel the poll."""
     await asyncio.wait((poll,), timeout=_ARRIVAL_S)
     if line.answering:
         await asyncio.wait((poll,), timeout=_BODY_S)

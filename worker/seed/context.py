@@ -29,7 +29,7 @@ from worker.seed.screen import ScreenBars, ScreenJson, ScreenLines
 from worker.seed.selection import Selection
 from worker.seed.sibling import Sibling
 from worker.seed.volumes import MountedVolume
-from worker.store.eviction import EvictionLimits, survey
+from worker.store.eviction import EvictionLimits, survey_for_eviction
 from worker.store.leases import LeaseTiming
 from worker.store.pod_links import layout_at
 from worker.store.room import Room, source_check
@@ -129,7 +129,7 @@ class SeedContext:
     def survey(self) -> Survey | None:
         """Return the uses of a mounted volume's models and their order. None through S3."""
         layout = self.room.layout if self.room else None
-        return survey(layout, self.pins(layout), LeaseTiming()) if layout else None
+        return survey_for_eviction(layout, self.pins(layout), LeaseTiming()) if layout else None
 
     def _over_s3(self) -> SeedTarget:
         """Return all reachable volumes. Raises other errors of a volume, and an error if none is reachable."""

@@ -101,7 +101,7 @@ def _compare(
 
 
 def repair_spec(found: SealedModel, known: Mapping[str, ModelSpec]) -> ModelSpec | None:
-    """Return the source for a damaged model: its seal's commit, a list, or any address in its seal. None without one.
+    """Return the source to repair a sealed model from: its seal's commit, a list, or any address in its seal, or None.
 
     The commit comes first, because a list without a pin may mean a newer file by now. If the list has another source, the list
     comes first.
@@ -133,7 +133,7 @@ def _sealed_spec(found: SealedModel) -> ModelSpec | None:
 
 
 def sealed_but_unnamed(volume: SeedVolume, named: Collection[str]) -> list[SealedModel]:
-    """Return the sealed models that none of these `folder/name`s is, without files that no longer fit their seal.
+    """Return the sealed models to prune: none of these `folder/name`s. Without files that no longer fit their seal.
 
     `?/name` is a name that may be in any folder.
     """
@@ -150,7 +150,7 @@ def is_as_sealed(volume: SeedVolume, found: SealedModel) -> bool:
 
 
 def list_sealed(context: SeedContext, place: SeedTarget) -> int:
-    """Show what is sealed on each volume. Return 0."""
+    """Maintain a volume: show what is sealed on each. Return 0."""
     for volume in place.volumes:
         found = sorted(volume.sealed(), key=lambda sealed: sealed.title)
         fits = [is_as_sealed(volume, sealed) for sealed in found]

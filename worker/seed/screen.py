@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from worker.seed.outcome import Outcome
     from worker.seed.seeding import DryRunLine
     from worker.seed.volumes import SealedModel
-    from worker.store.eviction import Content
+    from worker.store.eviction import SealedContent
 
 
 _LINE_EVERY_S: Final = 10.0
@@ -319,7 +319,7 @@ def sealed_table(found: Sequence[SealedModel], fits: Iterable[bool], removals: S
     return table
 
 
-def least_used_table(found: Iterable[Content]) -> Table:
+def least_used_table(found: Iterable[SealedContent]) -> Table:
     """Return a table for the screen: what would be removed to make room."""
     table = _table("model", "size", "last use", numbers=frozenset({"size"}))
     for one in found:

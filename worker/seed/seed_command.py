@@ -54,11 +54,11 @@ def _act(context: SeedContext) -> int:
     if context.options.action == "list":
         code = maintenance.list_sealed(context, place)
     elif context.options.action == "sync":
-        code = seeding.sync(context, place)
+        code = seeding.seed_from_sibling(context, place)
     else:
         actions = {
             "seed": seeding.seed,
-            "dry_run": seeding.dry_run,
+            "dry_run": seeding.dry_run_seeding,
             "verify": maintenance.verify_all,
             "prune": maintenance.prune,
         }

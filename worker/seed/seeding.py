@@ -47,7 +47,7 @@ _SLOW_S: Final = 5.0
 
 
 def seed(context: SeedContext, place: SeedTarget, sources: Sources) -> int:
-    """Put every wanted model onto the volumes. Return the exit status. Raises `EnsureCancelled` if stopped."""
+    """Seed: put every wanted model onto the volumes. Return the exit status. Raises `EnsureCancelled` if stopped."""
     began_s = time.monotonic()
     items = _models_to_seed(context, sources)
     unavailable = [item for item in items if item.state not in {ItemState.FETCH, ItemState.NO_ANSWER} or item.spec is None]
@@ -73,8 +73,8 @@ def seed(context: SeedContext, place: SeedTarget, sources: Sources) -> int:
     return seeding_status(context, outcomes)
 
 
-def sync(context: SeedContext, place: SeedTarget) -> int:
-    """Copy the sealed models of another volume. Return the exit code. Raises `EnsureCancelled` if it was stopped."""
+def seed_from_sibling(context: SeedContext, place: SeedTarget) -> int:
+    """Seed from another volume: copy its sealed models. Return the exit code. Raises `EnsureCancelled` if it was stopped."""
     began_s = time.monotonic()
     if context.sibling is None:
         raise SeedUsage("Say with --sync which volume the models come from.")
@@ -90,7 +90,7 @@ def sync(context: SeedContext, place: SeedTarget) -> int:
     return seeding_status(context, outcomes) or (FAILED if left else 0)
 
 
-def dry_run(context: SeedContext, place: SeedTarget, sources: Sources) -> int:
+def dry_run_seeding(context: SeedContext, place: SeedTarget, sources: Sources) -> int:
     """Report what `seed` would do. Return the exit status, 1 if something blocks it. Raises `VolumeFull`."""
     lines = dry_run_lines(_models_to_seed(context, sources), place.volumes, context.hub, context.cancel)
     send_bytes, free = sum(line.send_bytes for line in lines), place.volumes[0].free_bytes

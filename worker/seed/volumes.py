@@ -12,7 +12,7 @@ from worker.base.text import unicode_forms
 from worker.errors import UnsafePath, VolumeFailed, volume_error
 from worker.plan.places import Places
 from worker.store.hashing import sha256_of
-from worker.store.inventory import InventoryEntry, Standing, look
+from worker.store.inventory import InventoryEntry, Standing, look_up_file
 from worker.store.layout import title_of_seal
 from worker.store.seals import Seal, read_seal, stat_file, whole_mtime, write_seal
 from worker.volume_workflows import workflow_bytes, workflow_names
@@ -41,7 +41,7 @@ class SealedModel:
 
 
 def sealed_model_at(path: str, seal: Seal | None) -> SealedModel | None:
-    """Return the model of a seal's path below the seals' folder: `folder/name.json`."""
+    """Return the sealed model on a volume from its seal's path below the seals' folder: `folder/name.json`."""
     if seal is None or not path.endswith(".json") or path.rpartition("/")[2].startswith("."):
         return None
     folder, _, name = title_of_seal(path).partition("/")
@@ -127,7 +127,7 @@ class MountedVolume:
 
     def look(self, folder: str, name: str) -> InventoryEntry:
         """Return the state of a model's file."""
-        looks = (look(self._layout, folder, form) for form in unicode_forms(name))
+        looks = (look_up_file(self._layout, folder, form) for form in unicode_forms(name))
         return next((found for found in looks if found.standing is not Standing.ABSENT), InventoryEntry(Standing.ABSENT))
 
     @staticmethod

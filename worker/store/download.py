@@ -26,7 +26,7 @@ from worker.fetch.ranges import RangeFetch, RangeTuning
 from worker.fetch.xet import XetFetch
 from worker.store.file_formats import head_of, is_safetensors, misfit, stated_bytes
 from worker.store.hashing import HashedPartial, git_sha1_of
-from worker.store.inventory import stamp_of
+from worker.store.inventory import file_stamp
 from worker.store.partial import Partial, PartialStuck, PartialTaken, PartialWriteFailed, sweep_partials
 from worker.store.seals import Seal, stat_file, whole_mtime, write_seal
 from worker.store.tombstones import forget_tombstone, tombstone_of
@@ -276,7 +276,7 @@ class Download:
         """Give the verified file its name, then seal it. None if a file appeared there meanwhile."""
         spec, path, layout = self._task.spec, self._task.path, self._tools.layout
         there = stat_file(path)
-        over = there is not None and stamp_of(there) == self._task.replaces
+        over = there is not None and file_stamp(there) == self._task.replaces
         if there is not None and not over:
             partial.discard()
             return None

@@ -72,8 +72,8 @@ class ContentName:
 
 
 @dataclass(frozen=True, slots=True)
-class Content:
-    """One sealed content on the volume, with all its names. `kept` is why it stays; None if it may be removed.
+class SealedContent:
+    """One sealed content that may be evicted, with all its names. `kept` is why it stays; None if it may be removed.
 
     `idle_s` is the time since its last use or its download. `value` is the sort key: the lowest is removed first. `in_use`:
     only its use keeps it, and it may be removed a short time later.
@@ -102,13 +102,13 @@ class Content:
 class Survey:
     """The volume at one moment, for eviction: its sealed contents in the order of removal, and how full it is."""
 
-    contents: tuple[Content, ...]
+    contents: tuple[SealedContent, ...]
     used_bytes: int
     """The size of all models, including those by hand and the final size of partial downloads."""
     free_bytes: int | None
 
     @property
-    def removable(self) -> tuple[Content, ...]:
+    def removable(self) -> tuple[SealedContent, ...]:
         """Return those that may be removed, in order."""
         return tuple(content for content in self.contents if content.kept is None)
 
@@ -122,9 +122,9 @@ class Survey:
         return max(over)
 
 
-def chosen_for_removal(contents: Sequence[Content], needed_bytes: int) -> list[Content]:
+def chosen_for_removal(contents: Sequence[SealedContent], needed_bytes: int) -> list[SealedContent]:
     """Return what to evict for that many bytes: from the front, without those that turned out to be unnecessary."""
-    found: list[Content] = []
+    found: list[SealedContent] = []
     total = 0
     for content in contents:
         if total >= needed_bytes:
@@ -152,15 +152,17 @@ def eviction_outlook(found: Survey, limits: EvictionLimits, more_bytes: int = 0)
 
 
 def idle_text(seconds: float) -> str:
-    """Return how long ago a model was used, for people."""
+    """Return how long ago a model was used, for people who choose what to evict."""
     return f"used {duration_text(seconds)} ago"
 
 
 # --- how it stands ------------------------------------------------------------------------------
 
 
-def survey(layout: Layout, pins: Pins, timing: LeaseTiming, held: Iterable[str] = (), *, fill: bool = False) -> Survey:
-    """Examine everything on the volume. `held` are uses that this worker may not have recorded yet.
+def survey_for_eviction(
+    layout: Layout, pins: Pins, timing: LeaseTiming, held: Iterable[str] = (), *, fill: bool = False
+) -> Survey:
+    """Examine everything on the volume before an eviction. `held` are uses that this worker may not have recorded yet.
 
     With `fill`, an uploaded file's seal gets the file's time, as for a use. Otherwise only the mark of the volume's time is
     written.
@@ -247,7 +249,7 @@ class ModelsTree:
 
 
 def _partial_bytes(layout: Layout) -> int:
-    """Return the total final size of partial downloads."""
+    """Return the total final size of partial downloads, which eviction counts as used."""
     total = 0
     for above, _, names in os.walk(layout.partials):
         for name in names:
@@ -267,7 +269,7 @@ class EvictionJudge:
     tree: ModelsTree
     timing: LeaseTiming
 
-    def content(self, group: Sequence[_Sealed]) -> Content:
+    def content(self, group: Sequence[_Sealed]) -> SealedContent:
         """Judge all names of one content together: only removing the last one frees the space."""
         info, names = group[0].info, tuple(found.name for found in group)
         titles = [name.title for name in names]
@@ -281,7 +283,9 @@ class EvictionJudge:
         value = weight * (info.st_size + LOOK_UP_BYTES) / max(info.st_size, 1)
         lasting = self._named(titles) or self._odd(group)
         in_use = self.user(titles) or (f"used {idle_s:.0f} s ago" if idle_s < self.timing.grace_s else None)
-        return Content(names, info.st_size, stamp(info), idle_s, value, lasting or in_use, in_use=not lasting and bool(in_use))
+        return SealedContent(
+            names, info.st_size, survey_stamp(info), idle_s, value, lasting or in_use, in_use=not lasting and bool(in_use)
+        )
 
     def user(self, titles: Iterable[str]) -> str | None:
         """Return which worker's job uses one of them."""
@@ -324,7 +328,7 @@ def _first(words: Iterable[str | None]) -> str | None:
     return next((word for word in words if word), None)
 
 
-def stamp(info: os.stat_result) -> tuple[int, int, int, int]:
+def survey_stamp(info: os.stat_result) -> tuple[int, int, int, int]:
     """Return values that differ if the file was replaced since the survey: size, mtime, inode and the number of its names."""
     return info.st_size, info.st_mtime_ns, info.st_ino, info.st_nlink
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 from worker.errors import FileUnusable
 from worker.spec import HubFile
 from worker.store.file_formats import check_whole
-from worker.store.inventory import Standing, look_at
+from worker.store.inventory import Standing, look_at_file
 from worker.store.seals import read_seal, stat_file
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def _sealed_as(layout: Layout, blobs: dict[str, Path]) -> Iterator[tuple[Path, P
             place = layout.seals / folder / name
             if name.endswith(_SEAL) and (seal := read_seal(place)) and (copy := blobs.get(seal.sha256 or "")):
                 path = above / name.removesuffix(_SEAL)
-                if _is_same_in_cache(look_at(path, place), copy):
+                if _is_same_in_cache(look_at_file(path, place), copy):
                     yield path, copy
 
 

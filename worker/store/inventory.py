@@ -61,22 +61,22 @@ class InventoryEntry:
     record: Seal | None = None
 
 
-def look(layout: Layout, folder: str, name: str) -> InventoryEntry:
+def look_up_file(layout: Layout, folder: str, name: str) -> InventoryEntry:
     """Return the inventory's entry for a model: the state of its file. Write nothing."""
-    return look_at(layout.model(folder, name), layout.seal(folder, name))
+    return look_at_file(layout.model(folder, name), layout.seal(folder, name))
 
 
-def look_at(path: Path, seal_path: Path) -> InventoryEntry:
-    """Like `look`, for a file and its seal."""
+def look_at_file(path: Path, seal_path: Path) -> InventoryEntry:
+    """Return the inventory's entry for a file and its seal."""
     found = stat_file(path)
     if found is None:
         return InventoryEntry(Standing.ABSENT)
     size_bytes, seal = found.st_size, read_seal(seal_path)
-    if seal and _fits(seal, seal_path, path, found):
-        return InventoryEntry(Standing.READY, size_bytes, seal, stamp_of(found), _foreign(path))
+    if seal and _seal_fits(seal, seal_path, path, found):
+        return InventoryEntry(Standing.READY, size_bytes, seal, file_stamp(found), _foreign(path))
     error = trouble_of(path, size_bytes)
     standing = Standing.INCOMPLETE if error else Standing.REPLACED if seal else Standing.BY_HAND
-    return InventoryEntry(standing, size_bytes, seal, stamp_of(found), error)
+    return InventoryEntry(standing, size_bytes, seal, file_stamp(found), error)
 
 
 def _foreign(path: Path) -> ModelError | None:
@@ -86,13 +86,13 @@ def _foreign(path: Path) -> ModelError | None:
     return None
 
 
-def stamp_of(found: os.stat_result) -> tuple[int, ...]:
-    """Return values that change if the file is replaced or written to after the look."""
+def file_stamp(found: os.stat_result) -> tuple[int, ...]:
+    """Return values that change if the file of an inventory entry is replaced or written to."""
     return found.st_size, found.st_mtime_ns, found.st_ino
 
 
 def trouble_of(path: Path, size_bytes: int) -> ModelError | None:
-    """Return why a file without a fitting seal cannot be used, as far as that shows without reading all of it."""
+    """Return why the inventory calls a file without a fitting seal unusable, as far as that shows without reading all of it."""
     try:
         check_whole(path, size_bytes)
     except FileUnusable as exc:
@@ -102,7 +102,7 @@ def trouble_of(path: Path, size_bytes: int) -> ModelError | None:
     return None
 
 
-def _fits(seal: Seal, seal_path: Path, path: Path, found: os.stat_result) -> bool:
+def _seal_fits(seal: Seal, seal_path: Path, path: Path, found: os.stat_result) -> bool:
     """Return whether the seal describes this file.
 
     An uploaded file has no time in its seal yet. Its header must then agree with its size, and nothing may have changed it
@@ -118,7 +118,7 @@ def _fits(seal: Seal, seal_path: Path, path: Path, found: os.stat_result) -> boo
 
 
 def resolved_path(layout: Layout, spec: ModelSpec) -> Path:
-    """Return the final path of a model's file. Raises `LinkAstray` if a link above it leads nowhere, or out of the root."""
+    """Return a model file's path for the inventory. Raises `LinkAstray` if a link above it leads nowhere or out of the root."""
     path = layout.model(spec.folder, spec.name)
     root = layout.root.resolve()
     if path.parent.resolve().is_relative_to(root) and path.resolve().is_relative_to(root) and path.parent.exists():
@@ -131,11 +131,11 @@ def resolved_path(layout: Layout, spec: ModelSpec) -> Path:
 
 
 def ready_file(layout: Layout, folder: str, name: str) -> tuple[Path, Seal] | None:
-    """Return the file and its seal if it is ready: one stat, one small read. A seal without a time gets the file's."""
+    """Return a model's file and its seal if the inventory finds it ready. A seal without a time gets the file's."""
     path = layout.model(folder, name)
     found = stat_file(path)
     seal = read_seal(layout.seal(folder, name)) if found else None
-    if found is None or seal is None or not _fits(seal, layout.seal(folder, name), path, found):
+    if found is None or seal is None or not _seal_fits(seal, layout.seal(folder, name), path, found):
         return None
     if seal.mtime is None:
         with contextlib.suppress(OSError):
@@ -144,7 +144,7 @@ def ready_file(layout: Layout, folder: str, name: str) -> tuple[Path, Seal] | No
 
 
 def not_ready(layouts: Iterable[Layout], specs: Iterable[ModelSpec]) -> list[ModelSpec]:
-    """Return the models whose files are not ready: they need a download, an adoption, or an error message.
+    """Return the models that the inventory finds not ready: they need a download, an adoption, or an error message.
 
     The others lie under the first layout that has them: sealed as the requested file, or put there by hand where no hash is
     known.
@@ -156,8 +156,8 @@ def not_ready(layouts: Iterable[Layout], specs: Iterable[ModelSpec]) -> list[Mod
     return left
 
 
-def record(layout: Layout, spec: ModelSpec, found: os.stat_result) -> Seal | None:
-    """Return a record about a file of this size: from a publication that was cut short, or from before it was touched."""
+def find_record(layout: Layout, spec: ModelSpec, found: os.stat_result) -> Seal | None:
+    """Return the record that the inventory has of a file of this size: from a publication that was cut short, or older."""
     for place in (layout.pending(found.st_ino), layout.pending_seal(spec.folder, spec.name)):
         pending = read_seal(place)
         if pending and pending.fits(found):
@@ -167,7 +167,7 @@ def record(layout: Layout, spec: ModelSpec, found: os.stat_result) -> Seal | Non
 
 
 def as_spelled(layout: Layout, spec: ModelSpec) -> ModelSpec:
-    """Return the model with its name as the existing file spells it, if only the form of accents differs."""
+    """Return the model with its name as the file in the inventory spells it, if only the form of accents differs."""
     names = unicode_forms(spec.name)
     there = (name for name in names if len(names) > 1 and stat_file(layout.model(spec.folder, name)))
     return replace(spec, name=next(there, spec.name))
@@ -185,7 +185,7 @@ def _is_settled(layout: Layout, spec: ModelSpec) -> bool:
 def _is_by_hand(layout: Layout, spec: ModelSpec) -> bool:
     """Return whether the file is used as it is, because no hash is known for it."""
     found = stat_file(layout.model(spec.folder, spec.name))
-    if found is None or record(layout, spec, found):
+    if found is None or find_record(layout, spec, found):
         return False
     with contextlib.suppress(UnsafePath):
         return trouble_of(resolved_path(layout, spec), found.st_size) is None

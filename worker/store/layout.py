@@ -197,7 +197,7 @@ class Layout:
 
 
 def split_title(title: str) -> tuple[str, str]:
-    """Return the folder and the name of `folder/name`."""
+    """Return the folder and the name of `folder/name`, a model's place in the layout."""
     folder, _, name = title.partition("/")
     return folder, name
 
@@ -220,7 +220,7 @@ def _first_part(name: str) -> str:
 
 
 def safe_parts(what: str, value: str) -> tuple[str, ...]:
-    """Return the parts of a relative name. Raises `UnsafePath` for a name that could leave its folder.
+    """Return the parts of a relative name in the layout. Raises `UnsafePath` for a name that could leave its folder.
 
     A backslash is refused as well: people mean a separator, but for the disk it is an ordinary character.
     """

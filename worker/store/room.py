@@ -35,8 +35,8 @@ from worker.store.eviction import (
     Pins,
     chosen_for_removal,
     sealed_titles,
-    stamp,
-    survey,
+    survey_for_eviction,
+    survey_stamp,
 )
 from worker.store.leases import LeasedTitles, LeaseTiming, Usage, merge_old, removal_marks, volume_now_s
 from worker.store.locks import Locks
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
     from worker.base.progress import CancelToken
     from worker.fetch.hub import Hub
-    from worker.store.eviction import Content, ContentName, Survey
+    from worker.store.eviction import ContentName, SealedContent, Survey
     from worker.store.layout import Layout
     from worker.store.leases import Leases
     from worker.store.locks import LockTiming
@@ -202,7 +202,7 @@ class Room:
         freed = 0
         while True:
             pins = self._pins()
-            found = survey(self.layout, pins, self._timing, self._held(), fill=True)
+            found = survey_for_eviction(self.layout, pins, self._timing, self._held(), fill=True)
             left = needed(found, freed)
             if left <= 0:
                 return freed
@@ -224,7 +224,7 @@ class Room:
 
     # --- whether it could be had again
 
-    def _to_be_had(self, contents: Iterable[Content], refused: set[str], cancel: CancelToken) -> Iterator[Content]:
+    def _to_be_had(self, contents: Iterable[SealedContent], refused: set[str], cancel: CancelToken) -> Iterator[SealedContent]:
         """Yield those that their sources still have for this worker. The others are refused."""
         limit = _CancelOrDeadline(cancel, _ASK_S)
         for content in contents:
@@ -253,11 +253,11 @@ class Room:
 
     # --- the removal itself
 
-    def _remove(self, contents: Sequence[Content], refused: set[str]) -> int:
+    def _remove(self, contents: Sequence[SealedContent], refused: set[str]) -> int:
         """Remove these, except those that turn out to be in use: they are refused. Return the freed bytes."""
         before = free_bytes(self.layout.root)
         freed: list[int] = []
-        moved: dict[Content, list[_MovedAside]] = {}
+        moved: dict[SealedContent, list[_MovedAside]] = {}
         refused.update(content.title for content in contents)
         with contextlib.ExitStack() as stack:
             free = [content for content in contents if self._is_free(content, stack)]
@@ -295,7 +295,7 @@ class Room:
             with contextlib.suppress(OSError):
                 mark.unlink()
 
-    def _unused(self, contents: Iterable[Content]) -> list[Content]:
+    def _unused(self, contents: Iterable[SealedContent]) -> list[SealedContent]:
         """Return those that no job uses by now."""
         tree = ModelsTree.of(self.layout)
         own = LeasedTitles((title, "this worker") for title in self._held())
@@ -310,12 +310,12 @@ class Room:
                 found.append(content)
         return found
 
-    def _is_free(self, content: Content, locks: contextlib.ExitStack) -> bool:
+    def _is_free(self, content: SealedContent, locks: contextlib.ExitStack) -> bool:
         """Return whether nobody downloads this content. Its lock is held from here on."""
         sha256 = content.names[0].seal.sha256
         return sha256 is not None and locks.enter_context(self._locks.attempt(sha256))
 
-    def _moved_aside(self, content: Content) -> list[_MovedAside] | None:
+    def _moved_aside(self, content: SealedContent) -> list[_MovedAside] | None:
         """Move every name of the content aside, if it is still the examined one. None if it is another one."""
         self._at("locked")
         aside: list[_MovedAside] = []
@@ -329,7 +329,7 @@ class Room:
             one.put_back()
         return None
 
-    def _is_unlinked(self, content: Content, aside: Sequence[_MovedAside]) -> bool:
+    def _is_unlinked(self, content: SealedContent, aside: Sequence[_MovedAside]) -> bool:
         """Free the space, then record that on the volume. Return whether it was freed."""
         try:
             for one in aside:
@@ -426,7 +426,7 @@ class _MovedAside:
 
     def is_same(self, looked_at: tuple[int, int, int, int]) -> bool:
         """Return whether it is the examined file: another one may have got its name at the last moment."""
-        return stamp(self.path.lstat()) == looked_at
+        return survey_stamp(self.path.lstat()) == looked_at
 
     def put_back(self) -> None:
         """Give it its name again. If another file has the name by now, remove a sealed copy and keep any other file.
@@ -467,7 +467,7 @@ class _MovedAside:
             self.put_back()
 
     def _is_as_said(self) -> bool:
-        return self.said == "-".join(map(str, stamp(self.path.lstat())[:3]))
+        return self.said == "-".join(map(str, survey_stamp(self.path.lstat())[:3]))
 
 
 def _digest(title: str) -> str:

@@ -42,12 +42,12 @@ from worker.store.download import (
 from worker.store.file_formats import check_whole
 from worker.store.hashing import sha256_of
 from worker.store.host_cache import cached_file
-from worker.store.inventory import as_spelled, ready_file, record, resolved_path, stamp_of
+from worker.store.inventory import as_spelled, file_stamp, find_record, ready_file, resolved_path
 from worker.store.locks import Locks, LockTiming
 from worker.store.partial import PartialWriteFailed, sweep_partials
 from worker.store.seals import Seal, seal_time, stat_file, whole_mtime, write_seal
 from worker.store.shared_lookups import SharedLookups
-from worker.store.verification import Origin
+from worker.store.verification import SourceOrigin
 
 if TYPE_CHECKING:
     import os
@@ -163,7 +163,7 @@ class Store:
         name = f"{spec.folder}/{spec.name}"
         try:
             remote = self._look_up(task)
-            while (found := stat_file(task.path)) is not None and stamp_of(found) == stamp:
+            while (found := stat_file(task.path)) is not None and file_stamp(found) == stamp:
                 with self._locks.hold(
                     remote.key, published=lambda: False, cancel=task.cancel, on_wait=progress, name=name
                 ) as hold:
@@ -205,20 +205,20 @@ class Store:
 
     def _sha256_to_have(self, spec: ModelSpec, found: os.stat_result) -> str | None:
         """Return the expected sha256 of a file that is not ready, from the model or from our record of this file."""
-        known = record(self.layout, spec, found)
+        known = find_record(self.layout, spec, found)
         return spec.sha256 or (known.sha256 if known else None)
 
     def _adopt(self, task: DownloadTask, found: os.stat_result, report: Listener) -> ReadyModel:
         """Use a file that has no seal, and seal it if it is the expected one."""
         spec, path = task.spec, task.path
         check_whole(path, found.st_size)
-        known, expected = record(self.layout, spec, found), self._sha256_to_have(spec, found)
+        known, expected = find_record(self.layout, spec, found), self._sha256_to_have(spec, found)
         if expected is None:
             return ReadyModel(path, "by_hand")
         actual = self._hash(path, found, task, report)
         if actual != expected:
             return self._not_as_recorded(spec, path, found, actual)
-        origin = Origin.of(spec)
+        origin = SourceOrigin.of(spec)
         if known is None or known.sha256 != actual:
             known = Seal(
                 size=0, mtime=0, sha256=actual, repo=origin.repo, file=origin.file, by=self._tools.worker, at=seal_time()
@@ -333,7 +333,7 @@ class Store:
             return None
         if there is None or remote.sha256 is None or there[1].sha256 != remote.sha256 or there[0].is_symlink():
             return None
-        origin = Origin.of(spec)
+        origin = SourceOrigin.of(spec)
         seal = replace(there[1], etag=remote.etag, repo=origin.repo, file=origin.file, commit=remote.commit)
         seal = replace(seal, by=self._tools.worker, at=seal_time())
         if (inode := self._link(there[0], task.path, seal)) is None:

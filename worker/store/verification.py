@@ -55,14 +55,14 @@ def check_unhashed(remote: RemoteFile, misfit: str | None, stated_bytes: Callabl
 
 
 @dataclass(frozen=True, slots=True)
-class Origin:
-    """Where a file is from, for its seal. It contains no secret."""
+class SourceOrigin:
+    """Where a verified file is from, for its seal. It contains no secret."""
 
     repo: str | None
     file: str
 
     @classmethod
-    def of(cls, spec: ModelSpec) -> Origin:
+    def of(cls, spec: ModelSpec) -> SourceOrigin:
         """Return the source, without secrets."""
         if isinstance(spec.source, HubFile):
             return cls(spec.source.repo, spec.source.path)
@@ -70,8 +70,8 @@ class Origin:
 
 
 def new_seal(spec: ModelSpec, remote: RemoteFile, sha256: str, by: str, mtime: int | None = None) -> Seal:
-    """Return the seal of a verified file. Through S3 nobody knows its `mtime`."""
-    origin = Origin.of(spec)
+    """Return the seal of a file that passed verification. Through S3 nobody knows its `mtime`."""
+    origin = SourceOrigin.of(spec)
     return Seal(
         size=remote.size_bytes,
         mtime=mtime,
