@@ -38,7 +38,7 @@ _MOST_FILES = 2_000
 
 @dataclass(frozen=True, slots=True)
 class InputFile:
-    """A file that the client sends, of any kind: base64 with or without a `data:` prefix, or an address.
+    """A file that the client of a job sends, of any kind: base64 with or without a `data:` prefix, or an address.
 
     Exactly one of `data` and `url` is set. `name` may contain folders; `subfolder` is put in front of it.
     """

@@ -145,7 +145,7 @@ async def _carried(request: Request, name: str, files: JobInputFiles) -> tuple[o
 
 
 def reseeded(graph: Graph, controls: Sequence[Control], seed: str | int) -> Graph:
-    """Return the request's graph with other seeds: `next` as the editor would set them for the next run, `random`, or a number.
+    """Return a workflow's graph with other seeds: `next` as the editor would set them for the next run, `random`, or a number.
 
     Seeds are the values that the editor's format marks with `control_after_generate`. In a graph without marks they are the
     numbers called `seed` or `noise_seed`.

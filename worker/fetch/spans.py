@@ -28,7 +28,7 @@ _MOST_DOUBLINGS: Final = 6
 
 @dataclass(eq=False, slots=True)
 class Pull:
-    """A range that one connection fetches. `at` is the offset of its next byte. A takeover moves `end` towards it."""
+    """A span that one connection fetches. `at` is the offset of its next byte. A takeover moves `end` towards it."""
 
     owner: int
     at: int

@@ -376,7 +376,7 @@ class SyncPass:
 
 
 def is_under(tops: Iterable[str], path: str) -> bool:
-    """Return whether a path to link is one of `tops` or lies below one, by the text alone."""
+    """Return whether a path in a sync is one of `tops` or lies below one, by the text alone."""
     return any(path == top or path.startswith(f"{top}/") for top in tops)
 
 

@@ -78,7 +78,7 @@ def naming_graph(ui: object, frontend: str | None = None) -> Graph:
 
 
 def _promoted_by_node(graph: SavedWorkflow) -> Mapping[tuple[str | None, str], list[str]]:
-    """Map a subgraph's id and a node's id in it to the widgets that instances of the subgraph show for the node."""
+    """Map a subgraph's id and a node's id in it to the widgets with names that its instances show for the node."""
     names: dict[tuple[str | None, str], list[str]] = defaultdict(list)
     for scope in (graph.root, *graph.definitions.values()):
         for node in scope.nodes.values():
@@ -91,7 +91,7 @@ def _promoted_by_node(graph: SavedWorkflow) -> Mapping[tuple[str | None, str], l
 
 
 def _derived_definition(class_type: str, nodes: Sequence[tuple[SavedNode, list[str]]]) -> dict[str, Any]:
-    """Return a class as /object_info might describe it, derived from all its nodes in the workflow."""
+    """Return the class of a node in a naming graph as /object_info might describe it, derived from the workflow's nodes."""
     first = known().first_widgets.get(class_type, ())
     saved = [[slot.widget for slot in node.slots if slot.widget] for node, _ in nodes]
     # An input that only takes links is no widget, whatever its type: it has no place among the values.

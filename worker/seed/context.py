@@ -204,7 +204,7 @@ class SeedContext:
 
 
 def tell(text: str, stream: IO[str], *, as_json: bool) -> None:
-    """Print a sentence of the seeder where people or programs look for it."""
+    """Print a sentence in the seeder's context, where people or programs look for it."""
     if as_json:
         ScreenJson(stream).say(text)
     else:
@@ -217,6 +217,6 @@ def _hub(settings: Settings) -> Hub:
 
 
 def _check_target(bucket: S3Api) -> bytes | None:
-    """Check that the target volume exists and the keys work. Return its `models.toml`."""
+    """Check, for the seeder's context, that the target exists and the keys work. Return its `models.toml`."""
     bucket.check()
     return S3Volume(bucket).manifest()

@@ -22,7 +22,8 @@ from worker.seed.outcome import NEWER, Outcome
 from worker.seed.relay import Relay, RelayLoad, RelayUpload
 from worker.seed.s3_api import UploadGone
 from worker.store.inventory import Standing
-from worker.store.verification import ATTEMPTS, WrongFiles, new_seal
+from worker.store.seals import new_seal
+from worker.store.verification import ATTEMPTS, WrongFiles
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

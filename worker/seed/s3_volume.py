@@ -21,8 +21,7 @@ from worker.seed.volumes import SealedModel, sealed_model_at
 from worker.store.file_formats import is_safetensors, stated_in
 from worker.store.inventory import InventoryEntry, Standing
 from worker.store.layout import Layout
-from worker.store.seals import Seal, decode_seal, encode_seal
-from worker.store.verification import new_seal
+from worker.store.seals import Seal, decode_seal, encode_seal, new_seal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -183,7 +183,7 @@ class Selection:
 
 
 def _models_in_argument(what: str) -> Iterable[ModelSpec]:
-    """Return the models of a WHAT such as `loras=hf://org/repo/file.safetensors`. Raises `SeedUsage`."""
+    """Return the models that an argument selects, such as `loras=hf://org/repo/file.safetensors`. Raises `SeedUsage`."""
     try:
         return Sources.read(models=what).manifest()
     except ManifestInvalid as exc:

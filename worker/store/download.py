@@ -28,9 +28,9 @@ from worker.store.file_formats import head_of, is_safetensors, misfit, stated_by
 from worker.store.hashing import HashedPartial, git_sha1_of
 from worker.store.inventory import file_stamp
 from worker.store.partial import Partial, PartialStuck, PartialTaken, PartialWriteFailed, sweep_partials
-from worker.store.seals import Seal, stat_file, whole_mtime, write_seal
+from worker.store.seals import Seal, new_seal, stat_file, whole_mtime, write_seal
 from worker.store.tombstones import forget_tombstone, tombstone_of
-from worker.store.verification import WrongFiles, check_unhashed, new_seal
+from worker.store.verification import WrongFiles, check_unhashed
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -103,7 +103,7 @@ def trouble_of(path: Path, size_bytes: int) -> ModelError | None:
 
 
 def _seal_fits(seal: Seal, seal_path: Path, path: Path, found: os.stat_result) -> bool:
-    """Return whether the seal describes this file.
+    """Return whether the inventory's file still fits the seal.
 
     An uploaded file has no time in its seal yet. Its header must then agree with its size, and nothing may have changed it
     since it was sealed: another file of the same length, put there later, differs only in its bytes. What S3 stores may take a

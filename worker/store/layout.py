@@ -203,7 +203,7 @@ def split_title(title: str) -> tuple[str, str]:
 
 
 def title_of_seal(path: str) -> str:
-    """Return the `folder/name` of a seal at this path below the seals' folder: the inverse of `Layout.seal`."""
+    """Return the `folder/name` whose seal lies at this path in the layout: the inverse of `Layout.seal`."""
     return path.replace("\\/", "").removesuffix(".json")
 
 

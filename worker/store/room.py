@@ -394,7 +394,7 @@ class _CancelOrDeadline:
 
 @dataclass(frozen=True, slots=True)
 class _MovedAside:
-    """One name's file, moved aside, and when by the volume's clock.
+    """One model's file, moved aside to make room, and when by the volume's clock.
 
     Its name records the expected file: size, mtime, inode. A digest stands for its title, which the seals tell: a folder for
     each would need space. The title is None if it no longer has a seal.

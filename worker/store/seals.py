@@ -10,10 +10,14 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 
 from worker.base.files import write_atomically
+from worker.spec import HubFile
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+    from worker.fetch.hub import RemoteFile
+    from worker.spec import ModelSpec
 
 VERSION: Final = 1
 _MAX_BYTES: Final = 64 * 1024
@@ -100,3 +104,34 @@ def stat_file(path: Path) -> os.stat_result | None:
     except OSError:
         return None
     return found if stat.S_ISREG(found.st_mode) else None
+
+
+@dataclass(frozen=True, slots=True)
+class SourceOrigin:
+    """Where a verified file is from, for its seal. It contains no secret."""
+
+    repo: str | None
+    file: str
+
+    @classmethod
+    def of(cls, spec: ModelSpec) -> SourceOrigin:
+        """Return the source, without secrets."""
+        if isinstance(spec.source, HubFile):
+            return cls(spec.source.repo, spec.source.path)
+        return cls(None, str(spec.source))
+
+
+def new_seal(spec: ModelSpec, remote: RemoteFile, sha256: str, by: str, mtime: int | None = None) -> Seal:
+    """Return the seal of a file that passed verification. Through S3 nobody knows its `mtime`."""
+    origin = SourceOrigin.of(spec)
+    return Seal(
+        size=remote.size_bytes,
+        mtime=mtime,
+        sha256=sha256,
+        etag=remote.etag,
+        repo=origin.repo,
+        file=origin.file,
+        commit=remote.commit,
+        by=by,
+        at=seal_time(),
+    )

@@ -45,9 +45,8 @@ from worker.store.host_cache import cached_file
 from worker.store.inventory import as_spelled, file_stamp, find_record, ready_file, resolved_path
 from worker.store.locks import Locks, LockTiming
 from worker.store.partial import PartialWriteFailed, sweep_partials
-from worker.store.seals import Seal, seal_time, stat_file, whole_mtime, write_seal
+from worker.store.seals import Seal, SourceOrigin, seal_time, stat_file, whole_mtime, write_seal
 from worker.store.shared_lookups import SharedLookups
-from worker.store.verification import SourceOrigin
 
 if TYPE_CHECKING:
     import os

@@ -97,7 +97,7 @@ def _pool(name: str, types: Sequence[Mapping[str, Any]]) -> GpuPool:
 
 
 def datacenters_of(places: Iterable[Mapping[str, Any]]) -> dict[str, DataCenter]:
-    """Return the data centres with network volumes in `GET catalog/datacenters?include=CPU_AVAILABILITY`."""
+    """Return what RunPod offers in `GET catalog/datacenters?include=CPU_AVAILABILITY`: data centres with network volumes."""
     return {
         str(place["id"]): DataCenter(
             str(place["id"]),
@@ -111,7 +111,7 @@ def datacenters_of(places: Iterable[Mapping[str, Any]]) -> dict[str, DataCenter]
 
 
 def cpus_of(cpus: Iterable[Mapping[str, Any]]) -> list[CpuPod]:
-    """Return the CPU Pods in `GET catalog/cpus`, each in its smallest size, the cheapest first."""
+    """Return the CPU Pods that RunPod offers in `GET catalog/cpus`, each in its smallest size, the cheapest first."""
     found = [
         CpuPod(
             str(cpu["id"]),

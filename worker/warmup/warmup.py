@@ -229,6 +229,6 @@ def _names_of(models: Iterable[NamedModel]) -> list[Name]:
 
 
 def _as_name(text: str) -> Name:
-    """Parse a model to warm up: `folder/name`, or `name` for any folder."""
+    """Parse one model of the warm-up's setting: `folder/name`, or `name` for any folder."""
     folder, _, name = text.partition("/")
     return ((folder,), (name,)) if name else ((), (folder,))
