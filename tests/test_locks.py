@@ -375,8 +375,7 @@ def test_waiting_costs_a_volume_little(moosefs: MooseFS) -> None:
         for _ in range(4):
             assert heard.acquire(timeout=60)
         before, began_s = operations(moosefs.mounts[1]), time.monotonic()
-        for _ in range(4):
-            assert heard.acquire(timeout=60)
+        time.sleep(10)  # long against a look that a busy machine has moved into it
         rate = (operations(moosefs.mounts[1]) - before) / (time.monotonic() - began_s)
         stop.set()
         for thread in threads:
