@@ -178,7 +178,7 @@ _ANYWHERE = frozenset({"settings", "plan", "seed", "up"})
 
 
 def _unwind(number: int, _: object) -> None:
-    """The entry point's handler of SIGTERM: unwind, so that ComfyUI is ended too. Uvicorn calls it when it has shut down."""
+    """Unwind the entry point on SIGTERM, so that ComfyUI is ended too. Uvicorn calls this handler when it has shut down."""
     sys.exit(128 + number)
 
 

@@ -56,12 +56,12 @@ def _tell_nobody(_: dict[str, Any]) -> None:
     """Ignore a job's progress, because nobody can see it, as in RunPod's local API."""
 
 
-def _not_waited_for() -> None:
-    """Default `engine_free` of a job: ignore the signal (the local API has no queue)."""
+def _ignore_free_engine() -> None:
+    """Ignore that the engine is free after a job: the default, because the local API has no queue."""
 
 
 async def _nothing_ahead() -> None:
-    """Nothing was done for a job ahead."""
+    """Do nothing for a job ahead."""
 
 
 class JobHandler:
@@ -95,7 +95,7 @@ class JobHandler:
         self._turn = asyncio.Lock()
 
     async def handle(
-        self, job: Mapping[str, Any], tell: Tell = _tell_nobody, engine_free: Callable[[], None] = _not_waited_for
+        self, job: Mapping[str, Any], tell: Tell = _tell_nobody, engine_free: Callable[[], None] = _ignore_free_engine
     ) -> dict[str, Any]:
         """Return the job's result, or `{"error", "code", "retryable", "details"?}`. Report progress to `tell`.
 
