@@ -109,11 +109,20 @@ COPY --from=comfyui-ready /comfyui /comfyui
 COPY --from=worker-packages /usr/local/bin/uv /usr/local/bin/uv
 COPY image/bin/ /usr/local/bin/
 COPY image/start.sh image/test_input.json handler.py /
-COPY image/comfyui_only.py image/fetch_source.py image/record_definitions.py /opt/
+COPY image/comfyui_only.py image/fetch_source.py image/record_definitions.py image/record_start.py /opt/
 
 # What ComfyUI says of its node classes: a worker that boots knows from it which models its job will need.
 RUN HOME=/tmp/home PYTHONDONTWRITEBYTECODE=1 /opt/worker/bin/python /opt/record_definitions.py /comfyui /opt/venv/bin/python --cpu \
     && rm -rf /tmp/home
+
+# Which parts of which files a start of ComfyUI reads: the worker has the kernel read them ahead (worker/engine/start_files.py).
+# A start that fails here would fail everywhere. It leaves nothing else behind.
+RUN mkdir -p /tmp/record/custom_nodes \
+    && HOME=/tmp/record PYTHONDONTWRITEBYTECODE=1 /opt/worker/bin/python /opt/record_start.py /opt/worker/start-files \
+        /opt/venv,/opt/worker,/comfyui,/usr \
+        /opt/venv/bin/python /comfyui/main.py --cpu --disable-auto-launch --database-url sqlite:///:memory: \
+        --base-directory /tmp/record \
+    && rm -r /tmp/record
 
 # As in worker-comfyui, `pip install` and `uv pip install` in a child image reach ComfyUI's packages.
 ENV PATH=/opt/venv/bin:${PATH} \

@@ -2,7 +2,7 @@
 
     python -m bench.fleet_part BASE_DIR VOLUME
 
-Says how long its imports took, waits for a line, does what `worker/__main__.py` and `worker/boot.py` do with a volume before
+Says how long its imports took, waits for a line, does what `worker/start.py` and `worker/boot.py` do with a volume before
 the first job, and says when that is done; then when what goes on behind it is done as well. Lives until it is killed.
 """
 
@@ -15,8 +15,8 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from worker.__main__ import _with_custom_nodes
 from worker.engine.process import EngineCommand, EngineProcess, prepare_base_dir
+from worker.node_packages import with_custom_nodes
 from worker.settings import Settings
 
 if TYPE_CHECKING:
@@ -48,12 +48,10 @@ def main(argv: Sequence[str]) -> None:
 
 def import_all() -> float:
     """Import what the worker imports on its way to its models; seconds since the process began."""
+    import worker.downloads  # noqa: PLC0415 - as above
     import worker.engine.custom_nodes  # noqa: PLC0415 - in the order in which the worker does
-    import worker.fetch.http  # noqa: PLC0415 - as above
-    import worker.fetch.hub  # noqa: PLC0415 - as above
     import worker.models.sources  # noqa: PLC0415 - as above
     import worker.store.locks  # noqa: PLC0415 - as above
-    import worker.store.store  # noqa: PLC0415 - as above
     import worker.warmup.warmup  # noqa: F401, PLC0415 - as above
     from worker.boot import process_start  # noqa: PLC0415 - as above
 
@@ -61,14 +59,14 @@ def import_all() -> float:
 
 
 def run(settings: Settings) -> None:
-    """As `run_worker` does around the spawn, and as `Worker.start` does in its thread for the models."""
+    """As `start.run` does around the spawn, and as `Worker.start` does in its thread for the models."""
     from worker.boot import BootTimeline, Worker  # noqa: PLC0415 - imported by import_all
     from worker.warmup.warmup import Warmup  # noqa: PLC0415 - as above
 
     prepare_base_dir(settings)
     command = EngineCommand(_STAND_IN, settings.base_dir, os.environ)
     if (settings.volume_path / "custom_nodes").is_dir():
-        command = _with_custom_nodes(settings, command)
+        command = with_custom_nodes(settings, command)
     process = EngineProcess.spawn(command)
     warmup = Warmup(settings)
     warmup.begin()

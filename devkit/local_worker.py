@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from devkit.engine.build import engine_args
+from devkit.engine.start_files import start_files
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -67,6 +68,7 @@ def engine_environ(engine: Engine, base_dir: Path, port: int) -> dict[str, str]:
         "COMFYUI_BASE_DIR": str(base_dir),
         "COMFYUI_PORT": str(port),
         "COMFY_ARGS": shlex.join(engine_args(engine)),
+        "START_FILES": str(start_files(engine)),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"),
     }
 

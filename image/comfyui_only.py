@@ -14,9 +14,10 @@ import sys
 from typing import TYPE_CHECKING
 
 from worker import logs
-from worker.__main__ import _with_custom_nodes
 from worker.engine.process import EngineCommand, EngineProcess, prepare_base_dir
+from worker.engine.start_files import read_ahead
 from worker.errors import WorkerError
+from worker.node_packages import with_custom_nodes
 from worker.settings import Settings
 
 if TYPE_CHECKING:
@@ -29,10 +30,12 @@ def run(environ: Mapping[str, str]) -> int:
     """Start ComfyUI, link the volume's models while it boots, name the nodes that failed; return its exit status in the end."""
     settings = Settings.from_env(environ)
     logs.configure_logs(settings.worker_log_level, settings.secrets())
+    if settings.start_files:
+        read_ahead(settings.start_files)
     prepare_base_dir(settings)
     command = EngineCommand.of(settings, environ)
     if (settings.volume_path / "custom_nodes").is_dir():
-        command = _with_custom_nodes(settings, command)
+        command = with_custom_nodes(settings, command)
     process = EngineProcess.spawn(command)
     signal.signal(signal.SIGTERM, lambda *_: process.stop())
 

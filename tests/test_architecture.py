@@ -50,7 +50,9 @@ def imports(module: str) -> set[str]:
     for node in ast.walk(tree):
         if node in checked:
             continue
-        if isinstance(node, ast.Import):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("worker."):
+            found.add(node.value)  # for importlib
+        elif isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             found.add(node.module or "")

@@ -11,7 +11,8 @@ from devkit.demo import chart
 from devkit.local_worker import PROJECT
 from worker.boot import BootTimeline, process_start
 from worker.errors import NothingToServe
-from worker.sdk.serve import _processor_name, prepare_environ, sdk_arguments
+from worker.sdk.arguments import prepare_environ, sdk_arguments
+from worker.sdk.imports import _processor_name
 from worker.settings import Settings
 
 

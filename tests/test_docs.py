@@ -30,7 +30,7 @@ from client import errors as client_errors
 from devkit.hub import Hub as StandIn
 from devkit.local_worker import PROJECT
 from worker import __version__, errors
-from worker.__main__ import _COMMANDS, main
+from worker.__main__ import COMMANDS, main
 from worker.seed import errors as seed_errors
 from worker.settings import Settings
 from worker.up import errors as up_errors
@@ -391,7 +391,7 @@ def test_every_error_code_on_a_page_exists(page: str) -> None:
 def test_help_names_every_command_also_where_a_worker_would_start(word: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([word], {"RUNPOD_WEBHOOK_GET_JOB": "http://127.0.0.1:1"}) == 0
     named = re.findall(r"^  (\w+)", capsys.readouterr().out, re.MULTILINE)
-    assert sorted(named) == sorted([*_COMMANDS, "help"])
+    assert sorted(named) == sorted([*COMMANDS, "help"])
 
 
 def test_the_version_is_the_same_everywhere() -> None:

@@ -40,7 +40,7 @@ SHELL = [
     ".ci/suite",
 ]
 PYTHON = [
-    *("image/fetch_source.py", "image/install_engine.py", "image/comfyui_only.py"),
+    *("image/fetch_source.py", "image/install_engine.py", "image/comfyui_only.py", "image/record_start.py"),
     "image/record_definitions.py",
     *("image/bin/comfy", "image/bin/comfy-node-install", "handler.py"),
 ]

@@ -45,7 +45,8 @@ PROGRAM = """
     from types import SimpleNamespace
     from worker.base.clock import RunningClock
     from worker.engine.event_loop import LoopThread
-    from worker.sdk.serve import import_sdk, prepare_environ, serve
+    from worker.sdk.arguments import prepare_environ
+    from worker.sdk.imports import import_sdk
 
     class Handler:
         refreshes = False
@@ -72,6 +73,7 @@ PROGRAM = """
     if __name__ == "__main__":
         prepare_environ(os.environ)
         import_sdk([], os.environ)
+        from worker.sdk.serve import serve
         worker = SimpleNamespace(loop=LoopThread("engine-loop"), handler=Handler(), clock=RunningClock(), failed=False)
         serve(worker, [], os.environ)
 """

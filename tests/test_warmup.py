@@ -208,7 +208,7 @@ def test_a_warm_up_that_is_none_is_said(text: str, tmp_path: Path, caplog: pytes
     warmup = Warmup(settings)
     warmup.begin()
     warmup.linked(NoModels())  # type: ignore[arg-type]  # the one question that it asks
-    graph = warmup._warmup.result(20)
+    graph = warmup.graph.result(20)
     warmup.stop()
     assert (graph is None) == ("No" not in text)
     assert bool([line for line in caplog.messages if "no warm-up" in line]) == (graph is None)

@@ -12,15 +12,14 @@ import signal
 import socket
 import threading
 import time
-import urllib.request
 from dataclasses import dataclass
-from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from worker.base.clock import RunningClock
 from worker.base.text import count
 from worker.base.volume import is_volume
+from worker.engine.custom_nodes import report_failed_nodes
 from worker.engine.definitions import StoredDefinitions
 from worker.engine.engine import Engine
 from worker.engine.event_loop import BootMilestones, LoopThread
@@ -32,21 +31,22 @@ from worker.media.delivery import Delivery
 from worker.media.inputs import InputFiles, clear_leftover_inputs
 from worker.media.url_inputs import UrlFetcher, UrlFetchLimits
 from worker.models.job_models import JobModels
+from worker.sdk.arguments import prepare_environ, takes_jobs
+from worker.sdk.imports import import_sdk
 from worker.store.host_cache import link_host_cache
 from worker.store.layout import Layout
 from worker.store.leases import Leases
 from worker.store.pod_links import layout_at
+from worker.warmup.run import warm_up
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
     from concurrent.futures import Future
 
     from worker.engine.process import EngineCommand, EngineProcess
-    from worker.fetch.hub import Hub
     from worker.models.sources import Sources
     from worker.settings import Settings
     from worker.spec import ModelSpec
-    from worker.store.eviction import Pins
     from worker.store.room import Room
     from worker.store.store import Stores
     from worker.warmup.warmup import Warmup
@@ -104,6 +104,21 @@ def process_start() -> float:
     except (OSError, ValueError, IndexError):
         return time.monotonic()
     return time.monotonic() - max(0.0, uptime_s - ticks / 100)  # USER_HZ is 100 on every Linux that Python runs on
+
+
+def run(worker: Worker, settings: Settings, arguments: Sequence[str], environ: MutableMapping[str, str]) -> int:
+    """Do everything else while ComfyUI boots, then serve. Return the exit status. Raises `StartError`."""
+    prepare_environ(environ)
+    try:
+        early = settings.take_jobs == "booting" and settings.model_loading != "eager" and takes_jobs(arguments, environ)
+        worker.start(lambda: import_sdk(arguments, environ), process_start(), wait=not early)
+
+        from worker.sdk.serve import serve  # noqa: PLC0415 - it imports the SDK, which `start` did beside the links
+
+        serve(worker, arguments, environ)
+    finally:
+        worker.stop()
+    return 1 if worker.failed else 0
 
 
 class Worker:
@@ -188,7 +203,7 @@ class Worker:
                 timeline.add("warm", warmed.began_s, warmed.seconds, warmed.what)
             if self._settings.warmup_workflow:
                 began_s = time.monotonic()
-                if note := self.loop.submit(self._warmup.warm_up(self._engine)).result():
+                if note := self.loop.submit(self._run_warmup()).result():
                     timeline.add("warm-up", began_s, time.monotonic() - began_s, note)
             self._report_custom_nodes()
         except BaseException as exc:  # noqa: BLE001 - whatever it is, jobs wait for this
@@ -231,12 +246,13 @@ class Worker:
         self.loop.stop()
         self.clock.stop()
 
+    async def _run_warmup(self) -> str:
+        return await warm_up(self._engine, self._warmup.graph, self._settings.warmup_timeout_s)
+
     def _report_custom_nodes(self) -> None:
         """Report custom nodes that ComfyUI started without, also the image's, in the log and for `doctor`."""
         failed = self._process.failed_imports
         if failed or (self._settings.volume_path / "custom_nodes").is_dir():
-            from worker.engine.custom_nodes import report_failed_nodes  # noqa: PLC0415 - only where there are any
-
             report_failed_nodes(self._settings, failed)
 
     def _give_up(self) -> None:
@@ -299,9 +315,14 @@ def _log_volume(settings: Settings) -> None:
             log.info("volume: %s has %s: %s", folder, count(names, "file"), ", ".join(names) or "none")
 
 
+def _worker_name(settings: Settings) -> str:
+    """Return what other workers call the booted one."""
+    return settings.runpod_pod_id or socket.gethostname()
+
+
 def read_sources(settings: Settings) -> Sources:
     """Read, at boot or later, every list of models that these settings name."""
-    from worker.models.sources import Sources  # noqa: PLC0415 - 50 ms that a worker without missing models never spends
+    from worker.models.sources import Sources  # noqa: PLC0415 - 25 ms, only for a job's missing models and for manifests
 
     manifest = Layout(settings.volume_path).manifest
     return Sources.gather(volume_manifest=manifest, manifest=settings.models_manifest, models=settings.models)
@@ -309,53 +330,15 @@ def read_sources(settings: Settings) -> Sources:
 
 def build_room(settings: Settings, leases: Leases) -> Room | None:
     """Build what the booted worker makes room on the volume with, where the settings limit how full it may get."""
-    limits = (settings.volume_keep_gb, settings.volume_free_gb)
-    if limits == (None, None):
+    if settings.volume_keep_gb is None and settings.volume_free_gb is None:
         return None
-    from worker.store.eviction import EvictionLimits  # noqa: PLC0415 - only for workers that remove models
-    from worker.store.room import Room, source_check  # noqa: PLC0415 - only for workers that remove models
+    from worker import downloads  # noqa: PLC0415 - 0.2 s, only for workers that remove models
 
-    return Room(
-        layout_at(settings.volume_path),
-        _worker_name(settings),
-        EvictionLimits.of_gb(*limits),
-        lambda: _pins(settings),
-        leases=leases,
-        ask=source_check(cache(partial(build_hub, settings))),
-        # With the container's disk to fall back on, a job need not wait until models are out of use.
-        patience_s=leases.timing.grace_s if settings.require_volume else 0.0,
-    )
-
-
-def _pins(settings: Settings) -> Pins:
-    from worker.pins import read_pins  # noqa: PLC0415 - as above
-
-    return read_pins(settings.volume_path, read_sources(settings))
-
-
-def build_hub(settings: Settings, clock: Callable[[], float] = time.monotonic) -> Hub:
-    """Build the hub that the booted worker downloads from, with the settings' tokens and the environment's proxies."""
-    from worker.fetch.http import Network  # noqa: PLC0415 - as for the sources
-    from worker.fetch.hub import Hub, credentials  # noqa: PLC0415 - huggingface_hub takes 0.3 s to import
-
-    network = Network(credentials(settings.hf_endpoint, settings.hf_token, settings.civitai_token), urllib.request.getproxies())
-    return Hub(settings.hf_endpoint, network, clock=clock)
-
-
-def _worker_name(settings: Settings) -> str:
-    """Return what other workers call the booted one."""
-    return settings.runpod_pod_id or socket.gethostname()
+    return downloads.build_room(settings, _worker_name(settings), leases, lambda: read_sources(settings))
 
 
 def build_store(settings: Settings, room: Room | None = None, clock: Callable[[], float] = time.monotonic) -> Stores:
     """Build the stores of the booted worker: the volume's, with the container's disk as fallback."""
-    from worker.store.store import RangeTuning, Store, Stores  # noqa: PLC0415 - as for the sources
+    from worker import downloads  # noqa: PLC0415 - 0.2 s, only for workers that miss a model
 
-    hub = build_hub(settings, clock)
-    tuning = RangeTuning(connections=settings.download_connections)
-    volume = layout_at(settings.volume_path)
-    mounted = is_volume(settings.volume_path)
-    worker = _worker_name(settings)
-    local = Store(Layout(settings.local_store), hub, worker, tuning=tuning, host_cache=volume)
-    shared = Store(volume, hub, worker, tuning=tuning, room=room) if mounted else None
-    return Stores(settings.volume_path, shared, local, require_volume=settings.require_volume)
+    return downloads.build_store(settings, _worker_name(settings), room, clock)

@@ -245,6 +245,12 @@ class Settings:
         "The folder of ComfyUI's `models`, `input`, `output` and `custom_nodes`. When not set: `COMFYUI_DIR`.",
     )
     comfyui_python: str = _setting(str, "python3", "The Python that runs ComfyUI: a path, or a name on `PATH`.")
+    start_files: Path | None = _setting(
+        lambda text: None if text == "none" else _path(text),
+        "/opt/worker/start-files",
+        "The list of files that ComfyUI's start reads, recorded when the image was built. The worker has the kernel read them "
+        "ahead, without those that only a GPU needs: the list is recorded without one. `none`: it does not.",
+    )
     comfyui_port: int = _setting(_whole(1, 65535), "8188", "The port that ComfyUI listens on inside the container.")
     comfy_args: tuple[str, ...] = _setting(
         _arguments, "", "More command line flags for ComfyUI, such as `--cpu`, `--disable-metadata` or `--novram`."

@@ -218,6 +218,38 @@ def test_a_container_that_is_ended_while_it_works_hands_in_its_result_first(
         builder.buildah("umount", container)
 
 
+def test_a_containers_start_has_comfyuis_files_read_ahead(builder: ImageBuilder, container: str, tmp_path: Path) -> None:
+    root = Path(builder.buildah("mount", container))
+    try:
+        listed = [line.partition("\t") for line in (root / "opt/worker/start-files").read_text().splitlines()]
+        assert len(listed) > 1000
+        assert all((root / path[1:]).is_file() for _, _, path in listed), "nothing that was only there while it was recorded"
+        ranges, library = next((ranges, root / path[1:]) for ranges, _, path in listed if path.endswith("/libtorch_cpu.so"))
+        wanted = [tuple(map(int, part.split("-"))) for part in ranges.split(",")]
+        listed_bytes = sum(end - begin for begin, end in wanted)
+        assert 1e6 < listed_bytes < library.stat().st_size
+        with library.open("rb") as stream:
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            # In ComfyUI's place a program that reads nothing: whatever is read, the worker asked for.
+            (tmp_path / "still").write_text("#!/bin/sh\nexec sleep 600\n")
+            (tmp_path / "still").chmod(0o755)
+            environ = {**Ports().environ, "COMFYUI_PYTHON": "/check/still", "WORKER_LOG_LEVEL": "DEBUG"}
+            command = Ports().command
+            volumes = [(tmp_path, "/check")]
+            with Running(builder.buildah, container, command, tmp_path / "log", environ=environ, volumes=volumes) as running:
+                until(lambda: f"{len(listed)} files of ComfyUI's start requested in" in running.log(), running)
+                until(lambda: resident_bytes(library) >= listed_bytes, running)
+            assert resident_bytes(library) < library.stat().st_size, "not the whole library"
+    finally:
+        builder.buildah("umount", container)
+
+
+def resident_bytes(path: Path) -> int:
+    """What the page cache has of a file."""
+    command = ["fincore", "--noheadings", "--bytes", "--output", "RES", str(path)]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
 def test_the_first_process_reaps_what_is_left_behind(builder: ImageBuilder, container: str, tmp_path: Path) -> None:
     # A shell that leaves a process behind and ends: the kernel gives it to the first process, which has to wait for it.
     os.mkfifo(tmp_path / "fifo")

@@ -5,6 +5,7 @@ Prints events; touches disk and network.
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -17,13 +18,18 @@ from worker.up.errors import UpError, UpUsage
 from worker.up.filling import MODELS_VARIABLE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
 LINGER_VARIABLE: Final = "UP_LINGER_S"
 
 # `up` reads the log and removes the Pod. If `up` was killed, the Pod removes itself.
 _LINGER_S: Final = 600.0
 _AGAIN_S: Final = 300.0
+
+
+def run(_: Sequence[str], environ: Mapping[str, str]) -> int:
+    """Run the command `up fill`."""
+    return fill_in_pod(environ, sys.stdout)
 
 
 def fill_in_pod(environ: Mapping[str, str], stream: IO[str], sleep: Callable[[float], object] = time.sleep) -> int:

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
     from contextlib import AbstractContextManager
 
-    from worker.engine.engine import Engine
     from worker.graph.graph import Graph
     from worker.graph.model_names import NamedModel
     from worker.models.job_models import JobModels, Name
@@ -58,7 +57,8 @@ class Warmup:
         self._warmer = warmer or WeightsReader(lambda: int(settings.warm_memory_share * free_memory_bytes()))
         self._reads = settings.warm_models != ()
         self._used: RecentModels | None = None
-        self._warmup: Future[Graph | None] = Future()
+        self.graph: Future[Graph | None] = Future()
+        """The warm-up workflow, if there is one, as soon as the volume gave it."""
         self._copies: Future[dict[Path, Path]] = Future()
         self._recent: list[Path] = []
         self._names: frozenset[Name] = frozenset()
@@ -114,27 +114,6 @@ class Warmup:
         warmed = self._warmer.warmed()
         return warmed if warmed.began_s else None
 
-    async def warm_up(self, engine: Engine) -> str:
-        """Run the warm-up workflow. Return a note on how it went, or an empty text if there is none.
-
-        It ends in time or is interrupted. If ComfyUI does not stop it, ComfyUI is replaced.
-        """
-        import asyncio  # noqa: PLC0415 - an import before the reading begins delays it
-
-        timeout_s = self._settings.warmup_timeout_s
-        try:
-            graph = await asyncio.wait_for(asyncio.wrap_future(self._warmup), timeout_s)
-            if graph is None:
-                return ""
-            await engine.run(graph, timeout_s=timeout_s)
-        except TimeoutError:
-            log.warning("no warm-up: the volume did not answer within %g s", timeout_s)
-            return "given up"
-        except WorkerError as exc:
-            log.warning("the warm-up workflow failed: %s [%s]", exc, exc.code)
-            return "failed"
-        return f"{len(graph)} nodes"
-
     def stop(self) -> None:
         """Stop reading and recording."""
         self._work.put(None)
@@ -165,7 +144,7 @@ class Warmup:
         """Read for the warm-up workflow, then for the settings, then for the last jobs."""
         self._job_models = job_models
         graph = self._warmup_graph()
-        self._warmup.set_result(graph)
+        self.graph.set_result(graph)
         names = [_as_name(name) for name in self._settings.warm_models or ()]
         listed = self._located(names)
         if len(listed) < len(names):
