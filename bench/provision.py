@@ -109,12 +109,12 @@ _WAIT = """
 import contextlib, sys, threading
 from pathlib import Path
 from worker.store.layout import Layout
-from worker.store.locks import Locks, Timing
-from worker.store.store import Watch
+from worker.store.locks import Locks, LockTiming
+from worker.store.store import PublishedOrCancelled
 layout, key = Layout(Path(sys.argv[1])), sys.argv[2]
 path = layout.model("checkpoints", "model.safetensors")
 heard = lambda progress: print("heard" if progress.total_bytes else "waits", flush=True)
-with Watch(threading.Event(), path, path.exists, Timing().look_s) as watch:
+with PublishedOrCancelled(threading.Event(), path, path.exists, LockTiming().look_s) as watch:
     with Locks(layout, "waiter").hold(key, published=lambda: False, cancel=watch, on_wait=heard):
         pass
 """
