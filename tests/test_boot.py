@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import time
+from unittest import mock
 
 import pytest
 
@@ -12,7 +15,7 @@ from devkit.local_worker import PROJECT
 from worker.boot import BootTimeline, process_start
 from worker.errors import NothingToServe
 from worker.sdk.arguments import prepare_environ, sdk_arguments
-from worker.sdk.imports import _processor_name
+from worker.sdk.imports import _processor_name, import_sdk
 from worker.settings import Settings
 
 
@@ -90,3 +93,33 @@ def test_the_sdk_prints_no_results_and_checks_no_machine_unless_asked() -> None:
 def test_the_processor_has_a_name() -> None:
     assert _processor_name()
     assert _processor_name(PROJECT / "absent") == "unknown"
+
+
+def test_a_worker_imports_the_sdk_without_its_client_for_ssh() -> None:
+    code = """
+import sys
+from worker.sdk.imports import import_sdk
+import_sdk([], {"RUNPOD_WEBHOOK_GET_JOB": "http://127.0.0.1/job/$RUNPOD_POD_ID"})
+print(sorted({"paramiko", "cryptography", "runpod", "worker.sdk.queue"} & set(sys.modules)))
+import paramiko
+print(paramiko.SSHClient.__name__)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True, cwd=PROJECT)
+    assert done.stdout.splitlines() == ["['runpod', 'worker.sdk.queue']", "SSHClient"]
+
+
+@pytest.mark.parametrize("error", [AttributeError, ImportError])
+def test_an_sdk_that_needs_its_client_for_ssh_is_imported_with_it(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "paramiko", raising=False)
+    tries: list[bool] = []
+
+    def import_module(_: str) -> None:
+        tries.append("paramiko" in sys.modules)
+        if len(tries) == 1:
+            raise error
+
+    with mock.patch("importlib.import_module", import_module):
+        import_sdk([], {})
+    assert tries == [True, False]
