@@ -46,7 +46,7 @@ def resident(path: Path) -> int:
 
 
 def is_in_memory(path: Path) -> bool:
-    """Whether the kernel holds a file, but for pages that a machine with other work takes back (2 of 16 MiB were seen to go)."""
+    """Whether the kernel holds a file, but for pages that a busy machine takes back (2 of 16 MiB were seen to go)."""
     return resident(path) >= path.stat().st_size * 3 // 4
 
 
