@@ -183,7 +183,7 @@ def test_killed_at_each_of_its_steps_and_run_again(desk: Desk) -> None:
     desk.runpod.account.workers_may_start.clear()
     for operation, phase in KILLS:
         if (operation, phase) == ("GET status", "after"):
-            # Not sooner: the job of the run that was killed after `POST run` is still queued until the next run clears the queue.
+            # Not sooner: the job of the run that was killed after `POST run` is queued until the next run clears the queue.
             desk.runpod.account.workers_may_start.set()
         kill_at(desk, desk.up("--yes"), operation, phase)
         there = desk.runpod.billed()
