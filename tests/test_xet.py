@@ -58,8 +58,20 @@ def impatient() -> Iterator[None]:
 
 @pytest.fixture
 def in_order() -> Iterator[None]:
-    """One piece after the other is asked for: which one a fault befalls is known."""
-    with mock.patch.dict(xet.SETTINGS, {"client.ac_initial_download_concurrency": 1, "client.ac_max_download_concurrency": 1}):
+    """One piece after the other is asked for, and none far ahead: which one a fault befalls is known."""
+    sizes = {
+        "download_buffer_size": "2mb",
+        "download_buffer_limit": "2mb",
+        "min_reconstruction_fetch_size": "1mb",
+        "max_reconstruction_fetch_size": "1mb",
+        "min_prefetch_buffer": "1mb",
+    }
+    settings = {
+        "client.ac_initial_download_concurrency": 1,
+        "client.ac_max_download_concurrency": 1,
+        **{f"reconstruction.{name}": size for name, size in sizes.items()},
+    }
+    with mock.patch.dict(xet.SETTINGS, settings):
         yield
 
 
@@ -177,7 +189,7 @@ def test_the_process_is_told_secrets_by_nothing_that_others_can_read(stand_in: S
 @pytest.mark.usefixtures("in_order")
 def test_a_cancelled_one_ends_at_once_and_is_continued(stand_in: StandIn, tmp_path: Path) -> None:
     store = store_of(stand_in, tmp_path / "volume", patience_s=120)
-    stand_in.fault("stall", route="xet/piece", skip=6)
+    stand_in.fault("slow", route="xet/piece", bytes_per_s=MIB, count=None)
     cancel = threading.Event()
 
     def cancel_in_the_middle(progress: ModelProgress) -> None:
