@@ -57,6 +57,21 @@ SMALL = {
     "stuck_s": 5.0,
 }
 
+STEPS = [
+    "asking",
+    "locked",
+    "claimed",
+    "bytes",
+    "fetched",
+    "settled",
+    "hashed",
+    "replacing",
+    "replaced",
+    "seal_half_written",
+    "sealed",
+]
+"""The steps of a download, in order, as `DownloadHooks` names them."""
+
 
 @dataclass(frozen=True, slots=True)
 class Worker:

@@ -156,31 +156,35 @@ class NoSocks(Socks):
 
 
 @contextlib.contextmanager
-def socks(pair: str | None = None, kind: type[Socks] = Socks) -> Iterator[tuple[str, list[str]]]:
-    """Where it listens, and the hosts that it was asked for."""
+def answering(
+    server: type[socketserver.ThreadingTCPServer | http.server.ThreadingHTTPServer],
+    kind: type[socketserver.StreamRequestHandler],
+    pair: str | None,
+) -> Iterator[tuple[str, list[str]]]:
+    """Where a proxy of this kind listens, and what it was asked for."""
     asked: list[str] = []
     handler = type("Answers", (kind,), {"pair": pair, "asked": asked})
-    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), handler) as server:
-        server.daemon_threads = True
-        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    with server(("127.0.0.1", 0), handler) as listening:
+        listening.daemon_threads = True
+        threading.Thread(target=listening.serve_forever, args=(0.05,), daemon=True).start()
         try:
-            yield f"127.0.0.1:{server.server_address[1]}", asked
+            yield f"127.0.0.1:{listening.server_address[1]}", asked
         finally:
-            server.shutdown()
+            listening.shutdown()
+
+
+@contextlib.contextmanager
+def socks(pair: str | None = None, kind: type[Socks] = Socks) -> Iterator[tuple[str, list[str]]]:
+    """Where it listens, and the hosts that it was asked for."""
+    with answering(socketserver.ThreadingTCPServer, kind, pair) as found:
+        yield found
 
 
 @contextlib.contextmanager
 def proxy(pair: str | None = None) -> Iterator[tuple[str, list[str]]]:
     """Where it listens, and what it was asked for."""
-    asked: list[str] = []
-    handler = type("Answers", (Proxy,), {"pair": pair, "asked": asked})
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        server.daemon_threads = True
-        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-        try:
-            yield f"127.0.0.1:{server.server_port}", asked
-        finally:
-            server.shutdown()
+    with answering(http.server.ThreadingHTTPServer, Proxy, pair) as found:
+        yield found
 
 
 @pytest.fixture

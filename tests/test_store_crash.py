@@ -16,7 +16,7 @@ from unittest import mock
 
 import pytest
 
-from devkit.fleet import FAST, MIB, SMALL, Fleet, Worker
+from devkit.fleet import FAST, MIB, SMALL, STEPS, Fleet, Worker
 from devkit.hub import Hub as StandIn
 from devkit.moosefs import LOCAL_FLOCK
 from worker.errors import VolumeFailed
@@ -45,19 +45,6 @@ UNSAVED = 2 * (MIB + 128 * 1024)
 STALLED_AT = 400_000
 # What a worker may cost that is killed while they are: a fifth of the file.
 LOST_AT_MOST = UNSAVED + 2 * STALLED_AT
-STEPS = [
-    "asking",
-    "locked",
-    "claimed",
-    "bytes",
-    "fetched",
-    "settled",
-    "hashed",
-    "replacing",
-    "replaced",
-    "seal_half_written",
-    "sealed",
-]
 
 
 @pytest.fixture(scope="module")

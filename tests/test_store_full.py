@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from devkit.fleet import STEPS
 from devkit.small_disk import available, fill, small_disk
 from tests.test_eviction import NOW, QUICK, TUNING, Site, content, spec, stand_in
 from worker.base.files import free_bytes
@@ -35,19 +36,6 @@ if TYPE_CHECKING:
 __all__ = ["stand_in"]
 
 QUOTA_BYTES = 4_000_000
-DOWNLOAD = [
-    "asking",
-    "locked",
-    "claimed",
-    "bytes",
-    "fetched",
-    "settled",
-    "hashed",
-    "replacing",
-    "replaced",
-    "seal_half_written",
-    "sealed",
-]
 PUBLISHED = {"replaced", "seal_half_written", "sealed"}
 REMOVAL = ["locked", "half_moved", "marked", "moved", "unlinked", "buried"]
 OTHERS = (1, 2, 3)
@@ -180,7 +168,7 @@ def killed(work: Callable[[], object]) -> None:
 # --- a volume on which nothing is removed -------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", ["", *DOWNLOAD])
+@pytest.mark.parametrize("step", ["", *STEPS])
 def test_full_at_a_step_of_a_download(site: Site, person: Person, step: str) -> None:
     hooks = Filling(person, step)
     if not step:
@@ -195,7 +183,7 @@ def test_full_at_a_step_of_a_download(site: Site, person: Person, step: str) -> 
     check_works_again(site, person)
 
 
-@pytest.mark.parametrize("step", DOWNLOAD)
+@pytest.mark.parametrize("step", STEPS)
 def test_full_and_killed_at_a_step_of_a_download(site: Site, person: Person, step: str) -> None:
     killed(lambda: attempt(site, store(site, Filling(person, step, kill=True))))
     person.look()
@@ -209,7 +197,7 @@ def test_full_and_killed_at_a_step_of_a_download(site: Site, person: Person, ste
 # --- a volume that makes room -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", ["", *DOWNLOAD])
+@pytest.mark.parametrize("step", ["", *STEPS])
 def test_full_at_a_step_of_a_download_that_may_make_room(site: Site, person: Person, step: str) -> None:
     hooks = Filling(person, step)
     if not step:
