@@ -10,6 +10,7 @@ carries 200 MB/s, what is quoted for RunPod's; before each measurement nothing o
     first_job_taken_ready   / the same                                                informs: as with TAKE_JOBS=ready
     first_job_hub_booting / (max(engine's boot, one download) + the job when warm)    bound 1.05
     first_job_hub_ready   / the same                                                  informs: as with TAKE_JOBS=ready
+    first_job_hub_booting / (boot and download side by side, then the job when warm)  informs: what this machine can do at best
 
 All but the first two are in production mode, with a job that waits in the queue and weights that no job of the endpoint used
 before: what is read ahead is what the job itself names. For `hub` the weights are not on the volume but on a hub that sends
@@ -19,6 +20,10 @@ wrong in itself; bound 2.5 s.
 The boot and the warm job are ComfyUI's alone, without a worker. Reading once is four readers through plain reads, one download
 is four connections whose bytes are dropped, both measured with nothing else going on. The second worker knows what to read from
 the record that the first one's job left on the volume.
+
+On this one machine run the hub and the volume's servers as well. A boot beside a download leaves them too little of two cores,
+so that both take longer than alone. Side by side is measured without a worker: ComfyUI boots while four connections write to
+the volume, and nothing is checked.
 """
 
 from __future__ import annotations
@@ -68,6 +73,7 @@ HUB_NAME: Final = "fetched.safetensors"
 FOLDER: Final = "diffusion_models"
 REPO: Final = "org/large"
 CONNECTIONS: Final = 4
+DEFINITIONS_S: Final = 60.0
 PARTS: Final = ("ahead", "volume", "hub")
 
 
@@ -212,27 +218,54 @@ class Scene:
                 answer = job.result(600)
                 took_s = time.perf_counter() - began
                 log = worker.log()
-        if answer["status"] != status:
-            raise RuntimeError(f"the worker answered {answer}:\n{log}")
+                if answer["status"] != status:
+                    raise RuntimeError(f"the worker answered {answer}:\n{log}")
+                self._wait_for_definitions()
         print(_at_a_glance(name, log), file=sys.stderr)
         return took_s
 
-    def download_s(self, hub: RemoteHub) -> float:
-        """Return the time of four connections through the whole file, whose bytes nobody keeps."""
+    def _wait_for_definitions(self) -> None:
+        """Return when a worker has left on the volume what ComfyUI says of its node classes, for the next one that boots."""
+        until_s = time.monotonic() + DEFINITIONS_S
+        while not any(Layout(self.volume.mounts[0]).definitions.glob("*.json")):
+            if time.monotonic() > until_s:
+                raise TimeoutError("the worker left no definitions of node classes on the volume")
+            time.sleep(0.1)
+
+    def download_s(self, hub: RemoteHub, path: Path = Path(os.devnull)) -> float:
+        """Return the time of four connections through the whole file, whose bytes nobody keeps, or that write to `path`."""
         address = f"{hub.endpoint}/{REPO}/resolve/main/{HUB_NAME}"
         size_bytes = self.weights.stat().st_size
         ends = [size_bytes * at // CONNECTIONS for at in range(CONNECTIONS + 1)]
 
         def receive(begin: int, end: int) -> None:
             request = urllib.request.Request(address, headers={"Range": f"bytes={begin}-{end - 1}"})
-            with urllib.request.urlopen(request, timeout=60) as response:
-                while response.read1(BLOCK):
-                    pass
+            with path.open("r+b", buffering=0) as stream, urllib.request.urlopen(request, timeout=60) as response:
+                stream.seek(begin)
+                while block := response.read1(BLOCK):
+                    stream.write(block)
 
         began = time.perf_counter()
         with ThreadPoolExecutor(CONNECTIONS) as pool:
             list(pool.map(receive, ends[:-1], ends[1:]))
         return time.perf_counter() - began
+
+    def side_by_side_s(self, hub: RemoteHub) -> float:
+        """Return the time of ComfyUI's boot beside a plain download to the volume, and of the job after both."""
+        plain = self.volume.mounts[0] / "plain" / HUB_NAME
+        plain.parent.mkdir(exist_ok=True)
+        link = self.root / "bare/models" / FOLDER / HUB_NAME
+        if not link.is_symlink():
+            link.symlink_to(plain)
+        plain.unlink(missing_ok=True)
+        plain.touch()
+        began = time.perf_counter()
+        with ThreadPoolExecutor(1) as pool:
+            download = pool.submit(self.download_s, hub, plain)
+            with BareEngine(self.engine, self.root / "bare") as bare:
+                download.result()
+                bare.run(graph(HUB_NAME))
+                return time.perf_counter() - began
 
     def fetched_s(self, name: str, hub: RemoteHub, **environ: str) -> float:
         """Return the same as `queued_s` for a job whose weights are on the hub only."""
@@ -327,12 +360,15 @@ def _from_hub(scene: Scene, samples: int) -> Iterator[Figure]:
             download_s = scene.download_s(hub)
             scene.read_once_s()
             parts_s = scene.parts_s(download_s)
+            beside_s = scene.side_by_side_s(hub)
             ready_s = scene.fetched_s(f"hub-ready-{number}", hub, TAKE_JOBS="ready")
             booting_s = scene.fetched_s(f"hub-booting-{number}", hub, TAKE_JOBS="booting")
-            rows.append((parts_s, ready_s, booting_s))
-    parts, ready, booting = zip(*rows, strict=True)
+            rows.append((parts_s, beside_s, ready_s, booting_s))
+    parts, beside, ready, booting = zip(*rows, strict=True)
     yield from _judged("first_job_hub_ready", ready, parts)
     yield from _judged("first_job_hub_booting", booting, parts, BOOTING_BOUND)
+    yield Figure.of("side_by_side_s", beside, "s")
+    yield Figure.of("hub_booting_to_side_by_side", [ours / plain for ours, plain in zip(booting, beside, strict=True)], "x")
 
 
 def _judged(name: str, took_s: Sequence[float], parts_s: Sequence[float], bound: float | None = None) -> Iterator[Figure]:
