@@ -1,6 +1,6 @@
 # Two commands matter: `make demo` runs the main job, `make test` runs every test. Both need only Debian's python3 (>= 3.11) with
-# venv and pip; what else they need they install into .venv and the cache (DEVKIT_CACHE, ~/.cache/comfyui-volume-worker).
-# ENGINE_SOURCE=DIR or ENGINE_REF=v0.34.0 runs either, and bench and image-test, on another ComfyUI (devkit/engine/README.md).
+# venv and pip. They install everything else into .venv and the cache (DEVKIT_CACHE, ~/.cache/comfyui-volume-worker).
+# ENGINE_SOURCE=DIR or ENGINE_REF=v0.34.0 runs these, bench and image-test on another ComfyUI (devkit/engine/README.md).
 
 PYTHON ?= python3
 VENV := .venv
@@ -13,7 +13,7 @@ JOBS ?= 3
 .DEFAULT_GOAL := help
 .PHONY: help demo serve test test-fast lint image-test format bench clean
 
-help:  ## Show what there is to make
+help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 # Replaced when the lock changes; the stamp is written last, so an interrupted install is done again.
@@ -25,16 +25,16 @@ $(VENV)/installed: requirements-dev.lock
 	@$(BIN)/python -c 'import sysconfig; open(sysconfig.get_path("purelib") + "/project.pth", "w").write("$(CURDIR)\n")'
 	@touch $@
 
-demo: $(VENV)/installed  ## Run the main job: a workflow in, a picture out (WORKFLOW=file.json for another one)
+demo: $(VENV)/installed  ## Run one workflow on a local worker and save its picture (WORKFLOW=file.json for your own)
 	@$(BIN)/python -m devkit.demo --workflow $(WORKFLOW)
 
-serve: $(VENV)/installed  ## Leave the demo's worker running for your own requests (PORT=8000)
+serve: $(VENV)/installed  ## Keep the demo's worker running for your own requests (PORT=8000)
 	@$(BIN)/python -m devkit.demo --serve --port $(PORT)
 
 test: $(VENV)/installed  ## Run every test, on the real ComfyUI, in three processes (JOBS=3); prints the 20 slowest
 	@$(BIN)/python -m pytest --numprocesses=$(JOBS) --dist=loadfile --no-loadscope-reorder --durations=20
 
-test-fast: $(VENV)/installed  ## Run the tests that need neither ComfyUI nor servers: under a minute, for each commit
+test-fast: $(VENV)/installed  ## Run the tests that need neither ComfyUI nor servers: under a minute, before each commit
 	@$(BIN)/python -m pytest -q -m "not engine and not volume and not slow"
 
 lint: $(VENV)/installed  ## Check style and types
@@ -42,15 +42,15 @@ lint: $(VENV)/installed  ## Check style and types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-image-test: $(VENV)/installed  ## Build the image, start it, build on it (root, buildah and debootstrap; 5 minutes)
+image-test: $(VENV)/installed  ## Build the image and a child image, and start them (needs root, buildah, debootstrap; 5 minutes)
 	@$(BIN)/python -m pytest tests/image/check_image.py -s --timeout 900
 
 format: $(VENV)/installed  ## Format the code
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-bench: $(VENV)/installed  ## Measure everything against its bare parts (BENCH=--short for a quick run, BENCH=links for one)
+bench: $(VENV)/installed  ## Compare the worker with its bare parts (BENCH=--short for a quick run, BENCH=links for one)
 	@$(BIN)/python -m bench $(BENCH)
 
-clean:  ## Remove what the commands above made here (the engine's cache stays)
+clean:  ## Remove what these commands wrote in this folder (the engine's cache stays)
 	rm -rf $(VENV) .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
