@@ -247,6 +247,18 @@ def test_a_holder_without_progress_is_not_waited_for_for_ever(tmp_path: Path) ->
         assert hold_now(tmp_path, timing=impatient) == "unlocked"
 
 
+def test_a_waiter_that_was_frozen_is_as_patient_as_before(tmp_path: Path) -> None:
+    """By the system's clock the patience is over many times. By the waiter's own, which stood still, it is not."""
+    impatient = LockTiming(**{**json.loads(timing_json(QUICK)), "patience_s": 0.01})
+    looks = itertools.count()
+    holder, waiter = Locks(Layout(tmp_path), "holder", QUICK), Locks(Layout(tmp_path), "frozen", impatient, clock=lambda: 0.0)
+    with (
+        holder.hold(KEY, published=lambda: False, cancel=threading.Event()),
+        waiter.hold(KEY, published=lambda: next(looks) > 10, cancel=threading.Event()) as hold,
+    ):
+        assert hold.state == "published"
+
+
 def test_a_holder_that_reports_the_same_again_and_again_lives_and_does_not_get_on(tmp_path: Path) -> None:
     """Its disk is stuck, and the thread that reports goes on."""
     impatient = LockTiming(**{**json.loads(timing_json(QUICK)), "patience_s": 0.5})

@@ -407,6 +407,23 @@ def test_a_server_that_is_too_slow(run_async: RunAsync, tmp_path: Path) -> None:
     run_async(scenario())
 
 
+def test_the_time_of_a_freeze_does_not_count(run_async: RunAsync, tmp_path: Path) -> None:
+    """The limit of 0.1 s is over by the system's clock long before the server answers, and by the worker's own it is not."""
+
+    async def late(_: web.BaseRequest) -> web.StreamResponse:
+        await asyncio.sleep(1)
+        return web.Response(body=b"late")
+
+    async def scenario() -> None:
+        async with serving(late) as server:
+            file = StagedFile("a.png", tmp_path / "0", LIMITS.max_bytes)
+            standing = UrlFetcher(RULES, UrlFetchLimits(timeout_s=0.1), looking_up, clock=lambda: 0.0)
+            await standing.fetch([UrlDownload(server.url(), file)])
+            assert (tmp_path / "0").read_bytes() == b"late"
+
+    run_async(scenario())
+
+
 @pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
 def test_a_server_in_trouble_is_asked_again(status: int, run_async: RunAsync, tmp_path: Path) -> None:
     async def scenario() -> None:

@@ -135,7 +135,7 @@ class Worker:
         self.clock = RunningClock().start()
         self._links = ModelLinks(models, roots, within=[settings.volume_path], host_cache=_host_cache_links(settings))
         self._leases = Leases(volume, _worker_name(settings)) if is_volume(settings.volume_path) else None
-        self._room = build_room(settings, self._leases) if self._leases else None
+        self._room = build_room(settings, self._leases, self.clock) if self._leases else None
         self._job_models = JobModels(
             self._links,
             [volume, local],
@@ -156,7 +156,7 @@ class Worker:
         self._engine = Engine(settings, command, process, self._give_up, self.clock)
         rules = AddressRules(settings.input_url_hosts, settings.input_url_allow_private)
         limits = UrlFetchLimits(settings.input_max_mb * 1_000_000, settings.input_timeout_s)
-        inputs = InputFiles(settings.base_dir / "input", UrlFetcher(rules, limits))
+        inputs = InputFiles(settings.base_dir / "input", UrlFetcher(rules, limits, clock=self.clock))
         self._delivery = Delivery.of(settings)
         self._warmup = warmup
         state = volume.definitions if is_volume(settings.volume_path) else None
@@ -328,13 +328,13 @@ def read_sources(settings: Settings) -> Sources:
     return Sources.gather(volume_manifest=manifest, manifest=settings.models_manifest, models=settings.models)
 
 
-def build_room(settings: Settings, leases: Leases) -> Room | None:
+def build_room(settings: Settings, leases: Leases, clock: Callable[[], float]) -> Room | None:
     """Build what the booted worker makes room on the volume with, where the settings limit how full it may get."""
     if settings.volume_keep_gb is None and settings.volume_free_gb is None:
         return None
     from worker import downloads  # noqa: PLC0415 - 0.2 s, only for workers that remove models
 
-    return downloads.build_room(settings, _worker_name(settings), leases, lambda: read_sources(settings))
+    return downloads.build_room(settings, _worker_name(settings), leases, lambda: read_sources(settings), clock)
 
 
 def build_store(settings: Settings, room: Room | None = None, clock: Callable[[], float] = time.monotonic) -> Stores:

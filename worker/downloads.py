@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from worker.store.leases import Leases
 
 
-def build_room(settings: Settings, worker: str, leases: Leases, read_sources: Callable[[], Sources]) -> Room:
+def build_room(
+    settings: Settings, worker: str, leases: Leases, read_sources: Callable[[], Sources], clock: Callable[[], float]
+) -> Room:
     """Return what makes room on the volume, whose fullness the settings limit."""
     return Room(
         layout_at(settings.volume_path),
@@ -33,9 +35,10 @@ def build_room(settings: Settings, worker: str, leases: Leases, read_sources: Ca
         EvictionLimits.of_gb(settings.volume_keep_gb, settings.volume_free_gb),
         lambda: read_pins(settings.volume_path, read_sources()),
         leases=leases,
-        ask=source_check(cache(partial(build_hub, settings))),
+        ask=source_check(cache(partial(build_hub, settings, clock))),
         # With the container's disk to fall back on, a job need not wait until models are out of use.
         patience_s=leases.timing.grace_s if settings.require_volume else 0.0,
+        clock=clock,
     )
 
 

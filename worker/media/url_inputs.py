@@ -15,6 +15,7 @@ import os
 import re
 import socket
 import ssl
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Self
@@ -23,6 +24,7 @@ from urllib.parse import urljoin
 import httpcore2
 import httpx2
 
+from worker.base.clock import within
 from worker.base.http_transport import AsyncioBackend, AsyncioTransport
 from worker.base.retry import OK, REDIRECTS, TRANSIENT, pause_s, retry_after_s
 from worker.errors import InputNotServed, InputTimedOut, InputUnreachable, InputUrlRefused
@@ -49,7 +51,7 @@ _DROPPED: Final = re.compile(r"^\s+|[\t\r\n]")
 
 @dataclass(frozen=True, slots=True)
 class UrlFetchLimits:
-    """Sizes and times. `timeout_s` is for all files of a job together, the others are for one attempt."""
+    """Sizes and times. `timeout_s` is for all files of a job together, on `clock`. The others are for one attempt."""
 
     max_bytes: int = 512_000_000
     timeout_s: float = 120.0
@@ -79,6 +81,7 @@ class UrlFetcher:
         limits: UrlFetchLimits | None = None,
         lookup: Lookup | None = None,
         tls: ssl.SSLContext | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._rules = rules or AddressRules()
         self.limits = limits or UrlFetchLimits()
@@ -86,6 +89,7 @@ class UrlFetcher:
         self._pool = ThreadPoolExecutor(8, thread_name_prefix="input-dns")
         self._lookup = lookup or self._ask_system
         self._tls = tls
+        self._clock = clock
 
     def check(self, name: str, url: str) -> None:
         """Refuse an address if that needs no look-up. Raises `InputUrlRefused`."""
@@ -100,7 +104,7 @@ class UrlFetcher:
         gate = asyncio.Semaphore(self.limits.parallel)
         try:
             async with (
-                asyncio.timeout(self.limits.timeout_s),
+                within(self.limits.timeout_s, self._clock),
                 _JobConnections(self._rules, self.limits, self._lookup, self._tls_context()) as line,
                 asyncio.TaskGroup() as tasks,
             ):

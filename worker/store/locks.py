@@ -128,10 +128,13 @@ class LockResult:
 class Locks:
     """The locks of one volume, as one worker takes them."""
 
-    def __init__(self, layout: Layout, worker: str, timing: LockTiming | None = None) -> None:
+    def __init__(
+        self, layout: Layout, worker: str, timing: LockTiming | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._layout = layout
         self._worker = worker
         self._timing = timing or LockTiming()
+        self._clock = clock
         self._tried: dict[str, SoftReadWriteLock] = {}
 
     def holder(self, key: str) -> LockHolder | None:
@@ -159,7 +162,7 @@ class Locks:
         """
         record, lock = self._layout.lock_progress(key), self._make(key)
         with Peek(record) as peek:
-            state = _LockWait(peek, name or key, self._timing, on_wait).wait(lock, published, cancel)
+            state = _LockWait(peek, name or key, self._timing, on_wait, self._clock).wait(lock, published, cancel)
         hold = LockResult(record, self._worker, name, self._timing, state)
         left = True
         try:
@@ -214,9 +217,10 @@ def _read(record: Peek) -> LockHolder | None:
 
 
 class _LockWait:
-    """One wait for one lock. It retries and watches everything that could end the wait."""
+    """One wait for one lock. It retries and watches everything that could end the wait. Its patience is counted on `clock`."""
 
-    def __init__(self, record: Peek, name: str, timing: LockTiming, on_wait: Listener) -> None:
+    def __init__(self, record: Peek, name: str, timing: LockTiming, on_wait: Listener, clock: Callable[[], float]) -> None:
+        self._clock = clock
         self._record = record
         self._name = name
         self._timing = timing
@@ -226,7 +230,7 @@ class _LockWait:
         self._haste = random.uniform(1.0, 2.0)  # noqa: S311 - no secret
         self._seen: LockHolder | None = None
         self._furthest: dict[str, tuple[str, int]] = {}
-        self._moved_s = time.monotonic()
+        self._moved_s = clock()
         self._heard_s = -math.inf
         self._trouble_since_s: float | None = None
         self._works = True
@@ -241,7 +245,7 @@ class _LockWait:
                 raise EnsureCancelled(self._name)
             if published():
                 return "published"
-            tries = self._works and time.monotonic() - self._heard_s >= self._timing.quiet_s
+            tries = self._works and self._clock() - self._heard_s >= self._timing.quiet_s
             if tries and self._acquired(lock, cancel):
                 return "held"
             if self._out_of_patience():
@@ -275,7 +279,7 @@ class _LockWait:
         return True
 
     def _judge(self, exc: OSError | RuntimeError) -> None:
-        now_s = time.monotonic()
+        now_s = self._clock()
         self._trouble_since_s = self._trouble_since_s or now_s
         final = isinstance(exc, (SoftFileLockProtocolError, RuntimeError)) or exc.errno in _CANNOT_WRITE
         if final or now_s - self._trouble_since_s > self._timing.trouble_s:
@@ -287,7 +291,7 @@ class _LockWait:
             self._patience_s = 0.0 if number in _CANNOT_WRITE else self._timing.lone_patience_s
 
     def _out_of_patience(self) -> bool:
-        now_s = time.monotonic()
+        now_s = self._clock()
         before, self._seen = self._seen, _read(self._record)
         holder = self._seen
         if holder and self._moves(holder):

@@ -78,10 +78,11 @@ def _exists_always(_: ModelSpec, __: CancelToken) -> None:
 class Room:
     """Makes room on one volume, for one worker. Safe to use from many threads. All workers together make one pass at a time.
 
-    `pins` reads what people name, again for each pass. `patience_s` is how long a pass waits for models that stay only because
-    of their use. `settle_s` passes after a mark is made, and again before it goes: a client of MooseFS answers from its cache
-    for up to 1 s. In that time this worker may still see an old lease, and a job a removed file. `on_notice` hears how many
-    seconds the first pass on a volume waits until all workers write leases. Without it that pass removes nothing.
+    `pins` reads what people name, again for each pass. `patience_s` is how long a pass waits, on `clock`, for models that stay
+    only because of their use. `settle_s` passes after a mark is made, and again before it goes: a client of MooseFS answers
+    from its cache for up to 1 s. In that time this worker may still see an old lease, and a job a removed file. `on_notice`
+    hears how many seconds the first pass on a volume waits until all workers write leases. Without it that pass removes
+    nothing.
     """
 
     def __init__(
@@ -98,6 +99,7 @@ class Room:
         settle_s: float = 1.5,
         on_notice: Callable[[float], None] | None = None,
         hooks: DownloadHooks | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.limits = limits
         self.layout = layout
@@ -106,8 +108,9 @@ class Room:
         self._leases = leases
         self._timing = leases.timing if leases else LeaseTiming()
         self._ask = ask
-        self._locks = Locks(layout, worker, lock_timing)
+        self._locks = Locks(layout, worker, lock_timing, clock)
         self._patience_s = patience_s
+        self._clock = clock
         self._settle_s = settle_s
         self._on_notice = on_notice
         self._at = (hooks or DownloadHooks()).at
@@ -197,7 +200,7 @@ class Room:
         return True
 
     def _free(self, needed: Callable[[Survey, int], int], cancel: CancelToken) -> int:
-        until_s = time.monotonic() + self._patience_s
+        until_s = self._clock() + self._patience_s
         refused: set[str] = set()
         freed = 0
         while True:
@@ -213,7 +216,7 @@ class Room:
             if pins.trouble:
                 log.warning("no model is removed: %s", pins.trouble)
             waits = any(content.in_use for content in found.contents)
-            if not waits or time.monotonic() >= until_s:
+            if not waits or self._clock() >= until_s:
                 log.warning("%s more are needed on the volume, and nothing else on it may be removed", size_text(left))
                 return freed
             if cancel.wait(_WAIT_S):

@@ -94,7 +94,7 @@ class Store:
         self.layout = layout
         self._tools = DownloadTools(layout, hub, worker, tuning or RangeTuning(), hooks or DownloadHooks(), room)
         self._timing = timing or LockTiming()
-        self._locks = Locks(layout, worker, self._timing)
+        self._locks = Locks(layout, worker, self._timing, hub.clock)
         self._lookups = SharedLookups(layout, worker, self._timing)
         self._host_cache = host_cache or layout
         self._hashed: dict[tuple[str, int, int], str] = {}
