@@ -11,7 +11,7 @@ from worker.errors import WorkerError
 from worker.fetch.http import Network
 from worker.fetch.hub import Hub, credentials
 from worker.fetch.ranges import RangeTuning
-from worker.spec import HubFile, ModelSpec
+from worker.model_spec import HubFile, ModelSpec
 from worker.store import eviction
 from worker.store.layout import Layout
 from worker.store.leases import Leases, LeaseTiming

@@ -15,8 +15,8 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
+from worker.engine.custom_nodes import with_custom_nodes
 from worker.engine.process import EngineCommand, EngineProcess, prepare_base_dir
-from worker.node_packages import with_custom_nodes
 from worker.settings import Settings
 
 if TYPE_CHECKING:

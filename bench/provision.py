@@ -64,7 +64,7 @@ import json, resource, sys, time
 from pathlib import Path
 from worker.fetch.hub import Hub, credentials
 from worker.store.layout import Layout
-from worker.spec import HubFile, ModelSpec
+from worker.model_spec import HubFile, ModelSpec
 from worker.store.store import Store
 from worker.fetch.http import Network
 root, endpoint, repo, file = sys.argv[1:5]

@@ -24,7 +24,7 @@ from worker.errors import WorkerError
 from worker.fetch.http import Network
 from worker.fetch.hub import Hub, credentials
 from worker.fetch.ranges import RangeTuning
-from worker.spec import HubFile, ModelSpec, Source, UrlSource
+from worker.model_spec import HubFile, ModelSpec, Source, UrlSource
 from worker.store.layout import Layout
 from worker.store.store import DownloadHooks, LockTiming, Store
 

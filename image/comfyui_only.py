@@ -14,10 +14,10 @@ import sys
 from typing import TYPE_CHECKING
 
 from worker import logs
+from worker.engine.custom_nodes import with_custom_nodes
 from worker.engine.process import EngineCommand, EngineProcess, prepare_base_dir
-from worker.engine.start_files import read_ahead
+from worker.engine.start_files import request_start_files
 from worker.errors import WorkerError
-from worker.node_packages import with_custom_nodes
 from worker.settings import Settings
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def run(environ: Mapping[str, str]) -> int:
     settings = Settings.from_env(environ)
     logs.configure_logs(settings.worker_log_level, settings.secrets())
     if settings.start_files:
-        read_ahead(settings.start_files)
+        request_start_files(settings.start_files)
     prepare_base_dir(settings)
     command = EngineCommand.of(settings, environ)
     if (settings.volume_path / "custom_nodes").is_dir():

@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from worker.editor.embedded_models import embedded_models
+from worker.model_spec import ModelSpec, parse_spec
 from worker.models.catalog import CATALOG
-from worker.spec import ModelSpec, parse_spec
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence

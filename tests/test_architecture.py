@@ -13,7 +13,7 @@ from devkit.local_worker import PROJECT
 WORKER = PROJECT / "worker"
 PAGE = PROJECT / "ARCHITECTURE.md"
 PURE = [
-    *("job", "settings", "errors", "error_reply", "spec", "base/text", "base/progress"),
+    *("job", "settings", "errors", "error_reply", "model_spec", "base/text", "base/progress"),
     *("media/address_guard", "store/layout", "doctor/findings"),
     *("engine/events", "graph/graph", "graph/paths", "graph/model_names", "graph/overrides", "graph/rejection"),
     *(f"editor/{path.stem}" for path in (WORKER / "editor").glob("*.py") if path.name != "__init__.py"),

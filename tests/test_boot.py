@@ -100,12 +100,12 @@ def test_a_worker_imports_the_sdk_without_its_client_for_ssh() -> None:
 import sys
 from worker.sdk.imports import import_sdk
 import_sdk([], {"RUNPOD_WEBHOOK_GET_JOB": "http://127.0.0.1/job/$RUNPOD_POD_ID"})
-print(sorted({"paramiko", "cryptography", "runpod", "worker.sdk.queue"} & set(sys.modules)))
+print(sorted({"paramiko", "cryptography", "runpod", "worker.sdk.job_loop"} & set(sys.modules)))
 import paramiko
 print(paramiko.SSHClient.__name__)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True, cwd=PROJECT)
-    assert done.stdout.splitlines() == ["['runpod', 'worker.sdk.queue']", "SSHClient"]
+    assert done.stdout.splitlines() == ["['runpod', 'worker.sdk.job_loop']", "SSHClient"]
 
 
 @pytest.mark.parametrize("error", [AttributeError, ImportError])

@@ -14,9 +14,9 @@ from scripts.make_catalog import VERSION, WHEEL, catalog_text, check_wheel, chos
 from worker.graph.graph import parse_graph
 from worker.graph.model_names import named_models
 from worker.graph.paths import check_paths
+from worker.model_spec import WEIGHT_SUFFIXES, HubFile, ModelSpec
 from worker.models.catalog import CATALOG, Catalog
 from worker.models.sources import Sources
-from worker.spec import WEIGHT_SUFFIXES, HubFile, ModelSpec
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -28,7 +28,7 @@ from worker.engine.custom_nodes import (
     NodeFolders,
     failed_import,
     link_custom_nodes,
-    node_packages,
+    node_environment,
     read_failed_nodes,
     record_failed_nodes,
     report_failed_nodes,
@@ -95,7 +95,7 @@ class Fleet:
             self.held.append(worker)
             return Locks(Layout(self.volume), worker).hold(key, published=done, cancel=threading.Event())
 
-        environ = node_packages(self.folders(worker), once, {**self.environ, "RUNPOD_POD_ID": worker})
+        environ = node_environment(self.folders(worker), once, {**self.environ, "RUNPOD_POD_ID": worker})
         return Path(environ["PYTHONPATH"]) if "PYTHONPATH" in environ else None
 
 
@@ -266,7 +266,7 @@ def test_two_workers_without_a_lock_end_with_one_whole_layer(fleet: Fleet) -> No
     sites: list[str] = []
 
     def start(worker: str) -> None:
-        sites.append(node_packages(fleet.folders(worker), no_lock, fleet.environ)["PYTHONPATH"])
+        sites.append(node_environment(fleet.folders(worker), no_lock, fleet.environ)["PYTHONPATH"])
 
     threads = [threading.Thread(target=start, args=(worker,)) for worker in "ab"]
     for thread in threads:

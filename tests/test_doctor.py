@@ -25,8 +25,8 @@ from worker.doctor.volume_checks import find_mount
 from worker.errors import EnsureCancelled
 from worker.fetch.http import Network
 from worker.fetch.hub import Hub, credentials
+from worker.model_spec import parse_spec
 from worker.settings import Settings
-from worker.spec import parse_spec
 from worker.store import pod_links
 from worker.store.layout import Layout
 from worker.store.seals import Seal, whole_mtime, write_seal

@@ -10,8 +10,8 @@ import pytest
 
 from worker.base.progress import CancelToken, Listener, ModelProgress
 from worker.errors import EnsureCancelled, ModelError, VolumeReadOnly
+from worker.model_spec import HubFile, ModelSpec
 from worker.models.download_queue import DownloadQueue, JobWait
-from worker.spec import HubFile, ModelSpec
 from worker.store.download import ReadyModel
 
 if TYPE_CHECKING:

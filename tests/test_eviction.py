@@ -24,9 +24,9 @@ from worker.errors import VolumeFailed, VolumeFull
 from worker.fetch.http import Network
 from worker.fetch.hub import Hub, credentials
 from worker.fetch.ranges import RangeTuning
+from worker.model_spec import HubFile, ModelSpec
 from worker.models.sources import Sources
 from worker.pins import read_pins
-from worker.spec import HubFile, ModelSpec
 from worker.store.download import DownloadHooks
 from worker.store.eviction import ContentName, EvictionLimits, Pins, SealedContent, chosen_for_removal, survey_for_eviction
 from worker.store.layout import Layout

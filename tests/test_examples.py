@@ -26,10 +26,10 @@ from worker.graph.model_names import named_models
 from worker.graph.overrides import apply_overrides
 from worker.graph.paths import check_paths
 from worker.job import Request
+from worker.model_spec import HubFile
 from worker.models.catalog import Catalog
 from worker.models.sources import Sources
 from worker.settings import Settings
-from worker.spec import HubFile
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

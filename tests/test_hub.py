@@ -43,7 +43,7 @@ from worker.errors import (
 from worker.fetch.http import Credential, Network, origin, sendable_address, shown_address, what_failed
 from worker.fetch.hub import Hub, RemoteFile, credentials
 from worker.fetch.ranges import RangeFetch, RangeTuning
-from worker.spec import HubFile, Source, UrlSource
+from worker.model_spec import HubFile, Source, UrlSource
 from worker.store.partial import Partial, PartialTaken
 
 if TYPE_CHECKING:

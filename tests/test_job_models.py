@@ -14,9 +14,9 @@ import pytest
 from devkit.local_worker import PROJECT
 from worker.errors import EnsureCancelled, FileIncomplete, ManifestInvalid, ModelError, VolumeFailed
 from worker.links.model_links import LARGE_FOLDER, LinkReport, ModelLinks
+from worker.model_spec import HubFile, ModelSpec
 from worker.models.job_models import JobModels
 from worker.models.sources import Sources
-from worker.spec import HubFile, ModelSpec
 from worker.store.download import ReadyModel
 from worker.store.layout import Layout
 from worker.store.seals import Seal, write_seal

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from worker.base.files import write_atomically
 from worker.errors import UnsafePath
-from worker.spec import content_key
+from worker.model_spec import content_key
 from worker.store.layout import Layout, safe_parts, title_of_seal
 
 LAYOUT = Layout(Path("/volume"))

@@ -30,13 +30,13 @@ from tests.test_hub import certificate, fetch_all, moved, scripted, whole
 from worker.errors import NotAFile, ProxyUnusable, SourceRefused, SourceUnreachable, TokenMalformed, TokenRefused
 from worker.fetch.http import HttpChannel, Network
 from worker.fetch.hub import Hub, credentials
-from worker.spec import HubFile, UrlSource, parse_source
+from worker.model_spec import HubFile, UrlSource, parse_source
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from worker.spec import Source
+    from worker.model_spec import Source
 
 __all__ = ["certificate"]
 

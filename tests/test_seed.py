@@ -20,10 +20,10 @@ from devkit.local_worker import PROJECT
 from devkit.s3 import RunPodProxy, S3Server
 from worker.fetch.http import Network
 from worker.fetch.hub import Hub
+from worker.model_spec import HubFile, ModelSpec
 from worker.seed import seeding
 from worker.seed.s3_api import DATACENTERS
 from worker.seed.seed_command import FAILED, STOPPED, USAGE, run
-from worker.spec import HubFile, ModelSpec
 from worker.store.layout import Layout
 from worker.store.seals import read_seal
 from worker.store.store import Store

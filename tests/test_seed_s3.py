@@ -15,6 +15,7 @@ from devkit.hub import Hub as StandIn
 from devkit.s3 import RunPodProxy, S3Server
 from worker.fetch.http import Network
 from worker.fetch.hub import Hub, credentials
+from worker.model_spec import HubFile, ModelSpec, UrlSource
 from worker.seed import seed_command
 from worker.seed.errors import S3FileDiffers, S3KeysRefused, S3Unreachable, S3VolumeFull, S3VolumeNotFound
 from worker.seed.fill import S3Filler
@@ -22,7 +23,6 @@ from worker.seed.relay import RelayLoad
 from worker.seed.s3_api import S3Api, S3Keys, S3Place, s3_api_at
 from worker.seed.s3_volume import S3Volume
 from worker.seed.sibling import Sibling
-from worker.spec import HubFile, ModelSpec, UrlSource
 from worker.store.layout import Layout
 from worker.store.store import Store
 

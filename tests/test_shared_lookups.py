@@ -21,7 +21,7 @@ from worker.errors import EnsureCancelled, FileNotInRepo, RepoGated
 from worker.fetch.http import Network
 from worker.fetch.hub import Hub, RemoteFile, credentials
 from worker.fetch.ranges import RangeTuning
-from worker.spec import HubFile, ModelSpec, UrlSource
+from worker.model_spec import HubFile, ModelSpec, UrlSource
 from worker.store.layout import Layout
 from worker.store.seals import read_seal
 from worker.store.shared_lookups import SharedLookups

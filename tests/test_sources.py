@@ -23,8 +23,8 @@ from worker.errors import (
     SpecInvalid,
     SuffixNotAllowed,
 )
+from worker.model_spec import HubFile, ModelSpec, UrlSource, parse_spec
 from worker.models.sources import Sources
-from worker.spec import HubFile, ModelSpec, UrlSource, parse_spec
 
 HOSTS = ("huggingface.co", "civitai.com")
 SHA = "ab" * 32

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from devkit.local_worker import PROJECT
-from worker.engine.start_files import read_ahead
+from worker.engine.start_files import request_start_files
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -71,14 +71,14 @@ def test_the_parts_in_the_list_come_into_memory_and_no_others(tmp_path: Path) ->
     lines = [f"0-{4 * MIB},{40 * MIB}-{41 * MIB}\t{first}", f"0-{2 * MIB}\t{second}"]
     # A file that is gone, a path that is none, a line of another kind: the rest is read all the same.
     (tmp_path / "list").write_text("\n".join([f"0-4096\t{tmp_path}/gone", f"0-4096\t{tmp_path}", "no such line", "", *lines]))
-    read_ahead(tmp_path / "list")
+    request_start_files(tmp_path / "list")
     until(lambda: resident(first) >= 9 * MIB // 2 and resident(second) >= MIB * 3 // 4)  # a busy machine takes pages back
     assert resident(first) < 8 * MIB
 
 
 def test_without_a_list_nothing_happens(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("DEBUG")
-    read_ahead(tmp_path / "none")
+    request_start_files(tmp_path / "none")
     until(lambda: "files are not read ahead" in caplog.text)
     assert {record.levelname for record in caplog.records} == {"DEBUG"}
     until(lambda: not any(thread.name == "start-files" for thread in threading.enumerate()))

@@ -41,7 +41,7 @@ from worker.errors import (
 )
 from worker.fetch.http import Network
 from worker.fetch.hub import Hub, credentials
-from worker.spec import HubFile, ModelSpec, UrlSource
+from worker.model_spec import HubFile, ModelSpec, UrlSource
 from worker.store import pod_links
 from worker.store.inventory import Standing, look_up_file, not_ready
 from worker.store.layout import Layout

@@ -23,7 +23,7 @@ from worker.errors import VolumeFailed
 from worker.fetch.http import Network
 from worker.fetch.hub import Hub
 from worker.fetch.ranges import RangeTuning
-from worker.spec import HubFile, ModelSpec
+from worker.model_spec import HubFile, ModelSpec
 from worker.store.byte_ranges import Ranges
 from worker.store.layout import Layout
 from worker.store.store import LockTiming, Store

@@ -32,8 +32,8 @@ from devkit.local_worker import PROJECT
 from devkit.runpod import RunPodStandIn, bodies
 from devkit.runpod.market import MIG
 from scripts.make_catalog import fetch_wheel, specs_in, templates
+from worker.model_spec import HubFile
 from worker.models.catalog import Catalog
-from worker.spec import HubFile
 from worker.up import api, options, plan, runpod_offer, up_command
 from worker.up.api import ApiRetries, RunPodApi
 from worker.up.errors import ApiKeyMissing, StateInvalid, UpUsage

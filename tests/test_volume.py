@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from worker.base.volume import is_volume
+from worker.base.files import is_volume
 
 if TYPE_CHECKING:
     from pathlib import Path

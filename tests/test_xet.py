@@ -24,7 +24,7 @@ from worker.fetch.http import Network
 from worker.fetch.hub import Hub, RemoteFile, credentials
 from worker.fetch.ranges import RangeTuning
 from worker.fetch.xet import XetFetch
-from worker.spec import HubFile, ModelSpec
+from worker.model_spec import HubFile, ModelSpec
 from worker.store.layout import Layout
 from worker.store.locks import Locks
 from worker.store.partial import Partial, PartialTaken

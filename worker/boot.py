@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from worker.base.clock import RunningClock
+from worker.base.files import is_volume
 from worker.base.text import count
-from worker.base.volume import is_volume
 from worker.engine.custom_nodes import report_failed_nodes
 from worker.engine.definitions import StoredDefinitions
 from worker.engine.engine import Engine
@@ -37,16 +37,16 @@ from worker.store.host_cache import link_host_cache
 from worker.store.layout import Layout
 from worker.store.leases import Leases
 from worker.store.pod_links import layout_at
-from worker.warmup.run import warm_up
+from worker.warmup.warmup_workflow import warm_up
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
     from concurrent.futures import Future
 
     from worker.engine.process import EngineCommand, EngineProcess
+    from worker.model_spec import ModelSpec
     from worker.models.sources import Sources
     from worker.settings import Settings
-    from worker.spec import ModelSpec
     from worker.store.room import Room
     from worker.store.store import Stores
     from worker.warmup.warmup import Warmup

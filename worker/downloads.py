@@ -7,7 +7,7 @@ import urllib.request
 from functools import cache, partial
 from typing import TYPE_CHECKING
 
-from worker.base.volume import is_volume
+from worker.base.files import is_volume
 from worker.fetch.http import Network
 from worker.fetch.hub import Hub, credentials
 from worker.pins import read_pins

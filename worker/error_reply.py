@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from worker.base.text import shortened
+from worker.base.text import encodable, shortened
 from worker.errors import StartError
 
 if TYPE_CHECKING:
@@ -21,15 +21,6 @@ SENTENCE_CHARACTERS: Final = 4_000
 DETAIL_CHARACTERS: Final = 2_000
 DETAILS: Final = 50
 _READ_CHARACTERS: Final = 200_000
-
-
-def encodable(value: Any) -> Any:  # noqa: ANN401 - JSON
-    """Return a reply's JSON without characters that UTF-8 cannot encode. The SDK loses a result with an unpaired surrogate."""
-    if isinstance(value, str):
-        return value if value.isascii() else value.encode("utf-8", "replace").decode("utf-8")
-    if isinstance(value, dict):
-        return {encodable(key): encodable(inner) for key, inner in value.items()}
-    return [encodable(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def reply_sentence(text: str, redact: Callable[[str], str], most: int = SENTENCE_CHARACTERS) -> str:

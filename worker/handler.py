@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from worker.base.text import count
+from worker.base.text import count, encodable
 from worker.engine.event_loop import LoopAside
-from worker.error_reply import encodable, error_reply, reply_sentence, reply_sentences
+from worker.error_reply import error_reply, reply_sentence, reply_sentences
 from worker.errors import (
     DeliveryError,
     InternalError,

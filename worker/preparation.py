@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from worker.graph.model_names import NamedModel
     from worker.job import Request
     from worker.media.inputs import JobInputFiles
+    from worker.model_spec import ModelSpec
     from worker.models.download_queue import JobWait
     from worker.models.job_models import JobModels, Name
-    from worker.spec import ModelSpec
     from worker.store.leases import JobUse
     from worker.warmup.warmup import Warmup
     from worker.workflows import GraphToRun, RequestWorkflow, Workflows

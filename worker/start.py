@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from worker import __version__, logs
 from worker.engine.process import EngineCommand, EngineProcess, prepare_base_dir
-from worker.engine.start_files import read_ahead
+from worker.engine.start_files import request_start_files
 from worker.sdk.arguments import sdk_arguments
 from worker.settings import Settings, remarks
 
@@ -27,14 +27,14 @@ def run(argv: Sequence[str], environ: MutableMapping[str, str]) -> int:
     settings = Settings.from_env(environ)
     logs.configure_logs(settings.worker_log_level, settings.secrets())
     if settings.start_files:
-        read_ahead(settings.start_files)
+        request_start_files(settings.start_files)
     for remark in remarks(environ):
         logging.getLogger("worker").warning("%s", remark)
     arguments = sdk_arguments(settings, argv, environ, Path.cwd())
     command = EngineCommand.of(settings, environ)
     prepare_base_dir(settings)
     if (settings.volume_path / "custom_nodes").is_dir():  # one look if there are none
-        from worker.node_packages import with_custom_nodes  # noqa: PLC0415 - only where a volume has custom nodes
+        from worker.engine.custom_nodes import with_custom_nodes  # noqa: PLC0415 - only where a volume has custom nodes
 
         command = with_custom_nodes(settings, command)
     logging.getLogger("worker").info("comfyui-volume-worker %s", __version__)

@@ -18,10 +18,25 @@ T = TypeVar("T")
 
 FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 READ_ONLY: Final = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
+_HOST_CACHE: Final = "huggingface-cache"
 _NOT_THERE_YET: Final = frozenset({errno.ENOENT, errno.ESTALE})
 _SETTLE_S: Final = 3.0
 _LONGEST_STEM_BYTES: Final = 240
 _RENEW_S: Final = 15.0
+
+
+def is_volume(path: Path) -> bool:
+    """Return whether files in the folder outlive the container.
+
+    RunPod mounts the host's cache of models below /runpod-volume even for endpoints without a network volume. The folder above
+    it then belongs to the container: files there are lost with the container, and no other worker sees them.
+    """
+    try:
+        with os.scandir(path) as entries:
+            names = {entry.name for _, entry in zip(range(2), entries, strict=False)}
+    except OSError:
+        return False
+    return names != {_HOST_CACHE} or os.path.ismount(path)
 
 
 def free_bytes(path: Path) -> int | None:

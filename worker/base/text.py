@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 import unicodedata
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 if TYPE_CHECKING:
     from collections.abc import Sized
@@ -107,3 +107,15 @@ def shortened(text: str, most: int) -> str:
     mark = f" ... ({len(text)} characters) ... "
     end = max(0, (most - len(mark)) // 3)
     return text[: most - len(mark) - end] + mark + text[len(text) - end :]
+
+
+def encodable(value: Any) -> Any:  # noqa: ANN401 - JSON
+    """Return a text without characters that UTF-8 cannot encode, or JSON with such texts.
+
+    An unpaired surrogate comes from a request that quotes one, or from a file's name. The SDK would lose a result with one.
+    """
+    if isinstance(value, str):
+        return value if value.isascii() else value.encode("utf-8", "replace").decode("utf-8")
+    if isinstance(value, dict):
+        return {encodable(key): encodable(inner) for key, inner in value.items()}
+    return [encodable(inner) for inner in value] if isinstance(value, (list, tuple)) else value

@@ -19,8 +19,8 @@ from worker.doctor.findings import FolderCount, Severity, capped, first_names, l
 from worker.doctor.volume_checks import LOCK, entries, names_in
 from worker.errors import ManifestInvalid
 from worker.links.scan import IN_FLIGHT, Scan
+from worker.model_spec import WEIGHT_SUFFIXES
 from worker.models.sources import Sources
-from worker.spec import WEIGHT_SUFFIXES
 from worker.store.byte_ranges import Ranges
 from worker.store.inventory import Standing, look_at_file
 from worker.store.layout import title_of_seal
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from worker.doctor.findings import Finding, Subject
     from worker.links.scan import ScannedFolder
-    from worker.spec import ModelSpec
+    from worker.model_spec import ModelSpec
     from worker.store.inventory import InventoryEntry
     from worker.store.layout import Layout
 

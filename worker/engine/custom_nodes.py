@@ -26,18 +26,21 @@ import shutil
 import socket
 import subprocess
 import tempfile
+import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from worker.base.files import write_atomically
 from worker.base.text import count
+from worker.store.layout import Layout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
 
+    from worker.engine.process import EngineCommand
     from worker.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -69,10 +72,24 @@ class NodeFolders:
         return cls(volume / "custom_nodes", base_dir / "custom_nodes", volume / ".worker" / "nodes", python)
 
 
-def node_packages(
+def with_custom_nodes(settings: Settings, command: EngineCommand) -> EngineCommand:
+    """Link the volume's custom nodes and install their packages, before ComfyUI imports them. A node never raises."""
+
+    def once(key: str, done: Callable[[], bool]) -> AbstractContextManager[object]:
+        from worker.store.locks import Locks, LockTiming  # noqa: PLC0415 - 60 ms, only for the worker that installs packages
+
+        worker = settings.runpod_pod_id or socket.gethostname()
+        locks = Locks(Layout(settings.volume_path), worker, LockTiming(patience_s=INSTALL_TIMEOUT_S))
+        return locks.hold(key, published=done, cancel=threading.Event(), name="the custom nodes' packages")
+
+    folders = NodeFolders.below(settings.volume_path, settings.base_dir, settings.comfyui_python)
+    return replace(command, environ=node_environment(folders, once, command.environ))
+
+
+def node_environment(
     folders: NodeFolders, once: Callable[[str, Callable[[], bool]], AbstractContextManager[object]], environ: Mapping[str, str]
 ) -> dict[str, str]:
-    """Link the volume's nodes and install their packages. Return the environment for ComfyUI.
+    """Link the volume's custom nodes and install their packages. Return the environment for ComfyUI.
 
     `once(key, done)` is a lock across workers: its body runs when the lock is held, or when `done()` is true, or when waiting
     makes no sense any more. A node's failure never raises: it is logged, and ComfyUI starts.

@@ -31,8 +31,8 @@ _THREADS: Final = 4
 _REQUEST_BYTES: Final = 128 << 10
 
 
-def read_ahead(listed: Path) -> None:
-    """Begin to request the parts of files in a list; return at once. Do nothing without a list."""
+def request_start_files(listed: Path) -> None:
+    """Begin to request the parts of files that a start reads, by a list; return at once. Do nothing without a list."""
     threading.Thread(target=_request_all, args=(listed,), name="start-files", daemon=True).start()
 
 
@@ -53,7 +53,7 @@ def _request_all(listed: Path) -> None:
 
 
 def _request(lines: deque[str]) -> None:
-    """Request line by line, beside other threads that do the same."""
+    """Request the start's files line by line, beside other threads that do the same."""
     with suppress(IndexError):
         while True:
             line = lines.popleft()

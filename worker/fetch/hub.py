@@ -57,7 +57,7 @@ from worker.fetch.http import (
     token_refused,
     what_failed,
 )
-from worker.spec import HubFile, Source, UrlSource, at_endpoint, content_key, modelscope_listing
+from worker.model_spec import HubFile, Source, UrlSource, at_endpoint, content_key, modelscope_listing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

@@ -16,7 +16,7 @@ from worker.comfyui_data import known
 from worker.errors import WorkflowInvalid
 from worker.graph.graph import Graph, is_link, strings_in, with_inputs, with_strings
 from worker.graph.paths import PATH_MAX_BYTES, SEPARATORS, escapes, is_prompt
-from worker.spec import WEIGHT_SUFFIXES
+from worker.model_spec import WEIGHT_SUFFIXES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from worker.base.text import quotable
 from worker.errors import UnsafePath
 from worker.graph.graph import Graph, is_link, strings_in
-from worker.spec import WEIGHT_SUFFIXES
+from worker.model_spec import WEIGHT_SUFFIXES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

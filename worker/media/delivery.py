@@ -20,8 +20,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
-from worker.base.text import count, size_text
-from worker.base.volume import is_volume
+from worker.base.files import is_volume
+from worker.base.text import count, encodable, size_text
 from worker.errors import BucketFailed, OutputElsewhere, OutputGone, ResultTooLarge
 from worker.job import OutputItem, Result
 from worker.media.address_guard import AddressRules
@@ -33,7 +33,6 @@ from worker.media.outputs import (
     Output,
     OutputFiles,
     missing_output_sentences,
-    without_surrogates,
 )
 from worker.media.picture_formats import PictureEncoding
 from worker.media.s3 import S3Target
@@ -173,7 +172,7 @@ class Delivery:
             raise OutputGone(again[0].path, frozenset(item.node_id for item in again))
         if missing and not found:
             raise OutputElsewhere(missing[0].path, missing=[str(item) for item in missing])
-        said = [without_surrogates(text) for text in (*warnings, *missing_output_sentences(nodes, collected, silent))]
+        said = [encodable(text) for text in (*warnings, *missing_output_sentences(nodes, collected, silent))]
         files = {item.source: item.size_bytes for item in found if isinstance(item.source, Path)}
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._kept.using(files))

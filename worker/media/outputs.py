@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from worker.base.text import shortened
+from worker.base.text import encodable, shortened
 from worker.errors import OutputGone
 
 if TYPE_CHECKING:
@@ -164,9 +164,9 @@ class OutputFiles:
 
     def _file(self, kind: str, node_id: str, entry: Mapping[str, Any], folder: str) -> Output | MissingOutput:
         name, subfolder = entry["filename"], str(entry.get("subfolder") or "")
-        listed = without_surrogates(f"{subfolder}/{name}" if subfolder else name)
+        listed = encodable(f"{subfolder}/{name}" if subfolder else name)
         if folder not in self._folders:
-            return MissingOutput(node_id, listed, without_surrogates(shortened(folder, _SHOWN_CHARACTERS)), outside=True)
+            return MissingOutput(node_id, listed, encodable(shortened(folder, _SHOWN_CHARACTERS)), outside=True)
         path = self._folders[folder] / subfolder / name
         # Resolving every part of the path costs more than all the rest. A plain file directly in the folder is nowhere else.
         linked = os.path.islink(path)  # noqa: PTH114 - Path.is_symlink raises for a name that is too long
@@ -176,10 +176,8 @@ class OutputFiles:
         found = _stat_output(path)
         if found is None:
             return MissingOutput(node_id, listed, folder, outside=False)
-        name = without_surrogates(path.name)
-        return Output(
-            kind, node_id, name, without_surrogates(subfolder), media_type(path.name), found.st_size, path, _stamp(found)
-        )
+        name = encodable(path.name)
+        return Output(kind, node_id, name, encodable(subfolder), media_type(path.name), found.st_size, path, _stamp(found))
 
     @staticmethod
     def check_same(found: Sequence[Output]) -> None:
@@ -205,8 +203,8 @@ class OutputFiles:
         if found is None:
             return None
         subfolder = str(path.relative_to(root).parent)
-        subfolder = "" if subfolder == "." else without_surrogates(subfolder)
-        name = without_surrogates(path.name)
+        subfolder = "" if subfolder == "." else encodable(subfolder)
+        name = encodable(path.name)
         return Output("files", node_id, name, subfolder, media_type(path.name), found.st_size, path, _stamp(found))
 
 
@@ -254,17 +252,12 @@ def media_type(filename: str) -> str:
     return _MEDIA_TYPES.get(suffix) or mimetypes.guess_type(filename)[0] or "application/octet-stream"
 
 
-def without_surrogates(text: str) -> str:
-    """Return an output's text without unpaired surrogates, which UTF-8 cannot encode: the SDK would lose the result."""
-    return text.encode("utf-8", "replace").decode("utf-8")
-
-
 def _output_texts(node_id: str, output: Mapping[str, Any], more: Iterable[str]) -> Iterator[Output]:
     """Yield the texts of the output keys that are meant for them, then those of other keys, each of these once."""
     values = [value for key in _TEXT_KEYS for value in _entries(output.get(key)) if value is not None and not _is_file(value)]
     texts = [value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str) for value in values]
     texts += [text for text in more if text not in texts]
-    for index, text in enumerate(map(without_surrogates, texts)):
+    for index, text in enumerate(map(encodable, texts)):
         yield Output("text", node_id, f"text_{_safe(node_id)}_{index}.txt", "", "text/plain", len(text.encode()), text)
 
 

@@ -7,8 +7,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from worker.model_spec import ModelSpec, parse_spec
 from worker.models.lists import names_entry, values_of_entry
-from worker.spec import ModelSpec, parse_spec
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence

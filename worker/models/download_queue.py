@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Sequence
 
     from worker.base.progress import CancelToken, Listener, ModelProgress
-    from worker.spec import ModelSpec
+    from worker.model_spec import ModelSpec
     from worker.store.download import ReadyModel
 
 log = logging.getLogger(__name__)

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Literal
 
 from worker.base.text import unicode_form, unicode_forms
 from worker.errors import EnsureCancelled, FileIncomplete, ManifestInvalid, volume_error
+from worker.model_spec import WEIGHT_SUFFIXES
 from worker.models.download_queue import DownloadQueue
-from worker.spec import WEIGHT_SUFFIXES
 from worker.store.eviction import redownload_spec
 from worker.store.inventory import not_ready, trouble_of
 from worker.store.tombstones import removed_folders, tombstone_of
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
     from worker.base.progress import CancelToken
     from worker.links.model_links import ModelLinks, VisibleFile
+    from worker.model_spec import ModelSpec
     from worker.models.download_queue import Ensurer, JobWait
     from worker.models.sources import Sources
-    from worker.spec import ModelSpec
     from worker.store.download import ReadyModel
     from worker.store.layout import Layout
     from worker.store.leases import JobUse, Leases

@@ -12,7 +12,7 @@ from worker.errors import ManifestInvalid, SpecInvalid
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
-    from worker.spec import ModelSpec
+    from worker.model_spec import ModelSpec
 
 
 class ModelList(Protocol):

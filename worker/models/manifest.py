@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from worker.comfyui_data import known
 from worker.errors import ManifestInvalid
+from worker.model_spec import ModelSpec, check_spec
 from worker.models.lists import OTHER_WORDS, SpecList, is_same_file, is_sha256, unknown_entry_fields, values_of_entry
-from worker.spec import ModelSpec, check_spec
 
 if TYPE_CHECKING:
     import os

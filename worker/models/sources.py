@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 from worker.editor.embedded_models import embedded_models
 from worker.errors import AmbiguousModel, ManifestInvalid, ModelsInvalid, RequestError, WorkerError
+from worker.model_spec import ModelSpec, check_from_request, parse_spec
 from worker.models.catalog import CATALOG, Catalog
 from worker.models.lists import ModelList, SpecList, check_entry_fields, is_same_file, names_entry, values_of_entry
 from worker.models.manifest import VolumeManifest, empty_if_wrong, environment_manifest, parse_short_line, parse_short_lines
-from worker.spec import ModelSpec, check_from_request, parse_spec
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from worker.errors import WorkerError
     from worker.graph.model_names import NamedModel
-    from worker.spec import ModelSpec
+    from worker.model_spec import ModelSpec
 
 
 class ItemState(StrEnum):

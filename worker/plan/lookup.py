@@ -30,10 +30,10 @@ if TYPE_CHECKING:
     from worker.base.progress import CancelToken
     from worker.fetch.hub import Hub, RemoteFile
     from worker.graph.model_names import NamedModel
+    from worker.model_spec import ModelSpec
     from worker.models.lists import ModelList
     from worker.plan.places import Places
     from worker.settings import Settings
-    from worker.spec import ModelSpec
 
 _ASK_AT_ONCE: Final = 16
 

@@ -15,7 +15,7 @@ from worker.comfyui_data import known
 from worker.editor.convert import classes_to_convert, convert
 from worker.editor.saved_workflow import read_saved_workflow
 from worker.errors import UiWorkflowInvalid
-from worker.spec import WEIGHT_SUFFIXES
+from worker.model_spec import WEIGHT_SUFFIXES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

@@ -8,9 +8,8 @@ import os
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from worker.base.files import free_bytes
+from worker.base.files import free_bytes, is_volume
 from worker.base.text import size_text, unicode_forms
-from worker.base.volume import is_volume
 from worker.errors import VolumeFull, VolumeMissing, VolumeReadOnly, no_volume
 from worker.models.sources import Sources
 from worker.pins import read_pins
@@ -29,9 +28,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from worker.fetch.hub import RemoteFile
+    from worker.model_spec import ModelSpec
     from worker.plan.items import Plan
     from worker.settings import Settings
-    from worker.spec import ModelSpec
 
 
 @dataclass(frozen=True, slots=True)

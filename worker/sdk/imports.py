@@ -34,7 +34,7 @@ def import_sdk(arguments: Sequence[str], environ: Mapping[str, str]) -> None:
         importlib.import_module("runpod.serverless.modules.rp_fastapi")
     if takes_jobs(arguments, environ):
         check_sdk()
-        importlib.import_module("worker.sdk.queue")
+        importlib.import_module("worker.sdk.job_loop")
 
 
 @contextlib.contextmanager

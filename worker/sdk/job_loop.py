@@ -29,11 +29,13 @@ from runpod.serverless.modules.rp_job import _job_get_url, get_stop_signals, han
 from worker.base.clock import within
 from worker.base.retry import TRANSIENT, pause_s
 from worker.errors import InputNotJson, InternalError, ResultRefused
+from worker.sdk.progress_posts import ProgressPosts
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Mapping
 
     from worker.base.clock import RunningClock
+    from worker.boot import Worker
     from worker.errors import WorkerError
 
 log = logging.getLogger(__name__)
@@ -522,3 +524,26 @@ async def _rest_of_poll(poll: asyncio.Task[bytes], line: _Poll) -> bytes:
         return await poll
     poll.cancel()
     return b""
+
+
+def job_config(worker: Worker) -> dict[str, Any]:
+    """Return the SDK's config for a job loop that takes RunPod's jobs and posts their progress."""
+
+    async def handle(job: dict[str, Any]) -> dict[str, Any]:
+        async with ProgressPosts(job, lambda: loop.session) as posts:
+            engine_free = partial(loop.engine_free, job["id"])
+            try:
+                result = await worker.loop.run(worker.handler.handle(job, posts.tell, engine_free))
+            except asyncio.CancelledError:
+                if worker.handler.refreshes:
+                    loop.leave()
+                raise
+        if await loop.is_last(job["id"], asks=result.pop("refresh_worker", False)):
+            result["refresh_worker"] = True  # the SDK turns it into `stopPod`
+        return result
+
+    made = {"handler": handle}
+    loop = JobLoop(made, worker.clock, lambda: worker.failed)
+    loop.take_the_place()
+    worker.leave = loop.leave_soon
+    return made

@@ -24,9 +24,9 @@ def serve(worker: Worker, arguments: Sequence[str], environ: Mapping[str, str]) 
     sys.argv[1:] = arguments  # the SDK parses sys.argv itself
     print("worker-comfyui - Starting handler...", flush=True)  # noqa: T201 - a line that people's checks look for
     if takes_jobs(arguments, environ):
-        from worker.sdk.queue import config  # noqa: PLC0415 - imported by import_sdk, after it looked at the SDK's parts
+        from worker.sdk.job_loop import job_config  # noqa: PLC0415 - imported by import_sdk, after it looked at the SDK's parts
 
-        runpod.serverless.start(config(worker))
+        runpod.serverless.start(job_config(worker))
         # The heartbeat is a daemon process, which would end with this one, but only after everything else.
         for child in multiprocessing.active_children():
             child.kill()  # forked beside running threads, it may be stuck and deaf to SIGTERM

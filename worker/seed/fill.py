@@ -21,20 +21,20 @@ from worker.seed.errors import S3Failed, SeedError
 from worker.seed.outcome import NEWER, Outcome
 from worker.seed.relay import Relay, RelayLoad, RelayUpload
 from worker.seed.s3_api import UploadGone
+from worker.store.download import ATTEMPTS, WrongFiles
 from worker.store.inventory import Standing
 from worker.store.seals import new_seal
-from worker.store.verification import ATTEMPTS, WrongFiles
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from worker.base.progress import CancelToken, Listener, Phase
     from worker.fetch.hub import Hub, RemoteFile
+    from worker.model_spec import ModelSpec
     from worker.seed.outcome import How
     from worker.seed.s3_volume import S3Volume
     from worker.seed.sibling import Sibling
     from worker.seed.volumes import SeedVolume
-    from worker.spec import ModelSpec
     from worker.store.store import Store
 
 log = logging.getLogger(__name__)

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from worker.base.progress import ModelProgress
 from worker.base.text import count, size_text
 from worker.errors import EnsureCancelled, SpecInvalid, WorkerError
+from worker.model_spec import HubFile, ModelSpec, parse_source
 from worker.seed.errors import SeedUsage
 from worker.seed.outcome import Outcome
 from worker.seed.screen import least_used_table, sealed_table, summary_table, verification_table
 from worker.seed.seeding import FAILED, seed_models, seeding_status
-from worker.spec import HubFile, ModelSpec, parse_source
 from worker.store.eviction import chosen_for_removal, idle_text
 from worker.store.inventory import Standing
 

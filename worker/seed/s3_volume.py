@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
     from worker.base.progress import CancelToken
     from worker.fetch.hub import RemoteFile
+    from worker.model_spec import ModelSpec
     from worker.seed.outcome import How
     from worker.seed.s3_api import S3Api, S3Head
-    from worker.spec import ModelSpec
 
 log = logging.getLogger(__name__)
 

@@ -16,12 +16,12 @@ from rich.text import Text
 from worker.base.progress import ModelProgress
 from worker.base.text import count, size_text
 from worker.errors import EnsureCancelled, VolumeFull, WorkerError
+from worker.model_spec import HubFile
 from worker.plan.items import ItemState
 from worker.plan.lookup import ask_sources
 from worker.seed.errors import ModelUnavailable, SeedUsage
 from worker.seed.outcome import NEWER, Outcome
 from worker.seed.screen import dry_run_table, summary_table
-from worker.spec import HubFile
 from worker.store.inventory import Standing
 
 if TYPE_CHECKING:
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 
     from worker.base.progress import CancelToken
     from worker.fetch.hub import Hub
+    from worker.model_spec import ModelSpec
     from worker.models.sources import Sources
     from worker.plan.items import PlanItem
     from worker.seed.context import SeedContext, SeedTarget
     from worker.seed.fill import Filler
     from worker.seed.screen import SeedScreen
     from worker.seed.volumes import SeedVolume
-    from worker.spec import ModelSpec
     from worker.store.inventory import InventoryEntry
 
 

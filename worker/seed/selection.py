@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 from worker.comfyui_data import known
 from worker.errors import FileNotInRepo, ManifestInvalid, RequestError, WorkflowUnknown
 from worker.graph.rejection import NodeOrigin, unknown_nodes
+from worker.model_spec import HubFile, ModelSpec, parse_source, parse_spec
 from worker.models.catalog import Catalog
 from worker.models.lists import SpecList
 from worker.models.sources import Sources
@@ -24,7 +25,6 @@ from worker.plan.document import PlanDocument, UnreadableDocument, is_text, read
 from worker.plan.items import ItemState, PlanItem
 from worker.plan.lookup import item_of_spec, look_up_name
 from worker.seed.errors import SeedUsage, WhatUnknown
-from worker.spec import HubFile, ModelSpec, parse_source, parse_spec
 from worker.volume_workflows import decode_workflow
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     from worker.base.progress import CancelToken
     from worker.fetch.ranges import RangeTuning, Sink
+    from worker.model_spec import ModelSpec
     from worker.seed.s3_volume import S3Volume
-    from worker.spec import ModelSpec
     from worker.store.seals import Seal
 
 _TICK_S: Final = 0.2

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from worker.base.progress import CancelToken
     from worker.fetch.hub import RemoteFile
-    from worker.spec import ModelSpec
+    from worker.model_spec import ModelSpec
     from worker.store.layout import Layout
 
 

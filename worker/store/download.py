@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Final, Literal
 from worker.base.files import FULL, free_bytes, patiently, sync_folder
 from worker.base.progress import ModelProgress, metered
 from worker.base.text import size_text
-from worker.errors import EnsureCancelled, ModelError, SourceChanged, SourceRefused, VolumeFull
+from worker.errors import ContentMismatch, EnsureCancelled, ModelError, NotAFile, SourceChanged, SourceRefused, VolumeFull
 from worker.fetch.blocking_call import abandonable
 from worker.fetch.ranges import RangeFetch, RangeTuning
 from worker.fetch.xet import XetFetch
@@ -30,7 +30,6 @@ from worker.store.inventory import file_stamp
 from worker.store.partial import Partial, PartialStuck, PartialTaken, PartialWriteFailed, sweep_partials
 from worker.store.seals import Seal, new_seal, stat_file, whole_mtime, write_seal
 from worker.store.tombstones import forget_tombstone, tombstone_of
-from worker.store.verification import WrongFiles, check_unhashed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,12 +38,15 @@ if TYPE_CHECKING:
     from worker.base.progress import CancelToken, Listener, Phase
     from worker.fetch.hub import Hub, RemoteFile
     from worker.fetch.ranges import Sink
-    from worker.spec import ModelSpec
+    from worker.model_spec import ModelSpec
     from worker.store.layout import Layout
     from worker.store.locks import LockResult
     from worker.store.room import Room
 
 log = logging.getLogger(__name__)
+
+ATTEMPTS: Final = 3
+"""How often a whole file is downloaded because it arrived wrong."""
 
 How = Literal["ready", "adopted", "host_cache", "downloaded", "by_hand"]
 
@@ -368,3 +370,35 @@ def _discard_if_full(partial: Partial, error: OSError) -> None:
     if error.errno in FULL:
         with contextlib.suppress(OSError):
             partial.discard()
+
+
+class WrongFiles:
+    """The wrong files that failed verification for one model so far."""
+
+    def __init__(self, model: str, remote: RemoteFile) -> None:
+        self._model = model
+        self._remote = remote
+        self._seen: set[str] = set()
+
+    def add(self, actual: str) -> None:
+        """Raise `ContentMismatch` if the same wrong file arrived twice, which is no coincidence. Otherwise retry."""
+        promised = self._remote.sha256 or f"that of the git blob {self._remote.git_sha1}"
+        log.warning("%s arrived with the sha256 %s, not %s: discarded", self._model, actual, promised)
+        if actual in self._seen or len(self._seen) + 1 == ATTEMPTS:
+            raise ContentMismatch(self._remote.where, "sha256", promised, actual)
+        self._seen.add(actual)
+
+
+def check_unhashed(remote: RemoteFile, misfit: str | None, stated_bytes: Callable[[], int | None]) -> None:
+    """Verify a download without a hash: what the first bytes say it is (`misfit`), and the length that its header states.
+
+    Raises `NotAFile` and `ContentMismatch`.
+    """
+    if misfit:
+        raise NotAFile(remote.where, misfit)
+    if remote.sha256 is not None:
+        return
+    stated = stated_bytes()
+    if stated != remote.size_bytes:
+        promised = "its safetensors header says" if stated is None else str(stated)
+        raise ContentMismatch(remote.where, "size", promised, str(remote.size_bytes))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from worker.base.files import free_bytes
 from worker.base.text import count, duration_text, size_text
 from worker.errors import SpecInvalid, UnsafePath
-from worker.spec import HubFile, ModelSpec, parse_source
+from worker.model_spec import HubFile, ModelSpec, parse_source
 from worker.store.inventory import ready_file
 from worker.store.layout import split_title, title_of_seal
 from worker.store.leases import ANY, LeasedTitles, LeaseTiming, Usage, normal_title

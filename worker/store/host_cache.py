@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from worker.errors import FileUnusable
-from worker.spec import HubFile
+from worker.model_spec import HubFile
 from worker.store.file_formats import check_whole
 from worker.store.inventory import Standing, look_at_file
 from worker.store.seals import read_seal, stat_file
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from worker.spec import ModelSpec
+    from worker.model_spec import ModelSpec
     from worker.store.inventory import InventoryEntry
     from worker.store.layout import Layout
 

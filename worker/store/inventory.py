@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
     from pathlib import Path
 
-    from worker.spec import ModelSpec
+    from worker.model_spec import ModelSpec
     from worker.store.layout import Layout
     from worker.store.seals import Seal
 

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Final
 from worker.base.files import free_bytes
 from worker.base.text import duration_text, size_text
 from worker.errors import ContentMismatch, EnsureCancelled, WorkerError
-from worker.spec import ModelSpec
+from worker.model_spec import ModelSpec
 from worker.store.download import DownloadHooks
 from worker.store.eviction import (
     EvictionJudge,

@@ -10,14 +10,14 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 
 from worker.base.files import write_atomically
-from worker.spec import HubFile
+from worker.model_spec import HubFile
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
     from worker.fetch.hub import RemoteFile
-    from worker.spec import ModelSpec
+    from worker.model_spec import ModelSpec
 
 VERSION: Final = 1
 _MAX_BYTES: Final = 64 * 1024

@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 
     from worker.base.progress import CancelToken, Listener, ModelProgress
     from worker.fetch.hub import Hub, RemoteFile
-    from worker.spec import ModelSpec
+    from worker.model_spec import ModelSpec
     from worker.store.layout import Layout
     from worker.store.room import Room
     from worker.store.shared_lookups import SharedAnswer

@@ -15,8 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from worker.base.files import is_volume
 from worker.base.text import count
-from worker.base.volume import is_volume
 from worker.errors import UnsafePath, WorkerError
 from worker.graph.graph import parse_graph
 from worker.graph.model_names import named_models, with_slashes

@@ -1,4 +1,4 @@
-"""A model file and its source: `ModelSpec`, and the addresses that people write. Pure."""
+"""The description of a model file and its source: `ModelSpec`, and the addresses that people write. Pure."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _NAME_MAX_BYTES = 1024
 
 @dataclass(frozen=True, slots=True)
 class HubFile:
-    """The source of a model in a repository on Hugging Face, or on the mirror that `HF_ENDPOINT` names."""
+    """The source in a model spec: a file in a repository on Hugging Face, or on the mirror that `HF_ENDPOINT` names."""
 
     repo: str
     path: str
@@ -65,7 +65,7 @@ class HubFile:
 
 @dataclass(frozen=True, slots=True)
 class UrlSource:
-    """The source of a model behind a plain address. Its text form hides possible secrets; `url` does not."""
+    """The source in a model spec: a plain address. Its text form hides possible secrets; `url` does not."""
 
     url: str
 
@@ -94,7 +94,7 @@ Source: TypeAlias = HubFile | UrlSource
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """One model file: its place under `models/` and its source.
+    """The spec of one model file: its place under `models/` and its source.
 
     An instance is always valid: folder and name are relative and stay in their folder, `sha256` is 64 lower-case hex digits.
 
@@ -126,7 +126,7 @@ def parse_spec(
     sha256: object = None,
     size_bytes: object = None,
 ) -> ModelSpec:
-    """Return the model that these values describe. Without `name` it has its source's file name.
+    """Return the spec of the model that these values describe. Without `name` it has its source's file name.
 
     Raises:
         SpecInvalid: naming the first wrong field and what would be right.
@@ -145,7 +145,7 @@ def check_spec(
     sha256: object = None,
     size_bytes: object = None,
 ) -> tuple[ModelSpec | None, tuple[SpecInvalid, ...]]:
-    """Return the model and no problems, or None and a problem for each wrong field. Otherwise like `parse_spec`."""
+    """Return a model's spec and no problems, or None and a problem for each wrong field. Otherwise like `parse_spec`."""
     model = name if isinstance(name, str) else None
     problems: list[SpecInvalid] = []
 
@@ -264,7 +264,7 @@ def _check_size(value: object, model: str | None) -> None:
 
 
 def parse_source(text: object, *, model: str | None = None) -> Source:
-    """Return the source that an address means. The different spellings of one file on Hugging Face give one `HubFile`.
+    """Return the source in a model spec, of an address. All spellings of one file on Hugging Face give one `HubFile`.
 
     Accepted are `hf://org/repo/path[@revision]` (also `hf://org/repo@revision/path`, and `hf://datasets/...`), links from
     Hugging Face's pages with `resolve`, `blob` or `raw` in them, Civitai's download addresses and those of its pages that name
@@ -290,7 +290,7 @@ def parse_source(text: object, *, model: str | None = None) -> Source:
 
 
 class _MalformedSource(Exception):  # noqa: N818 - never leaves this module
-    """A problem with the address of a model's source, as the end of a sentence."""
+    """A problem with the address in a model spec, as the end of a sentence."""
 
 
 _HUB_FORM = "write hf://org/repo/path/to/file, with @revision at the end for another one than main"

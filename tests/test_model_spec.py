@@ -8,9 +8,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker import spec
 from worker.errors import HostNotAllowed, SpecInvalid, SuffixNotAllowed
-from worker.spec import HubFile, ModelSpec, Source, UrlSource, check_from_request, check_spec, parse_source, parse_spec
+from worker.model_spec import (
+    HubFile,
+    ModelSpec,
+    Source,
+    UrlSource,
+    at_endpoint,
+    check_from_request,
+    check_spec,
+    modelscope_listing,
+    parse_source,
+    parse_spec,
+)
 
 HOSTS = ("huggingface.co", "civitai.com")
 FILE = HubFile("org/repo", "a.safetensors")
@@ -324,24 +334,24 @@ MODELSCOPE = "https://modelscope.cn/models/org/name/resolve/master/deep/x.safete
     ],
 )
 def test_a_file_on_modelscope_has_one_address(text: str) -> None:
-    source = spec.parse_source(text)
-    assert source == spec.UrlSource(MODELSCOPE)
+    source = parse_source(text)
+    assert source == UrlSource(MODELSCOPE)
     assert (source.host, source.file_name) == ("modelscope.cn", "x.safetensors")
-    assert spec.modelscope_listing(source) == (
+    assert modelscope_listing(source) == (
         "https://modelscope.cn/api/v1/models/org/name/repo/files?Revision=master&Root=deep",
         "deep/x.safetensors",
     )
-    assert spec.modelscope_listing(spec.UrlSource("https://example.com/models/org/name/resolve/master/x.safetensors")) is None
+    assert modelscope_listing(UrlSource("https://example.com/models/org/name/resolve/master/x.safetensors")) is None
 
 
 def test_a_page_of_modelscope_is_no_file() -> None:
     with pytest.raises(SpecInvalid, match="page of ModelScope"):
-        spec.parse_source("https://modelscope.cn/models/org/name/files")
+        parse_source("https://modelscope.cn/models/org/name/files")
 
 
 def test_addresses_of_the_mirror_are_the_hubs() -> None:
     mirror = "https://nexus.example.com/repository/hf"
-    found = spec.at_endpoint(spec.UrlSource(f"{mirror}/org/repo/resolve/main/deep/x.safetensors?download=true"), mirror)
-    assert found == spec.HubFile("org/repo", "deep/x.safetensors")
+    found = at_endpoint(UrlSource(f"{mirror}/org/repo/resolve/main/deep/x.safetensors?download=true"), mirror)
+    assert found == HubFile("org/repo", "deep/x.safetensors")
     for other in (f"{mirror}/org/repo", "https://nexus.example.com/repository/hf2/org/repo/resolve/main/x.safetensors"):
-        assert spec.at_endpoint(spec.UrlSource(other), mirror) == spec.UrlSource(other)
+        assert at_endpoint(UrlSource(other), mirror) == UrlSource(other)
