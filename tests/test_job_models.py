@@ -137,7 +137,7 @@ def test_deciding_that_nothing_is_left_imports_nothing_that_fetches(machine: Mac
     code = """
 import sys
 from pathlib import Path
-from worker.boot import build_store, read_sources
+from worker.boot import load_stores, read_sources
 from worker.store.layout import Layout
 from worker.links.model_links import ModelLinks
 from worker.models.job_models import JobModels
@@ -145,7 +145,7 @@ from worker.settings import Settings
 settings = Settings.from_env({"COMFYUI_BASE_DIR": sys.argv[1], "VOLUME_PATH": sys.argv[2]})
 base, volume = Path(sys.argv[1]), Layout(Path(sys.argv[2]))
 links = ModelLinks(base / "models", [volume.models])
-job_models = JobModels(links, [volume], base, lambda: read_sources(settings), lambda: build_store(settings))
+job_models = JobModels(links, [volume], base, lambda: read_sources(settings), lambda: load_stores(settings))
 wanted = job_models.manifest()
 job_models.fetch_behind(wanted)
 job_models.fetch_first(wanted)

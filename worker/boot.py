@@ -135,13 +135,13 @@ class Worker:
         self.clock = RunningClock().start()
         self._links = ModelLinks(models, roots, within=[settings.volume_path], host_cache=_host_cache_links(settings))
         self._leases = Leases(volume, _worker_name(settings)) if is_volume(settings.volume_path) else None
-        self._room = build_room(settings, self._leases, self.clock) if self._leases else None
+        self._room = room_if_limited(settings, self._leases, self.clock) if self._leases else None
         self._job_models = JobModels(
             self._links,
             [volume, local],
             _host_cache_links(settings),
             lambda: read_sources(settings),
-            lambda: build_store(settings, self._room, self.clock),
+            lambda: load_stores(settings, self._room, self.clock),
             hosts=settings.request_hosts,
             leases=self._leases,
         )
@@ -328,8 +328,8 @@ def read_sources(settings: Settings) -> Sources:
     return Sources.gather(volume_manifest=manifest, manifest=settings.models_manifest, models=settings.models)
 
 
-def build_room(settings: Settings, leases: Leases, clock: Callable[[], float]) -> Room | None:
-    """Build what the booted worker makes room on the volume with, where the settings limit how full it may get."""
+def room_if_limited(settings: Settings, leases: Leases, clock: Callable[[], float]) -> Room | None:
+    """Build what the booted worker makes room on the volume with, if the settings limit how full it may get."""
     if settings.volume_keep_gb is None and settings.volume_free_gb is None:
         return None
     from worker import downloads  # noqa: PLC0415 - 0.2 s, only for workers that remove models
@@ -337,8 +337,8 @@ def build_room(settings: Settings, leases: Leases, clock: Callable[[], float]) -
     return downloads.build_room(settings, _worker_name(settings), leases, lambda: read_sources(settings), clock)
 
 
-def build_store(settings: Settings, room: Room | None = None, clock: Callable[[], float] = time.monotonic) -> Stores:
-    """Build the stores of the booted worker: the volume's, with the container's disk as fallback."""
+def load_stores(settings: Settings, room: Room | None = None, clock: Callable[[], float] = time.monotonic) -> Stores:
+    """Build, for the booted worker, the stores that its first missing model needs."""
     from worker import downloads  # noqa: PLC0415 - 0.2 s, only for workers that miss a model
 
     return downloads.build_store(settings, _worker_name(settings), room, clock)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def build_room(
     settings: Settings, worker: str, leases: Leases, read_sources: Callable[[], Sources], clock: Callable[[], float]
 ) -> Room:
-    """Return what makes room on the volume, whose fullness the settings limit."""
+    """Build what makes room for downloads on the volume, whose fullness the settings limit."""
     return Room(
         layout_at(settings.volume_path),
         worker,
@@ -43,13 +43,13 @@ def build_room(
 
 
 def build_hub(settings: Settings, clock: Callable[[], float] = time.monotonic) -> Hub:
-    """Return the network to download from."""
+    """Build the hub that downloads ask for their files."""
     network = Network(credentials(settings.hf_endpoint, settings.hf_token, settings.civitai_token), urllib.request.getproxies())
     return Hub(settings.hf_endpoint, network, clock=clock)
 
 
 def build_store(settings: Settings, worker: str, room: Room | None, clock: Callable[[], float]) -> Stores:
-    """Return the volume's store, with the container's disk as fallback and the network to download from."""
+    """Build the stores for downloads: the volume's, with the container's disk as fallback."""
     hub = build_hub(settings, clock)
     tuning = RangeTuning(connections=settings.download_connections)
     volume = layout_at(settings.volume_path)

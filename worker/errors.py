@@ -113,7 +113,7 @@ class WorkerError(Exception):
 
 
 class _Shown(dict[str, Any]):
-    """The values of a template's names: an error's attributes, with lists joined."""
+    """The values of the names in an error's template: its attributes, with lists joined."""
 
     def __init__(self, error: WorkerError) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ class _Shown(dict[str, Any]):
 
 
 class _Joined(tuple[str, ...]):
-    """A list in a sentence."""
+    """A list in an error's sentence."""
 
     __slots__ = ()
 
@@ -236,7 +236,7 @@ class VolumeMissing(StartError):
 
 
 def no_volume(path: Path) -> str:
-    """Return the beginning of every sentence about a missing volume."""
+    """Return the beginning of every error about a missing volume."""
     return f"There is no network volume at {path}"
 
 
@@ -312,7 +312,7 @@ class FieldInvalid(RequestError):
 
 
 class UnsafePath(RequestError):
-    """A name leads to a file outside its folder. `nameless`: no file there can have such a name."""
+    """A name is refused because it leads to a file outside its folder. `nameless`: no file there can have such a name."""
 
     what: str
     value: str
@@ -331,7 +331,7 @@ class UnsafePath(RequestError):
 
 
 class LinkAstray(UnsafePath):
-    """A link above a model's path (`value`) leads to `target`, which is outside the volume or missing."""
+    """A model is refused because a link above its path (`value`) leads to `target`, outside the volume or missing."""
 
     target: str = ""
     exists: bool = False
@@ -599,7 +599,7 @@ class SuffixNotAllowed(RequestError):
 
 
 class AmbiguousModel(RequestError):
-    """One list has several different files for a name. `candidates` names each as folder/name with its address."""
+    """A model's name is unclear: one list has several different files of it. `candidates`: each folder/name and address."""
 
     name: str
     source: str
@@ -840,7 +840,7 @@ class ProxyUnusable(ModelError):
 
 
 class HubOffline(ModelError):
-    """HF_HUB_OFFLINE forbids requests to the hub."""
+    """A file cannot be looked up, because HF_HUB_OFFLINE forbids requests to the hub."""
 
     where: str
     code = "hub_offline"
@@ -857,7 +857,7 @@ class SourceRefused(ModelError):
 
 
 class NotAFile(ModelError):
-    """A model's address leads to something other than a file of known length."""
+    """A model's address is wrong: it leads to something other than a file of known length."""
 
     where: str
     found: str
@@ -891,7 +891,7 @@ class SourceChanged(ModelError):
 
 
 class ContentMismatch(ModelError):
-    """A model's source has another file than expected. `what` is `sha256` or `size`."""
+    """A model's file is refused: its source has another one than expected. `what` is `sha256` or `size`."""
 
     where: str
     what: str
@@ -905,7 +905,7 @@ class ContentMismatch(ModelError):
 
 
 class UnsealedMismatch(ModelError):
-    """A file that was put there by hand has another sha256 than the requested one. It was left unchanged."""
+    """A file that was put there by hand is wrong: its sha256 is not the requested one. It was left unchanged."""
 
     path: Path
     expected: str
@@ -924,7 +924,7 @@ class FileUnusable(ModelError):
 
 
 class NotAModel(FileUnusable):
-    """A file with a model's name contains something else, as its first bytes show."""
+    """A model's file is unusable: it contains something else, as its first bytes show."""
 
     found: str
     code = "not_a_model"
@@ -932,7 +932,7 @@ class NotAModel(FileUnusable):
 
 
 class FileIncomplete(FileUnusable):
-    """A file that was put there by hand is shorter or longer than its own header says."""
+    """A model's file is unusable: it was put there by hand, and is shorter or longer than its own header says."""
 
     size_bytes: int
     whole_bytes: int | None
@@ -1002,7 +1002,7 @@ class VolumeFailed(ModelError):
 
 
 def volume_error(path: Path, exc: OSError, needed_bytes: int = 0) -> ModelError:
-    """Return the error of a model for the file system's error under `path`. Reads the free space."""
+    """Return the model's error that stands for one of the file system under `path`. Reads the free space."""
     if exc.errno in FULL:
         return VolumeFull(path, needed_bytes, free_bytes(path) or 0)
     if exc.errno in READ_ONLY:
@@ -1121,7 +1121,7 @@ class OutputGone(EngineError):
 
 
 class OutputElsewhere(OutputGone):
-    """Every output of a run is stored elsewhere: a node uploads its files, or saves them to its own folder.
+    """No output can be returned: a node uploads its files, or saves them to its own folder.
 
     `missing` has a sentence for each file.
     """

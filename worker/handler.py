@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from worker.base.text import count, encodable
+from worker.base.text import encodable
 from worker.engine.event_loop import LoopAside
 from worker.error_reply import error_reply, reply_sentence, reply_sentences
 from worker.errors import (
@@ -22,12 +22,13 @@ from worker.errors import (
     WorkerError,
     WorkflowRejected,
 )
+from worker.graph.graph import with_inputs
 from worker.graph.model_names import named_models
 from worker.graph.rejection import with_sent_files
-from worker.job import Request
-from worker.job_timings import JobTimings
+from worker.job import Request, result_contents
+from worker.job_timings import JobTimings, with_timings
 from worker.logs import RedactingFilter
-from worker.media.picture_formats import PictureFormat
+from worker.media.picture_formats import requested_format
 from worker.preparation import JobToPrepare, Preparation, PreparationParts
 from worker.workflows import Workflows
 
@@ -53,11 +54,11 @@ log = logging.getLogger(__name__)
 
 
 def _tell_nobody(_: dict[str, Any]) -> None:
-    """Ignore a job's progress, because nobody can see it, as in RunPod's local API."""
+    """Ignore for the handler a job's progress, which nobody can see, as in RunPod's local API."""
 
 
 def _ignore_free_engine() -> None:
-    """Ignore that the engine is free after a job: the default, because the local API has no queue."""
+    """Ignore for the handler that the engine is free after a job: the default, because the local API has no queue."""
 
 
 async def _nothing_ahead() -> None:
@@ -170,7 +171,7 @@ class JobHandler:
         try:
             run = await self._run_graph(graph, request, files, around)
         except NodeFailed as exc:
-            return with_timings(await self._what_there_is(exc, deliver, job_id, around), request, around)
+            return with_timings(await self._what_there_is(exc, deliver, job_id, around), request, around.timings)
         self._warmup.ran(graph, models)
         if not self.refreshes:
             around.engine_free()
@@ -186,7 +187,7 @@ class JobHandler:
             with around.timings.step("delivering"):
                 result = await deliver(run.outputs | again.outputs)
         self._keep_definitions()
-        return with_timings(result, request, around, run.queued_s, run.node_s)
+        return with_timings(result, request, around.timings, run.queued_s, run.node_s)
 
     async def _ask_the_judge(self, prepared: PreparedJob, request: Request, files: JobInputFiles, around: JobContext) -> None:
         """Have ComfyUI refuse, in its own words, a graph that no file can save. Returns if it does not refuse it for that.
@@ -278,7 +279,9 @@ class JobHandler:
     ) -> RunResult:
         """Run these output nodes again, and no others."""
         roots = {node_id if node_id in graph else node_id.partition(".")[0] for node_id in nodes}
-        return await self._run_graph(made_to_run_again(graph, roots, uuid.uuid4().hex), request, files, around, targets=roots)
+        nonce = uuid.uuid4().hex  # an extra input, which only ComfyUI's cache notices
+        again = with_inputs(graph, {node_id: {"run_again": nonce} for node_id in roots & graph.keys()})
+        return await self._run_graph(again, request, files, around, targets=roots)
 
     async def _run_graph(
         self,
@@ -320,18 +323,6 @@ class JobHandler:
                         return replace(run, dropped=with_sent_files(run.dropped, files.names)) if run.dropped else run
 
 
-def with_timings(
-    result: Result, request: Request, around: JobContext, queued_s: float = 0.0, node_s: Mapping[str, float] | None = None
-) -> Result:
-    """Return a job's result with its timings, if the client asked for them."""
-    return replace(result, timings=around.timings.to_dict(queued_s, node_s or {})) if request.return_timings else result
-
-
-def requested_format(request: Request) -> PictureFormat | None:
-    """Return the format in which a job's request wants its PNGs, or None."""
-    return PictureFormat(request.output_format, request.quality) if request.output_format else None
-
-
 @dataclass(frozen=True, slots=True)
 class JobContext:
     """A job's context in the handler: who hears of its progress and of the free engine, its clock, and where it is read."""
@@ -344,21 +335,7 @@ class JobContext:
     """What protects its models from removal."""
 
 
-def made_to_run_again(graph: Graph, nodes: Collection[str], nonce: str) -> Graph:
-    """Return a job's graph with an extra input in these nodes, which only ComfyUI's cache notices, so that they run again."""
-    return {
-        node_id: {**node, "inputs": {**node["inputs"], "run_again": nonce}} if node_id in nodes else node
-        for node_id, node in graph.items()
-    }
-
-
 def sampling_progress(step: NodeProgress) -> dict[str, Any]:
-    """Return what the client of a job sees while a node works: step `value` of `max` in the node with this id."""
+    """Return what the handler tells a job's client while a node works: step `value` of `max` in the node with this id."""
     percent = 100 * step.value / step.maximum if step.maximum else 0.0
     return {"type": "progress", "value": step.value, "max": step.maximum, "percent": round(percent, 1), "node": step.node_id}
-
-
-def result_contents(result: Mapping[str, Any]) -> str:
-    """Return what a job's result holds, for the log: `2 images, 1 text`."""
-    kinds = {"images": "image", "videos": "video", "audio": "audio file", "text": "text", "files": "file"}
-    return ", ".join(count(result[key], kind) for key, kind in kinds.items() if result.get(key)) or "no outputs"

@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from worker.base.text import count
 from worker.errors import (
     FieldInvalid,
     ImagesInvalid,
@@ -115,7 +116,7 @@ class Request:
 
 
 def check_depth(value: object, what: str = "The input") -> None:
-    """Refuse a job's input that is nested too deeply. Raises `InputTooDeep`.
+    """Refuse a request that is nested too deeply. Raises `InputTooDeep`.
 
     ComfyUI copies a graph and its extra data by recursion: a value of some 500 levels ends its prompt thread.
     """
@@ -294,7 +295,7 @@ def _flag(name: str, value: object) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class OutputItem:
-    """One file or text of a job's result.
+    """One file or text in a job's result, as the client gets it.
 
     `type` says what `data` is. `base64`: the file's bytes, without a prefix. `s3_url`: a signed address. `volume_path`: its
     path below the network volume's root, which is its key in the volume's S3 API as well. `text`: the text itself.
@@ -353,3 +354,9 @@ class Result:
         if self.timings is not None:
             result["timings"] = dict(self.timings)
         return result
+
+
+def result_contents(result: Mapping[str, Any]) -> str:
+    """Return what a job's result holds, for the log: `2 images, 1 text`."""
+    kinds = {"images": "image", "videos": "video", "audio": "audio file", "text": "text", "files": "file"}
+    return ", ".join(count(result[key], kind) for key, kind in kinds.items() if result.get(key)) or "no outputs"

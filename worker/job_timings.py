@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+
+    from worker.job import Request, Result
 
 
 class JobTimings:
@@ -43,3 +46,10 @@ class JobTimings:
             "total_s": round(self.total_s(), 3),
             "nodes_s": {node_id: round(value, 3) for node_id, value in node_s.items()},
         }
+
+
+def with_timings(
+    result: Result, request: Request, timings: JobTimings, queued_s: float = 0.0, node_s: Mapping[str, float] | None = None
+) -> Result:
+    """Return a job's result with its timings, if the client asked for them."""
+    return replace(result, timings=timings.to_dict(queued_s, node_s or {})) if request.return_timings else result

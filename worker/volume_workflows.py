@@ -23,7 +23,7 @@ _LISTED: Final = 1000
 
 
 def is_workflow_name(workflow: object) -> bool:
-    """Return whether a request's `workflow` is a name: a text that is not the JSON of an object."""
+    """Return whether a request names a workflow on the volume: a text that is not the JSON of an object."""
     return isinstance(workflow, str) and not workflow.lstrip().startswith("{")
 
 

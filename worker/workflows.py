@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import importlib
-import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from worker.comfyui_data import known
 from worker.editor.embedded_workflow import embedded_workflow, json_fault
 from worker.editor.saved_workflow import is_saved_workflow
 from worker.engine.event_loop import LoopAside, is_large_json
 from worker.errors import FieldInvalid, NoWorkflowInFile, UiWorkflowInvalid
 from worker.graph.graph import is_finite, parse_graph, without_wrapper
-from worker.graph.overrides import apply_overrides, next_values
+from worker.graph.overrides import apply_overrides, reseeded
 from worker.graph.rejection import node_origins, unknown_nodes
 from worker.job import check_depth
 from worker.volume_workflows import is_workflow_name, read_workflow
@@ -28,9 +26,6 @@ if TYPE_CHECKING:
     from worker.graph.graph import Graph
     from worker.job import Request
     from worker.media.inputs import JobInputFiles
-
-# 32 bits: some nodes accept no more, and nobody makes that many pictures.
-_SEED_RANGE = 1 << 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +44,7 @@ class RequestWorkflow:
 
 @dataclass(frozen=True, slots=True)
 class GraphToRun:
-    """A request's workflow turned into the graph to run, and what ComfyUI embeds in its pictures."""
+    """The graph to run, made from a request's workflow, and what ComfyUI embeds in its pictures."""
 
     graph: Graph
     extra_pnginfo: dict[str, Any] | None
@@ -142,26 +137,3 @@ async def _carried(request: Request, name: str, files: JobInputFiles) -> tuple[o
         await asyncio.to_thread(check_depth, value, f"The workflow in '{name}'")
     # A number outside JSON would be in the pictures, and nobody could read them again.
     return found.best, found.workflow if await asyncio.to_thread(is_finite, found.workflow) else None
-
-
-def reseeded(graph: Graph, controls: Sequence[Control], seed: str | int) -> Graph:
-    """Return a workflow's graph with other seeds: `next` as the editor would set them for the next run, `random`, or a number.
-
-    Seeds are the values that the editor's format marks with `control_after_generate`. In a graph without marks they are the
-    numbers called `seed` or `noise_seed`.
-    """
-    if seed == "next":
-        return next_values(graph, controls, random.random)
-    if controls and seed == "random":
-        return next_values(graph, [replace(control, mode="randomize") for control in controls], random.random)
-    marked = {target for control in controls for target in control.targets}
-    return {node_id: _with_seeds(node_id, node, marked, seed) for node_id, node in graph.items()}
-
-
-def _with_seeds(node_id: str, node: dict[str, Any], marked: set[tuple[str, str]], seed: str | int) -> dict[str, Any]:
-    values = {
-        name: random.randrange(_SEED_RANGE) if seed == "random" else seed  # noqa: S311 - a picture's seed, no secret
-        for name, value in node["inputs"].items()
-        if isinstance(value, int) and ((node_id, name) in marked if marked else name in known().editor.seeds)
-    }
-    return {**node, "inputs": {**node["inputs"], **values}} if values else node

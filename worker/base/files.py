@@ -26,7 +26,7 @@ _RENEW_S: Final = 15.0
 
 
 def is_volume(path: Path) -> bool:
-    """Return whether files in the folder outlive the container.
+    """Return whether files in the folder outlive the container: whether a network volume is mounted there.
 
     RunPod mounts the host's cache of models below /runpod-volume even for endpoints without a network volume. The folder above
     it then belongs to the container: files there are lost with the container, and no other worker sees them.

@@ -177,7 +177,7 @@ def _counts(tree: ScannedFolder, files: Sequence[_File]) -> Iterator[FolderCount
 
 
 def _names_below(tree: ScannedFolder, top: str) -> dict[str, str]:
-    """Return the names of models that a loader of this folder sees, with the paths of their bytes."""
+    """Return, to check for twins, the names of models that a loader of this folder sees, with the paths of their bytes."""
     below = tree.folders[top].below("") if top in tree.folders else ()
     return {f"{relative}/{name}".lstrip("/"): folder.real_path(name) for relative, folder in below for name in folder.files}
 
@@ -188,7 +188,7 @@ def _in_flight(relative: str, path: str) -> Iterator[str]:
 
 
 def _similar_folder(name: str) -> str | None:
-    """Return the folder of ComfyUI's models from which only the spelling differs."""
+    """Return the folder of ComfyUI's models that a misspelled one with models was meant to be."""
     plain = name.lower().replace("-", "_").replace(" ", "_")
     spelled = (plain, f"{plain}s", plain.removesuffix("s"), f"{plain}_models")
     return next((folder for folder in spelled if folder in known().folders), None)
@@ -311,13 +311,13 @@ def check_downloads(layout: Layout) -> Iterator[Finding]:
 
 
 def _complete_contents(layout: Layout) -> set[str]:
-    """Return the contents that are complete, by the names of their partials' folders."""
+    """Return, to check partial downloads, the sha256 of every sealed content."""
     seals = (read_seal(Path(folder, name)) for folder, _, names in os.walk(layout.seals) for name in names)
     return {seal.sha256 for seal in seals if seal and seal.sha256}
 
 
 def _records_without_partial(files: list[Path], now_s: float) -> Iterator[Finding]:
-    """Yield the records of partial downloads without their file: a worker was killed between the two."""
+    """Yield findings about records of partial downloads without their file: a worker was killed between the two."""
     there = {path.with_suffix("") for path in files if path.suffix == ".part"}
     strays = [str(path) for path in files if path.with_suffix("") not in there and _ACTIVE_S < _age_s(path, now_s) < math.inf]
     if strays:
@@ -344,7 +344,7 @@ def _partial(layout: Layout, part: Path, now_s: float, *, there: bool) -> Findin
 
 
 def _now_s(layout: Layout) -> float:
-    """Return the volume's time, to tell the age of partial downloads. This machine's if nothing can be written."""
+    """Return the volume's time, for a check of how old partial downloads are. This machine's if nothing can be written."""
     with contextlib.suppress(OSError):
         return _touch_and_remove(layout.state)
     return time.time()

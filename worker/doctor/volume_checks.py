@@ -85,7 +85,7 @@ def check_writable(layout: Layout) -> Iterator[Finding]:
 
 @dataclass(frozen=True, slots=True)
 class Mount:
-    """A mount that the volume may be on: a line of `/proc/self/mountinfo`."""
+    """A mount that a check may find the volume on: a line of `/proc/self/mountinfo`."""
 
     point: str
     kind: str
@@ -99,7 +99,7 @@ class Mount:
 
 
 def find_mount(mountinfo: str, path: str) -> Mount | None:
-    """Return the mount on which the volume is: the last one at the longest mount point above it."""
+    """Return the mount of the volume that is checked: the last one at the longest mount point above it."""
     found: Mount | None = None
     for line in mountinfo.splitlines():
         head, _, tail = line.partition(" - ")
@@ -117,7 +117,7 @@ def _unescaped(text: str) -> str:
 
 
 def _write_and_remove(folder: Path) -> bool:
-    """Write a file to the volume as a download does. Return whether it keeps whole seconds. Raises `OSError`."""
+    """Check a write to the volume, as a download does it. Return whether it keeps whole seconds. Raises `OSError`."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f".doctor.{secrets.token_hex(4)}.tmp"
     renamed = path.with_suffix(".renamed.tmp")
@@ -214,7 +214,7 @@ class _Contender(Child):
 
 
 def contend_in_child() -> None:
-    """Request the volume's lock in a child as a worker does, report the result, and hold it until the input ends."""
+    """To check locks, request the volume's in a child as a worker does, report the result, and hold it until the input ends."""
     said: set[str] = set()
 
     def say(word: str) -> None:
@@ -232,7 +232,7 @@ def contend_in_child() -> None:
 
 
 def entries(folder: Path) -> list[Path]:
-    """Return the sorted contents of a folder of the volume, empty if it does not exist."""
+    """Return, for a check, the sorted contents of a folder of the volume, empty if it does not exist."""
     try:
         return sorted(folder.iterdir())
     except (FileNotFoundError, NotADirectoryError):
@@ -240,7 +240,7 @@ def entries(folder: Path) -> list[Path]:
 
 
 def names_in(folder: Path) -> list[str]:
-    """Return the names in a folder of the volume, empty if it cannot be read for any reason."""
+    """Return, for a check, the names in a folder of the volume, empty if it cannot be read for any reason."""
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         return [entry.name for entry in entries]
     return []

@@ -58,7 +58,7 @@ def _leaves_first(ui: SavedWorkflow) -> tuple[str, ...]:
 
 
 def renumbered(ui: SavedWorkflow) -> SavedWorkflow:
-    """Return the workflow with the ids that a modern frontend gives: an inner node whose id is taken gets the next free one."""
+    """Return the workflow with the ids that a modern frontend gives when it loads one: an inner node never has a taken id."""
     used = set(ui.root.nodes)
     last = max([ui.last_node_id, *(int(key) for key in used if _is_number(key))])
     moved: dict[str, dict[str, str]] = {}
@@ -203,7 +203,7 @@ def _matched_inputs(
     links: Sequence[SavedLink | None],
     by_target: Mapping[tuple[str, int], SavedLink],
 ) -> list[LoadedInput]:
-    """Return the declared inputs with the links of saved inputs of the same names. If two share a name, the last one counts."""
+    """Return the inputs of a node to load: the declared ones, with links of saved ones. Of two of one name the last counts."""
     saved = {slot.name: link for slot, link in zip(node.slots, links, strict=True)}
     if not node.slots:
         return [
@@ -228,7 +228,7 @@ def _slots_of(
 
 
 def _land_link(slots: list[LoadedInput], link: SavedLink | None) -> None:
-    """Move the link of an input that the chosen option no longer has to where the modern frontend finds it: its number."""
+    """While a node is loaded, move the link of an input that the chosen option lacks to the input with its number."""
     if link is not None and link.target_slot < len(slots):
         slot = slots[link.target_slot]
         if slot.link is None and slot.type != DYNAMIC_COMBO:

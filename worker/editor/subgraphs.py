@@ -196,7 +196,7 @@ class _ResolverStep:
 
 
 def _resolve_promoted(instance: LoadedNode, at: int) -> ResolvedValue | None:
-    """Resolve an input of a subgraph instance to the value of the widget that it shows."""
+    """Resolve a link that ends in an input of a subgraph instance to the value of the widget that it shows."""
     initial = instance.inner.initial if instance.inner is not None else {}
     value = instance.values.get(at, initial.get(at, HIDDEN))
     return None if value is HIDDEN else ResolvedValue(value, instance, at)

@@ -238,7 +238,7 @@ class _SavedValues:
 
 
 def _is_pack_note(value: object) -> bool:
-    """Return whether a saved value belongs to no widget: one pack saves a note about the text next to it."""
+    """Return whether the saved value is a pack's note about the text next to it, which belongs to no widget."""
     return isinstance(value, dict) and "textWidgetName" in value
 
 

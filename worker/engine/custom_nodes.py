@@ -148,7 +148,7 @@ def _unlink_gone(folders: NodeFolders) -> None:
 
 
 def requirements(folders: NodeFolders, names: Sequence[str]) -> dict[str, str]:
-    """Map node names to their requirements.txt, for nodes whose file is not empty."""
+    """Map custom nodes' names to their requirements.txt, for nodes whose file is not empty."""
     found = {}
     for name in names:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):

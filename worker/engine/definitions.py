@@ -58,7 +58,7 @@ class DefinitionSource(Protocol):
 
 
 class KeptDefinitions:
-    """Answers as ComfyUI did when `everything` was asked for."""
+    """Answers about node classes as ComfyUI did when `everything` was asked for."""
 
     def __init__(self, everything: dict[str, Any]) -> None:
         self._classes: dict[str, Any] = everything["classes"]

@@ -315,7 +315,7 @@ class Engine:
 
 
 def is_gpu_fault(message: str) -> bool:
-    """Return whether a node's error means that CUDA (or HIP) no longer works in the engine's process.
+    """Return whether the engine must be replaced: by a node's error, CUDA (or HIP) no longer works in its process.
 
     Such an error persists until the process ends (CUDA's runtime API, "error handling"). Out of memory does not.
     """

@@ -89,7 +89,7 @@ def _is_socks(proxy: str) -> bool:
 
 
 def login_refused(proxy: str) -> ProxyUnusable:
-    """Return the error of a proxy that wants another user or password."""
+    """Return the error of an HTTP request's proxy that wants another user or password."""
     status = "" if _is_socks(proxy) else f" (status {PROXY_LOGIN})"
     return ProxyUnusable(shown_address(proxy), f"wants another user or password{status}")
 
@@ -139,7 +139,7 @@ def what_failed(exc: Exception) -> str:
 
 
 def without_queries(text: str) -> str:
-    """Return a text without the queries of the HTTP addresses in it."""
+    """Return what a failed request said, without the queries of HTTP addresses in it, which may contain tokens."""
     return _QUERY.sub("", text)
 
 

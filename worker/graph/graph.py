@@ -176,7 +176,7 @@ def _broken_links(graph: Graph) -> Iterator[tuple[tuple[str, str], BrokenLink]]:
 
 
 def _leaves_an_output(graph: Graph, broken: Iterable[str]) -> bool:
-    """Return whether a possible output needs none of these nodes. It takes a link, and no node takes a link from it."""
+    """Return whether a possible output of the graph needs none of these nodes: one that takes a link, and gives none."""
     takers = takers_in(graph)
     spoiled = reachable(broken, takers)
     takes = {taker for each in takers.values() for taker in each}

@@ -1,11 +1,14 @@
-"""Change values of a graph: by a request's overrides, or as the editor changes seeds between runs. Pure."""
+"""Change values of a graph: by a request's overrides, or as the editor changes seeds between runs. Pure but for the draws."""
 
 from __future__ import annotations
 
 import math
+import random
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from worker.base.text import quotable
+from worker.comfyui_data import known
 from worker.errors import OverrideInvalid
 from worker.graph.graph import with_inputs
 
@@ -15,6 +18,8 @@ if TYPE_CHECKING:
     from worker.editor.convert import Control
     from worker.graph.graph import Graph
 
+# 32 bits: some nodes accept no more, and nobody makes that many pictures.
+_SEED_RANGE = 1 << 32
 _NAMED = 8  # candidates that a sentence lists
 _MAX_KEY_CHARS = 1_000
 _MAX_DOTS = 16  # dots, counted from a key's end, that may separate node and input
@@ -117,7 +122,7 @@ def _list(items: Any) -> str:  # noqa: ANN401 - any iterable of strings
 _LOWEST, _HIGHEST = -(2**50), 2**50
 
 
-def next_values(graph: Graph, controls: Sequence[Control], random: Callable[[], float]) -> Graph:
+def next_values(graph: Graph, controls: Sequence[Control], draw: Callable[[], float]) -> Graph:
     """Return a copy of the graph with every controlled value overridden as the editor would set it for the next run.
 
     `fixed` keeps the value, `increment`, `increment-wrap` and `decrement` move one step or option, `randomize` draws one. A
@@ -127,16 +132,16 @@ def next_values(graph: Graph, controls: Sequence[Control], random: Callable[[], 
     for control in controls:
         node_id, name = control.targets[0]
         value = graph[node_id]["inputs"].get(name)
-        following = _next(control, value, random)
+        following = _next(control, value, draw)
         for target, target_name in control.targets:
             if graph[target]["inputs"].get(target_name) == value:
                 values.setdefault(target, {})[target_name] = following
     return with_inputs(graph, values)
 
 
-def _next(control: Control, value: object, random: Callable[[], float]) -> object:
+def _next(control: Control, value: object, draw: Callable[[], float]) -> object:
     if control.spec.widget_type == "COMBO":
-        return _next_option(control, value, random)
+        return _next_option(control, value, draw)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or control.spec.widget_type != "INT":
         return value
     low = max(_option(control, "min", 0), _LOWEST)
@@ -148,7 +153,7 @@ def _next(control: Control, value: object, random: Callable[[], float]) -> objec
         case "decrement":
             following = value - step
         case "randomize":
-            following = low + math.floor(random() * ((high - low) // step)) * step
+            following = low + math.floor(draw() * ((high - low) // step)) * step
         case _:
             return value
     return int(min(max(following, low), high))
@@ -159,7 +164,7 @@ def _option(control: Control, name: str, default: int) -> int:
     return int(value) if isinstance(value, (int, float)) and math.isfinite(value) else default
 
 
-def _next_option(control: Control, value: object, random: Callable[[], float]) -> object:
+def _next_option(control: Control, value: object, draw: Callable[[], float]) -> object:
     choices = control.spec.choices
     if not choices or value not in choices:
         return value
@@ -172,5 +177,28 @@ def _next_option(control: Control, value: object, random: Callable[[], float]) -
         case "decrement":
             at = max(at - 1, 0)
         case "randomize":
-            at = min(math.floor(random() * len(choices)), len(choices) - 1)
+            at = min(math.floor(draw() * len(choices)), len(choices) - 1)
     return choices[at]
+
+
+def reseeded(graph: Graph, controls: Sequence[Control], seed: str | int) -> Graph:
+    """Return a copy of the graph with other seeds: `next` as the editor would set them for the next run, `random`, or a number.
+
+    Seeds are the values that the editor's format marks with `control_after_generate`. In a graph without marks they are the
+    numbers called `seed` or `noise_seed`.
+    """
+    if seed == "next":
+        return next_values(graph, controls, random.random)
+    if controls and seed == "random":
+        return next_values(graph, [replace(control, mode="randomize") for control in controls], random.random)
+    marked = {target for control in controls for target in control.targets}
+    return {node_id: _with_seeds(node_id, node, marked, seed) for node_id, node in graph.items()}
+
+
+def _with_seeds(node_id: str, node: dict[str, Any], marked: set[tuple[str, str]], seed: str | int) -> dict[str, Any]:
+    values = {
+        name: random.randrange(_SEED_RANGE) if seed == "random" else seed  # noqa: S311 - a picture's seed, no secret
+        for name, value in node["inputs"].items()
+        if isinstance(value, int) and ((node_id, name) in marked if marked else name in known().editor.seeds)
+    }
+    return {**node, "inputs": {**node["inputs"], **values}} if values else node

@@ -32,7 +32,7 @@ _FILE: Final = re.compile(r"[/\\]|\.\w*[A-Za-z]\w*$|\]$")
 
 
 def runnable_outputs(graph: Graph, definitions: Mapping[str, Any], release: str | None = None) -> list[str]:
-    """Return the output nodes that a release of ComfyUI may run, once their files are there.
+    """Return, before its files are there, the output nodes of a graph that a release of ComfyUI may run then.
 
     Nodes of unknown classes may be outputs.
     """
@@ -133,7 +133,7 @@ class _Rules:
 
 
 def _as_object(value: object) -> Mapping[str, Any]:
-    """Return the value in a definition where it is an object. Node packs make definitions of any shape."""
+    """Return the value in a definition if it is an object that ComfyUI's rules can read. Node packs make any shape."""
     return value if isinstance(value, dict) else {}
 
 
@@ -159,7 +159,7 @@ def _is_no_number(value: object, convert: Callable[[Any], float], options: Mappi
 
 
 def _is_no_choice(value: object, choices: list[Any], options: Mapping[str, Any]) -> bool:
-    """Return whether it is none of the choices, where it is certainly no file: those come with the job."""
+    """Return whether ComfyUI refuses the value as none of the choices, and it is certainly no file, which may come later."""
     if value is _A_MODEL or value in choices or not choices or any(options.get(flag) for flag in _UPLOADS):
         return False
     return not (isinstance(value, str) and _FILE.search(value))

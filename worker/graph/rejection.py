@@ -165,7 +165,7 @@ def _choices(extra: Mapping[str, Any]) -> Sequence[str]:
 
 
 def combo_options(config: object) -> Sequence[str] | None:
-    """Return a combo's options, in either of ComfyUI's two schema forms. None for an input that is no combo."""
+    """Return a combo's options from ComfyUI's refusal, or a definition, in either of two schema forms. None for others."""
     for part in config if isinstance(config, list) else ():
         if isinstance(part, list):
             return [str(choice) for choice in part]

@@ -208,7 +208,7 @@ def _origin(models: str, view: SyncedView, folder: str, name: str) -> str:
 
 
 def _touch_changed_folders(before: SyncedView, after: SyncedView) -> None:
-    """Make sure that the mtime of a folder-linked folder changed if its names did.
+    """Make sure that a linked folder of models has a new mtime if its names changed.
 
     ComfyUI lists a folder again if its mtime changed. On a file system with whole-second mtimes (MooseFS) it misses a file that
     arrives within the second of the last change it saw, and a mount may keep an old mtime for a second more. So the mtime is

@@ -107,7 +107,7 @@ def embedded_ipv4(address: Address) -> IPv4Address | None:
 
 
 def is_public(address: Address) -> bool:
-    """Return whether it is the address of one machine on the internet, and leads to no private network by a detour.
+    """Return whether the IP address is that of one machine on the internet, and leads to no private network by a detour.
 
     Stricter than `is_global`, which also accepts multicast and a few local services, differently in each version of Python.
     """

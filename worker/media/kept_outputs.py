@@ -169,7 +169,7 @@ class KeptOutputs:
 
 
 def _output_numbers(path: str) -> Iterator[tuple[tuple[str, str], int]]:
-    """Yield each way to read an output's name as prefix and number: a_2_00005_.png is number 2 of a, and number 5 of a_2."""
+    """Yield each way to read a kept output's name as prefix and number: a_2_00005_.png is number 2 of a and number 5 of a_2."""
     folder, name = os.path.split(path)
     for match in re.finditer(r"_0*([0-9]{1,18})(?![0-9])", name):
         yield (folder, name[: match.start()]), int(match[1])
@@ -189,7 +189,7 @@ def _is_highest(path: str, highest: Mapping[tuple[str, str], int]) -> bool:
 
 
 def _empty_output(path: Path) -> None:
-    """Replace an output atomically by an empty file of the same age, which keeps its number taken."""
+    """Keep an output's number taken: replace the file atomically by an empty one of the same age."""
     found, holder = path.stat(), path.with_name(_HOLDER)
     holder.touch()
     os.utime(holder, (found.st_atime, found.st_mtime))
@@ -197,7 +197,7 @@ def _empty_output(path: Path) -> None:
 
 
 def _outputs_of_others(folder: Path) -> frozenset[str]:
-    """Return the outputs from before any worker: all in the folder, unless a worker found it empty and marked it as its own."""
+    """Return the outputs that are always kept, from before any worker: all in a folder that none found empty and marked."""
     marker = folder / _MARKER
     if marker.exists():
         return frozenset()
@@ -210,7 +210,7 @@ def _outputs_of_others(folder: Path) -> frozenset[str]:
 
 
 def _output_files(folder: str, *, spare_models: bool = False) -> Iterable[tuple[str, os.stat_result]]:
-    """Yield every output file below a folder, without following links."""
+    """Yield every file below a folder of kept outputs, without following links."""
     try:
         entries = list(os.scandir(folder))
     except OSError:

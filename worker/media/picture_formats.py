@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from worker.job import Request
     from worker.media.outputs import Output
 
 log = logging.getLogger(__name__)
@@ -33,6 +34,11 @@ class PictureFormat:
 
     kind: str
     quality: int
+
+
+def requested_format(request: Request) -> PictureFormat | None:
+    """Return the picture format in which a job's request wants its PNGs, or None."""
+    return PictureFormat(request.output_format, request.quality) if request.output_format else None
 
 
 class PictureEncoding:

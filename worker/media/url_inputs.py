@@ -158,7 +158,7 @@ class _TransientError(Exception):
 
 
 class _PrivateAddressError(Exception):
-    """The host of an input file's address has no address that may be reached."""
+    """The host in an input file's URL has no address that may be reached."""
 
 
 class _JobConnections:
@@ -314,7 +314,7 @@ def _family(address: str) -> socket.AddressFamily:
 
 
 def _is_this_machine(address: str) -> bool:
-    """Return whether an input file's host is this machine's own public address, behind which services may lack a firewall."""
+    """Return whether an input file's URL names this machine's own public address, behind which services may lack a firewall."""
     try:
         with socket.socket(_family(address), socket.SOCK_DGRAM) as probe:
             probe.bind((address, 0))
@@ -324,7 +324,7 @@ def _is_this_machine(address: str) -> bool:
 
 
 def _checked_url(rules: AddressRules, name: str, text: str, start: str = "") -> httpx2.URL:
-    """Return the address to fetch if the rules allow it. `start` is the address that redirected to it.
+    """Return the URL to fetch an input file from, if the rules allow it. `start` is the URL that redirected to it.
 
     httpx2 keeps escapes as they are, which some signatures need.
     """

@@ -190,7 +190,7 @@ def _asked(item: PlanItem, hub: Hub, begun: Callable[[RemoteFile], int], cancel:
 
 
 def check_promises(spec: ModelSpec, remote: RemoteFile) -> None:
-    """Raise `ContentMismatch` if the source that was asked has another file than the list says."""
+    """Raise `ContentMismatch` if the look-up found another file than the list says."""
     if spec.sha256 and remote.sha256 and spec.sha256 != remote.sha256:
         raise ContentMismatch(remote.where, "sha256", spec.sha256, remote.sha256)
     if spec.size_bytes not in {None, remote.size_bytes}:

@@ -109,7 +109,7 @@ def _derived_definition(class_type: str, nodes: Sequence[tuple[SavedNode, list[s
 
 
 def _names_by_position(values: Sequence[object], first: Sequence[str], names: Iterable[str]) -> list[str]:
-    """Return a name for each saved value: file inputs get their names, in order, others a name with their position."""
+    """Return a name in a naming graph for each saved value: a file input's, in order, or one with its position."""
     files = [at for at, value in enumerate(values) if isinstance(value, str) and value.lower().endswith(WEIGHT_SUFFIXES)]
     places = dict(enumerate(first)) if first else dict(_paired(files, names))
     return [places.get(at, f"widget {at}") for at in range(len(values))]

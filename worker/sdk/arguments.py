@@ -29,7 +29,7 @@ def sdk_arguments(settings: Settings, argv: Sequence[str], environ: Mapping[str,
 
 
 def prepare_environ(environ: MutableMapping[str, str]) -> None:
-    """Set the SDK's variables, unless they are set.
+    """Set the variables that the SDK reads beside its arguments, unless they are set.
 
     At DEBUG, its default, it prints every result and every signed URL. Its checks of the machine begin when ComfyUI is up and
     run one after another: several starts of nvidia-smi, a CUDA context, a connection to 8.8.8.8, a tenth of the disk free. By
@@ -41,7 +41,7 @@ def prepare_environ(environ: MutableMapping[str, str]) -> None:
 
 
 def takes_jobs(arguments: Sequence[str], environ: Mapping[str, str]) -> bool:
-    """Return whether jobs come from RunPod's queue, not from the local API or a test input."""
+    """Return whether these arguments have the SDK take jobs from RunPod's queue, not from the local API or a test input."""
     # The SDK looks for a port for realtime jobs first, and serves them through its local API.
     takes = "RUNPOD_WEBHOOK_GET_JOB" in environ and environ.get("RUNPOD_REALTIME_PORT", "0") == "0"
     return takes and not {LOCAL_API, _TEST_INPUT} & {name.split("=")[0] for name in arguments}

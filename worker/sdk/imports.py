@@ -51,7 +51,7 @@ def _without(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _processor_from_proc() -> Iterator[None]:
-    """Have py-cpuinfo give the processor's name from /proc.
+    """While the SDK is imported, have py-cpuinfo give the processor's name from /proc.
 
     The SDK asks for it once, at import, for its debugger. That starts a Python process and takes 1.3 s of a core.
     """

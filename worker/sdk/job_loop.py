@@ -71,7 +71,7 @@ _NO_LIMIT = aiohttp.ClientTimeout(total=None)
 
 
 def _sdk_connections(**options: Any) -> aiohttp.ClientSession:  # noqa: ANN401 - aiohttp's own
-    """Return connections as the SDK makes them, without its limit of ten minutes: that would count a freeze."""
+    """Return the job loop's connections: the SDK's, without its limit of ten minutes, which would count a freeze."""
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0), headers=get_auth_header(), timeout=_NO_LIMIT, **options
     )
@@ -409,7 +409,7 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]  # the SDK has no types
 async def say_refused(
     request: aiohttp.ClientRequest, send: Callable[[aiohttp.ClientRequest], Awaitable[aiohttp.ClientResponse]]
 ) -> aiohttp.ClientResponse:
-    """If RunPod refuses a result, send a small one that says so: otherwise the client would see a job that never ends."""
+    """For the job loop, send a small result if RunPod refuses one: otherwise the client would see a job that never ends."""
     response = await send(request)
     if response.status not in _REFUSED:
         return response
@@ -476,7 +476,7 @@ async def _ends_before(event: asyncio.Event, coro: Coroutine[Any, Any, Any]) -> 
 
 
 class _Poll:
-    """One poll for a job. It remembers whether its answer has begun to arrive."""
+    """One poll of the job loop for a job. It remembers whether its answer has begun to arrive."""
 
     def __init__(self, session: aiohttp.ClientSession) -> None:
         self._session = session
@@ -501,7 +501,7 @@ _TOKENS = re.compile(rb'"((?:[^"\\]|\\.)*)"(\s*:)?|[{}\[\]]', re.DOTALL)
 
 
 def _id_in(body: bytes) -> str | None:
-    """Return the job's text under `id` at the top level of JSON that contains something Python does not read."""
+    """Return the `id` of a polled job whose JSON contains something that Python does not read, or None."""
     depth, is_id = 0, False
     for token in _TOKENS.finditer(body):
         text = token[0]
@@ -516,7 +516,7 @@ def _id_in(body: bytes) -> str | None:
 
 
 async def _rest_of_poll(poll: asyncio.Task[bytes], line: _Poll) -> bytes:
-    """Return what a poll for a job still brings: take an answer that is on its way, then cancel the poll."""
+    """For the job loop, return what a poll still brings: take an answer that is on its way, then cancel the poll."""
     await asyncio.wait((poll,), timeout=_ARRIVAL_S)
     if line.answering:
         await asyncio.wait((poll,), timeout=_BODY_S)

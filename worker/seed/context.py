@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     import threading
     from collections.abc import Callable, Mapping
 
+    from worker.model_spec import ModelSpec
     from worker.seed.errors import SeedError
     from worker.seed.fill import Filler
     from worker.seed.options import SeedOptions
@@ -184,6 +185,14 @@ class SeedContext:
         """Return the reader of the WHATs."""
         hosts, folder = self.settings.request_hosts, self.options.folder
         return Selection(sources, self.hub, hosts, folder, self.cancel, volumes=self._volumes, tell=self.tell, warn=self.warn)
+
+    def named_models(self, sources: Sources) -> dict[str, ModelSpec]:
+        """Return by `folder/name` every model that a list or a WHAT names."""
+        items = self.selection(sources).read(self.options.whats) if self.options.whats else ()
+        named: dict[str, ModelSpec] = {}
+        for spec in [*(item.spec for item in items if item.spec), *sources.manifest()]:
+            named.setdefault(f"{spec.folder}/{spec.name}", spec)
+        return named
 
     def screen(self) -> SeedScreen:
         """Return the output for progress: JSON for a program, bars for a terminal, or lines for a log."""

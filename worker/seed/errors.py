@@ -24,7 +24,7 @@ class SeedError(WorkerError):
 
 
 class SeedUsage(SeedError):
-    """The command line is wrong."""
+    """The seeder cannot do what its command line says."""
 
     reason: str
     code = "usage"

@@ -32,7 +32,7 @@ NEWER: Final = "its source has a newer one by now, which needs another name or a
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The outcome of seeding one model. `moved_bytes` were sent to the volume in this run."""
+    """The outcome of seeding one model on one volume. `moved_bytes` were sent to the volume in this run."""
 
     model: str
     volume: str

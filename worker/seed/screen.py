@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
     from worker.base.progress import ModelProgress as Moment
-    from worker.seed.maintenance import VerifiedModel
     from worker.seed.outcome import Outcome
     from worker.seed.seeding import DryRunLine
+    from worker.seed.verify import VerifiedModel
     from worker.seed.volumes import SealedModel
     from worker.store.eviction import SealedContent
 

@@ -10,7 +10,7 @@ import threading
 from typing import IO, TYPE_CHECKING, Final
 
 from worker.errors import EnsureCancelled, ManifestInvalid, SettingsError, SpecInvalid, WorkerError
-from worker.seed import maintenance, seeding
+from worker.seed import maintenance, seeding, verify
 from worker.seed.context import SeedContext, tell
 from worker.seed.errors import DatacenterUnknown, S3KeysMissing, SeedUsage, WhatUnknown
 from worker.seed.options import parse_seed_options
@@ -59,7 +59,7 @@ def _act(context: SeedContext) -> int:
         actions = {
             "seed": seeding.seed,
             "dry_run": seeding.dry_run_seeding,
-            "verify": maintenance.verify_all,
+            "verify": verify.verify_all,
             "prune": maintenance.prune,
         }
         code = actions[context.options.action](context, place, context.sources(place))

@@ -57,7 +57,7 @@ class Sibling:
 
 
 class SiblingCopy:
-    """One file of a sibling volume on its way into a sink, in order, over several connections. In place of `ranges.Fetch`."""
+    """One file of a sibling volume on its way into a sink, in order, over several connections. In place of `RangeFetch`."""
 
     def __init__(self, volume: S3Volume, key: str, sink: Sink, tuning: RangeTuning, cancel: CancelToken) -> None:
         self._volume = volume

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class SealedModel:
-    """A model that has a seal on a volume of the seeder."""
+    """A sealed model on a volume as the seeder sees it."""
 
     folder: str
     name: str
@@ -99,7 +99,7 @@ class SeedVolume(Protocol):
 
 
 class MountedVolume:
-    """A volume that is mounted here. Raises `VolumeReadOnly` and `VolumeFailed` if the file system refuses."""
+    """A volume of the seeder that is mounted here. Raises `VolumeReadOnly` and `VolumeFailed` if the file system refuses."""
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout

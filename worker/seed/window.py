@@ -1,6 +1,6 @@
 """The parts of a file in memory between source and targets: in any order in, in order out. Pure.
 
-`ranges.Fetch` writes into it as into a partial on disk, but never beyond the window, which limits the memory.
+`RangeFetch` writes into it as into a partial on disk, but never beyond the window, which limits the memory.
 """
 
 from __future__ import annotations

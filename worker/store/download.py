@@ -56,7 +56,7 @@ _PENDING_S: Final = 86_400.0
 
 @dataclass(frozen=True, slots=True)
 class ReadyModel:
-    """A model that can be used, downloaded or there before. `how` is the reason: a `by_hand` file was put there by a person."""
+    """The result of a model's download, or of one that was there. `how` is the reason; `by_hand`: a person put it there."""
 
     path: Path
     how: How

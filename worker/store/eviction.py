@@ -18,9 +18,9 @@ from worker.base.text import count, duration_text, size_text
 from worker.errors import SpecInvalid, UnsafePath
 from worker.model_spec import HubFile, ModelSpec, parse_source
 from worker.store.inventory import ready_file
-from worker.store.layout import split_title, title_of_seal
+from worker.store.layout import split_title
 from worker.store.leases import ANY, LeasedTitles, LeaseTiming, Usage, normal_title
-from worker.store.seals import Seal, read_seal
+from worker.store.seals import Seal, read_seal, sealed_titles
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -197,15 +197,6 @@ def _sealed_files(layout: Layout, *, fill: bool) -> Iterator[_Sealed]:
                     yield _Sealed(ContentName(title, path, seal), info, seal_path.stat().st_mtime)
 
 
-def sealed_titles(layout: Layout) -> Iterator[tuple[str, Path]]:
-    """Yield every model that has a seal, and the seal's path."""
-    for above, _, names in os.walk(layout.seals):
-        for name in sorted(names):
-            if name.endswith(".json") and not name.startswith("."):
-                path = layout.seals.joinpath(above, name)
-                yield title_of_seal(path.relative_to(layout.seals).as_posix()), path
-
-
 @dataclass(slots=True)
 class ModelsTree:
     """The files under `models/`, as eviction counts them: their total size, each content once, and the targets of links."""
@@ -312,7 +303,7 @@ class EvictionJudge:
 
 
 def _usage_titles(title: str) -> Iterator[str]:
-    """Yield every title under which a use of the model may be recorded."""
+    """Yield every title under which a use that speaks against an eviction may be recorded."""
     path = normal_title(title)
     below = path.partition("/")[2]
     while path:

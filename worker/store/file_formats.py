@@ -46,7 +46,7 @@ def foreign(name: str, head: bytes) -> str | None:
 
 
 def misfit(name: str, head: bytes, size_bytes: int, *, is_verified: bool) -> str | None:
-    """Like `foreign`, for a file that a source sent.
+    """Return what a weights file that a source sent is instead, like `foreign`.
 
     Without a hash that proves the right file, also reject an empty file, a short text, and a file without its format's first
     bytes.
@@ -81,7 +81,7 @@ def foreign_in(path: Path) -> str | None:
 
 
 def head_of(path: Path) -> bytes:
-    """Return the first bytes of a file."""
+    """Return the first bytes of a file, which tell its format."""
     with path.open("rb", buffering=0) as stream:
         return stream.read(HEAD_BYTES)
 

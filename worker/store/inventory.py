@@ -183,7 +183,7 @@ def _is_settled(layout: Layout, spec: ModelSpec) -> bool:
 
 
 def _is_by_hand(layout: Layout, spec: ModelSpec) -> bool:
-    """Return whether the file is used as it is, because no hash is known for it."""
+    """Return whether the inventory calls the file one put by hand: no hash is known for it, and it is used as it is."""
     found = stat_file(layout.model(spec.folder, spec.name))
     if found is None or find_record(layout, spec, found):
         return False

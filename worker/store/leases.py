@@ -160,7 +160,7 @@ def _pair(value: object) -> tuple[float, float] | None:
 
 
 def _recent(layout: Layout) -> list[Lease]:
-    """Return the lists of recent models: their models were used before there were leases, at an unknown time."""
+    """Return as leases the lists of recent models from before there were leases: the time of these uses is unknown."""
     found = []
     with contextlib.suppress(OSError):
         began_s = layout.leases_began.stat().st_mtime

@@ -58,7 +58,7 @@ def relink(link: str, real: str) -> str:
 
 
 def layout_at(root: Path) -> Layout:
-    """Return the layout of a volume, with the real places of `models` and its folders if such links lead there."""
+    """Follow a Pod's absolute links to `models` and its folders. Return the volume's layout with their real places."""
     top = os.path.realpath(root)
     models = root / "models"
     moved = {"": found} if (found := _target_elsewhere(str(models), top)) else {}

@@ -34,13 +34,12 @@ from worker.store.eviction import (
     ModelsTree,
     Pins,
     chosen_for_removal,
-    sealed_titles,
     survey_for_eviction,
     survey_stamp,
 )
 from worker.store.leases import LeasedTitles, LeaseTiming, Usage, merge_old, removal_marks, volume_now_s
 from worker.store.locks import Locks
-from worker.store.seals import read_seal
+from worker.store.seals import read_seal, sealed_titles
 from worker.store.tombstones import bury
 
 if TYPE_CHECKING:

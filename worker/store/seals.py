@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any, Final
 
 from worker.base.files import write_atomically
 from worker.model_spec import HubFile
+from worker.store.layout import title_of_seal
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from worker.fetch.hub import RemoteFile
     from worker.model_spec import ModelSpec
+    from worker.store.layout import Layout
 
 VERSION: Final = 1
 _MAX_BYTES: Final = 64 * 1024
@@ -135,3 +137,12 @@ def new_seal(spec: ModelSpec, remote: RemoteFile, sha256: str, by: str, mtime: i
         by=by,
         at=seal_time(),
     )
+
+
+def sealed_titles(layout: Layout) -> Iterator[tuple[str, Path]]:
+    """Yield every model of a volume that has a seal, and the seal's path."""
+    for above, _, names in os.walk(layout.seals):
+        for name in sorted(names):
+            if name.endswith(".json") and not name.startswith("."):
+                path = layout.seals.joinpath(above, name)
+                yield title_of_seal(path.relative_to(layout.seals).as_posix()), path

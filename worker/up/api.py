@@ -53,7 +53,7 @@ _KEY: Final = re.compile(r"[!-~]+")
 
 
 class RequestUnsure(Exception):  # noqa: N818 - it never leaves this module
-    """It is unknown whether RunPod's API carried out a request. `error` is for the person if this stays so."""
+    """The client of RunPod's API does not know whether a request was carried out. `error` is for the person, if it stays so."""
 
     def __init__(self, error: UpError) -> None:
         super().__init__(str(error))
