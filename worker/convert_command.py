@@ -37,7 +37,7 @@ def run(argv: Sequence[str], settings: Settings) -> int:
     )
     parser.add_argument("--frontend", metavar="VERSION", help="convert as this version of the editor does, such as 1.58.1")
     options = parser.parse_args(argv)
-    value = _read(options.workflow)
+    value = _read_workflow(options.workflow)
     if is_saved_workflow(value):
         info, versions = _definitions(value, settings, options.object_info)
         value = convert(value, info, frontend=options.frontend or versions.frontend, comfyui=versions.comfyui).graph
@@ -45,7 +45,7 @@ def run(argv: Sequence[str], settings: Settings) -> int:
     return 0
 
 
-def _read(name: str) -> Any:  # noqa: ANN401 - a workflow of either format
+def _read_workflow(name: str) -> Any:  # noqa: ANN401 - a workflow of either format
     try:
         data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
     except OSError as exc:

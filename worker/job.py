@@ -90,7 +90,7 @@ class Request:
 
         Raises a `RequestError` that says what to send instead.
         """
-        fields = _object(value)
+        fields = _object_field(value)
         check_depth(fields)
         carrier = fields.get("workflow_from")
         if carrier is not None and (not isinstance(carrier, str) or not carrier or fields.get("workflow") is not None):
@@ -108,8 +108,8 @@ class Request:
             workflow_from=carrier,
             set=_overrides(fields.get("set")),
             seed=_seed(fields.get("seed")),
-            previews=_flag("previews", fields.get("previews")),
-            return_timings=_flag("return_timings", fields.get("return_timings")),
+            previews=_flag_field("previews", fields.get("previews")),
+            return_timings=_flag_field("return_timings", fields.get("return_timings")),
             output_format=_picture_format(fields.get("output_format")),
             quality=_quality(fields.get("quality")),
         )
@@ -134,7 +134,7 @@ def check_depth(value: object, what: str = "The input") -> None:
     raise InputTooDeep(_DEEPEST, what)
 
 
-def _object(value: object) -> dict[str, Any]:
+def _object_field(value: object) -> dict[str, Any]:
     if value is None:
         raise InputMissing
     if isinstance(value, str):
@@ -287,7 +287,7 @@ def _quality(value: object) -> int:
     return number
 
 
-def _flag(name: str, value: object) -> bool:
+def _flag_field(name: str, value: object) -> bool:
     if value is not None and not isinstance(value, bool):
         raise FieldInvalid(name, "must be true or false")
     return bool(value)

@@ -67,13 +67,13 @@ def report_lines(findings: Sequence[Finding], folders: Sequence[FolderCount], wi
         before = found.check
     if folders:
         yield ""
-        yield from _table(folders)
+        yield from _folder_table(folders)
     yield ""
     problems, notes = ([found for found in findings if found.severity is one] for one in (Severity.PROBLEM, Severity.NOTE))
     yield f"{count(problems, 'problem')}, {count(notes, 'note')}"
 
 
-def _table(folders: Sequence[FolderCount]) -> Iterator[str]:
+def _folder_table(folders: Sequence[FolderCount]) -> Iterator[str]:
     width = max(len("folder"), *(len(folder.folder) for folder in folders))
     yield f"  {'folder':<{width}}  {'files':>7}  {'size':>9}  {'sealed':>7}"
     for folder in folders:

@@ -49,14 +49,14 @@ def choose_options(text: str, random: Callable[[], float]) -> str:
             levels[-1][0].append("".join(levels[-1][1]))
             levels[-1][1].clear()
         elif mark[0] == "}" and len(levels) > 1:
-            _close(levels, random)
+            _end_choice(levels, random)
         else:
             levels[-1][1].append(mark[0])
     rest = text[at:]
     # A backslash at the end: the editor appends what JavaScript finds there.
     levels[-1][1].append(rest + "undefined" if rest.endswith("\\") else rest)
     while len(levels) > 1:
-        _close(levels, random)
+        _end_choice(levels, random)
     return _ESCAPED.sub(r"\1", "".join(levels[0][1]))
 
 
@@ -77,7 +77,7 @@ def _without_comments(text: str) -> str:
     return "".join(kept) + text[at:]
 
 
-def _close(levels: list[tuple[list[str], list[str]]], random: Callable[[], float]) -> None:
+def _end_choice(levels: list[tuple[list[str], list[str]]], random: Callable[[], float]) -> None:
     options, pieces = levels.pop()
     options.append("".join(pieces))
     levels[-1][1].append(options[min(int(random() * len(options)), len(options) - 1)])

@@ -26,7 +26,7 @@ def as_javascript_json(value: object, budget: ConversionBudget) -> object:
     """
     budget.value(1, len(value) if isinstance(value, str) else 0)
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return _number(value)
+        return _javascript_number(value)
     return _plain_tree(value, budget) if isinstance(value, (list, dict)) else value
 
 
@@ -39,7 +39,7 @@ def _plain_tree(value: object, budget: ConversionBudget) -> object:
         if isinstance(item, str):
             budget.value(0, len(item))
         elif isinstance(item, (int, float)) and not isinstance(item, bool):
-            holder[key] = _number(item)
+            holder[key] = _javascript_number(item)
         elif isinstance(item, (list, dict)):
             budget.value(len(item))
             if depth > _MAX_DEPTH:
@@ -50,7 +50,7 @@ def _plain_tree(value: object, budget: ConversionBudget) -> object:
     return root[0]
 
 
-def _number(value: float) -> float:
+def _javascript_number(value: float) -> float:
     if isinstance(value, float):
         return int(value) if math.isfinite(value) and value.is_integer() and abs(value) < _SAFE_INTEGER else value
     if abs(value) <= _SAFE_INTEGER:

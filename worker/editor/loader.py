@@ -60,7 +60,7 @@ def _leaves_first(ui: SavedWorkflow) -> tuple[str, ...]:
 def renumbered(ui: SavedWorkflow) -> SavedWorkflow:
     """Return the workflow with the ids that a modern frontend gives when it loads one: an inner node never has a taken id."""
     used = set(ui.root.nodes)
-    last = max([ui.last_node_id, *(int(key) for key in used if _is_number(key))])
+    last = max([ui.last_node_id, *(int(key) for key in used if _is_node_number(key))])
     moved: dict[str, dict[str, str]] = {}
     for definition_id, scope in ui.definitions.items():
         mapping = moved[definition_id] = {}
@@ -70,7 +70,7 @@ def renumbered(ui: SavedWorkflow) -> SavedWorkflow:
                 while str(last) in used:
                     last += 1
                 mapping[node_id] = str(last)
-            elif _is_number(node_id):
+            elif _is_node_number(node_id):
                 last = max(last, int(node_id))
             used.add(mapping.get(node_id, node_id))
     if not any(moved.values()):
@@ -79,7 +79,7 @@ def renumbered(ui: SavedWorkflow) -> SavedWorkflow:
     return replace(ui, root=_renamed(ui.root, {}, moved), definitions=definitions)
 
 
-def _is_number(node_id: str) -> bool:
+def _is_node_number(node_id: str) -> bool:
     return re.fullmatch("0|[1-9][0-9]{0,14}", node_id) is not None
 
 

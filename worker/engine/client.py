@@ -483,7 +483,7 @@ class ComfyClient:
         except (httpcore2.NetworkError, httpcore2.ProtocolError, TimeoutError) as exc:
             raise EngineUnreachable(self.address, f"{_request_failure(exc)} on {method} {path}") from exc
         self._heard_at = self._clock()
-        return response.status, _decoded(response.content)
+        return response.status, _json_or_none(response.content)
 
     async def _send(self, method: str, path: str, data: bytes | None) -> httpcore2.Response:
         """Send a request on a connection that is idle, or on a new one."""
@@ -595,7 +595,7 @@ def _read_answer(request: str, status: int) -> Iterator[None]:
         raise EngineAnswerInvalid(request, status) from exc
 
 
-def _decoded(content: bytes) -> Any:  # noqa: ANN401 - ComfyUI's JSON
+def _json_or_none(content: bytes) -> Any:  # noqa: ANN401 - ComfyUI's JSON
     try:
         return json.loads(content) if content else None
     except (ValueError, RecursionError):

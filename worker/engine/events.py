@@ -151,14 +151,14 @@ def _exhausted_memory(kind: str, message: str) -> Literal["GPU", "host"] | None:
     return "host" if kind == "MemoryError" or "DefaultCPUAllocator" in message else None
 
 
-def _text(value: object) -> str:
+def _event_text(value: object) -> str:
     if not isinstance(value, str):
         raise TypeError
     return value
 
 
 def _node(value: object) -> str | None:
-    return None if value is None else _text(value)
+    return None if value is None else _event_text(value)
 
 
 def _count(value: Any) -> float:  # noqa: ANN401 - ComfyUI's JSON
@@ -169,15 +169,15 @@ def _count(value: Any) -> float:  # noqa: ANN401 - ComfyUI's JSON
 
 
 _DECODERS: Mapping[str, Callable[[Mapping[str, Any]], Event]] = {
-    "executing": lambda data: Executing(_text(data["prompt_id"]), _node(data.get("node"))),
-    "executed": lambda data: NodeOutput(_text(data["prompt_id"]), _text(data["node"]), dict(data["output"] or {})),
-    "execution_cached": lambda data: Cached(_text(data["prompt_id"]), frozenset(map(_text, data["nodes"]))),
+    "executing": lambda data: Executing(_event_text(data["prompt_id"]), _node(data.get("node"))),
+    "executed": lambda data: NodeOutput(_event_text(data["prompt_id"]), _event_text(data["node"]), dict(data["output"] or {})),
+    "execution_cached": lambda data: Cached(_event_text(data["prompt_id"]), frozenset(map(_event_text, data["nodes"]))),
     "progress": lambda data: NodeProgress(
-        _text(data["prompt_id"]), _node(data.get("node")), _count(data["value"]), _count(data["max"])
+        _event_text(data["prompt_id"]), _node(data.get("node")), _count(data["value"]), _count(data["max"])
     ),
-    "execution_success": lambda data: Succeeded(_text(data["prompt_id"])),
+    "execution_success": lambda data: Succeeded(_event_text(data["prompt_id"])),
     "execution_error": _failed_event,
-    "execution_interrupted": lambda data: Interrupted(_text(data["prompt_id"])),
+    "execution_interrupted": lambda data: Interrupted(_event_text(data["prompt_id"])),
 }
 
 

@@ -313,7 +313,7 @@ def _prompt_segments(text: str) -> Iterator[str]:
 
 def _without_weight(text: str) -> str:
     body, _, weight = text.rpartition(":")
-    return body if body and _is_number(weight) else text
+    return body if body and _is_float(weight) else text
 
 
 def _outer_pieces(text: str) -> list[str]:
@@ -333,7 +333,7 @@ def _outer_pieces(text: str) -> list[str]:
     return [*pieces, text[start:]]
 
 
-def _is_number(text: str) -> bool:
+def _is_float(text: str) -> bool:
     try:
         float(text)
     except ValueError:

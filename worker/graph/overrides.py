@@ -132,14 +132,14 @@ def next_values(graph: Graph, controls: Sequence[Control], draw: Callable[[], fl
     for control in controls:
         node_id, name = control.targets[0]
         value = graph[node_id]["inputs"].get(name)
-        following = _next(control, value, draw)
+        following = _next_value(control, value, draw)
         for target, target_name in control.targets:
             if graph[target]["inputs"].get(target_name) == value:
                 values.setdefault(target, {})[target_name] = following
     return with_inputs(graph, values)
 
 
-def _next(control: Control, value: object, draw: Callable[[], float]) -> object:
+def _next_value(control: Control, value: object, draw: Callable[[], float]) -> object:
     if control.spec.widget_type == "COMBO":
         return _next_option(control, value, draw)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or control.spec.widget_type != "INT":

@@ -176,10 +176,10 @@ def combo_options(config: object) -> Sequence[str] | None:
 
 def _similar_choices(name: str, choices: Sequence[str]) -> str:
     """Return up to three quoted choices that resemble the refused `name`: first by whole name, then by file name."""
-    return ", ".join(f"'{choice}'" for choice in dict.fromkeys(_close(name, choices)))
+    return ", ".join(f"'{choice}'" for choice in dict.fromkeys(_close_matches(name, choices)))
 
 
-def _close(name: str, choices: Sequence[str]) -> Iterator[str]:
+def _close_matches(name: str, choices: Sequence[str]) -> Iterator[str]:
     wanted = posixpath.basename(name).lower()
     yield from (choice for choice in choices if posixpath.basename(choice).lower() == wanted)
     yield from difflib.get_close_matches(name, choices[:_COMPARED], n=3, cutoff=0.6)

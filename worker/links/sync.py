@@ -110,7 +110,7 @@ class SyncPass:
         try:
             place = self._look(relative)
         except OSError as exc:
-            self._report(ProblemKind.NOT_LINKED, self._path(relative), _reason(exc))
+            self._report(ProblemKind.NOT_LINKED, self._path(relative), _os_reason(exc))
             return
         wanted, groups = self._merge(sources)
         self._yield_files(relative, place, sources, wanted)
@@ -271,7 +271,7 @@ class SyncPass:
         except OSError as exc:
             # The disk is full, read-only or not ours. The next name would fail in the same way, so report it once for the
             # folder.
-            self._report(ProblemKind.NOT_LINKED, path, _reason(exc))
+            self._report(ProblemKind.NOT_LINKED, path, _os_reason(exc))
 
     def _put(self, path: str, place: SyncedFolder, name: str, target: str) -> None:
         link = f"{path}/{name}"
@@ -310,7 +310,7 @@ class SyncPass:
         except FileExistsError:
             return
         except OSError as exc:
-            self._report(ProblemKind.NOT_LINKED, path, _reason(exc))
+            self._report(ProblemKind.NOT_LINKED, path, _os_reason(exc))
             return
         place.folders.add(name)
 
@@ -422,5 +422,5 @@ def _read_link(path: str, folder: int | None = None) -> str:
         return ""
 
 
-def _reason(exc: OSError) -> str:
+def _os_reason(exc: OSError) -> str:
     return exc.strerror or str(exc)

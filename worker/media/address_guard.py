@@ -52,7 +52,7 @@ class AddressRules:
             return "an address must hold no user name or password: use a signed address, or send the file itself"
         if not _HOST.fullmatch(host) or (url.port is not None and url.port not in _PORTS):
             return "it has no valid host or port"
-        if self.hosts is not None and not _named(host, self.hosts):
+        if self.hosts is not None and not _is_one_of(host, self.hosts):
             return "the operator lets requests name other hosts only (INPUT_URL_HOSTS)"
         return self._refusal_of_number(host)
 
@@ -72,7 +72,7 @@ class AddressRules:
 
     def excepts(self, host: str, address: Address) -> bool:
         """Return whether the operator's exceptions name this host or this address."""
-        if _named(host.lower().removesuffix("."), self.private):
+        if _is_one_of(host.lower().removesuffix("."), self.private):
             return True
         numbers = {address, embedded_ipv4(address) or address}
         return any(number in network for network in _networks(self.private) for number in numbers)
@@ -119,7 +119,7 @@ def is_public(address: Address) -> bool:
     return address in _GLOBAL_V6 and address.is_global and not any(address in network for network in _NEVER_V6)
 
 
-def _named(host: str, entries: Sequence[str]) -> bool:
+def _is_one_of(host: str, entries: Sequence[str]) -> bool:
     return any(host == entry.removeprefix(".") or (entry.startswith(".") and host.endswith(entry)) for entry in entries)
 
 

@@ -199,7 +199,7 @@ class BucketUploads:
         key = self._bucket.key(self._job_id, file.filename)
         source = io.BytesIO(file.source) if isinstance(file.source, bytes) else str(file.source)
         with self._lock:
-            future = manager.upload(source, bucket, key, extra_args=_headers(file))
+            future = manager.upload(source, bucket, key, extra_args=_object_headers(file))
             self._under_way.append(future)
             if self._stopped:
                 future.cancel()
@@ -227,7 +227,7 @@ def job_target(config: object) -> S3Target | None:
     names = ("accessId", "accessSecret", "bucketName", "endpointUrl")
     if not isinstance(config, dict):
         raise S3ConfigInvalid("must be an object")
-    values = {name: _text(config, name) for name in names}
+    values = {name: _config_text(config, name) for name in names}
     if missing := [name for name in names if not values[name]]:
         raise S3ConfigInvalid(f"lacks {' and '.join(missing)}")
     try:
@@ -239,12 +239,12 @@ def job_target(config: object) -> S3Target | None:
     return target
 
 
-def _text(config: Mapping[str, object], name: str) -> str:
+def _config_text(config: Mapping[str, object], name: str) -> str:
     value = config.get(name)
     return value.strip() if isinstance(value, str) else ""
 
 
-def _headers(file: BucketUpload) -> dict[str, str]:
+def _object_headers(file: BucketUpload) -> dict[str, str]:
     """Return an uploaded object's metadata for downloads: its media type and file name."""
     plain = re.sub(r"[^ !#-\[\]-~]", "_", file.filename)
     encoded = quote(file.filename, safe="", errors="replace")

@@ -253,9 +253,9 @@ class _JobDelivery:
         planned = await self._fit(planned, warnings, failure)
         waiting_bytes = sum(each.output.size_bytes for each in planned if each.item.type == "base64")
         if waiting_bytes <= _ON_THE_LOOP_BYTES:
-            items = _encode(planned)
+            items = _encoded_items(planned)
         else:
-            items = await asyncio.to_thread(_encode, planned)
+            items = await asyncio.to_thread(_encoded_items, planned)
         return _result(planned, items, warnings)
 
     async def _upload(self, bucket: Bucket, planned: list[_PlannedOutput]) -> tuple[list[_PlannedOutput], BucketFailed | None]:
@@ -369,7 +369,7 @@ def _result(planned: Sequence[_PlannedOutput], items: Sequence[OutputItem], warn
     return Result(of("images"), tuple(warnings), videos=of("videos"), audio=of("audio"), text=of("text"), files=of("files"))
 
 
-def _encode(planned: Sequence[_PlannedOutput]) -> list[OutputItem]:
+def _encoded_items(planned: Sequence[_PlannedOutput]) -> list[OutputItem]:
     return [each.item if each.item.type != "base64" else replace(each.item, data=_base64_of(each.output)) for each in planned]
 
 

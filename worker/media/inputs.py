@@ -286,15 +286,15 @@ def base64_pieces(name: str, data: str) -> Iterator[bytes]:
             raise ImageNotBase64(name)
         if text:
             empty = False
-            yield _decoded(name, text)
+            yield _base64_decoded(name, text)
     missing = -len(rest) % 4
     if missing > padding or "=" in rest or (empty and not rest):
         raise ImageNotBase64(name)
     if rest:
-        yield _decoded(name, rest + "=" * missing)
+        yield _base64_decoded(name, rest + "=" * missing)
 
 
-def _decoded(name: str, text: str) -> bytes:
+def _base64_decoded(name: str, text: str) -> bytes:
     try:
         return binascii.a2b_base64(text, strict_mode=True)
     except ValueError:

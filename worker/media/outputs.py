@@ -139,7 +139,7 @@ class OutputFiles:
     def _of_node(self, node_id: str, output: Mapping[str, Any], *, previews: bool) -> Iterator[Output | MissingOutput]:
         texts: dict[str, None] = {}
         for key, values in output.items():
-            for value in _entries(values):
+            for value in _as_list(values):
                 if _is_file(value):
                     if item := self._listed(key, node_id, value, previews=previews):
                         yield item
@@ -150,7 +150,7 @@ class OutputFiles:
                 ):
                     yield item
                 elif key not in (*_TEXT_KEYS, *_PATH_KEYS):
-                    texts.update((str(text), None) for text in _entries(value) if _is_text(text))
+                    texts.update((str(text), None) for text in _as_list(value) if _is_text(text))
         yield from _output_texts(node_id, output, texts)
 
     def _listed(self, key: str, node_id: str, entry: Mapping[str, Any], *, previews: bool) -> Output | MissingOutput | None:
@@ -177,7 +177,9 @@ class OutputFiles:
         if found is None:
             return MissingOutput(node_id, listed, folder, outside=False)
         name = encodable(path.name)
-        return Output(kind, node_id, name, encodable(subfolder), media_type(path.name), found.st_size, path, _stamp(found))
+        return Output(
+            kind, node_id, name, encodable(subfolder), media_type(path.name), found.st_size, path, _output_stamp(found)
+        )
 
     @staticmethod
     def check_same(found: Sequence[Output]) -> None:
@@ -185,7 +187,7 @@ class OutputFiles:
         for item in found:
             if isinstance(item.source, Path):
                 now = _stat_output(item.source)
-                if now is None or _stamp(now) != item.stamp:
+                if now is None or _output_stamp(now) != item.stamp:
                     raise OutputGone(item.filename, frozenset({item.node_id}))
 
     def _named(self, node_id: str, text: str) -> Output | None:
@@ -205,7 +207,7 @@ class OutputFiles:
         subfolder = str(path.relative_to(root).parent)
         subfolder = "" if subfolder == "." else encodable(subfolder)
         name = encodable(path.name)
-        return Output("files", node_id, name, subfolder, media_type(path.name), found.st_size, path, _stamp(found))
+        return Output("files", node_id, name, subfolder, media_type(path.name), found.st_size, path, _output_stamp(found))
 
 
 def missing_output_sentences(
@@ -254,7 +256,7 @@ def media_type(filename: str) -> str:
 
 def _output_texts(node_id: str, output: Mapping[str, Any], more: Iterable[str]) -> Iterator[Output]:
     """Yield the texts of the output keys that are meant for them, then those of other keys, each of these once."""
-    values = [value for key in _TEXT_KEYS for value in _entries(output.get(key)) if value is not None and not _is_file(value)]
+    values = [value for key in _TEXT_KEYS for value in _as_list(output.get(key)) if value is not None and not _is_file(value)]
     texts = [value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str) for value in values]
     texts += [text for text in more if text not in texts]
     for index, text in enumerate(map(encodable, texts)):
@@ -276,14 +278,14 @@ def _is_text(value: object) -> bool:
 
 def _says_something(values: object) -> bool:
     """Return whether an output key's values are more than flags and empty lists."""
-    return any(isinstance(value, dict | list) and value for value in _entries(values))
+    return any(isinstance(value, dict | list) and value for value in _as_list(values))
 
 
 def _has_files(output: Mapping[str, Any]) -> bool:
-    return any(_is_file(value) for values in output.values() for value in _entries(values))
+    return any(_is_file(value) for values in output.values() for value in _as_list(values))
 
 
-def _entries(values: object) -> Sequence[Any]:
+def _as_list(values: object) -> Sequence[Any]:
     return values if isinstance(values, list | tuple) else [values]
 
 
@@ -312,5 +314,5 @@ def _is_below(path: Path, folder: Path) -> bool:
         return False
 
 
-def _stamp(found: os.stat_result) -> tuple[int, int]:
+def _output_stamp(found: os.stat_result) -> tuple[int, int]:
     return found.st_ino, found.st_mtime_ns

@@ -46,7 +46,7 @@ class VolumeManifest:
         """Return the current content, or the same object if nothing is new."""
         title = str(self.path)
         try:
-            stamp = _stamp(self.path.stat())
+            stamp = _file_stamp(self.path.stat())
             if stamp == self.stamp:
                 return self
             data = self.path.read_bytes()
@@ -55,7 +55,7 @@ class VolumeManifest:
         except OSError as exc:
             return self._wrong(None, _unreadable(title, exc))
         try:
-            return VolumeManifest(self.path, _parse(_decoded(data, title), title), stamp)
+            return VolumeManifest(self.path, _parse(_utf8_text(data, title), title), stamp)
         except ManifestInvalid as error:
             return self._wrong(stamp, error)
 
@@ -66,7 +66,7 @@ class VolumeManifest:
         return replace(self, models=replace(self.models, error=error), stamp=stamp)
 
 
-def _stamp(found: os.stat_result) -> tuple[int, ...]:
+def _file_stamp(found: os.stat_result) -> tuple[int, ...]:
     return found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino
 
 
@@ -74,7 +74,7 @@ def _unreadable(title: str, exc: OSError) -> ManifestInvalid:
     return ManifestInvalid(title, [f"it cannot be read: {exc.strerror}"])
 
 
-def _decoded(data: bytes, title: str) -> str:
+def _utf8_text(data: bytes, title: str) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as exc:
@@ -96,7 +96,7 @@ def environment_manifest(value: str) -> SpecList:
         return _parse(value, "MODELS_MANIFEST")
     title = f"{value} (MODELS_MANIFEST)"
     try:
-        return _parse(_decoded(Path(value).read_bytes(), title), title)
+        return _parse(_utf8_text(Path(value).read_bytes(), title), title)
     except OSError as exc:
         raise _unreadable(title, exc) from exc
 
@@ -104,7 +104,7 @@ def environment_manifest(value: str) -> SpecList:
 def _parse(text: str, title: str) -> SpecList:
     """Return the models of a manifest in any format. Raises `ManifestInvalid` with all its mistakes."""
     try:
-        entries = _entries(text)
+        entries = _manifest_entries(text)
     except _MalformedManifest as error:
         raise ManifestInvalid(title, [str(error)]) from None
     except (ValueError, RecursionError) as exc:  # a number of thousands of digits, or brackets nested as deeply
@@ -148,7 +148,7 @@ class _MalformedManifest(Exception):  # noqa: N818 - never leaves this module
     """Why a text cannot be read as a manifest at all."""
 
 
-def _entries(text: str) -> list[_ManifestEntry]:
+def _manifest_entries(text: str) -> list[_ManifestEntry]:
     if text.lstrip().startswith("{") or re.match(r"\s*\[\s*[{\]]", text):
         return _json_entries(text)
     first = re.search(r"^(?!\s*(?:#|$|---)).*$", text, re.MULTILINE)

@@ -51,7 +51,7 @@ def read_document(path: str, saved: Saved | None = None) -> object:
         data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
     except OSError as exc:
         if saved is not None and isinstance(exc, FileNotFoundError):
-            return _named(path, saved)
+            return _from_saved(path, saved)
         raise UnreadableDocument(f"it cannot be read: {exc.strerror or exc}") from None
     if carried := None if is_text(data) else embedded_workflow(data):
         found = {"prompt": carried.prompt, "workflow": carried.workflow}
@@ -78,7 +78,7 @@ def installed_release(comfyui_dir: Path) -> str | None:
     return found[1] if found else None
 
 
-def _named(name: str, saved: Saved) -> object:
+def _from_saved(name: str, saved: Saved) -> object:
     try:
         return saved(name)
     except UnsafePath:

@@ -54,7 +54,7 @@ class Places:
             (self.local.models, lambda folder, file: self._in_store(self.local, folder, file)),
             (self.image, self._in_image),
         ):
-            for folder in folders or _folders_of(root):
+            for folder in folders or _folders_in(root):
                 found = next((item for file in files if (item := find(folder, file))), None)
                 if found:
                     return found
@@ -68,7 +68,7 @@ class Places:
             (self.image, ItemState.IMAGE),
         )
         for root, state in roots:
-            for folder in folders or _folders_of(root):
+            for folder in folders or _folders_in(root):
                 for file in files:
                     if found := stat_file(root / folder / file):
                         return PlanItem(file, folder, state, found.st_size, path=root / folder / file)
@@ -109,7 +109,7 @@ class Places:
         return min(found, remote.size_bytes)
 
 
-def _folders_of(root: Path) -> list[str]:
+def _folders_in(root: Path) -> list[str]:
     try:
         return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
     except OSError:
@@ -130,14 +130,14 @@ def with_space(plan: Plan, settings: Settings, places: Places) -> Plan:
     if problem is None:
         return plan
     if not plan.to_fetch:
-        return replace(plan, notes=(*plan.notes, f"{_reason(problem)}."))
+        return replace(plan, notes=(*plan.notes, f"{_place_reason(problem)}."))
     if settings.require_volume:
         return replace(plan, problems=(*plan.problems, problem))
     local = next(place for place in (places.local.root, *places.local.root.parents) if place.is_dir())
     there = replace(plan, target=places.local.root, free_bytes=free_bytes(local))
     if too_full := _no_space(there, local):
         return replace(plan, problems=(*plan.problems, problem if isinstance(problem, VolumeFull) else too_full))
-    note = f"{_reason(problem)}: what is fetched goes to this container's disk, and is gone with it."
+    note = f"{_place_reason(problem)}: what is fetched goes to this container's disk, and is gone with it."
     return replace(there, notes=(*plan.notes, note))
 
 
@@ -164,7 +164,7 @@ def _no_space(plan: Plan, place: Path) -> VolumeReadOnly | VolumeFull | None:
     return None
 
 
-def _reason(problem: VolumeMissing | VolumeReadOnly | VolumeFull) -> str:
+def _place_reason(problem: VolumeMissing | VolumeReadOnly | VolumeFull) -> str:
     match problem:
         case VolumeMissing():
             return no_volume(problem.path)

@@ -118,7 +118,7 @@ def plan_lines(title: str, plan: Plan, width: int) -> Iterator[str]:
     stopping = f", {blocking} in the way" if blocking else ""
     yield f"{title}: {count(len(plan.items), 'model')}, {there} there, {len(plan.to_fetch)} to fetch{stopping}"
     yield ""
-    for item in sorted(plan.items, key=_rank):
+    for item in sorted(plan.items, key=_row_rank):
         yield plan_row(item.state.upper() if item.blocking else item.state, item.size_bytes, item.title)
         for text in _details(item):
             yield from wrapped(text, _INDENT, width)
@@ -127,7 +127,7 @@ def plan_lines(title: str, plan: Plan, width: int) -> Iterator[str]:
     yield from _totals(plan, width)
 
 
-def _rank(item: PlanItem) -> tuple[bool, int]:
+def _row_rank(item: PlanItem) -> tuple[bool, int]:
     return item.blocking, list(ItemState).index(item.state)
 
 
@@ -170,7 +170,7 @@ def _verdict(plan: Plan) -> str:
     if plan.can_run:
         unasked = sum(item.state is ItemState.NO_ANSWER for item in plan.items)
         return "can run" + (f", if the {count(unasked, 'model')} without an answer can be fetched" if unasked else "")
-    states = Counter(item.state for item in sorted(plan.items, key=_rank) if item.blocking)
+    states = Counter(item.state for item in sorted(plan.items, key=_row_rank) if item.blocking)
     reasons = [f"{number} {state}" for state, number in states.items()]
     if plan.problems:
         reasons.append(count(len(plan.problems), "problem"))

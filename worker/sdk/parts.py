@@ -36,7 +36,7 @@ _ATTRIBUTES: Final = (
 
 def check_sdk() -> None:
     """Raise `SdkUnknown` where the SDK lacks a part that the job loop is built on, or has another in its place."""
-    odd = [f"{module}.{name}" for module, name, parameters in _PARTS if not _has(module, name, parameters)]
+    odd = [f"{module}.{name}" for module, name, parameters in _PARTS if not _sdk_has(module, name, parameters)]
     if not odd:
         loop = importlib.import_module(f"{_MODULES}.rp_scale").JobScaler({})
         odd = [f"JobScaler().{name}" for name in _ATTRIBUTES if not hasattr(loop, name)]
@@ -44,7 +44,7 @@ def check_sdk() -> None:
         raise SdkUnknown(importlib.import_module("runpod.version").__version__, odd)
 
 
-def _has(module: str, name: str, parameters: tuple[str, ...] | None) -> bool:
+def _sdk_has(module: str, name: str, parameters: tuple[str, ...] | None) -> bool:
     try:
         part: Any = reduce(getattr, name.split("."), importlib.import_module(module))
         return parameters is None or tuple(inspect.signature(part).parameters) == parameters

@@ -35,7 +35,7 @@ def run(argv: Sequence[str], environ: Mapping[str, str], out: IO[str] | None = N
     try:
         options = parse_seed_options(argv)
         with _stop_on_signals(cancel):
-            return _act(SeedContext(options, Settings.from_env(environ), environ, stream, cancel))
+            return _run_action(SeedContext(options, Settings.from_env(environ), environ, stream, cancel))
     except SystemExit as exc:
         return int(exc.code or 0)
     except EnsureCancelled:
@@ -49,7 +49,7 @@ def run(argv: Sequence[str], environ: Mapping[str, str], out: IO[str] | None = N
         return USAGE if isinstance(exc, _USAGE_ERRORS) else FAILED
 
 
-def _act(context: SeedContext) -> int:
+def _run_action(context: SeedContext) -> int:
     place = context.place()
     if context.options.action == "list":
         code = maintenance.list_sealed(context, place)

@@ -40,7 +40,7 @@ _SHORT_LINE: Final = re.compile(r"[^:/=]+(/[^:=]*)?=[A-Za-z]+://")
 _NEAR: Final = 3
 
 
-def _tell_nobody(_: str) -> None:
+def _say_nothing(_: str) -> None:
     """Ignore a sentence about the selection."""
 
 
@@ -61,7 +61,7 @@ class Selection:
         cancel: CancelToken,
         *,
         volumes: Sequence[SeedVolume] = (),
-        tell: Callable[[str], None] = _tell_nobody,
+        tell: Callable[[str], None] = _say_nothing,
         warn: Callable[[Sources], None] = lambda _: None,
     ) -> None:
         self._sources = sources

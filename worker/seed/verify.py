@@ -135,7 +135,7 @@ def verify_all(context: SeedContext, place: SeedTarget, sources: Sources) -> int
         found = [sealed for sealed in volume.sealed() if named is None or sealed.title in named]
         with context.screen() as screen:
             screen.expect(sealed.seal.size for sealed in found)
-            checked = [_check(context, volume, sealed, screen) for sealed in found]
+            checked = [_verify_one(context, volume, sealed, screen) for sealed in found]
         models = [item.to_dict() for item in checked]
         context.show("verified", partial(verification_table, checked), volume=volume.title, models=models)
         bad = [item for item in checked if not item.good]
@@ -146,7 +146,7 @@ def verify_all(context: SeedContext, place: SeedTarget, sources: Sources) -> int
     return code
 
 
-def _check(context: SeedContext, volume: SeedVolume, sealed: SealedModel, screen: SeedScreen) -> VerifiedModel:
+def _verify_one(context: SeedContext, volume: SeedVolume, sealed: SealedModel, screen: SeedScreen) -> VerifiedModel:
     def on_bytes(done_bytes: int) -> None:
         screen.moved(sealed.title, ModelProgress("checking", done_bytes, sealed.seal.size))
 

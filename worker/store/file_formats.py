@@ -42,7 +42,7 @@ def foreign(name: str, head: bytes) -> str | None:
         return "compressed with gzip"
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     kinds = ((b"<", "a web page"), (b"{", "a text in JSON"), (b"[", "a text in JSON"))
-    return next((kind for start, kind in kinds if text.startswith(start) and _is_text(head)), None)
+    return next((kind for start, kind in kinds if text.startswith(start) and _is_plain_text(head)), None)
 
 
 def misfit(name: str, head: bytes, size_bytes: int, *, is_verified: bool) -> str | None:
@@ -60,7 +60,7 @@ def misfit(name: str, head: bytes, size_bytes: int, *, is_verified: bool) -> str
         return "empty"
     if lower.endswith(".gguf") and not head.startswith(_GGUF):
         return "no GGUF file"
-    return "a text" if size_bytes <= _SHORT_BYTES and _is_text(head) else None
+    return "a text" if size_bytes <= _SHORT_BYTES and _is_plain_text(head) else None
 
 
 def check_whole(path: Path, size_bytes: int) -> None:
@@ -106,7 +106,7 @@ def stated_in(stream: BinaryIO, size_bytes: int) -> int | None:
         return None
 
 
-def _is_text(head: bytes) -> bool:
+def _is_plain_text(head: bytes) -> bool:
     return all(byte >= ord(" ") or byte in _TEXT_CONTROLS for byte in head) and _is_utf8(head)
 
 

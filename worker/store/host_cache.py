@@ -43,14 +43,14 @@ def cached_copies(layout: Layout) -> dict[Path, Path]:
 
 def _cache_blobs(cache: Path) -> Iterator[tuple[str, Path]]:
     """Yield the sha256 and the path of each file in the host cache that is named by one. Small files have another name."""
-    for repo in _entries(cache):
+    for repo in _cache_entries(cache):
         if repo.name.startswith("models--"):
-            for blob in _entries(repo / "blobs"):
+            for blob in _cache_entries(repo / "blobs"):
                 if _SHA256.fullmatch(blob.name):
                     yield blob.name, blob
 
 
-def _entries(folder: Path) -> list[Path]:
+def _cache_entries(folder: Path) -> list[Path]:
     try:
         return sorted(folder.iterdir())
     except OSError:

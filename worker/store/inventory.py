@@ -151,7 +151,7 @@ def not_ready(layouts: Iterable[Layout], specs: Iterable[ModelSpec]) -> list[Mod
     """
     left = list(specs)
     for layout in layouts:
-        there = _look_in_parallel(partial(_is_settled, layout), left)
+        there = _look_in_parallel(partial(_needs_nothing, layout), left)
         left = [spec for spec, settled in zip(left, there, strict=True) if not settled]
     return left
 
@@ -173,7 +173,7 @@ def as_spelled(layout: Layout, spec: ModelSpec) -> ModelSpec:
     return replace(spec, name=next(there, spec.name))
 
 
-def _is_settled(layout: Layout, spec: ModelSpec) -> bool:
+def _needs_nothing(layout: Layout, spec: ModelSpec) -> bool:
     spec = as_spelled(layout, spec)
     there = ready_file(layout, spec.folder, spec.name)
     if there:

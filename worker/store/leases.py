@@ -117,11 +117,11 @@ def read_leases(layout: Layout) -> list[Lease]:
         # Listing a folder queries the volume, and so shows what another host replaced.
         found = [layout.leases / entry.name for entry in entries if entry.name.endswith(".json") and entry.name[0] != "."]
     # The summary comes last: a lease's file is removed after its content was written there.
-    leases = [_read(path) for path in (*found, layout.last_used)]
+    leases = [_read_lease(path) for path in (*found, layout.last_used)]
     return [lease for lease in leases if lease] + _recent(layout)
 
 
-def _read(path: Path) -> Lease | None:
+def _read_lease(path: Path) -> Lease | None:
     read = read_json(path)
     if read is None:
         return None
@@ -250,13 +250,15 @@ def merge_old(layout: Layout, timing: LeaseTiming) -> None:
             known_s, known = used.get(title, (age_s + since_s, 0.0))
             used[title] = min(known_s, age_s + since_s), known + weight * 0.5 ** (since_s / timing.half_life_s)
     with contextlib.suppress(OSError):
-        write_atomically(layout.last_used, _encode("all", used=used), durable=False)
+        write_atomically(layout.last_used, _encode_lease("all", used=used), durable=False)
         for lease in dead:
             if lease.path:
                 lease.path.unlink(missing_ok=True)
 
 
-def _encode(by: str, *, used: Mapping[str, tuple[float, float]], held: Iterable[str] = (), pins: Iterable[str] = ()) -> bytes:
+def _encode_lease(
+    by: str, *, used: Mapping[str, tuple[float, float]], held: Iterable[str] = (), pins: Iterable[str] = ()
+) -> bytes:
     latest = sorted(used.items(), key=lambda item: item[1][0])[:_MOST_MODELS]
     rounded = {title: [round(age_s, 1), round(weight, 3)] for title, (age_s, weight) in latest}
     return json.dumps({"v": VERSION, "by": by, "held": sorted(held), "pins": sorted(pins), "used": rounded}).encode()
@@ -399,7 +401,7 @@ class Leases:
             self._dirty = False
         half_life_s = self.timing.half_life_s
         ages = {title: (now_s - at_s, weight * 0.5 ** ((now_s - at_s) / half_life_s)) for title, (at_s, weight) in used.items()}
-        data = _encode(self._worker, used=ages, held=held, pins=self._pins)
+        data = _encode_lease(self._worker, used=ages, held=held, pins=self._pins)
         try:
             self._set_aside()
             self._replace(data)

@@ -140,7 +140,7 @@ class Locks:
     def holder(self, key: str) -> LockHolder | None:
         """Return who reports a download of this content, possibly a worker that has died since."""
         with Peek(self._layout.lock_progress(key)) as peek:
-            return _read(peek)
+            return _read_holder(peek)
 
     @contextlib.contextmanager
     def hold(
@@ -209,7 +209,7 @@ class Locks:
         )
 
 
-def _read(record: Peek) -> LockHolder | None:
+def _read_holder(record: Peek) -> LockHolder | None:
     try:
         return LockHolder(**json.loads(record.read()))
     except (OSError, ValueError, TypeError):
@@ -292,7 +292,7 @@ class _LockWait:
 
     def _out_of_patience(self) -> bool:
         now_s = self._clock()
-        before, self._seen = self._seen, _read(self._record)
+        before, self._seen = self._seen, _read_holder(self._record)
         holder = self._seen
         if holder and self._moves(holder):
             self._moved_s = now_s

@@ -120,7 +120,7 @@ class Partial:
     def _begin_as(cls, path: Path, size_bytes: int, clock: Callable[[], float]) -> Partial:
         """Create a partial under this name. Its journal may exist from a claim that found nothing to continue."""
         journal = path.with_suffix(".journal")
-        write_atomically(journal, _encode(size_bytes, Ranges()))
+        write_atomically(journal, _encode_journal(size_bytes, Ranges()))
         try:
             partial = cls(path, create_file(path), size_bytes, Ranges(), clock)
         except OSError:
@@ -138,7 +138,7 @@ class Partial:
     @classmethod
     def _take(cls, old_journal: Path, path: Path, size_bytes: int, done: Ranges, clock: Callable[[], float]) -> Partial:
         # The new journal is complete before the file gets its name: a crash in between leaves the old pair as it was.
-        write_atomically(path.with_suffix(".journal"), _encode(size_bytes, done))
+        write_atomically(path.with_suffix(".journal"), _encode_journal(size_bytes, done))
         old_journal.with_suffix(".part").rename(path)
         old_journal.unlink(missing_ok=True)
         fd = patiently(lambda: os.open(path, os.O_RDWR | os.O_CLOEXEC))
@@ -279,7 +279,7 @@ class Partial:
             os.fdatasync(fd)
             # Nobody would ever remove a journal that is written after another worker took its file.
             if not self._given_up and self.is_ours():
-                write_atomically(self.path.with_suffix(".journal"), _encode(self.size_bytes, done))
+                write_atomically(self.path.with_suffix(".journal"), _encode_journal(self.size_bytes, done))
         with self._changed:
             self._flushing_bytes = 0
             self._unsaved_bytes -= unsaved
@@ -473,13 +473,13 @@ def _sweep(folder: Path, but: Collection[Path]) -> None:
         folder.rmdir()
 
 
-def _encode(size_bytes: int, done: Ranges) -> bytes:
+def _encode_journal(size_bytes: int, done: Ranges) -> bytes:
     return json.dumps({"v": _VERSION, "size": size_bytes, "ranges": done.as_list()}).encode()
 
 
 def _idle_partials(found: list[tuple[Path, Ranges]], clock: Path, size_bytes: int, idle_s: float) -> list[tuple[Path, Ranges]]:
     """Return the partials not journalled for `idle_s`, by the file server's clock alone: `clock` is a file made for that."""
-    write_atomically(clock, _encode(size_bytes, Ranges()))
+    write_atomically(clock, _encode_journal(size_bytes, Ranges()))
     before_s = clock.stat().st_mtime - idle_s
     idle = []
     for journal, done in found:

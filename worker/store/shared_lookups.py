@@ -155,7 +155,7 @@ class _AnswerWait:
         found = self._record.stat()
         if found is None or abs(found.st_mtime - mark.st_mtime) > _FRESH_S:
             return None
-        return _decoded(self._record.read())
+        return _decoded_answer(self._record.read())
 
     def _is_quiet(self, mark: os.stat_result) -> bool:
         stamp, now_s = (mark.st_ino, mark.st_mtime_ns), time.monotonic()
@@ -164,7 +164,7 @@ class _AnswerWait:
         return now_s - self._seen_s >= self._quiet_s
 
 
-def _decoded(data: bytes) -> SharedAnswer | None:
+def _decoded_answer(data: bytes) -> SharedAnswer | None:
     try:
         values: Any = json.loads(data)
         answer = SharedAnswer(**values)

@@ -242,10 +242,10 @@ class RunPodApi:
                 answer = self._client.request(method, path, **options)
             except (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout, httpx2.ProxyError) as exc:
                 if waited_s >= retries.patience_s:
-                    raise RunPodUnreachable(operation, _reason(exc)) from None
+                    raise RunPodUnreachable(operation, _failure_reason(exc)) from None
                 retries.pause(failures)
             except httpx2.HTTPError as exc:
-                raise RequestUnsure(RunPodUnreachable(operation, _reason(exc))) from None
+                raise RequestUnsure(RunPodUnreachable(operation, _failure_reason(exc))) from None
             else:
                 if answer.status_code != httpx2.codes.TOO_MANY_REQUESTS:
                     return self._read(operation, answer)
@@ -302,7 +302,7 @@ class _ResourceMissing(Exception):  # noqa: N818 - it never leaves this module
         self.error = error
 
 
-def _reason(exc: httpx2.HTTPError) -> str:
+def _failure_reason(exc: httpx2.HTTPError) -> str:
     if isinstance(exc, httpx2.TimeoutException):
         return "no answer in time"
     return " ".join(str(exc).split())[:_REASON_CHARS] or type(exc).__name__

@@ -122,9 +122,9 @@ def make_up_plan(
     pools = runpod_offer.pools_of(runpod.all("catalog/gpus", include="AVAILABILITY", product="SERVERLESS"))
     centres = runpod_offer.datacenters_of(runpod.all("catalog/datacenters", include="GPU_AVAILABILITY,CPU_AVAILABILITY"))
     size_bytes = needs.size_bytes if needs else 0
-    wanted = _pools(options, pools, size_bytes)
+    wanted = _allowed_pools(options, pools, size_bytes)
     datacenter = _planned_datacenter(options, volume)
-    places = _places(options, centres, datacenter)
+    places = _candidate_datacenters(options, centres, datacenter)
     offers = runpod_offer.offers(wanted, places, DATACENTERS)
     fill = options.fill or ("s3" if _has_s3_keys(environ) else "pod")
     if fill == "s3" and options.s3_endpoint is None:
@@ -210,7 +210,7 @@ def _planned_datacenter(options: UpOptions, volume: Thing | None) -> str | None:
     return there
 
 
-def _pools(options: UpOptions, pools: Mapping[str, GpuPool], size_bytes: int) -> Sequence[GpuPool]:
+def _allowed_pools(options: UpOptions, pools: Mapping[str, GpuPool], size_bytes: int) -> Sequence[GpuPool]:
     if not options.pools:
         return runpod_offer.fitting_pools(pools, wanted_gpu_gb(size_bytes))
     if unknown := [name for name in options.pools if name not in pools]:
@@ -218,7 +218,7 @@ def _pools(options: UpOptions, pools: Mapping[str, GpuPool], size_bytes: int) ->
     return [pools[name] for name in options.pools]
 
 
-def _places(options: UpOptions, centres: Mapping[str, DataCenter], name: str | None) -> list[DataCenter]:
+def _candidate_datacenters(options: UpOptions, centres: Mapping[str, DataCenter], name: str | None) -> list[DataCenter]:
     tier = "HIGH_PERFORMANCE" if options.high_performance else None
     if name is None:
         return [place for place in centres.values() if tier is None or tier in place.tiers]

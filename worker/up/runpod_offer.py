@@ -84,7 +84,7 @@ def _pool(name: str, types: Sequence[Mapping[str, Any]]) -> GpuPool:
     levels: dict[str, str] = {}
     for gpu in whole:
         for place in gpu.get("dataCenters") or ():
-            levels[place["id"]] = max(levels.get(place["id"], "NONE"), place["availability"], key=_rank)
+            levels[place["id"]] = max(levels.get(place["id"], "NONE"), place["availability"], key=_offer_rank)
     prices = [float(gpu["price"]["serverless"]) for gpu in whole if gpu.get("price", {}).get("serverless")]
     return GpuPool(
         name,
@@ -144,7 +144,7 @@ class Offer:
     @property
     def best(self) -> str:
         """Return how many GPUs of the most available kind are free."""
-        return max((pool.level(self.datacenter) for pool in self.pools), key=_rank, default="NONE")
+        return max((pool.level(self.datacenter) for pool in self.pools), key=_offer_rank, default="NONE")
 
 
 def offers(pools: Sequence[GpuPool], datacenters: Iterable[DataCenter], preferred: Iterable[str]) -> list[Offer]:
@@ -159,7 +159,7 @@ def offers(pools: Sequence[GpuPool], datacenters: Iterable[DataCenter], preferre
         found,
         key=lambda offer: (
             offer.pools[0].usd_hour,
-            -_rank(offer.pools[0].level(offer.datacenter)),
+            -_offer_rank(offer.pools[0].level(offer.datacenter)),
             offer.datacenter not in liked,
         ),
     )
@@ -177,5 +177,5 @@ def volume_usd_month(size_gb: int) -> float:
     return (size_gb - beyond) * VOLUME_GB_MONTH_USD + beyond * VOLUME_GB_MONTH_BEYOND_USD
 
 
-def _rank(level: str) -> int:
+def _offer_rank(level: str) -> int:
     return _LEVELS.index(level) if level in _LEVELS else 0

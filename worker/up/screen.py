@@ -117,7 +117,7 @@ def up_plan_lines(plan: UpPlan, width: int) -> Iterator[str]:
     if plan.offers:
         yield "GPUs that are free now:"
         for offer in plan.offers[:_MOST_OFFERS]:
-            yield f"  {offer.datacenter:<9}  {_pools(offer)}"
+            yield f"  {offer.datacenter:<9}  {_pools_text(offer)}"
         yield ""
     yield "To be made:" if plan.new else "As it was agreed:"
     for label, what, cost in _costs(plan):
@@ -126,7 +126,7 @@ def up_plan_lines(plan: UpPlan, width: int) -> Iterator[str]:
     yield f"GPUs and Pods cost what RunPod's API says now, volumes what its documentation said in {PRICES_OF}."
 
 
-def _pools(offer: Offer) -> str:
+def _pools_text(offer: Offer) -> str:
     return ", ".join(
         f"{pool.name} {pool.memory_gb} GB ${pool.usd_second:.5f}/s ({pool.level(offer.datacenter).lower()})"
         for pool in offer.pools

@@ -147,7 +147,7 @@ def _up_status(options: UpOptions, runpod: RunPodApi, state: UpState, screen: Up
     found = _find_deployment(options, runpod, state)
     workers = {str(thing["id"]): runpod.workers(str(thing["id"])).get("summary", {}) for thing in found["serverless"]}
     if screen.as_json:
-        screen.result("status", "", name=options.name, **_names(found), workers=workers, steps=_done(state))
+        screen.result("status", "", name=options.name, **_resource_ids(found), workers=workers, steps=_done(state))
         return 0
     if not any(found.values()):
         screen.say(f"{options.name}: there is nothing, and nothing is billed.")
@@ -186,7 +186,7 @@ def _up_down(options: UpOptions, runpod: RunPodApi, state: UpState, screen: UpSc
         if not ask_once(f"Remove {what}{warning}?"):
             screen.say("Nothing was removed.")
             return FAILED
-    removed = _names(found)
+    removed = _resource_ids(found)
     for kind, things in found.items():
         for thing in things:
             runpod.delete(kind, str(thing["id"]))
@@ -202,7 +202,7 @@ def _up_down(options: UpOptions, runpod: RunPodApi, state: UpState, screen: UpSc
 _WORDS: Final[Mapping[Kind, str]] = {"pods": "Pod", "serverless": "endpoint", "network-volumes": "volume"}
 
 
-def _names(found: Mapping[Kind, list[Thing]]) -> dict[str, Any]:
+def _resource_ids(found: Mapping[Kind, list[Thing]]) -> dict[str, Any]:
     return {
         "pods": [thing["id"] for thing in found["pods"]],
         "endpoints": [thing["id"] for thing in found["serverless"]],
