@@ -372,6 +372,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "an image name with a NUL": (images(name="a\0"), "unsafe_path"),
     "an image name that is a folder": (images(name="a/"), "input_name_invalid"),
     "an image name that is a dot": (images(name="."), "input_name_invalid"),
+    "an image name of a folder alone": (images(name="./", subfolder="a"), "input_name_invalid"),
     "a folder upwards": (images(subfolder="a/.."), "unsafe_path"),
     "a folder from the root": (images(subfolder="/"), "unsafe_path"),
     "an address of another kind": (images(image=None, url="file:///etc/passwd"), "input_url_refused"),

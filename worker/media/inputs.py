@@ -221,12 +221,12 @@ def _input_name(file: InputFile) -> PurePosixPath:
     """Return an input file's name below the input folder, with `/`. Raises `UnsafePath` or `InputNameInvalid`."""
     full = f"{file.subfolder}/{file.name}" if file.subfolder else file.name
     name, slashed = file.name.replace("\\", "/"), full.replace("\\", "/")
-    path = PurePosixPath(slashed)
+    path, own = PurePosixPath(slashed), PurePosixPath(name).name
     leaves = any(PurePosixPath(text).is_absolute() for text in (name, slashed)) or ".." in path.parts
     drive = any("\\" in text and _DRIVE.match(text) for text in (file.name, file.subfolder))
     if leaves or drive or "\0" in full:
         raise UnsafePath("The name of an input file", full)
-    if not path.parts or PurePosixPath(name).name != name.rpartition("/")[2]:
+    if not own or own != name.rpartition("/")[2]:
         raise InputNameInvalid(full, "is no name of a file")
     if len(path.parts) > _MOST_FOLDERS:
         raise InputNameInvalid(f"{full[:40]}...", f"lies in more than {_MOST_FOLDERS} folders")
