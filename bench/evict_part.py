@@ -80,7 +80,7 @@ def run(part: Part, jobs: Connection) -> None:
         layout,
         part.name,
         eviction.EvictionLimits(keep_bytes=part.keep_bytes),
-        eviction.Pins,
+        eviction.EvictionPins,
         leases=leases,
         ask=source_check(lambda: hub),
         lock_timing=LOCKS,

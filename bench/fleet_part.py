@@ -53,7 +53,7 @@ def import_all() -> float:
     import worker.models.sources  # noqa: PLC0415 - as above
     import worker.store.locks  # noqa: PLC0415 - as above
     import worker.warmup.warmup  # noqa: F401, PLC0415 - as above
-    from worker.boot import process_start  # noqa: PLC0415 - as above
+    from worker.base.clock import process_start  # noqa: PLC0415 - as above
 
     return time.monotonic() - process_start()
 

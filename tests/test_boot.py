@@ -12,7 +12,8 @@ import pytest
 
 from devkit.demo import chart
 from devkit.local_worker import PROJECT
-from worker.boot import BootTimeline, process_start
+from worker.base.clock import process_start
+from worker.boot import BootTimeline
 from worker.errors import NothingToServe
 from worker.sdk.arguments import prepare_environ, sdk_arguments
 from worker.sdk.imports import _processor_name, import_sdk

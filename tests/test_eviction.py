@@ -28,7 +28,14 @@ from worker.model_spec import HubFile, ModelSpec
 from worker.models.sources import Sources
 from worker.pins import read_pins
 from worker.store.download import DownloadHooks
-from worker.store.eviction import ContentName, EvictionLimits, Pins, SealedContent, chosen_for_removal, survey_for_eviction
+from worker.store.eviction import (
+    ContentName,
+    EvictionLimits,
+    EvictionPins,
+    SealedContent,
+    chosen_for_removal,
+    survey_for_eviction,
+)
 from worker.store.layout import Layout
 from worker.store.leases import LeasedTitles, Leases, LeaseTiming, merge_old, read_leases, removal_marks, wait_for_removals
 from worker.store.locks import Locks, LockTiming
@@ -82,7 +89,7 @@ class Site:
         self.jobs = contextlib.ExitStack()
 
     def room(self, keep: int | None = None, name: str = "pod-1", **options: Any) -> Room:
-        pins = options.pop("pins", Pins())
+        pins = options.pop("pins", EvictionPins())
         options.setdefault("leases", Leases(self.layout, name, timing=options.pop("timing", NOW)))
         options.setdefault("ask", source_check(lambda: self.hub))
         limits = EvictionLimits(keep_bytes=None if keep is None else keep * SIZE)
@@ -98,8 +105,8 @@ class Site:
     def there(self) -> set[int]:
         return {number for number in range(COUNT) if self.layout.model("loras", f"m{number}.bin").exists()}
 
-    def contents(self, timing: LeaseTiming = NOW, pins: Pins | None = None) -> dict[str, SealedContent]:
-        found = survey_for_eviction(self.layout, pins or Pins(), timing)
+    def contents(self, timing: LeaseTiming = NOW, pins: EvictionPins | None = None) -> dict[str, SealedContent]:
+        found = survey_for_eviction(self.layout, pins or EvictionPins(), timing)
         return {found.title: found for found in found.contents}
 
     def use(self, name: str, *titles: str, timing: LeaseTiming = NOW) -> Leases:
@@ -244,7 +251,7 @@ def test_what_is_never_removed(site: Site, keep: Callable[[Site], str]) -> None:
 
 def test_what_people_name_stays(site: Site) -> None:
     site.fetch(0, 1, 2)
-    pins = Pins(
+    pins = EvictionPins(
         LeasedTitles([("loras/m0.bin", "models.toml names it")]), lambda title: "w.json names it" if "m1" in title else None
     )
 
@@ -260,7 +267,7 @@ def test_what_people_name_stays(site: Site) -> None:
 def test_nothing_goes_while_nobody_knows_what_people_name(site: Site, caplog: pytest.LogCaptureFixture) -> None:
     site.fetch(0)
 
-    assert site.room(pins=Pins(trouble="models.toml cannot be read")).make(1, site.never) == 0
+    assert site.room(pins=EvictionPins(trouble="models.toml cannot be read")).make(1, site.never) == 0
 
     assert "models.toml cannot be read" in caplog.text
 
@@ -306,7 +313,7 @@ def test_two_names_of_one_content_go_together_and_count_once(site: Site) -> None
     site.layout.model("loras", "twin.bin").unlink()
     site.layout.model("loras", "twin.bin").hardlink_to(site.layout.model("loras", "m0.bin"))
     site.layout.seal("loras", "twin.bin").write_bytes(site.layout.seal("loras", "m0.bin").read_bytes())
-    assert survey_for_eviction(site.layout, Pins(), NOW).used_bytes == SIZE
+    assert survey_for_eviction(site.layout, EvictionPins(), NOW).used_bytes == SIZE
 
     assert site.room().make(10 * SIZE, site.never) == SIZE
 
@@ -700,7 +707,7 @@ def test_a_volume_with_two_hosts(stand_in: StandIn, moosefs: MooseFS, request: p
 # --- what people name ---------------------------------------------------------------------------
 
 
-def pins_of(root: Path, **lists: Any) -> Pins:
+def pins_of(root: Path, **lists: Any) -> EvictionPins:
     return read_pins(root, Sources.gather(volume_manifest=root / "models.toml", **lists))
 
 

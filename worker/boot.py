@@ -13,10 +13,9 @@ import socket
 import threading
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from worker.base.clock import RunningClock
+from worker.base.clock import RunningClock, process_start
 from worker.base.files import is_volume
 from worker.base.text import count
 from worker.engine.custom_nodes import report_failed_nodes
@@ -42,6 +41,7 @@ from worker.warmup.warmup_workflow import warm_up
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
     from concurrent.futures import Future
+    from pathlib import Path
 
     from worker.engine.process import EngineCommand, EngineProcess
     from worker.model_spec import ModelSpec
@@ -94,16 +94,6 @@ class BootTimeline:
         last = max(done, key=lambda step: step.end_s)
         parts = [f"{step}{', critical' if step is last else ''} [{step.start_s:.2f}-{step.end_s:.2f}]" for step in done]
         return f"cold start {last.end_s:.2f} s: " + "; ".join(parts)
-
-
-def process_start() -> float:
-    """Return when this process began, by `time.monotonic`: the interpreter's own start belongs to the cold start."""
-    try:
-        ticks = float(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-        uptime_s = float(Path("/proc/uptime").read_text().split()[0])
-    except (OSError, ValueError, IndexError):
-        return time.monotonic()
-    return time.monotonic() - max(0.0, uptime_s - ticks / 100)  # USER_HZ is 100 on every Linux that Python runs on
 
 
 def run(worker: Worker, settings: Settings, arguments: Sequence[str], environ: MutableMapping[str, str]) -> int:

@@ -10,7 +10,7 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from worker.errors import NoWorkflowInFile, WorkerError
-from worker.store.eviction import Pins
+from worker.store.eviction import EvictionPins
 from worker.store.leases import LeasedTitles
 from worker.volume_workflows import all_workflows, decode_workflow
 
@@ -25,19 +25,19 @@ _FOLDERS_OF_FOLDERS = frozenset({"diffusers"})
 """Folders whose models are folders: a workflow names these, not the files in them."""
 
 
-def read_pins(volume: Path, sources: Sources) -> Pins:
+def read_pins(volume: Path, sources: Sources) -> EvictionPins:
     """Return what the manifests and the workflows on the volume name.
 
     While a manifest has a mistake, or a workflow cannot be read, nobody knows what they name: then every model is pinned.
     """
     for error in sources.errors:
-        return Pins(trouble=str(error))
+        return EvictionPins(trouble=str(error))
     titles = LeasedTitles((f"{spec.folder}/{spec.name}", "a manifest names it") for spec in sources.manifest())
     try:
         texts = [(name, _text_of_workflow(name, data)) for name, data in all_workflows(volume)]
     except (OSError, WorkerError) as exc:
-        return Pins(trouble=f"a workflow on the volume cannot be read ({exc})")
-    return Pins(titles, lambda title: _workflow_that_pins(title, texts))
+        return EvictionPins(trouble=f"a workflow on the volume cannot be read ({exc})")
+    return EvictionPins(titles, lambda title: _workflow_that_pins(title, texts))
 
 
 def _text_of_workflow(name: str, data: bytes) -> str:

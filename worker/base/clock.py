@@ -11,6 +11,7 @@ import contextlib
 import logging
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -97,6 +98,16 @@ class RunningClock:
             self._thawed_s = (self._thawed_s or 0.0) + gap_s + max(0.0, jump_s)
         self._seen_s, self._offset_s = now_s, offset_s
         return now_s
+
+
+def process_start() -> float:
+    """Return when this process began, by `time.monotonic`: the interpreter's own start belongs to the cold start."""
+    try:
+        ticks = float(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        uptime_s = float(Path("/proc/uptime").read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return time.monotonic()
+    return time.monotonic() - max(0.0, uptime_s - ticks / 100)  # USER_HZ is 100 on every Linux that Python runs on
 
 
 @contextlib.asynccontextmanager

@@ -31,6 +31,7 @@ from socksio import ProtocolError
 
 from worker.base.retry import OK, PARTIAL, PROXY_LOGIN, TRANSIENT, UNAUTHORISED, UNSATISFIABLE, Backoff, retry_after_s
 from worker.errors import (
+    ContentMismatch,
     EnsureCancelled,
     FileNotInRepo,
     HubOffline,
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     from email.message import Message
 
     from worker.base.progress import CancelToken
+    from worker.model_spec import ModelSpec
 
 log = logging.getLogger(__name__)
 
@@ -128,6 +130,13 @@ class RemoteFile:
             return True
         same_etag = bare_etag(headers.get("ETag")) == bare_etag(self.etag)
         return same_etag and (bool(self.strong_etag) or self.modified in {None, headers.get("Last-Modified")})
+
+    def check_against(self, spec: ModelSpec) -> None:
+        """Raise `ContentMismatch` if the source now has another file than the model spec says."""
+        if spec.sha256 and self.sha256 and spec.sha256 != self.sha256:
+            raise ContentMismatch(self.where, "sha256", spec.sha256, self.sha256)
+        if spec.size_bytes not in {None, self.size_bytes}:
+            raise ContentMismatch(self.where, "size", str(spec.size_bytes), str(self.size_bytes))
 
     def same_content(self, other: RemoteFile) -> bool:
         """Return whether both describe the same bytes."""

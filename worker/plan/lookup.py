@@ -39,7 +39,7 @@ _ASK_AT_ONCE: Final = 16
 
 
 def read_valid_sources(settings: Settings) -> tuple[Sources, list[ManifestInvalid]]:
-    """Return the valid lists of models, for look-ups, and the mistakes of the others."""
+    """Return the valid lists of models, for the plan's look-ups, and the mistakes of the others, for the plan to show."""
     lists: dict[str, Any] = {
         "volume_manifest": Layout(settings.volume_path).manifest,
         "manifest": settings.models_manifest,
@@ -178,7 +178,7 @@ def _asked(item: PlanItem, hub: Hub, begun: Callable[[RemoteFile], int], cancel:
     spec = item.spec
     try:
         remote = hub.look_up(spec.source, cancel)
-        check_promises(spec, remote)
+        remote.check_against(spec)
     except (SourceUnreachable, EnsureCancelled) as exc:
         why = exc.reason if isinstance(exc, SourceUnreachable) else "no answer in time"
         message = f"Its source could not be asked ({why}): look at the network of this machine; a worker may well get it."
@@ -187,14 +187,6 @@ def _asked(item: PlanItem, hub: Hub, begun: Callable[[RemoteFile], int], cancel:
         return replace(item, state=_state_of(exc), message=str(exc), code=exc.code)
     sha256 = remote.sha256 or spec.sha256
     return replace(item, size_bytes=remote.size_bytes, sha256=sha256, begun_bytes=begun(remote))
-
-
-def check_promises(spec: ModelSpec, remote: RemoteFile) -> None:
-    """Raise `ContentMismatch` if the look-up found another file than the list says."""
-    if spec.sha256 and remote.sha256 and spec.sha256 != remote.sha256:
-        raise ContentMismatch(remote.where, "sha256", spec.sha256, remote.sha256)
-    if spec.size_bytes not in {None, remote.size_bytes}:
-        raise ContentMismatch(remote.where, "size", str(spec.size_bytes), str(remote.size_bytes))
 
 
 def _state_of(exc: ModelError) -> ItemState:

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from worker.seed.screen import SeedScreen
     from worker.seed.volumes import SeedVolume
     from worker.settings import Settings
-    from worker.store.eviction import Pins, Survey
+    from worker.store.eviction import EvictionPins, Survey
     from worker.store.layout import Layout
 
 _WIDE: Final = 160
@@ -121,7 +121,7 @@ class SeedContext:
     def _wait(self, left_s: float) -> None:
         self.tell(f"Workers on this volume have {left_s:.0f} s to say what they use before a model is removed; waiting.")
 
-    def pins(self, layout: Layout) -> Pins:
+    def pins(self, layout: Layout) -> EvictionPins:
         """Return what people name on a mounted volume, and in this environment."""
         settings = self.settings
         sources = Sources.gather(volume_manifest=layout.manifest, manifest=settings.models_manifest, models=settings.models)

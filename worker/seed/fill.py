@@ -16,7 +16,6 @@ from worker.base.files import FULL
 from worker.base.progress import ModelProgress, metered
 from worker.base.text import unicode_forms
 from worker.errors import EnsureCancelled, VolumeReadOnly, WorkerError
-from worker.plan.lookup import check_promises
 from worker.seed.errors import S3Failed, SeedError
 from worker.seed.outcome import NEWER, Outcome
 from worker.seed.relay import Relay, RelayLoad, RelayUpload
@@ -191,7 +190,7 @@ class S3Filler:
         began_s = time.monotonic()
         try:
             remote = self._sibling.look_up(spec) if self._sibling else self._hub.look_up(spec.source, cancel)
-            check_promises(spec, remote)
+            remote.check_against(spec)
         except WorkerError as exc:
             return [_failed(f"{spec.folder}/{spec.name}", volume.title, exc, began_s) for volume in self._volumes]
         job = _S3Fill(spec, replace(remote, sha256=remote.sha256 or spec.sha256), progress, cancel, began_s, replaces)

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from worker.models.sources import Sources
     from worker.plan.items import PlanItem
     from worker.seed.context import SeedContext, SeedTarget
-    from worker.seed.volumes import SealedModel, SeedVolume
+    from worker.seed.volumes import SeedVolume
+    from worker.store.seals import SealedModel
 
 
 def sealed_but_unnamed(volume: SeedVolume, named: Collection[str]) -> list[SealedModel]:

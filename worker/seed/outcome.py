@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from worker.seed.errors import ModelUnavailable
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from worker.errors import WorkerError
 
 How = Literal["ready", "by_hand", "adopted", "sent", "failed", "cancelled"]
@@ -66,3 +68,16 @@ class Outcome:
             "code": self._code(),
             "note": self.note,
         }
+
+
+def grouped_outcomes(outcomes: Iterable[Outcome]) -> list[tuple[Outcome, str]]:
+    """Join equal outcomes of several volumes for the screen, and name these volumes unless they are all."""
+    groups: dict[tuple[str, str], list[Outcome]] = {}
+    for outcome in outcomes:
+        groups.setdefault((outcome.how, str(outcome.error)), []).append(outcome)
+    alone = len(groups) == 1
+    slowest = {key: max(group, key=lambda outcome: outcome.seconds) for key, group in groups.items()}
+    return [
+        (slowest[key], "" if alone else " on " + ", ".join(outcome.volume for outcome in group))
+        for key, group in groups.items()
+    ]

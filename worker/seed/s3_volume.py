@@ -17,11 +17,10 @@ from typing import TYPE_CHECKING, Final
 from worker.base.text import unicode_forms
 from worker.errors import EnsureCancelled, FileIncomplete, UnsafePath
 from worker.seed.errors import S3Failed, S3FileDiffers
-from worker.seed.volumes import SealedModel, sealed_model_at
 from worker.store.file_formats import is_safetensors, stated_in
 from worker.store.inventory import InventoryEntry, Standing
 from worker.store.layout import Layout
-from worker.store.seals import Seal, decode_seal, encode_seal, new_seal
+from worker.store.seals import Seal, SealedModel, decode_seal, encode_seal, new_seal, sealed_model_at
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

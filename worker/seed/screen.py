@@ -24,7 +24,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from worker.base.text import count, size_text
-from worker.seed.outcome import WORDS
+from worker.seed.outcome import WORDS, grouped_outcomes
 from worker.store.eviction import idle_text
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from worker.seed.outcome import Outcome
     from worker.seed.seeding import DryRunLine
     from worker.seed.verify import VerifiedModel
-    from worker.seed.volumes import SealedModel
     from worker.store.eviction import SealedContent
+    from worker.store.seals import SealedModel
 
 
 _LINE_EVERY_S: Final = 10.0
@@ -128,7 +128,7 @@ class ScreenBars:
             self._ended += 1
             if model in self._tasks:
                 self._progress.remove_task(self._tasks.pop(model))
-            for outcome, where in grouped(outcomes):
+            for outcome, where in grouped_outcomes(outcomes):
                 self._done[model] = outcome.size_bytes
                 self._progress.console.print(outcome_line(outcome, where))
             self._retotal()
@@ -145,19 +145,6 @@ class ScreenBars:
     def _retitle(self) -> None:
         if self._total is not None:
             self._progress.update(self._total, description=f"[bold]total, {self._ended} of {count(self._count, 'model')}")
-
-
-def grouped(outcomes: Iterable[Outcome]) -> list[tuple[Outcome, str]]:
-    """Join equal outcomes of several volumes for the screen, and name these volumes unless they are all."""
-    groups: dict[tuple[str, str], list[Outcome]] = {}
-    for outcome in outcomes:
-        groups.setdefault((outcome.how, str(outcome.error)), []).append(outcome)
-    alone = len(groups) == 1
-    slowest = {key: max(group, key=lambda outcome: outcome.seconds) for key, group in groups.items()}
-    return [
-        (slowest[key], "" if alone else " on " + ", ".join(outcome.volume for outcome in group))
-        for key, group in groups.items()
-    ]
 
 
 def outcome_line(outcome: Outcome, where: str) -> RenderableType:
@@ -214,7 +201,7 @@ class ScreenLines:
     def ended(self, model: str, outcomes: Iterable[Outcome]) -> None:
         """Like `SeedScreen.ended`."""
         del model
-        for outcome, where in grouped(outcomes):
+        for outcome, where in grouped_outcomes(outcomes):
             self.say(f"{outcome.model}: {outcome_text(outcome)}{where}" + (f": {outcome.error}" if outcome.error else ""))
 
     def say(self, text: str) -> None:

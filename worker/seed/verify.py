@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from worker.models.sources import Sources
     from worker.seed.context import SeedContext, SeedTarget
     from worker.seed.screen import SeedScreen
-    from worker.seed.volumes import SealedModel, SeedVolume
+    from worker.seed.volumes import SeedVolume
     from worker.store.inventory import InventoryEntry
+    from worker.store.seals import SealedModel
 
 
 Verdict = Literal["whole", "touched", "damaged", "replaced", "missing", "unhashed", "unreadable"]

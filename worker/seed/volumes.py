@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 from worker.base.files import free_bytes
@@ -13,8 +13,7 @@ from worker.errors import UnsafePath, VolumeFailed, volume_error
 from worker.plan.places import Places
 from worker.store.hashing import sha256_of
 from worker.store.inventory import InventoryEntry, Standing, look_up_file
-from worker.store.layout import title_of_seal
-from worker.store.seals import Seal, read_seal, stat_file, whole_mtime, write_seal
+from worker.store.seals import Seal, SealedModel, read_seal, sealed_model_at, stat_file, whole_mtime, write_seal
 from worker.volume_workflows import workflow_bytes, workflow_names
 
 if TYPE_CHECKING:
@@ -24,28 +23,6 @@ if TYPE_CHECKING:
     from worker.fetch.hub import RemoteFile
     from worker.model_spec import ModelSpec
     from worker.store.layout import Layout
-
-
-@dataclass(frozen=True, slots=True)
-class SealedModel:
-    """A sealed model on a volume as the seeder sees it."""
-
-    folder: str
-    name: str
-    seal: Seal
-
-    @property
-    def title(self) -> str:
-        """Return the model as people write it."""
-        return f"{self.folder}/{self.name}"
-
-
-def sealed_model_at(path: str, seal: Seal | None) -> SealedModel | None:
-    """Return the sealed model on a volume from its seal's path below the seals' folder: `folder/name.json`."""
-    if seal is None or not path.endswith(".json") or path.rpartition("/")[2].startswith("."):
-        return None
-    folder, _, name = title_of_seal(path).partition("/")
-    return SealedModel(folder, name, seal)
 
 
 class SeedVolume(Protocol):

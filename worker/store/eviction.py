@@ -50,7 +50,7 @@ class EvictionLimits:
 
 
 @dataclass(frozen=True, slots=True)
-class Pins:
+class EvictionPins:
     """The models that must not be evicted. `texts` are searched for a file name; `trouble` is why the pins are unknown."""
 
     titles: LeasedTitles = field(default_factory=LeasedTitles)
@@ -160,7 +160,7 @@ def idle_text(seconds: float) -> str:
 
 
 def survey_for_eviction(
-    layout: Layout, pins: Pins, timing: LeaseTiming, held: Iterable[str] = (), *, fill: bool = False
+    layout: Layout, pins: EvictionPins, timing: LeaseTiming, held: Iterable[str] = (), *, fill: bool = False
 ) -> Survey:
     """Examine everything on the volume before an eviction. `held` are uses that this worker may not have recorded yet.
 
@@ -256,7 +256,7 @@ class EvictionJudge:
 
     usage: Usage
     own: LeasedTitles
-    pins: Pins
+    pins: EvictionPins
     tree: ModelsTree
     timing: LeaseTiming
 

@@ -25,14 +25,14 @@ from typing import TYPE_CHECKING, Final
 
 from worker.base.files import free_bytes
 from worker.base.text import duration_text, size_text
-from worker.errors import ContentMismatch, EnsureCancelled, WorkerError
+from worker.errors import EnsureCancelled, WorkerError
 from worker.model_spec import ModelSpec
 from worker.store.download import DownloadHooks
 from worker.store.eviction import (
     EvictionJudge,
     EvictionLimits,
+    EvictionPins,
     ModelsTree,
-    Pins,
     chosen_for_removal,
     survey_for_eviction,
     survey_stamp,
@@ -89,7 +89,7 @@ class Room:
         layout: Layout,
         worker: str,
         limits: EvictionLimits,
-        pins: Callable[[], Pins],
+        pins: Callable[[], EvictionPins],
         *,
         leases: Leases | None = None,
         ask: Ask = _exists_always,
@@ -301,7 +301,7 @@ class Room:
         """Return those that no job uses by now."""
         tree = ModelsTree.of(self.layout)
         own = LeasedTitles((title, "this worker") for title in self._held())
-        judge = EvictionJudge(Usage.of(self.layout, self._timing), own, Pins(), tree, self._timing)
+        judge = EvictionJudge(Usage.of(self.layout, self._timing), own, EvictionPins(), tree, self._timing)
         found = []
         for content in contents:
             titles = [name.title for name in content.names]
@@ -480,10 +480,6 @@ def source_check(hub: Callable[[], Hub]) -> Ask:
     """Return a function that asks, before room is made, whether this worker could download that very content again."""
 
     def ask(spec: ModelSpec, cancel: CancelToken) -> None:
-        remote = hub().look_up(spec.source, cancel)
-        if None not in {spec.sha256, remote.sha256} and spec.sha256 != remote.sha256:
-            raise ContentMismatch(remote.where, "sha256", str(spec.sha256), str(remote.sha256))
-        if spec.size_bytes not in {None, remote.size_bytes}:
-            raise ContentMismatch(remote.where, "size", str(spec.size_bytes), str(remote.size_bytes))
+        hub().look_up(spec.source, cancel).check_against(spec)
 
     return ask

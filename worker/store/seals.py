@@ -146,3 +146,25 @@ def sealed_titles(layout: Layout) -> Iterator[tuple[str, Path]]:
             if name.endswith(".json") and not name.startswith("."):
                 path = layout.seals.joinpath(above, name)
                 yield title_of_seal(path.relative_to(layout.seals).as_posix()), path
+
+
+@dataclass(frozen=True, slots=True)
+class SealedModel:
+    """A model on a volume that has a seal, which may no longer fit its file."""
+
+    folder: str
+    name: str
+    seal: Seal
+
+    @property
+    def title(self) -> str:
+        """Return the model as people write it."""
+        return f"{self.folder}/{self.name}"
+
+
+def sealed_model_at(path: str, seal: Seal | None) -> SealedModel | None:
+    """Return the sealed model on a volume from its seal's path below the seals' folder: `folder/name.json`."""
+    if seal is None or not path.endswith(".json") or path.rpartition("/")[2].startswith("."):
+        return None
+    folder, _, name = title_of_seal(path).partition("/")
+    return SealedModel(folder, name, seal)

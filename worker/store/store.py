@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Final, Self
 from worker.base.files import Peek, patiently, sync_folder
 from worker.base.progress import metered
 from worker.errors import (
-    ContentMismatch,
     ModelError,
     UnsafePath,
     UnsealedMismatch,
@@ -365,10 +364,7 @@ class Store:
         """Return the source's metadata. Raises `ContentMismatch` if that differs from the model's."""
         spec = task.spec
         remote = self._tools.hub.look_up(spec.source, task.cancel)
-        if spec.sha256 and remote.sha256 and spec.sha256 != remote.sha256:
-            raise ContentMismatch(remote.where, "sha256", spec.sha256, remote.sha256)
-        if spec.size_bytes not in {None, remote.size_bytes}:
-            raise ContentMismatch(remote.where, "size", str(spec.size_bytes), str(remote.size_bytes))
+        remote.check_against(spec)
         task.needed_bytes = remote.size_bytes
         return replace(remote, sha256=remote.sha256 or spec.sha256)
 
