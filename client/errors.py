@@ -96,7 +96,7 @@ class ClientDefect(ClientError):
     code = "client_defect"
 
     def __str__(self) -> str:
-        return f"The client met what it did not foresee ({self.kind} in {self.place}): please report it, without any key."
+        return f"The client failed unexpectedly ({self.kind} in {self.place}): please report it, without any key."
 
 
 # --- the job ------------------------------------------------------------------------------------
@@ -184,8 +184,8 @@ class ResultLost(JobError):
 
     def __str__(self) -> str:
         return (
-            f"The job {self.job_id} completed, but RunPod has no result of it: it was larger than RunPod carries (10 MB) or is "
-            "no longer kept; give the worker a bucket (BUCKET_ENDPOINT_URL) or a network volume."
+            f"The job {self.job_id} completed, but RunPod has no result of it: it was larger than RunPod accepts (10 MB), or "
+            "is no longer kept; give the worker a bucket (BUCKET_ENDPOINT_URL) or a network volume."
         )
 
 
@@ -256,7 +256,7 @@ class RequestRefused(ServiceError):
 
     def __str__(self) -> str:
         too_large = self.size_bytes > _NEARLY_TOO_LARGE_BYTES or self.status == _TOO_LARGE
-        advice = "RunPod takes up to 10 MB; give large files by their address, --image NAME=https://..."
+        advice = "RunPod accepts up to 10 MB; give large files by their address, --image NAME=https://..."
         return (
             f"{self.where} refused the request of {self.size_bytes / 1e6:.1f} MB (status {self.status}: {self.reason}): "
             f"{advice if too_large else 'correct what it names, and check the endpoint and its settings.'}"
@@ -274,7 +274,7 @@ class TooManyRequests(ServiceError):
 
     def __str__(self) -> str:
         return (
-            f"{self.where} has too many requests (status 429) and still had after {self.waited_s:.0f} s: send fewer at a time, "
+            f"{self.where} still had too many requests (status 429) after {self.waited_s:.0f} s: send fewer at a time, "
             "or try again later."
         )
 
@@ -324,4 +324,4 @@ class AnswerUnreadable(ServiceError):
     may_have_arrived = True
 
     def __str__(self) -> str:
-        return f"{self.where} answered with {self.found}, which no endpoint does: check the address, and proxies on the way."
+        return f"{self.where} answered with {self.found}, which no endpoint does: check the address and any proxy."

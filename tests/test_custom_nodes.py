@@ -163,7 +163,7 @@ def test_what_conflicts_with_comfyui_is_named_and_does_not_stop_the_rest(
     assert site is not None
     assert (site / "nodepack.py").is_file()
     assert not list(site.glob("torch*"))
-    assert "custom node 'greedy' asks for packages that cannot be installed" in caplog.text
+    assert "custom node 'greedy' requires packages that conflict with ComfyUI's" in caplog.text
     assert "torch<2: " in caplog.text
     assert "custom node 'modest'" not in caplog.text
     caplog.clear()

@@ -215,7 +215,7 @@ def test_a_network_volume_is_known_for_one(
     assert said["volume"].startswith("MooseFS (mfs")
     assert said["volume"].endswith(f"mounted read-write at {moosefs.mounts[0]}")
     assert said["writable"].endswith("whole seconds")
-    assert said["locks"].startswith("a process waited for one that held the lock")
+    assert said["locks"].startswith("a process waited for the lock's holder")
 
 
 def test_a_read_only_volume_is_told_and_what_lies_on_it_as_well(
@@ -583,11 +583,11 @@ def test_a_download_under_way_is_told_with_who_fetches_it_and_one_that_broke_off
     with half_download(patient, tmp_path / "hub"):
         (found,) = patient.look("downloads")
         assert found.severity is Severity.OK
-        assert "4.2 MB of 8.4 MB: worker pod-7 fetches it" in found.message
+        assert "4.2 MB of 8.4 MB: worker pod-7 downloads it" in found.message
     for path in patient.layout.state.rglob("*"):
         os.utime(path, (time.time() - 3 * HOUR_S,) * 2)
     found = patient.only("downloads")
-    assert "4.2 MB of 8.4 MB: worker pod-7 broke off 3 h ago" in found.message
+    assert "4.2 MB of 8.4 MB: worker pod-7 stopped 3 h ago" in found.message
     (part,) = found.paths
     pattern = Path(found.message.rpartition(" ")[2])
     assert list(pattern.parent.glob(pattern.name)) == [Path(part).parent], (
@@ -602,7 +602,7 @@ def test_what_is_left_of_a_model_that_is_there_can_go(patient: Patient) -> None:
     write_seal(patient.layout.seal("loras", "x.safetensors"), Seal(size=10, mtime=1, sha256=key))
     for path in patient.layout.partial(key).iterdir():
         os.utime(path, (time.time() - 3 * HOUR_S,) * 2)
-    assert "broke off 3 h ago, and the model is there since: remove" in patient.only("downloads").message
+    assert "stopped 3 h ago, and the model is complete now: remove" in patient.only("downloads").message
 
 
 def test_a_record_without_its_file_is_told(patient: Patient) -> None:
@@ -610,7 +610,7 @@ def test_a_record_without_its_file_is_told(patient: Patient) -> None:
     old = patient.put(".worker/partial/abc/2.journal")
     os.utime(old, (0, 0))
     (found,) = [found for found in patient.look("downloads") if found.severity is Severity.NOTE]
-    assert found.message.startswith("1 record of downloads that are gone")
+    assert found.message.startswith("1 record of downloads that no longer exist")
     assert found.paths == (str(old),)
     assert young.exists()
 
@@ -645,7 +645,7 @@ def test_what_the_manifest_names_and_the_volume_lacks_is_told(patient: Patient) 
     patient.put("models/loras/here.safetensors")
     models = "loras=hf://org/repo/here.safetensors loras=hf://org/repo/missing.safetensors"
     (found,) = patient.look("manifests", MODELS=models)
-    assert found.message == "2 models, 1 still to be fetched: loras/missing.safetensors"
+    assert found.message == "2 models, 1 still to be downloaded: loras/missing.safetensors"
 
 
 def test_the_machines_cache_is_told(patient: Patient) -> None:

@@ -167,7 +167,7 @@ def test_what_was_removed_is_fetched_again_once_and_the_log_says_so(site: Site, 
 
     assert site.store().ensure(spec(0)).how == "downloaded"
 
-    assert "loras/m0.bin is fetched again: it was removed to make room by pod-1" in caplog.text
+    assert "loras/m0.bin is downloaded again: it was removed to make room by pod-1" in caplog.text
     assert tombstone_of(site.layout, "loras", "m0.bin") is None
     assert site.store().ensure(spec(0)).how == "ready"
 
@@ -301,7 +301,7 @@ def test_a_model_that_could_not_be_had_again_stays(site: Site, refusal: str, cap
     assert site.room().make(10 * SIZE, site.never) == SIZE
 
     assert site.there() == {0}
-    assert "loras/m0.bin is kept, because it could not be had again" in caplog.text
+    assert "loras/m0.bin is kept, because it could not be downloaded again" in caplog.text
 
 
 # --- one content, two names ---------------------------------------------------------------------

@@ -89,7 +89,7 @@ def test_what_is_nested_deeper_than_comfyui_survives_is_refused(place: Any, kind
     for levels in (101, 500, 100_000):
         with pytest.raises(InputTooDeep) as caught:
             Request.parse(place(nested(levels, kind)))
-        assert str(caught.value).startswith("The input has lists or objects nested more than 100 deep")
+        assert str(caught.value).startswith("The input has lists or objects nested more than 100 levels deep")
 
 
 ITEM = OutputItem("a.png", "base64", "QQ==", "9", "sub", "image/png", 1)

@@ -276,7 +276,7 @@ def test_the_installed_sdk_is_one_that_the_loop_was_written_for() -> None:
 def test_an_sdk_of_another_shape_is_told_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rp_scale.JobScaler, "handle_job", lambda job: job)
     monkeypatch.delattr(rp_job, "get_stop_signals")
-    with pytest.raises(SdkUnknown, match=r'rp_scale\.JobScaler\.handle_job, .*rp_job\.get_stop_signals: install "runpod~='):
+    with pytest.raises(SdkUnknown, match=r'rp_scale\.JobScaler\.handle_job, .*rp_job\.get_stop_signals\): install "runpod~='):
         check_sdk()
 
 

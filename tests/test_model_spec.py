@@ -280,7 +280,9 @@ def test_a_request_may_fetch_tensors_from_the_known_hosts(suffix: str, source: s
 
 @pytest.mark.parametrize("name", ["m.ckpt", "m.pt", "m.pth", "m.bin", "m.pkl", "m.onnx", "m.py", "m", "m.safetensors.pt"])
 def test_a_request_may_not_fetch_what_can_hold_code(name: str) -> None:
-    with pytest.raises(SuffixNotAllowed, match=r"may have \.safetensors, \.sft, \.gguf files fetched, not 'm") as caught:
+    with pytest.raises(
+        SuffixNotAllowed, match=r"may name only \.safetensors, \.sft, \.gguf files for download, not 'm"
+    ) as caught:
         check_from_request(parse_spec("vae", "hf://o/r/x.safetensors", name=name), HOSTS)
     assert "manifest" in str(caught.value)
 

@@ -431,7 +431,7 @@ def test_standard_input_is_read(planner: Planner, monkeypatch: pytest.MonkeyPatc
     given = io.TextIOWrapper(io.BytesIO(json.dumps(lora("x.safetensors")).encode()))
     monkeypatch.setattr(sys, "stdin", given)
     assert plan.run(["-"], Settings.from_env(planner.environ)) == 0
-    assert "standard input: 1 model, 1 there" in capsys.readouterr().out
+    assert "standard input: 1 model, 1 present" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -469,7 +469,7 @@ def test_the_table_fits_a_terminal_and_ends_with_the_verdict(planner: Planner, m
     status, out = planner.run(graph(*loaders))
     assert status == 1
     lines = out.splitlines()
-    assert lines[0].endswith("workflow.json: 4 models, 1 there, 1 to fetch, 2 in the way")
+    assert lines[0].endswith("workflow.json: 4 models, 1 present, 1 to download, 2 blocking")
     rows = [line.split() for line in lines if line.endswith(".safetensors") and line.startswith("  ") and line[2] != " "]
     assert [row[0] for row in rows] == ["by", "fetch", "GATED", "UNKNOWN"], "what is to be acted upon comes last"
     assert len({line.index("loras/") for line in lines if line[2:3].strip() and "loras/" in line}) == 1, "aligned"

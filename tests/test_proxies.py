@@ -258,11 +258,14 @@ def test_a_socks_proxy_that_wants_another_login_is_one_sentence_at_once(
         monkeypatch.setenv("all_proxy", f"socks5://{login}{address}")
         hub = hub_of(stand_in.endpoint)
         for source in sources_of(stand_in):
-            with pytest.raises(ProxyUnusable, match="wants another user or password") as caught:
+            with pytest.raises(ProxyUnusable, match="requires another user or password") as caught:
                 hub.look_up(source, NEVER)
             assert address in str(caught.value)
             assert "secret" not in str(caught.value)
-        with contextlib.closing(HttpChannel(hub.network)) as channel, pytest.raises(ProxyUnusable, match="wants another user"):
+        with (
+            contextlib.closing(HttpChannel(hub.network)) as channel,
+            pytest.raises(ProxyUnusable, match="requires another user"),
+        ):
             channel.get(f"{stand_in.endpoint}/files/org/repo/model.safetensors", {})
     assert asked == []
 
@@ -371,7 +374,7 @@ def test_one_of_another_kind_beside_an_http_proxy_is_passed_over(
 def test_a_token_that_no_header_can_carry_is_one_sentence(stand_in: StandIn, token: str) -> None:
     hub = Hub(stand_in.endpoint, Network(credentials(stand_in.endpoint, token, None)), patience_s=20)
     for source in sources_of(stand_in):
-        with pytest.raises(TokenMalformed, match="HF_TOKEN holds characters that no token has") as caught:
+        with pytest.raises(TokenMalformed, match="HF_TOKEN contains characters that no token has") as caught:
             hub.look_up(source, NEVER)
         assert token not in str(caught.value)
 

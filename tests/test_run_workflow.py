@@ -340,7 +340,7 @@ def said(value: object, status: int = 200, **headers: str) -> tuple[int, dict[st
         (said({"error": "unauthorized"}, 401), 3, "refused the key (status 401): check RUNPOD_API_KEY"),
         (said({}, 403), 3, "refused the key (status 403)"),
         (said({"error": "not found"}, 404), 3, "does not exist (status 404): copy the endpoint's id"),
-        (said({"error": "body too large"}, 413), 3, "(status 413: body too large): RunPod takes up to 10 MB"),
+        (said({"error": "body too large"}, 413), 3, "(status 413: body too large): RunPod accepts up to 10 MB"),
         (said({"title": "down"}, 503), 3, "failed (status 503: down): try again in a minute"),
         ((502, {}, b"<html>Bad gateway</html>"), 3, "status 502: <html>Bad gateway</html>"),
         ((200, {}, b"<html>hello</html>"), 3, "answered with '<html>hello</html>', which no endpoint does"),
@@ -521,7 +521,9 @@ def test_a_defect_is_a_sentence_without_values(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(command, "build", broken)
     assert command.run([EMPTY, "--endpoint", "ep"], {"RUNPOD_API_KEY": "rpa_secret"}) == 1
     said = capsys.readouterr().err
-    assert re.fullmatch(r"error: The client met .* \(KeyError in client/command\.py, line \d+\): .* \[client_defect\]\n", said)
+    assert re.fullmatch(
+        r"error: The client failed .* \(KeyError in client/command\.py, line \d+\): .* \[client_defect\]\n", said
+    )
     assert "rpa_secret" not in said
 
 

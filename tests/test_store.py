@@ -351,7 +351,7 @@ def test_what_was_cut_off_is_continued(setup: Setup, stand_in: StandIn) -> None:
     # One connection sends a part and then nothing; the other gets nothing at all.
     stand_in.fault("stall", after_bytes=200_000, count=None, route="cdn")
     impatient = RangeTuning(connections=1, request_bytes=4 * MIB, smallest_bytes=4 * MIB, buffer_bytes=50_000, patience_s=0.1)
-    with pytest.raises(SourceUnreachable, match="what came is kept"):
+    with pytest.raises(SourceUnreachable, match="the received bytes are kept"):
         setup.store(tuning=impatient).ensure(SPEC)
     stand_in.reset()
     found = setup.store().ensure(SPEC)

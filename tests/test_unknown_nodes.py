@@ -36,10 +36,10 @@ NODES = [
     ("Nobodys", {}),
 ]
 SENTENCE = (
-    "the workflow wants 99.1.0 or newer for BrandNewNode (node 21): take an image with that ComfyUI, or remove the nodes from "
-    "the workflow. The workflow needs node classes that this ComfyUI does not have: FromAPack (node 22) from some-pack 1.2; "
-    "FromARepository (node 23) from user/repo; Nobodys (node 24); install their custom nodes in the image or on the volume, or "
-    "remove the nodes from the workflow."
+    "but the workflow needs 99.1.0 or newer for BrandNewNode (node 21): use an image with that ComfyUI, or remove the nodes "
+    "from the workflow. The workflow needs node classes that this ComfyUI does not have: FromAPack (node 22) from some-pack "
+    "1.2; FromARepository (node 23) from user/repo; Nobodys (node 24); install their custom nodes in the image or on the "
+    "volume, or remove the nodes from the workflow."
 )
 
 
@@ -53,8 +53,8 @@ def said(comfyui: str | None, *nodes: tuple[str, dict[str, str]]) -> UnknownNode
 @pytest.mark.parametrize("saved", [{}, CORE], ids=["in an exported graph", "as the editor saved it"])
 def test_a_class_of_a_newer_comfyui_is_no_custom_node(saved: dict[str, str]) -> None:
     assert str(said("0.3.75", ("LTXVAudioVAELoader", saved))) == (
-        "This image has ComfyUI 0.3.75, the workflow wants 0.33.0 or newer for LTXVAudioVAELoader (node 1): "
-        "take an image with that ComfyUI, or remove the nodes from the workflow."
+        "This image has ComfyUI 0.3.75, but the workflow needs 0.33.0 or newer for LTXVAudioVAELoader (node 1): "
+        "use an image with that ComfyUI, or remove the nodes from the workflow."
     )
 
 
@@ -62,12 +62,12 @@ def test_the_release_that_saved_a_node_has_its_class() -> None:
     assert said("0.3.75", ("LTXVAudioVAELoader", CORE | {"ver": "0.10.0"})).wanted == "0.10.0"
     assert said("0.3.75", ("LTXVAudioVAELoader", CORE | {"ver": "0.10.0"}), ("LoadDA3Model", {})).wanted == "0.33.0", "for both"
     assert said("0.33.0", ("SAM3DBody_Loader", CORE)).wanted == "", "saved by 0.33.0 itself, before that was released"
-    assert "wants a newer one for QwenImage21Cache (node 1)" in str(said("0.33.0", ("QwenImage21Cache", {})))
+    assert "needs a newer one for QwenImage21Cache (node 1)" in str(said("0.33.0", ("QwenImage21Cache", {})))
 
 
 def test_a_comfyui_that_does_not_tell_its_version_is_told_what_is_wanted() -> None:
     assert str(said(None, ("LTXVAudioVAELoader", {}))).startswith(
-        "This image has a ComfyUI of a version that it does not tell, the workflow wants 0.33.0 or newer for"
+        "This image has a ComfyUI of unknown version, but the workflow needs 0.33.0 or newer for"
     )
 
 
@@ -75,11 +75,9 @@ def test_a_class_that_is_gone_or_did_not_load_is_said_to_be_so() -> None:
     gone, off = said("0.33.0", ("IdeogramV1", {})), said("0.33.0", ("IdeogramV3", {}))
     assert str(gone) == (
         "This image has ComfyUI 0.33.0, which no longer has IdeogramV1 (node 1): "
-        "replace the nodes by those that came after them, or remove them from the workflow."
+        "replace the nodes with their successors, or remove them from the workflow."
     )
-    assert "runs without some of its own node classes: IdeogramV3 (node 1); look whether COMFY_ARGS switches them off" in str(
-        off
-    )
+    assert "runs without some of its own node classes: IdeogramV3 (node 1); check whether COMFY_ARGS turns them off" in str(off)
     assert str(said("0.3.75", ("IdeogramV1", {}))) == str(said("0.3.75", ("IdeogramV1", CORE))), "it had that one"
     assert (gone.details(), off.details()) == (["IdeogramV1 (node 1)"], ["IdeogramV3 (node 1)"])
 

@@ -373,7 +373,7 @@ def test_a_person_is_asked_once(desk: Desk, answer: str, volumes: int) -> None:
             said += part
     assert process.wait(60) == (1 if answer == "n" else 0)
     assert said.count(b"[y/N]") == 1
-    assert (b"$0.70 a month" in said, b"Nothing was made" in said) == (True, answer == "n")
+    assert (b"$0.70 a month" in said, b"Nothing was created" in said) == (True, answer == "n")
     assert desk.runpod.billed()["volumes"] == volumes
 
 

@@ -209,7 +209,9 @@ def test_nothing_leads_into_the_network_of_the_worker(
     async def scenario() -> None:
         async with serving(redirecting(f"http://{host}:PORT/secret")) as server:
             url = server.url() if redirected else server.url("/secret", host)
-            with pytest.raises(InputUrlRefused, match=r"^Failed to upload one or more input images: 'a\.png' is not fetched"):
+            with pytest.raises(
+                InputUrlRefused, match=r"^Failed to upload one or more input images: 'a\.png' is not downloaded"
+            ):
                 await fetch(url, tmp_path)
             assert [request.path for request in server.asked] == ["/a.png"] * redirected
 

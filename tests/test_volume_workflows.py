@@ -81,7 +81,7 @@ def test_an_unknown_name_lists_what_there_is(shelf: Path, tmp_path: Path) -> Non
     with pytest.raises(WorkflowUnknown) as caught:
         read_workflow(shelf, "portrait")
     assert caught.value.details() == workflow_names(shelf) == ["broken", "lora", "tiny", "upscale/4x"]
-    assert "no workflow 'portrait', there are broken, lora, tiny, upscale/4x; put it there" in str(caught.value)
+    assert "no workflow 'portrait' (there are broken, lora, tiny, upscale/4x); put it there" in str(caught.value)
     for name in ("folder", "tiny/below", "x" * 300):
         with pytest.raises(WorkflowUnknown):
             read_workflow(shelf, name)
@@ -143,7 +143,7 @@ def test_a_file_that_holds_no_workflow_is_said_so(shelf: Path) -> None:
         (b"a note", r"is no JSON: .*line 1 column 1"),
         (b"[1]", "holds a JSON that is no workflow"),
         (b"{}", "holds a JSON that is no workflow"),
-        (b"\0\1\2\3\0", "carries no workflow: use a PNG"),
+        (b"\0\1\2\3\0", "contains no workflow: use a PNG"),
     ],
 )
 def test_a_broken_file_is_told_where(data: bytes, fault: str, shelf: Path) -> None:
@@ -192,7 +192,7 @@ def test_a_job_with_an_unknown_name_is_told_those_that_there_are(worker: LocalWo
     put(worker, "known", TINY)
     answer = worker.runsync({"workflow": "unknown"})
     assert answer["status"] == "FAILED"
-    assert "no workflow 'unknown', there are " in answer["error"]
+    assert "no workflow 'unknown' (there are " in answer["error"]
     assert "known" in answer["error"].partition("there are")[2]
     assert "leaves its folder" in worker.runsync({"workflow": "../models.toml"})["error"]
 

@@ -121,7 +121,7 @@ def test_plan_says_what_a_workflow_needs(stand_in: StandIn, tmp_path: Path) -> N
     workflow.write_text(json.dumps({"input": {"workflow": graph, "models": [f"loras/{NAME}=hf://org/open/a.safetensors"]}}))
     (tmp_path / "volume/models/loras").mkdir(parents=True)
     environ = {"HF_ENDPOINT": stand_in.endpoint, "VOLUME_PATH": str(tmp_path / "volume")}
-    for there, said in ((False, "1 to fetch"), (True, "1 there")):
+    for there, said in ((False, "1 to download"), (True, "1 present")):
         if there:
             (tmp_path / "volume/models/loras" / NAME).write_bytes(weights())
         status, text = run("worker", "plan", str(workflow), **environ)

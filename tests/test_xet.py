@@ -405,7 +405,7 @@ def test_the_wait_for_a_silent_storage_ends_with_the_patience_and_keeps_what_cam
     stand_in.fault("stall", route="xet/piece", skip=6, count=None)
     partial = Partial.claim(tmp_path / "partial", remote.size_bytes)
     began = time.monotonic()
-    with pytest.raises(SourceUnreachable, match="what came is kept"):
+    with pytest.raises(SourceUnreachable, match="the received bytes are kept"):
         XetFetch(hub, remote, partial, RangeTuning(buffer_bytes=256 * 1024, patience_s=5.0), NEVER).run()
     assert time.monotonic() - began >= 5.0
     came = partial.done_bytes

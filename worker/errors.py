@@ -176,7 +176,7 @@ class NotOnWindows(StartError):
 
     command: str
     code = "not_on_windows"
-    template = "{command} needs Linux, macOS or WSL: run it there; on Windows only plan, seed and settings work."
+    template = "{command} needs Linux, macOS or WSL: run it there; on Windows only plan, seed, up and settings work."
 
 
 class EngineNotFound(StartError):
@@ -204,7 +204,7 @@ class EngineStartFailed(StartError):
     retryable = True
     details_field = "last_lines"
     template = (
-        "ComfyUI did not start: {cause}{last}; its output is in the worker's log: look at COMFY_ARGS and at custom nodes first."
+        "ComfyUI did not start: {cause}{last}; its output is in the worker's log: check COMFY_ARGS and custom nodes first."
     )
 
     @property
@@ -223,7 +223,7 @@ class EngineGaveUp(StartError):
     details_field = "last_lines"
     template = (
         "ComfyUI ended {deaths} times in a row without finishing a job, the last time it {cause}; "
-        "this worker leaves: send the job again, and look into the log if the next worker ends the same way."
+        "this worker exits. Send the job again, and read the log if the next worker ends in the same way."
     )
 
 
@@ -246,10 +246,7 @@ class SdkUnknown(StartError):
     version: str
     parts: Sequence[str]
     code = "sdk_unknown"
-    template = (
-        "The RunPod SDK {version} is not one that this worker was written for, which needs {parts:, }: "
-        'install "runpod~=1.12.0".'
-    )
+    template = 'The RunPod SDK {version} lacks parts that this worker needs ({parts:, }): install "runpod~=1.12.0".'
 
 
 class NothingToServe(StartError):
@@ -283,7 +280,7 @@ class InputNotJson(RequestError):
 
     reason: str
     code = "input_not_json"
-    template = "Invalid JSON format in input: {reason}; send an object, or a string that holds the JSON of one."
+    template = "Invalid JSON format in input: {reason}; send an object, or a string that contains one as JSON."
 
 
 class InputTooDeep(RequestError):
@@ -292,14 +289,16 @@ class InputTooDeep(RequestError):
     most: int
     what: str = "The input"
     code = "input_too_deep"
-    template = "{what} has lists or objects nested more than {most} deep; send it flatter, no workflow needs that."
+    template = (
+        "{what} has lists or objects nested more than {most} levels deep; no workflow needs that, so send it with less nesting."
+    )
 
 
 class ImagesInvalid(RequestError):
     """`images` is no list of files."""
 
     code = "images_invalid"
-    template = "'images' must be a list of objects with 'name' and 'image' keys, both strings; 'url' may stand for 'image'."
+    template = "'images' must be a list of objects with 'name' and 'image' keys, both strings; 'url' may replace 'image'."
 
 
 class FieldInvalid(RequestError):
@@ -403,7 +402,7 @@ class WorkflowUiFormat(RequestError):
 
     code = "workflow_ui_format"
     template = (
-        "Workflow validation failed: what ComfyUI's editor saves can be read only with a running ComfyUI; "
+        "Workflow validation failed: a workflow in the editor's format can be read only with a running ComfyUI; "
         "use the editor's Export (API), or convert it first: python -m worker convert."
     )
 
@@ -421,7 +420,7 @@ class NoWorkflowInFile(RequestError):
         if self.fault:
             return f"{self.fault}; save or export the workflow again in ComfyUI."
         return (
-            "carries no workflow: use a PNG, WEBP, MP4 or WEBM that ComfyUI saved with its metadata, "
+            "contains no workflow: use a PNG, WEBP, MP4 or WEBM that ComfyUI saved with its metadata, "
             "or send the workflow itself."
         )
 
@@ -434,7 +433,7 @@ class WorkflowUnknown(RequestError):
     taken: bool = False
     code = "workflow_unknown"
     details_field = "there"
-    template = "The volume holds no workflow '{short_name}', {known}; {what_to_do}."
+    template = "The volume has no workflow '{short_name}' ({known}); {what_to_do}."
 
     @property
     def short_name(self) -> str:
@@ -460,7 +459,7 @@ class UiWorkflowInvalid(RequestError):
     code = "ui_workflow_invalid"
     template = (
         "The workflow, as the editor saved it, cannot be converted: {reason}; "
-        "if that cannot be changed, send what the editor's Export (API) writes."
+        "if you cannot change that, send the workflow from the editor's Export (API)."
     )
 
 
@@ -484,12 +483,12 @@ class UnknownNodes(RequestError):
     @property
     def sentences(self) -> list[str]:
         found: list[str] = []
-        this = f"ComfyUI {self.comfyui}" if self.comfyui else "a ComfyUI of a version that it does not tell"
+        this = f"ComfyUI {self.comfyui}" if self.comfyui else "a ComfyUI of unknown version"
         if self.newer:
             wanted = f"{self.wanted} or newer" if self.wanted else "a newer one"
             found.append(
-                f"This image has {this}, the workflow wants {wanted} for {'; '.join(self.newer)}: "
-                "take an image with that ComfyUI, or remove the nodes from the workflow."
+                f"This image has {this}, but the workflow needs {wanted} for {'; '.join(self.newer)}: "
+                "use an image with that ComfyUI, or remove the nodes from the workflow."
             )
         if self.nodes:
             found.append(
@@ -499,12 +498,12 @@ class UnknownNodes(RequestError):
         if self.gone:
             found.append(
                 f"This image has {this}, which no longer has {'; '.join(self.gone)}: "
-                "replace the nodes by those that came after them, or remove them from the workflow."
+                "replace the nodes with their successors, or remove them from the workflow."
             )
         if self.off:
             found.append(
-                f"This image has {this}, which runs without some of its own node classes: {'; '.join(self.off)}; look whether "
-                "COMFY_ARGS switches them off (--disable-api-nodes), or the log's start says that their import failed."
+                f"This image has {this}, which runs without some of its own node classes: {'; '.join(self.off)}; check whether "
+                "COMFY_ARGS turns them off (--disable-api-nodes), or the start of the log says that their import failed."
             )
         return found
 
@@ -593,7 +592,7 @@ class SuffixNotAllowed(RequestError):
     allowed_suffixes: Sequence[str]
     code = "model_suffix_not_allowed"
     template = (
-        "A request may have {allowed_suffixes:, } files fetched, not '{name}', which can hold code; "
+        "A request may name only {allowed_suffixes:, } files for download, not '{name}', which can contain code; "
         "use another file, or put the model into the worker's manifest."
     )
 
@@ -649,7 +648,7 @@ class InputUrlRefused(RequestError):
     reason: str
     code = "input_url_refused"
     opening = _INPUTS_FAILED
-    template = "'{name}' is not fetched from {where}: {reason}."
+    template = "'{name}' is not downloaded from {where}: {reason}."
 
 
 class InputNameInvalid(RequestError):
@@ -690,7 +689,7 @@ class InputNotServed(InputError):
     reason: str
     code = "input_not_served"
     opening = _INPUTS_FAILED
-    template = "'{name}' cannot be had from {where}: {reason}; send an address that works."
+    template = "'{name}' cannot be downloaded from {where}: {reason}; send an address that works."
 
 
 class InputUnreachable(InputError):
@@ -702,7 +701,7 @@ class InputUnreachable(InputError):
     code = "input_unreachable"
     retryable = True
     opening = _INPUTS_FAILED
-    template = "'{name}' could not be fetched from {where} ({reason}); send the job again."
+    template = "'{name}' could not be downloaded from {where} ({reason}); send the job again."
 
 
 class InputTimedOut(InputError):
@@ -714,8 +713,8 @@ class InputTimedOut(InputError):
     retryable = True
     opening = _INPUTS_FAILED
     template = (
-        "{first} did not arrive within {timeout_s:g} s, the time for all of a job; "
-        "serve them from a faster place, or have the operator raise INPUT_TIMEOUT_S."
+        "{first} did not arrive within {timeout_s:g} s, the limit for all files of a job; "
+        "use a faster server, or have the operator raise INPUT_TIMEOUT_S."
     )
 
     @property
@@ -734,7 +733,7 @@ class InputNotStored(InputError):
     opening = _INPUTS_FAILED
     template = (
         "'{name}' could not be written to ComfyUI's input folder ({reason}); "
-        "send the job again, and give the container a larger disk if it stays so."
+        "send the job again; if this repeats, give the container a larger disk."
     )
 
 
@@ -812,7 +811,7 @@ class TokenRefused(ModelError):
     def what_to_do(self) -> str:
         if self.variable is None:
             return (
-                f"asks for a login (status {self.status}), and the worker has tokens for huggingface.co and "
+                f"requires a login (status {self.status}), but the worker has tokens for huggingface.co and "
                 "civitai.com only: use an address without one, or put the file on the volume by hand."
             )
         refused = f"the token in {self.variable}" if self.has_token else "a request without a token"
@@ -824,7 +823,7 @@ class TokenMalformed(ModelError):
 
     variable: str
     code = "token_malformed"
-    template = "{variable} holds characters that no token has: copy it again, without blanks, quotes or line ends."
+    template = "{variable} contains characters that no token has: copy it again, without spaces, quotes or line breaks."
 
 
 class ProxyUnusable(ModelError):
@@ -844,7 +843,7 @@ class HubOffline(ModelError):
 
     where: str
     code = "hub_offline"
-    template = "{where} is not asked for, because HF_HUB_OFFLINE is set: unset it, or put the file on the volume by hand."
+    template = "{where} is not requested, because HF_HUB_OFFLINE is set: unset it, or put the file on the volume by hand."
 
 
 class SourceRefused(ModelError):
@@ -874,7 +873,7 @@ class SourceUnreachable(ModelError):
     came_bytes: int = 0
     code = "source_unreachable"
     retryable = True
-    template = "{where} sent {sent} {waited_s:.0f} s ({reason}); try again: what came is kept."
+    template = "{where} sent {sent} {waited_s:.0f} s ({reason}); try again: the received bytes are kept."
 
     @property
     def sent(self) -> str:
@@ -887,7 +886,7 @@ class SourceChanged(ModelError):
     where: str
     code = "source_changed"
     retryable = True
-    template = "{where} changed while it was fetched; try again, and pin a revision or a sha256."
+    template = "{where} changed during the download; try again, and pin a revision or a sha256."
 
 
 class ContentMismatch(ModelError):
@@ -899,7 +898,7 @@ class ContentMismatch(ModelError):
     actual: str
     code = "content_mismatch"
     template = (
-        "{where} has the {what} {actual}, not {expected} as promised; "
+        "{where} has the {what} {actual}, but {expected} was expected; "
         "nothing was stored: correct the model's {what} or its address."
     )
 
@@ -912,8 +911,8 @@ class UnsealedMismatch(ModelError):
     actual: str
     code = "unsealed_mismatch"
     template = (
-        "{path} has the sha256 {actual}, not {expected} as asked for; it was left as it is: "
-        "remove it to have the right one fetched, or correct the sha256."
+        "{path} has the sha256 {actual}, but {expected} was requested; the file was left unchanged: "
+        "remove it to download the right one, or correct the sha256."
     )
 
 
@@ -928,7 +927,9 @@ class NotAModel(FileUnusable):
 
     found: str
     code = "not_a_model"
-    template = "{path} is {found}, and no model: remove it to have it fetched, or put the model itself in its place."
+    template = (
+        "{path} is {found}, not a model: remove it so that the model is downloaded, or put the model itself in its place."
+    )
 
 
 class FileIncomplete(FileUnusable):
@@ -938,7 +939,9 @@ class FileIncomplete(FileUnusable):
     whole_bytes: int | None
     code = "file_incomplete"
     retryable = True
-    template = "{path} has {size_bytes} bytes, but {whole}: wait for the copy to finish, or remove the file to have it fetched."
+    template = (
+        "{path} has {size_bytes} bytes, but {whole}: wait for the copy to finish, or remove the file so that it is downloaded."
+    )
 
     @property
     def whole(self) -> str:
@@ -998,7 +1001,7 @@ class VolumeFailed(ModelError):
     reason: str
     code = "volume_failed"
     retryable = True
-    template = "{path} failed: {reason}; try again, and look at the volume if it stays so."
+    template = "{path} failed: {reason}; try again, and check the volume if this repeats."
 
 
 def volume_error(path: Path, exc: OSError, needed_bytes: int = 0) -> ModelError:
@@ -1016,7 +1019,7 @@ class EnsureCancelled(ModelError):
     name: str
     code = "cancelled"
     retryable = True
-    template = "Getting '{name}' was stopped; try again: what came is kept."
+    template = "Waiting for '{name}' was stopped; try again: the received bytes are kept."
 
 
 # --- ComfyUI failed while it had the job ------------------------------------------------------------
@@ -1132,7 +1135,7 @@ class OutputElsewhere(OutputGone):
     details_field = "missing"
     template = (
         "The workflow ran, but its output '{short_name}' is not in ComfyUI's output folder, and there "
-        "is nothing else to return; add a SaveImage where the node is not meant to keep its files elsewhere."
+        "is nothing else to return; if the node should not store its files elsewhere, add a SaveImage node."
     )
 
     @property
@@ -1159,7 +1162,7 @@ class EngineHung(EngineError):
     retryable = True
     template = (
         "ComfyUI hung: for {silent_s:.0f} s it sent no event and answered no request; it is being restarted, "
-        "send the job again, or raise COMFY_HANG_TIMEOUT_S if a node needs so long."
+        "send the job again, or raise COMFY_HANG_TIMEOUT_S if a node needs that long."
     )
 
 
@@ -1184,7 +1187,7 @@ class EngineUnreachable(EngineError):
     retryable = True
     template = (
         "ComfyUI server ({address}) not reachable after multiple retries: {reason}; "
-        "send the job again, and look into the worker's log if it stays so."
+        "send the job again, and read the worker's log if this repeats."
     )
 
 
@@ -1196,7 +1199,7 @@ class EngineAnswerInvalid(EngineError):
     code = "engine_answer_invalid"
     retryable = True
     template = (
-        "ComfyUI answered {request} with status {status} and nothing that the worker understands; send the job "
+        "ComfyUI answered {request} with status {status} and a body that the worker cannot use; send the job "
         "again, and look in the worker's log for a custom node that fails or changes ComfyUI's server."
     )
 
@@ -1224,8 +1227,8 @@ class ResultTooLarge(DeliveryError):
     details_field = "files"
     template = (
         "The result takes {taken} as JSON, but only {limit} can be returned (RunPod "
-        "carries 10 MB, through /runsync 20 MB; RESULT_LIMIT_MB overrides it), and {volume}: set BUCKET_ENDPOINT_URL "
-        "and its keys to have files uploaded, attach a network volume, or limit the nodes in the request's 'outputs'."
+        "accepts 10 MB, or 20 MB through /runsync; RESULT_LIMIT_MB overrides it), and {volume}: set BUCKET_ENDPOINT_URL "
+        "and its keys to upload files, attach a network volume, or limit the nodes in the request's 'outputs'."
     )
 
     @property
@@ -1243,8 +1246,8 @@ class ResultRefused(DeliveryError):
     status: int
     code = "result_refused"
     template = (
-        "RunPod refused the job's result with status {status}, as it does with one that is too large: set "
-        "BUCKET_ENDPOINT_URL and its keys to have files uploaded, or a smaller RESULT_LIMIT_MB if it is set."
+        "RunPod refused the job's result with status {status}, probably because it is too large: set "
+        "BUCKET_ENDPOINT_URL and its keys to upload files, or lower RESULT_LIMIT_MB if it is set."
     )
 
 

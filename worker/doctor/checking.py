@@ -92,7 +92,7 @@ def examine(subject: Subject) -> tuple[list[Finding], list[FolderCount]]:
             folders += [FolderCount(**item) for item in found["folders"]]
     except (TimeoutError, EOFError) as exc:
         why = "hangs" if isinstance(exc, TimeoutError) else f"ended: {' '.join(said)[-300:]}"
-        findings.append(problem(f"The process that looks at {subject.volume} {why}.", check="volume"))
+        findings.append(problem(f"The process that examines {subject.volume} {why}.", check="volume"))
     finally:
         child.leave()
     return findings, folders
@@ -140,9 +140,9 @@ class _Check:
                 self._findings.append(found)
         except OSError as exc:
             where = f" at {exc.filename}" if exc.filename else ""
-            self._findings.append(problem(f"This check broke off{where} ({exc.strerror or exc}): look at the volume."))
+            self._findings.append(problem(f"This check failed{where} ({exc.strerror or exc}): check the volume."))
         except Exception as exc:  # noqa: BLE001 - a defect of one check must not hide what the others found
-            self._findings.append(problem(f"This check itself failed ({exc!r}): a defect of the doctor."))
+            self._findings.append(problem(f"This check failed by a defect of the doctor ({exc!r}): please report it."))
 
     def result(self, until_s: float) -> dict[str, Any]:
         """Return what it found by then, and whether it hangs."""

@@ -51,7 +51,7 @@ def check_models(layout: Layout, counted: Callable[[Iterable[FolderCount]], None
         yield problem(f"{told}, or link it to where the models are.", [str(link)])
         return
     if not root.is_dir():
-        yield note(f"There is no {root} yet: it comes with the first download, or put files under models/<folder>/.")
+        yield note(f"There is no {root} yet: the first download creates it, or put files under models/<folder>/.")
         return
     scan = Scan((os.path.realpath(layout.root), os.path.realpath(root)), leave_out="")
     tree = scan.root(str(root))
@@ -88,10 +88,10 @@ def _of_files(layout: Layout, files: Sequence[_File]) -> Iterator[Finding]:
     yield from capped([(file.trouble, str(layout.listed(file.path))) for file in files if file.trouble])
     by_hand = [file.path for file in files if file.standing is Standing.BY_HAND and not file.trouble]
     if by_hand:
-        yield listing(Severity.NOTE, f"{count(by_hand, 'file')} put there by hand, used as is, never checked", by_hand)
+        yield listing(Severity.NOTE, f"{count(by_hand, 'file')} put there by hand, used as is, not verified", by_hand)
     changed = [file.path for file in files if file.standing is Standing.REPLACED and not file.trouble]
     if changed:
-        yield listing(Severity.NOTE, f"{count(changed, 'file')} changed after being sealed, to be checked again", changed)
+        yield listing(Severity.NOTE, f"{count(changed, 'file')} changed after sealing, to be verified again", changed)
 
 
 def _of_folders(tree: ScannedFolder) -> Iterator[Finding]:
@@ -101,7 +101,7 @@ def _of_folders(tree: ScannedFolder) -> Iterator[Finding]:
         yield listing(Severity.PROBLEM, text, loose)
     for top in sorted(tree.folders.keys() - known().folders):
         if meant := _similar_folder(top):
-            yield note(f"models/{top} is no folder of ComfyUI's own loaders, models/{meant} is: rename it if that was meant.")
+            yield note(f"ComfyUI's own loaders do not read models/{top}, but models/{meant}: rename it if you meant that.")
         for relative, folder in tree.folders[top].below(top):
             *_, above, kind = "/", *relative.split("/")
             if above == "models" and kind in known().folders and folder.count:
@@ -204,15 +204,15 @@ def check_seals(layout: Layout) -> Iterator[Finding]:
     yield ok(count(sealed, "seal") if sealed else "none yet")
     gone = [name for seal in sealed if stat_file(layout.listed(name := _sealed_by(layout, seal))) is None]
     if gone:
-        text = f"{count(gone, 'seal')} whose file somebody removed; fetched again when wanted"
+        text = f"{count(gone, 'seal')} whose file was removed; downloaded again if a job needs it"
         yield listing(Severity.NOTE, text, gone)
     unreadable = [str(seal) for seal in sealed if read_seal(seal) is None]
     if unreadable:
-        text = f"{count(unreadable, 'seal')} that cannot be read; remove it, its file then counts as put there by hand"
+        text = f"{count(unreadable, 'seal')} that cannot be read; if you remove it, its file counts as put there by hand"
         yield listing(Severity.NOTE, text, unreadable)
     pending = [_sealed_by(layout, seal.with_suffix("")) for seal in paths if seal.suffix == ".pending"]
     if pending:
-        text = f"{count(pending, 'publication')} under way or cut short; the next worker that wants it completes it"
+        text = f"{count(pending, 'publication')} running or interrupted; the next worker that needs it completes it"
         yield listing(Severity.NOTE, text, pending)
 
 
@@ -293,7 +293,7 @@ def check_downloads(layout: Layout) -> Iterator[Finding]:
     files = [path for folder in entries(layout.partials) for path in entries(folder)]
     parts = [path for path in files if path.suffix == ".part"]
     if not parts:
-        yield ok("none under way, none broken off")
+        yield ok("no download is running, none was interrupted")
     sealed = _complete_contents(layout) if parts else set()
     for part in parts:
         with contextlib.suppress(FileNotFoundError):  # published meanwhile
@@ -302,11 +302,11 @@ def check_downloads(layout: Layout) -> Iterator[Finding]:
     holders = [holder for lock in entries(layout.locks) for holder in entries(lock / "holders")]
     stale = [str(holder) for holder in holders if _age_s(holder, now_s) > _ACTIVE_S]
     if stale:
-        text = f"{count(stale, 'lock')} of workers that are gone: nothing to do, the next one takes over in 30 s."
+        text = f"{count(stale, 'lock')} of workers that are gone: nothing to do, the next worker takes over in 30 s."
         yield note(text, stale)
     uploads = [upload.name for upload in entries(layout.root / ".s3compat_uploads")]
     if uploads:
-        text = f"{count(uploads, 'upload')} through S3 not completed; complete or abort it to have the space back"
+        text = f"{count(uploads, 'upload')} through S3 not completed; complete or abort it to free the space"
         yield listing(Severity.NOTE, text, uploads)
 
 
@@ -321,7 +321,7 @@ def _records_without_partial(files: list[Path], now_s: float) -> Iterator[Findin
     there = {path.with_suffix("") for path in files if path.suffix == ".part"}
     strays = [str(path) for path in files if path.with_suffix("") not in there and _ACTIVE_S < _age_s(path, now_s) < math.inf]
     if strays:
-        yield listing(Severity.NOTE, f"{count(strays, 'record')} of downloads that are gone; remove what is named", strays)
+        yield listing(Severity.NOTE, f"{count(strays, 'record')} of downloads that no longer exist; remove these files", strays)
 
 
 def _partial(layout: Layout, part: Path, now_s: float, *, there: bool) -> Finding:
@@ -330,17 +330,17 @@ def _partial(layout: Layout, part: Path, now_s: float, *, there: bool) -> Findin
     try:
         done_bytes = Ranges((start, end) for start, end in json.loads(journal.read_bytes())["ranges"]).total
     except (OSError, ValueError, TypeError, KeyError):
-        return note(f"{part} has no journal to go on with: remove it.", [part])
+        return note(f"{part} has no journal, so no worker can resume it: remove it.", [part])
     holder = Locks(layout, LOCK).holder(key)
     by = f"worker {holder.by}" if holder else "a worker"
     amount = f"{key[:12]}, {size_text(done_bytes)} of {size_text(size_bytes)}"
     age_s = min(_age_s(journal, now_s), _age_s(layout.lock_progress(key), now_s))
     if age_s <= _ACTIVE_S:
         rate = f" at {size_text(int(holder.bytes_per_s))}/s" if holder else ""
-        return ok(f"{amount}: {by} fetches it{rate}")
+        return ok(f"{amount}: {by} downloads it{rate}")
     folder = part.parent.with_name(f"{key[:12]}*")
-    then = "and the model is there since: remove" if there else "the next one goes on from there. If nobody will, remove"
-    return note(f"{amount}: {by} broke off {_duration(age_s)} ago, {then} {folder}", [part])
+    then = "and the model is complete now: remove" if there else "the next download resumes it. If there will be none, remove"
+    return note(f"{amount}: {by} stopped {_duration(age_s)} ago, {then} {folder}", [part])
 
 
 def _now_s(layout: Layout) -> float:
@@ -396,7 +396,7 @@ def check_manifests(layout: Layout, subject: Subject) -> Iterator[Finding]:
     names = {f"{spec.folder}/{spec.name}" for spec in specs}
     missing = sorted(name for name in names if stat_file(layout.listed(name)) is None)
     if missing:
-        yield ok(f"{count(names, 'model')}, {len(missing)} still to be fetched: {first_names(missing)}")
+        yield ok(f"{count(names, 'model')}, {len(missing)} still to be downloaded: {first_names(missing)}")
     elif names:
         yield ok(f"{count(names, 'model')}, all there")
     elif not wrong:

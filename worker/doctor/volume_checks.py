@@ -42,7 +42,7 @@ def volume_silence(root: Path) -> Finding | None:
     except (FileNotFoundError, NotADirectoryError):
         return problem(f"There is no volume at {root}: attach one to the endpoint, or set VOLUME_PATH to where it is mounted.")
     except OSError as exc:
-        return problem(f"{root} is there and cannot be read ({exc.strerror}): end this worker, its host lost the volume.")
+        return problem(f"{root} exists but cannot be read ({exc.strerror}): stop this worker, its host lost the volume.")
     return None
 
 
@@ -137,12 +137,10 @@ def _write_and_remove(folder: Path) -> bool:
 def _not_writable(folder: Path, exc: OSError) -> Finding:
     reason = exc.strerror or str(exc)
     if exc.errno in FULL:
-        return problem(f"{folder} takes no more ({reason}): enlarge the volume or its quota, or remove models.")
+        return problem(f"{folder} is full ({reason}): enlarge the volume or its quota, or remove models.")
     if exc.errno in READ_ONLY:
-        return problem(
-            f"{folder} cannot be written ({reason}): what is missing goes to the container's disk; mount it writable."
-        )
-    return problem(f"{folder} cannot be written ({reason}): look at the volume.")
+        return problem(f"{folder} cannot be written ({reason}): missing models go to the container's disk; mount it writable.")
+    return problem(f"{folder} cannot be written ({reason}): check the volume.")
 
 
 # --- do locks exclude -------------------------------------------------------------------------------
@@ -159,7 +157,7 @@ _TIMING: Final = LockTiming(heartbeat_s=1.0, stale_s=5.0, poll_s=0.05, attempt_s
 def check_locks(layout: Layout) -> Iterator[Finding]:
     """Let two processes request one lock, as two workers would that miss the same model."""
     if not os.access(layout.root, os.W_OK):
-        yield note("Locks need a volume that can be written; without them two workers may fetch the same model.")
+        yield note("Locks need a writable volume; without them two workers may download the same model.")
         return
     yield _contest(str(layout.root))
 
@@ -169,7 +167,7 @@ def _contest(root: str) -> Finding:
     first, second = _Contender(root), None
     try:
         if (state := first.state(until_s)) != "held":
-            return _no_locks(f"the file system has none of the kind that is needed; {first.said or state}")
+            return _no_locks(f"the file system does not support the needed kind; {first.said or state}")
         second = _Contender(root)
         if second.next(until_s) != "waiting":
             return _no_locks("two processes got the same lock at once")
@@ -186,11 +184,11 @@ def _contest(root: str) -> Finding:
         first.leave()
         if second:
             second.leave()
-    return ok(f"a process waited for one that held the lock, and had it {took_ms:.0f} ms after it was let go")
+    return ok(f"a process waited for the lock's holder, and got the lock {took_ms:.0f} ms after its release")
 
 
 def _no_locks(reason: str) -> Finding:
-    return problem(f"Locks do not work here ({reason}): models stay correct, but workers may fetch the same one twice.")
+    return problem(f"Locks do not work here ({reason}): models stay correct, but two workers may download the same one.")
 
 
 class _Contender(Child):
@@ -278,9 +276,11 @@ def check_room(layout: Layout, subject: Subject) -> Iterator[Finding]:
     taken = f"{size_text(found.used_bytes)} taken by models"
     taken += f", of {size_text(limits.keep_bytes)} that VOLUME_KEEP_GB allows" if limits.keep_bytes is not None else ""
     if pins.trouble:
-        yield problem(f"{taken}. No model is removed while this is so: {pins.trouble}")
+        yield problem(f"{taken}. No model is removed until this is fixed: {pins.trouble}")
     elif not limits:
-        yield note(f"{taken}. This endpoint removes nothing, another one on the volume does; {eviction_outlook(found, limits)}")
+        yield note(
+            f"{taken}. This endpoint removes nothing, but another one on the volume does; {eviction_outlook(found, limits)}"
+        )
     else:
         over = found.excess(limits)
         yield (note if over > 0 else ok)(f"{taken}; {eviction_outlook(found, limits)}")

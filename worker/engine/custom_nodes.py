@@ -402,7 +402,7 @@ def _is_option(words: Sequence[str]) -> bool:
 
 def _say_failed(name: str, reasons: Sequence[str]) -> None:
     log.warning(
-        "custom node '%s' asks for packages that cannot be installed beside ComfyUI's (%s): build an image with it by "
+        "custom node '%s' requires packages that conflict with ComfyUI's (%s): build an image with it by "
         "comfy-node-install, or change its requirements.txt",
         name,
         "; ".join(reasons),

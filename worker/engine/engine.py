@@ -248,9 +248,7 @@ class Engine:
         if versions == self._told:
             return
         self._told = versions
-        log.info(
-            "ComfyUI %s (editor %s)", versions.comfyui or "of a version that it does not tell", versions.frontend or "unknown"
-        )
+        log.info("ComfyUI %s (editor %s)", versions.comfyui or "of unknown version", versions.frontend or "unknown")
         if versions.too_old:
             log.warning(
                 "ComfyUI %s is older than %s, the oldest that this worker is tested on: take an image with a newer one",

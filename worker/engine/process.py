@@ -135,7 +135,7 @@ class EngineProcess:
         setpriv = shutil.which("setpriv")
         guard = (setpriv, "--pdeathsig", "KILL", "--") if setpriv else ()
         if not setpriv:
-            log.warning("setpriv (util-linux) is not installed: ComfyUI would outlive a worker that is killed")
+            log.warning("setpriv (util-linux) is not installed: if the worker is killed, ComfyUI keeps running")
         popen = subprocess.Popen(  # noqa: S603 - the command is the operator's
             (*guard, *command.argv),
             cwd=command.cwd,

@@ -91,7 +91,7 @@ def _is_socks(proxy: str) -> bool:
 def login_refused(proxy: str) -> ProxyUnusable:
     """Return the error of an HTTP request's proxy that wants another user or password."""
     status = "" if _is_socks(proxy) else f" (status {PROXY_LOGIN})"
-    return ProxyUnusable(shown_address(proxy), f"wants another user or password{status}")
+    return ProxyUnusable(shown_address(proxy), f"requires another user or password{status}")
 
 
 def basic_authorization(url: str) -> str | None:

@@ -104,8 +104,8 @@ def make_plan(document: object, settings: Settings, hub: Hub, deadline_s: float 
 
 
 _WHAT_TO_DO_WITH_UNKNOWN: Final = (
-    "No list of models knows what is UNKNOWN: put the file under models/ on the volume, "
-    "or name its source in models.toml or in the request's 'models'."
+    "No list knows the models that are UNKNOWN: put the files under models/ on the volume, "
+    "or name their sources in models.toml or in the request's 'models'."
 )
 _LABEL_WIDTH: Final = max(map(len, ItemState))
 _SIZE_WIDTH: Final = len("999.9 GB")
@@ -115,8 +115,8 @@ _INDENT: Final = 2 + _LABEL_WIDTH + 2 + _SIZE_WIDTH + 2
 def plan_lines(title: str, plan: Plan, width: int) -> Iterator[str]:
     """Yield the lines that the command `plan` prints. What needs action comes last."""
     there, blocking = sum(item.state in THERE for item in plan.items), sum(item.blocking for item in plan.items)
-    stopping = f", {blocking} in the way" if blocking else ""
-    yield f"{title}: {count(len(plan.items), 'model')}, {there} there, {len(plan.to_fetch)} to fetch{stopping}"
+    stopping = f", {blocking} blocking" if blocking else ""
+    yield f"{title}: {count(len(plan.items), 'model')}, {there} present, {len(plan.to_fetch)} to download{stopping}"
     yield ""
     for item in sorted(plan.items, key=_row_rank):
         yield plan_row(item.state.upper() if item.blocking else item.state, item.size_bytes, item.title)
@@ -153,7 +153,7 @@ def _details(item: PlanItem) -> Iterator[str]:
 def _totals(plan: Plan, width: int) -> Iterator[str]:
     if plan.to_fetch:
         unknown = f", {plan.unknown_sizes} of unknown size" if plan.unknown_sizes else ""
-        yield plan_row("to fetch", plan.fetch_bytes, f"in {count(len(plan.to_fetch), 'file')}{unknown}")
+        yield plan_row("to download", plan.fetch_bytes, f"in {count(len(plan.to_fetch), 'file')}{unknown}")
     if plan.free_bytes is not None:
         yield plan_row("free", plan.free_bytes, f"on {plan.target}, less if there is a quota")
     yield ""

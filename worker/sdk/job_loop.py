@@ -217,7 +217,9 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]  # the SDK has no types
                     self._moved.clear()
                     await self._moved.wait()
         except TimeoutError:
-            log.warning("another result is still being sent after %g s: leaving without a request for replacement", _SETTLE_S)
+            log.warning(
+                "another result is still being sent after %g s: exiting without asking RunPod for a new worker", _SETTLE_S
+            )
             return False
         return True
 

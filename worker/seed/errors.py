@@ -123,8 +123,8 @@ class S3FileDiffers(SeedError):
     actual: str
     code = "s3_file_differs"
     template = (
-        "{key} on the volume has the {what} {actual}, not {expected}; it was left as it is: "
-        "remove it to have the right one sent."
+        "{key} on the volume has the {what} {actual}, not {expected}; the file was left unchanged: "
+        "remove it to upload the right one."
     )
 
 
@@ -135,7 +135,7 @@ class S3Unreachable(SeedError):
     reason: str
     code = "s3_unreachable"
     retryable = True
-    template = "The volume {volume} could not be reached ({reason}); nothing is lost, run this again to go on."
+    template = "The volume {volume} could not be reached ({reason}); nothing is lost, run this again to resume."
 
 
 class S3Failed(SeedError):
@@ -146,4 +146,4 @@ class S3Failed(SeedError):
     reason: str
     code = "s3_failed"
     retryable = True
-    template = "{operation} failed on the volume {volume}: {reason}; run this again to go on."
+    template = "{operation} failed on the volume {volume}: {reason}; run this again to resume."

@@ -122,7 +122,7 @@ def _prune_one(context: SeedContext, volume: SeedVolume, sealed: SealedModel) ->
     if is_as_sealed(volume, sealed):
         volume.remove(sealed.folder, sealed.name)
     else:
-        context.tell(f"{sealed.title} changed meanwhile and was left alone")
+        context.tell(f"{sealed.title} changed meanwhile and stays")
 
 
 def _agreed(context: SeedContext, question: str) -> bool:

@@ -28,7 +28,7 @@ WORDS: dict[How, str] = {
 """The words for people."""
 
 
-NEWER: Final = "its source has a newer one by now, which needs another name or a pin to be fetched"
+NEWER: Final = "its source has a newer one, which needs another name or a pin to be downloaded"
 """About an existing file that its list does not pin."""
 
 

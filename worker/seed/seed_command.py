@@ -24,7 +24,7 @@ FAILED: Final = 1
 USAGE: Final = 2
 STOPPED: Final = 130
 
-_GO_ON: Final = "Stopped. What was sent is kept: run the same command again to go on."
+_GO_ON: Final = "Stopped. The sent bytes are kept: run the same command again to resume."
 _USAGE_ERRORS: Final = (SeedUsage, WhatUnknown, DatacenterUnknown, S3KeysMissing, SettingsError, SpecInvalid, ManifestInvalid)
 
 

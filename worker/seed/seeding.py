@@ -97,7 +97,7 @@ def dry_run_seeding(context: SeedContext, place: SeedTarget, sources: Sources) -
     models = [line.to_dict() for line in lines]
     context.show("dry_run", partial(dry_run_table, lines), models=models, send_bytes=send_bytes, free_bytes=free)
     if not context.options.json:
-        room = "RunPod's S3 API does not tell how much is free" if free is None else f"{size_text(free)} are free"
+        room = "RunPod's S3 API does not report free space" if free is None else f"{size_text(free)} are free"
         context.console.print(f"to send: {size_text(send_bytes)}; {room}.")
     if free is not None and send_bytes > free:
         raise VolumeFull(context.options.volume or context.settings.volume_path, send_bytes, free)
@@ -183,7 +183,7 @@ def _warn_of_space(items: Sequence[PlanItem], place: SeedTarget, screen: SeedScr
         absent = [size for spec, size in specs if volume.look(spec.folder, spec.name).standing is Standing.ABSENT]
         needed = sum(absent)
         if needed > free:
-            screen.say(f"warning: {volume.title} has {size_text(free)} free, {size_text(needed)} are to be fetched.")
+            screen.say(f"warning: {volume.title} has {size_text(free)} free, but {size_text(needed)} must be downloaded.")
 
 
 def _is_optional(item: PlanItem) -> bool:

@@ -164,11 +164,11 @@ def _repair(
     for item in bad:
         title, spec = item.sealed.title, repair_spec(item.sealed, known)
         if item.verdict == "replaced" and not context.options.yes:
-            context.tell(f"{title} was replaced by hand and is left alone: --yes fetches the one that was sealed in its place.")
+            context.tell(f"{title} was replaced by hand and stays unchanged: --yes downloads the sealed file again.")
         elif item.verdict == "unreadable":
-            context.tell(f"{title} cannot be read and was left alone: {item.error}")
+            context.tell(f"{title} cannot be read and stays unchanged: {item.error}")
         elif spec is None:
-            context.tell(f"{title} cannot be repaired and was left alone: name its source in a manifest.")
+            context.tell(f"{title} cannot be repaired and stays unchanged: name its source in a manifest.")
         else:
             wanted.append((spec, item.stamp))
     with context.screen() as screen:

@@ -148,7 +148,7 @@ class Download:
         """Say in the log that the model was here before."""
         spec = self._task.spec
         if tombstone := tombstone_of(self._tools.layout, spec.folder, spec.name):
-            log.info("%s/%s is fetched again: it was %s", spec.folder, spec.name, tombstone)
+            log.info("%s/%s is downloaded again: it was %s", spec.folder, spec.name, tombstone)
 
     def _claimed(self) -> Partial:
         """Claim a partial. A quota that counts lengths refuses one that is too long: then models go, one after the other."""

@@ -189,7 +189,7 @@ class Locks:
             yield False
             return
         except (OSError, RuntimeError) as exc:
-            log.info("going on without the lock of %s (%s)", key, exc)
+            log.info("continuing without the lock of %s (%s)", key, exc)
             yield True
             return
         try:

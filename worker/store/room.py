@@ -234,7 +234,7 @@ class Room:
             if cancel.is_set():
                 raise EnsureCancelled("room on the volume")
             if reason:
-                log.warning("%s is kept, because it could not be had again: %s", content.title, reason)
+                log.warning("%s is kept, because it could not be downloaded again: %s", content.title, reason)
                 refused.add(content.title)
             else:
                 yield content

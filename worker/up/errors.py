@@ -41,9 +41,7 @@ class StateInvalid(UpError):
     path: Path
     reason: str
     code = "up_state_invalid"
-    template = (
-        "The state file {path} cannot be used ({reason}): correct or remove it; what was made is found again by its name."
-    )
+    template = "The state file {path} cannot be used ({reason}): correct or remove it; `up` finds what it created by its name."
 
 
 class VolumeUnknown(UpError):
@@ -60,8 +58,8 @@ class ModelsNotReady(UpError):
     models: Sequence[str]
     code = "models_not_ready"
     template = (
-        "The workflow needs what cannot be fetched: {first}; name sources in a models.toml behind the workflow, "
-        "or set HF_TOKEN for gated ones. Nothing was made."
+        "The workflow needs models that cannot be downloaded: {first}; name sources in a models.toml after the workflow, "
+        "or set HF_TOKEN for gated ones. Nothing was created."
     )
     details_field = "models"
 
@@ -77,7 +75,7 @@ class FillFailed(UpError):
     reason: str
     code = "fill_failed"
     retryable = True
-    template = "The volume was not filled ({reason}): run the same command again, it goes on where it was."
+    template = "The volume was not filled ({reason}): run the same command again: it resumes."
 
 
 class ApiKeyMissing(UpError):
@@ -149,8 +147,8 @@ class NoCpuFree(UpError):
     code = "no_cpu_free"
     retryable = True
     template = (
-        "No CPU Pod can be had in {place} to fill the volume ({reason}): try again later, or use --fill s3 with an S3 key, or "
-        "--fill job to have the first job fetch the models."
+        "No CPU Pod is available in {place} to fill the volume ({reason}): try again later, or use --fill s3 with an S3 key, "
+        "or --fill job to let the first job download the models."
     )
 
 
@@ -172,7 +170,10 @@ class RunPodBusy(UpError):
     waited_s: float
     code = "runpod_busy"
     retryable = True
-    template = "RunPod's API had too many requests for {waited_s:.0f} s: wait a minute, then run the same command again."
+    template = (
+        "RunPod's API refused requests for {waited_s:.0f} s because there were too many: wait a minute, then run the same "
+        "command again."
+    )
 
 
 class RunPodFailed(UpError):

@@ -103,7 +103,7 @@ def up_plan_lines(plan: UpPlan, width: int) -> Iterator[str]:
     """Yield the lines of `up`'s plan for a terminal's screen."""
     needs = plan.needs
     if needs is not None:
-        total = size_text(needs.size_bytes) if needs.fetched else "nothing to fetch"
+        total = size_text(needs.size_bytes) if needs.fetched else "nothing to download"
         gpu = f"a GPU with {wanted_gpu_gb(needs.size_bytes)} GB holds them all"
         yield f"{plan.name}: {count(len(needs.items), 'model')}, {total}; {gpu}"
         for item in sorted(needs.items, key=lambda item: -(item.size_bytes or 0)):

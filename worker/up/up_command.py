@@ -39,7 +39,7 @@ _USAGE_ERRORS: Final = (
     *(UpUsage, StateInvalid, ApiKeyMissing, ApiKeyRefused, SettingsError),
     *(SeedUsage, WhatUnknown, SpecInvalid, ManifestInvalid, S3KeysMissing),
 )
-_GO_ON: Final = "Stopped. Run the same command again to go on, or `up down` to remove what there is."
+_GO_ON: Final = "Stopped. Run the same command again to resume, or `up down` to remove what exists."
 
 
 def run(argv: Sequence[str], environ: Mapping[str, str], out: IO[str] | None = None) -> int:
@@ -111,7 +111,7 @@ def _up(options: UpOptions, runpod: RunPodApi, state: UpState, screen: UpScreen,
         if not sys.stdin.isatty():
             raise UpUsage("Nobody can be asked here: run it with --yes, or with --dry-run to see only what it would make.")
         if not ask_once("Make it?"):
-            screen.say("Nothing was made.")
+            screen.say("Nothing was created.")
             return FAILED
     state.put("agreed", **plan.agreed(), digest=digest)
     return UpSteps(runpod, options, plan, state, screen, environ, job).run()
