@@ -19,7 +19,7 @@ import pytest
 from devkit.hub import Hub as StandIn
 from devkit.moosefs import MooseFS
 from worker import doctor
-from worker.doctor import Deadlines, Finding, Probe, Severity, Subject, model_checks, volume_checks
+from worker.doctor import Deadlines, Finding, Probe, Severity, Subject, lock_check, model_checks
 from worker.doctor.doctor_command import report_lines
 from worker.doctor.volume_checks import find_mount
 from worker.errors import EnsureCancelled
@@ -345,7 +345,7 @@ def test_locks_that_do_not_exclude_or_do_not_hand_over_are_told(
     patient: Patient, monkeypatch: pytest.MonkeyPatch, first: list[str], second: list[str], said: str
 ) -> None:
     monkeypatch.setattr(Scripted, "scripts", [list(first), list(second)])
-    monkeypatch.setattr(volume_checks, "_Contender", Scripted)
+    monkeypatch.setattr(lock_check, "_Contender", Scripted)
     found = patient.only("locks")
     assert found.severity is Severity.PROBLEM
     assert said in found.message

@@ -9,9 +9,10 @@ import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from worker.engine.definitions import declares_input
 from worker.error_reply import DETAILS
 from worker.errors import FieldInvalid, FileUnusable, ModelMissing
-from worker.graph.graph import declares_input, needed_nodes
+from worker.graph.graph import needed_nodes
 from worker.graph.model_names import named_models, renamed, respellable_names, with_accents, with_slashes
 from worker.graph.paths import check_paths
 from worker.graph.preflight import runnable_outputs

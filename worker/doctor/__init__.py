@@ -6,8 +6,8 @@ hang at its end. The child runs the checks in threads and reports what each foun
 behind if it must.
 """
 
-from worker.doctor.checking import Probe
+from worker.doctor.checking import Deadlines, Probe, Subject
 from worker.doctor.doctor_command import PROBLEM_FOUND, run
-from worker.doctor.findings import Deadlines, Finding, Severity, Subject
+from worker.doctor.findings import Finding, Severity
 
 __all__ = ["PROBLEM_FOUND", "Deadlines", "Finding", "Probe", "Severity", "Subject", "run"]

@@ -7,18 +7,18 @@ import os
 import sys
 import threading
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from worker.doctor.child import Child
-from worker.doctor.findings import Deadlines, Finding, FolderCount, Severity, Subject, problem
+from worker.doctor.findings import Finding, FolderCount, Severity, problem
+from worker.doctor.lock_check import check_locks
 from worker.doctor.model_checks import check_downloads, check_manifests, check_misplaced, check_models, check_seals
 from worker.doctor.volume_checks import (
     check_custom_nodes,
     check_host_cache,
-    check_locks,
     check_mount,
     check_room,
     check_space,
@@ -29,6 +29,38 @@ from worker.store.pod_links import layout_at
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
+
+    from worker.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Deadlines:
+    """How long the volume may take to answer at all, and each check for its findings."""
+
+    answer_s: float = 10.0
+    check_s: float = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What the checks examine, as it is passed to their child."""
+
+    volume: str
+    comfyui_models: str
+    manifest: str | None
+    models: str | None
+    require_volume: bool
+    keep_gb: float | None = None
+    free_gb: float | None = None
+    deadlines: Deadlines = field(default_factory=Deadlines)
+
+    @classmethod
+    def of(cls, settings: Settings, deadlines: Deadlines) -> Subject:
+        """Return the subject of these settings."""
+        comfyui_models = str(settings.base_dir / "models")
+        manifest, models = settings.models_manifest, settings.models
+        limits = settings.volume_keep_gb, settings.volume_free_gb
+        return cls(str(settings.volume_path), comfyui_models, manifest, models, settings.require_volume, *limits, deadlines)
 
 
 class Probe:

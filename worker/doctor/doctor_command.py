@@ -10,8 +10,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Final
 
 from worker.base.text import count, printable, size_text, wrapped
-from worker.doctor.checking import examine
-from worker.doctor.findings import Deadlines, Severity, Subject
+from worker.doctor.checking import Deadlines, Subject, examine
+from worker.doctor.findings import Severity
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

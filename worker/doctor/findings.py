@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from worker.settings import Settings
 
 _SHOWN: Final = 3
 _SHOWN_PROBLEMS: Final = 8
@@ -41,36 +40,6 @@ class FolderCount:
     files: int
     size_bytes: int | None
     sealed: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class Deadlines:
-    """How long the volume may take to answer at all, and each check for its findings."""
-
-    answer_s: float = 10.0
-    check_s: float = 30.0
-
-
-@dataclass(frozen=True, slots=True)
-class Subject:
-    """What the doctor examines for findings, as it is passed to the child."""
-
-    volume: str
-    comfyui_models: str
-    manifest: str | None
-    models: str | None
-    require_volume: bool
-    keep_gb: float | None = None
-    free_gb: float | None = None
-    deadlines: Deadlines = field(default_factory=Deadlines)
-
-    @classmethod
-    def of(cls, settings: Settings, deadlines: Deadlines) -> Subject:
-        """Return the subject of these settings."""
-        comfyui_models = str(settings.base_dir / "models")
-        manifest, models = settings.models_manifest, settings.models
-        limits = settings.volume_keep_gb, settings.volume_free_gb
-        return cls(str(settings.volume_path), comfyui_models, manifest, models, settings.require_volume, *limits, deadlines)
 
 
 def ok(message: str) -> Finding:

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Final
 from worker.base.text import count, size_text
 from worker.comfyui_data import known
 from worker.doctor.findings import FolderCount, Severity, capped, first_names, listing, note, ok, problem
-from worker.doctor.volume_checks import LOCK, entries, names_in
+from worker.doctor.lock_check import LOCK
+from worker.doctor.volume_checks import entries, names_in
 from worker.errors import ManifestInvalid
 from worker.links.scan import IN_FLIGHT, Scan
 from worker.model_spec import WEIGHT_SUFFIXES
@@ -31,7 +32,8 @@ from worker.store.seals import read_seal, stat_file
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
-    from worker.doctor.findings import Finding, Subject
+    from worker.doctor.checking import Subject
+    from worker.doctor.findings import Finding
     from worker.links.scan import ScannedFolder
     from worker.model_spec import ModelSpec
     from worker.store.inventory import InventoryEntry
@@ -72,7 +74,7 @@ def check_models(layout: Layout, counted: Callable[[Iterable[FolderCount]], None
 
 
 def _check_absolute_links(layout: Layout, scan: Scan) -> Iterator[Finding]:
-    """Yield links that name the volume by its mount point: a worker resolves them, other programs do not."""
+    """Yield a finding about links to models that name the volume by its mount point: only a worker resolves them."""
     link = str(layout.root / "models")
     found = scan.absolute | ({link: os.path.realpath(layout.models)} if is_absolute(link) else {})
     yield from capped(

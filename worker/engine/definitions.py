@@ -19,7 +19,7 @@ from worker.engine.client import Versions
 from worker.graph.rejection import combo_options
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
     from worker.engine.process import EngineCommand
 
@@ -55,6 +55,12 @@ class DefinitionSource(Protocol):
     async def versions(self) -> Versions:
         """Return the versions of ComfyUI and of its editor."""
         ...
+
+
+def declares_input(definition: Mapping[str, Any], input_name: str) -> bool:
+    """Return whether a class's definition has this input, or a group that it belongs to."""
+    groups = definition.get("input") or {}
+    return any(name in group for group in groups.values() for name in (input_name, input_name.partition(".")[0]))
 
 
 class KeptDefinitions:

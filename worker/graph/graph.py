@@ -325,12 +325,6 @@ def ancestry(graph: Graph, *node_ids: str) -> frozenset[str]:
     return reachable(node_ids, {node_id: [source for _, source in _links_into(graph, node_id)] for node_id in graph})
 
 
-def declares_input(definition: Mapping[str, Any], input_name: str) -> bool:
-    """Return whether a class, as /object_info describes it, has this input of a graph's node, or a group that it belongs to."""
-    groups = definition.get("input") or {}
-    return any(name in group for group in groups.values() for name in (input_name, input_name.partition(".")[0]))
-
-
 def with_strings(value: object, change: Callable[[str], str]) -> object:
     """Return a copy of a graph's input with `change` applied to each string in it."""
     root: list[Any] = [value]

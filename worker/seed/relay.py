@@ -23,8 +23,7 @@ from worker.fetch.ranges import RangeFetch, RangeTuning
 from worker.seed.errors import S3Failed, S3Unreachable, SeedError
 from worker.seed.s3_api import UploadGone
 from worker.seed.window import Window, WindowClosed
-from worker.store.download import check_unhashed
-from worker.store.file_formats import HEAD_BYTES, is_safetensors, misfit, stated_in
+from worker.store.file_formats import HEAD_BYTES, check_unhashed, is_safetensors, misfit, stated_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Final, Literal
 from worker.base.files import FULL, free_bytes, patiently, sync_folder
 from worker.base.progress import ModelProgress, metered
 from worker.base.text import size_text
-from worker.errors import ContentMismatch, EnsureCancelled, ModelError, NotAFile, SourceChanged, SourceRefused, VolumeFull
+from worker.errors import ContentMismatch, EnsureCancelled, ModelError, SourceChanged, SourceRefused, VolumeFull
 from worker.fetch.blocking_call import abandonable
 from worker.fetch.ranges import RangeFetch, RangeTuning
 from worker.fetch.xet import XetFetch
-from worker.store.file_formats import head_of, is_safetensors, misfit, stated_bytes
+from worker.store.file_formats import check_unhashed, head_of, is_safetensors, misfit, stated_bytes
 from worker.store.hashing import HashedPartial, git_sha1_of
 from worker.store.inventory import file_stamp
 from worker.store.partial import Partial, PartialStuck, PartialTaken, PartialWriteFailed, sweep_partials
@@ -387,18 +387,3 @@ class WrongFiles:
         if actual in self._seen or len(self._seen) + 1 == ATTEMPTS:
             raise ContentMismatch(self._remote.where, "sha256", promised, actual)
         self._seen.add(actual)
-
-
-def check_unhashed(remote: RemoteFile, misfit: str | None, stated_bytes: Callable[[], int | None]) -> None:
-    """Verify a download without a hash: what the first bytes say it is (`misfit`), and the length that its header states.
-
-    Raises `NotAFile` and `ContentMismatch`.
-    """
-    if misfit:
-        raise NotAFile(remote.where, misfit)
-    if remote.sha256 is not None:
-        return
-    stated = stated_bytes()
-    if stated != remote.size_bytes:
-        promised = "its safetensors header says" if stated is None else str(stated)
-        raise ContentMismatch(remote.where, "size", promised, str(remote.size_bytes))

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, BinaryIO, Final
 
-from worker.errors import FileIncomplete, NotAModel
+from worker.errors import ContentMismatch, FileIncomplete, NotAFile, NotAModel
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
+
+    from worker.fetch.hub import RemoteFile
 
 HEAD_BYTES: Final = 512
 SAFETENSORS: Final = (".safetensors", ".sft")
@@ -116,3 +119,18 @@ def _is_utf8(head: bytes) -> bool:
     except UnicodeDecodeError as exc:
         return exc.start > len(head) - 4  # a character that the end cut in two
     return True
+
+
+def check_unhashed(remote: RemoteFile, misfit: str | None, stated_bytes: Callable[[], int | None]) -> None:
+    """Verify a download without a hash: what the first bytes say it is (`misfit`), and the length that its header states.
+
+    Raises `NotAFile` and `ContentMismatch`.
+    """
+    if misfit:
+        raise NotAFile(remote.where, misfit)
+    if remote.sha256 is not None:
+        return
+    stated = stated_bytes()
+    if stated != remote.size_bytes:
+        promised = "its safetensors header says" if stated is None else str(stated)
+        raise ContentMismatch(remote.where, "size", promised, str(remote.size_bytes))

@@ -28,7 +28,7 @@ _AGAIN_S: Final = 300.0
 
 
 def run(_: Sequence[str], environ: Mapping[str, str]) -> int:
-    """Run the command `up fill`."""
+    """Run the command `up fill` in the Pod."""
     return fill_in_pod(environ, sys.stdout)
 
 
