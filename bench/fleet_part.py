@@ -2,7 +2,7 @@
 
     python -m bench.fleet_part BASE_DIR VOLUME
 
-Says how long its imports took, waits for a line, does what `worker/start.py` and `worker/boot.py` do with a volume before
+Says how long its imports took, waits for a line, does what `worker/spawn.py` and `worker/boot.py` do with a volume before
 the first job, and says when that is done; then when what goes on behind it is done as well. Lives until it is killed.
 """
 

@@ -13,6 +13,6 @@ from pathlib import Path
 if __name__ == "__main__":
     # In a checkout the package lies beside this folder; where it is installed this changes nothing.
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    from worker.program import start_command
+    from worker.script_runner import start_command
 
     start_command("up.py", "worker.up.up_command", os.environ)

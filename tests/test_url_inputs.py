@@ -32,7 +32,7 @@ from worker.errors import (
     WorkerError,
 )
 from worker.media.address_guard import AddressRules
-from worker.media.staging import StagedFile
+from worker.media.staged_files import StagedFile
 from worker.media.url_inputs import (
     JudgingBackend,
     UrlDownload,

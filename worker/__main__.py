@@ -43,7 +43,7 @@ Elsewhere it needs --rp_serve_api for a local API (with --rp_api_host and --rp_a
 
 # Each is imported when it is asked for: other imports would delay it, and some are not in every installation.
 _COMMANDS = {
-    "worker": "worker.start",
+    "worker": "worker.spawn",
     "plan": "worker.plan.plan_command",
     "doctor": "worker.doctor.doctor_command",
     "convert": "worker.convert_command",

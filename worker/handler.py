@@ -30,7 +30,7 @@ from worker.job_timings import JobTimings, with_timings
 from worker.logs import RedactingFilter
 from worker.media.picture_formats import requested_format
 from worker.preparation import JobToPrepare, Preparation, PreparationParts
-from worker.workflows import Workflows
+from worker.request_workflow import Workflows
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping

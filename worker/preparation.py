@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from worker.model_spec import ModelSpec
     from worker.models.download_queue import JobWait
     from worker.models.job_models import JobModels, Name
+    from worker.request_workflow import GraphToRun, RequestWorkflow, Workflows
     from worker.store.leases import JobUse
     from worker.warmup.warmup import Warmup
-    from worker.workflows import GraphToRun, RequestWorkflow, Workflows
 
     Tell = Callable[[dict[str, Any]], None]
     """Receives a job's progress, from any thread. Only the latest counts."""

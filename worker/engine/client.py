@@ -28,8 +28,8 @@ import httpcore2
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, WebSocketException
 
+from worker.base.asyncio_transport import AsyncioBackend
 from worker.base.clock import within
-from worker.base.http_transport import AsyncioBackend
 from worker.comfyui_data import is_older
 from worker.engine.events import Executing, NodeProgress, RunFinished, RunTracker, SentPicture, decode_event, sent_png
 from worker.errors import (

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 from worker.base.text import unicode_forms
 from worker.errors import ImageNotBase64, InputNameInvalid, UnsafePath
-from worker.media.staging import StagedBytes, StagedFile, as_not_stored
+from worker.media.staged_files import StagedBytes, StagedFile, as_not_stored
 from worker.media.url_inputs import UrlDownload, UrlFetcher
 
 if TYPE_CHECKING:

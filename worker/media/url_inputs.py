@@ -24,8 +24,8 @@ from urllib.parse import urljoin
 import httpcore2
 import httpx2
 
+from worker.base.asyncio_transport import AsyncioBackend, AsyncioTransport
 from worker.base.clock import within
-from worker.base.http_transport import AsyncioBackend, AsyncioTransport
 from worker.base.retry import OK, REDIRECTS, TRANSIENT, pause_s, retry_after_s
 from worker.errors import InputNotServed, InputTimedOut, InputUnreachable, InputUrlRefused
 from worker.media.address_guard import PRIVATE, AddressRules, bare_host, parse_address
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
     from typing import Any
 
-    from worker.media.staging import StagedFile
+    from worker.media.staged_files import StagedFile
 
     Lookup = Callable[[str], Awaitable[Sequence[str]]]
     """From a host's name to its addresses; raises `OSError` when it has none."""
