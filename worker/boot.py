@@ -97,7 +97,7 @@ class BootTimeline:
 
 
 def run(worker: Worker, settings: Settings, arguments: Sequence[str], environ: MutableMapping[str, str]) -> int:
-    """Do everything else while ComfyUI boots, then serve. Return the exit status. Raises `StartError`."""
+    """Boot everything else while ComfyUI boots, then serve. Return the exit status. Raises `StartError`."""
     prepare_environ(environ)
     try:
         early = settings.take_jobs == "booting" and settings.model_loading != "eager" and takes_jobs(arguments, environ)

@@ -190,7 +190,7 @@ def _in_flight(relative: str, path: str) -> Iterator[str]:
 
 
 def _similar_folder(name: str) -> str | None:
-    """Return the folder of ComfyUI's models that a misspelled one with models was meant to be."""
+    """Return the folder of models that a misspelled one was meant to be, for the check of models."""
     plain = name.lower().replace("-", "_").replace(" ", "_")
     spelled = (plain, f"{plain}s", plain.removesuffix("s"), f"{plain}_models")
     return next((folder for folder in spelled if folder in known().folders), None)
@@ -265,7 +265,7 @@ def _folder_for(parts: tuple[str, ...], known: Collection[str]) -> tuple[str, st
 
 
 class _Walk:
-    """The folders of a volume outside `models/` as (parts of the path, names of files), with limits."""
+    """For the check of misplaced models, the folders outside `models/` as (parts of the path, names of files), with limits."""
 
     def __init__(self, layout: Layout) -> None:
         self._root = os.path.realpath(layout.root)

@@ -85,7 +85,7 @@ _MOST_LISTED_BYTES: Final = 16 << 20
 
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
-    """A source's description of a file, as looked up. `url` serves ranges and may be signed: it is never shown or stored."""
+    """A file as the hub or another source describes it. `url` serves ranges and may be signed: it is never shown or stored."""
 
     source: Source
     size_bytes: int

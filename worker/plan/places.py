@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """The places of models: the volume, the container's own disk with the same layout, and ComfyUI's own folder."""
+    """The places where a plan looks for models: the volume, the container's disk in the same layout, and ComfyUI's folders."""
 
     volume: Layout
     local: Layout

@@ -32,7 +32,7 @@ class SeedUsage(SeedError):
 
 
 class WhatUnknown(SeedError):
-    """A WHAT that is no file, no address and no template's name."""
+    """The seeder's WHAT is no file, no address and no template's name."""
 
     what: str
     near: Sequence[str] = ()

@@ -211,7 +211,7 @@ class ScreenLines:
 
 
 class ScreenJson:
-    """The screen of a program: one JSON object a line, each with an `event`."""
+    """The seeder's screen for a program: one JSON object a line, each with an `event`."""
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream

@@ -22,7 +22,7 @@ _MOST_LINKS: Final = 40
 
 
 def real_path(path: str, tops: Iterable[str]) -> str:
-    """Return the path without links. Read a broken absolute link to the volume's other mount point as below one of `tops`.
+    """Return the path without links. A link made in a Pod or a worker, broken in the other, is read as below one of `tops`.
 
     Raises `OSError` if it still leads nowhere.
     """
@@ -44,7 +44,7 @@ def _below(top: str, lost: str) -> str | None:
 
 
 def is_absolute(link: str) -> bool:
-    """Return whether a link names the volume by a mount point, so that it is broken at the other one."""
+    """Return whether a link names the volume by a mount point, so that it works in a Pod or in a worker, and not in both."""
     try:
         target = os.readlink(link)
     except OSError:
@@ -53,7 +53,7 @@ def is_absolute(link: str) -> bool:
 
 
 def relink(link: str, real: str) -> str:
-    """Return the command that makes an absolute link work wherever the volume is mounted."""
+    """Return the command that makes such a link work in a Pod and in a worker, wherever the volume is mounted."""
     return f"ln -sfn {shlex.quote(os.path.relpath(real, os.path.realpath(os.path.dirname(link))))} {shlex.quote(link)}"
 
 

@@ -45,7 +45,7 @@ class StateInvalid(UpError):
 
 
 class VolumeUnknown(UpError):
-    """No network volume of the account has this id."""
+    """The account that `up` uses has no network volume of this id."""
 
     volume: str
     code = "volume_unknown"
