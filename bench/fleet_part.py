@@ -59,7 +59,7 @@ def import_all() -> float:
 
 
 def run(settings: Settings) -> None:
-    """As `start.run` does around the spawn, and as `Worker.start` does in its thread for the models."""
+    """As `spawn.run` does around the spawn, and as `Worker.start` does in its thread for the models."""
     from worker.boot import BootTimeline, Worker  # noqa: PLC0415 - imported by import_all
     from worker.warmup.warmup import Warmup  # noqa: PLC0415 - as above
 

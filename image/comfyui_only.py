@@ -14,7 +14,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from worker import logs
-from worker.engine.custom_nodes import with_custom_nodes
+from worker.engine.custom_nodes import report_failed_nodes, with_custom_nodes
 from worker.engine.process import EngineCommand, EngineProcess, prepare_base_dir
 from worker.engine.start_files import request_start_files
 from worker.errors import WorkerError
@@ -39,8 +39,7 @@ def run(environ: Mapping[str, str]) -> int:
     process = EngineProcess.spawn(command)
     signal.signal(signal.SIGTERM, lambda *_: process.stop())
 
-    from worker.engine.custom_nodes import report_failed_nodes  # noqa: PLC0415 - after the spawn: ComfyUI boots meanwhile
-    from worker.links.model_links import ModelLinks  # noqa: PLC0415 - as above
+    from worker.links.model_links import ModelLinks  # noqa: PLC0415 - after the spawn: ComfyUI boots meanwhile
 
     links = ModelLinks(settings.base_dir / "models", [settings.volume_path / "models"], within=[settings.volume_path])
     reported = False

@@ -246,7 +246,7 @@ class SdkUnknown(StartError):
     version: str
     parts: Sequence[str]
     code = "sdk_unknown"
-    template = 'The RunPod SDK {version} lacks parts that this worker needs ({parts:, }): install "runpod~=1.12.0".'
+    template = 'The RunPod SDK {version} lacks or changed parts that this worker needs ({parts:, }): install "runpod~=1.12.0".'
 
 
 class NothingToServe(StartError):

@@ -144,7 +144,7 @@ class Bucket:
             message = " ".join(str(answer.get("Message") or "").split())
             reason = self._redacted(f"{code}, {message}" if message else code)
             if code in _PASSING or status == HTTPStatus.TOO_MANY_REQUESTS or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-                return BucketUnreachable(bucket, host, reason, "send the job again, and look at the store if it stays so")
+                return BucketUnreachable(bucket, host, reason, "send the job again, and check the store if this repeats")
             return BucketRefused(bucket, host, reason, _advice(code, own=own))
         reason = self._redacted(" ".join(str(error).split()) or type(error).__name__)
         unanswered = isinstance(error, exceptions.HTTPClientError | exceptions.ConnectionError)

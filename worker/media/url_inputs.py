@@ -51,7 +51,7 @@ _DROPPED: Final = re.compile(r"^\s+|[\t\r\n]")
 
 @dataclass(frozen=True, slots=True)
 class UrlFetchLimits:
-    """Sizes and times. `timeout_s` is for all files of a job together, on `clock`. The others are for one attempt."""
+    """Sizes and times. `timeout_s` is for all files of a job, on the fetcher's clock. The others are for one attempt."""
 
     max_bytes: int = 512_000_000
     timeout_s: float = 120.0

@@ -137,7 +137,7 @@ def with_space(plan: Plan, settings: Settings, places: Places) -> Plan:
     there = replace(plan, target=places.local.root, free_bytes=free_bytes(local))
     if too_full := _no_space(there, local):
         return replace(plan, problems=(*plan.problems, problem if isinstance(problem, VolumeFull) else too_full))
-    note = f"{_place_reason(problem)}: what is fetched goes to this container's disk, and is gone with it."
+    note = f"{_place_reason(problem)}: downloads go to this container's disk, and are lost with it."
     return replace(there, notes=(*plan.notes, note))
 
 

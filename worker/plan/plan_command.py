@@ -169,7 +169,7 @@ def _totals(plan: Plan, width: int) -> Iterator[str]:
 def _verdict(plan: Plan) -> str:
     if plan.can_run:
         unasked = sum(item.state is ItemState.NO_ANSWER for item in plan.items)
-        return "can run" + (f", if the {count(unasked, 'model')} without an answer can be fetched" if unasked else "")
+        return "can run" + (f", if the {count(unasked, 'model')} without an answer can be downloaded" if unasked else "")
     states = Counter(item.state for item in sorted(plan.items, key=_row_rank) if item.blocking)
     reasons = [f"{number} {state}" for state, number in states.items()]
     if plan.problems:

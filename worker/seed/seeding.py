@@ -169,7 +169,7 @@ def seeding_status(context: SeedContext, outcomes: Sequence[Outcome]) -> int:
     failed = [outcome for outcome in outcomes if not outcome.good]
     if failed and not context.options.json:
         again = any(outcome.error and outcome.error.retryable for outcome in failed)
-        advice = " Nothing is lost: run the same command again to go on." if again else " What to do about each is said above."
+        advice = " Nothing is lost: run the same command again to resume." if again else " What to do about each is said above."
         context.console.print(Text(f"{len(failed)} failed.{advice}", "red"))
     return FAILED if failed else 0
 

@@ -189,7 +189,7 @@ class Locks:
             yield False
             return
         except (OSError, RuntimeError) as exc:
-            log.info("continuing without the lock of %s (%s)", key, exc)
+            log.info("no lock of %s can be had (%s): trying without it", key, exc)
             yield True
             return
         try:

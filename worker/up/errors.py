@@ -75,7 +75,7 @@ class FillFailed(UpError):
     reason: str
     code = "fill_failed"
     retryable = True
-    template = "The volume was not filled ({reason}): run the same command again: it resumes."
+    template = "The volume was not filled ({reason}): run the same command again to resume."
 
 
 class ApiKeyMissing(UpError):

@@ -128,7 +128,7 @@ def parse_up_options(argv: Sequence[str]) -> UpOptions:
     """Return the options of `up`. Raises `UpUsage`, and SystemExit as argparse does."""
     given = up_parser().parse_intermixed_args(list(argv))
     if not given.what:
-        raise UpUsage("Say what to make: up WORKFLOW.json. `up status` and `up down` are for what was made; see --help.")
+        raise UpUsage("Say what to create: up WORKFLOW.json. `up status` and `up down` are for what was created; see --help.")
     first, *rest = given.what
     action: Action = first if first in {"status", "down"} else "up"
     if action != "up" and rest:

@@ -66,7 +66,7 @@ class UpState:
         except OSError as exc:
             raise StateInvalid(path, exc.strerror or str(exc)) from None
         except ValueError:
-            raise StateInvalid(path, "it is no JSON") from None
+            raise StateInvalid(path, "it is not JSON") from None
         if not isinstance(values, dict) or values.get("version") != VERSION:
             raise StateInvalid(path, f"it is not of version {VERSION}")
         return cls(path, values)

@@ -110,7 +110,7 @@ def _up(options: UpOptions, runpod: RunPodApi, state: UpState, screen: UpScreen,
     if (plan.new or state.get("agreed").get("digest") != digest) and not options.yes:
         if not sys.stdin.isatty():
             raise UpUsage("Nobody can be asked here: run it with --yes, or with --dry-run to see only what it would make.")
-        if not ask_once("Make it?"):
+        if not ask_once("Create it?"):
             screen.say("Nothing was created.")
             return FAILED
     state.put("agreed", **plan.agreed(), digest=digest)
