@@ -31,7 +31,7 @@ _PROGRAMS = ("mfsmaster", "mfschunkserver", "mfsmount", "mfssetquota", "ip", "un
 _EMPTY = Path("/var/lib/mfs/metadata.mfs.empty")
 _ADDRESS = "10.77.0.1"  # seen inside the volume's own network namespace only
 _START_S = 30.0
-_STOP_S = 10.0
+_STOP_S = 120.0
 _POLL_S = 0.02
 
 # A chunk server refuses loopback addresses, so the namespace gets a pair of virtual cards; it ends with its last process.
