@@ -30,7 +30,7 @@ LOCAL_FLOCK = ("-o", "mfsnobsdlocks")
 _PROGRAMS = ("mfsmaster", "mfschunkserver", "mfsmount", "mfssetquota", "ip", "unshare", "nsenter", "setpriv", "umount")
 _EMPTY = Path("/var/lib/mfs/metadata.mfs.empty")
 _ADDRESS = "10.77.0.1"  # seen inside the volume's own network namespace only
-_START_S = 30.0
+_START_S = 120.0
 _STOP_S = 120.0
 _POLL_S = 0.02
 
