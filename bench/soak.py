@@ -3,6 +3,8 @@
 Pods are killed, stopped and frozen, engines are killed, connections are cut, refused and left without an answer. Each job has
 to be answered once, with the right pixels. One pod keeps its process throughout: its memory, open files, threads and disk are
 measured whenever no job is open, and a line is fitted to them. `--samples 100` runs 10,000 jobs; a sample is a hundred jobs.
+In a long run the first ten minutes are left out of the line: for so long a worker keeps the connections of before a freeze, so
+that their number grows until the first of them end.
 """
 
 from __future__ import annotations
@@ -54,6 +56,9 @@ ROUTES: list[FaultRoute] = ["take", "stop", "result", "ping"]
 TRANSIENT = {"engine_died", "engine_unreachable", "run_lost"}
 """What a job may answer whose ComfyUI was killed under it. The job is sent again, as a client would."""
 CANCELLED = 42
+KEPT_S = 600.0
+"""How long a worker keeps the connections of before a freeze (`_OLD_S` in worker/sdk/job_loop.py)."""
+LEAST_FITTED = 10
 
 
 # --- jobs -----------------------------------------------------------------------------------------
@@ -345,6 +350,7 @@ def wait(happened: Callable[[], bool]) -> None:
 class Usage:
     """What the worker holds at a moment."""
 
+    at_s: float
     jobs: int
     files: int
     threads: int
@@ -353,11 +359,12 @@ class Usage:
     disk_mb: float
 
     @classmethod
-    def of(cls, worker: ProductionWorker, jobs: int) -> Usage:
-        """Look at the processes and at the folders of ComfyUI."""
+    def of(cls, worker: ProductionWorker, at_s: float, jobs: int) -> Usage:
+        """Look at the processes and at the folders of ComfyUI, so many seconds after the first look."""
         own, engine = Path(f"/proc/{worker.pid}"), Path(f"/proc/{worker.comfyui_pid()}")
         files = (path for path in worker.base_dir.rglob("*") if path.is_file() and not path.is_symlink())
         return cls(
+            at_s,
             jobs,
             len(os.listdir(own / "fd")),  # noqa: PTH208 - only the count is wanted
             len(os.listdir(own / "task")),  # noqa: PTH208 - as above
@@ -373,8 +380,14 @@ def rss_mb(process: Path) -> float:
     return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) / 1000
 
 
+def settled(usage: list[Usage]) -> list[Usage]:
+    """Return the samples since connections of before a freeze began to end. All, if those are few."""
+    late = [each for each in usage if each.at_s >= KEPT_S]
+    return late if len(late) >= LEAST_FITTED else usage
+
+
 def growth(usage: list[Usage], field: str) -> float:
-    """Return how much more of something there is at the end than after the warm-up, by the line fitted to all samples."""
+    """Return how much more of something there is at the end than at the first sample, by the line fitted to all of them."""
     jobs = [float(each.jobs) for each in usage]
     return linear_regression(jobs, [float(getattr(each, field)) for each in usage]).slope * (jobs[-1] - jobs[0])
 
@@ -396,19 +409,19 @@ def main() -> int:
         endpoint.start_other()
         first = WARM_UP + IN_PEACE
         troubles = Troubles(endpoint, jobs)
-        usage = [Usage.of(endpoint.steady, first)]
+        usage = [Usage.of(endpoint.steady, 0.0, first)]
         began = time.monotonic()
         for number in range(first, first + options.samples * JOBS_PER_SAMPLE, JOBS_PER_SAMPLE):
             with troubles:
                 jobs.send(range(number, number + JOBS_PER_SAMPLE))
-            usage.append(Usage.of(endpoint.steady, number + JOBS_PER_SAMPLE))
-            print(f"{time.monotonic() - began:.0f} s: {usage[-1]}, {len(jobs.wrong)} wrong", file=sys.stderr, flush=True)
+            usage.append(Usage.of(endpoint.steady, time.monotonic() - began, number + JOBS_PER_SAMPLE))
+            print(f"{usage[-1]}, {len(jobs.wrong)} wrong", file=sys.stderr, flush=True)
         took_s = time.monotonic() - began
     for line in jobs.wrong[:20]:
         print(line, file=sys.stderr)
     print(f"{sum(troubles.counts.values())} troubles: {dict(troubles.counts)}", file=sys.stderr)
     count, kills = options.samples * JOBS_PER_SAMPLE, troubles.counts["kill_engine"]
-    more = functools.partial(growth, usage)
+    more = functools.partial(growth, settled(usage))
 
     def samples(field: str) -> list[float]:
         return [float(getattr(each, field)) for each in usage]
@@ -425,7 +438,7 @@ def main() -> int:
             Figure("soak_open_files_more", more("files"), "", FILES_BOUND, samples("files")),
             Figure("soak_threads_more", more("threads"), "", THREADS_BOUND, samples("threads")),
             Figure("soak_rss_more_mb", more("rss_mb"), "MB", MEMORY_BOUND_MB, samples("rss_mb")),
-            Figure("soak_rss_more_mb_per_1000_jobs", more("rss_mb") / count * 1000, "MB"),
+            Figure("soak_rss_more_mb_per_1000_jobs", more("rss_mb") / (usage[-1].jobs - settled(usage)[0].jobs) * 1000, "MB"),
             Figure("soak_engine_rss_mb", usage[-1].engine_rss_mb, "MB", None, samples("engine_rss_mb")),
             Figure("soak_disk_at_end_mb", usage[-1].disk_mb, "MB", DISK_BOUND_MB, samples("disk_mb")),
         ],
