@@ -121,7 +121,7 @@ def _workflow(name: str) -> dict[str, Any]:
             _shown(name),
         ) from None
     if not isinstance(value, dict):
-        raise FileUnreadable("holds no workflow: give one as ComfyUI saves or exports it", _shown(name))
+        raise FileUnreadable("contains no workflow: give one as ComfyUI saves or exports it", _shown(name))
     wrapped = value.get("input")
     if isinstance(wrapped, dict) and ("workflow" in wrapped or "workflow_from" in wrapped):
         return {**value, "input": dict(wrapped)}

@@ -235,7 +235,7 @@ def test_the_command_prints_what_the_editor_would_send(worker: LocalWorker, tmp_
     picture(worker.runsync({"workflow": json.loads(done.stdout)}))
 
 
-@pytest.mark.parametrize(("content", "words"), [(b"no json", "holds no workflow"), (None, "cannot be read")])
+@pytest.mark.parametrize(("content", "words"), [(b"no json", "contains no workflow"), (None, "cannot be read")])
 def test_the_command_says_in_a_line_what_it_cannot_read(content: bytes | None, words: str, tmp_path: Path) -> None:
     path = tmp_path / "ui.json"
     if content:

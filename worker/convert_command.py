@@ -53,7 +53,7 @@ def _read_workflow(name: str) -> Any:  # noqa: ANN401 - a workflow of either for
     found = embedded_workflow(data)
     if found is None:
         raise ConvertUsage(
-            f"{name} holds no workflow: give a .json that ComfyUI saved, or a picture or video with its metadata."
+            f"{name} contains no workflow: give a .json that ComfyUI saved, or a picture or video with its metadata."
         )
     return without_wrapper(found.best)
 

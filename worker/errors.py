@@ -323,7 +323,7 @@ class UnsafePath(RequestError):
     def fault(self) -> str:
         if self.nameless:
             return (
-                f"{shortened(self.value, 100)!r}, which no file there can be called; "
+                f"{shortened(self.value, 100)!r}, which cannot be a file name there; "
                 "write a relative name without control characters, with one '/' between folders and none at its end"
             )
         return f"'{self.value}', which leaves its folder; use a relative name without '..'"
@@ -458,7 +458,7 @@ class UiWorkflowInvalid(RequestError):
     reason: str
     code = "ui_workflow_invalid"
     template = (
-        "The workflow, as the editor saved it, cannot be converted: {reason}; "
+        "The workflow in the editor's format cannot be converted: {reason}; "
         "if you cannot change that, send the workflow from the editor's Export (API)."
     )
 

@@ -58,7 +58,7 @@ def read_document(path: str, saved: Saved | None = None) -> object:
         return {key: value for key, value in found.items() if value is not None}
     if not is_text(data):
         raise UnreadableDocument(
-            "it holds no workflow: give a JSON, or a PNG, WEBP, MP4 or WEBM that ComfyUI saved with its metadata"
+            "it contains no workflow: give a JSON, or a PNG, WEBP, MP4 or WEBM that ComfyUI saved with its metadata"
         )
     try:
         return json.loads(data.decode(json.detect_encoding(data)))
