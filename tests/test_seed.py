@@ -181,7 +181,7 @@ def test_a_workflow_that_its_comfyui_cannot_run_is_said_so_before_its_models_are
     code, events = seeder.events(seeder.write("flow.json", graph))
     first, *others = events
     assert "flow.json CANNOT RUN; its models are sent all the same." in first["text"], events
-    assert "wants a newer one for QwenImage21Cache (node 2)" in first["text"]
+    assert "needs a newer one for QwenImage21Cache (node 2)" in first["text"]
     assert "vae/b.safetensors" in json.dumps(others)
     assert (code, seeder.models) == (0, ["vae/b.safetensors"])
     _, text = seeder.run("audio_yue2_music_cover", "--dry-run")
