@@ -331,7 +331,7 @@ class Pod:
 
 
 def start_pod(plane: ControlPlane, pod_id: str, folder: Path, concurrency: int = 1) -> Pod:
-    program = folder / "program.py"
+    program = folder / f"{pod_id}.py"  # its own: another pod may be reading its file just now
     program.write_text(textwrap.dedent(PROGRAM))
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("RUNPOD_")}
     with (folder / f"{pod_id}.log").open("wb") as log:
