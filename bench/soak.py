@@ -421,7 +421,8 @@ def main() -> int:
         print(line, file=sys.stderr)
     print(f"{sum(troubles.counts.values())} troubles: {dict(troubles.counts)}", file=sys.stderr)
     count, kills = options.samples * JOBS_PER_SAMPLE, troubles.counts["kill_engine"]
-    more = functools.partial(growth, settled(usage))
+    fitted = settled(usage)
+    more = functools.partial(growth, fitted)
 
     def samples(field: str) -> list[float]:
         return [float(getattr(each, field)) for each in usage]
@@ -438,7 +439,7 @@ def main() -> int:
             Figure("soak_open_files_more", more("files"), "", FILES_BOUND, samples("files")),
             Figure("soak_threads_more", more("threads"), "", THREADS_BOUND, samples("threads")),
             Figure("soak_rss_more_mb", more("rss_mb"), "MB", MEMORY_BOUND_MB, samples("rss_mb")),
-            Figure("soak_rss_more_mb_per_1000_jobs", more("rss_mb") / (usage[-1].jobs - settled(usage)[0].jobs) * 1000, "MB"),
+            Figure("soak_rss_more_mb_per_1000_jobs", more("rss_mb") / (fitted[-1].jobs - fitted[0].jobs) * 1000, "MB"),
             Figure("soak_engine_rss_mb", usage[-1].engine_rss_mb, "MB", None, samples("engine_rss_mb")),
             Figure("soak_disk_at_end_mb", usage[-1].disk_mb, "MB", DISK_BOUND_MB, samples("disk_mb")),
         ],

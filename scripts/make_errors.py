@@ -280,7 +280,7 @@ there is 'fox_v2.safetensors'; correct the name, put the file on the volume, or 
     "LinkAstray.value": "/runpod-volume/models",
     "LinkAstray.target": "/workspace/models-of-last-year",
     "LinkAstray.exists": False,
-    "UpUsage.reason": "Say what `up` is to make: up WORKFLOW, up status or up down.",
+    "UpUsage.reason": "Say what to create: up WORKFLOW.json. `up status` and `up down` are for what was created; see --help.",
     "StateInvalid.path": Path("/home/you/.local/state/comfyui-volume-worker/flux.json"),
     "StateInvalid.reason": "it is not JSON",
     "VolumeUnknown.volume": "abc123xyz",

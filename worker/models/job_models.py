@@ -16,8 +16,8 @@ from worker.base.text import unicode_form, unicode_forms
 from worker.errors import EnsureCancelled, FileIncomplete, ManifestInvalid, volume_error
 from worker.model_spec import WEIGHT_SUFFIXES
 from worker.models.download_queue import DownloadQueue
-from worker.store.eviction import redownload_spec
 from worker.store.inventory import not_ready, trouble_of
+from worker.store.seals import redownload_spec
 from worker.store.tombstones import removed_folders, tombstone_of
 
 if TYPE_CHECKING:

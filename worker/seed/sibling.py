@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Final
 from worker.errors import EnsureCancelled
 from worker.fetch.hub import RemoteFile
 from worker.seed.errors import S3Failed
-from worker.store.eviction import redownload_spec
 from worker.store.inventory import Standing
+from worker.store.seals import redownload_spec
 
 if TYPE_CHECKING:
     from collections.abc import Callable

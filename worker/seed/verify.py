@@ -7,12 +7,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from worker.base.progress import ModelProgress
-from worker.errors import EnsureCancelled, SpecInvalid, WorkerError
-from worker.model_spec import HubFile, ModelSpec, parse_source
+from worker.errors import EnsureCancelled, WorkerError
+from worker.model_spec import HubFile, ModelSpec
 from worker.seed.outcome import Outcome
 from worker.seed.screen import summary_table, verification_table
 from worker.seed.seeding import FAILED, seed_models, seeding_status
 from worker.store.inventory import Standing
+from worker.store.seals import redownload_spec
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -102,7 +103,7 @@ def repair_spec(found: SealedModel, known: Mapping[str, ModelSpec]) -> ModelSpec
     The commit comes first, because a list without a pin may mean a newer file by now. If the list has another source, the list
     comes first.
     """
-    own, listed = _sealed_spec(found), known.get(found.title)
+    own, listed = redownload_spec(found.title, found.seal), known.get(found.title)
     if listed is None or (own and found.seal.commit and _is_same_origin(own, listed)):
         return own
     return listed
@@ -113,19 +114,6 @@ def _is_same_origin(own: ModelSpec, listed: ModelSpec) -> bool:
     if not (isinstance(own.source, HubFile) and isinstance(listed.source, HubFile)) or listed.sha256 not in {None, own.sha256}:
         return False
     return (own.source.repo, own.source.path) == (listed.source.repo, listed.source.path)
-
-
-def _sealed_spec(found: SealedModel) -> ModelSpec | None:
-    seal = found.seal
-    try:
-        if seal.repo and seal.file:
-            source = HubFile(seal.repo, seal.file, seal.commit or "main")
-            return ModelSpec(found.folder, found.name, source, seal.sha256, seal.size or None)
-        if seal.file:
-            return ModelSpec(found.folder, found.name, parse_source(seal.file), seal.sha256, seal.size or None)
-    except SpecInvalid:
-        return None
-    return None
 
 
 def verify_all(context: SeedContext, place: SeedTarget, sources: Sources) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -13,7 +12,8 @@ from worker.errors import UnsafePath, VolumeFailed, volume_error
 from worker.plan.places import Places
 from worker.store.hashing import sha256_of
 from worker.store.inventory import InventoryEntry, Standing, look_up_file
-from worker.store.seals import Seal, SealedModel, read_seal, sealed_model_at, stat_file, whole_mtime, write_seal
+from worker.store.layout import split_title
+from worker.store.seals import Seal, SealedModel, read_seal, sealed_titles, stat_file, whole_mtime, write_seal
 from worker.volume_workflows import workflow_bytes, workflow_names
 
 if TYPE_CHECKING:
@@ -129,14 +129,12 @@ class MountedVolume:
 
     def sealed(self) -> Iterator[SealedModel]:
         """Yield every model that has a seal."""
-        root = self._layout.seals
-        for above, _, names in os.walk(root):
-            for name in sorted(names):
-                path = root.joinpath(above, name)
-                found = sealed_model_at(path.relative_to(root).as_posix(), read_seal(path))
-                with contextlib.suppress(UnsafePath):
-                    if found and self._layout.model(found.folder, found.name):
-                        yield found
+        for title, path in sealed_titles(self._layout):
+            folder, name = split_title(title)
+            with contextlib.suppress(UnsafePath):
+                self._layout.model(folder, name)
+                if seal := read_seal(path):
+                    yield SealedModel(folder, name, seal)
 
     def seal(self, folder: str, name: str, seal: Seal) -> None:
         """Seal a file in its current state."""

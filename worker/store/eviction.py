@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING
 
 from worker.base.files import free_bytes
 from worker.base.text import count, duration_text, size_text
-from worker.errors import SpecInvalid, UnsafePath
-from worker.model_spec import HubFile, ModelSpec, parse_source
+from worker.errors import UnsafePath
 from worker.store.inventory import ready_file
 from worker.store.layout import split_title
 from worker.store.leases import ANY, LeasedTitles, LeaseTiming, Usage, normal_title
-from worker.store.seals import Seal, read_seal, sealed_titles
+from worker.store.seals import Seal, read_seal, redownload_spec, sealed_titles
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
     from pathlib import Path
 
+    from worker.model_spec import ModelSpec
     from worker.store.layout import Layout
 
 _SHOWN = 5
@@ -322,13 +322,3 @@ def _first(words: Iterable[str | None]) -> str | None:
 def survey_stamp(info: os.stat_result) -> tuple[int, int, int, int]:
     """Return values that differ if the file was replaced since the survey: size, mtime, inode and the number of its names."""
     return info.st_size, info.st_mtime_ns, info.st_ino, info.st_nlink
-
-
-def redownload_spec(title: str, seal: Seal) -> ModelSpec | None:
-    """Return where an evicted model can be downloaded again, pinned to its content, or None if its seal does not tell."""
-    if not seal.file:
-        return None
-    with contextlib.suppress(SpecInvalid):
-        source = HubFile(seal.repo, seal.file, seal.commit or "main") if seal.repo else parse_source(seal.file)
-        return ModelSpec(*split_title(title), source, seal.sha256, seal.size or None)
-    return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import stat
@@ -10,15 +11,15 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 
 from worker.base.files import write_atomically
-from worker.model_spec import HubFile
-from worker.store.layout import title_of_seal
+from worker.errors import SpecInvalid
+from worker.model_spec import HubFile, ModelSpec, parse_source
+from worker.store.layout import split_title, title_of_seal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from worker.fetch.hub import RemoteFile
-    from worker.model_spec import ModelSpec
     from worker.store.layout import Layout
 
 VERSION: Final = 1
@@ -139,13 +140,29 @@ def new_seal(spec: ModelSpec, remote: RemoteFile, sha256: str, by: str, mtime: i
     )
 
 
+def redownload_spec(title: str, seal: Seal) -> ModelSpec | None:
+    """Return where a sealed model can be downloaded again, pinned to its content, or None if its seal does not tell."""
+    if not seal.file:
+        return None
+    with contextlib.suppress(SpecInvalid):
+        source = HubFile(seal.repo, seal.file, seal.commit or "main") if seal.repo else parse_source(seal.file)
+        return ModelSpec(*split_title(title), source, seal.sha256, seal.size or None)
+    return None
+
+
 def sealed_titles(layout: Layout) -> Iterator[tuple[str, Path]]:
     """Yield every model of a volume that has a seal, and the seal's path."""
     for above, _, names in os.walk(layout.seals):
         for name in sorted(names):
-            if name.endswith(".json") and not name.startswith("."):
-                path = layout.seals.joinpath(above, name)
-                yield title_of_seal(path.relative_to(layout.seals).as_posix()), path
+            path = layout.seals.joinpath(above, name)
+            if title := _title_at(path.relative_to(layout.seals).as_posix()):
+                yield title, path
+
+
+def _title_at(path: str) -> str | None:
+    """Return the model whose seal has this path below the seals' folder. None for any other file there."""
+    name = path.rpartition("/")[2]
+    return title_of_seal(path) if name.endswith(".json") and not name.startswith(".") else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +181,5 @@ class SealedModel:
 
 def sealed_model_at(path: str, seal: Seal | None) -> SealedModel | None:
     """Return the sealed model on a volume from its seal's path below the seals' folder: `folder/name.json`."""
-    if seal is None or not path.endswith(".json") or path.rpartition("/")[2].startswith("."):
-        return None
-    folder, _, name = title_of_seal(path).partition("/")
-    return SealedModel(folder, name, seal)
+    title = _title_at(path)
+    return SealedModel(*split_title(title), seal) if title and seal else None
